@@ -1,0 +1,196 @@
+"""The one shape every reader produces: items with their texts and images, users with their time-ordered items.
+
+U users, N items; an item is its row 0 … N-1, and keeps the identifier its source gave it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from cemg.errors import UserError
+
+FORMAT = 1  # of the prepared folder; raised when its files change meaning
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Users' histories over a catalog of N items.
+
+    ``sequences[u]`` holds user u's item rows, int32, oldest first. ``texts`` and ``images`` (paths)
+    hold None where an item has none: a missing modality is masked later, never made up.
+    ``tie_rule`` says in words how interactions of equal time were ordered.
+    """
+
+    name: str
+    user_ids: list[str]
+    item_ids: list[str]
+    sequences: list[np.ndarray]
+    titles: list[str]
+    texts: list[str | None]
+    images: list[Path | None]
+    tie_rule: str
+    synthetic: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.user_ids) != len(self.sequences):
+            raise UserError(f"{self.name}: {len(self.user_ids)} user ids for {len(self.sequences)} sequences")
+        for what, column in (("titles", self.titles), ("texts", self.texts), ("images", self.images)):
+            if len(column) != len(self.item_ids):
+                raise UserError(f"{self.name}: {len(column)} {what} for {len(self.item_ids)} items")
+
+    @property
+    def num_users(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def num_interactions(self) -> int:
+        return int(sum(map(len, self.sequences)))
+
+    def stats(self) -> dict[str, float]:
+        """The columns of the paper's Table 1: users, items, interactions, avg_length, sparsity (a share)."""
+        count = self.num_interactions
+        cells = self.num_users * self.num_items
+        return {
+            "users": self.num_users,
+            "items": self.num_items,
+            "interactions": count,
+            "avg_length": count / max(self.num_users, 1),
+            "sparsity": 1 - count / max(cells, 1),
+        }
+
+    def split(self) -> Split:
+        """Leave-one-out (paper §4.1.3): last item tests, second-last validates, the rest trains.
+
+        A user with fewer than three items only trains.
+        """
+        return Split.leave_one_out(self)
+
+    def save(self, folder: Path) -> None:
+        """Write the prepared folder: ``interactions.parquet``, ``items.parquet``, ``dataset.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lengths = [len(s) for s in self.sequences]
+        pl.DataFrame(
+            {
+                "user": np.repeat(np.arange(self.num_users, dtype=np.int32), lengths),
+                "item": _flat(self.sequences),
+            }
+        ).write_parquet(folder / "interactions.parquet")
+        pl.DataFrame({"user_id": self.user_ids}, schema={"user_id": pl.String}).write_parquet(
+            folder / "users.parquet"
+        )
+        pl.DataFrame(
+            {
+                "item_id": self.item_ids,
+                "title": self.titles,
+                "text": self.texts,
+                "image": [str(p.resolve()) if p else None for p in self.images],
+            },
+            schema={"item_id": pl.String, "title": pl.String, "text": pl.String, "image": pl.String},
+        ).write_parquet(folder / "items.parquet")
+        about = {
+            "format": FORMAT,
+            "name": self.name,
+            "tie_rule": self.tie_rule,
+            "synthetic": self.synthetic,
+            "notes": self.notes,
+        }
+        (folder / "dataset.json").write_text(json.dumps(about, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Dataset:
+        """Read a prepared folder; UserError names the file that is missing or of another format."""
+        for name in ("dataset.json", "interactions.parquet", "users.parquet", "items.parquet"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name} is missing", fix="prepare the data again: cemg-data prepare")
+        about = json.loads((folder / "dataset.json").read_text())
+        if about.get("format") != FORMAT:
+            raise UserError(
+                f"{folder}/dataset.json has format {about.get('format')}, this version reads {FORMAT}",
+                fix="prepare the data again: cemg-data prepare",
+            )
+        users = pl.read_parquet(folder / "users.parquet")["user_id"].to_list()
+        items = pl.read_parquet(folder / "items.parquet")
+        pairs = pl.read_parquet(folder / "interactions.parquet")
+        return cls(
+            name=about["name"],
+            user_ids=users,
+            item_ids=items["item_id"].to_list(),
+            sequences=_unflatten(pairs["user"].to_numpy(), pairs["item"].to_numpy(), len(users)),
+            titles=items["title"].to_list(),
+            texts=items["text"].to_list(),
+            images=[Path(p) if p else None for p in items["image"]],
+            tie_rule=about["tie_rule"],
+            synthetic=about["synthetic"],
+            notes=about["notes"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Leave-one-out. ``train[u]`` for every user; targets for those with three items or more.
+
+    ``users`` [T] are the rows evaluated, ``valid`` [T] and ``test`` [T] their targets. The history of a
+    validation target is ``train[u]``; of a test target ``train[u]`` and then the validation target.
+    """
+
+    train: list[np.ndarray]
+    users: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+    fingerprint: dict[str, int | str]
+
+    @classmethod
+    def leave_one_out(cls, data: Dataset) -> Split:
+        lengths = np.array([len(s) for s in data.sequences], dtype=np.int64)
+        users = np.flatnonzero(lengths >= 3).astype(np.int32)
+        valid = np.array([data.sequences[u][-2] for u in users], dtype=np.int32)
+        test = np.array([data.sequences[u][-1] for u in users], dtype=np.int32)
+        train = [s[:-2] if len(s) >= 3 else s for s in data.sequences]
+        targets = hashlib.sha256()
+        for user, item in zip(users, test, strict=True):
+            targets.update(f"{data.user_ids[user]}\t{data.item_ids[item]}\n".encode())
+        fingerprint: dict[str, int | str] = {
+            "users": len(users),
+            "items": data.num_items,
+            "targets_sha256": targets.hexdigest(),
+            "tie_rule": data.tie_rule,
+        }
+        return cls(train, users, valid, test, fingerprint)
+
+    def histories(self, part: str) -> list[np.ndarray]:
+        """What is known of each evaluated user before the target of ``part`` ("valid" or "test")."""
+        if part == "valid":
+            return [self.train[u] for u in self.users]
+        if part == "test":
+            known = zip(self.users, self.valid, strict=True)
+            return [np.append(self.train[u], item).astype(np.int32) for u, item in known]
+        raise ValueError(f"part must be 'valid' or 'test', got {part!r}")
+
+    def targets(self, part: str) -> np.ndarray:
+        """The target item of each evaluated user, [T] int32."""
+        return {"valid": self.valid, "test": self.test}[part]
+
+    def train_counts(self, num_items: int) -> np.ndarray:
+        """How often each item occurs in training, [N] int64: popularity, and what makes an item cold."""
+        return np.bincount(_flat(self.train), minlength=num_items)
+
+
+def _flat(sequences: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(sequences).astype(np.int32) if sequences else np.zeros(0, np.int32)
+
+
+def _unflatten(users: np.ndarray, items: np.ndarray, num_users: int) -> list[np.ndarray]:
+    ends = np.searchsorted(users, np.arange(num_users), side="right")
+    return [np.asarray(part, dtype=np.int32) for part in np.split(items, ends[:-1])] if num_users else []
