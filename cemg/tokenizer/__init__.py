@@ -1,0 +1,12 @@
+"""From features to semantic IDs: fusion, RQ-VAE, unique codes, the catalog (SPEC §2–3)."""
+
+from cemg.tokenizer.catalog import Catalog
+from cemg.tokenizer.collisions import Uniqueness, make_unique, place_new
+from cemg.tokenizer.fusion import CONTENT, MODALITIES, Fusion, ItemFeatures, Scaling
+from cemg.tokenizer.rqvae import RQVAE, Losses, TokenizerConfig
+from cemg.tokenizer.training import Tokenizer, train_tokenizer
+
+__all__ = [
+    "CONTENT", "MODALITIES", "RQVAE", "Catalog", "Fusion", "ItemFeatures", "Losses", "Scaling", "Tokenizer",
+    "TokenizerConfig", "Uniqueness", "make_unique", "place_new", "train_tokenizer",
+]  # fmt: skip

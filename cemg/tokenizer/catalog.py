@@ -1,0 +1,102 @@
+"""The catalog: items, their semantic IDs, and the trie of all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cemg.errors import UserError
+from cemg_kernels import Trie
+
+
+class Catalog:
+    """N items, each with ``levels`` codes of its own.
+
+    ``codes`` [N, levels] int64. ``item_ids``: N integers or strings, row order. The trie's leaves give the
+    integers; where ids are strings they give catalog rows, and ``ids_of`` turns those into strings.
+    """
+
+    def __init__(self, codes: Tensor, codebook_size: int, item_ids: list[int] | list[str]) -> None:
+        self.codes = codes
+        self.codebook_size = codebook_size
+        self.item_ids = item_ids
+        self.named = bool(item_ids) and isinstance(item_ids[0], str)
+        rows = torch.arange(len(codes)) if self.named else torch.tensor(item_ids, dtype=torch.int64)
+        try:
+            self.trie = Trie.from_codes(codes, codebook_size, item_ids=rows)
+        except ValueError as error:
+            raise UserError("these codes make no catalog", cause=str(error)) from error
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, codebook_size: int, item_ids: Sequence[int] | Sequence[str] | Tensor | None = None
+    ) -> Catalog:
+        """Codes [N, levels] of any integer dtype, all rows different; ids default to 0 … N−1.
+
+        Raises UserError for duplicate codes or ids, for codes outside 0 … codebook_size − 1, and for
+        ids that are not one an item.
+        """
+        if codes.ndim != 2 or codes.dtype.is_floating_point:
+            raise UserError(f"codes must be integers [items, levels], got {codes.dtype} {list(codes.shape)}")
+        ids: list = range(len(codes)) if item_ids is None else item_ids  # type: ignore[assignment]
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        if len(ids) != len(codes):
+            raise UserError(f"{len(ids)} item ids for {len(codes)} rows of codes")
+        if len(set(ids)) != len(ids):
+            twice = next(i for i in ids if ids.count(i) > 1)
+            raise UserError(f"item id {twice!r} occurs more than once")
+        return cls(codes.to(torch.int64).contiguous(), codebook_size, ids)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def levels(self) -> int:
+        return self.codes.shape[1]
+
+    def ids_of(self, items: Tensor) -> list[list[int | str | None]]:
+        """Item ids for what the trie's leaves gave, [B, top]; None where there is no item (−1)."""
+        if not self.named:
+            return [[i if i >= 0 else None for i in row] for row in items.tolist()]
+        return [[self.item_ids[i] if i >= 0 else None for i in row] for row in items.tolist()]
+
+    def rows_of(self, item_ids: Sequence[int | str]) -> list[int]:
+        """Rows of item ids; UserError names the first that the catalog lacks."""
+        index = {item: row for row, item in enumerate(self.item_ids)}
+        for item in item_ids:
+            if item not in index:
+                raise UserError(f"item {item!r} is not in the catalog of {len(self)} items")
+        return [index[item] for item in item_ids]
+
+    def extended(self, codes: Tensor, item_ids: Sequence[str] | Sequence[int]) -> Catalog:
+        """A new catalog with items added at the end; what was there keeps its rows and codes."""
+        return Catalog.from_codes(
+            torch.cat([self.codes, codes.to(torch.int64)]), self.codebook_size, [*self.item_ids, *item_ids]
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """``catalog.safetensors`` (codes) and ``catalog.json`` (size, ids), each renamed into place when whole."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"format": 1, "codebook_size": self.codebook_size, "item_ids": self.item_ids}
+        (folder / ".catalog.json").write_text(json.dumps(about))
+        save_file({"codes": self.codes}, folder / ".catalog.safetensors")
+        for name in ("catalog.safetensors", "catalog.json"):
+            (folder / f".{name}").replace(folder / name)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Catalog:
+        """Read what ``save`` wrote, and check it again."""
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "catalog.json").read_text())
+            codes = load_file(folder / "catalog.safetensors")["codes"]
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder} holds no readable catalog", cause=str(error)) from error
+        return cls.from_codes(codes, about["codebook_size"], about["item_ids"])

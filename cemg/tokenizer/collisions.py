@@ -1,0 +1,200 @@
+"""A semantic ID of its own for every item: three ways to part items whose codes collide (SPEC §3).
+
+N items, M learned codebooks of K vectors, Z latent. A *group* is the items that share their first M − 1 codes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from cemg.errors import UserError
+
+SINKHORN_EPSILON, SINKHORN_ITERATIONS, SINKHORN_ROUNDS, SINKHORN_GROUP = 0.003, 50, 20, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Uniqueness:
+    """What it took: ``codes`` [N, levels] all different, the items that collided before, the codes changed."""
+
+    codes: Tensor
+    colliding_before: int
+    changed_codes: int
+    moved_items: int
+
+    @property
+    def changed_share(self) -> float:
+        """Share of all N × M learned codes that were changed."""
+        return self.changed_codes / max(self.codes.numel(), 1)
+
+
+def make_unique(codes: Tensor, z: Tensor, codebooks: Tensor, *, method: str = "assign") -> Uniqueness:
+    """Distinct codes for N items from colliding ones: codes [N, M] int64, z [N, Z], codebooks [M, K, Z].
+
+    ``assign``: colliding items of a group get its free last codes at minimum total cost; a group of
+    more than K sends its surplus to the nearest prefix with room. ``sinkhorn``: LETTER's entropic
+    transport on the last level first, then ``assign``. ``suffix``: one more code 0 … K−1, as in TIGER.
+    Raises UserError for N > K^M, or for a suffix group above K.
+    """
+    levels, size = codebooks.shape[:2]
+    before = int(_colliding(codes).sum())
+    if method == "suffix":
+        return Uniqueness(_suffix(codes, size), before, 0, 0)
+    if len(codes) > size**levels:
+        raise UserError(
+            f"{len(codes)} items do not fit {levels} levels of {size} codes",
+            cause=f"there are {size**levels} semantic IDs",
+            fix="raise tokenizer.levels or tokenizer.codebook_size",
+        )
+    fresh = codes.clone()
+    if method == "sinkhorn":
+        _sinkhorn_rounds(fresh, z, codebooks)
+    elif method != "assign":
+        raise UserError(f"tokenizer.unique must be assign, sinkhorn or suffix, got {method!r}")
+    moved = _spread_full_groups(fresh, z, codebooks)
+    _assign_groups(fresh, z, codebooks)
+    return Uniqueness(fresh, before, int((fresh != codes).sum()), moved)
+
+
+def place_new(codes: Tensor, z: Tensor, codebooks: Tensor, *, taken: Tensor, method: str = "assign") -> Tensor:
+    """Distinct codes for new items, none of them among ``taken`` [N, levels], which stay as they are.
+
+    One item after the other takes the nearest free last code of its prefix (or suffix), else of the nearest
+    prefix with room. Raises UserError where a suffix group is full.
+    """
+    used = {tuple(row) for row in taken.tolist()}
+    size, suffix = codebooks.shape[1], method == "suffix"
+    placed = []
+    for row, latent in zip(codes.tolist(), z, strict=True):
+        options = ((*row, k) for k in range(size)) if suffix else _nearest_ids(row, latent, codebooks)
+        chosen = next((o for o in options if o not in used), None)
+        if chosen is None:
+            raise UserError(f"no free semantic ID is left for codes {tuple(row)}", fix="train a new tokenizer")
+        used.add(chosen)
+        placed.append(chosen)
+    return torch.tensor(placed, dtype=torch.int64).reshape(len(placed), taken.shape[1])
+
+
+def _colliding(codes: Tensor) -> Tensor:
+    """True for the items that share all their codes with another, [N] bool."""
+    _, inverse, counts = codes.unique(dim=0, return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
+
+
+def _groups(codes: Tensor) -> dict[tuple[int, ...], list[int]]:
+    """Items by their first M − 1 codes, in item order."""
+    groups = defaultdict(list)
+    for item, prefix in enumerate(codes[:, :-1].tolist()):
+        groups[tuple(prefix)].append(item)
+    return groups
+
+
+def _suffix(codes: Tensor, size: int) -> Tensor:
+    seen: Counter[tuple[int, ...]] = Counter()
+    suffix = []
+    for row in map(tuple, codes.tolist()):
+        suffix.append(seen[row])
+        seen[row] += 1
+    largest = seen.most_common(1)[0] if seen else ((), 0)
+    if largest[1] > size:
+        raise UserError(
+            f"{largest[1]} items share the codes {largest[0]}, and a suffix has {size} values",
+            fix="use tokenizer.unique=assign, or raise tokenizer.codebook_size",
+        )
+    return torch.cat([codes, torch.tensor(suffix, dtype=codes.dtype).reshape(-1, 1)], dim=1)
+
+
+def _last_cost(z: Tensor, prefix: tuple[int, ...], codebooks: Tensor) -> Tensor:
+    """Squared distance [n, K] of what the prefix leaves of z [n, Z] to the last codebook."""
+    residual = z.double()
+    for level, code in enumerate(prefix):
+        residual = residual - codebooks[level, code].double()
+    return torch.cdist(residual, codebooks[len(prefix)].double()).square()
+
+
+def _assign_groups(codes: Tensor, z: Tensor, codebooks: Tensor) -> None:
+    """Exact minimum-cost assignment of the colliding items of each group to its free last codes; in place."""
+    size = codebooks.shape[1]
+    for prefix, members in _groups(codes).items():
+        count = Counter(codes[members, -1].tolist())
+        colliding = [i for i in members if count[int(codes[i, -1])] > 1]
+        if not colliding:
+            continue
+        kept = {code for code, n in count.items() if n == 1}
+        free = [code for code in range(size) if code not in kept]
+        cost = _last_cost(z[colliding], prefix, codebooks)[:, free]
+        rows, columns = linear_sum_assignment(cost.numpy())
+        codes[torch.tensor(colliding)[rows], -1] = torch.tensor(free)[columns]
+
+
+def _spread_full_groups(codes: Tensor, z: Tensor, codebooks: Tensor) -> int:
+    """Move the surplus of groups above K, the farthest items first, to the nearest prefix with room; in place."""
+    size = codebooks.shape[1]
+    groups = _groups(codes)
+    filled = Counter({prefix: len(members) for prefix, members in groups.items()})
+    moved = 0
+    for prefix, members in groups.items():
+        if len(members) <= size:
+            continue
+        distance = _last_cost(z[members], prefix, codebooks).min(1).values
+        for index in distance.argsort(descending=True, stable=True)[: len(members) - size].tolist():
+            item = members[index]
+            target = next(p for p in _nearest_prefixes(prefix, z[item], codebooks) if filled[p] < size)
+            filled[prefix] -= 1
+            filled[target] += 1
+            codes[item, :-1] = torch.tensor(target, dtype=codes.dtype)
+            codes[item, -1] = _last_cost(z[item : item + 1], target, codebooks).argmin()
+            moved += 1
+    return moved
+
+
+def _nearest_prefixes(prefix: tuple[int, ...], z: Tensor, codebooks: Tensor) -> Iterator[tuple[int, ...]]:
+    """Prefixes in order of distance to z [Z]: first those that differ in the last code alone, then in the last two, …"""
+    for kept in range(len(prefix) - 1, -1, -1):
+        tails = list(itertools.product(range(codebooks.shape[1]), repeat=len(prefix) - kept))
+        sums = sum(codebooks[kept + i, list(tail)].double() for i, tail in enumerate(zip(*tails, strict=True)))
+        head = sum((codebooks[m, c].double() for m, c in enumerate(prefix[:kept])), torch.zeros_like(z).double())
+        distance = (z.double() - head - sums).square().sum(1)
+        for index in distance.argsort(stable=True).tolist():
+            yield (*prefix[:kept], *tails[index])
+
+
+def _nearest_ids(row: list[int], z: Tensor, codebooks: Tensor) -> Iterator[tuple[int, ...]]:
+    """Whole semantic IDs for z [Z]: its own prefix's last codes by distance, then those of the nearest prefixes."""
+    own = tuple(row[:-1])
+    for prefix in itertools.chain([own], _nearest_prefixes(own, z, codebooks)):
+        for code in _last_cost(z[None], prefix, codebooks)[0].argsort(stable=True).tolist():
+            yield (*prefix, code)
+
+
+def _sinkhorn_rounds(codes: Tensor, z: Tensor, codebooks: Tensor) -> None:
+    """Re-choose the last code of colliding items by entropic transport in small groups, a few rounds; in place."""
+    for _ in range(SINKHORN_ROUNDS):
+        items = torch.nonzero(_colliding(codes)).flatten()
+        if len(items) == 0:
+            return
+        for group in items.split(SINKHORN_GROUP):
+            residual = _residual_before_last(codes[group], z[group], codebooks)
+            cost = torch.cdist(residual, codebooks[-1].double()).square()
+            codes[group, -1] = _transport(cost).argmax(1)
+
+
+def _residual_before_last(codes: Tensor, z: Tensor, codebooks: Tensor) -> Tensor:
+    chosen = [codebooks[m, codes[:, m]].double() for m in range(len(codebooks) - 1)]
+    return z.double() - sum(chosen, torch.zeros_like(z).double())
+
+
+def _transport(cost: Tensor) -> Tensor:
+    """Balanced log-space Sinkhorn plan [n, K] for a cost scaled to −1 … 1."""
+    middle, half = (cost.max() + cost.min()) / 2, ((cost.max() - cost.min()) / 2).clamp_min(1e-12)
+    plan = -((cost - middle) / half) / SINKHORN_EPSILON
+    for _ in range(SINKHORN_ITERATIONS):
+        plan = plan - plan.logsumexp(0, keepdim=True)
+        plan = plan - plan.logsumexp(1, keepdim=True)
+    return plan

@@ -1,0 +1,145 @@
+"""RQ-VAE: fused items to semantic IDs (paper §3.3, equation 4).
+
+B items, h fused width, Z latent, M codebooks of K vectors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cemg.errors import UserError
+from cemg.tokenizer.fusion import MODALITIES, Fusion, ItemFeatures
+from cemg_kernels import residual_quantize
+
+DIVERSITY_ROWS = 1024  # the diversity loss needs every distance, so it looks at this many rows at most
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """Fusion and RQ-VAE. ``commit`` is the paper's α, ``diversity`` its β (equation 4)."""
+
+    levels: int = 4
+    codebook_size: int = 256
+    dim: int = 128
+    latent: int = 32
+    hidden: tuple[int, ...] = (512, 256, 128)
+    commit: float = 1.0
+    diversity: float = 0.01
+    recon_target: Literal["modalities", "h"] = "modalities"
+    unique: Literal["assign", "sinkhorn", "suffix"] = "assign"
+    epochs: int = 400
+    batch_size: int = 1024
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_epochs: int = 20
+    reseed_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("levels", "codebook_size", "dim", "latent", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.codebook_size <= 65_536:
+            raise UserError(f"tokenizer.codebook_size must be within 1 … 65536, got {self.codebook_size}")
+        for name in ("commit", "diversity"):
+            if getattr(self, name) < 0:
+                raise UserError(f"tokenizer.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The terms of equation 4 and their sum; ``explained`` is 1 − the residual share of each modality."""
+
+    total: Tensor
+    recon: Tensor
+    commit: Tensor
+    diversity: Tensor
+    explained: dict[str, Tensor]
+
+
+class RQVAE(nn.Module):
+    """Fusion, encoder, residual quantizer, decoder."""
+
+    def __init__(self, widths: dict[str, int], *, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.widths = dict(widths)
+        self.fusion = Fusion(widths, dim=config.dim)
+        sizes = (self.fusion.out_dim, *config.hidden, config.latent)
+        out = self.fusion.out_dim if config.recon_target == "h" else sum(widths.values())
+        self.encoder = _mlp(sizes)
+        self.decoder = _mlp((*reversed(sizes[1:]), out))
+        codebooks = torch.randn(config.levels, config.codebook_size, config.latent) / config.latent**0.5
+        self.codebooks = nn.Parameter(codebooks)  # [M, K, Z]
+
+    def encode(self, items: ItemFeatures) -> Tensor:
+        """z [B, Z]."""
+        return self.encoder(self.fusion(items)[0])
+
+    @torch.no_grad()
+    def tokenize(self, items: ItemFeatures) -> tuple[Tensor, Tensor]:
+        """Codes [B, M] int64 by nearest-code search level after level, and z [B, Z]."""
+        z = self.encode(items)
+        codes, _ = residual_quantize(z.contiguous(), self.codebooks.detach())
+        return codes.long(), z
+
+    def forward(self, items: ItemFeatures) -> tuple[Losses, Tensor]:
+        """Losses of a batch, and its codes [B, M]."""
+        h, _ = self.fusion(items)
+        z = self.encoder(h)
+        with torch.no_grad():
+            codes = residual_quantize(z.contiguous(), self.codebooks.detach())[0].long()
+        quantized, commit, diversity = self._quantize(z, codes)
+        decoded = self.decoder(z + (quantized - z).detach())  # straight-through
+        recon, explained = self._reconstruction(decoded, h, items)
+        total = recon + self.config.commit * commit + self.config.diversity * diversity
+        return Losses(total, recon, commit, diversity, explained), codes
+
+    def _quantize(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ẑ [B, Z], L_commit, L_div. r_{m+1} = r_m − sg[v_m]: the encoder gets every level's gradient."""
+        residual, quantized = z, torch.zeros_like(z)
+        commit, diversity = z.new_zeros(()), z.new_zeros(())
+        for level, codebook in enumerate(self.codebooks):
+            chosen = codebook[codes[:, level]]  # [B, Z]
+            to_code = (residual.detach() - chosen).square().sum(1).mean()
+            to_residual = (residual - chosen.detach()).square().sum(1).mean()
+            commit = commit + to_code + 0.25 * to_residual
+            diversity = diversity + negative_entropy(residual[:DIVERSITY_ROWS], codebook)
+            residual = residual - chosen.detach()
+            quantized = quantized + chosen
+        return quantized, commit, diversity
+
+    def _reconstruction(self, decoded: Tensor, h: Tensor, items: ItemFeatures) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.config.recon_target == "h":
+            target = h.detach()
+            loss = (decoded - target).square().sum(1).mean()
+            spread = (target - target.mean(0)).square().sum(1).mean()
+            return loss, {"h": 1 - loss.detach() / spread.clamp_min(1e-12)}
+        parts = dict(zip(MODALITIES, decoded.split([self.widths[k] for k in MODALITIES], dim=1), strict=True))
+        errors = torch.stack([(parts[k] - items.values[k]).square().sum(1) for k in MODALITIES], dim=1)  # [B, 3]
+        here = items.present.to(errors.dtype)
+        loss = ((errors * here).sum(1) / here.sum(1).clamp_min(1)).mean()
+        spread = torch.stack([items.values[k].square().sum(1) for k in MODALITIES], dim=1)
+        share = (errors * here).sum(0).detach() / (spread * here).sum(0).clamp_min(1e-12)
+        return loss, {k: 1 - share[i] for i, k in enumerate(MODALITIES) if bool(here[:, i].any())}
+
+
+def negative_entropy(residual: Tensor, codebook: Tensor) -> Tensor:
+    """Σ_k p̄_k log p̄_k, p̄ the batch mean of softmax(−‖r − v_k‖² / τ), τ the mean least distance (SPEC §3)."""
+    distance = torch.cdist(residual, codebook).square()  # [B, K]
+    temperature = distance.detach().min(1).values.mean().clamp_min(1e-6)
+    mean = F.softmax(-distance / temperature, dim=1).mean(0)  # [K]
+    return torch.xlogy(mean, mean).sum()
+
+
+def _mlp(sizes: tuple[int, ...]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(sizes):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
