@@ -1,0 +1,6 @@
+"""From a trained generator and a catalog to items (SPEC §4, inference)."""
+
+from cemg.decoding.engine import Decoder, Normalize, Recommendations
+from cemg.decoding.yardstick import TransformersDecoder, dict_trie
+
+__all__ = ["Decoder", "Normalize", "Recommendations", "TransformersDecoder", "dict_trie"]

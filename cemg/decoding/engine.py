@@ -1,0 +1,206 @@
+"""The engine: exact trie-constrained beam search for Hugging Face models, in plain PyTorch.
+
+Beams are queries: the prompt runs once a user, and a step feeds all W beams of a user as W more positions
+of one sequence, each of which sees the prompt and its own ancestors. So no cache is copied or re-ordered.
+
+B users, W beams, M levels, K codes a level, S prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from cemg.errors import UserError
+from cemg.tokenizer import Catalog
+from cemg_kernels import ItemFilter, trie_beam_step
+
+Normalize = Literal["vocab", "level", "valid"]
+MARGIN = 1e-4  # a result is certified where it beats everything pruned by this much
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendations:
+    """Best first. ``items`` [B, top] int64 (−1: none), ``scores`` [B, top] float32 (−inf), ``codes`` [B, top, M]
+    int64 (−1), ``certified`` [B]: how many leading results are proven to be the true top of the whole catalog.
+    """
+
+    items: Tensor
+    scores: Tensor
+    codes: Tensor
+    certified: Tensor
+
+    def top(self, count: int) -> Recommendations:
+        """The first ``count`` results of each row."""
+        first = (self.items[:, :count], self.scores[:, :count], self.codes[:, :count])
+        return Recommendations(*first, self.certified.clamp_max(count))
+
+
+class Stepper(Protocol):
+    """A model behind the beam search: logits of the first code, then of the next one for every beam."""
+
+    def start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last-position logits [B, 1, V]."""
+        ...
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Logits [B, W, V] after ``tokens`` [B, W], grown from beams ``parents`` [B, W] of the step before."""
+        ...
+
+
+class Decoder:
+    """``Decoder(model, catalog, code_token_start).decode(input_ids, attention_mask, beams)``.
+
+    Any Hugging Face T5 or decoder-only model whose token ``code_token_start + m·K + c`` is code c of level m.
+    ``normalize`` says over which tokens the log-softmax runs: the whole vocabulary, the level's K codes, or
+    the valid ones (SPEC §4). Scores are sums of log-probabilities (paper equation 6).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Normalize = "vocab"
+    ) -> None:
+        if normalize not in ("vocab", "level", "valid"):
+            raise UserError(f"normalize must be vocab, level or valid, got {normalize!r}")
+        needed = code_token_start + catalog.levels * catalog.codebook_size
+        rows = model.get_input_embeddings().num_embeddings
+        if needed > rows:
+            raise UserError(
+                "this catalog does not belong to the generator",
+                cause=f"{catalog.levels} levels of {catalog.codebook_size} codes from token {code_token_start} on "
+                f"need {needed} tokens, the model has {rows}",
+                fix="use the catalog that the model was trained on",
+            )
+        self.model, self.catalog, self.code_token_start, self.normalize = model, catalog, code_token_start, normalize
+        self.trie = catalog.trie.to(model.device)
+
+    @torch.inference_mode()
+    def decode(
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, *, filter: ItemFilter | None = None
+    ) -> Recommendations:
+        """The ``beams`` best items for prompts [B, S] (a decoder's padded on the left), best first.
+
+        ``filter`` admits some of the items only. Rows hold fewer items where fewer are legal: the rest is −1.
+        Raises UserError for fewer beams than one, and for shapes that differ.
+        """
+        if beams < 1:
+            raise UserError(f"beams must be at least 1, got {beams}")
+        if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
+            raise UserError(
+                f"input_ids and attention_mask must be [B, S] alike, got {list(input_ids.shape)} and {list(attention_mask.shape)}"
+            )
+        device = self.model.device
+        stepper = make_stepper(self.model)
+        logits = stepper.start(input_ids.to(device), attention_mask.to(device))  # [B, 1, V]
+        batch = len(input_ids)
+        scores = torch.zeros(batch, 1, device=device)
+        nodes = torch.zeros(batch, 1, dtype=torch.int32, device=device)  # the root
+        codes = torch.zeros(batch, 1, 0, dtype=torch.int64, device=device)
+        pruned = torch.full((batch,), float("-inf"), device=device)
+        for level in range(self.catalog.levels):
+            if level > 0:
+                tokens = self._tokens(codes[:, :, -1], level - 1)
+                logits = stepper.step(tokens, parents)  # noqa: F821 — bound by the step before
+            scores, parents, chosen, nodes, cut = self._select(logits, scores, nodes, beams, level, filter)
+            grown_from = parents.clamp_min(0)[:, :, None].expand(-1, -1, level)
+            codes = torch.cat((codes.gather(1, grown_from), chosen[:, :, None].long()), dim=2)  # [B, W, level + 1]
+            pruned = torch.maximum(pruned, cut)
+        return self._results(scores, nodes, codes, pruned)
+
+    def _tokens(self, codes: Tensor, level: int) -> Tensor:
+        """Tokens of codes [B, W] of a level; a dead beam's −1 becomes code 0, which nothing reads."""
+        return self.code_token_start + level * self.catalog.codebook_size + codes.clamp_min(0)
+
+    def _select(
+        self, logits: Tensor, scores: Tensor, nodes: Tensor, beams: int, level: int, filter: ItemFilter | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        size = self.catalog.codebook_size
+        first = self.code_token_start + level * size
+        total = logits.float().logsumexp(-1) if self.normalize == "vocab" else None  # [B, W]
+        columns = logits[:, :, first : first + size].float().contiguous()  # [B, W, K]
+        return trie_beam_step(columns, scores, nodes, self.trie, beams, self.normalize, total, filter)
+
+    def _results(self, scores: Tensor, nodes: Tensor, codes: Tensor, pruned: Tensor) -> Recommendations:
+        proven = (scores > pruned[:, None] + MARGIN) & (nodes >= 0)  # sorted, so the proven ones lead
+        items = self.trie.items(nodes.flatten()).reshape(nodes.shape)
+        dead = nodes < 0
+        codes = codes.masked_fill(dead[:, :, None], -1)
+        return Recommendations(items.cpu(), scores.cpu(), codes.cpu(), proven.sum(1).cpu())
+
+
+def make_stepper(model: PreTrainedModel) -> Stepper:
+    """The stepper of a model's family."""
+    return Seq2SeqStepper(model) if model.config.is_encoder_decoder else CausalStepper(model)
+
+
+class CausalStepper:
+    """A decoder-only model: beams as further positions of their user's sequence, under a 4-D attention mask."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+
+    def start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        self.prompt = attention_mask.bool()  # [B, S]
+        self.position = attention_mask.sum(1)  # [B], of the next token
+        self.ancestors: Tensor | None = None  # [B, W, steps × W] bool: which fed tokens a beam descends from
+        return out.logits
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        batch, beams = tokens.shape
+        itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        if self.ancestors is None:  # all grew from the one prompt
+            self.ancestors = itself
+        else:
+            index = parents.long().clamp_min(0)[:, :, None].expand(-1, -1, self.ancestors.shape[2])
+            self.ancestors = torch.cat((self.ancestors.gather(1, index), itself), dim=2)
+        seen = torch.cat((self.prompt[:, None].expand(-1, beams, -1), self.ancestors), dim=2)  # [B, W, S + steps·W]
+        dtype = self.model.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        out = self.model(
+            input_ids=tokens, attention_mask=mask[:, None], position_ids=self.position[:, None].expand(-1, beams),
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        self.position = self.position + 1
+        return out.logits
+
+
+class Seq2SeqStepper:
+    """T5: the encoder runs once a user; each beam is a row of the decoder, its cache re-ordered after a step."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+
+    def start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        encoded = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        self.encoded, self.mask = encoded, attention_mask
+        first = torch.full_like(input_ids[:, :1], self.model.config.decoder_start_token_id)
+        return self._forward(first)  # [B, 1, V]
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        batch, beams = tokens.shape
+        before = len(self.encoded) // batch  # beams of the step before: 1 at first
+        users = torch.arange(batch, device=tokens.device)[:, None] * before
+        rows = (users + parents.long().clamp_min(0)).flatten()  # [B·W]
+        self.cache.reorder_cache(rows)
+        if before != beams:
+            self.encoded, self.mask = self.encoded[rows], self.mask[rows]
+        return self._forward(tokens.reshape(-1, 1)).reshape(batch, beams, -1)
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        out = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=self.encoded), attention_mask=self.mask,
+            decoder_input_ids=tokens, past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        return out.logits

@@ -1,0 +1,153 @@
+"""The three backbones (SPEC §4): ``t5``, ``causal`` (a pre-trained decoder, LoRA for large ones), ``scratch``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from cemg.errors import UserError
+from cemg.generator.vocabulary import Vocabulary
+
+PAD, BOS, EOS, FIRST_CODE = 0, 1, 2, 3  # of a vocabulary without text
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneConfig:
+    """Which model, and its shape where it starts from scratch (``t5`` without ``pretrained``, and ``scratch``).
+
+    ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it. ``lora_rank`` 0 trains every
+    weight. ``ff`` 0 means 4 × dim. The defaults of ``t5`` are TIGER's size: 4 + 4 layers, 128, 6 heads × 64.
+    """
+
+    kind: Literal["t5", "causal", "scratch"] = "scratch"
+    pretrained: str = ""
+    gguf_file: str = ""
+    layers: int = 6
+    dim: int = 128
+    heads: int = 4
+    head_dim: int = 64
+    ff: int = 0
+    dropout: float = 0.2
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    instruction: str = ""
+    user_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind == "causal" and not self.pretrained:
+            raise UserError(
+                "backbone.kind=causal needs a pre-trained model",
+                fix="set backbone.pretrained to a hub name or a folder, or use backbone.kind=scratch",
+            )
+        if self.kind == "scratch" and self.dim % self.heads:
+            raise UserError(f"backbone.dim {self.dim} is not divisible by backbone.heads {self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"backbone.dropout must be within 0 … 1, got {self.dropout}")
+
+
+def build_backbone(
+    config: BackboneConfig, levels: int, codebook_size: int, *, history_items: int
+) -> tuple[PreTrainedModel, Vocabulary]:
+    """The model, its vocabulary extended by the codes. Weights from scratch follow torch's seed."""
+    if config.kind == "causal":
+        return _causal(config, levels, codebook_size)
+    if config.kind == "t5" and config.pretrained:
+        return _pretrained_t5(config, levels, codebook_size)
+    vocabulary = Vocabulary(levels, codebook_size, FIRST_CODE, PAD, BOS, EOS, config.user_tokens)
+    build = _t5 if config.kind == "t5" else _scratch
+    return build(config, vocabulary, levels * (history_items + 2) + 2), vocabulary
+
+
+def _scratch(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTrainedModel:
+    """A Transformer decoder with tied embeddings: the paper's *w/o LLM*."""
+    shape = GPT2Config(
+        vocab_size=vocabulary.size, n_positions=positions, n_embd=config.dim, n_layer=config.layers,
+        n_head=config.heads, n_inner=config.ff or None, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    return GPT2LMHeadModel(shape)
+
+
+def _t5(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTrainedModel:
+    shape = T5Config(
+        vocab_size=vocabulary.size, d_model=config.dim, d_kv=config.head_dim, d_ff=config.ff or 4 * config.dim,
+        num_layers=config.layers, num_decoder_layers=config.layers, num_heads=config.heads,
+        dropout_rate=config.dropout, feed_forward_proj="relu", pad_token_id=PAD, eos_token_id=EOS,
+        decoder_start_token_id=PAD,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(shape)
+
+
+def _pretrained_t5(config: BackboneConfig, levels: int, codebook_size: int) -> tuple[PreTrainedModel, Vocabulary]:
+    model = _load(T5ForConditionalGeneration, config)
+    start = model.config.vocab_size
+    pad, eos = model.config.pad_token_id, model.config.eos_token_id
+    vocabulary = Vocabulary(levels, codebook_size, start, pad, pad, eos, config.user_tokens)
+    model.resize_token_embeddings(vocabulary.size)
+    return _with_lora(model, config, "SEQ_2_SEQ_LM"), vocabulary
+
+
+def _causal(config: BackboneConfig, levels: int, codebook_size: int) -> tuple[PreTrainedModel, Vocabulary]:
+    model = _load(AutoModelForCausalLM, config)
+    instruction: tuple[int, ...] = ()
+    if config.instruction:
+        tokenizer = AutoTokenizer.from_pretrained(config.pretrained, **_gguf(config))
+        instruction = tuple(tokenizer(config.instruction, add_special_tokens=False)["input_ids"])
+    start = model.get_input_embeddings().num_embeddings
+    eos = _first(model.config.eos_token_id, 0)
+    bos = _first(model.config.bos_token_id, eos)
+    pad = _first(model.config.pad_token_id, eos)
+    vocabulary = Vocabulary(levels, codebook_size, start, pad, bos, eos, config.user_tokens, instruction)
+    model.resize_token_embeddings(vocabulary.size)
+    return _with_lora(model, config, "CAUSAL_LM"), vocabulary
+
+
+def _first(token: int | list[int] | None, default: int) -> int:
+    if token is None:
+        return default
+    return token[0] if isinstance(token, list) else token
+
+
+def _gguf(config: BackboneConfig) -> dict[str, str]:
+    return {"gguf_file": config.gguf_file} if config.gguf_file else {}
+
+
+def _load(family: type, config: BackboneConfig) -> PreTrainedModel:
+    try:
+        return family.from_pretrained(config.pretrained, dtype=torch.float32, **_gguf(config))
+    except (OSError, ValueError, ImportError) as error:
+        where = "folder" if Path(config.pretrained).exists() else "hub name (is the network reachable?)"
+        raise UserError(
+            f"backbone.pretrained={config.pretrained} cannot be loaded as a {where}",
+            cause=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="name a folder with config.json and weights, or a model of the Hugging Face hub",
+        ) from error
+
+
+def _with_lora(model: PreTrainedModel, config: BackboneConfig, task: str) -> PreTrainedModel:
+    """LoRA on the linear layers; embeddings and head, which hold the new tokens, train whole."""
+    if config.lora_rank == 0:
+        return model
+    from peft import LoraConfig, get_peft_model  # a slow import that only LoRA needs
+
+    whole = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is model.get_input_embeddings()]
+    tied = model.config.get_text_config().tie_word_embeddings
+    if not tied:
+        whole += [n.rsplit(".", 1)[-1] for n, m in model.named_modules() if m is model.get_output_embeddings()]
+    lora = LoraConfig(
+        task_type=task, r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.dropout,
+        target_modules="all-linear", modules_to_save=sorted(set(whole)), ensure_weight_tying=tied,
+    )  # fmt: skip
+    return get_peft_model(model, lora)

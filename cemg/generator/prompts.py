@@ -1,0 +1,155 @@
+"""Histories to token sequences: training samples and inference prompts (paper §3.4.1, SPEC §4).
+
+A history keeps its newest ``history_items`` items, oldest first. Each target item is trained on once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from cemg.generator.vocabulary import Vocabulary
+
+IGNORED = -100  # the label that cross-entropy passes over
+
+
+class Sample(TypedDict):
+    input_ids: Tensor
+    labels: Tensor
+
+
+class Prompter:
+    """Builds prompts. ``item_tokens`` [N, levels] are the catalog's codes as tokens."""
+
+    def __init__(self, vocabulary: Vocabulary, codes: Tensor, *, history_items: int, seq2seq: bool) -> None:
+        self.vocabulary = vocabulary
+        self.item_tokens = vocabulary.tokens(codes)
+        self.history_items = history_items
+        self.seq2seq = seq2seq
+
+    def opening(self, user_id: str | None) -> list[int]:
+        """What stands before the codes: BOS and instruction of a decoder, then the user token where there is one."""
+        first = [] if self.seq2seq else [self.vocabulary.bos, *self.vocabulary.instruction]
+        return first + (self.vocabulary.user_token(user_id) if user_id is not None else [])
+
+    def prompt(self, history: np.ndarray, user_id: str | None = None) -> Tensor:
+        """Tokens of one history of catalog rows, int64 [S]."""
+        newest = torch.from_numpy(np.asarray(history[-self.history_items :], dtype=np.int64))
+        closing = [self.vocabulary.eos] if self.seq2seq else []
+        parts = (torch.tensor(self.opening(user_id), dtype=torch.int64), self.item_tokens[newest].flatten())
+        return torch.cat((*parts, torch.tensor(closing, dtype=torch.int64)))
+
+    def batch(self, histories: Sequence[np.ndarray], user_ids: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
+        """Padded prompts [B, S] int64 and their attention mask; a decoder's on the left, an encoder's on the right."""
+        names = user_ids if user_ids is not None else [None] * len(histories)
+        rows = [self.prompt(h, name) for h, name in zip(histories, names, strict=True)]
+        ids = pad(rows, self.vocabulary.pad, left=not self.seq2seq)
+        mask = pad([torch.ones_like(row) for row in rows], 0, left=not self.seq2seq)
+        return ids, mask
+
+    def samples(self, train: Sequence[np.ndarray], user_ids: Sequence[str]) -> Samples:
+        """Training samples: windows with every position a target, or for an encoder-decoder one per prefix."""
+        spans = _prefixes(train) if self.seq2seq else _windows(train, self.history_items)
+        return Samples(self, train, user_ids, list(spans))
+
+
+class Samples(Dataset[Sample]):
+    """Spans (user, first item, first target, end) of training sequences, tokenised when asked for."""
+
+    def __init__(
+        self, prompter: Prompter, train: Sequence[np.ndarray], user_ids: Sequence[str], spans: list[tuple[int, int, int, int]]
+    ) -> None:
+        self.prompter, self.train, self.user_ids, self.spans = prompter, train, user_ids, spans
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> Sample:
+        user, first, target, end = self.spans[index]
+        items = self.train[user][first:end]
+        make = self._seq2seq if self.prompter.seq2seq else self._causal
+        return make(items, target - first, self.user_ids[user])
+
+    def lengths(self) -> list[int]:
+        """Items each sample holds: what batches are bucketed by."""
+        return [end - first for _, first, _, end in self.spans]
+
+    def _causal(self, items: np.ndarray, target: int, user_id: str) -> Sample:
+        opening = torch.tensor(self.prompter.opening(user_id), dtype=torch.int64)
+        codes = self.prompter.item_tokens[torch.from_numpy(items.astype(np.int64))]  # [n, levels]
+        labels = codes.clone()
+        labels[:target] = IGNORED
+        ignored = torch.full_like(opening, IGNORED)
+        return {"input_ids": torch.cat((opening, codes.flatten())), "labels": torch.cat((ignored, labels.flatten()))}
+
+    def _seq2seq(self, items: np.ndarray, target: int, user_id: str) -> Sample:
+        label = self.prompter.item_tokens[int(items[target])]
+        return {"input_ids": self.prompter.prompt(items[:target], user_id), "labels": label}
+
+
+def _windows(train: Sequence[np.ndarray], history_items: int) -> Iterator[tuple[int, int, int, int]]:
+    """Windows of history_items + 1 items; later ones start half a history back, context that is not trained again."""
+    size, step = history_items + 1, max(history_items // 2, 1)
+    for user, items in enumerate(train):
+        if len(items) > 0:
+            yield user, 0, 0, min(size, len(items))
+        for target in range(size, len(items), step):
+            end = min(target + step, len(items))
+            yield user, max(end - size, 0), target, end
+
+
+def _prefixes(train: Sequence[np.ndarray]) -> Iterator[tuple[int, int, int, int]]:
+    for user, items in enumerate(train):
+        for target in range(1, len(items)):
+            yield user, 0, target, target + 1
+
+
+class Collate:
+    """Pads samples on the right to the longest of the batch; labels with IGNORED."""
+
+    def __init__(self, vocabulary: Vocabulary, *, seq2seq: bool) -> None:
+        self.vocabulary, self.seq2seq = vocabulary, seq2seq
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
+        rows = [s["input_ids"] for s in samples]
+        batch = {
+            "input_ids": pad(rows, self.vocabulary.pad, left=False),
+            "labels": pad([s["labels"] for s in samples], IGNORED, left=False),
+        }
+        if self.seq2seq:
+            batch["attention_mask"] = pad([torch.ones_like(row) for row in rows], 0, left=False)
+        return batch
+
+
+class Buckets(Sampler[list[int]]):
+    """Batches of samples of like length, shuffled anew each epoch from (seed, epoch); call ``set_epoch``."""
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
+        self.lengths = torch.tensor(lengths)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        shuffled = torch.randperm(len(self.lengths), generator=generator)
+        pools = shuffled.split(self.batch_size * 64)
+        by_length = torch.cat([pool[self.lengths[pool].argsort(stable=True)] for pool in pools])
+        batches = by_length.split(self.batch_size)
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[index].tolist()
+
+
+def pad(rows: Sequence[Tensor], value: int, *, left: bool) -> Tensor:
+    """Stack rows of different length to [B, S], filled with ``value``."""
+    side = "left" if left else "right"
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)

@@ -1,0 +1,283 @@
+"""Training of the generator: next-token cross-entropy (paper equation 5) with early stopping and exact resumption.
+
+Dropout and batch order follow (seed, step) and (seed, epoch), so the step number is the whole random state:
+a run that was killed continues with the losses it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from cemg.errors import UserError
+from cemg.generator.prompts import IGNORED, Buckets, Collate, Prompter, Samples
+from cemg.generator.vocabulary import Vocabulary
+from cemg.progress import Log, console
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorConfig:
+    """Optimisation of the generator. ``patience`` counts validations without a better NDCG@10; 0 never stops early."""
+
+    history_items: int = 20
+    epochs: int = 40
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_share: float = 0.03
+    schedule: Literal["cosine", "inverse-sqrt"] = "cosine"
+    label_smoothing: float = 0.0
+    clip: float = 1.0
+    validate_every: int = 2
+    patience: int = 6
+    checkpoint_seconds: int = 60
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("history_items", "epochs", "batch_size", "validate_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"generator.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"generator.label_smoothing must be within 0 … 1, got {self.label_smoothing}")
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a training stands: what a checkpoint carries besides tensors."""
+
+    step: int = 0
+    epoch: int = 0
+    epoch_loss: float = 0.0
+    epoch_steps: int = 0
+    best: float = -1.0
+    best_epoch: int = -1
+    stale: int = 0
+    seconds: float = 0.0
+
+
+def train_generator(
+    model: PreTrainedModel,
+    vocabulary: Vocabulary,
+    prompter: Prompter,
+    train: Sequence[np.ndarray],
+    *,
+    user_ids: Sequence[str],
+    validate: Callable[[PreTrainedModel], float],
+    config: GeneratorConfig,
+    folder: Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    log: Log | None = None,
+) -> Progress:
+    """Train in place; at the end the model holds the weights of the best validation.
+
+    ``train`` are users' item rows, ``validate`` gives NDCG@10. ``folder`` keeps the checkpoints; a later call
+    with the same arguments resumes there. Raises UserError where no position can be trained on, and where
+    the device's memory runs out.
+    """
+    samples = prompter.samples(train, user_ids)
+    if len(samples) == 0:
+        raise UserError("no training sample: every user's training part is empty", fix="check: cemg-data stats")
+    try:
+        return _Training(model, vocabulary, samples, prompter.seq2seq, validate, config, folder, device, dtype, log).run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{device} ran out of memory with batches of {config.batch_size}",
+            cause=str(error).split(". ")[0],
+            fix=f"--set generator.batch_size={max(config.batch_size // 2, 1)}, or --dtype bfloat16",
+        ) from error
+
+
+class _Training:
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: Vocabulary, samples: Samples, seq2seq: bool,
+        validate: Callable[[PreTrainedModel], float], config: GeneratorConfig, folder: Path, device: str,
+        dtype: str, log: Log | None,
+    ) -> None:  # fmt: skip
+        self.config, self.folder, self.log, self.validate = config, folder, log, validate
+        precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
+        loader = DataLoader(samples, batch_sampler=self.buckets, collate_fn=Collate(vocabulary, seq2seq=seq2seq))
+        self.optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98))
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
+        self.plain: PreTrainedModel = model
+        self.seq2seq = seq2seq
+        self.total = len(self.buckets) * config.epochs
+        self.state = Progress()
+        self.saved_at = time.monotonic()
+
+    def run(self) -> Progress:
+        self._resume()
+        started = time.monotonic() - self.state.seconds
+        while self.state.epoch < self.config.epochs and not self._stale():
+            self._epoch(started)
+            self.state.seconds = time.monotonic() - started
+            self._close_epoch()
+        best = self.folder / "best.safetensors"
+        if best.is_file():
+            load_weights(self.plain, best)
+        return self.state
+
+    def _epoch(self, started: float) -> None:
+        self.buckets.set_epoch(self.state.epoch)
+        first = self.state.step - self.state.epoch * len(self.buckets)
+        loader = self.accelerator.skip_first_batches(self.loader, first) if first else self.loader
+        for batch in loader:
+            self.state.epoch_loss += self._step(batch)
+            self.state.epoch_steps += 1
+            self.state.step += 1
+            if time.monotonic() - self.saved_at > self.config.checkpoint_seconds:
+                self.state.seconds = time.monotonic() - started
+                self._checkpoint()
+
+    def _step(self, batch: dict[str, Tensor]) -> float:
+        self.model.train()
+        torch.manual_seed(self.config.seed * 1_000_003 + self.state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * learning_rate_share(self.state.step, self.total, self.config)
+        with self.accelerator.autocast():
+            loss = self._loss(batch)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise UserError(f"the loss is {value} at step {self.state.step}", fix="lower generator.learning_rate")
+        if self.log is not None:
+            self.log(self.state.step, {"generator/loss": value})
+        return value
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy over the positions that are targets; a decoder's are shifted by one."""
+        labels = batch["labels"]
+        if self.seq2seq:
+            logits = self.model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, use_cache=False
+            ).logits
+        else:  # padded on the right: a causal mask alone hides the padding
+            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+            labels = labels[:, 1:]
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED,
+            label_smoothing=self.config.label_smoothing if self.model.training else 0.0,
+        )  # fmt: skip
+
+    def _close_epoch(self) -> None:
+        state = self.state
+        loss, state.epoch_loss, state.epoch_steps = state.epoch_loss / max(state.epoch_steps, 1), 0.0, 0
+        state.epoch += 1
+        line = f"generator epoch {state.epoch}/{self.config.epochs}: loss {loss:.4f}"
+        if state.epoch % self.config.validate_every == 0 or state.epoch == self.config.epochs:
+            line += f", validation NDCG@10 {self._validate():.4f} (best {state.best:.4f})"
+        console.print(f"{line}, {state.seconds:.0f} s", highlight=False)
+        self._checkpoint()
+
+    def _validate(self) -> float:
+        self.plain.eval()
+        score = self.validate(self.plain)
+        state = self.state
+        if score > state.best:
+            state.best, state.best_epoch, state.stale = score, state.epoch, 0
+            _write(weights_of(self.plain), self.folder / "best.safetensors")
+        else:
+            state.stale += 1
+        if self.log is not None:
+            self.log(state.step, {"generator/ndcg@10": score})
+        return score
+
+    def _stale(self) -> bool:
+        return 0 < self.config.patience <= self.state.stale
+
+    def _checkpoint(self) -> None:
+        """One file with weights, optimizer moments and the step; renamed into place when whole."""
+        tensors = {f"model.{k}": v for k, v in weights_of(self.plain).items()}
+        for index, slot in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in slot.items()}
+        state = {name: getattr(self.state, name) for name in Progress.__slots__}
+        _write(tensors, self.folder / "checkpoint.safetensors", state=json.dumps(state))
+        self.saved_at = time.monotonic()
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.safetensors"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            return
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            self.state = Progress(**json.loads(file.metadata()["state"]))
+        tensors = load_file(path)
+        _assign(self.plain, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        full = self.optimizer.state_dict()
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                slots.setdefault(int(index), {})[name] = value
+        full["state"] = slots
+        self.optimizer.load_state_dict(full)
+        console.print(f"generator: resumed at step {self.state.step} of {self.total}", highlight=False)
+
+
+def learning_rate_share(step: int, total: int, config: GeneratorConfig) -> float:
+    """Linear warm-up over ``warmup_share`` of all steps, then cosine to 0 or the inverse square root."""
+    warm = max(int(total * config.warmup_share), 1)
+    if step < warm:
+        return (step + 1) / warm
+    if config.schedule == "inverse-sqrt":
+        return math.sqrt(warm / (step + 1))
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Trained weights by name, shared ones once; of a LoRA model only what it trains."""
+    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_weights(model: PreTrainedModel, path: Path) -> None:
+    """Put the weights that ``weights_of`` gave back into a model of the same shape; UserError names what differs."""
+    _assign(model, load_file(path), path)
+
+
+@torch.no_grad()
+def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], path: Path | str = "the checkpoint") -> None:
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise UserError(f"{path} holds other weights than this model", cause=f"{len(odd)} differ, first {odd[0]}")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            cause = f"{name} is {list(tensors[name].shape)} there and {list(parameter.shape)} here"
+            raise UserError(f"{path} holds weights of another shape", cause=cause)
+        parameter.copy_(tensors[name])
+
+
+def _write(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_name(f".{path.name}")
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, whole, metadata=metadata)
+    whole.replace(path)
+
+
+def _groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices decay; biases, norms and embeddings do not."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
+    rest = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
