@@ -1,0 +1,1 @@
+"""The commands: what `cemg-…` on the command line runs."""

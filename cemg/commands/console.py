@@ -1,0 +1,20 @@
+"""Running a command: the user's mistakes end in a few lines on stderr and exit code 2, not in a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cemg.errors import UserError
+
+
+def run(app: typer.Typer) -> None:
+    """Run ``app`` on ``sys.argv``; a UserError is printed as ``error: …``, cause and fix; exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print("error:", *error.lines()[:1], file=sys.stderr)
+        for line in error.lines()[1:]:
+            print(line, file=sys.stderr)
+        sys.exit(2)

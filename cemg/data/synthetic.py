@@ -1,0 +1,230 @@
+"""The synthetic set: a small world whose every signal is planted by rule, for the demo and the fast tests.
+
+Each item belongs to one of C clusters in each of three independent ways: a visual cluster (seen only in its
+picture), a textual one (read only in its text) and a collaborative one (known only from who buys it). Each
+user likes a few clusters of each kind and has a habit: after a cluster comes the next liked one, in cyclic
+order. So who ignores pictures, texts, co-purchases or the order of purchases loses something.
+
+U users, N items, C clusters a kind, 3 kinds: visual, textual, collaborative.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from PIL import Image, ImageDraw
+
+from cemg.data.dataset import Dataset
+from cemg.errors import UserError
+
+KINDS = ("visual", "textual", "collaborative")
+CLUSTERS = 6  # of each kind; 6 x 6 x 6 cells hold 400 items, about two each
+LIKED = 2  # clusters of each kind that a user likes
+TASTE, HABIT = 2.0, 2.5  # added to an item's log-weight per kind that fits the user's taste, and its habit
+SKEW = 0.9  # popularity of the item of rank r is r ** -SKEW
+NEW, NEW_WEIGHT = 0.1, 0.1  # this share of the items is new: its popularity is cut to this part
+SHORTEST, LONGEST = 6, 25
+MISSING = 0.03  # share of items without a picture, and of items without a text
+SIDE = 80  # pixels of a drawn picture
+
+SHAPES = ("disc", "square", "triangle", "ring", "cross", "stripes")
+COLOURS = ((205, 45, 45), (45, 95, 205), (50, 160, 70), (225, 165, 30), (140, 60, 170), (40, 40, 45))
+TOPICS = (
+    ("garden", "trowel watering-can seedling compost rake greenhouse tulip hedge", "grow beds of flowers"),
+    ("kitchen", "skillet whisk ladle saucepan casserole rolling-pin oven dough", "cook supper for friends"),
+    ("astronomy", "telescope star-chart planet eclipse comet nebula tripod orbit", "watch the night sky"),
+    ("music", "violin metronome sheet-music cello drumstick melody piano chorus", "practise a concerto"),
+    ("sailing", "rudder anchor jib compass dinghy mooring harbour keel", "cross the bay in a breeze"),
+    ("office", "stapler notebook folder ledger calendar envelope printer desk", "keep the papers in order"),
+)
+ADJECTIVES = (
+    "plain",
+    "sturdy",
+    "modest",
+    "clever",
+    "quiet",
+    "handy",
+    "lasting",
+    "simple",
+    "honest",
+    "trusty",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The planted truth. ``clusters`` [N, 3] int, ``popularity`` [N] float, ``likes`` [U, 3, C] bool.
+
+    ``following`` [U, 3, C] int: the liked cluster that the user's habit puts after each cluster.
+    """
+
+    clusters: np.ndarray
+    popularity: np.ndarray
+    likes: np.ndarray
+    following: np.ndarray
+
+    def scores(self, last: np.ndarray | None, *, blind_to: str | None = None) -> np.ndarray:
+        """Log-weight of every item as each user's next, [U, N], after the items ``last`` [U] (None: first).
+
+        ``blind_to`` leaves one of KINDS out: what an observer without that signal would compute.
+        """
+        weight = np.repeat(np.log(self.popularity)[None, :], len(self.likes), axis=0)  # [U, N]
+        for kind, name in enumerate(KINDS):
+            if name == blind_to:
+                continue
+            cluster = self.clusters[:, kind]  # [N]
+            weight += TASTE * self.likes[:, kind][:, cluster]
+            if last is not None:
+                users = np.arange(len(last))
+                expected = self.following[users, kind, cluster[last]]  # [U]
+                weight += HABIT * (cluster[None, :] == expected[:, None])
+        return weight
+
+
+def plant(*, users: int, items: int, seed: int) -> World:
+    """Draw the clusters of the items and the likes of the users."""
+    rng = np.random.default_rng([seed, 1])
+    clusters = np.stack([rng.permutation(np.arange(items) % CLUSTERS) for _ in KINDS], axis=1)
+    popularity = np.arange(1, items + 1, dtype=np.float64) ** -SKEW
+    popularity[rng.permutation(items)[: round(NEW * items)]] *= NEW_WEIGHT
+    order = rng.random((users, len(KINDS), CLUSTERS)).argsort(axis=2)
+    likes = order < LIKED
+    return World(clusters, rng.permutation(popularity), likes, _following(likes))
+
+
+def synthetic_dataset(folder: Path, *, users: int = 1200, items: int = 400, seed: int = 0) -> Dataset:
+    """Draw, write and sell the synthetic set; the same arguments give the same set.
+
+    Writes ``folder/images/*.png`` and ``folder/planted.parquet`` (see `planted_clusters`). Raises UserError
+    where the world would be too small for its longest history.
+    """
+    if users < 1 or items < 2 * LONGEST:
+        raise UserError(f"a synthetic set needs a user and {2 * LONGEST} items, got {users} and {items}")
+    world = plant(users=users, items=items, seed=seed)
+    titles, texts = _write_texts(world, seed)
+    data = Dataset(
+        name="synthetic",
+        user_ids=[f"user-{u + 1:04d}" for u in range(users)],
+        item_ids=[f"item-{i + 1:04d}" for i in range(items)],
+        sequences=_buy(world, np.random.default_rng([seed, 2])),
+        titles=titles,
+        texts=texts,
+        images=_draw_images(world, folder / "images", seed),
+        tie_rule="no ties: the order of purchase is generated",
+        synthetic=True,
+        notes=[f"synthetic: pictures drawn, texts written and purchases generated by rule, seed {seed}"],
+    )
+    columns = {"item": np.arange(items, dtype=np.int32)}
+    columns |= {name: world.clusters[:, kind].astype(np.int32) for kind, name in enumerate(KINDS)}
+    pl.DataFrame(columns).write_parquet(folder / "planted.parquet")
+    return data
+
+
+def planted_clusters(folder: Path) -> pl.DataFrame:
+    """The planted labels, a row per item: ``item``, ``visual``, ``textual``, ``collaborative``, all int32."""
+    if not (folder / "planted.parquet").is_file():
+        fix = f"draw the set: cemg-data synthetic {folder}"
+        raise UserError(f"{folder / 'planted.parquet'} is missing", fix=fix)
+    return pl.read_parquet(folder / "planted.parquet")
+
+
+def _following(likes: np.ndarray) -> np.ndarray:
+    """The first liked cluster after each cluster, in cyclic order; [U, 3, C] bool -> [U, 3, C] int."""
+    following = np.zeros(likes.shape, dtype=np.int64)
+    for step in range(CLUSTERS, 0, -1):  # the nearest is written last
+        candidate = (np.arange(CLUSTERS) + step) % CLUSTERS
+        following = np.where(likes[:, :, candidate], candidate, following)
+    return following
+
+
+def _buy(world: World, rng: np.random.Generator) -> list[np.ndarray]:
+    """Every user's purchases: at each step an item not yet owned, drawn by its weight (Gumbel-max)."""
+    users, items = len(world.likes), len(world.clusters)
+    lengths = np.minimum(SHORTEST + rng.geometric(0.14, users) - 1, LONGEST)
+    bought = np.full((users, LONGEST), -1, dtype=np.int32)
+    owned = np.zeros((users, items), dtype=bool)
+    last = None
+    for step in range(int(lengths.max())):
+        weight = world.scores(last) + rng.gumbel(size=(users, items))
+        last = np.where(owned, -np.inf, weight).argmax(axis=1)  # [U]
+        bought[:, step] = last
+        owned[np.arange(users), last] = True
+    return [row[:length].copy() for row, length in zip(bought, lengths, strict=True)]
+
+
+def _write_texts(world: World, seed: int) -> tuple[list[str], list[str | None]]:
+    """A title and a text for each item, telling its textual cluster only; "" and None for the missing."""
+    titles: list[str] = []
+    texts: list[str | None] = []
+    for item, topic in enumerate(world.clusters[:, KINDS.index("textual")]):
+        rng = np.random.default_rng([seed, 3, item])
+        title, text = _write_text(topic, rng)
+        missing = rng.random() < MISSING
+        titles.append("" if missing else title)
+        texts.append(None if missing else text)
+    return titles, texts
+
+
+def _write_text(topic: int, rng: np.random.Generator) -> tuple[str, str]:
+    name, words, purpose = TOPICS[topic]
+    things = [str(word).replace("-", " ") for word in rng.permutation(words.split())]
+    first, second = (str(word) for word in rng.permutation(ADJECTIVES)[:2])
+    title = f"{first.capitalize()} {things[0]}"
+    text = f"{title}. A {second} thing from the {name} shelf, for those who {purpose}; "
+    return title, text + f"goes well with the {things[1]}, the {things[2]} and the {things[3]}."
+
+
+def _draw_images(world: World, folder: Path, seed: int) -> list[Path | None]:
+    """Draw one picture an item, telling its visual cluster only; None for the missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images: list[Path | None] = []
+    for item, cluster in enumerate(world.clusters[:, KINDS.index("visual")]):
+        rng = np.random.default_rng([seed, 4, item])
+        if rng.random() < MISSING:
+            images.append(None)
+            continue
+        path = folder / f"item-{item + 1:04d}.png"
+        _draw_image(cluster, rng).save(path)
+        images.append(path)
+    return images
+
+
+def _draw_image(cluster: int, rng: np.random.Generator) -> Image.Image:
+    """A shape in its cluster's colour, of random size, place and shade, on a pale random ground."""
+    ground = np.clip(rng.integers(205, 250) + rng.integers(-12, 13, (SIDE, SIDE, 3)), 0, 255)
+    image = Image.fromarray(ground.astype(np.uint8))
+    shade = rng.integers(-25, 26, 3)
+    red, green, blue = (int(c) for c in np.clip(np.array(COLOURS[cluster]) + shade, 0, 255))
+    x, y = (float(v) for v in SIDE / 2 + rng.uniform(-8, 8, 2))
+    place = (x, y, float(rng.uniform(18, 28)))
+    _draw_shape(ImageDraw.Draw(image), SHAPES[cluster], place, (red, green, blue))
+    return image
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, place: tuple[float, float, float], colour: tuple[int, int, int]
+) -> None:
+    """Draw ``shape`` in ``place`` = (x, y, radius)."""
+    x, y, radius = place
+    box = (x - radius, y - radius, x + radius, y + radius)
+    third = radius / 3
+    match shape:
+        case "disc":
+            draw.ellipse(box, fill=colour)
+        case "square":
+            draw.rectangle(box, fill=colour)
+        case "triangle":
+            turns = [math.radians(angle) for angle in (-90, 30, 150)]
+            draw.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in turns], fill=colour)
+        case "ring":
+            draw.ellipse(box, outline=colour, width=int(radius / 2.5))
+        case "cross":
+            draw.rectangle((x - third, y - radius, x + third, y + radius), fill=colour)
+            draw.rectangle((x - radius, y - third, x + radius, y + third), fill=colour)
+        case _:  # stripes
+            for top in np.arange(y - radius, y + radius, 2 * third):
+                draw.rectangle((x - radius, float(top), x + radius, float(top) + third), fill=colour)

@@ -1,0 +1,117 @@
+"""``cemg-data`` from the outside: what it prints where, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cemg.commands.data import main
+from cemg.data import Dataset, read_dataset
+from cemg.data.synthetic import planted_clusters
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "interactions.csv").write_text("user,item,timestamp\na,x,1\na,y,2\na,z,3\nb,x,1\n")
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["cemg-data", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+def test_stats_prints_table_1_to_stdout_and_notes_to_stderr(command, shop):
+    code, out, err = command("stats", shop, "--min-count", 0)
+    head, row = out.splitlines()
+    assert code == 0
+    assert head.split("  ") and row.split() == ["shop", "2", "3", "4", "2.0", "33.33", "%"]
+    assert [name for name in ("#Users", "#Items", "#Interactions", "Avg. Len.", "Sparsity") if name in head]
+    assert err == "note: no items.csv: items have no text\n"
+
+
+def test_stats_as_json_is_read_by_a_program(command, shop):
+    code, out, _ = command("stats", shop, "--min-count", 0, "--json")
+    numbers = json.loads(out)
+    assert code == 0
+    assert (numbers["users"], numbers["items"], numbers["interactions"]) == (2, 3, 4)
+    assert numbers["avg_length"] == 2 and numbers["sparsity"] == pytest.approx(1 / 3)
+    assert numbers["synthetic"] is False and numbers["items_with_text"] == 0
+
+
+def test_a_users_mistake_is_three_short_lines_and_exit_code_2(command, shop):
+    code, out, err = command("stats", shop)
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: shop: none of 4 interactions is left\n"
+        "  cause: ratings of any height, 5-core\n"
+        "  fix:   lower min_count\n"
+    )
+
+
+def test_a_wrong_option_has_exit_code_2_too(command, shop):
+    code, _, err = command("stats", shop, "--format", "xls")
+    assert code == 2 and "xls" in err
+
+
+def test_prepare_writes_a_folder_that_reads_back_and_refuses_to_overwrite(command, shop, tmp_path):
+    out = tmp_path / "new" / "prepared"
+    words = ("prepare", shop, out, "--min-count", 0, "--name", "corner shop")
+    assert command(*words)[:2] == (0, f"{out}\n")
+    assert Dataset.load(out).name == "corner shop"
+    code, _, err = command(*words)
+    assert code == 2 and "exists" in err and "--force" in err
+    assert command(*words[:-1], "other", "--force")[0] == 0
+    assert Dataset.load(out).name == "other"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["prepared"]  # nothing half-made is left
+
+
+def test_force_never_replaces_what_is_no_prepared_folder_or_holds_the_source(command, shop, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "letter.txt").touch()
+    code, _, err = command("prepare", shop, tmp_path / "precious", "--force", "--min-count", 0)
+    assert code == 2 and "no prepared folder" in err and (tmp_path / "precious" / "letter.txt").exists()
+    for out in (shop, tmp_path):
+        code, _, err = command("prepare", shop, out, "--force", "--min-count", 0)
+        assert code == 2 and "holds the source" in err
+
+
+def test_a_failed_prepare_leaves_nothing_and_keeps_the_old(command, shop, tmp_path):
+    out = tmp_path / "prepared"
+    command("prepare", shop, out, "--min-count", 0)
+    code, _, _ = command("prepare", shop, out, "--force")
+    assert code == 2 and Dataset.load(out).num_users == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prepared", "shop"]
+
+
+def test_columns_are_given_as_roles(command, shop):
+    (shop / "interactions.csv").write_text("uid,sku,ts\na,x,1\n")
+    assert command("stats", shop, "--min-count", 0, "--columns", "user=uid,item=sku,timestamp=ts")[0] == 0
+    code, _, err = command("stats", shop, "--columns", "who=uid")
+    assert code == 2 and "--columns who=uid is not understood" in err
+
+
+def test_the_synthetic_set_is_whole_says_so_and_finds_its_pictures(command, tmp_path):
+    out = tmp_path / "toy"
+    assert command("synthetic", out, "--users", 20, "--items", 60)[:2] == (0, f"{out}\n")
+    data = read_dataset(out)
+    assert data.synthetic and all(path.is_file() for path in data.images if path)
+    assert planted_clusters(out).height == 60
+    assert "synthetic" in command("stats", out)[1]
+
+
+@pytest.mark.parametrize("command_name", ["stats", "prepare", "synthetic"])
+def test_help_has_an_example(command, command_name):
+    code, out, _ = command(command_name, "--help")
+    assert code == 0 and f"Example: cemg-data {command_name}" in out
