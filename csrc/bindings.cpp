@@ -1,0 +1,163 @@
+// The only file that knows Python: addresses and sizes come in as integers, the GIL is released around work.
+// The caller owns all memory and has checked dtypes, shapes and devices (kernels/trie.py).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <variant>
+
+#include "cemg/trie_build.h"
+#include "cemg/trie_cpu.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+using AnyTrie = std::variant<cemg::TrieView<uint8_t>, cemg::TrieView<int16_t>>;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class Code>
+AnyTrie view_as(Address code, Address first_child, int32_t num_inner, int32_t num_nodes, int32_t size) {
+  return cemg::TrieView<Code>{at<const Code>(code), at<const int32_t>(first_child), num_inner, num_nodes,
+                              size};
+}
+
+AnyTrie make_view(Address code, int code_bytes, Address first_child, int32_t num_inner, int32_t num_nodes,
+                  int32_t size) {
+  if (code_bytes == 1) return view_as<uint8_t>(code, first_child, num_inner, num_nodes, size);
+  if (code_bytes == 2) return view_as<int16_t>(code, first_child, num_inner, num_nodes, size);
+  throw std::invalid_argument("codes take 1 or 2 bytes, got " + std::to_string(code_bytes) +
+                              "; build the trie with Trie.from_codes");
+}
+
+struct View {
+  AnyTrie trie;
+};
+
+cemg::FilterView filter_at(Address words, Address before) {
+  return {at<const uint64_t>(words), at<const int32_t>(before)};
+}
+
+[[noreturn]] void refuse(const cemg::BuildError& error) {
+  using Kind = cemg::BuildError::Kind;
+  const std::string value = std::to_string(error.value);
+  switch (error.kind) {
+    case Kind::kShape:
+      throw std::invalid_argument("codes must be [N, levels] with N >= 1 and 1 to 255 levels, got " + value +
+                                  " levels");
+    case Kind::kCodebookSize:
+      throw std::invalid_argument("codebook_size must be 1 to 32768, got " + value);
+    case Kind::kCodeOutOfRange:
+      throw std::invalid_argument("row " + std::to_string(error.row) + " has code " + value +
+                                  " outside the codebook; codes count from 0");
+    case Kind::kTooManyItems:
+    case Kind::kTooManyNodes:
+      throw std::invalid_argument(value + " items need more nodes than int32 counts; split the catalog");
+  }
+  throw std::invalid_argument("unknown build error");
+}
+
+cemg::TrieBuilder sort_codes(Address codes, int64_t rows, int32_t levels, int32_t codebook_size) {
+  if (rows < 0 || levels < 0) throw std::invalid_argument("negative sizes; pass codes.shape");
+  const size_t cells = static_cast<size_t>(rows) * static_cast<size_t>(levels);
+  auto built = cemg::TrieBuilder::sort({at<const int32_t>(codes), cells}, levels, codebook_size);
+  if (const auto* error = std::get_if<cemg::BuildError>(&built)) refuse(*error);
+  return std::get<cemg::TrieBuilder>(std::move(built));
+}
+
+void write_arrays(const cemg::TrieBuilder& built, Address code, int code_bytes, Address first_child,
+                  Address rows) {
+  if (!built.duplicates().empty()) throw std::invalid_argument("codes with duplicates have no trie");
+  if (code_bytes == 1) return built.write(at<uint8_t>(code), at<int32_t>(first_child), at<int32_t>(rows));
+  if (code_bytes == 2) return built.write(at<int16_t>(code), at<int32_t>(first_child), at<int32_t>(rows));
+  throw std::invalid_argument("codes take 1 or 2 bytes, got " + std::to_string(code_bytes));
+}
+
+void lookup(const View& view, Address words, Address before, Address prefixes, int64_t rows, int64_t length,
+            Address out) {
+  const auto filter = filter_at(words, before);
+  std::visit(
+      [&](auto trie) { cemg::lookup(trie, filter, at<int64_t>(prefixes), rows, length, at<int32_t>(out)); },
+      view.trie);
+}
+
+void advance(const View& view, Address words, Address before, Address nodes, Address codes, int64_t rows,
+             Address out) {
+  const auto filter = filter_at(words, before);
+  std::visit(
+      [&](auto trie) {
+        cemg::advance(trie, filter, at<int32_t>(nodes), at<int64_t>(codes), rows, at<int32_t>(out));
+      },
+      view.trie);
+}
+
+void children(const View& view, Address words, Address before, Address nodes, int64_t rows, Address out_codes,
+              Address out_nodes) {
+  const auto filter = filter_at(words, before);
+  std::visit(
+      [&](auto trie) {
+        cemg::children(trie, filter, at<int32_t>(nodes), rows, at<int32_t>(out_codes),
+                       at<int32_t>(out_nodes));
+      },
+      view.trie);
+}
+
+void mask(const View& view, Address words, Address before, Address nodes, int64_t rows, Address out) {
+  const auto filter = filter_at(words, before);
+  std::visit([&](auto trie) { cemg::mask(trie, filter, at<int32_t>(nodes), rows, at<bool>(out)); },
+             view.trie);
+}
+
+void interval(const View& view, Address nodes, int64_t rows, Address out) {
+  std::visit([&](auto trie) { cemg::interval(trie, at<int32_t>(nodes), rows, at<int32_t>(out)); }, view.trie);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+  info["threads"] = omp_get_max_threads();
+#else
+  info["openmp"] = false;
+  info["threads"] = 1;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  module.doc() = "The trie in C++: raw addresses in, raw addresses out. Use cemg_kernels.Trie.";
+  module.def("build_info", &build_info);
+  py::class_<cemg::TrieBuilder>(module, "TrieBuilder")
+      .def(py::init(&sort_codes), py::arg("codes"), py::arg("rows"), py::arg("levels"),
+           py::arg("codebook_size"), release())
+      .def_property_readonly("num_nodes", &cemg::TrieBuilder::num_nodes)
+      .def_property_readonly("num_inner", &cemg::TrieBuilder::num_inner)
+      .def_property_readonly("duplicates", &cemg::TrieBuilder::duplicates)
+      .def("write", &write_arrays, py::arg("code"), py::arg("code_bytes"), py::arg("first_child"),
+           py::arg("rows"), release());
+  py::class_<View>(module, "TrieView")
+      .def(py::init([](Address code, int code_bytes, Address first_child, int32_t num_inner,
+                       int32_t num_nodes, int32_t codebook_size) {
+             return View{make_view(code, code_bytes, first_child, num_inner, num_nodes, codebook_size)};
+           }),
+           py::arg("code"), py::arg("code_bytes"), py::arg("first_child"), py::arg("num_inner"),
+           py::arg("num_nodes"), py::arg("codebook_size"))
+      .def("lookup", &lookup, release())
+      .def("advance", &advance, release())
+      .def("children", &children, release())
+      .def("mask", &mask, release())
+      .def("interval", &interval, release());
+}

@@ -1,0 +1,105 @@
+// The trie as flat arrays, and every lookup on them: one source for host and device.
+//
+// Nodes are numbered level by level, the root 0, siblings in the order of their codes. So the children of
+// a node are consecutive, the edge into node c is edge c - 1, and the leaves, the last `num_items` nodes,
+// are the items in sorted order: a leaf's place among the leaves is the item's rank.
+#pragma once
+
+#include <cstdint>
+#if !defined(__CUDA_ARCH__)
+#include <bit>
+#endif
+
+#if defined(__CUDACC__)
+#define CEMG_HD __host__ __device__
+#else
+#define CEMG_HD
+#endif
+
+namespace cemg {
+
+inline constexpr int32_t kRoot = 0;
+inline constexpr int32_t kNone = -1;
+
+struct Range {  // half open
+  int32_t begin;
+  int32_t end;
+};
+
+// A subset of the items: one bit a rank, and the allowed ranks counted before each block of 512 bits.
+struct FilterView {
+  static constexpr int32_t kBlockWords = 8;
+
+  const uint64_t* words;  // [blocks * 8], null: every item is allowed
+  const int32_t* before;  // [blocks], allowed ranks before the block
+
+  CEMG_HD static int32_t popcount(uint64_t word) noexcept {
+#if defined(__CUDA_ARCH__)
+    return __popcll(word);
+#else
+    return std::popcount(word);
+#endif
+  }
+
+  // How many ranks below `rank` are allowed.
+  CEMG_HD int32_t rank(int32_t rank) const noexcept {
+    if (rank == 0) return 0;
+    const int32_t last = (rank - 1) >> 6;  // the word of the last rank counted
+    const int32_t first = last / kBlockWords * kBlockWords;
+    int32_t count = before[last / kBlockWords];
+    for (int32_t w = first; w < last; ++w) count += popcount(words[w]);
+    return count + popcount(words[last] & (~uint64_t{0} >> (63 - ((rank - 1) & 63))));
+  }
+
+  CEMG_HD bool allows(Range ranks) const noexcept {
+    return words == nullptr || rank(ranks.end) > rank(ranks.begin);
+  }
+};
+
+template <class Code>
+struct TrieView {              // borrowed, trivially copyable, passed to kernels by value
+  const Code* code;            // [num_nodes - 1], code[c - 1] leads to node c; ascending among siblings
+  const int32_t* first_child;  // [num_inner + 1], first_child[n + 1] ends the children of n
+  int32_t num_inner;           // nodes with children; the first leaf's number
+  int32_t num_nodes;
+  int32_t codebook_size;
+
+  CEMG_HD bool is_node(int32_t node) const noexcept { return node >= 0 && node < num_nodes; }
+
+  CEMG_HD Range children(int32_t node) const noexcept {
+    if (node < 0 || node >= num_inner) return {0, 0};
+    return {first_child[node], first_child[node + 1]};
+  }
+
+  // The child of `node` along `code_value`, or kNone. A full node is indexed, any other searched.
+  CEMG_HD int32_t advance(int32_t node, int64_t code_value) const noexcept {
+    if (code_value < 0 || code_value >= codebook_size) return kNone;
+    const Range range = children(node);
+    if (range.end - range.begin == codebook_size) return range.begin + static_cast<int32_t>(code_value);
+    int32_t low = range.begin;
+    int32_t high = range.end;
+    while (low < high) {
+      const int32_t middle = low + (high - low) / 2;
+      if (static_cast<int64_t>(code[middle - 1]) < code_value) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low < range.end && static_cast<int64_t>(code[low - 1]) == code_value ? low : kNone;
+  }
+
+  // The ranks below a node; the whole level moves one down at a time, so both ends stay on one level.
+  CEMG_HD Range interval(int32_t node) const noexcept {
+    if (!is_node(node)) return {0, 0};
+    int32_t begin = node;
+    int32_t end = node + 1;
+    while (begin < num_inner) {
+      begin = first_child[begin];
+      end = first_child[end];
+    }
+    return {begin - num_inner, end - num_inner};
+  }
+};
+
+}  // namespace cemg

@@ -1,0 +1,116 @@
+"""Which backend of an operation runs: by device, by what is built, by one switch.
+
+An operation has up to four backends: ``reference`` (plain PyTorch, the definition), ``torch`` (tuned
+PyTorch), ``triton`` and ``native`` (C++). ``CEMG_FAST_KERNELS=0`` in the environment, or
+``use_fast_kernels(False)``, puts every operation on its reference; both are on by default.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+_native: ModuleType | None
+try:
+    from . import _native  # type: ignore[no-redef]
+
+    NATIVE_ERROR = ""
+except ImportError as error:
+    _native = None
+    NATIVE_ERROR = str(error)
+
+ENVIRONMENT = "CEMG_FAST_KERNELS"
+OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the preferred first
+    "residual_quantize": ("torch", "reference"),
+    "trie_softmax": ("reference",),
+    "trie_beam_step": ("torch", "reference"),
+    "trie": ("native", "reference"),
+    "lightgcn_propagate": ("torch", "reference"),
+}
+_override: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend an operation gets, and why in words."""
+
+    backend: str
+    why: str
+
+
+def use_fast_kernels(enabled: bool | None) -> None:
+    """Turn every backend but the references on or off, for this process; outranks the environment.
+
+    None gives the word back to the environment.
+    """
+    global _override
+    _override = enabled
+
+
+def fast_kernels_enabled() -> bool:
+    """What ``use_fast_kernels`` said last, else ``CEMG_FAST_KERNELS`` (0 or 1), else True.
+
+    Raises ValueError where the variable holds anything else.
+    """
+    if _override is not None:
+        return _override
+    value = os.environ.get(ENVIRONMENT, "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"{ENVIRONMENT} must be 0 or 1, got {value!r}; unset it for the default, 1")
+    return value == "1"
+
+
+def native() -> ModuleType:
+    """The C++ module; RuntimeError with the reason where it is not built."""
+    if _native is None:
+        raise RuntimeError(f"the native module is not built ({NATIVE_ERROR}); run: pip install -e .")
+    return _native
+
+
+def native_available() -> bool:
+    return _native is not None
+
+
+def choose(op: str, device: torch.device) -> Choice:
+    """The backend that ``op`` runs on tensors of ``device``."""
+    if not fast_kernels_enabled():
+        return Choice("reference", f"fast kernels are off ({ENVIRONMENT}=0 or --no-fast-kernels)")
+    refused: list[str] = []
+    for backend in OPS[op]:
+        problem = _problem(backend, device)
+        if not problem:
+            return Choice(backend, "; ".join(refused) or f"the fastest built for {device.type}")
+        refused.append(f"{backend}: {problem}")
+    raise RuntimeError(f"{op} has no backend for {device}: {'; '.join(refused)}")
+
+
+def pick(op: str, device: torch.device, backend: str | None = None) -> str:
+    """``backend`` checked, or the choice where it is None.
+
+    Raises ValueError where ``op`` has no such backend, or where it cannot serve ``device``.
+    """
+    if backend is None:
+        return choose(op, device).backend
+    if backend not in OPS[op]:
+        raise ValueError(f"{op} has no backend {backend!r}; choose from {', '.join(OPS[op])}")
+    problem = _problem(backend, device)
+    if problem:
+        raise ValueError(f"{op}: backend {backend!r} cannot run on {device}: {problem}")
+    return backend
+
+
+def backends(device: str | torch.device = "cpu") -> dict[str, Choice]:
+    """Every operation's backend on ``device`` and why: what ``cemg-doctor`` and ``cemg-train`` print."""
+    return {op: choose(op, torch.device(device)) for op in OPS}
+
+
+def _problem(backend: str, device: torch.device) -> str:
+    """Why ``backend`` cannot serve ``device``; empty where it can."""
+    if backend != "native":
+        return ""
+    if device.type != "cpu":
+        return f"the C++ trie is built for the CPU, not for {device.type}"
+    return "" if _native is not None else f"not built ({NATIVE_ERROR})"

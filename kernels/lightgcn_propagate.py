@@ -1,0 +1,155 @@
+"""LightGCN propagation over a bipartite graph: the mean of L rounds of normalised neighbour sums.
+
+V = U + N vertices (users, then items), E distinct edges, D dimensions, L layers.
+
+    A_hat = D^-1/2 A D^-1/2,    out = 1 / (L + 1) * sum of A_hat^k x for k = 0 ... L
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import pick
+
+
+@dataclass(frozen=True, slots=True)
+class BipartiteGraph:
+    """Who interacted with what, both directions, as one symmetric CSR over users and then items.
+
+    ``row_ptr`` [V + 1] and ``neighbours`` [2 E] are int64, neighbours ascending; ``inv_sqrt_degree`` [V]
+    float32, 0 where the degree is 0. Made by ``from_edges``.
+    """
+
+    num_users: int
+    num_items: int
+    row_ptr: Tensor
+    neighbours: Tensor
+    inv_sqrt_degree: Tensor
+
+    @classmethod
+    def from_edges(cls, users: Tensor, items: Tensor, num_users: int, num_items: int) -> BipartiteGraph:
+        """The graph of edges (users[e], items[e]), integers [E]; a repeated edge counts once.
+
+        Raises ValueError where the shapes differ or an index is outside its range.
+        """
+        users, items = torch.as_tensor(users), torch.as_tensor(items)
+        if users.shape != items.shape or users.dim() != 1:
+            raise ValueError(f"users and items must be [E], got {list(users.shape)} and {list(items.shape)}")
+        _check_indices("users", users, num_users)
+        _check_indices("items", items, num_items)
+        return cls._from_checked(users.long(), items.long(), num_users, num_items)
+
+    @classmethod
+    def _from_checked(cls, users: Tensor, items: Tensor, num_users: int, num_items: int) -> BipartiteGraph:
+        keys = torch.unique(users * max(num_items, 1) + items)
+        users, items = keys // max(num_items, 1), keys % max(num_items, 1) + num_users
+        vertices = num_users + num_items
+        source, target = torch.cat((users, items)), torch.cat((items, users))
+        degree = torch.bincount(source, minlength=vertices)  # [V]
+        row_ptr = torch.cat((degree.new_zeros(1), degree.cumsum(0)))
+        neighbours = target[source.argsort(stable=True)]
+        inverse = degree.double().rsqrt().masked_fill(degree == 0, 0).float()
+        return cls(num_users, num_items, row_ptr, neighbours, inverse)
+
+    @property
+    def num_edges(self) -> int:
+        """Distinct edges, each counted once."""
+        return self.neighbours.numel() // 2
+
+    @property
+    def device(self) -> torch.device:
+        return self.row_ptr.device
+
+    def to(self, device: str | torch.device) -> BipartiteGraph:
+        """The same graph on another device."""
+        row_ptr, neighbours, scale = (
+            t.to(device) for t in (self.row_ptr, self.neighbours, self.inv_sqrt_degree)
+        )
+        return BipartiteGraph(self.num_users, self.num_items, row_ptr, neighbours, scale)
+
+
+def lightgcn_propagate(
+    graph: BipartiteGraph, x: Tensor, layers: int, *, backend: str | None = None
+) -> Tensor:
+    """The mean of A_hat^k x for k = 0 ... ``layers``: ``x`` [V, D] -> [V, D] of x's dtype.
+
+    Rows of x are users, then items. Repeated edges count once; a vertex of degree 0 passes nothing and
+    keeps x / (layers + 1). Differentiable in x: A_hat is symmetric, so backward is the same operator.
+    float32 and float64 as they are; sums of narrower types in float32.
+    ``backend``: "reference", "torch", or None for the dispatcher's.
+    Raises ValueError where shape, dtype or device do not fit, or layers < 0.
+    """
+    _check(graph, x, layers)
+    if pick("lightgcn_propagate", x.device, backend) == "reference":
+        return lightgcn_propagate_reference(graph, x, layers)
+    return _Propagate.apply(graph, x, layers)
+
+
+def lightgcn_propagate_reference(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
+    """The definition, edge by edge, differentiated by autograd."""
+    layer = total = _wide(x)
+    degree = graph.row_ptr.diff()
+    target = torch.repeat_interleave(torch.arange(x.shape[0], device=x.device), degree)  # [2 E]
+    scale = graph.inv_sqrt_degree.to(layer.dtype)
+    weight = (scale[target] * scale[graph.neighbours])[:, None]  # [2 E, 1]
+    for _ in range(layers):
+        layer = torch.zeros_like(layer).index_add(0, target, weight * layer[graph.neighbours])
+        total = total + layer
+    return (total / (layers + 1)).to(x.dtype)
+
+
+class _Propagate(torch.autograd.Function):
+    """The tuned operator; nothing is kept for backward but the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
+        ctx.graph, ctx.layers = graph, layers
+        return _horner(graph, x, layers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        return None, _Propagate.apply(ctx.graph, grads[0], ctx.layers), None
+
+
+def _horner(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
+    """y <- x + A_hat y, L times: the addition is the sum over the layers.
+
+    A_hat y = s * (A (s * y)) with s = D^-1/2 by row, so the edges need no values and ``embedding_bag``
+    sums plain neighbour rows.
+    """
+    start = y = _wide(x)
+    scale = graph.inv_sqrt_degree.to(y.dtype)[:, None]
+    for _ in range(layers if graph.neighbours.numel() else 0):
+        sums = F.embedding_bag(
+            graph.neighbours, scale * y, graph.row_ptr, mode="sum", include_last_offset=True
+        )
+        y = torch.addcmul(start, scale, sums)
+    return (y / (layers + 1)).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _check(graph: BipartiteGraph, x: Tensor, layers: int) -> None:
+    vertices = graph.num_users + graph.num_items
+    if x.dim() != 2 or x.shape[0] != vertices or not x.is_floating_point():
+        raise ValueError(
+            f"x must be floating point [{vertices}, D] (users, then items), got {x.dtype} {list(x.shape)}"
+        )
+    if x.device != graph.device:
+        raise ValueError(f"x is on {x.device}, the graph on {graph.device}; move one with .to()")
+    if layers < 0:
+        raise ValueError(f"layers must be 0 or more, got {layers}")
+
+
+def _check_indices(name: str, index: Tensor, size: int) -> None:
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {index.dtype}")
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
+        raise ValueError(f"{name} must lie in 0 to {size - 1}, got {int(index.min())} to {int(index.max())}")

@@ -1,0 +1,200 @@
+"""The trie's flat arrays, built and verified.
+
+Nodes are numbered level by level, the root 0, siblings in the order of their codes. So a node's children
+are consecutive, the edge into node c is edge c - 1, and the leaves, the last N nodes, are the items in
+sorted order: a leaf's place among the leaves is the item's rank.
+N items, L levels, T nodes, I inner nodes (T = I + N).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dispatch import native, pick
+
+MAX_CODEBOOK_SIZE = 32768  # a code fits int16
+MAX_LEVELS = 255
+MAX_NODES = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TrieArrays:
+    """``code`` [T - 1] uint8 or int16, ``first_child`` [I + 1] int32, ``rows`` [N] int32 (rank -> row)."""
+
+    code: Tensor
+    first_child: Tensor
+    rows: Tensor
+    levels: int
+    codebook_size: int
+
+    @property
+    def num_nodes(self) -> int:
+        return self.code.numel() + 1
+
+    @property
+    def num_inner(self) -> int:
+        return self.first_child.numel() - 1
+
+    def to(self, device: torch.device) -> TrieArrays:
+        code, first_child, rows = (t.to(device) for t in (self.code, self.first_child, self.rows))
+        return TrieArrays(code, first_child, rows, self.levels, self.codebook_size)
+
+
+class DuplicateCodes(ValueError):
+    """Rows with equal codes; ``pairs`` holds them two by two."""
+
+    def __init__(self, pairs: list[tuple[int, int]]) -> None:
+        self.pairs = pairs
+        super().__init__(f"{len(pairs)} rows have the codes of another row")
+
+
+def code_dtype(codebook_size: int) -> torch.dtype:
+    """One byte where it holds every code, else two."""
+    return torch.uint8 if codebook_size <= 256 else torch.int16
+
+
+def check_codes(codes: Tensor, codebook_size: int) -> None:
+    """ValueError, with value and remedy, where ``codes`` [N, L] are not codes of ``codebook_size``."""
+    if not 1 <= codebook_size <= MAX_CODEBOOK_SIZE:
+        raise ValueError(f"codebook_size must be 1 to {MAX_CODEBOOK_SIZE}, got {codebook_size}")
+    if codes.dim() != 2 or not 1 <= codes.shape[1] <= MAX_LEVELS or codes.shape[0] < 1:
+        raise ValueError(
+            f"codes must be [N, levels] with at least one item and 1 to {MAX_LEVELS} levels, "
+            f"got {list(codes.shape)}"
+        )
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise ValueError(f"codes must be integers, got {codes.dtype}; convert them with .long()")
+    if codes.shape[0] >= MAX_NODES:
+        raise ValueError(f"{codes.shape[0]} items need more nodes than int32 counts; split the catalog")
+    _check_range(codes, codebook_size)
+
+
+def build(codes: Tensor, codebook_size: int, *, backend: str | None = None) -> TrieArrays:
+    """The arrays of checked ``codes`` [N, L]; DuplicateCodes where two rows are equal."""
+    codes = codes.detach().to("cpu", torch.int32).contiguous()
+    if pick("trie", codes.device, backend) == "native":
+        return _build_native(codes, codebook_size)
+    return build_reference(codes, codebook_size)
+
+
+def build_reference(codes: Tensor, codebook_size: int) -> TrieArrays:
+    """The definition: sort the rows, start a node where a rank's leading codes differ from the last's."""
+    num_items, levels = codes.shape
+    order = _sorted_order(codes)  # [N]
+    codes = codes[order]
+    depth = _shared_depth(codes)  # [N], leading codes shared with the rank before
+    _refuse_duplicates(order, depth, levels)
+    starts = [depth <= m for m in range(levels)]  # [N] bool: does a node of level m + 1 start here?
+    code = torch.cat([codes[s, m] for m, s in enumerate(starts)])
+    begin = 1 + torch.tensor([0, *(int(s.sum()) for s in starts)]).cumsum(0)  # of levels 1, 2, ...
+    _check_nodes(int(begin[-1]), num_items)
+    first_child = [torch.tensor([1])]
+    for m in range(levels - 1):
+        index = starts[m + 1].cumsum(0) - 1  # of each rank's node within level m + 2
+        first_child.append(begin[m + 1] + index[starts[m]])
+    first_child.append(begin[-1:])
+    return TrieArrays(
+        code.to(code_dtype(codebook_size)),
+        torch.cat(first_child).to(torch.int32),
+        order.to(torch.int32),
+        levels,
+        codebook_size,
+    )
+
+
+def verify(arrays: TrieArrays) -> str:
+    """What makes these arrays no trie, in words; empty where they are one. For arrays read from a file."""
+    return _dtype_problem(arrays) or _shape_problem(arrays) or _edge_problem(arrays) or _level_problem(arrays)
+
+
+def _build_native(codes: Tensor, codebook_size: int) -> TrieArrays:
+    num_items, levels = codes.shape
+    builder = native().TrieBuilder(codes.data_ptr(), num_items, levels, codebook_size)
+    if builder.duplicates:
+        raise DuplicateCodes(builder.duplicates)
+    code = torch.empty(builder.num_nodes - 1, dtype=code_dtype(codebook_size))
+    first_child = torch.empty(builder.num_inner + 1, dtype=torch.int32)
+    rows = torch.empty(num_items, dtype=torch.int32)
+    builder.write(code.data_ptr(), code.element_size(), first_child.data_ptr(), rows.data_ptr())
+    return TrieArrays(code, first_child, rows, levels, codebook_size)
+
+
+def _check_range(codes: Tensor, codebook_size: int) -> None:
+    outside = (codes < 0) | (codes >= codebook_size)
+    if bool(outside.any()):
+        row, level = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row} has code {int(codes[row, level])} on level {level}; "
+            f"codes are 0 to {codebook_size - 1}: raise codebook_size or mend the codes"
+        )
+
+
+def _check_nodes(num_nodes: int, num_items: int) -> None:
+    if num_nodes > MAX_NODES:
+        raise ValueError(
+            f"{num_items} items need {num_nodes} nodes, more than int32 counts; split the catalog"
+        )
+
+
+def _sorted_order(codes: Tensor) -> Tensor:
+    order = torch.arange(codes.shape[0])
+    for m in reversed(range(codes.shape[1])):  # stable, so the first code weighs most
+        order = order[codes[order, m].argsort(stable=True)]
+    return order
+
+
+def _shared_depth(codes: Tensor) -> Tensor:
+    same = (codes[1:] == codes[:-1]).long().cumprod(1).sum(1)  # [N - 1]
+    return torch.cat([torch.zeros(1, dtype=torch.int64), same])
+
+
+def _refuse_duplicates(order: Tensor, depth: Tensor, levels: int) -> None:
+    again = (depth == levels).nonzero()[:, 0]
+    if again.numel():
+        raise DuplicateCodes(list(zip(order[again - 1].tolist(), order[again].tolist(), strict=True)))
+
+
+def _dtype_problem(arrays: TrieArrays) -> str:
+    if not 1 <= arrays.codebook_size <= MAX_CODEBOOK_SIZE:
+        return f"codebook_size is {arrays.codebook_size}"
+    wanted = {"code": code_dtype(arrays.codebook_size), "first_child": torch.int32, "rows": torch.int32}
+    for name, dtype in wanted.items():
+        tensor: Tensor = getattr(arrays, name)
+        if tensor.dtype != dtype or tensor.dim() != 1:
+            return f"{name} is {tensor.dtype} {list(tensor.shape)}, not one-dimensional {dtype}"
+    return ""
+
+
+def _shape_problem(arrays: TrieArrays) -> str:
+    num_items = arrays.rows.numel()
+    if num_items < 1 or arrays.num_inner < 1 or arrays.num_inner + num_items != arrays.num_nodes:
+        return f"{arrays.num_inner} inner nodes and {num_items} items do not make {arrays.num_nodes} nodes"
+    rows = arrays.rows.long()
+    if int(rows.min()) < 0 or int(rows.max()) >= num_items or rows.unique().numel() != num_items:
+        return "rows is not a permutation of the items"
+    return ""
+
+
+def _edge_problem(arrays: TrieArrays) -> str:
+    first = arrays.first_child.long()
+    if int(first[0]) != 1 or int(first[-1]) != arrays.num_nodes or bool((first.diff() < 1).any()):
+        return "first_child does not rise from 1 to the number of nodes"
+    code = arrays.code.long()
+    if int(code.min()) < 0 or int(code.max()) >= arrays.codebook_size:
+        return f"a code lies outside 0 to {arrays.codebook_size - 1}"
+    rises = torch.ones(arrays.num_nodes, dtype=torch.bool)
+    rises[2:] = code.diff() > 0  # is node c's code above its left neighbour's?
+    rises[first[:-1]] = True  # a first child has no left sibling
+    return "" if bool(rises.all()) else "the codes of some siblings do not rise"
+
+
+def _level_problem(arrays: TrieArrays) -> str:
+    begin = 0
+    for _ in range(arrays.levels):
+        if begin >= arrays.num_inner:
+            return f"the levels end before level {arrays.levels}"
+        begin = int(arrays.first_child[begin])
+    return "" if begin == arrays.num_inner else f"the items are not on level {arrays.levels}"

@@ -1,0 +1,109 @@
+"""One step of constrained beam search: mask, normalise, add, keep the best, walk on.
+
+B users, W beams, K codes a level.
+
+    candidate[b, w, k] = scores[b, w] + log_prob[b, w, k]       for each child k of nodes[b, w]
+    keep the `width` best candidates of each user
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import pick
+from .item_filter import ItemFilter
+from .trie import Trie
+from .trie_softmax import NEVER, Normalize, check_logits, check_normalize, masked_log_prob
+
+
+class BeamStep(NamedTuple):
+    """The kept beams, best first, and the best candidate that was cut.
+
+    ``scores`` [B, width] float32; ``parents`` [B, width] int64, the beam each grew from; ``codes``
+    [B, width] int64; ``nodes`` [B, width] int32; ``pruned`` [B] float32. A dead place has score -inf,
+    node -1, parent 0 and code 0; ``pruned`` is -inf where nothing was cut.
+    """
+
+    scores: Tensor
+    parents: Tensor
+    codes: Tensor
+    nodes: Tensor
+    pruned: Tensor
+
+
+def trie_beam_step(
+    logits: Tensor,
+    scores: Tensor,
+    nodes: Tensor,
+    trie: Trie,
+    width: int,
+    normalize: Normalize = "vocab",
+    logsumexp: Tensor | None = None,
+    filter: ItemFilter | None = None,
+    *,
+    backend: str | None = None,
+) -> BeamStep:
+    """The ``width`` best continuations of each user's beams.
+
+    ``logits`` [B, W, K], ``scores`` [B, W], ``nodes`` [B, W] int32, ``logsumexp`` [B, W] for "vocab".
+    Exact: every child is a candidate before anything is cut. Log-probabilities are those of
+    ``trie_softmax`` (each <= 0, so scores only fall); sums are float32. Best first, ties to the lowest
+    (parent, code). A beam of score -inf or NaN, or of node -1, is dead and has no candidates; where fewer
+    than ``width`` candidates live, the remaining places are dead, never filled up.
+    ``backend``: "reference", "torch", or None for the dispatcher's.
+    Raises ValueError where shapes, dtypes, devices or arguments do not fit.
+    """
+    check_normalize(normalize, logsumexp, nodes.shape)
+    check_logits(logits, nodes, trie, 3)
+    if scores.shape != nodes.shape or width < 1:
+        raise ValueError(
+            f"scores must be {list(nodes.shape)} and width >= 1, got {list(scores.shape)}, {width}"
+        )
+    chosen = pick("trie_beam_step", logits.device, backend)
+    allowed = trie.mask(nodes.flatten(), filter=filter).view(logits.shape)
+    log_prob = masked_log_prob(logits, allowed, normalize, logsumexp)
+    candidates = _candidates(log_prob, scores)  # [B, W * K]
+    select = _select_reference if chosen == "reference" else _select
+    return _walk_on(*select(candidates, width), nodes, trie, width)
+
+
+def _candidates(log_prob: Tensor, scores: Tensor) -> Tensor:
+    """Scores of all continuations, [B, W * K]; -inf where there is none."""
+    alive = torch.nan_to_num(scores.float(), nan=NEVER, neginf=NEVER)[..., None]  # [B, W, 1]
+    return (alive + log_prob).flatten(1)
+
+
+def _select_reference(candidates: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The definition: sort all, stably, best first. Scores and places, [B, up to width + 1]."""
+    ordered, place = candidates.sort(dim=1, descending=True, stable=True)
+    return ordered[:, : width + 1], place[:, : width + 1]
+
+
+def _select(candidates: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The same by one top-k of integers: a score's bits, ordered as it is, over its place counted down.
+
+    No two keys are equal, so ties fall as in a stable sort.
+    """
+    bits = (candidates + 0.0).view(torch.int32)  # + 0.0: one zero, not two
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # rises with the score
+    count = candidates.shape[1]
+    place = torch.arange(count, device=candidates.device)
+    keys = (ordered << 32) + (count - 1 - place)
+    best = keys.topk(min(width + 1, count), dim=1).values
+    at = count - 1 - (best & 0xFFFFFFFF)
+    return candidates.gather(1, at), at
+
+
+def _walk_on(best: Tensor, place: Tensor, nodes: Tensor, trie: Trie, width: int) -> BeamStep:
+    """From the width + 1 best (fewer, where there are fewer) to the next beams."""
+    missing = width + 1 - best.shape[1]
+    best = torch.nn.functional.pad(best, (0, missing), value=NEVER)
+    place = torch.nn.functional.pad(place, (0, missing))
+    scores, dead = best[:, :width], best[:, :width] == NEVER
+    place = place[:, :width].masked_fill(dead, 0)
+    parents, codes = place // trie.codebook_size, place % trie.codebook_size
+    grown = trie.advance(nodes.gather(1, parents).to(torch.int32), codes)
+    return BeamStep(scores.contiguous(), parents, codes, grown.masked_fill(dead, -1), best[:, width])

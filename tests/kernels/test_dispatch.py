@@ -1,0 +1,61 @@
+"""Which backend runs, and that the switches are obeyed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cemg_kernels import backends, dispatch, fast_kernels_enabled, use_fast_kernels
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_override", None)
+    monkeypatch.delenv("CEMG_FAST_KERNELS", raising=False)
+
+
+def test_the_native_trie_serves_the_cpu_and_every_op_says_why():
+    chosen = backends("cpu")
+    assert chosen["trie"].backend == "native"
+    assert set(chosen) == set(dispatch.OPS) and all(choice.why for choice in chosen.values())
+
+
+def test_the_environment_and_the_function_turn_fast_kernels_off(monkeypatch):
+    assert fast_kernels_enabled()
+    monkeypatch.setenv("CEMG_FAST_KERNELS", "0")
+    assert {choice.backend for choice in backends().values()} == {"reference"}
+    use_fast_kernels(True)
+    assert backends()["trie"].backend == "native"
+
+
+def test_an_unknown_value_in_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("CEMG_FAST_KERNELS", "yes")
+    with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
+        fast_kernels_enabled()
+
+
+def test_a_backend_that_cannot_serve_a_device_says_so():
+    with pytest.raises(ValueError, match="cannot run on cuda"):
+        dispatch.pick("trie", torch.device("cuda"), "native")
+    assert dispatch.choose("trie", torch.device("cuda")).backend == "reference"
+
+
+def test_without_the_native_module_the_reference_serves_and_says_why(monkeypatch):
+    monkeypatch.setattr(dispatch, "_native", None)
+    monkeypatch.setattr(dispatch, "NATIVE_ERROR", "no such file")
+    choice = backends()["trie"]
+    assert choice.backend == "reference" and "no such file" in choice.why
+    with pytest.raises(RuntimeError, match="pip install -e"):
+        dispatch.native()
+
+
+def test_using_the_folder_by_its_own_name_names_the_right_one():
+    command = [sys.executable, "-c", "from kernels import Trie"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "from cemg_kernels import Trie" in result.stderr

@@ -1,0 +1,40 @@
+"""cemg-doctor reports what the machine really has."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from typer.testing import CliRunner
+
+from cemg.commands.doctor import app
+from cemg_kernels import backends, dispatch
+
+
+def test_json_holds_the_versions_and_every_operations_backend():
+    result = CliRunner().invoke(app, ["--json", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__.startswith(
+        found["versions"]["torch"]
+    )
+    assert found["native"]["built"] == "yes"
+    assert found["backends"] == {op: f"{c.backend}: {c.why}" for op, c in backends("cpu").items()}
+
+
+def test_a_missing_native_module_is_reported_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(dispatch, "_native", None)
+    result = CliRunner().invoke(app, ["--device", "cpu"])
+    assert result.exit_code == 0
+    assert "pip install -e ." in result.output and "not built" in result.output
+
+
+def test_an_unknown_device_is_refused_with_exit_code_2():
+    result = CliRunner().invoke(app, ["--device", "abacus"])
+    assert result.exit_code == 2 and "try cpu or cuda" in result.output
+
+
+def test_an_absent_package_is_shown_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["--device", "cpu"])
+    assert "cemg[gpu]" in result.output and "cemg[vision]" in result.output

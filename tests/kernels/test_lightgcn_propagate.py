@@ -1,0 +1,133 @@
+"""Propagation against a dense matrix power, and its gradient against autograd and finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cemg_kernels import BipartiteGraph, lightgcn_propagate
+
+BACKENDS = ["reference", "torch"]
+
+
+def draw_edges(num_users: int, num_items: int, edges: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randint(num_users, (edges,), generator=generator),
+        torch.randint(num_items, (edges,), generator=generator),
+    )
+
+
+def dense_mean(users: Tensor, items: Tensor, num_users: int, x: Tensor, layers: int) -> Tensor:
+    """The formula on a dense float64 matrix."""
+    adjacency = torch.zeros(len(x), len(x), dtype=torch.float64)
+    adjacency[users, items + num_users] = 1
+    adjacency[items + num_users, users] = 1
+    degree = adjacency.sum(1)
+    scale = torch.where(degree > 0, degree.rsqrt(), 0)
+    normal = scale[:, None] * adjacency * scale
+    powers = [torch.linalg.matrix_power(normal, k) @ x.double() for k in range(layers + 1)]
+    return torch.stack(powers).mean(0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layers", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("num_users", "num_items", "edges", "dim"), [(1, 1, 1, 1), (5, 7, 20, 3), (40, 23, 300, 64), (3, 4, 0, 2)]
+)
+def test_the_mean_of_layers_equals_dense_powers(backend, layers, num_users, num_items, edges, dim):
+    users, items = draw_edges(num_users, num_items, edges)
+    graph = BipartiteGraph.from_edges(users, items, num_users, num_items)
+    x = torch.randn(num_users + num_items, dim, generator=torch.Generator().manual_seed(1))
+    out = lightgcn_propagate(graph, x, layers, backend=backend)
+    wanted = dense_mean(users, items, num_users, x, layers)
+    assert out.dtype == torch.float32
+    # weights and sums of at most 40 terms of size < 5, three layers deep: 3 * 45 roundings of 2^-24 * 5
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=3 * 45 * 2**-24 * 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeated_edges_count_once(backend):
+    users, items = draw_edges(6, 5, 15)
+    once = BipartiteGraph.from_edges(users, items, 6, 5)
+    thrice = BipartiteGraph.from_edges(users.repeat(3), items.repeat(3), 6, 5)
+    x = torch.randn(11, 4, generator=torch.Generator().manual_seed(1))
+    assert once.num_edges == thrice.num_edges == len(set(zip(users.tolist(), items.tolist(), strict=True)))
+    assert torch.equal(
+        lightgcn_propagate(once, x, 2, backend=backend), lightgcn_propagate(thrice, x, 2, backend=backend)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_vertex_without_edges_keeps_its_share_and_passes_nothing(backend):
+    graph = BipartiteGraph.from_edges(torch.tensor([0]), torch.tensor([0]), 2, 2)
+    x = torch.tensor([[1.0], [8.0], [3.0], [16.0]])
+    out = lightgcn_propagate(graph, x, 3, backend=backend)
+    assert out[:, 0].tolist() == [(1 + 3 + 1 + 3) / 4, 2.0, (3 + 1 + 3 + 1) / 4, 4.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_passes_finite_differences_twice(backend):
+    users, items = draw_edges(4, 3, 8)
+    graph = BipartiteGraph.from_edges(users, items, 4, 3)
+    x = torch.randn(7, 2, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
+
+    def propagate(value: Tensor) -> Tensor:
+        return lightgcn_propagate(graph, value, 2, backend=backend)
+
+    assert torch.autograd.gradcheck(propagate, (x,))
+    assert torch.autograd.gradgradcheck(propagate, (x,))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_users=st.integers(1, 12),
+    num_items=st.integers(1, 12),
+    edges=st.integers(0, 60),
+    layers=st.integers(0, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_tuned_equals_reference_forward_and_backward(num_users, num_items, edges, layers, seed):
+    users, items = draw_edges(num_users, num_items, edges, seed=seed)
+    graph = BipartiteGraph.from_edges(users, items, num_users, num_items)
+    start = torch.randn(
+        num_users + num_items, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    results = []
+    for backend in BACKENDS:
+        x = start.clone().requires_grad_()
+        out = lightgcn_propagate(graph, x, layers, backend=backend)
+        (out * start.cos()).sum().backward()
+        results.append((out.detach(), x.grad))
+    for ours, wanted in zip(*results, strict=True):
+        # scales are float32 numbers held in float64 on both sides: only the order of sums differs
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_is_summed_in_float32(backend):
+    users, items = draw_edges(40, 30, 400)
+    graph = BipartiteGraph.from_edges(users, items, 40, 30)
+    x = torch.randn(70, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out = lightgcn_propagate(graph, x, 3, backend=backend)
+    assert out.dtype == torch.bfloat16
+    wanted = lightgcn_propagate(graph, x.float(), 3, backend="reference")
+    torch.testing.assert_close(out.float(), wanted, rtol=2**-8, atol=2**-20)  # one rounding of the result
+
+
+def test_edges_and_inputs_that_do_not_fit_are_refused():
+    one = torch.tensor([0])
+    with pytest.raises(ValueError, match="users must lie in 0 to 1"):
+        BipartiteGraph.from_edges(torch.tensor([2]), one, 2, 2)
+    with pytest.raises(ValueError, match="items must lie"):
+        BipartiteGraph.from_edges(one, torch.tensor([-1]), 2, 2)
+    with pytest.raises(ValueError, match="integers"):
+        BipartiteGraph.from_edges(one.float(), one, 2, 2)
+    graph = BipartiteGraph.from_edges(one, one, 2, 2)
+    with pytest.raises(ValueError, match=r"\[4, D\]"):
+        lightgcn_propagate(graph, torch.zeros(3, 2), 1)
+    with pytest.raises(ValueError, match="layers"):
+        lightgcn_propagate(graph, torch.zeros(4, 2), -1)

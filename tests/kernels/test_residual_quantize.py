@@ -1,0 +1,137 @@
+"""The tuned backend must give the reference's codes exactly, near ties and at the edges of float32 too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cemg_kernels import residual_quantize
+
+
+def draw(n: int, m: int, k: int, d: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator), torch.randn(m, k, d, generator=generator)
+
+
+def assert_backends_agree(x: Tensor, codebooks: Tensor) -> None:
+    codes, quantized = residual_quantize(x, codebooks, backend="torch")
+    wanted_codes, wanted = residual_quantize(x, codebooks, backend="reference")
+    assert torch.equal(codes, wanted_codes)
+    assert torch.equal(quantized.nan_to_num(), wanted.nan_to_num())  # the same sums of the same rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "m", "k", "d"), [(1, 1, 1, 1), (3, 2, 31, 5), (256, 4, 256, 64), (513, 3, 300, 33), (0, 2, 4, 3)]
+)
+def test_tuned_codes_equal_the_reference(n, m, k, d, dtype):
+    x, codebooks = draw(n, m, k, d)
+    assert_backends_agree(x.to(dtype), codebooks.to(dtype))
+
+
+def test_the_reference_is_a_loop_over_rows():
+    x, codebooks = draw(40, 3, 9, 4)
+    codes, quantized = residual_quantize(x, codebooks, backend="reference")
+    for i in range(40):
+        residual, total = x[i].clone(), torch.zeros(4)
+        for m in range(3):
+            distances = [((residual.double() - v.double()) ** 2).sum().item() for v in codebooks[m]]
+            best = distances.index(min(distances))
+            assert int(codes[i, m]) == best
+            residual, total = residual - codebooks[m, best], total + codebooks[m, best]
+        assert torch.equal(quantized[i], total)
+
+
+def test_equal_codebook_rows_give_the_lowest_code():
+    x, codebooks = draw(100, 2, 8, 4)
+    codebooks = codebooks.repeat_interleave(3, dim=1)
+    for backend in ("torch", "reference"):
+        codes, _ = residual_quantize(x, codebooks, backend=backend)
+        assert (codes % 3 == 0).all()
+
+
+def test_near_ties_are_decided_in_float64():
+    """Rows one float32 step apart: their float32 scores cannot tell them, the distances can."""
+    x, codebooks = draw(300, 2, 16, 32, seed=1)
+    near = torch.nextafter(codebooks, torch.full_like(codebooks, 100.0))
+    assert_backends_agree(x * 100, torch.cat((codebooks, near), 1))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1e12, 1e18, 1e30])
+@pytest.mark.parametrize("book_scale", [1e-25, 1.0, 1e19])
+def test_codes_are_exact_at_any_magnitude(scale, book_scale):
+    x, codebooks = draw(64, 2, 16, 8)
+    assert_backends_agree(x * scale, codebooks * book_scale)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_codes_are_exact_whatever_the_matmul_precision(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert_backends_agree(*draw(500, 3, 128, 64, seed=2))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_rows_with_nan_or_infinity_get_a_code_and_disturb_no_other():
+    x, codebooks = draw(50, 3, 16, 8)
+    clean, _ = residual_quantize(x, codebooks)
+    x[7, 2], x[9, 0], x[11, 1] = float("nan"), float("inf"), float("-inf")
+    assert_backends_agree(x, codebooks)
+    codes, _ = residual_quantize(x, codebooks)
+    assert (codes[[7, 9, 11]] == 0).all()
+    others = torch.tensor([i for i in range(50) if i not in (7, 9, 11)])
+    assert torch.equal(codes[others], clean[others])
+
+
+def test_a_codebook_row_of_nan_is_never_chosen():
+    x, codebooks = draw(50, 1, 8, 4)
+    codebooks[0, 3] = float("nan")
+    assert_backends_agree(x, codebooks)
+    assert not (residual_quantize(x, codebooks)[0] == 3).any()
+
+
+def test_codes_do_not_depend_on_the_batch():
+    x, codebooks = draw(300, 4, 64, 16, seed=3)
+    whole, _ = residual_quantize(x, codebooks)
+    parts = torch.cat([residual_quantize(part, codebooks)[0] for part in x.split(7)])
+    assert torch.equal(whole, parts)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    n=st.integers(0, 20),
+    m=st.integers(1, 4),
+    k=st.integers(1, 9),
+    d=st.integers(1, 6),
+    grid=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_points_on_a_grid_full_of_ties_agree(n, m, k, d, grid, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-grid, grid + 1, (n, d), generator=generator).float() / 2
+    codebooks = torch.randint(-grid, grid + 1, (m, k, d), generator=generator).float()
+    assert_backends_agree(x, codebooks)
+
+
+@pytest.mark.parametrize(
+    ("x", "codebooks", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(1, 4, 5), r"\[N, D\]"),
+        (torch.zeros(2), torch.zeros(1, 4, 5), r"\[N, D\]"),
+        (torch.zeros(2, 3), torch.zeros(0, 4, 3), "empty"),
+        (torch.zeros(2, 3).long(), torch.zeros(1, 4, 3), "floating"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(x, codebooks, message):
+    with pytest.raises(ValueError, match=message):
+        residual_quantize(x, codebooks)
+
+
+def test_an_unknown_backend_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="choose from torch, reference"):
+        residual_quantize(torch.zeros(1, 1), torch.zeros(1, 1, 1), backend="fpga")

@@ -1,0 +1,283 @@
+"""Every trie operation, on both backends, against a dict of prefixes.
+
+B rows, L levels, K codes a level, N items.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import cemg_kernels
+from cemg_kernels import ItemFilter, Trie
+from cemg_kernels.trie_arrays import build, build_reference
+
+SHAPES = [  # N, L, K
+    (1, 1, 1),
+    (5, 1, 7),
+    (7, 1, 7),  # a full root
+    (30, 3, 4),
+    (64, 3, 4),  # full everywhere
+    (200, 4, 256),
+    (200, 2, 300),  # two-byte codes
+    (40, 8, 4096),  # keys of 96 bits
+]
+
+
+@pytest.fixture(params=[True, False], ids=["native", "reference"])
+def backend(request: pytest.FixtureRequest):
+    """Run the test on the C++ and on the plain walk."""
+    cemg_kernels.use_fast_kernels(request.param)
+    yield
+    cemg_kernels.use_fast_kernels(None)
+
+
+def draw_codes(num_items: int, levels: int, size: int, *, seed: int = 0) -> Tensor:
+    """Distinct codes [N, L], shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    if size**levels <= 4096:
+        everything = torch.tensor(list(itertools.product(range(size), repeat=levels)))
+        return everything[torch.randperm(len(everything), generator=generator)[:num_items]]
+    codes = torch.randint(size, (4 * num_items, levels), generator=generator)
+    codes[:, : levels - 1] %= 3  # share prefixes
+    codes = torch.unique(codes, dim=0)
+    return codes[torch.randperm(len(codes), generator=generator)[:num_items]]
+
+
+class DictTrie:
+    """The brute force: which rows lie below each prefix."""
+
+    def __init__(self, codes: Tensor, allowed: set[int] | None = None) -> None:
+        self.below: dict[tuple[int, ...], set[int]] = {}
+        for row, code in enumerate(codes.tolist()):
+            for m in range(len(code) + 1):
+                if allowed is None or row in allowed:
+                    self.below.setdefault(tuple(code[:m]), set()).add(row)
+
+    def children(self, prefix: tuple[int, ...], size: int) -> list[int]:
+        return [k for k in range(size) if (*prefix, k) in self.below]
+
+
+def assert_trie_equals_dict(trie: Trie, codes: Tensor, brute: DictTrie, filter: ItemFilter | None) -> None:
+    everything = DictTrie(codes)
+    prefixes = sorted(everything.below, key=lambda p: (len(p), p))
+    for length, group in itertools.groupby(prefixes, key=len):
+        batch = list(group)
+        nodes = trie.lookup(torch.tensor(batch, dtype=torch.int64).view(len(batch), length), filter=filter)
+        assert (nodes >= 0).tolist() == [p in brute.below for p in batch]
+        mask = trie.mask(nodes, filter=filter)
+        codes_below, nodes_below = trie.children(nodes, filter=filter)
+        for i, prefix in enumerate(batch):
+            expected = brute.children(prefix, trie.codebook_size)
+            assert mask[i].nonzero()[:, 0].tolist() == expected
+            assert codes_below[i][codes_below[i] >= 0].tolist() == expected
+            assert codes_below[i][: len(expected)].tolist() == expected  # to the front
+            found = nodes_below[i][: len(expected)]
+            assert torch.equal(
+                found, trie.advance(nodes[i].expand(len(expected)), codes_below[i][: len(expected)])
+            )
+            assert (nodes_below[i][len(expected) :] == -1).all()
+            low, high = trie.interval(nodes[i : i + 1])[0].tolist()
+            rows = set(trie.rows[low:high].tolist())
+            assert rows == (everything.below[prefix] if int(nodes[i]) >= 0 else set())
+
+
+@pytest.mark.parametrize(("num_items", "levels", "size"), SHAPES)
+def test_every_operation_equals_a_dict_of_prefixes(backend, num_items, levels, size):
+    codes = draw_codes(num_items, levels, size)
+    trie = Trie.from_codes(codes, size)
+    assert (trie.num_items, trie.levels, trie.codebook_size) == (num_items, levels, size)
+    assert_trie_equals_dict(trie, codes, DictTrie(codes), None)
+    assert trie.items(trie.lookup(codes)).tolist() == list(range(num_items))
+
+
+@pytest.mark.parametrize(("num_items", "levels", "size"), SHAPES)
+def test_native_and_reference_build_the_same_arrays(num_items, levels, size):
+    codes = draw_codes(num_items, levels, size, seed=1).to(torch.int32)
+    ours, reference = build(codes, size, backend="native"), build_reference(codes, size)
+    for name in ("code", "first_child", "rows"):
+        assert torch.equal(getattr(ours, name), getattr(reference, name)), name
+        assert getattr(ours, name).dtype == getattr(reference, name).dtype
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_random_tries_and_filters_equal_a_dict_of_prefixes(data):
+    levels = data.draw(st.integers(1, 4))
+    size = data.draw(st.integers(1, 6))
+    item = st.tuples(*[st.integers(0, size - 1)] * levels)
+    codes = torch.tensor(data.draw(st.lists(item, min_size=1, max_size=25, unique=True)))
+    allowed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(codes), max_size=len(codes))))
+    brute = DictTrie(codes, set(allowed.nonzero()[:, 0].tolist()))
+    for fast in (False, True):
+        cemg_kernels.use_fast_kernels(fast)
+        trie = Trie.from_codes(codes, size)
+        assert_trie_equals_dict(trie, codes, brute, ItemFilter.from_mask(trie, allowed))
+    cemg_kernels.use_fast_kernels(None)
+
+
+def test_lookup_of_the_empty_prefix_is_the_root(backend):
+    trie = Trie.from_codes(torch.tensor([[1, 2]]), 3)
+    assert trie.lookup(torch.zeros(4, 0, dtype=torch.int64)).tolist() == [0, 0, 0, 0]
+
+
+def test_no_rows_in_give_no_rows_out(backend):
+    trie = Trie.from_codes(torch.tensor([[1, 2]]), 3)
+    none = torch.empty(0, dtype=torch.int32)
+    assert trie.mask(none).shape == (0, 3)
+    assert trie.children(none)[0].shape == (0, 3)
+    assert trie.interval(none).shape == (0, 2)
+    assert trie.items(none).shape == (0,)
+    assert trie.advance(none, none).shape == (0,)
+    assert trie.lookup(torch.empty(0, 2, dtype=torch.int64)).shape == (0,)
+
+
+def test_codes_outside_the_codebook_lead_nowhere(backend):
+    trie = Trie.from_codes(torch.tensor([[0, 2], [1, 0], [2, 2]]), 3)
+    wrong = torch.tensor([-1, 3, 2**40, -(2**40)])
+    assert trie.advance(torch.zeros(4, dtype=torch.int32), wrong).tolist() == [-1] * 4
+
+
+def test_a_number_that_is_no_inner_node_has_no_children(backend):
+    trie = Trie.from_codes(torch.tensor([[0, 2], [1, 0]]), 3)
+    nodes = torch.tensor([-1, -7, 3, 4, 5, 2**31 - 1])  # none, leaves 3 and 4, past the end
+    assert not trie.mask(nodes).any()
+    assert trie.advance(nodes, torch.zeros(6, dtype=torch.int64)).tolist() == [-1] * 6
+    assert trie.items(nodes).tolist() == [-1, -1, 0, 1, -1, -1]
+    assert trie.interval(nodes).tolist() == [[0, 0], [0, 0], [0, 1], [1, 2], [0, 0], [0, 0]]
+
+
+def test_item_ids_come_back_at_the_leaves(backend):
+    codes = draw_codes(30, 3, 4)
+    ids = torch.randperm(1000, generator=torch.Generator().manual_seed(2))[:30]
+    trie = Trie.from_codes(codes, 4, ids)
+    assert torch.equal(trie.items(trie.lookup(codes)), ids)
+    assert trie.items(torch.tensor([[-1, 0], [1, -1]])).tolist() == [[-1, -1], [-1, -1]]
+
+
+def test_advance_keeps_the_shape_of_its_nodes(backend):
+    trie = Trie.from_codes(draw_codes(64, 3, 4), 4)
+    codes = torch.arange(4).view(2, 2)
+    assert trie.advance(torch.zeros(2, 2, dtype=torch.int32), codes).tolist() == [[1, 2], [3, 4]]
+
+
+def test_large_batches_run_like_small_ones(backend):
+    """Past 512 rows the native loops share the cores."""
+    codes = draw_codes(2000, 4, 256, seed=3)
+    trie = Trie.from_codes(codes, 256)
+    nodes = trie.lookup(codes[:, :2])
+    whole = trie.mask(nodes)
+    parts = torch.cat([trie.mask(part) for part in nodes.split(100)])
+    assert torch.equal(whole, parts)
+    assert torch.equal(trie.items(trie.lookup(codes)), torch.arange(2000))
+
+
+def test_a_trie_of_a_million_random_items_takes_less_than_six_and_a_half_bytes_an_item():
+    codes = torch.randint(256, (1_000_000, 4), generator=torch.Generator().manual_seed(0))
+    trie = Trie.from_codes(torch.unique(codes, dim=0), 256)
+    assert trie.nbytes / trie.num_items <= 6.5  # measured 6.2
+
+
+@pytest.mark.parametrize(
+    ("codes", "size", "message"),
+    [
+        ([[0, 1], [0, 4]], 4, "row 1 has code 4 on level 1"),
+        ([[0, -1]], 4, "row 0 has code -1"),
+        ([[0.0, 1.0]], 4, "must be integers"),
+        ([0, 1], 4, r"got \[2\]"),
+        ([[]], 4, r"got \[1, 0\]"),
+        ([[0]], 0, "codebook_size"),
+        ([[0]], 40000, "codebook_size"),
+    ],
+)
+def test_codes_that_are_none_are_refused(backend, codes, size, message):
+    with pytest.raises(ValueError, match=message):
+        Trie.from_codes(torch.tensor(codes), size)
+
+
+def test_equal_codes_are_refused_with_the_items_named(backend):
+    codes = torch.tensor([[1, 1], [0, 2], [1, 1], [0, 2]])
+    with pytest.raises(ValueError, match=r"items 1 and 3 \(\[0, 2\]\), items 0 and 2"):
+        Trie.from_codes(codes, 3)
+    with pytest.raises(ValueError, match=r"items 11 and 13"):
+        Trie.from_codes(codes, 3, [10, 11, 12, 13])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [([1, 1], "twice"), ([0, -3], "-3"), ([1], r"\[1\]"), ([0.5, 1], "integers")]
+)
+def test_item_ids_that_are_none_are_refused(ids, message):
+    with pytest.raises(ValueError, match=message):
+        Trie.from_codes(torch.tensor([[0], [1]]), 2, ids)
+
+
+def test_wrong_arguments_are_refused():
+    trie = Trie.from_codes(torch.tensor([[0, 1]]), 2)
+    with pytest.raises(ValueError, match="m <= 2"):
+        trie.lookup(torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="integers"):
+        trie.mask(torch.zeros(1))
+    with pytest.raises(ValueError, match="one shape"):
+        trie.advance(torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="one-dimensional"):
+        trie.mask(torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("ids", [None, list(range(100, 130))])
+def test_a_saved_trie_loads_as_it_was(tmp_path: Path, ids):
+    codes = draw_codes(30, 3, 4)
+    trie = Trie.from_codes(codes, 4, ids)
+    trie.save(tmp_path / "trie.safetensors")
+    again = Trie.load(tmp_path / "trie.safetensors")
+    assert again.fingerprint == trie.fingerprint
+    assert torch.equal(again.items(again.lookup(codes)), trie.items(trie.lookup(codes)))
+    assert (again.nbytes, again.id_nbytes) == (trie.nbytes, trie.id_nbytes)
+
+
+def test_a_missing_or_foreign_file_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="is missing"):
+        Trie.load(tmp_path / "none")
+    (tmp_path / "text").write_text("no trie")
+    with pytest.raises(ValueError, match="holds no trie"):
+        Trie.load(tmp_path / "text")
+    save_file({"code": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="format"):
+        Trie.load(tmp_path / "other")
+
+
+def test_mutated_files_are_refused_or_still_a_trie(tmp_path: Path):
+    """Any byte may be wrong: a ValueError or a trie that answers, never a crash."""
+    path = tmp_path / "trie.safetensors"
+    Trie.from_codes(draw_codes(30, 3, 4), 4, list(range(30))).save(path)
+    good, generator = path.read_bytes(), torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(400):
+        bad = bytearray(good)
+        bad[int(torch.randint(len(good), (1,), generator=generator))] = int(
+            torch.randint(256, (1,), generator=generator)
+        )
+        path.write_bytes(bad)
+        try:
+            trie = Trie.load(path)
+            trie.mask(torch.arange(trie.num_nodes))
+        except ValueError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("name", ["code", "first_child", "rows"])
+def test_arrays_that_are_no_trie_are_refused(tmp_path: Path, name: str):
+    path = tmp_path / "trie.safetensors"
+    Trie.from_codes(draw_codes(30, 3, 4), 4).save(path)
+    tensors = load_file(path)
+    tensors[name] = tensors[name].flip(0).contiguous() if name != "rows" else tensors[name].clamp(max=3)
+    save_file(tensors, path, metadata={"levels": "3", "codebook_size": "4", "format": "cemg-trie-1"})
+    with pytest.raises(ValueError, match="no valid trie"):
+        Trie.load(path)

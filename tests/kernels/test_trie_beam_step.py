@@ -1,0 +1,147 @@
+"""Beam selection, both backends, against a sort in Python of every candidate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
+
+INF = float("inf")
+BACKENDS = ["reference", "torch"]
+
+
+def make_trie(size: int, levels: int, items: int, *, seed: int = 0) -> Trie:
+    generator = torch.Generator().manual_seed(seed)
+    return Trie.from_codes(
+        torch.unique(torch.randint(size, (items, levels), generator=generator), dim=0), size
+    )
+
+
+def brute_force(log_prob: Tensor, scores: Tensor, nodes: Tensor, trie: Trie, width: int):
+    """One user: the kept (score, parent, code, node) and the best that was cut, by sorting tuples."""
+    found = []
+    for w in range(log_prob.shape[0]):
+        for k in range(trie.codebook_size):
+            total = float(scores[w] + log_prob[w, k])
+            if total > -INF:
+                child = int(trie.advance(nodes[w : w + 1], torch.tensor([k])))
+                found.append((-total, w, k, child))
+    found.sort()
+    kept = [(-s, w, k, child) for s, w, k, child in found[:width]]
+    kept += [(-INF, 0, 0, -1)] * (width - len(kept))
+    return kept, -found[width][0] if len(found) > width else -INF
+
+
+def assert_step_is_brute_force(logits, scores, nodes, trie, width, backend, normalize="level", filter=None):
+    step = trie_beam_step(logits, scores, nodes, trie, width, normalize, None, filter, backend=backend)
+    size = trie.codebook_size
+    log_prob = trie_softmax(logits.reshape(-1, size), nodes.flatten(), trie, normalize, None, filter)
+    for b, rows in enumerate(log_prob.view(logits.shape)):
+        kept, pruned = brute_force(rows, scores[b], nodes[b], trie, width)
+        ours = zip(*(t[b].tolist() for t in step[:4]), strict=True)
+        assert list(ours) == kept
+        assert float(step.pruned[b]) == pruned
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", ["level", "valid"])
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize(
+    ("users", "beams", "size", "width"), [(1, 1, 1, 1), (2, 3, 31, 5), (3, 8, 64, 8), (2, 4, 5, 50)]
+)
+def test_a_step_equals_a_sort_of_all_candidates(backend, normalize, filtered, users, beams, size, width):
+    trie = make_trie(size, 3, size * 4)
+    generator = torch.Generator().manual_seed(1)
+    nodes = torch.randint(-1, trie.arrays.num_inner, (users, beams), generator=generator).to(torch.int32)
+    logits = torch.randn(users, beams, size, generator=generator)
+    scores = -torch.rand(users, beams, generator=generator)
+    chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 3 == 0) if filtered else None
+    assert_step_is_brute_force(logits, scores, nodes, trie, width, backend, normalize, chosen)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    users=st.integers(1, 2),
+    beams=st.integers(1, 4),
+    size=st.integers(1, 6),
+    width=st.integers(1, 12),
+    backend=st.sampled_from(BACKENDS),
+    seed=st.integers(0, 2**31),
+)
+def test_ties_and_odd_values_fall_as_in_a_stable_sort(users, beams, size, width, backend, seed):
+    trie = make_trie(size, 2, 9, seed=seed % 100)
+    generator = torch.Generator().manual_seed(seed)
+    odd = torch.tensor([0.0, -0.0, 1.0, -1.0, -INF, INF, math.nan])
+
+    def draw(values: Tensor, *shape: int) -> Tensor:
+        return values[torch.randint(len(values), shape, generator=generator)]
+
+    nodes = torch.randint(-1, trie.num_nodes, (users, beams), generator=generator).to(torch.int32)
+    scores = draw(torch.tensor([0.0, -0.0, -1.0, -INF]), users, beams)
+    assert_step_is_brute_force(draw(odd, users, beams, size), scores, nodes, trie, width, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dead_beams_have_no_candidates_and_dead_places_stay_dead(backend):
+    trie = Trie.from_codes(torch.tensor([[0, 0], [0, 1], [1, 0]]), 2)
+    nodes = torch.tensor([[1, 1, -1, 2]], dtype=torch.int32)
+    scores = torch.tensor([[-INF, math.nan, 0.0, -0.5]])
+    step = trie_beam_step(torch.zeros(1, 4, 2), scores, nodes, trie, 3, "valid", backend=backend)
+    assert step.scores.tolist() == [[-0.5, -INF, -INF]]
+    assert step.parents.tolist() == [[3, 0, 0]]
+    assert step.nodes.tolist() == [[5, -1, -1]]
+    assert step.pruned.tolist() == [-INF]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_to_the_leaves_find_the_best_items_of_all(backend):
+    """With a beam as wide as the catalog nothing is cut: the result is the exact ranking."""
+    trie = make_trie(6, 3, 60, seed=4)
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))  # one row a level
+    wide = trie.num_items
+    nodes, scores = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1)
+    for m in range(3):
+        rows = logits[m].expand(1, nodes.shape[1], 6)
+        step = trie_beam_step(rows, scores, nodes, trie, wide, "level", backend=backend)
+        nodes, scores = step.nodes, step.scores
+        assert step.pruned.tolist() == [-INF]
+    log_prob = logits.log_softmax(1)
+    leaves = torch.arange(trie.arrays.num_inner, trie.num_nodes)
+    assert sorted(nodes[0].tolist()) == leaves.tolist()
+    ids = trie.items(nodes[0])
+    codes = torch.empty(wide, 3, dtype=torch.int64)  # of each item, read back by walking every code
+    for code in torch.cartesian_prod(*[torch.arange(6)] * 3):
+        item = int(trie.items(trie.lookup(code[None])))
+        if item >= 0:
+            codes[item] = code
+    wanted = log_prob[torch.arange(3), codes].sum(1)[ids]
+    torch.testing.assert_close(scores[0], wanted, rtol=0, atol=6 * 2**-21)  # sums of three of size < 8
+    assert (scores[0].diff() <= 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vocab_takes_the_callers_logsumexp(backend):
+    trie = Trie.from_codes(torch.arange(4)[:, None], 4)
+    logits, total = torch.tensor([[[3.0, 2.0, 1.0, 0.0]]]), torch.tensor([[4.0]])
+    nodes = torch.zeros(1, 1, dtype=torch.int32)
+    step = trie_beam_step(logits, torch.zeros(1, 1), nodes, trie, 2, "vocab", total, backend=backend)
+    assert step.scores.tolist() == [[-1.0, -2.0]] and step.pruned.tolist() == [-3.0]
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    trie = make_trie(5, 2, 10)
+    logits, scores, nodes = torch.zeros(2, 3, 5), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="width"):
+        trie_beam_step(logits, scores, nodes, trie, 0, "level")
+    with pytest.raises(ValueError, match="scores"):
+        trie_beam_step(logits, scores[:, :2], nodes, trie, 3, "level")
+    with pytest.raises(ValueError, match="logits"):
+        trie_beam_step(logits[..., :4], scores, nodes, trie, 3, "level")
+    with pytest.raises(ValueError, match="needs logsumexp"):
+        trie_beam_step(logits, scores, nodes, trie, 3)

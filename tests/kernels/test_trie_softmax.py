@@ -1,0 +1,93 @@
+"""Log-probabilities on the trie, in each normalisation, against one row at a time in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cemg_kernels import ItemFilter, Trie, trie_softmax
+
+INF = float("inf")
+
+
+def make_case(rows: int, size: int, *, seed: int = 0) -> tuple[Trie, Tensor, Tensor]:
+    """A trie of two levels, logits [R, K] and nodes [R], some none."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.unique(torch.randint(size, (size * 3, 2), generator=generator), dim=0)
+    trie = Trie.from_codes(codes, size)
+    nodes = torch.randint(-1, trie.num_nodes, (rows,), generator=generator).to(torch.int32)
+    return trie, torch.randn(rows, size, generator=generator) * 3, nodes
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 31), (20, 256), (64, 300)])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_log_probabilities_equal_the_formula(normalize, rows, size, filtered):
+    trie, logits, nodes = make_case(rows, size)
+    chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 2 == 0) if filtered else None
+    total = logits.logsumexp(1) + 0.5 if normalize == "vocab" else None
+    out = trie_softmax(logits, nodes, trie, normalize, total, chosen)
+    allowed = trie.mask(nodes, filter=chosen)
+    for r in range(rows):
+        over = {"vocab": [], "level": logits[r].tolist(), "valid": logits[r][allowed[r]].tolist()}[normalize]
+        log_sum = float(total[r]) if total is not None else math.log(sum(map(math.exp, over))) if over else 0
+        for k in range(size):
+            wanted = min(float(logits[r, k]) - log_sum, 0) if allowed[r, k] else -INF
+            # float32: |logit| and |log-sum| < 16, each off by 2^-20, a sum of exponentials by 2^-20 more
+            assert float(out[r, k]) == pytest.approx(wanted, abs=3 * 2**-20)
+
+
+def test_a_prefix_without_children_has_no_finite_logit():
+    trie, logits, _ = make_case(3, 8)
+    nodes = torch.tensor([-1, trie.num_nodes - 1, 0], dtype=torch.int32)
+    out = trie_softmax(logits, nodes, trie, "valid")
+    assert (out[:2] == -INF).all() and out[2].isfinite().any()
+
+
+def test_nan_counts_as_never_and_infinity_as_the_largest_number():
+    trie = Trie.from_codes(torch.arange(4)[:, None], 4)
+    nodes = torch.zeros(3, dtype=torch.int32)
+    logits = torch.tensor([[math.nan, 0.0, 0.0, -INF], [INF, 5.0, 1.0, math.nan], [-INF] * 4])
+    out = trie_softmax(logits, nodes, trie, "level")
+    half = math.log(0.5)
+    assert out[0].tolist() == [-INF, pytest.approx(half), pytest.approx(half), -INF]
+    assert float(out[1, 0]) == 0.0 and float(out[1, 3]) == -INF
+    assert float(out[1, 1]) < -1e38
+    assert (out[2] == -INF).all()
+    assert not out.isnan().any()
+
+
+def test_log_probabilities_never_exceed_zero():
+    trie = Trie.from_codes(torch.arange(4)[:, None], 4)
+    logits = torch.tensor([[3.0, 1.0, -1.0, 2.0]])
+    out = trie_softmax(logits, torch.zeros(1, dtype=torch.int32), trie, "vocab", torch.tensor([1.5]))
+    assert out.tolist() == [[0.0, -0.5, -2.5, 0.0]]
+
+
+@pytest.mark.parametrize("total", [math.nan, -INF, INF])
+def test_a_logsumexp_that_is_not_finite_gives_no_nan(total):
+    trie = Trie.from_codes(torch.arange(4)[:, None], 4)
+    out = trie_softmax(
+        torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), trie, "vocab", torch.tensor([total])
+    )
+    assert not out.isnan().any() and (out < -1e38).all()
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    trie, logits, nodes = make_case(5, 8)
+    total = logits.logsumexp(1)
+    with pytest.raises(ValueError, match="needs logsumexp"):
+        trie_softmax(logits, nodes, trie)
+    with pytest.raises(ValueError, match="no use for logsumexp"):
+        trie_softmax(logits, nodes, trie, "level", total)
+    with pytest.raises(ValueError, match="vocab, level, valid"):
+        trie_softmax(logits, nodes, trie, "softmax", total)
+    with pytest.raises(ValueError, match=r"logits must be \[5, 8\]"):
+        trie_softmax(logits[:, :7], nodes, trie, "level")
+    with pytest.raises(ValueError, match=r"logsumexp must be \[5\]"):
+        trie_softmax(logits, nodes, trie, "vocab", total[:4])
+    with pytest.raises(ValueError, match="floating"):
+        trie_softmax(logits.long(), nodes, trie, "level")
