@@ -1,0 +1,138 @@
+"""``python -m cemg.baselines``: train a baseline, test it on the whole catalog, write its result file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from cemg.baselines import PopularityRanker, SasrecConfig, train_sasrec
+from cemg.data import Dataset, read_dataset
+from cemg.errors import UserError
+from cemg.evaluation import Rank, evaluate, hardware, result_table, write_result
+from cemg.progress import console
+
+OWN_OPTIONS = ("loss", "seed", "epochs")  # fields of SasrecConfig that --set leaves to their options
+
+
+class Model(StrEnum):
+    """The baselines of this command."""
+
+    popularity = "popularity"
+    sasrec = "sasrec"
+
+
+class Loss(StrEnum):
+    """SASRec's losses."""
+
+    ce = "ce"
+    bce = "bce"
+
+
+def run(
+    data: Annotated[Path, typer.Option(help="Folder or file that the readers know, or a prepared folder.")],
+    model: Annotated[Model, typer.Option(help="Which baseline.")],
+    out: Annotated[Path, typer.Option(help="The result file to write, JSON.")],
+    folder: Annotated[
+        Path | None, typer.Option("--run", help="Run folder of SASRec: checkpoints, log.")
+    ] = None,
+    loss: Annotated[
+        Loss, typer.Option(help="Full softmax cross-entropy, or BCE with one negative.")
+    ] = Loss.ce,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of SasrecConfig, e.g. --set dim=128; repeatable."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Most epochs of training.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order, dropout and negatives.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if not given.")] = None,
+) -> None:
+    """Train a baseline on the training part, rank the whole catalog for every test user, write the figures.
+
+    Example: python -m cemg.baselines --data data/beauty --model sasrec --loss ce
+    --out results/beauty-sasrec-ce.json --run runs/sasrec-ce
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    began = time.perf_counter()
+    dataset = Dataset.load(data) if (data / "dataset.json").is_file() else read_dataset(data)
+    if model is Model.popularity:
+        ranker, config = _fit_popularity(dataset)
+    else:
+        changes = _parse_settings(settings or []) | {"loss": loss.value, "seed": seed}
+        ranker, config = _train(dataset, changes, epochs=epochs, folder=folder, device=device)
+    _write(out, dataset, ranker=ranker, config=config | {"seed": seed}, device=device, began=began)
+
+
+def _write(
+    out: Path, data: Dataset, *, ranker: Rank, config: dict[str, Any], device: str, began: float
+) -> None:
+    scored = evaluate(ranker, data.split())
+    write_result(
+        out,
+        dataset=data.name,
+        command=shlex.join(["python", "-m", "cemg.baselines", *sys.argv[1:]]),
+        config=config,
+        seed=config["seed"],
+        hardware=hardware(device),
+        seconds=time.perf_counter() - began,
+        evaluation=scored,
+    )
+    console.print(result_table([out]))
+
+
+def _fit_popularity(data: Dataset) -> tuple[Rank, dict[str, Any]]:
+    return PopularityRanker.fit(data.split()), {"model": "popularity"}
+
+
+def _train(
+    data: Dataset, changes: dict[str, Any], *, epochs: int | None, folder: Path | None, device: str
+) -> tuple[Rank, dict[str, Any]]:
+    if folder is None:
+        raise UserError("SASRec needs a folder for its checkpoints", fix="add --run runs/sasrec")
+    config = SasrecConfig(**changes | ({} if epochs is None else {"epochs": epochs}))
+    ranker = train_sasrec(data, config, folder=folder, device=device)
+    log = json.loads((folder / "log.json").read_text())
+    best = max(log, key=lambda row: row["valid_NDCG@10"])
+    chosen = {"best_epoch": best["epoch"], "epochs_run": len(log), "valid_NDCG@10": best["valid_NDCG@10"]}
+    trained = {"train_seconds": round(sum(row["train_seconds"] for row in log), 1)}
+    return ranker, {"model": "sasrec", **dataclasses.asdict(config), **chosen, **trained}
+
+
+def _parse_settings(settings: list[str]) -> dict[str, Any]:
+    """``["dim=128"]`` to ``{"dim": 128}``, for SasrecConfig's fields; UserError on any other name."""
+    defaults = {k: v for k, v in dataclasses.asdict(SasrecConfig()).items() if k not in OWN_OPTIONS}
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in defaults:
+            raise UserError(f"--set {setting}: no such field", fix=f"one of {', '.join(defaults)}")
+        kind = type(defaults[name])
+        try:
+            changes[name] = text if kind is str else kind(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--set {setting}: {text!r} is no {kind.__name__}") from error
+    return changes
+
+
+def main() -> None:
+    """Run the command; a mistake of the user's is printed as such and exits with 2."""
+    try:
+        typer.run(run)
+    except UserError as error:
+        first, *rest = error.lines()
+        console.print("\n".join([f"error: {first}", *rest]), markup=False, highlight=False)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Training of SASRec: early stopping, and checkpoints from which a run goes on as if it had not stopped.
+
+B users, L positions, D embedding, N items, P valid positions. Every random choice is a function of the seed
+and of the step, so nothing of a random generator has to be stored: an epoch's order is drawn from
+(seed, epoch), and dropout and negatives from (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cemg.baselines.cross_entropy import linear_cross_entropy
+from cemg.baselines.sasrec import PRODUCTS, Sasrec, SasrecConfig, SasrecRanker
+from cemg.baselines.sequences import Batch, num_batches, training_batches
+from cemg.data.dataset import Dataset, Split
+from cemg.errors import UserError
+from cemg.evaluation import evaluate, seeded_sample
+from cemg.progress import console
+
+BETAS = (0.9, 0.98)  # of Adam, as the SASRec paper's code has them
+REDRAWS = 8  # of a negative that the user has in the sequence; then it is kept
+MAY_CHANGE = ("epochs", "patience")  # of a config, between the runs that share a folder
+
+
+def train_sasrec(
+    data: Dataset, config: SasrecConfig, *, folder: Path, device: str = "cpu", progress: bool = True
+) -> SasrecRanker:
+    """Train on the training part of the leave-one-out split; returns the weights of the best epoch.
+
+    ``folder`` gets ``checkpoint.safetensors`` after every epoch, from which the same call goes on, and
+    ``sasrec.safetensors`` and ``log.json`` at the end. Raises UserError where the folder belongs to a run of
+    another config or split, where no user has two training items, and where the loss is no longer finite.
+    """
+    split = data.split()
+    if num_batches(split.train, config.batch_size) == 0:
+        raise UserError(f"{data.name}: no user has two training items", fix="use data with longer histories")
+    run = _Run.start(data.num_items, config, split, torch.device(device))
+    run.resume(folder)
+    while run.epoch < config.epochs and run.stale < config.patience:
+        run.train_epoch(split)
+        run.validate(split)
+        run.checkpoint(folder)
+        if progress:
+            _report(run.log[-1])
+    (folder / "log.json").write_text(json.dumps(run.log, indent=1) + "\n")
+    ranker = run.best_ranker()
+    ranker.save(folder)
+    return ranker
+
+
+def loss_of(model: Sasrec, batch: Batch, *, config: SasrecConfig, generator: torch.Generator) -> Tensor:
+    """The config's loss, averaged over the P valid positions; ``generator`` (CPU) draws the negatives."""
+    states = model(batch.inputs)[batch.valid]  # [P, D]
+    targets = batch.targets[batch.valid]  # [P]
+    table = model.items.weight
+    if config.loss == "ce":
+        return linear_cross_entropy(states, table, targets=targets, dtype=PRODUCTS[config.products])
+    negatives = draw_negatives(batch, len(table), generator=generator)  # [P]
+    liked, other = (states * table[targets]).sum(1), (states * table[negatives]).sum(1)
+    return (F.softplus(-liked) + F.softplus(other)).mean()
+
+
+def draw_negatives(batch: Batch, num_items: int, *, generator: torch.Generator) -> Tensor:
+    """A uniform item for each valid position that is not in its user's sequence, [P] int64.
+
+    After a few draws a clash is kept: a user may have nearly the whole catalog.
+    """
+    rows = batch.valid.nonzero()[:, 0]  # [P] the user of each position
+    first = batch.inputs[:, :1]
+    own = torch.cat([first, torch.where(batch.valid, batch.targets, first)], dim=1)  # [B, L + 1]
+    negatives = torch.randint(num_items, (len(rows),), generator=generator).to(rows.device)
+    for _ in range(REDRAWS):
+        clash = (negatives[:, None] == own[rows]).any(1)
+        again = torch.randint(num_items, (len(rows),), generator=generator).to(rows.device)
+        negatives = torch.where(clash, again, negatives)
+    return negatives
+
+
+@dataclass(slots=True)
+class _Run:
+    """A training under way: everything a checkpoint holds."""
+
+    model: Sasrec
+    optimizer: torch.optim.Optimizer
+    config: SasrecConfig
+    identity: dict[str, object]  # config and split, which a checkpoint must share
+    epoch: int = 0
+    stale: int = 0  # epochs since the best one
+    best_score: float = -1.0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, num_items: int, config: SasrecConfig, split: Split, device: torch.device) -> _Run:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = Sasrec(num_items, config).to(device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=BETAS,
+            fused=True,
+        )
+        settings = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}
+        return cls(model, optimizer, config, {"config": settings, "split": split.fingerprint})
+
+    def train_epoch(self, split: Split) -> None:
+        """One pass over the users; appends the mean loss over positions and the seconds to the log."""
+        began, total, positions = time.perf_counter(), 0.0, 0
+        config, device = self.config, self.model.items.weight.device
+        step = self.epoch * num_batches(split.train, config.batch_size)
+        order = np.random.default_rng((config.seed, self.epoch))
+        self.model.train()
+        batches = training_batches(split.train, config.batch_size, max_length=config.max_length, rng=order)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for number, batch in enumerate(batches, start=step):
+                loss = self._step(batch.to(device), number)
+                count = int(batch.valid.sum())
+                total, positions = total + loss * count, positions + count
+        self.epoch += 1
+        figures = {"loss": total / positions, "train_seconds": time.perf_counter() - began}
+        self.log.append({"epoch": self.epoch, **figures})
+
+    def _step(self, batch: Batch, number: int) -> float:
+        seed = int(np.random.SeedSequence((self.config.seed, number)).generate_state(1, np.uint64)[0] >> 1)
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        loss = loss_of(self.model, batch, config=self.config, generator=generator)
+        if not bool(loss.isfinite()):
+            raise UserError(f"the loss is {float(loss)} at step {number}", fix="lower the learning rate")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def validate(self, split: Split) -> None:
+        """NDCG@10 of the sampled validation users decides which weights are kept."""
+        self.model.eval()
+        users = seeded_sample(split, self.config.valid_users, self.config.seed)
+        ranker = SasrecRanker(self.model, self.config)
+        scored = evaluate(
+            ranker, split, part="valid", cutoffs=(10,), users=users, max_list=10, progress=False
+        ).metrics
+        self.log[-1] |= {f"valid_{k}": v for k, v in scored.items()}
+        self.stale += 1
+        if scored["NDCG@10"] > self.best_score:
+            self.best_score, self.stale = scored["NDCG@10"], 0
+            self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def best_ranker(self) -> SasrecRanker:
+        self.model.load_state_dict(self.best)
+        return SasrecRanker(self.model.eval(), self.config)
+
+    def checkpoint(self, folder: Path) -> None:
+        """One safetensors file, its counters as JSON in the header, renamed into place when whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
+        counters = {k: getattr(self, k) for k in ("epoch", "stale", "best_score", "log", "identity")}
+        partial = folder / "checkpoint.partial"
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"run": json.dumps(counters)})
+        partial.replace(_checkpoint_file(folder))
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the folder's checkpoint; where there is none, from the start."""
+        path = _checkpoint_file(folder)
+        if not path.is_file():
+            return
+        with safe_open(path, framework="pt", device=str(self.model.items.weight.device)) as file:
+            counters = json.loads(file.metadata()["run"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - the file is no mapping
+        _refuse_other_run(path, counters.pop("identity"), self.identity)
+        for name, value in counters.items():
+            setattr(self, name, value)
+        self.model.load_state_dict(_below(tensors, "model."))
+        self.best = _below(tensors, "best.")
+        self.optimizer.load_state_dict(_optimizer_state(self.optimizer, _below(tensors, "optimizer.")))
+
+
+def _checkpoint_file(folder: Path) -> Path:
+    return folder / "checkpoint.safetensors"
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, object]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = value
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _refuse_other_run(path: Path, theirs: dict[str, object], ours: dict[str, object]) -> None:
+    for part, now in ours.items():
+        then = theirs.get(part)
+        if not isinstance(now, dict) or not isinstance(then, dict):
+            raise UserError(f"{path} names no {part}", fix="train into another folder")
+        for key in {**now, **then}:
+            if now.get(key) != then.get(key):
+                raise UserError(
+                    f"{path} belongs to another run",
+                    cause=f"its {part} has {key} {then.get(key)}, this run {now.get(key)}",
+                    fix="train into another folder, or remove that one",
+                )
+
+
+def _report(row: dict[str, float]) -> None:
+    console.print(
+        f"epoch {row['epoch']:>3}  loss {row['loss']:.4f}  valid HR@10 {row['valid_HR@10']:.4f}  "
+        f"NDCG@10 {row['valid_NDCG@10']:.4f}  {row['train_seconds']:.1f} s",
+        highlight=False,
+    )

@@ -1,0 +1,41 @@
+"""Evaluation: HR and NDCG over the whole catalog, the leave-one-out protocol, result files and tables."""
+
+from cemg.evaluation.metrics import (
+    CUTOFFS,
+    MISS,
+    Metrics,
+    bootstrap_interval,
+    gains,
+    hr,
+    hr_interval,
+    metrics_at,
+    ndcg,
+    ranks_of_targets,
+)
+from cemg.evaluation.paper import PrintedRow, printed_rows
+from cemg.evaluation.protocol import COLD, Evaluation, Rank, evaluate, seeded_sample
+from cemg.evaluation.results import hardware, result_markdown, result_table, write_result
+
+__all__ = [
+    "COLD",
+    "CUTOFFS",
+    "MISS",
+    "Evaluation",
+    "Metrics",
+    "PrintedRow",
+    "Rank",
+    "bootstrap_interval",
+    "evaluate",
+    "gains",
+    "hardware",
+    "hr",
+    "hr_interval",
+    "metrics_at",
+    "ndcg",
+    "printed_rows",
+    "ranks_of_targets",
+    "result_markdown",
+    "result_table",
+    "seeded_sample",
+    "write_result",
+]

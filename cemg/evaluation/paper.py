@@ -1,0 +1,49 @@
+"""Numbers of others, printed beside ours as data: nothing here was measured by this program.
+
+Whole-catalog HR@10 and NDCG@10 as printed; their splits are not published, so they carry no fingerprint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PrintedRow:
+    """One printed result: ``source`` says who printed it."""
+
+    model: str
+    source: str
+    hr10: float
+    ndcg10: float
+
+
+_DATASETS = ("beauty", "sports", "yelp")
+
+# (HR@10, NDCG@10) on beauty, sports, yelp: table 2 of the CEMG paper, whose last row is its cold-start study.
+_PAPER: dict[str, tuple[tuple[float, float], ...]] = {
+    "GRU4Rec": ((0.0385, 0.0116), (0.0201, 0.0045), (0.0288, 0.0095)),
+    "SASRec": ((0.0434, 0.0147), (0.0232, 0.0061), (0.0329, 0.0121)),
+    "MMSRec": ((0.0577, 0.0287), (0.0305, 0.0118), (0.0387, 0.0163)),
+    "MISSRec": ((0.0581, 0.0292), (0.0311, 0.0124), (0.0395, 0.0171)),
+    "LlamaRec": ((0.0492, 0.0198), (0.0256, 0.0083), (0.0341, 0.0134)),
+    "LLM-ESR": ((0.0515, 0.0214), (0.0269, 0.0091), (0.0353, 0.0140)),
+    "TIGER": ((0.0533, 0.0251), (0.0281, 0.0103), (0.0368, 0.0151)),
+    "LETTER": ((0.0552, 0.0268), (0.0295, 0.0111), (0.0377, 0.0159)),
+    "MMGRec": ((0.0571, 0.0281), (0.0302, 0.0119), (0.0389, 0.0166)),
+    "CEMG": ((0.0665, 0.0348), (0.0363, 0.0157), (0.0458, 0.0212)),
+    "CEMG, cold items": ((0.0305, 0.0153), (0.0183, 0.0094), (0.0231, 0.0125)),
+}
+
+# TIGER as its own authors print it; Yelp is not in their tables.
+_TIGER = {"beauty": (0.0648, 0.0384), "sports": (0.0400, 0.0225)}
+
+
+def printed_rows(dataset: str) -> list[PrintedRow]:
+    """The rows to print beside our results on ``dataset`` (any case); none for a dataset without any."""
+    name = dataset.lower()
+    if name not in _DATASETS:
+        return []
+    column = _DATASETS.index(name)
+    rows = [PrintedRow(model, "CEMG paper", *values[column]) for model, values in _PAPER.items()]
+    return rows + ([PrintedRow("TIGER", "TIGER paper", *_TIGER[name])] if name in _TIGER else [])

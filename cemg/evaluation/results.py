@@ -1,0 +1,174 @@
+"""Result files (one JSON a run, with the fingerprint of its split) and the tables made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from cemg.errors import UserError
+from cemg.evaluation.metrics import Metrics
+from cemg.evaluation.paper import printed_rows
+from cemg.evaluation.protocol import COLD, Evaluation
+
+
+def hardware(device: str = "cpu") -> dict[str, str | int]:
+    """CPU, cores, GPU when used, and versions; no name of a host or a user."""
+    about: dict[str, str | int] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+    if torch.device(device).type == "cuda":
+        about["gpu"] = torch.cuda.get_device_name(device)
+    return about
+
+
+def write_result(
+    path: Path,
+    *,
+    dataset: str,
+    command: str,
+    config: Mapping[str, Any],
+    seed: int,
+    hardware: Mapping[str, str | int],
+    seconds: float,
+    evaluation: Evaluation,
+) -> None:
+    """Write one run's figures as JSON, atomically: the file is whole or it is not there.
+
+    ``seconds`` is the wall time of training and evaluation together. Raises TypeError where ``config``
+    holds what JSON cannot.
+    """
+    record = {
+        "dataset": dataset,
+        "command": command,
+        "config": dict(config),
+        "seed": seed,
+        "hardware": dict(hardware),
+        "seconds": round(seconds, 1),
+        **_figures(evaluation),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def result_table(paths: Sequence[Path], *, paper: bool = True) -> Table:
+    """A rich table: the figures of each result file and, with ``paper``, the printed rows of its dataset.
+
+    A file has a row with the history kept, one with it removed, and one over cold targets if it has any.
+
+    Raises UserError where the files' splits differ: numbers of different targets do not compare.
+    """
+    board = _board(paths, paper)
+    table = Table(title=board.title, box=box.SIMPLE, pad_edge=False)
+    for i, name in enumerate(board.columns):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in board.rows:
+        table.add_row(*row)
+    return table
+
+
+def result_markdown(paths: Sequence[Path], *, paper: bool = True) -> str:
+    """The same table as Markdown; refuses as ``result_table`` does."""
+    board = _board(paths, paper)
+    rule = ["---"] + ["---:"] * (len(board.columns) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [board.columns, rule, *board.rows]) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Board:
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def _board(paths: Sequence[Path], paper: bool) -> _Board:
+    records = [_read(p) for p in paths]
+    if not records:
+        raise UserError("there is no result to put in a table", fix="name one result file or more")
+    _refuse_mixed(paths, records)
+    split, dataset = records[0]["split"], records[0]["dataset"]
+    names = list(records[0]["metrics"])
+    rows = [row for p, r in zip(paths, records, strict=True) for row in _rows(p, r, names)]
+    for printed in printed_rows(dataset) if paper else ():
+        cells = _cells({"HR@10": printed.hr10, "NDCG@10": printed.ndcg10}, names)
+        rows.append([f"{printed.model} ({printed.source})", *cells])
+    title = f"{dataset}: {split['users']:,} users, {split['items']:,} items"
+    return _Board(title, ["model", *names], rows)
+
+
+def _rows(path: Path, record: dict[str, Any], names: list[str]) -> list[list[str]]:
+    """History kept, history removed, and, where there are any, cold targets (history kept)."""
+    rows = [[path.stem, *_cells(record["metrics"], names)]]
+    rows.append(["- history removed", *_cells(record["metrics_history_removed"], names)])
+    cold = record.get("cold", {}).get("metrics", {})
+    return rows + ([["- cold targets", *_cells(cold, names)]] if cold else [])
+
+
+def _cells(values: Metrics, names: list[str]) -> list[str]:
+    return [f"{values[name]:.4f}" if name in values else "" for name in names]
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "split": evaluation.fingerprint,
+        "metrics": evaluation.metrics,
+        "metrics_history_removed": evaluation.metrics_history_removed,
+        "intervals_95": evaluation.intervals(),
+        "cold": {
+            "at_most_training_interactions": COLD,
+            "targets": int(evaluation.cold.sum()),
+            "metrics": evaluation.cold_metrics,
+            "metrics_history_removed": evaluation.cold_metrics_history_removed,
+        },
+        "targets_in_history": evaluation.targets_in_history,
+        "short_lists_history_removed": evaluation.short_lists,
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing", fix="name a result file")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON", cause=str(error)) from error
+    for key in ("dataset", "split", "metrics", "metrics_history_removed"):
+        if key not in record:
+            raise UserError(f"{path} is no result file", cause=f"it has no {key!r}")
+    return record
+
+
+def _refuse_mixed(paths: Sequence[Path], records: list[dict[str, Any]]) -> None:
+    first = records[0]["split"]
+    for path, record in zip(paths, records, strict=True):
+        keys = [k for k in {**first, **record["split"]} if first.get(k) != record["split"].get(k)]
+        if keys:
+            raise UserError(
+                f"{path} and {paths[0]} were measured on different splits",
+                cause=f"{keys[0]}: {record['split'].get(keys[0])} and {first.get(keys[0])}",
+                fix="put them in tables of their own, or evaluate both on one split",
+            )
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

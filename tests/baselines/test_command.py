@@ -1,0 +1,97 @@
+"""``python -m cemg.baselines`` on a prepared toy folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cemg.baselines.__main__ import main
+from cemg.data.dataset import Dataset
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    sequences = [((s + np.arange(6)) % 30).astype(np.int32) for s in rng.integers(30, size=60)]
+    blank: list[None] = [None] * 30
+    ids = [str(i) for i in range(60)]
+    data = Dataset("toy", ids, ids[:30], sequences, [""] * 30, list(blank), list(blank), "as written")
+    data.save(tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["cemg.baselines", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def test_popularity_writes_its_result(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results" / "toy-popularity.json"
+    assert call(monkeypatch, "--data", prepared, "--model", "popularity", "--out", out) == 0
+    record = json.loads(out.read_text())
+    assert record["config"] == {"model": "popularity", "seed": 0} and record["split"]["users"] == 60
+    assert 0 <= record["metrics"]["NDCG@20"] <= record["metrics"]["HR@20"] <= 1
+
+
+def test_sasrec_trains_tests_and_says_how_it_was_called(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, folder = tmp_path / "sasrec.json", tmp_path / "run"
+    words = ["--data", prepared, "--model", "sasrec", "--loss", "bce", "--out", out, "--run", folder]
+    chosen = [
+        "--epochs",
+        2,
+        "--seed",
+        5,
+        "--set",
+        "dim=8",
+        "--set",
+        "dropout=0.1",
+        "--set",
+        "norm_first=true",
+    ]
+    assert call(monkeypatch, *words, *chosen) == 0
+    record = json.loads(out.read_text())
+    config = record["config"]
+    assert (config["loss"], config["dim"], config["dropout"], config["seed"]) == ("bce", 8, 0.1, 5)
+    assert config["norm_first"] is True and config["epochs_run"] == 2 and "--set dim=8" in record["command"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint.safetensors",
+        "log.json",
+        "sasrec.json",
+        "sasrec.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--run", "r", "--set", "width=3"], "no such field"),
+        (["--run", "r", "--set", "dim=wide"], "'wide' is no int"),
+        (["--run", "r", "--set", "loss=ce"], "no such field"),
+        ([], "needs a folder"),
+    ],
+)
+def test_a_mistake_is_named_and_exits_with_two(
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr("cemg.baselines.__main__.console", Console(file=stderr, width=200))
+    needed = ["--data", prepared, "--model", "sasrec", "--out", tmp_path / "x.json"]
+    assert call(monkeypatch, *needed, *words) == 2
+    assert not (tmp_path / "x.json").exists()
+    assert stderr.getvalue().startswith("error: ") and message in stderr.getvalue()

@@ -1,0 +1,26 @@
+"""Popularity counts the training part alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cemg.baselines import PopularityRanker
+from cemg.data.dataset import Dataset
+
+
+def test_popularity_ranks_by_training_counts_with_ties_by_the_lower_row() -> None:
+    sequences = [[2, 2, 4, 0, 1], [4, 3, 0, 1], [2, 0, 1], [4, 0, 1]]  # the last two of each are targets
+    data = Dataset(
+        name="toy",
+        user_ids=list("abcd"),
+        item_ids=list("vwxyz"),
+        sequences=[np.array(s, dtype=np.int32) for s in sequences],
+        titles=[""] * 5,
+        texts=[None] * 5,
+        images=[None] * 5,
+        tie_rule="as written",
+    )
+    ranker = PopularityRanker.fit(data.split())
+    lists = ranker([np.array([0]), np.array([], dtype=np.int32)], 4)
+    assert lists.tolist() == [[2, 4, 3, 0]] * 2  # counts: item 2 three, 4 three, 3 one, then the uncounted 0
+    assert ranker([np.array([0])], 99).tolist() == [[2, 4, 3, 0, 1]]

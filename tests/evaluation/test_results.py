@@ -1,0 +1,110 @@
+"""Result files and the tables made of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from cemg.data.dataset import Dataset
+from cemg.errors import UserError
+from cemg.evaluation import evaluate, hardware, printed_rows, result_markdown, result_table, write_result
+
+
+def write(path: Path, *, last: int = 2, name: str = "Beauty", part: str = "test") -> None:
+    blank: list[None] = [None] * 5
+    data = Dataset(
+        name=name,
+        user_ids=["u"],
+        item_ids=list("abcde"),
+        sequences=[np.array([0, 1, last], dtype=np.int32)],
+        titles=[""] * 5,
+        texts=list(blank),
+        images=list(blank),
+        tie_rule="as written",
+    )
+    scored = evaluate(lambda h, top: torch.arange(5)[None, :top], data.split(), part=part, progress=False)
+    write_result(
+        path,
+        dataset=name,
+        command="test",
+        config={"dim": 4},
+        seed=1,
+        hardware=hardware(),
+        seconds=1.25,
+        evaluation=scored,
+    )
+
+
+def test_a_result_file_holds_the_documented_keys_and_no_partial_file_stays(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "a.json")
+    record = json.loads((tmp_path / "deep" / "a.json").read_text())
+    documented = {"dataset", "command", "config", "seed", "hardware", "seconds", "split", "metrics"}
+    assert documented | {"metrics_history_removed", "cold", "targets_in_history"} <= set(record)
+    assert set(record["split"]) == {"users", "items", "targets_sha256", "tie_rule"}
+    assert record["metrics"]["HR@5"] == 1 and record["metrics"]["NDCG@10"] == 0.5  # rank 2: 1 / log2(4)
+    assert record["metrics_history_removed"]["NDCG@10"] == 1
+    assert record["cold"]["targets"] == 1
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.json"]
+
+
+def test_hardware_names_no_host() -> None:
+    about = json.dumps(hardware())
+    assert os.uname().nodename not in about and '"cpu"' in about and torch.__version__ in about
+
+
+def test_a_table_puts_equal_splits_and_the_papers_rows_side_by_side(tmp_path: Path) -> None:
+    write(tmp_path / "one.json")
+    write(tmp_path / "two.json")
+    text = result_markdown([tmp_path / "one.json", tmp_path / "two.json"])
+    rows = text.splitlines()
+    ours = "1.0000 | 1.0000 | 1.0000 | 0.5000 | 0.5000 | 0.5000 |"
+    assert rows[0] == "| model | HR@5 | HR@10 | HR@20 | NDCG@5 | NDCG@10 | NDCG@20 |"
+    assert rows[2] == f"| one | {ours}" and rows[5] == f"| two | {ours}"
+    assert rows[3] == "| - history removed |" + " 1.0000 |" * 6
+    assert rows[4] == f"| - cold targets | {ours}"
+    assert "| CEMG (CEMG paper) |  | 0.0665 |  |  | 0.0348 |  |" in rows
+    assert "| TIGER (TIGER paper) |  | 0.0648 |  |  | 0.0384 |  |" in rows
+    out = io.StringIO()
+    Console(file=out, width=80).print(result_table([tmp_path / "one.json"], paper=False))
+    assert "one" in out.getvalue() and "CEMG paper" not in out.getvalue()
+
+
+def test_results_of_different_targets_are_not_put_in_one_table(tmp_path: Path) -> None:
+    write(tmp_path / "one.json", last=2)
+    write(tmp_path / "two.json", last=3)
+    with pytest.raises(UserError, match="different splits") as caught:
+        result_table([tmp_path / "one.json", tmp_path / "two.json"])
+    assert "targets_sha256" in str(caught.value)
+
+
+def test_validation_figures_are_not_put_beside_test_figures(tmp_path: Path) -> None:
+    write(tmp_path / "one.json")
+    write(tmp_path / "two.json", part="valid")
+    with pytest.raises(UserError, match="different splits"):
+        result_markdown([tmp_path / "one.json", tmp_path / "two.json"])
+
+
+@pytest.mark.parametrize("content, message", [("{", "is no JSON"), ("{}", "is no result file")])
+def test_another_file_is_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match=f"x.json {message}"):
+        result_table([tmp_path / "x.json"])
+
+
+def test_a_missing_file_and_an_empty_list_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing"):
+        result_table([tmp_path / "none.json"])
+    with pytest.raises(UserError, match="no result"):
+        result_table([])
+
+
+def test_the_papers_rows_are_known_for_its_three_datasets() -> None:
+    assert [len(printed_rows(name)) for name in ("Beauty", "sports", "yelp", "ml-100k")] == [12, 12, 11, 0]
+    assert [r.hr10 for r in printed_rows("yelp") if r.model == "CEMG"] == [0.0458]
