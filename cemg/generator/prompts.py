@@ -32,39 +32,38 @@ class Prompter:
         self.history_items = history_items
         self.seq2seq = seq2seq
 
-    def opening(self, user_id: str | None) -> list[int]:
-        """What stands before the codes: BOS and instruction of a decoder, then the user token where there is one."""
-        first = [] if self.seq2seq else [self.vocabulary.bos, *self.vocabulary.instruction]
-        return first + (self.vocabulary.user_token(user_id) if user_id is not None else [])
+    @property
+    def opening(self) -> list[int]:
+        """What stands before the codes: BOS and instruction of a decoder, nothing for an encoder."""
+        return [] if self.seq2seq else [self.vocabulary.bos, *self.vocabulary.instruction]
 
-    def prompt(self, history: np.ndarray, user_id: str | None = None) -> Tensor:
+    def prompt(self, history: np.ndarray) -> Tensor:
         """Tokens of one history of catalog rows, int64 [S]."""
         newest = torch.from_numpy(np.asarray(history[-self.history_items :], dtype=np.int64))
         closing = [self.vocabulary.eos] if self.seq2seq else []
-        parts = (torch.tensor(self.opening(user_id), dtype=torch.int64), self.item_tokens[newest].flatten())
+        parts = (torch.tensor(self.opening, dtype=torch.int64), self.item_tokens[newest].flatten())
         return torch.cat((*parts, torch.tensor(closing, dtype=torch.int64)))
 
-    def batch(self, histories: Sequence[np.ndarray], user_ids: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, histories: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Padded prompts [B, S] int64 and their attention mask; a decoder's on the left, an encoder's on the right."""
-        names = user_ids if user_ids is not None else [None] * len(histories)
-        rows = [self.prompt(h, name) for h, name in zip(histories, names, strict=True)]
+        rows = [self.prompt(history) for history in histories]
         ids = pad(rows, self.vocabulary.pad, left=not self.seq2seq)
         mask = pad([torch.ones_like(row) for row in rows], 0, left=not self.seq2seq)
         return ids, mask
 
-    def samples(self, train: Sequence[np.ndarray], user_ids: Sequence[str]) -> Samples:
+    def samples(self, train: Sequence[np.ndarray]) -> Samples:
         """Training samples: windows with every position a target, or for an encoder-decoder one per prefix."""
         spans = _prefixes(train) if self.seq2seq else _windows(train, self.history_items)
-        return Samples(self, train, user_ids, list(spans))
+        return Samples(self, train, list(spans))
 
 
 class Samples(Dataset[Sample]):
     """Spans (user, first item, first target, end) of training sequences, tokenised when asked for."""
 
     def __init__(
-        self, prompter: Prompter, train: Sequence[np.ndarray], user_ids: Sequence[str], spans: list[tuple[int, int, int, int]]
+        self, prompter: Prompter, train: Sequence[np.ndarray], spans: list[tuple[int, int, int, int]]
     ) -> None:
-        self.prompter, self.train, self.user_ids, self.spans = prompter, train, user_ids, spans
+        self.prompter, self.train, self.spans = prompter, train, spans
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -73,23 +72,23 @@ class Samples(Dataset[Sample]):
         user, first, target, end = self.spans[index]
         items = self.train[user][first:end]
         make = self._seq2seq if self.prompter.seq2seq else self._causal
-        return make(items, target - first, self.user_ids[user])
+        return make(items, target - first)
 
     def lengths(self) -> list[int]:
         """Items each sample holds: what batches are bucketed by."""
         return [end - first for _, first, _, end in self.spans]
 
-    def _causal(self, items: np.ndarray, target: int, user_id: str) -> Sample:
-        opening = torch.tensor(self.prompter.opening(user_id), dtype=torch.int64)
+    def _causal(self, items: np.ndarray, target: int) -> Sample:
+        opening = torch.tensor(self.prompter.opening, dtype=torch.int64)
         codes = self.prompter.item_tokens[torch.from_numpy(items.astype(np.int64))]  # [n, levels]
         labels = codes.clone()
         labels[:target] = IGNORED
         ignored = torch.full_like(opening, IGNORED)
         return {"input_ids": torch.cat((opening, codes.flatten())), "labels": torch.cat((ignored, labels.flatten()))}
 
-    def _seq2seq(self, items: np.ndarray, target: int, user_id: str) -> Sample:
+    def _seq2seq(self, items: np.ndarray, target: int) -> Sample:
         label = self.prompter.item_tokens[int(items[target])]
-        return {"input_ids": self.prompter.prompt(items[:target], user_id), "labels": label}
+        return {"input_ids": self.prompter.prompt(items[:target]), "labels": label}
 
 
 def _windows(train: Sequence[np.ndarray], history_items: int) -> Iterator[tuple[int, int, int, int]]:

@@ -74,7 +74,6 @@ def train_generator(
     prompter: Prompter,
     train: Sequence[np.ndarray],
     *,
-    user_ids: Sequence[str],
     validate: Callable[[PreTrainedModel], float],
     config: GeneratorConfig,
     folder: Path,
@@ -88,7 +87,7 @@ def train_generator(
     with the same arguments resumes there. Raises UserError where no position can be trained on, and where
     the device's memory runs out.
     """
-    samples = prompter.samples(train, user_ids)
+    samples = prompter.samples(train)
     if len(samples) == 0:
         raise UserError("no training sample: every user's training part is empty", fix="check: cemg-data stats")
     try:

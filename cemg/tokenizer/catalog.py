@@ -80,6 +80,10 @@ class Catalog:
             torch.cat([self.codes, codes.to(torch.int64)]), self.codebook_size, [*self.item_ids, *item_ids]
         )
 
+    def first(self, count: int) -> Catalog:
+        """The catalog of the first ``count`` items."""
+        return self if count >= len(self) else Catalog(self.codes[:count], self.codebook_size, self.item_ids[:count])
+
     def save(self, folder: Path | str) -> None:
         """``catalog.safetensors`` (codes) and ``catalog.json`` (size, ids), each renamed into place when whole."""
         folder = Path(folder)

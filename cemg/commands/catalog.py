@@ -1,0 +1,86 @@
+"""``cemg-catalog``: look at a run's catalog, and add items to it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import polars as pl
+import typer
+
+from cemg.commands import console as command
+from cemg.errors import UserError
+from cemg.generator import symbol
+from cemg.progress import console
+from cemg.recommender import Recommender
+from cemg.tokenizer import Catalog
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
+    item: Annotated[str, typer.Option(help="One item id.")],
+) -> None:
+    """Print the semantic ID of an item.
+
+    Example: cemg-catalog show --run runs/beauty --item 12
+    """
+    catalog = Catalog.load(run / "catalog")
+    codes = catalog.codes[catalog.rows_of([item])[0]].tolist()
+    print(" ".join(symbol(level, code) for level, code in enumerate(codes)))
+
+
+@app.command()
+def add(
+    run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
+    items: Annotated[Path, typer.Option(help="CSV with columns item and text or image, and title if there is one.")],
+) -> None:
+    """Give new items semantic IDs through the frozen features and tokenizer; existing IDs never change.
+
+    Example: cemg-catalog add --run runs/beauty --items new.csv
+    """
+    table = _read(items)
+    recommender = Recommender.from_run(run)
+    known = set(recommender.catalog.item_ids)
+    twice = next((i for i in table["item"] if i in known), None)
+    if twice is not None:
+        raise UserError(f"{items}: item {twice} is in the catalog already")
+    if table["item"].is_duplicated().any():
+        raise UserError(f"{items}: item {table['item'].filter(table['item'].is_duplicated())[0]} occurs more than once")
+    images = [items.parent / p if p else None for p in table["image"]]
+    codes = recommender.encode_items(table["text"].to_list(), images)
+    _replace(run / "catalog", recommender.catalog.extended(codes, table["item"].to_list()))
+    for name, row in zip(table["item"], codes.tolist(), strict=True):
+        print(name, " ".join(symbol(level, code) for level, code in enumerate(row)))
+    console.print(f"{len(table)} items added, {len(known) + len(table)} in the catalog", highlight=False)
+
+
+def _read(path: Path) -> pl.DataFrame:
+    try:
+        table = pl.read_csv(path, infer_schema=False)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"{path} cannot be read as CSV", cause=str(error).splitlines()[0]) from error
+    if "item" not in table.columns or not {"text", "image"} & set(table.columns):
+        raise UserError(f"{path} needs the columns item and text or image, has {', '.join(table.columns)}")
+    missing = [pl.lit(None, dtype=pl.String).alias(name) for name in ("text", "image") if name not in table.columns]
+    return table.with_columns(missing)
+
+
+def _replace(folder: Path, catalog: Catalog) -> None:
+    """Write the larger catalog beside the old one and swap; the manifest stays, so the run counts as unchanged."""
+    fresh, old = folder.with_name(".catalog.new"), folder.with_name(".catalog.old")
+    for path in (fresh, old):
+        shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(folder, fresh)
+    catalog.save(fresh)
+    folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old)
+
+
+def main() -> None:
+    """Entry point of ``cemg-catalog``."""
+    command.run(app)

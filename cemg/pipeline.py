@@ -1,0 +1,271 @@
+"""The stages of a run, from raw data to a trained generator and its test (DESIGN §1)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel
+
+from cemg.config import RunConfig
+from cemg.data import Dataset, Split, read_dataset, synthetic_dataset
+from cemg.decoding import Decoder, TransformersDecoder
+from cemg.errors import UserError
+from cemg.evaluation import Rank, evaluate, seeded_sample
+from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
+from cemg.generator import Prompter, Vocabulary, build_backbone, load_weights, train_generator, weights_of
+from cemg.graph import train_lightgcn
+from cemg.progress import console
+from cemg.run import Run, digest, write_json
+from cemg.tokenizer import MODALITIES, Catalog, Tokenizer, make_unique, train_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class StageLog:
+    """Writes what a stage logs to ``log.jsonl`` and to TensorBoard; append-only, so a resumed stage goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lines = (folder / "log.jsonl").open("a")
+        self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self.lines.write(json.dumps({"step": step} | values) + "\n")
+        self.lines.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def __enter__(self) -> StageLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.lines.close()
+        self.board.close()
+
+
+class Pipeline:
+    """All stages of one run. ``train`` makes or reuses each; the properties read what is there."""
+
+    def __init__(self, run: Run, config: RunConfig, *, device: str = "cpu", cache: Path | None = None) -> None:
+        self.run, self.config, self.device = run, config.seeded(), device
+        self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
+
+    def train(self) -> None:
+        """Data, features, graph, tokenizer, catalog, generator, in this order."""
+        self.data()
+        self.features()
+        self.graph()
+        self.tokenizer()
+        self.catalog()
+        self.generator()
+
+    # ---- stages
+
+    def data(self) -> None:
+        source = self.config.data
+        if source.path:
+            images = Path(source.images) if source.images else None
+            data = read_dataset(Path(source.path), format=source.format, images=images, name=source.name or None)
+        else:
+            console.print("no data was named: this run uses the SYNTHETIC set", highlight=False)
+            world = self.run.folder / "synthetic"
+            data = synthetic_dataset(world, users=source.synthetic_users, items=source.synthetic_items, seed=self.config.seed)
+        self.run.stage("data", {"content": _content(data), "images": source.images}, data.save)
+
+    def features(self) -> None:
+        config = self.config
+        parts = {"text": asdict(config.text), "image": asdict(config.image), "pca": asdict(config.pca)}
+        self.run.stage("features", parts, self._build_features, inputs=("data",))
+
+    def graph(self) -> None:
+        self.run.stage("graph", asdict(self.config.graph), self._build_graph, inputs=("data",))
+
+    def tokenizer(self) -> None:
+        config = asdict(self.config.tokenizer) | {"without": [k for k in self.config.without if k in MODALITIES]}
+        self.run.stage("tokenizer", config, self._build_tokenizer, inputs=("features", "graph"))
+
+    def catalog(self) -> None:
+        config = {"unique": self.config.tokenizer.unique}
+        self.run.stage("catalog", config, self._build_catalog, inputs=("data", "tokenizer"))
+
+    def generator(self) -> None:
+        config = {
+            "backbone": asdict(self.config.backbone), "generator": asdict(self.config.generator),
+            "decoding": asdict(self.config.decoding), "dtype": self.config.dtype, "seed": self.config.seed,
+        }  # fmt: skip
+        self.run.stage("generator", config, self._build_generator, inputs=("data", "catalog"))
+
+    # ---- how each is built
+
+    def _build_features(self, folder: Path) -> None:
+        data = self.load_data()
+        text = encode_texts(data.texts, config=self.config.text, device=self.device, cache=self.cache)
+        image = self._encode_images(data)
+        tensors = {}
+        for name, features in (("text", text), ("image", image)):
+            tensors |= self._project(name, features, folder)
+        save_file(tensors, folder / "features.safetensors")
+        write_json(folder / "missing.json", {"text": _missing(text, data), "image": _missing(image, data)})
+
+    def _encode_images(self, data: Dataset) -> Features:
+        if not any(data.images):  # no picture, no backbone: none is loaded, nor downloaded
+            return Features(torch.zeros(data.num_items, 1), torch.zeros(data.num_items, dtype=torch.bool))
+        return encode_images(data.images, config=self.config.image, device=self.device, cache=self.cache)
+
+    def _project(self, name: str, features: Features, folder: Path) -> dict[str, Tensor]:
+        """PCA of one modality, where there is enough of it to fit one."""
+        rows = int(features.present.sum())
+        dim = min(self.config.pca.dim, rows, features.width)
+        if rows < 2:
+            values = torch.zeros(len(features.present), 1)
+            return {name: values, f"{name}_present": torch.zeros_like(features.present)}
+        if dim < self.config.pca.dim:
+            console.print(f"{name}: {rows} items × {features.width} features, so PCA keeps {dim}", highlight=False)
+        pca = PCA.fit(features, dim=dim, whiten=self.config.pca.whiten, seed=self.config.seed)
+        pca.save(folder / f"pca_{name}.safetensors")
+        kept = float(pca.explained_variance_ratio.sum())
+        console.print(f"{name}: {rows} of {len(features.present)} items, PCA keeps {kept:.1%} of the variance", highlight=False)
+        return {name: pca.transform(features.values, features.present), f"{name}_present": features.present}
+
+    def _build_graph(self, folder: Path) -> None:
+        data = self.load_data()
+        with StageLog(folder) as log:
+            made = train_lightgcn(
+                data.split().train, data.num_items, config=self.config.graph, device=self.device, log=log
+            )
+        save_file({"collab": made.values, "collab_present": made.present}, folder / "graph.safetensors")
+
+    def _build_tokenizer(self, folder: Path) -> None:
+        values, present = self.load_features()
+        without = tuple(k for k in self.config.without if k in MODALITIES)
+        with StageLog(folder) as log:
+            made = train_tokenizer(
+                values, present, config=self.config.tokenizer, without=without, device=self.device, log=log
+            )
+        made.save(folder)
+        items = made.features(values, present)
+        codes, z = made.tokenize(items)
+        tensors = {"codes": codes, "z": z, "attention": made.attention(items), "present": items.present}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "items.safetensors")
+
+    def _build_catalog(self, folder: Path) -> None:
+        items = load_file(self.run.path("tokenizer") / "items.safetensors")
+        codebooks = Tokenizer.load(self.run.path("tokenizer")).model.codebooks.detach()
+        unique = make_unique(items["codes"], items["z"], codebooks, method=self.config.tokenizer.unique)
+        Catalog.from_codes(unique.codes, self.config.tokenizer.codebook_size, self.load_data().item_ids).save(folder)
+        figures = {
+            "items": len(unique.codes), "colliding_before": unique.colliding_before, "colliding_after": 0,
+            "changed_codes_share": unique.changed_share, "moved_items": unique.moved_items,
+        }  # fmt: skip
+        write_json(folder / "uniqueness.json", figures)
+        console.print(
+            f"catalog: {unique.colliding_before} of {len(unique.codes)} items collided, none does now; "
+            f"{unique.changed_share:.2%} of the codes were changed", highlight=False,
+        )  # fmt: skip
+
+    def _build_generator(self, folder: Path) -> None:
+        data, catalog = self.load_data(), self.load_catalog()
+        torch.manual_seed(self.config.seed)
+        model, vocabulary = self._backbone(catalog)
+        prompter = self.prompter(model, vocabulary, catalog)
+        split = data.split()
+        sample = seeded_sample(split, self.config.decoding.validation_users, seed=self.config.seed)
+
+        def validate(trained: PreTrainedModel) -> float:
+            rank = self.ranker(trained, vocabulary, catalog, beams=self.config.decoding.validation_beams)
+            beams = self.config.decoding.validation_beams
+            done = evaluate(rank, split, part="valid", users=sample, max_list=beams, progress=False, batch_size=128)
+            return done.metrics["NDCG@10"]
+
+        with StageLog(folder) as log:
+            progress = train_generator(
+                model, vocabulary, prompter, split.train, validate=validate, config=self.config.generator,
+                folder=folder / "checkpoints", device=self.device, dtype=self.config.dtype, log=log,
+            )  # fmt: skip
+        save_file({k: v.cpu().contiguous() for k, v in weights_of(model).items()}, folder / "weights.safetensors")
+        write_json(folder / "vocabulary.json", vocabulary.to_dict())
+        best = {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "validation_ndcg10": progress.best}
+        write_json(folder / "training.json", best)
+        write_json(folder / "seconds.json", progress.seconds)
+
+    # ---- what is there
+
+    def load_data(self) -> Dataset:
+        return Dataset.load(self.run.path("data"))
+
+    def load_features(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Raw e_v, e_t, e_c after PCA and LightGCN, and which items have them, by modality."""
+        tensors = load_file(self.run.path("features") / "features.safetensors")
+        tensors |= load_file(self.run.path("graph") / "graph.safetensors")
+        return {k: tensors[k] for k in MODALITIES}, {k: tensors[f"{k}_present"] for k in MODALITIES}
+
+    def load_catalog(self) -> Catalog:
+        return Catalog.load(self.run.path("catalog"))
+
+    def load_generator(self) -> tuple[PreTrainedModel, Vocabulary]:
+        """The trained model in evaluation mode on the device, in the run's dtype on a GPU."""
+        path = self.run.path("generator") / "weights.safetensors"
+        if not path.is_file():
+            raise UserError(f"{self.run.folder} holds no trained generator", fix=f"cemg-train --run {self.run.folder}")
+        torch.manual_seed(self.config.seed)
+        model, vocabulary = self._backbone(self.load_catalog())
+        load_weights(model, path)
+        return model.to(self.device).eval(), vocabulary
+
+    def ranker(
+        self, model: PreTrainedModel, vocabulary: Vocabulary, catalog: Catalog, *, beams: int, engine: str = "cemg"
+    ) -> Rank:
+        """Histories to ranked catalog rows through beam search, for ``evaluate``; lists of at most ``beams``."""
+        prompter = self.prompter(model, vocabulary, catalog)
+        decoder = make_decoder(engine, model, catalog, vocabulary.code_token_start, self.config.decoding.normalize)
+        size = self.config.decoding.batch_size
+
+        def rank(histories: list[np.ndarray], top: int) -> Tensor:
+            model.eval()
+            parts = [histories[i : i + size] for i in range(0, len(histories), size)]
+            lists = [decoder.decode(*prompter.batch(part), min(beams, len(catalog))).items for part in parts]
+            return torch.cat(lists)[:, :top]
+
+        return rank
+
+    def _backbone(self, catalog: Catalog) -> tuple[PreTrainedModel, Vocabulary]:
+        history = self.config.generator.history_items
+        return build_backbone(self.config.backbone, catalog.levels, catalog.codebook_size, history_items=history)
+
+    def prompter(self, model: PreTrainedModel, vocabulary: Vocabulary, catalog: Catalog) -> Prompter:
+        """Builds this run's prompts."""
+        return Prompter(
+            vocabulary, catalog.codes, history_items=self.config.generator.history_items,
+            seq2seq=model.config.is_encoder_decoder,
+        )  # fmt: skip
+
+
+def make_decoder(
+    engine: str, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Any
+) -> Decoder | TransformersDecoder:
+    """The decoder of that name: "cemg", or "transformers", the yardstick."""
+    engines = {"cemg": Decoder, "transformers": TransformersDecoder}
+    if engine not in engines:
+        raise UserError(f"engine {engine!r} is not there", fix=f"one of {', '.join(engines)}")
+    return engines[engine](model, catalog, code_token_start, normalize)
+
+
+def _content(data: Dataset) -> str:
+    """Hash of all that a run learns from: interactions, ids, texts, and images by name, size and time."""
+    images = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) if p and p.is_file() else None for p in data.images]
+    sequences = [s.tolist() for s in data.sequences]
+    return digest([data.name, data.user_ids, data.item_ids, sequences, data.titles, data.texts, images, data.tie_rule])
+
+
+def _missing(features: Features, data: Dataset) -> dict[str, str]:
+    """Item id to the reason why it has not this modality."""
+    rows = torch.nonzero(~features.present).flatten().tolist()
+    return {data.item_ids[r]: features.reasons.get(r, "none given") for r in rows}

@@ -1,0 +1,130 @@
+"""``Recommender``: a trained run as an object (DESIGN §7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cemg.config import load_config
+from cemg.decoding import Decoder, Normalize, Recommendations
+from cemg.errors import UserError
+from cemg.features import PCA, Features, encode_images, encode_texts
+from cemg.pipeline import Pipeline, make_decoder
+from cemg.run import Run
+from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
+from cemg_kernels import ItemFilter
+
+
+class Recommender:
+    """``Recommender.from_run(folder).recommend([["12", "7", "105"]], top=10)``."""
+
+    def __init__(self, pipeline: Pipeline, *, normalize: Normalize = "vocab", engine: str = "cemg") -> None:
+        self.pipeline = pipeline
+        self.catalog: Catalog = pipeline.load_catalog()
+        model, vocabulary = pipeline.load_generator()
+        self.prompter = pipeline.prompter(model, vocabulary, self.catalog)
+        self.decoder = make_decoder(engine, model, self.catalog, vocabulary.code_token_start, normalize)
+
+    @classmethod
+    def from_run(
+        cls, folder: Path | str, device: str = "cpu", normalize: Normalize = "vocab", engine: str = "cemg"
+    ) -> Recommender:
+        """Open what ``cemg-train`` wrote. ``engine`` is "cemg" or "transformers", the yardstick.
+
+        Raises UserError where a part of the run is missing.
+        """
+        folder = Path(folder)
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder} is no run: it has no config.yaml", fix=f"cemg-train --run {folder}")
+        pipeline = Pipeline(Run(folder), load_config(folder / "config.yaml"), device=device)
+        return cls(pipeline, normalize=normalize, engine=engine)
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str | int]],
+        top: int = 10,
+        beams: int = 50,
+        filter: ItemFilter | None = None,
+        exclude_history: bool = False,
+    ) -> Recommendations:
+        """The ``top`` next items for B histories of item ids, oldest first.
+
+        ``items`` are catalog rows; ``item_ids`` gives their ids. ``filter`` admits some of the items only, and
+        ``exclude_history`` drops each user's own items from what the beam found. Raises UserError for an
+        unknown item id, and for more results than beams.
+        """
+        if not 1 <= top <= beams:
+            raise UserError(f"top must be within 1 … beams, got top={top} and beams={beams}")
+        rows = [self.catalog.rows_of([self._id(i) for i in history]) for history in histories]
+        ids, mask = self.prompter.batch([np.asarray(r, dtype=np.int64) for r in rows])
+        beams = min(beams, len(self.catalog))
+        if filter is None:
+            found = self.decoder.decode(ids, mask, beams)
+        elif isinstance(self.decoder, Decoder):
+            found = self.decoder.decode(ids, mask, beams, filter=filter)
+        else:
+            raise UserError("engine=transformers takes no filter", fix="use engine=cemg")
+        return (without_history(found, rows) if exclude_history else found).top(top)
+
+    def item_ids(self, found: Recommendations) -> list[list[int | str | None]]:
+        """Item ids [B][top] of recommendations; None where there were fewer items."""
+        return self.catalog.ids_of(found.items)
+
+    def encode_items(self, texts: Sequence[str | None], images: Sequence[Path | str | None]) -> Tensor:
+        """Codes [n, levels] int64 for new items, through the frozen features and tokenizer.
+
+        Each differs from every code of the catalog and from the others; an existing item's never changes.
+        """
+        if len(texts) != len(images):
+            raise UserError(f"{len(texts)} texts for {len(images)} images")
+        folder = self.pipeline.run.path("tokenizer")
+        tokenizer = Tokenizer.load(folder)
+        items = tokenizer.features(*self._content(tokenizer, texts, images))
+        if not bool(items.present.any(1).all()):
+            bare = torch.nonzero(~items.present.any(1)).flatten()[0].item()
+            raise UserError(f"new item {bare} has neither a text nor an image that this run's tokenizer uses")
+        codes, z = tokenizer.tokenize(items)
+        books, method = tokenizer.model.codebooks.detach(), self.pipeline.config.tokenizer.unique
+        return place_new(codes, z, books, taken=self.catalog.codes, method=method)
+
+    def _content(
+        self, tokenizer: Tokenizer, texts: Sequence[str | None], images: Sequence[Path | str | None]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        config, widths = self.pipeline.config, tokenizer.model.widths
+        paths = [Path(p) if p else None for p in images]
+        raw: dict[str, Features] = {}
+        if any(texts):
+            raw["text"] = encode_texts(texts, config=config.text, device=self.pipeline.device)
+        if any(paths):
+            raw["image"] = encode_images(paths, config=config.image, device=self.pipeline.device)
+        values = {k: torch.zeros(len(texts), w) for k, w in widths.items()}
+        present = {k: torch.zeros(len(texts), dtype=torch.bool) for k in widths}
+        for name in CONTENT:
+            path = self.pipeline.run.path("features") / f"pca_{name}.safetensors"
+            if name in raw and path.is_file():
+                values[name] = PCA.load(path).transform(raw[name].values, raw[name].present)
+                present[name] = raw[name].present
+        return values, present
+
+    def _id(self, item: str | int) -> str | int:
+        return str(item) if self.catalog.named else item
+
+
+def without_history(found: Recommendations, histories: Sequence[Sequence[int]]) -> Recommendations:
+    """The same lists without each user's own items, closed up; the certificate counts what stays of its lead."""
+    keep = torch.stack(
+        [~torch.isin(row, torch.tensor(list(own), dtype=row.dtype)) for row, own in zip(found.items, histories, strict=True)]
+    ) & (found.items >= 0)  # [B, W]
+    order = (~keep).to(torch.int8).argsort(dim=1, stable=True)  # kept ones first, in their order
+    gone = ~keep.gather(1, order)
+    lead = torch.arange(keep.shape[1])[None] < found.certified[:, None]
+    return Recommendations(
+        found.items.gather(1, order).masked_fill(gone, -1),
+        found.scores.gather(1, order).masked_fill(gone, float("-inf")),
+        found.codes.gather(1, order[:, :, None].expand_as(found.codes)).masked_fill(gone[:, :, None], -1),
+        (keep & lead).sum(1),
+    )
