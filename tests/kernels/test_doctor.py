@@ -23,6 +23,7 @@ def test_json_holds_the_versions_and_every_operations_backend():
 
 
 def test_a_missing_native_module_is_reported_with_its_remedy(monkeypatch):
+    monkeypatch.delenv("CEMG_FAST_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "_native", None)
     result = CliRunner().invoke(app, ["--device", "cpu"])
     assert result.exit_code == 0

