@@ -79,14 +79,19 @@ class RunConfig:
 
     def seeded(self) -> RunConfig:
         """The run's seed handed to every stage; ``--without llm`` turned into the backbone it means."""
-        parts = {name: dataclasses.replace(getattr(self, name), seed=self.seed) for name in ("graph", "tokenizer", "generator")}
+        parts = {
+            name: dataclasses.replace(getattr(self, name), seed=self.seed)
+            for name in ("graph", "tokenizer", "generator")
+        }
         if "llm" in self.without:
-            parts["backbone"] = dataclasses.replace(self.backbone, kind="scratch", pretrained="", layers=6, lora_rank=0)
+            parts["backbone"] = dataclasses.replace(
+                self.backbone, kind="scratch", pretrained="", layers=6, lora_rank=0
+            )
         return dataclasses.replace(self, **parts)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = (), **top: Any) -> RunConfig:
-    """Defaults, then a YAML file, then ``top`` (given values of RunConfig), then ``section.name=value`` strings.
+    """Defaults, then a YAML file, then ``top`` (values of RunConfig), then ``section.name=value`` strings.
 
     Raises UserError naming the file or the override, the field and what it should have been.
     """
@@ -101,7 +106,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), **top: Any) ->
         if isinstance(first.get("ctx", {}).get("error"), UserError):
             raise first["ctx"]["error"] from None
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where}: {first['msg']}, got {first['input']!r}", cause=str(path or "command line")) from None
+        raise UserError(
+            f"{where}: {first['msg']}, got {first['input']!r}", cause=str(path or "command line")
+        ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -132,7 +139,9 @@ def _checked_names(tree: dict[str, Any], kind: type, path: Path | None, prefix: 
     for name, value in tree.items():
         if name not in fields:
             raise UserError(
-                f"{prefix}{name} is no setting", cause=str(path or "command line"), fix=f"one of {', '.join(fields)}"
+                f"{prefix}{name} is no setting",
+                cause=str(path or "command line"),
+                fix=f"one of {', '.join(fields)}",
             )
         part = fields[name].default_factory
         if dataclasses.is_dataclass(part) and isinstance(value, dict):

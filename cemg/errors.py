@@ -12,5 +12,7 @@ class UserError(ValueError):
 
     def lines(self) -> list[str]:
         """The message, then its cause and its remedy where they are known."""
-        extra = [f"  {name + ':':<6} {text}" for name, text in (("cause", self.cause), ("fix", self.fix)) if text]
+        extra = [
+            f"  {name + ':':<6} {text}" for name, text in (("cause", self.cause), ("fix", self.fix)) if text
+        ]
         return [self.message, *extra]

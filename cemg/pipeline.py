@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from cemg.config import RunConfig
-from cemg.data import Dataset, Split, read_dataset, synthetic_dataset
+from cemg.data import Dataset, read_dataset, synthetic_dataset
 from cemg.decoding import Decoder, TransformersDecoder
 from cemg.errors import UserError
 from cemg.evaluation import Rank, evaluate, seeded_sample
@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class StageLog:
-    """Writes what a stage logs to ``log.jsonl`` and to TensorBoard; append-only, so a resumed stage goes on."""
+    """Writes a stage's figures to ``log.jsonl`` and to TensorBoard; appends, so a resumed stage goes on."""
 
     def __init__(self, folder: Path) -> None:
         self.lines = (folder / "log.jsonl").open("a")
@@ -46,7 +46,9 @@ class StageLog:
     def __enter__(self) -> StageLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.lines.close()
         self.board.close()
 
@@ -54,7 +56,9 @@ class StageLog:
 class Pipeline:
     """All stages of one run. ``train`` makes or reuses each; the properties read what is there."""
 
-    def __init__(self, run: Run, config: RunConfig, *, device: str = "cpu", cache: Path | None = None) -> None:
+    def __init__(
+        self, run: Run, config: RunConfig, *, device: str = "cpu", cache: Path | None = None
+    ) -> None:
         self.run, self.config, self.device = run, config.seeded(), device
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
 
@@ -73,11 +77,15 @@ class Pipeline:
         source = self.config.data
         if source.path:
             images = Path(source.images) if source.images else None
-            data = read_dataset(Path(source.path), format=source.format, images=images, name=source.name or None)
+            data = read_dataset(
+                Path(source.path), format=source.format, images=images, name=source.name or None
+            )
         else:
             console.print("no data was named: this run uses the SYNTHETIC set", highlight=False)
             world = self.run.folder / "synthetic"
-            data = synthetic_dataset(world, users=source.synthetic_users, items=source.synthetic_items, seed=self.config.seed)
+            data = synthetic_dataset(
+                world, users=source.synthetic_users, items=source.synthetic_items, seed=self.config.seed
+            )
         self.run.stage("data", {"content": _content(data), "images": source.images}, data.save)
 
     def features(self) -> None:
@@ -89,7 +97,9 @@ class Pipeline:
         self.run.stage("graph", asdict(self.config.graph), self._build_graph, inputs=("data",))
 
     def tokenizer(self) -> None:
-        config = asdict(self.config.tokenizer) | {"without": [k for k in self.config.without if k in MODALITIES]}
+        config = asdict(self.config.tokenizer) | {
+            "without": [k for k in self.config.without if k in MODALITIES]
+        }
         self.run.stage("tokenizer", config, self._build_tokenizer, inputs=("features", "graph"))
 
     def catalog(self) -> None:
@@ -109,7 +119,7 @@ class Pipeline:
         data = self.load_data()
         text = encode_texts(data.texts, config=self.config.text, device=self.device, cache=self.cache)
         image = self._encode_images(data)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, features in (("text", text), ("image", image)):
             tensors |= self._project(name, features, folder)
         save_file(tensors, folder / "features.safetensors")
@@ -128,11 +138,16 @@ class Pipeline:
             values = torch.zeros(len(features.present), 1)
             return {name: values, f"{name}_present": torch.zeros_like(features.present)}
         if dim < self.config.pca.dim:
-            console.print(f"{name}: {rows} items × {features.width} features, so PCA keeps {dim}", highlight=False)
+            console.print(
+                f"{name}: {rows} items × {features.width} features, so PCA keeps {dim}", highlight=False
+            )
         pca = PCA.fit(features, dim=dim, whiten=self.config.pca.whiten, seed=self.config.seed)
         pca.save(folder / f"pca_{name}.safetensors")
         kept = float(pca.explained_variance_ratio.sum())
-        console.print(f"{name}: {rows} of {len(features.present)} items, PCA keeps {kept:.1%} of the variance", highlight=False)
+        console.print(
+            f"{name}: {rows} of {len(features.present)} items, PCA keeps {kept:.1%} of the variance",
+            highlight=False,
+        )
         return {name: pca.transform(features.values, features.present), f"{name}_present": features.present}
 
     def _build_graph(self, folder: Path) -> None:
@@ -160,7 +175,9 @@ class Pipeline:
         items = load_file(self.run.path("tokenizer") / "items.safetensors")
         codebooks = Tokenizer.load(self.run.path("tokenizer")).model.codebooks.detach()
         unique = make_unique(items["codes"], items["z"], codebooks, method=self.config.tokenizer.unique)
-        Catalog.from_codes(unique.codes, self.config.tokenizer.codebook_size, self.load_data().item_ids).save(folder)
+        Catalog.from_codes(unique.codes, self.config.tokenizer.codebook_size, self.load_data().item_ids).save(
+            folder
+        )
         figures = {
             "items": len(unique.codes), "colliding_before": unique.colliding_before, "colliding_after": 0,
             "changed_codes_share": unique.changed_share, "moved_items": unique.moved_items,
@@ -182,7 +199,9 @@ class Pipeline:
         def validate(trained: PreTrainedModel) -> float:
             rank = self.ranker(trained, vocabulary, catalog, beams=self.config.decoding.validation_beams)
             beams = self.config.decoding.validation_beams
-            done = evaluate(rank, split, part="valid", users=sample, max_list=beams, progress=False, batch_size=128)
+            done = evaluate(
+                rank, split, part="valid", users=sample, max_list=beams, progress=False, batch_size=128
+            )
             return done.metrics["NDCG@10"]
 
         with StageLog(folder) as log:
@@ -190,9 +209,15 @@ class Pipeline:
                 model, vocabulary, prompter, split.train, validate=validate, config=self.config.generator,
                 folder=folder / "checkpoints", device=self.device, dtype=self.config.dtype, log=log,
             )  # fmt: skip
-        save_file({k: v.cpu().contiguous() for k, v in weights_of(model).items()}, folder / "weights.safetensors")
+        save_file(
+            {k: v.cpu().contiguous() for k, v in weights_of(model).items()}, folder / "weights.safetensors"
+        )
         write_json(folder / "vocabulary.json", vocabulary.to_dict())
-        best = {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "validation_ndcg10": progress.best}
+        best = {
+            "best_epoch": progress.best_epoch,
+            "epochs": progress.epoch,
+            "validation_ndcg10": progress.best,
+        }
         write_json(folder / "training.json", best)
         write_json(folder / "seconds.json", progress.seconds)
 
@@ -214,18 +239,29 @@ class Pipeline:
         """The trained model in evaluation mode on the device, in the run's dtype on a GPU."""
         path = self.run.path("generator") / "weights.safetensors"
         if not path.is_file():
-            raise UserError(f"{self.run.folder} holds no trained generator", fix=f"cemg-train --run {self.run.folder}")
+            raise UserError(
+                f"{self.run.folder} holds no trained generator", fix=f"cemg-train --run {self.run.folder}"
+            )
         torch.manual_seed(self.config.seed)
         model, vocabulary = self._backbone(self.load_catalog())
         load_weights(model, path)
-        return model.to(self.device).eval(), vocabulary
+        model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps torch's own
+        return model.eval(), vocabulary
 
     def ranker(
-        self, model: PreTrainedModel, vocabulary: Vocabulary, catalog: Catalog, *, beams: int, engine: str = "cemg"
+        self,
+        model: PreTrainedModel,
+        vocabulary: Vocabulary,
+        catalog: Catalog,
+        *,
+        beams: int,
+        engine: str = "cemg",
     ) -> Rank:
-        """Histories to ranked catalog rows through beam search, for ``evaluate``; lists of at most ``beams``."""
+        """Histories to ranked catalog rows through beam search; lists of ``beams`` at most."""
         prompter = self.prompter(model, vocabulary, catalog)
-        decoder = make_decoder(engine, model, catalog, vocabulary.code_token_start, self.config.decoding.normalize)
+        decoder = make_decoder(
+            engine, model, catalog, vocabulary.code_token_start, self.config.decoding.normalize
+        )
         size = self.config.decoding.batch_size
 
         def rank(histories: list[np.ndarray], top: int) -> Tensor:
@@ -238,7 +274,9 @@ class Pipeline:
 
     def _backbone(self, catalog: Catalog) -> tuple[PreTrainedModel, Vocabulary]:
         history = self.config.generator.history_items
-        return build_backbone(self.config.backbone, catalog.levels, catalog.codebook_size, history_items=history)
+        return build_backbone(
+            self.config.backbone, catalog.levels, catalog.codebook_size, history_items=history
+        )
 
     def prompter(self, model: PreTrainedModel, vocabulary: Vocabulary, catalog: Catalog) -> Prompter:
         """Builds this run's prompts."""
@@ -252,17 +290,22 @@ def make_decoder(
     engine: str, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Any
 ) -> Decoder | TransformersDecoder:
     """The decoder of that name: "cemg", or "transformers", the yardstick."""
-    engines = {"cemg": Decoder, "transformers": TransformersDecoder}
-    if engine not in engines:
-        raise UserError(f"engine {engine!r} is not there", fix=f"one of {', '.join(engines)}")
-    return engines[engine](model, catalog, code_token_start, normalize)
+    if engine == "cemg":
+        return Decoder(model, catalog, code_token_start, normalize)
+    if engine == "transformers":
+        return TransformersDecoder(model, catalog, code_token_start, normalize)
+    raise UserError(f"engine {engine!r} is not there", fix="one of cemg, transformers")
 
 
 def _content(data: Dataset) -> str:
-    """Hash of all that a run learns from: interactions, ids, texts, and images by name, size and time."""
-    images = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) if p and p.is_file() else None for p in data.images]
+    """Hash of all that a run learns from: interactions, ids, texts, images by name, size and time."""
+    images = [
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns) if p and p.is_file() else None for p in data.images
+    ]
     sequences = [s.tolist() for s in data.sequences]
-    return digest([data.name, data.user_ids, data.item_ids, sequences, data.titles, data.texts, images, data.tie_rule])
+    return digest(
+        [data.name, data.user_ids, data.item_ids, sequences, data.titles, data.texts, images, data.tie_rule]
+    )
 
 
 def _missing(features: Features, data: Dataset) -> dict[str, str]:

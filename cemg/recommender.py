@@ -53,8 +53,8 @@ class Recommender:
     ) -> Recommendations:
         """The ``top`` next items for B histories of item ids, oldest first.
 
-        ``items`` are catalog rows; ``item_ids`` gives their ids. ``filter`` admits some of the items only, and
-        ``exclude_history`` drops each user's own items from what the beam found. Raises UserError for an
+        ``items`` are rows; ``item_ids`` gives their ids. ``filter`` admits some of the items only, and
+        ``exclude_history`` drops the history from what the beam found. Raises UserError for an
         unknown item id, and for more results than beams.
         """
         if not 1 <= top <= beams:
@@ -115,9 +115,12 @@ class Recommender:
 
 
 def without_history(found: Recommendations, histories: Sequence[Sequence[int]]) -> Recommendations:
-    """The same lists without each user's own items, closed up; the certificate counts what stays of its lead."""
+    """The same lists without each user's own items, closed up; of the certified lead what stays counts."""
     keep = torch.stack(
-        [~torch.isin(row, torch.tensor(list(own), dtype=row.dtype)) for row, own in zip(found.items, histories, strict=True)]
+        [
+            ~torch.isin(row, torch.tensor(list(own), dtype=row.dtype))
+            for row, own in zip(found.items, histories, strict=True)
+        ]
     ) & (found.items >= 0)  # [B, W]
     order = (~keep).to(torch.int8).argsort(dim=1, stable=True)  # kept ones first, in their order
     gone = ~keep.gather(1, order)

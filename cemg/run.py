@@ -39,13 +39,20 @@ class Run:
         return self.folder / stage
 
     def stage(
-        self, name: str, config: Mapping[str, Any], build: Callable[[Path], None], *, inputs: tuple[str, ...] = ()
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        build: Callable[[Path], None],
+        *,
+        inputs: tuple[str, ...] = (),
     ) -> Path:
         """The finished folder of stage ``name``, built by ``build(folder)`` unless it stands already.
 
-        A build that was interrupted finds in its folder what it had written, if config and inputs are the same.
+        An interrupted build finds in its folder what it had written, if config and inputs are the same.
         """
-        key = digest({"config": config, "inputs": {i: self.keys[i] for i in inputs}, "version": cemg.__version__})
+        key = digest(
+            {"config": config, "inputs": {i: self.keys[i] for i in inputs}, "version": cemg.__version__}
+        )
         self.keys[name] = key
         done, doing = self.path(name), self.folder / f".{name}.part"
         if _key_of(done / MANIFEST) == key:
@@ -67,7 +74,10 @@ class Run:
         clock = doing / "seconds.json"  # of training that was interrupted before
         seconds = max(seconds, json.loads(clock.read_text()) if clock.is_file() else 0.0)
         (doing / "key.json").unlink()
-        write_json(doing / MANIFEST, {"key": key, "seconds": round(seconds, 2), **_contents(doing), "config": dict(config)})
+        write_json(
+            doing / MANIFEST,
+            {"key": key, "seconds": round(seconds, 2), **_contents(doing), "config": dict(config)},
+        )
         shutil.rmtree(done, ignore_errors=True)
         doing.replace(done)
         self.seconds[name] = round(seconds, 2)
@@ -85,15 +95,20 @@ class _Lock(AbstractContextManager[None]):
     def __enter__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.is_file() and _alive(self.path.read_text()):
-            raise UserError(f"{self.path.parent} is in use by process {self.path.read_text()}", fix="wait, or use another --run")
+            raise UserError(
+                f"{self.path.parent} is in use by process {self.path.read_text()}",
+                fix="wait, or use another --run",
+            )
         self.path.write_text(str(os.getpid()))
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.path.unlink(missing_ok=True)
 
 
 def _alive(pid: str) -> bool:
-    """Whether a process of that number runs; a killed command leaves its lock behind, and that is no hindrance."""
+    """Whether a process of that number runs; the lock of a killed command is no hindrance."""
     try:
         os.kill(int(pid), 0)
     except (ValueError, ProcessLookupError):
@@ -131,5 +146,9 @@ def _contents(folder: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 shapes |= {f"{path.name}:{k}": list(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-    versions = {"cemg": cemg.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "cemg": cemg.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     return {"files": hashes, "shapes": shapes, "versions": versions}

@@ -36,7 +36,9 @@ def show(
 @app.command()
 def add(
     run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
-    items: Annotated[Path, typer.Option(help="CSV with columns item and text or image, and title if there is one.")],
+    items: Annotated[
+        Path, typer.Option(help="CSV with columns item and text or image, and title if there is one.")
+    ],
 ) -> None:
     """Give new items semantic IDs through the frozen features and tokenizer; existing IDs never change.
 
@@ -49,7 +51,9 @@ def add(
     if twice is not None:
         raise UserError(f"{items}: item {twice} is in the catalog already")
     if table["item"].is_duplicated().any():
-        raise UserError(f"{items}: item {table['item'].filter(table['item'].is_duplicated())[0]} occurs more than once")
+        raise UserError(
+            f"{items}: item {table['item'].filter(table['item'].is_duplicated())[0]} occurs more than once"
+        )
     images = [items.parent / p if p else None for p in table["image"]]
     codes = recommender.encode_items(table["text"].to_list(), images)
     _replace(run / "catalog", recommender.catalog.extended(codes, table["item"].to_list()))
@@ -65,12 +69,14 @@ def _read(path: Path) -> pl.DataFrame:
         raise UserError(f"{path} cannot be read as CSV", cause=str(error).splitlines()[0]) from error
     if "item" not in table.columns or not {"text", "image"} & set(table.columns):
         raise UserError(f"{path} needs the columns item and text or image, has {', '.join(table.columns)}")
-    missing = [pl.lit(None, dtype=pl.String).alias(name) for name in ("text", "image") if name not in table.columns]
+    missing = [
+        pl.lit(None, dtype=pl.String).alias(name) for name in ("text", "image") if name not in table.columns
+    ]
     return table.with_columns(missing)
 
 
 def _replace(folder: Path, catalog: Catalog) -> None:
-    """Write the larger catalog beside the old one and swap; the manifest stays, so the run counts as unchanged."""
+    """Write the larger catalog beside the old one and swap; its manifest stays: the run is unchanged."""
     fresh, old = folder.with_name(".catalog.new"), folder.with_name(".catalog.old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)

@@ -41,14 +41,21 @@ def recommend(
     found = recommender.recommend([items], top=top, beams=max(beams, top), exclude_history=exclude_history)
     titles = dict(zip(recommender.catalog.item_ids, recommender.pipeline.load_data().titles, strict=False))
     rows = [
-        {"item": item, "title": titles.get(item) or "", "score": score, "codes": [symbol(m, c) for m, c in enumerate(codes)]}
+        {
+            "item": item,
+            "title": titles.get(item) or "",
+            "score": score,
+            "codes": [symbol(m, c) for m, c in enumerate(codes)],
+        }
         for item, score, codes in zip(
             recommender.item_ids(found)[0], found.scores[0].tolist(), found.codes[0].tolist(), strict=True
         )
         if item is not None
     ]
     if as_json:
-        json.dump({"history": items, "certified": int(found.certified[0]), "items": rows}, sys.stdout, indent=1)
+        json.dump(
+            {"history": items, "certified": int(found.certified[0]), "items": rows}, sys.stdout, indent=1
+        )
         print()
     else:
         Console().print(_table(rows))

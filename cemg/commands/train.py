@@ -31,12 +31,22 @@ SYNTHETIC = (  # small enough for two CPU cores and a few minutes; encoders that
 
 @app.command()
 def train(
-    run: Annotated[Path, typer.Option(help="Folder of the run; the same folder resumes or reuses.")] = Path("runs/synthetic"),
-    data: Annotated[str, typer.Option(help="Folder or file that cemg-data reads. None: the synthetic set.")] = "",
+    run: Annotated[Path, typer.Option(help="Folder of the run; the same folder resumes or reuses.")] = Path(
+        "runs/synthetic"
+    ),
+    data: Annotated[
+        str, typer.Option(help="Folder or file that cemg-data reads. None: the synthetic set.")
+    ] = "",
     config: Annotated[Path | None, typer.Option(help="YAML file with the settings of the stages.")] = None,
-    set: Annotated[list[str] | None, typer.Option(help="One setting, e.g. --set generator.epochs=10; repeatable.")] = None,
-    without: Annotated[list[str] | None, typer.Option(help="Ablation: collab, image, text or llm; repeatable.")] = None,
-    fast_kernels: Annotated[bool, typer.Option(help="Fast backends, or the plain PyTorch references.")] = True,
+    set: Annotated[
+        list[str] | None, typer.Option(help="One setting, e.g. --set generator.epochs=10; repeatable.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="Ablation: collab, image, text or llm; repeatable.")
+    ] = None,
+    fast_kernels: Annotated[
+        bool, typer.Option(help="Fast backends, or the plain PyTorch references.")
+    ] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (mixed precision).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every stage.")] = None,
@@ -71,7 +81,10 @@ def _settings(data: str, config: Path | None, settings: list[str]) -> list[str]:
 
 def _check_device(device: str) -> None:
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch {torch.__version__} sees no GPU", fix="cemg-doctor tells why; or --device cpu")
+        raise UserError(
+            f"--device {device}: torch {torch.__version__} sees no GPU",
+            fix="cemg-doctor tells why; or --device cpu",
+        )
 
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:

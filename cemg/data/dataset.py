@@ -1,4 +1,4 @@
-"""The one shape every reader produces: items with their texts and images, users with their time-ordered items.
+"""The one shape every reader produces: items with their texts and images, users with their histories.
 
 U users, N items; an item is its row 0 … N-1, and keeps the identifier its source gave it.
 """
@@ -113,7 +113,9 @@ class Dataset:
         """Read a prepared folder; UserError names the file that is missing or of another format."""
         for name in ("dataset.json", "interactions.parquet", "users.parquet", "items.parquet"):
             if not (folder / name).is_file():
-                raise UserError(f"{folder / name} is missing", fix="prepare the data again: cemg-data prepare")
+                raise UserError(
+                    f"{folder / name} is missing", fix="prepare the data again: cemg-data prepare"
+                )
         about = json.loads((folder / "dataset.json").read_text())
         if about.get("format") != FORMAT:
             raise UserError(

@@ -54,6 +54,21 @@ class Stepper(Protocol):
         ...
 
 
+def check_fit(model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: str) -> None:
+    """UserError where the model has fewer tokens than the catalog's codes need, and for an unknown ``normalize``."""
+    if normalize not in ("vocab", "level", "valid"):
+        raise UserError(f"normalize must be vocab, level or valid, got {normalize!r}")
+    needed = code_token_start + catalog.levels * catalog.codebook_size
+    rows = model.get_input_embeddings().num_embeddings
+    if needed > rows:
+        raise UserError(
+            "this catalog does not belong to the generator",
+            cause=f"{catalog.levels} levels of {catalog.codebook_size} codes from token {code_token_start} on "
+            f"need {needed} tokens, the model has {rows}",
+            fix="use the catalog that the model was trained on",
+        )
+
+
 class Decoder:
     """``Decoder(model, catalog, code_token_start).decode(input_ids, attention_mask, beams)``.
 
@@ -65,18 +80,9 @@ class Decoder:
     def __init__(
         self, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Normalize = "vocab"
     ) -> None:
-        if normalize not in ("vocab", "level", "valid"):
-            raise UserError(f"normalize must be vocab, level or valid, got {normalize!r}")
-        needed = code_token_start + catalog.levels * catalog.codebook_size
-        rows = model.get_input_embeddings().num_embeddings
-        if needed > rows:
-            raise UserError(
-                "this catalog does not belong to the generator",
-                cause=f"{catalog.levels} levels of {catalog.codebook_size} codes from token {code_token_start} on "
-                f"need {needed} tokens, the model has {rows}",
-                fix="use the catalog that the model was trained on",
-            )
-        self.model, self.catalog, self.code_token_start, self.normalize = model, catalog, code_token_start, normalize
+        check_fit(model, catalog, code_token_start, normalize)
+        self.model, self.catalog = model, catalog
+        self.code_token_start, self.normalize = code_token_start, normalize
         self.trie = catalog.trie.to(model.device)
 
     @torch.inference_mode()
@@ -91,9 +97,8 @@ class Decoder:
         if beams < 1:
             raise UserError(f"beams must be at least 1, got {beams}")
         if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
-            raise UserError(
-                f"input_ids and attention_mask must be [B, S] alike, got {list(input_ids.shape)} and {list(attention_mask.shape)}"
-            )
+            shapes = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
+            raise UserError(f"input_ids and attention_mask must be [B, S] alike, got {shapes}")
         device = self.model.device
         stepper = make_stepper(self.model)
         logits = stepper.start(input_ids.to(device), attention_mask.to(device))  # [B, 1, V]
@@ -108,7 +113,9 @@ class Decoder:
                 logits = stepper.step(tokens, parents)  # noqa: F821 — bound by the step before
             scores, parents, chosen, nodes, cut = self._select(logits, scores, nodes, beams, level, filter)
             grown_from = parents.clamp_min(0)[:, :, None].expand(-1, -1, level)
-            codes = torch.cat((codes.gather(1, grown_from), chosen[:, :, None].long()), dim=2)  # [B, W, level + 1]
+            codes = torch.cat(
+                (codes.gather(1, grown_from), chosen[:, :, None].long()), dim=2
+            )  # [B, W, level + 1]
             pruned = torch.maximum(pruned, cut)
         return self._results(scores, nodes, codes, pruned)
 
@@ -164,9 +171,13 @@ class CausalStepper:
         else:
             index = parents.long().clamp_min(0)[:, :, None].expand(-1, -1, self.ancestors.shape[2])
             self.ancestors = torch.cat((self.ancestors.gather(1, index), itself), dim=2)
-        seen = torch.cat((self.prompt[:, None].expand(-1, beams, -1), self.ancestors), dim=2)  # [B, W, S + steps·W]
+        seen = torch.cat(
+            (self.prompt[:, None].expand(-1, beams, -1), self.ancestors), dim=2
+        )  # [B, W, S + steps·W]
         dtype = self.model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+            ~seen, torch.finfo(dtype).min
+        )
         out = self.model(
             input_ids=tokens, attention_mask=mask[:, None], position_ids=self.position[:, None].expand(-1, beams),
             past_key_values=self.cache, use_cache=True,
@@ -183,7 +194,9 @@ class Seq2SeqStepper:
         self.cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
 
     def start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        encoded = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        encoded = self.model.get_encoder()(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state
         self.encoded, self.mask = encoded, attention_mask
         first = torch.full_like(input_ids[:, :1], self.model.config.decoder_start_token_id)
         return self._forward(first)  # [B, 1, V]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    PreTrainedModel,
+)
+from transformers.generation.utils import GenerateOutput
 
-from cemg.decoding.engine import Normalize, Recommendations
+from cemg.decoding.engine import Normalize, Recommendations, check_fit
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 
@@ -21,7 +29,9 @@ class TransformersDecoder:
     def __init__(
         self, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Normalize = "vocab"
     ) -> None:
-        self.model, self.catalog, self.code_token_start, self.normalize = model, catalog, code_token_start, normalize
+        check_fit(model, catalog, code_token_start, normalize)
+        self.model, self.catalog = model, catalog
+        self.code_token_start, self.normalize = code_token_start, normalize
         offset = torch.arange(catalog.levels) * catalog.codebook_size + code_token_start
         self.tokens = catalog.codes + offset  # [N, levels]
         self.root = dict_trie(self.tokens)
@@ -30,21 +40,36 @@ class TransformersDecoder:
     def decode(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
         """As ``Decoder.decode``, for unfiltered prompts [B, S]; ``beams`` may not exceed the number of items."""
         if beams > len(self.catalog):
-            raise UserError(f"{beams} beams for {len(self.catalog)} items: generate() would fill up with illegal ones")
+            raise UserError(
+                f"{beams} beams for {len(self.catalog)} items: generate() would fill up with illegal ones"
+            )
+        device = self.model.device
         prompt = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
-        processors = LogitsProcessorList()
-        if self.normalize == "level":
-            processors.append(LevelOnly(prompt, self.code_token_start, self.catalog.codebook_size))
-        out = self.model.generate(
-            input_ids=input_ids.to(self.model.device), attention_mask=attention_mask.to(self.model.device),
-            do_sample=False, num_beams=beams, num_return_sequences=beams, length_penalty=0.0,
-            max_new_tokens=self.catalog.levels, min_new_tokens=self.catalog.levels,
-            temperature=None, top_k=None, top_p=None, repetition_penalty=None, early_stopping=False,
-            prefix_allowed_tokens_fn=self._allowed(prompt), logits_processor=processors,
-            renormalize_logits=self.normalize == "valid", return_dict_in_generate=True, output_scores=True,
-        )  # fmt: skip
+        with plain_generation(self.model):
+            out = self.model.generate(
+                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device),
+                do_sample=False, num_beams=beams, num_return_sequences=beams, early_stopping=False,
+                max_new_tokens=self.catalog.levels, min_new_tokens=self.catalog.levels,
+                logits_processor=self._processors(prompt, beams), renormalize_logits=self.normalize == "valid",
+                return_dict_in_generate=True, output_scores=True, output_logits=beams == 1,
+                **({} if beams == 1 else {"length_penalty": 0.0}),
+            )  # fmt: skip
         tokens = out.sequences[:, prompt:].cpu().reshape(len(input_ids), beams, -1)
-        return self._results(tokens, out.sequences_scores.cpu().reshape(len(input_ids), beams))
+        scores = self._greedy_scores(out, tokens) if beams == 1 else out.sequences_scores.cpu()
+        return self._results(tokens, scores.reshape(len(input_ids), beams))
+
+    def _processors(self, prompt: int, beams: int) -> LogitsProcessorList:
+        """The trie's mask; before it, for "level", the log-softmax over a level, which must see no mask."""
+        masked = PrefixConstrainedLogitsProcessor(self._allowed(prompt), beams)
+        if self.normalize != "level":
+            return LogitsProcessorList([masked])
+        return LogitsProcessorList([LevelOnly(prompt, self.code_token_start, self.catalog.codebook_size), masked])
+
+    def _greedy_scores(self, out: GenerateOutput, tokens: Tensor) -> Tensor:
+        """Sums [B] for one beam, where ``generate`` decodes greedily and sums nothing."""
+        steps = [x.float().log_softmax(1) for x in out.logits] if self.normalize == "vocab" else out.scores
+        chosen = [step.cpu().gather(1, tokens[:, :, level]) for level, step in enumerate(steps)]
+        return torch.cat(chosen, dim=1).sum(1)
 
     def _allowed(self, prompt: int) -> Callable[[int, Tensor], list[int]]:
         def allowed(_: int, tokens: Tensor) -> list[int]:
@@ -65,6 +90,18 @@ class TransformersDecoder:
             items, scores.masked_fill(dead, float("-inf")), codes.masked_fill(dead[:, :, None], -1),
             torch.zeros(len(scores), dtype=torch.int64),
         )  # fmt: skip
+
+
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Without what the checkpoint says about sampling: ``generate`` would mix its penalties and bans in."""
+    own = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class LevelOnly(LogitsProcessor):

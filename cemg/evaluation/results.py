@@ -74,7 +74,7 @@ def result_table(paths: Sequence[Path], *, paper: bool = True) -> Table:
     Raises UserError where the files' splits differ: numbers of different targets do not compare.
     """
     board = _board(paths, paper)
-    table = Table(title=board.title, box=box.SIMPLE, pad_edge=False)
+    table = Table(title=board.title, box=box.SIMPLE, padding=0)
     for i, name in enumerate(board.columns):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in board.rows:

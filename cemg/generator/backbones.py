@@ -90,7 +90,9 @@ def _t5(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTr
     return T5ForConditionalGeneration(shape)
 
 
-def _pretrained_t5(config: BackboneConfig, levels: int, codebook_size: int) -> tuple[PreTrainedModel, Vocabulary]:
+def _pretrained_t5(
+    config: BackboneConfig, levels: int, codebook_size: int
+) -> tuple[PreTrainedModel, Vocabulary]:
     model = _load(T5ForConditionalGeneration, config)
     start = model.config.vocab_size
     pad, eos = model.config.pad_token_id, model.config.eos_token_id
@@ -142,10 +144,16 @@ def _with_lora(model: PreTrainedModel, config: BackboneConfig, task: str) -> Pre
         return model
     from peft import LoraConfig, get_peft_model  # a slow import that only LoRA needs
 
-    whole = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is model.get_input_embeddings()]
+    whole = [
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if module is model.get_input_embeddings()
+    ]
     tied = model.config.get_text_config().tie_word_embeddings
     if not tied:
-        whole += [n.rsplit(".", 1)[-1] for n, m in model.named_modules() if m is model.get_output_embeddings()]
+        whole += [
+            n.rsplit(".", 1)[-1] for n, m in model.named_modules() if m is model.get_output_embeddings()
+        ]
     lora = LoraConfig(
         task_type=task, r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.dropout,
         target_modules="all-linear", modules_to_save=sorted(set(whole)), ensure_weight_tying=tied,

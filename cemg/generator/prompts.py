@@ -84,7 +84,10 @@ class Samples(Dataset[Sample]):
         labels = codes.clone()
         labels[:target] = IGNORED
         ignored = torch.full_like(opening, IGNORED)
-        return {"input_ids": torch.cat((opening, codes.flatten())), "labels": torch.cat((ignored, labels.flatten()))}
+        return {
+            "input_ids": torch.cat((opening, codes.flatten())),
+            "labels": torch.cat((ignored, labels.flatten())),
+        }
 
     def _seq2seq(self, items: np.ndarray, target: int) -> Sample:
         label = self.prompter.item_tokens[int(items[target])]
@@ -151,4 +154,6 @@ class Buckets(Sampler[list[int]]):
 def pad(rows: Sequence[Tensor], value: int, *, left: bool) -> Tensor:
     """Stack rows of different length to [B, S], filled with ``value``."""
     side = "left" if left else "right"
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+    return torch.nn.utils.rnn.pad_sequence(
+        list(rows), batch_first=True, padding_value=value, padding_side=side
+    )

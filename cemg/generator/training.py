@@ -89,9 +89,13 @@ def train_generator(
     """
     samples = prompter.samples(train)
     if len(samples) == 0:
-        raise UserError("no training sample: every user's training part is empty", fix="check: cemg-data stats")
+        raise UserError(
+            "no training sample: every user's training part is empty", fix="check: cemg-data stats"
+        )
     try:
-        return _Training(model, vocabulary, samples, prompter.seq2seq, validate, config, folder, device, dtype, log).run()
+        return _Training(
+            model, vocabulary, samples, prompter.seq2seq, validate, config, folder, device, dtype, log
+        ).run()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{device} ran out of memory with batches of {config.batch_size}",
@@ -110,8 +114,12 @@ class _Training:
         precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
         self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
-        loader = DataLoader(samples, batch_sampler=self.buckets, collate_fn=Collate(vocabulary, seq2seq=seq2seq))
-        self.optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98))
+        loader = DataLoader(
+            samples, batch_sampler=self.buckets, collate_fn=Collate(vocabulary, seq2seq=seq2seq)
+        )
+        self.optimizer = torch.optim.AdamW(
+            _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98)
+        )
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
         self.plain: PreTrainedModel = model
         self.seq2seq = seq2seq
@@ -132,7 +140,7 @@ class _Training:
         return self.state
 
     def _epoch(self, started: float) -> None:
-        self.buckets.set_epoch(self.state.epoch)
+        self.loader.set_epoch(self.state.epoch)  # the loader counts epochs itself, from 0 after a resumption too
         first = self.state.step - self.state.epoch * len(self.buckets)
         loader = self.accelerator.skip_first_batches(self.loader, first) if first else self.loader
         for batch in loader:
@@ -147,7 +155,9 @@ class _Training:
         self.model.train()
         torch.manual_seed(self.config.seed * 1_000_003 + self.state.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * learning_rate_share(self.state.step, self.total, self.config)
+            group["lr"] = self.config.learning_rate * learning_rate_share(
+                self.state.step, self.total, self.config
+            )
         with self.accelerator.autocast():
             loss = self._loss(batch)
         self.optimizer.zero_grad()
@@ -156,7 +166,9 @@ class _Training:
         self.optimizer.step()
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise UserError(f"the loss is {value} at step {self.state.step}", fix="lower generator.learning_rate")
+            raise UserError(
+                f"the loss is {value} at step {self.state.step}", fix="lower generator.learning_rate"
+            )
         if self.log is not None:
             self.log(self.state.step, {"generator/loss": value})
         return value
@@ -166,7 +178,10 @@ class _Training:
         labels = batch["labels"]
         if self.seq2seq:
             logits = self.model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, use_cache=False
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=labels,
+                use_cache=False,
             ).logits
         else:  # padded on the right: a causal mask alone hides the padding
             logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
@@ -221,7 +236,9 @@ class _Training:
         with safe_open(path, framework="pt") as file:
             self.state = Progress(**json.loads(file.metadata()["state"]))
         tensors = load_file(path)
-        _assign(self.plain, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        _assign(
+            self.plain, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        )
         full = self.optimizer.state_dict()
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -258,7 +275,9 @@ def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], path: Path | str
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
-        raise UserError(f"{path} holds other weights than this model", cause=f"{len(odd)} differ, first {odd[0]}")
+        raise UserError(
+            f"{path} holds other weights than this model", cause=f"{len(odd)} differ, first {odd[0]}"
+        )
     for name, parameter in own.items():
         if parameter.shape != tensors[name].shape:
             cause = f"{name} is {list(tensors[name].shape)} there and {list(parameter.shape)} here"

@@ -48,7 +48,12 @@ class Collaborative:
 
 
 def train_lightgcn(
-    train: Sequence[np.ndarray], num_items: int, *, config: GraphConfig, device: str = "cpu", log: Log | None = None
+    train: Sequence[np.ndarray],
+    num_items: int,
+    *,
+    config: GraphConfig,
+    device: str = "cpu",
+    log: Log | None = None,
 ) -> Collaborative:
     """Item embeddings e_c from users' training items (U arrays of item rows), by BPR.
 
@@ -56,14 +61,19 @@ def train_lightgcn(
     """
     users, items = _edges(train)
     if len(users) == 0:
-        raise UserError("no training interaction to learn a graph from", fix="check the data: cemg-data stats")
+        raise UserError(
+            "no training interaction to learn a graph from", fix="check the data: cemg-data stats"
+        )
     graph = BipartiteGraph.from_edges(users.to(device), items.to(device), len(train), num_items)
     generator = torch.Generator().manual_seed(config.seed)
     table = torch.empty(len(train) + num_items, config.dim)  # [U + N, d]
     table = torch.nn.Parameter(table.normal_(0, 0.1, generator=generator).to(device))
     optimizer = torch.optim.Adam([table], lr=config.learning_rate)
     for epoch in track(range(config.epochs), "LightGCN"):
-        losses = [_step(table, graph, triple, len(train), config, optimizer) for triple in _batches(users, items, num_items, epoch, config)]
+        losses = [
+            _step(table, graph, triple, len(train), config, optimizer)
+            for triple in _batches(users, items, num_items, epoch, config)
+        ]
         if log is not None:
             bpr, l2 = torch.stack(losses).mean(0).tolist()
             log(epoch, {"graph/bpr": bpr, "graph/l2": l2})
@@ -87,7 +97,9 @@ def _batches(
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch + 1)
     order = torch.randperm(len(users), generator=generator)
     negatives = torch.randint(num_items, (len(users),), generator=generator)
-    for rows, negative in zip(order.split(config.batch_size), negatives.split(config.batch_size), strict=True):
+    for rows, negative in zip(
+        order.split(config.batch_size), negatives.split(config.batch_size), strict=True
+    ):
         yield users[rows], items[rows], negative
 
 

@@ -82,7 +82,11 @@ class Catalog:
 
     def first(self, count: int) -> Catalog:
         """The catalog of the first ``count`` items."""
-        return self if count >= len(self) else Catalog(self.codes[:count], self.codebook_size, self.item_ids[:count])
+        return (
+            self
+            if count >= len(self)
+            else Catalog(self.codes[:count], self.codebook_size, self.item_ids[:count])
+        )
 
     def save(self, folder: Path | str) -> None:
         """``catalog.safetensors`` (codes) and ``catalog.json`` (size, ids), each renamed into place when whole."""

@@ -62,7 +62,9 @@ def make_unique(codes: Tensor, z: Tensor, codebooks: Tensor, *, method: str = "a
     return Uniqueness(fresh, before, int((fresh != codes).sum()), moved)
 
 
-def place_new(codes: Tensor, z: Tensor, codebooks: Tensor, *, taken: Tensor, method: str = "assign") -> Tensor:
+def place_new(
+    codes: Tensor, z: Tensor, codebooks: Tensor, *, taken: Tensor, method: str = "assign"
+) -> Tensor:
     """Distinct codes for new items, none of them among ``taken`` [N, levels], which stay as they are.
 
     One item after the other takes the nearest free last code of its prefix (or suffix), else of the nearest
@@ -75,7 +77,9 @@ def place_new(codes: Tensor, z: Tensor, codebooks: Tensor, *, taken: Tensor, met
         options = ((*row, k) for k in range(size)) if suffix else _nearest_ids(row, latent, codebooks)
         chosen = next((o for o in options if o not in used), None)
         if chosen is None:
-            raise UserError(f"no free semantic ID is left for codes {tuple(row)}", fix="train a new tokenizer")
+            raise UserError(
+                f"no free semantic ID is left for codes {tuple(row)}", fix="train a new tokenizer"
+            )
         used.add(chosen)
         placed.append(chosen)
     return torch.tensor(placed, dtype=torch.int64).reshape(len(placed), taken.shape[1])
@@ -158,8 +162,12 @@ def _nearest_prefixes(prefix: tuple[int, ...], z: Tensor, codebooks: Tensor) -> 
     """Prefixes in order of distance to z [Z]: first those that differ in the last code alone, then in the last two, …"""
     for kept in range(len(prefix) - 1, -1, -1):
         tails = list(itertools.product(range(codebooks.shape[1]), repeat=len(prefix) - kept))
-        sums = sum(codebooks[kept + i, list(tail)].double() for i, tail in enumerate(zip(*tails, strict=True)))
-        head = sum((codebooks[m, c].double() for m, c in enumerate(prefix[:kept])), torch.zeros_like(z).double())
+        sums = sum(
+            codebooks[kept + i, list(tail)].double() for i, tail in enumerate(zip(*tails, strict=True))
+        )
+        head = sum(
+            (codebooks[m, c].double() for m, c in enumerate(prefix[:kept])), torch.zeros_like(z).double()
+        )
         distance = (z.double() - head - sums).square().sum(1)
         for index in distance.argsort(stable=True).tolist():
             yield (*prefix[:kept], *tails[index])

@@ -62,7 +62,11 @@ class ItemFeatures:
 
     @classmethod
     def scaled(
-        cls, values: dict[str, Tensor], present: dict[str, Tensor], scaling: dict[str, Scaling], without: Sequence[str] = ()
+        cls,
+        values: dict[str, Tensor],
+        present: dict[str, Tensor],
+        scaling: dict[str, Scaling],
+        without: Sequence[str] = (),
     ) -> ItemFeatures:
         """Scale raw modalities; those named in ``without`` are masked for every item (the ablations)."""
         mask = {k: torch.zeros_like(p) if k in without else p for k, p in present.items()}

@@ -115,14 +115,18 @@ class RQVAE(nn.Module):
             quantized = quantized + chosen
         return quantized, commit, diversity
 
-    def _reconstruction(self, decoded: Tensor, h: Tensor, items: ItemFeatures) -> tuple[Tensor, dict[str, Tensor]]:
+    def _reconstruction(
+        self, decoded: Tensor, h: Tensor, items: ItemFeatures
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.config.recon_target == "h":
             target = h.detach()
             loss = (decoded - target).square().sum(1).mean()
             spread = (target - target.mean(0)).square().sum(1).mean()
             return loss, {"h": 1 - loss.detach() / spread.clamp_min(1e-12)}
         parts = dict(zip(MODALITIES, decoded.split([self.widths[k] for k in MODALITIES], dim=1), strict=True))
-        errors = torch.stack([(parts[k] - items.values[k]).square().sum(1) for k in MODALITIES], dim=1)  # [B, 3]
+        errors = torch.stack(
+            [(parts[k] - items.values[k]).square().sum(1) for k in MODALITIES], dim=1
+        )  # [B, 3]
         here = items.present.to(errors.dtype)
         loss = ((errors * here).sum(1) / here.sum(1).clamp_min(1)).mean()
         spread = torch.stack([items.values[k].square().sum(1) for k in MODALITIES], dim=1)

@@ -65,7 +65,9 @@ class Tokenizer:
         tensors = load_file(folder / "tokenizer.safetensors")
         about["config"]["hidden"] = tuple(about["config"]["hidden"])
         model = RQVAE(about["widths"], config=TokenizerConfig(**about["config"]))
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        )
         scaling = {k: Scaling(tensors[f"mean.{k}"], rms) for k, rms in about["rms"].items()}
         return cls(model.eval(), scaling, tuple(about["without"]))
 
@@ -97,7 +99,9 @@ def train_tokenizer(
 def _fit(model: RQVAE, items: ItemFeatures, *, config: TokenizerConfig, log: Log | None) -> None:
     steps = -(-len(items) // config.batch_size)
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_then_linear(step / steps, config))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _warm_then_linear(step / steps, config)
+    )
     generator = torch.Generator().manual_seed(config.seed)
     initialise_codebooks(model, items, generator=generator)
     for epoch in track(range(config.epochs), "RQ-VAE"):
@@ -113,14 +117,21 @@ def _fit(model: RQVAE, items: ItemFeatures, *, config: TokenizerConfig, log: Log
             used += torch.stack([torch.bincount(c, minlength=config.codebook_size) for c in codes.cpu().T])
         if log is not None:
             log(epoch, _mean(seen) | codebook_use(used))
-        if config.reseed_every and epoch % config.reseed_every == config.reseed_every - 1 and epoch < config.epochs // 2:
+        if (
+            config.reseed_every
+            and epoch % config.reseed_every == config.reseed_every - 1
+            and epoch < config.epochs // 2
+        ):
             reseed_dead_codes(model, items, used=used, generator=generator)
 
 
 def _groups(model: RQVAE, weight_decay: float) -> list[dict[str, object]]:
     """Codebooks are positions, not weights: they do not decay."""
     weights = [p for name, p in model.named_parameters() if name != "codebooks"]
-    return [{"params": weights, "weight_decay": weight_decay}, {"params": [model.codebooks], "weight_decay": 0.0}]
+    return [
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": [model.codebooks], "weight_decay": 0.0},
+    ]
 
 
 def _warm_then_linear(epoch: float, config: TokenizerConfig) -> float:
@@ -129,7 +140,12 @@ def _warm_then_linear(epoch: float, config: TokenizerConfig) -> float:
 
 
 def _figures(losses: Losses) -> dict[str, float]:
-    terms = {"loss": losses.total, "recon": losses.recon, "commit": losses.commit, "diversity": losses.diversity}
+    terms = {
+        "loss": losses.total,
+        "recon": losses.recon,
+        "commit": losses.commit,
+        "diversity": losses.diversity,
+    }
     explained = {f"explained_{k}": v for k, v in losses.explained.items()}
     return {f"rqvae/{k}": float(v.detach()) for k, v in (terms | explained).items()}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cemg.data.dataset import Dataset
 from cemg.evaluation import evaluate
 
-ITEMS, TOP = 60, 10
+ITEMS, TOP = 200, 10
 
 
 def repeating_world() -> Dataset:
@@ -24,7 +24,7 @@ def repeating_world() -> Dataset:
 
 def order_of(history: np.ndarray) -> list[int]:
     """A ranking of the whole catalog that depends on the history."""
-    return np.random.default_rng(int(history.sum())).permutation(ITEMS).tolist()
+    return [int(i) for i in np.random.default_rng(int(history.sum())).permutation(ITEMS)]
 
 
 def rank(histories: list[np.ndarray], top: int) -> Tensor:

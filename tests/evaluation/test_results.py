@@ -73,7 +73,14 @@ def test_a_table_puts_equal_splits_and_the_papers_rows_side_by_side(tmp_path: Pa
     assert "| TIGER (TIGER paper) |  | 0.0648 |  |  | 0.0384 |  |" in rows
     out = io.StringIO()
     Console(file=out, width=80).print(result_table([tmp_path / "one.json"], paper=False))
-    assert "one" in out.getvalue() and "CEMG paper" not in out.getvalue()
+    assert out.getvalue().count("1.0000") == 12 and "CEMG paper" not in out.getvalue()
+
+
+def test_a_table_with_the_papers_rows_fits_eighty_columns(tmp_path: Path) -> None:
+    write(tmp_path / "beauty-sasrec-ce-seed0.json")
+    out = io.StringIO()
+    Console(file=out, width=80).print(result_table([tmp_path / "beauty-sasrec-ce-seed0.json"]))
+    assert "…" not in out.getvalue() and "CEMG, cold items (CEMG paper)" in out.getvalue()
 
 
 def test_results_of_different_targets_are_not_put_in_one_table(tmp_path: Path) -> None:

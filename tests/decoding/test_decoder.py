@@ -1,0 +1,185 @@
+"""The decoder against ``transformers``' beam search, against brute force, and its promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cemg.decoding import Decoder, TransformersDecoder
+from cemg.errors import UserError
+from cemg.tokenizer import Catalog
+from cemg_kernels import ItemFilter
+
+FAMILIES = ("t5", "gpt2", "llama")
+NORMALIZE = ("vocab", "level", "valid")
+LEVELS, SIZE, START = 3, 6, 3  # of the models in conftest.py
+quick = settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.mark.parametrize("beams", [1, 5, 20])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_lists_equal_those_of_transformers(bench, same_lists, family, normalize, beams):
+    made = bench(family)
+    prompts = made.prompts([9, 4, 1, 9])
+    mine = Decoder(made.model, made.catalog, START, normalize).decode(*prompts, beams)
+    theirs = TransformersDecoder(made.model, made.catalog, START, normalize).decode(*prompts, beams)
+    same_lists(mine, theirs)
+    live = mine.items >= 0
+    assert torch.equal(mine.codes[live], made.catalog.codes[mine.items[live]])
+    assert torch.equal(theirs.codes[live], made.catalog.codes[theirs.items[live]])
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_a_beam_for_every_item_the_list_is_the_exact_ranking(bench, family, normalize):
+    made = bench(family, 30)
+    ids, mask = made.prompts([5])
+    found = Decoder(made.model, made.catalog, START, normalize).decode(ids, mask, 30)
+    expected = made.all_scores(ids[0], normalize)
+    torch.testing.assert_close(found.scores[0], expected[found.items[0]], rtol=0, atol=1e-4)
+    assert sorted(found.items[0].tolist()) == list(range(30))
+    assert bool((found.scores[0].diff() <= 0).all())
+    assert found.certified.tolist() == [30]  # nothing was pruned
+
+
+@quick
+@given(
+    family=st.sampled_from(FAMILIES),
+    normalize=st.sampled_from(NORMALIZE),
+    items=st.integers(1, 80),
+    beams=st.integers(1, 12),
+    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    seed=st.integers(0, 1000),
+)
+def test_results_are_different_catalog_items_and_the_certified_ones_are_brute_forces(
+    bench, family, normalize, items, beams, lengths, seed
+):
+    made = bench(family, items, seed)
+    ids, mask = made.prompts(lengths, seed)
+    found = Decoder(made.model, made.catalog, START, normalize).decode(ids, mask, beams)
+    for row, length in enumerate(lengths):
+        live = found.items[row][found.items[row] >= 0].tolist()
+        assert len(set(live)) == len(live) and set(live) <= set(range(items))
+        assert found.codes[row, : len(live)].tolist() == made.catalog.codes[live].tolist()
+        expected = made.all_scores(ids[row, mask[row].bool()], normalize)
+        assert mask[row].sum() == length
+        torch.testing.assert_close(found.scores[row, : len(live)], expected[live], rtol=0, atol=1e-4)
+        proven = int(found.certified[row])
+        best = expected.topk(min(proven, items)).values  # what no other item exceeds
+        torch.testing.assert_close(found.scores[row, :proven], best, rtol=0, atol=1e-4)
+
+
+def test_some_results_are_certified_and_some_are_not(bench):
+    made = bench("gpt2")
+    ids, mask = made.prompts([5] * 16)
+    certified = Decoder(made.model, made.catalog, START).decode(ids, mask, 8).certified
+    assert 0 < int(certified.sum()) < 8 * 16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_user_gets_the_same_list_alone_and_in_a_padded_batch(bench, same_lists, family):
+    made = bench(family)
+    ids, mask = made.prompts([9, 3])
+    decoder = Decoder(made.model, made.catalog, START)
+    batched = decoder.decode(ids, mask, 6)
+    alone = decoder.decode(ids[1:, mask[1].bool()], mask[1:, mask[1].bool()], 6)
+    assert alone.items[0].tolist() == batched.items[1].tolist()
+    torch.testing.assert_close(alone.scores[0], batched.scores[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stands_in_the_padding_changes_nothing(bench, family):
+    made = bench(family)
+    ids, mask = made.prompts([9, 3])
+    decoder = Decoder(made.model, made.catalog, START)
+    plain, filled = decoder.decode(ids, mask, 6), decoder.decode(ids.masked_fill(mask == 0, 7), mask, 6)
+    assert torch.equal(plain.items, filled.items)
+    torch.testing.assert_close(plain.scores, filled.scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_filter_leaves_only_what_it_allows_in_the_order_of_brute_force(bench, family, normalize):
+    made = bench(family, 40)
+    allowed = torch.arange(40) % 3 == 0
+    decoder = Decoder(made.model, made.catalog, START, normalize)
+    ids, mask = made.prompts([6])
+    found = decoder.decode(ids, mask, 40, filter=ItemFilter.from_mask(decoder.trie, allowed))
+    live = found.items[0][found.items[0] >= 0]
+    assert sorted(live.tolist()) == torch.nonzero(allowed).flatten().tolist()
+    if normalize != "valid":  # "valid" normalises over what the filter lets through
+        expected = made.all_scores(ids[0], normalize)
+        torch.testing.assert_close(found.scores[0, : len(live)], expected[live], rtol=0, atol=1e-4)
+
+
+def test_valid_normalisation_under_a_filter_is_that_of_the_smaller_catalog(bench):
+    made = bench("llama", 40)
+    kept = torch.nonzero(torch.arange(40) % 3 == 0).flatten()
+    ids, mask = made.prompts([6])
+    decoder = Decoder(made.model, made.catalog, START, "valid")
+    chosen = ItemFilter.from_items(decoder.trie, kept)
+    filtered = decoder.decode(ids, mask, len(kept), filter=chosen)
+    smaller = Decoder(made.model, Catalog.from_codes(made.catalog.codes[kept], SIZE), START, "valid")
+    alone = smaller.decode(ids, mask, len(kept))
+    assert filtered.items[0].tolist() == kept[alone.items[0]].tolist()
+    torch.testing.assert_close(filtered.scores, alone.scores, rtol=0, atol=1e-5)
+
+
+def test_a_filter_that_allows_nothing_gives_an_empty_list(bench):
+    made = bench("gpt2", 20)
+    decoder = Decoder(made.model, made.catalog, START)
+    nothing = ItemFilter.from_mask(decoder.trie, torch.zeros(20, dtype=torch.bool))
+    found = decoder.decode(*made.prompts([4, 2]), 3, filter=nothing)
+    assert found.items.tolist() == [[-1] * 3] * 2
+    assert bool((found.scores == float("-inf")).all()) and found.certified.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_beams_than_items_leave_places_without_an_item(bench, family):
+    made = bench(family, 7)
+    found = Decoder(made.model, made.catalog, START).decode(*made.prompts([4, 2]), 12)
+    assert found.items.shape == (2, 12) and (found.items[:, 7:] == -1).all()
+    assert sorted(found.items[0, :7].tolist()) == list(range(7))
+    assert bool((found.scores[:, 7:] == float("-inf")).all()) and bool((found.codes[:, 7:] == -1).all())
+    assert found.certified.tolist() == [7, 7]
+
+
+def test_item_ids_of_the_catalog_come_back(bench):
+    made = bench("gpt2", 10)
+    named = Catalog.from_codes(made.catalog.codes, SIZE, [100 + i for i in range(10)])
+    prompts = made.prompts([4])
+    found = Decoder(made.model, named, START).decode(*prompts, 10)
+    plain = Decoder(made.model, made.catalog, START).decode(*prompts, 10)
+    assert torch.equal(found.items, plain.items + 100)
+
+
+def test_a_catalog_of_another_shape_is_refused_with_both_numbers(bench):
+    made = bench("gpt2")
+    larger = Catalog.from_codes(torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]), SIZE)
+    for engine in (Decoder, TransformersDecoder):
+        with pytest.raises(UserError) as error:
+            engine(made.model, larger, START)
+        assert error.value.lines() == [
+            "this catalog does not belong to the generator",
+            "  cause: 4 levels of 6 codes from token 3 on need 27 tokens, the model has 24",
+            "  fix:   use the catalog that the model was trained on",
+        ]
+
+
+def test_arguments_that_cannot_be_served_are_refused(bench):
+    made = bench("gpt2")
+    ids, mask = made.prompts([4, 2])
+    decoder = Decoder(made.model, made.catalog, START)
+    with pytest.raises(UserError, match="beams must be at least 1, got 0"):
+        decoder.decode(ids, mask, 0)
+    with pytest.raises(UserError, match=r"got \[2, 4\] and \[2, 3\]"):
+        decoder.decode(ids, mask[:, 1:], 2)
+    with pytest.raises(UserError, match="vocab, level or valid, got 'all'"):
+        Decoder(made.model, made.catalog, START, "all")
+    with pytest.raises(UserError, match="61 beams for 60 items"):
+        TransformersDecoder(made.model, made.catalog, START).decode(ids, mask, 61)

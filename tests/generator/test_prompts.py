@@ -1,0 +1,136 @@
+"""Histories to prompts and training samples: what is kept, what is trained on, and how often."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cemg.generator import Prompter, Vocabulary
+from cemg.generator.prompts import IGNORED, Buckets, Collate
+
+PAD, BOS, EOS, START = 0, 1, 2, 3
+VOCABULARY = Vocabulary(levels=2, codebook_size=50, code_token_start=START, pad=PAD, bos=BOS, eos=EOS)
+CODES = torch.stack([torch.arange(50), torch.arange(50).flip(0)], dim=1)  # item i is (i, 49 - i)
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def prompter(*, history_items: int = 4, seq2seq: bool = False, instruction: tuple[int, ...] = ()) -> Prompter:
+    vocabulary = Vocabulary(2, 50, START, PAD, BOS, EOS, instruction)
+    return Prompter(vocabulary, CODES, history_items=history_items, seq2seq=seq2seq)
+
+
+def tokens_of(*items: int) -> list[int]:
+    return VOCABULARY.tokens(CODES[list(items)]).flatten().tolist()
+
+
+def items_in(tokens: torch.Tensor) -> list[int]:
+    """The items whose first codes are among these tokens, in order."""
+    return [int(t) - START for t in tokens if START <= int(t) < START + 50]
+
+
+def test_a_decoder_reads_the_newest_items_oldest_first_after_the_opening():
+    history = np.array([9, 8, 7, 6, 5, 4], dtype=np.int32)
+    assert prompter().prompt(history).tolist() == [BOS, *tokens_of(7, 6, 5, 4)]
+    assert prompter(instruction=(30, 31)).prompt(history[:1]).tolist() == [BOS, 30, 31, *tokens_of(9)]
+
+
+def test_an_encoder_reads_the_same_items_and_an_end():
+    assert prompter(seq2seq=True).prompt(np.array([3, 2, 1, 0, 5])).tolist() == [*tokens_of(2, 1, 0, 5), EOS]
+
+
+def test_an_empty_history_still_gives_a_prompt():
+    assert prompter().prompt(np.array([], dtype=np.int32)).tolist() == [BOS]
+    assert prompter(seq2seq=True).prompt(np.array([], dtype=np.int32)).tolist() == [EOS]
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_prompts_are_padded_on_the_left_for_a_decoder_and_on_the_right_for_an_encoder(seq2seq):
+    made = prompter(seq2seq=seq2seq)
+    ids, mask = made.batch([np.array([1, 2, 3]), np.array([4])])
+    short = made.prompt(np.array([4])).tolist()
+    padding = [PAD] * (ids.shape[1] - len(short))
+    assert ids[1].tolist() == (short + padding if seq2seq else padding + short)
+    assert torch.equal(mask == 1, ids != PAD) and int(mask[1].sum()) == len(short)
+
+
+@quick
+@given(lengths=st.lists(st.integers(0, 40), max_size=6), history_items=st.integers(1, 9))
+def test_each_training_item_is_a_target_exactly_once(lengths, history_items):
+    train = [np.arange(n, dtype=np.int32) for n in lengths]
+    samples = prompter(history_items=history_items).samples(train)
+    trained: Counter[tuple[int, int]] = Counter()
+    for index in range(len(samples)):
+        sample = samples[index]
+        assert len(items_in(sample["input_ids"])) <= history_items + 1
+        trained.update((samples.spans[index][0], item) for item in items_in(sample["labels"]))
+    assert trained == Counter((user, item) for user, n in enumerate(lengths) for item in range(n))
+
+
+@quick
+@given(length=st.integers(1, 40), history_items=st.integers(2, 9))
+def test_a_target_of_a_later_window_has_half_a_history_before_it(length, history_items):
+    samples = prompter(history_items=history_items).samples([np.arange(length, dtype=np.int32)])
+    for index in range(len(samples)):
+        items, targets = items_in(samples[index]["input_ids"]), items_in(samples[index]["labels"])
+        wanted = 0 if index == 0 else history_items // 2
+        assert items.index(targets[0]) >= wanted
+
+
+def test_labels_are_the_targets_codes_in_place_and_ignored_where_context_is():
+    samples = prompter(history_items=4, instruction=(30,)).samples([np.arange(8, dtype=np.int32)])
+    first, second = samples[0], samples[1]
+    assert first["input_ids"].tolist() == [BOS, 30, *tokens_of(0, 1, 2, 3, 4)]
+    assert first["labels"].tolist() == [IGNORED, IGNORED, *tokens_of(0, 1, 2, 3, 4)]
+    assert second["input_ids"].tolist() == [BOS, 30, *tokens_of(2, 3, 4, 5, 6)]
+    assert second["labels"].tolist() == [IGNORED] * 8 + tokens_of(5, 6)
+
+
+def test_an_encoder_decoder_trains_on_every_prefix_with_its_newest_items():
+    samples = prompter(history_items=2, seq2seq=True).samples([np.array([5, 6, 7, 8]), np.array([9])])
+    pairs = [(samples[i]["input_ids"].tolist(), samples[i]["labels"].tolist()) for i in range(len(samples))]
+    assert pairs == [
+        ([*tokens_of(5), EOS], tokens_of(6)),
+        ([*tokens_of(5, 6), EOS], tokens_of(7)),
+        ([*tokens_of(6, 7), EOS], tokens_of(8)),
+    ]
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_padding_is_never_a_target(seq2seq):
+    samples = prompter(seq2seq=seq2seq).samples([np.arange(4), np.arange(10, 12)])
+    batch = Collate(VOCABULARY, seq2seq=seq2seq)([samples[i] for i in range(len(samples))])
+    assert bool((batch["labels"] != PAD).all()) and bool((batch["input_ids"] == PAD).any())
+    if seq2seq:
+        assert torch.equal(batch["attention_mask"] == 1, batch["input_ids"] != PAD)
+    else:
+        assert bool((batch["labels"][batch["input_ids"] == PAD] == IGNORED).all())
+
+
+@quick
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=300),
+    batch_size=st.integers(1, 20),
+    epoch=st.integers(0, 5),
+)
+def test_batches_hold_each_sample_once_an_epoch(lengths, batch_size, epoch):
+    buckets = Buckets(lengths, batch_size=batch_size, seed=1)
+    buckets.set_epoch(epoch)
+    batches = list(buckets)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert len(batches) == len(buckets) and max(map(len, batches)) <= batch_size
+
+
+def test_batches_hold_samples_of_like_length_and_differ_between_epochs_and_seeds():
+    lengths = torch.randint(1, 100, (640,), generator=torch.Generator().manual_seed(0)).tolist()
+    buckets = Buckets(lengths, batch_size=10, seed=0)
+    first, again = list(buckets), list(buckets)
+    buckets.set_epoch(1)
+    assert first == again and list(buckets) != first
+    assert list(Buckets(lengths, batch_size=10, seed=1)) != first
+    spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in first]
+    assert max(spread) <= 10  # 640 lengths within 1 … 99 in 64 sorted batches: 1.6 apart on average
