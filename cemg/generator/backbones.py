@@ -50,6 +50,12 @@ class BackboneConfig:
                 "backbone.kind=causal needs a pre-trained model",
                 fix="set backbone.pretrained to a hub name or a folder, or use backbone.kind=scratch",
             )
+        for name in ("layers", "dim", "heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"backbone.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("ff", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise UserError(f"backbone.{name} must not be negative, got {getattr(self, name)}")
         if self.kind == "scratch" and self.dim % self.heads:
             raise UserError(f"backbone.dim {self.dim} is not divisible by backbone.heads {self.heads}")
         if not 0 <= self.dropout < 1:

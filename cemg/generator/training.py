@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -50,6 +51,9 @@ class GeneratorConfig:
         for name in ("history_items", "epochs", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"generator.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"generator.{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"generator.label_smoothing must be within 0 … 1, got {self.label_smoothing}")
 
@@ -112,6 +116,7 @@ class _Training:
     ) -> None:  # fmt: skip
         self.config, self.folder, self.log, self.validate = config, folder, log, validate
         precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+        AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier training's precision stays
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
         self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
         loader = DataLoader(

@@ -89,7 +89,7 @@ class Catalog:
         )
 
     def save(self, folder: Path | str) -> None:
-        """``catalog.safetensors`` (codes) and ``catalog.json`` (size, ids), each renamed into place when whole."""
+        """``catalog.safetensors`` (codes) and ``catalog.json`` (size, ids), renamed into place when whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"format": 1, "codebook_size": self.codebook_size, "item_ids": self.item_ids}

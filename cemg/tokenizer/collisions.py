@@ -1,6 +1,6 @@
 """A semantic ID of its own for every item: three ways to part items whose codes collide (SPEC §3).
 
-N items, M learned codebooks of K vectors, Z latent. A *group* is the items that share their first M − 1 codes.
+N items, M learned codebooks of K vectors, Z latent. A *group*: the items that share their first M − 1 codes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SINKHORN_EPSILON, SINKHORN_ITERATIONS, SINKHORN_ROUNDS, SINKHORN_GROUP = 0.003, 
 
 @dataclass(frozen=True, slots=True)
 class Uniqueness:
-    """What it took: ``codes`` [N, levels] all different, the items that collided before, the codes changed."""
+    """What it took: ``codes`` [N, levels], all different; items that collided before, codes changed."""
 
     codes: Tensor
     colliding_before: int
@@ -138,7 +138,7 @@ def _assign_groups(codes: Tensor, z: Tensor, codebooks: Tensor) -> None:
 
 
 def _spread_full_groups(codes: Tensor, z: Tensor, codebooks: Tensor) -> int:
-    """Move the surplus of groups above K, the farthest items first, to the nearest prefix with room; in place."""
+    """Move the surplus of groups above K, the farthest first, to the nearest prefix with room; in place."""
     size = codebooks.shape[1]
     groups = _groups(codes)
     filled = Counter({prefix: len(members) for prefix, members in groups.items()})
@@ -159,7 +159,7 @@ def _spread_full_groups(codes: Tensor, z: Tensor, codebooks: Tensor) -> int:
 
 
 def _nearest_prefixes(prefix: tuple[int, ...], z: Tensor, codebooks: Tensor) -> Iterator[tuple[int, ...]]:
-    """Prefixes in order of distance to z [Z]: first those that differ in the last code alone, then in the last two, …"""
+    """Prefixes by distance to z [Z]: those that differ in the last code alone, then in the last two, …"""
     for kept in range(len(prefix) - 1, -1, -1):
         tails = list(itertools.product(range(codebooks.shape[1]), repeat=len(prefix) - kept))
         sums = sum(
@@ -174,7 +174,7 @@ def _nearest_prefixes(prefix: tuple[int, ...], z: Tensor, codebooks: Tensor) -> 
 
 
 def _nearest_ids(row: list[int], z: Tensor, codebooks: Tensor) -> Iterator[tuple[int, ...]]:
-    """Whole semantic IDs for z [Z]: its own prefix's last codes by distance, then those of the nearest prefixes."""
+    """Whole semantic IDs for z [Z]: its own prefix's last codes by distance, then the nearest prefixes'."""
     own = tuple(row[:-1])
     for prefix in itertools.chain([own], _nearest_prefixes(own, z, codebooks)):
         for code in _last_cost(z[None], prefix, codebooks)[0].argsort(stable=True).tolist():
@@ -182,7 +182,7 @@ def _nearest_ids(row: list[int], z: Tensor, codebooks: Tensor) -> Iterator[tuple
 
 
 def _sinkhorn_rounds(codes: Tensor, z: Tensor, codebooks: Tensor) -> None:
-    """Re-choose the last code of colliding items by entropic transport in small groups, a few rounds; in place."""
+    """Re-choose the last codes of colliding items by entropic transport in small groups; in place."""
     for _ in range(SINKHORN_ROUNDS):
         items = torch.nonzero(_colliding(codes)).flatten()
         if len(items) == 0:

@@ -17,7 +17,7 @@ MODALITIES = (*CONTENT, "collab")
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What makes the modalities comparable: ``mean`` [D] and ``rms``, the root mean square norm of e − mean."""
+    """What makes modalities comparable: ``mean`` [D] and ``rms``, the root mean square norm of e − mean."""
 
     mean: Tensor
     rms: float

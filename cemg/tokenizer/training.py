@@ -166,7 +166,7 @@ def codebook_use(counts: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def initialise_codebooks(model: RQVAE, items: ItemFeatures, *, generator: torch.Generator) -> None:
-    """k-means on the residuals of up to INIT_ROWS items, level after level; fewer items than K leave a random rest."""
+    """k-means on the residuals of INIT_ROWS items, level after level; with fewer than K some stay random."""
     rows = torch.randperm(len(items), generator=generator)[:INIT_ROWS].to(items.present.device)
     residual = model.encode(items.rows(rows)).cpu()
     for level in range(len(model.codebooks)):

@@ -1,0 +1,77 @@
+"""The report of a run: what it draws, and what it says where something is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cemg.report import fusion_facts, read_log, write_report
+from cemg.tokenizer import Catalog
+
+N = 40
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.stack([torch.arange(N) // 8, torch.arange(N) % 8], dim=1)
+    Catalog.from_codes(codes, 8).save(tmp_path / "catalog")
+    facts = {"items": N, "colliding_before": 3, "colliding_after": 0, "changed_codes_share": 0.05}
+    (tmp_path / "catalog" / "uniqueness.json").write_text(json.dumps(facts))
+    (tmp_path / "tokenizer").mkdir()
+    attention = torch.rand(N, 2, generator=generator).softmax(1)
+    items = {"codes": codes, "z": torch.randn(N, 4, generator=generator), "attention": attention}
+    items["present"] = torch.ones(N, 3, dtype=torch.bool)
+    save_file(items, tmp_path / "tokenizer" / "items.safetensors")
+    for stage, key in (("graph", "graph/bpr"), ("tokenizer", "rqvae/recon"), ("generator", "generator/loss")):
+        (tmp_path / stage).mkdir(exist_ok=True)
+        lines = [json.dumps({"step": step, key: 1.0 / (step + 1)}) for step in range(5)]
+        (tmp_path / stage / "log.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_a_whole_run_gets_every_picture_and_a_page_that_names_them(run: Path) -> None:
+    folder = write_report(run)
+    page = (folder / "report.md").read_text()
+    for name in ("losses.png", "codebooks.png", "tsne.png", "attention.png"):
+        assert (folder / name).stat().st_size > 1000
+        assert name in page
+    assert "3 collided" in page and "5.00%" in page
+
+
+def test_a_missing_stage_is_named_and_the_rest_is_drawn(run: Path) -> None:
+    (run / "tokenizer" / "items.safetensors").unlink()
+    folder = write_report(run)
+    assert "Left out: items.safetensors is missing." in (folder / "report.md").read_text()
+    assert (folder / "codebooks.png").is_file() and not (folder / "tsne.png").exists()
+
+
+def test_a_second_report_replaces_the_first_and_leaves_nothing_half_written(run: Path) -> None:
+    (write_report(run) / "stale.txt").write_text("old")
+    assert not (write_report(run) / "stale.txt").exists()
+    assert not list(run.glob(".report*"))
+
+
+def test_alpha_is_called_constant_where_no_item_has_an_image() -> None:
+    attention = torch.tensor([[0.0, 1.0]]).repeat(N, 1)
+    present = torch.tensor([[False, True, True]]).repeat(N, 1)
+    facts = fusion_facts(attention, present)
+    assert facts["verdict"].startswith("α is constant")
+    assert facts["present"] == {"image": 0, "text": N, "collab": N}
+
+
+def test_alpha_that_differs_is_given_its_spread() -> None:
+    attention = torch.tensor([[0.2, 0.8], [0.8, 0.2]])
+    facts = fusion_facts(attention, torch.ones(2, 3, dtype=torch.bool))
+    assert facts["alpha_std_where_both"] == pytest.approx(0.3)  # half the distance between .2 and .8
+    assert "differs" in facts["verdict"]
+
+
+def test_a_log_with_a_torn_line_and_a_repeated_step_reads_clean(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n{"step": 1, "a": 3}\n{"step": 2, "a"')
+    assert read_log(path) == [{"step": 0, "a": 1}, {"step": 1, "a": 3}]
