@@ -103,7 +103,7 @@ def _codebooks(run: Path, folder: Path) -> str:
 def _tsne(run: Path, folder: Path) -> str:
     from sklearn.manifold import TSNE
 
-    items = load_file(run / "tokenizer" / "items.safetensors")
+    items = _items(run)
     rows = torch.randperm(len(items["z"]), generator=torch.Generator().manual_seed(0))[:TSNE_ITEMS]
     if len(rows) < 5:
         return "Left out: too few items."
@@ -117,7 +117,7 @@ def _tsne(run: Path, folder: Path) -> str:
 
 
 def _fusion(run: Path, folder: Path) -> str:
-    items = load_file(run / "tokenizer" / "items.safetensors")
+    items = _items(run)
     facts = fusion_facts(items["attention"], items["present"])
     (folder / "fusion.json").write_text(json.dumps(facts, indent=1))
     figure, (axis,) = _figure(1)
@@ -150,6 +150,12 @@ def fusion_facts(attention: Tensor, present: Tensor) -> dict[str, Any]:
         "mean_alpha": {name: float(attention[:, i].mean()) for i, name in enumerate(CONTENT)},
         "alpha_std_where_both": spread,
     }
+
+
+def _items(run: Path) -> dict[str, Tensor]:
+    path = run / "tokenizer" / "items.safetensors"
+    path.stat()  # load_file's own error does not carry the name
+    return load_file(path)
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
