@@ -39,6 +39,10 @@ class PcaConfig:
     dim: int = 128
     whiten: bool = False
 
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise UserError(f"pca.dim must be at least 1, got {self.dim}")
+
 
 @dataclass(frozen=True, slots=True)
 class DecodingConfig:
@@ -49,6 +53,11 @@ class DecodingConfig:
     validation_users: int = 2000
     batch_size: int = 64
     normalize: Literal["vocab", "level", "valid"] = "vocab"
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "validation_beams", "validation_users", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"decoding.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +126,17 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML", cause=str(error)) from error
+        raise UserError(f"{path} is no valid YAML", cause=_first_line(error)) from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `generator:`, got {type(tree).__name__}")
-    return tree
+    return {name: part for name, part in tree.items() if part is not None}  # an empty section: its defaults
+
+
+def _first_line(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the excerpt below it."""
+    mark = getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{getattr(error, 'problem', None) or error}{where}"
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -129,8 +145,14 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: no value", fix="write it as --set generator.epochs=10")
     *sections, last = name.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
-    tree[last] = yaml.safe_load(value)
+        if not isinstance(tree.get(section), dict | None):
+            raise UserError(f"--set {override}: {section} is no section", cause=f"it is {tree[section]!r}")
+        tree[section] = tree.get(section) or {}
+        tree = tree[section]
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is no valid YAML", cause=_first_line(error)) from error
 
 
 def _checked_names(tree: dict[str, Any], kind: type, path: Path | None, prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -27,13 +28,14 @@ from cemg.progress import console
 from cemg.run import Run, digest, write_json
 from cemg.tokenizer import MODALITIES, Catalog, Tokenizer, make_unique, train_tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class StageLog:
-    """Writes a stage's figures to ``log.jsonl`` and to TensorBoard; appends, so a resumed stage goes on."""
+    """Writes a stage's figures to ``log.jsonl`` and to TensorBoard; one that ``resumes`` goes on there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, resumes: bool = False) -> None:
+        if not resumes:  # what an interrupted attempt wrote
+            (folder / "log.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self.lines = (folder / "log.jsonl").open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"))
 
@@ -91,6 +93,7 @@ class Pipeline:
     def features(self) -> None:
         config = self.config
         parts = {"text": asdict(config.text), "image": asdict(config.image), "pca": asdict(config.pca)}
+        parts["pca"]["seed"] = config.seed
         self.run.stage("features", parts, self._build_features, inputs=("data",))
 
     def graph(self) -> None:
@@ -107,10 +110,9 @@ class Pipeline:
         self.run.stage("catalog", config, self._build_catalog, inputs=("data", "tokenizer"))
 
     def generator(self) -> None:
-        config = {
-            "backbone": asdict(self.config.backbone), "generator": asdict(self.config.generator),
-            "decoding": asdict(self.config.decoding), "dtype": self.config.dtype, "seed": self.config.seed,
-        }  # fmt: skip
+        parts = {name: asdict(getattr(self.config, name)) for name in ("backbone", "generator", "decoding")}
+        del parts["generator"]["checkpoint_seconds"], parts["decoding"]["beams"]  # neither changes a weight
+        config = parts | {"dtype": self.config.dtype, "seed": self.config.seed}
         self.run.stage("generator", config, self._build_generator, inputs=("data", "catalog"))
 
     # ---- how each is built
@@ -189,7 +191,8 @@ class Pipeline:
         )  # fmt: skip
 
     def _build_generator(self, folder: Path) -> None:
-        data, catalog = self.load_data(), self.load_catalog()
+        data = self.load_data()
+        catalog = self.load_catalog().first(data.num_items)  # without items that were added later
         torch.manual_seed(self.config.seed)
         model, vocabulary = self._backbone(catalog)
         prompter = self.prompter(model, vocabulary, catalog)
@@ -204,7 +207,8 @@ class Pipeline:
             )
             return done.metrics["NDCG@10"]
 
-        with StageLog(folder) as log:
+        resumes = (folder / "checkpoints" / "checkpoint.safetensors").is_file()
+        with StageLog(folder, resumes=resumes) as log:
             progress = train_generator(
                 model, vocabulary, prompter, split.train, validate=validate, config=self.config.generator,
                 folder=folder / "checkpoints", device=self.device, dtype=self.config.dtype, log=log,
@@ -236,17 +240,30 @@ class Pipeline:
         return Catalog.load(self.run.path("catalog"))
 
     def load_generator(self) -> tuple[PreTrainedModel, Vocabulary]:
-        """The trained model in evaluation mode on the device, in the run's dtype on a GPU."""
+        """The trained model on the device, float32, in evaluation mode; UserError for another catalog's."""
         path = self.run.path("generator") / "weights.safetensors"
         if not path.is_file():
             raise UserError(
                 f"{self.run.folder} holds no trained generator", fix=f"cemg-train --run {self.run.folder}"
             )
+        catalog = self.load_catalog()
+        self._check_catalog(catalog)
         torch.manual_seed(self.config.seed)
-        model, vocabulary = self._backbone(self.load_catalog())
+        model, vocabulary = self._backbone(catalog)
         load_weights(model, path)
         model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps torch's own
         return model.eval(), vocabulary
+
+    def _check_catalog(self, catalog: Catalog) -> None:
+        trained = json.loads((self.run.path("generator") / "vocabulary.json").read_text())
+        shape = trained["levels"], trained["codebook_size"]
+        if shape != (catalog.levels, catalog.codebook_size):
+            raise UserError(
+                "this catalog does not belong to the generator",
+                cause=f"{self.run.path('generator')} was trained on {shape[0]} levels of {shape[1]} codes; "
+                f"{self.run.path('catalog')} has {catalog.levels} levels of {catalog.codebook_size}",
+                fix=f"train a generator on that catalog: cemg-train --run {self.run.folder}",
+            )
 
     def ranker(
         self,
@@ -298,9 +315,15 @@ def make_decoder(
 
 
 def _content(data: Dataset) -> str:
-    """Hash of all that a run learns from: interactions, ids, texts, images by name, size and time."""
+    """Hash of all that a run learns from: interactions, ids, texts, images by name, size and time.
+
+    The pictures of the synthetic set are drawn anew each time, alike: there the time says nothing.
+    """
     images = [
-        (p.name, p.stat().st_size, p.stat().st_mtime_ns) if p and p.is_file() else None for p in data.images
+        (p.name, p.stat().st_size, 0 if data.synthetic else p.stat().st_mtime_ns)
+        if p and p.is_file()
+        else None
+        for p in data.images
     ]
     sequences = [s.tolist() for s in data.sequences]
     return digest(

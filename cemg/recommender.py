@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from cemg.pipeline import Pipeline, make_decoder
 from cemg.run import Run
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
 from cemg_kernels import ItemFilter
+
+ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
 
 
 class Recommender:
@@ -59,16 +62,24 @@ class Recommender:
         """
         if not 1 <= top <= beams:
             raise UserError(f"top must be within 1 … beams, got top={top} and beams={beams}")
+        if isinstance(filter, ItemFilter) and not isinstance(self.decoder, Decoder):
+            raise UserError("engine=transformers takes no filter", fix="use engine=cemg")
         rows = [self.catalog.rows_of([self._id(i) for i in history]) for history in histories]
         ids, mask = self.prompter.batch([np.asarray(r, dtype=np.int64) for r in rows])
-        beams = min(beams, len(self.catalog))
-        if filter is None:
-            found = self.decoder.decode(ids, mask, beams)
-        elif isinstance(self.decoder, Decoder):
-            found = self.decoder.decode(ids, mask, beams, filter=filter)
+        width = min(beams, len(self.catalog))
+        if isinstance(self.decoder, Decoder):
+            found = self.decoder.decode(ids, mask, width, filter=filter)
         else:
-            raise UserError("engine=transformers takes no filter", fix="use engine=cemg")
-        return (without_history(found, rows) if exclude_history else found).top(top)
+            found = self.decoder.decode(ids, mask, width)
+        return (without_history(found, rows) if exclude_history else found).top(top).padded(top)
+
+    def titles(self) -> dict[int | str, str]:
+        """Titles by item id, those of added items too."""
+        known: dict[int | str, str] = dict(
+            zip(self.catalog.item_ids, self.pipeline.load_data().titles, strict=False)
+        )
+        added = self.pipeline.run.path("catalog") / ADDED_TITLES
+        return known | (json.loads(added.read_text()) if added.is_file() else {})
 
     def item_ids(self, found: Recommendations) -> list[list[int | str | None]]:
         """Item ids [B][top] of recommendations; None where there were fewer items."""

@@ -5,6 +5,7 @@ A stage whose key (its config and its inputs' keys) has not changed is reused; e
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ import cemg
 from cemg.errors import UserError
 from cemg.progress import console
 
-MANIFEST = "manifest.json"
+MANIFEST, KEY = "manifest.json", "key.json"
 
 
 class Run:
@@ -56,32 +57,39 @@ class Run:
         self.keys[name] = key
         done, doing = self.path(name), self.folder / f".{name}.part"
         if _key_of(done / MANIFEST) == key:
-            self.seconds[name] = json.loads((done / MANIFEST).read_text())["seconds"]
             console.print(f"{name}: reused", highlight=False)
-            return done
-        if _key_of(doing / "key.json") != key:
+        else:
+            if _key_of(doing / MANIFEST) != key:  # else all but the renaming was done when it was killed
+                self._build(name, key, config, build)
+            self._place(name)
+        self.seconds[name] = json.loads((done / MANIFEST).read_text())["seconds"]
+        return done
+
+    def _build(self, name: str, key: str, config: Mapping[str, Any], build: Callable[[Path], None]) -> None:
+        doing = self.folder / f".{name}.part"
+        if _key_of(doing / KEY) != key:
             shutil.rmtree(doing, ignore_errors=True)
             doing.mkdir(parents=True)
-            write_json(doing / "key.json", {"key": key})
+            write_json(doing / KEY, {"key": key})
         console.print(f"{name}: started", highlight=False)
         started = time.monotonic()
         build(doing)
-        self._finish(name, key, config, seconds=time.monotonic() - started)
-        return done
-
-    def _finish(self, name: str, key: str, config: Mapping[str, Any], *, seconds: float) -> None:
-        done, doing = self.path(name), self.folder / f".{name}.part"
         clock = doing / "seconds.json"  # of training that was interrupted before
-        seconds = max(seconds, json.loads(clock.read_text()) if clock.is_file() else 0.0)
-        (doing / "key.json").unlink()
-        write_json(
-            doing / MANIFEST,
-            {"key": key, "seconds": round(seconds, 2), **_contents(doing), "config": dict(config)},
-        )
-        shutil.rmtree(done, ignore_errors=True)
-        doing.replace(done)
-        self.seconds[name] = round(seconds, 2)
+        before = json.loads(clock.read_text()) if clock.is_file() else 0.0
+        seconds = round(max(time.monotonic() - started, before), 2)
+        manifest = {"key": key, "seconds": seconds, **_contents(doing), "config": dict(config)}
+        write_json(doing / MANIFEST, manifest)
         console.print(f"{name}: done in {seconds:.1f} s", highlight=False)
+
+    def _place(self, name: str) -> None:
+        """Rename a whole stage into place; killed at any line, the next call still finds a whole one."""
+        done, doing, old = self.path(name), self.folder / f".{name}.part", self.folder / f".{name}.old"
+        (doing / KEY).unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if done.exists():
+            done.replace(old)
+        doing.replace(done)
+        shutil.rmtree(old, ignore_errors=True)
 
     def locked(self) -> AbstractContextManager[None]:
         """Refuses a second command on the same folder while the first one lives."""
@@ -89,33 +97,30 @@ class Run:
 
 
 class _Lock(AbstractContextManager[None]):
+    """The system holds the lock for the process that has the file open: it dies with the process."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __enter__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file() and _alive(self.path.read_text()):
+        self.file = self.path.open("a+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
             raise UserError(
                 f"{self.path.parent} is in use by process {self.path.read_text()}",
                 fix="wait, or use another --run",
-            )
-        self.path.write_text(str(os.getpid()))
+            ) from None
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-def _alive(pid: str) -> bool:
-    """Whether a process of that number runs; the lock of a killed command is no hindrance."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return int(pid) != os.getpid()
+        self.file.close()
 
 
 def digest(value: object) -> str:
@@ -133,13 +138,13 @@ def write_json(path: Path, value: object) -> None:
 def _key_of(path: Path) -> str | None:
     try:
         return json.loads(path.read_text())["key"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _contents(folder: Path) -> dict[str, Any]:
     """Hashes of a folder's files, shapes of its tensors, and the versions that made them."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != KEY)
     hashes = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     shapes: dict[str, list[int]] = {}
     for path in files:

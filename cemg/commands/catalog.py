@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,8 @@ from cemg.commands import console as command
 from cemg.errors import UserError
 from cemg.generator import symbol
 from cemg.progress import console
-from cemg.recommender import Recommender
+from cemg.recommender import ADDED_TITLES, Recommender
+from cemg.run import Run, write_json
 from cemg.tokenizer import Catalog
 
 app = typer.Typer(add_completion=False)
@@ -45,18 +47,15 @@ def add(
     Example: cemg-catalog add --run runs/beauty --items new.csv
     """
     table = _read(items)
-    recommender = Recommender.from_run(run)
-    known = set(recommender.catalog.item_ids)
-    twice = next((i for i in table["item"] if i in known), None)
-    if twice is not None:
-        raise UserError(f"{items}: item {twice} is in the catalog already")
-    if table["item"].is_duplicated().any():
-        raise UserError(
-            f"{items}: item {table['item'].filter(table['item'].is_duplicated())[0]} occurs more than once"
-        )
-    images = [items.parent / p if p else None for p in table["image"]]
-    codes = recommender.encode_items(table["text"].to_list(), images)
-    _replace(run / "catalog", recommender.catalog.extended(codes, table["item"].to_list()))
+    with Run(run).locked():
+        recommender = Recommender.from_run(run)
+        known = set(recommender.catalog.item_ids)
+        twice = next((i for i in table["item"] if i in known), None)
+        if twice is not None:
+            raise UserError(f"{items}: item {twice} is in the catalog already")
+        images = [items.parent / p if p else None for p in table["image"]]
+        codes = recommender.encode_items(table["text"].to_list(), images)
+        _replace(run / "catalog", recommender.catalog.extended(codes, table["item"].to_list()), table)
     for name, row in zip(table["item"], codes.tolist(), strict=True):
         print(name, " ".join(symbol(level, code) for level, code in enumerate(row)))
     console.print(f"{len(table)} items added, {len(known) + len(table)} in the catalog", highlight=False)
@@ -69,19 +68,26 @@ def _read(path: Path) -> pl.DataFrame:
         raise UserError(f"{path} cannot be read as CSV", cause=str(error).splitlines()[0]) from error
     if "item" not in table.columns or not {"text", "image"} & set(table.columns):
         raise UserError(f"{path} needs the columns item and text or image, has {', '.join(table.columns)}")
-    missing = [
-        pl.lit(None, dtype=pl.String).alias(name) for name in ("text", "image") if name not in table.columns
-    ]
+    if table["item"].is_null().any():
+        raise UserError(f"{path}: row {table['item'].is_null().arg_max() + 2} has no item")  # type: ignore[operator]
+    if table["item"].is_duplicated().any():
+        twice = table["item"].filter(table["item"].is_duplicated())[0]
+        raise UserError(f"{path}: item {twice} occurs more than once")
+    wanted = ("text", "image", "title")
+    missing = [pl.lit(None, dtype=pl.String).alias(name) for name in wanted if name not in table.columns]
     return table.with_columns(missing)
 
 
-def _replace(folder: Path, catalog: Catalog) -> None:
+def _replace(folder: Path, catalog: Catalog, added: pl.DataFrame) -> None:
     """Write the larger catalog beside the old one and swap; its manifest stays: the run is unchanged."""
     fresh, old = folder.with_name(".catalog.new"), folder.with_name(".catalog.old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(folder, fresh)
     catalog.save(fresh)
+    path = fresh / ADDED_TITLES
+    titles = json.loads(path.read_text()) if path.is_file() else {}
+    write_json(path, titles | {i: t for i, t in zip(added["item"], added["title"], strict=True) if t})
     folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old)

@@ -39,7 +39,7 @@ def recommend(
         raise UserError("--history names no item", fix='write it as --history "12 7 105"')
     recommender = Recommender.from_run(run, device=device, engine=engine)
     found = recommender.recommend([items], top=top, beams=max(beams, top), exclude_history=exclude_history)
-    titles = dict(zip(recommender.catalog.item_ids, recommender.pipeline.load_data().titles, strict=False))
+    titles = recommender.titles()
     rows = [
         {
             "item": item,

@@ -24,8 +24,9 @@ app = typer.Typer(add_completion=False)
 SYNTHETIC = (  # small enough for two CPU cores and a few minutes; encoders that the package index has
     "text.model=minilm", "text.pooling=mean", "image.backbone=efficientnet-lite0", "pca.dim=64",
     "tokenizer.codebook_size=32", "tokenizer.levels=3", "tokenizer.dim=64", "tokenizer.epochs=200",
-    "graph.epochs=60", "graph.batch_size=1024", "backbone.layers=2", "backbone.dim=64", "generator.epochs=60",
-    "generator.batch_size=64", "generator.validate_every=4", "decoding.validation_users=500",
+    "graph.epochs=60", "graph.batch_size=1024", "backbone.layers=2", "backbone.dim=64", "generator.epochs=30",
+    "generator.batch_size=16", "generator.learning_rate=2.0e-3", "generator.validate_every=3",
+    "decoding.validation_users=500",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ B users, W beams, M levels, K codes a level, S prompt tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ MARGIN = 1e-4  # a result is certified where it beats everything pruned by this 
 
 @dataclass(frozen=True, slots=True)
 class Recommendations:
-    """Best first. ``items`` [B, top] int64 (−1: none), ``scores`` [B, top] float32 (−inf), ``codes`` [B, top, M]
-    int64 (−1), ``certified`` [B]: how many leading results are proven to be the true top of the whole catalog.
+    """Best first. ``items`` [B, top] int64 (−1: none), ``scores`` [B, top] float32 (−inf), ``codes``
+    [B, top, M] int64 (−1), ``certified`` [B]: how many leading results are proven to be the true top.
     """
 
     items: Tensor
@@ -41,6 +41,13 @@ class Recommendations:
         first = (self.items[:, :count], self.scores[:, :count], self.codes[:, :count])
         return Recommendations(*first, self.certified.clamp_max(count))
 
+    def padded(self, count: int) -> Recommendations:
+        """At least ``count`` places a row, the last ones without an item."""
+        more = max(count - self.items.shape[1], 0)
+        pad = torch.nn.functional.pad
+        items, scores = pad(self.items, (0, more), value=-1), pad(self.scores, (0, more), value=float("-inf"))
+        return Recommendations(items, scores, pad(self.codes, (0, 0, 0, more), value=-1), self.certified)
+
 
 class Stepper(Protocol):
     """A model behind the beam search: logits of the first code, then of the next one for every beam."""
@@ -50,21 +57,22 @@ class Stepper(Protocol):
         ...
 
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Logits [B, W, V] after ``tokens`` [B, W], grown from beams ``parents`` [B, W] of the step before."""
+        """Logits [B, W, V] after ``tokens`` [B, W], grown from beams ``parents`` [B, W] before."""
         ...
 
 
 def check_fit(model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: str) -> None:
-    """UserError where the model has fewer tokens than the catalog's codes need, and for an unknown ``normalize``."""
+    """UserError where the model has fewer tokens than the catalog needs, and for an unknown ``normalize``."""
     if normalize not in ("vocab", "level", "valid"):
         raise UserError(f"normalize must be vocab, level or valid, got {normalize!r}")
-    needed = code_token_start + catalog.levels * catalog.codebook_size
-    rows = model.get_input_embeddings().num_embeddings
+    size, levels = catalog.codebook_size, catalog.levels
+    needed = code_token_start + levels * size
+    rows = cast(int, model.get_input_embeddings().num_embeddings)
     if needed > rows:
         raise UserError(
             "this catalog does not belong to the generator",
-            cause=f"{catalog.levels} levels of {catalog.codebook_size} codes from token {code_token_start} on "
-            f"need {needed} tokens, the model has {rows}",
+            cause=f"{levels} levels of {size} codes from token {code_token_start} on need {needed} tokens, "
+            f"the model has {rows}",
             fix="use the catalog that the model was trained on",
         )
 
@@ -107,10 +115,11 @@ class Decoder:
         nodes = torch.zeros(batch, 1, dtype=torch.int32, device=device)  # the root
         codes = torch.zeros(batch, 1, 0, dtype=torch.int64, device=device)
         pruned = torch.full((batch,), float("-inf"), device=device)
+        parents = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         for level in range(self.catalog.levels):
             if level > 0:
                 tokens = self._tokens(codes[:, :, -1], level - 1)
-                logits = stepper.step(tokens, parents)  # noqa: F821 — bound by the step before
+                logits = stepper.step(tokens, parents)
             scores, parents, chosen, nodes, cut = self._select(logits, scores, nodes, beams, level, filter)
             grown_from = parents.clamp_min(0)[:, :, None].expand(-1, -1, level)
             codes = torch.cat(
@@ -146,7 +155,7 @@ def make_stepper(model: PreTrainedModel) -> Stepper:
 
 
 class CausalStepper:
-    """A decoder-only model: beams as further positions of their user's sequence, under a 4-D attention mask."""
+    """A decoder-only model: beams as further positions of their user's sequence, under a 4-D mask."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -179,15 +188,15 @@ class CausalStepper:
             ~seen, torch.finfo(dtype).min
         )
         out = self.model(
-            input_ids=tokens, attention_mask=mask[:, None], position_ids=self.position[:, None].expand(-1, beams),
-            past_key_values=self.cache, use_cache=True,
+            input_ids=tokens, attention_mask=mask[:, None], past_key_values=self.cache, use_cache=True,
+            position_ids=self.position[:, None].expand(-1, beams),
         )  # fmt: skip
         self.position = self.position + 1
         return out.logits
 
 
 class Seq2SeqStepper:
-    """T5: the encoder runs once a user; each beam is a row of the decoder, its cache re-ordered after a step."""
+    """T5: the encoder runs once a user; each beam is a row of the decoder, its cache re-ordered a step."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -206,7 +215,7 @@ class Seq2SeqStepper:
         before = len(self.encoded) // batch  # beams of the step before: 1 at first
         users = torch.arange(batch, device=tokens.device)[:, None] * before
         rows = (users + parents.long().clamp_min(0)).flatten()  # [B·W]
-        self.cache.reorder_cache(rows)
+        self.cache.reorder_cache(cast(torch.LongTensor, rows))
         if before != beams:
             self.encoded, self.mask = self.encoded[rows], self.mask[rows]
         return self._forward(tokens.reshape(-1, 1)).reshape(batch, beams, -1)

@@ -1,9 +1,10 @@
-"""The yardstick: ``transformers``' own constrained beam search over a Python trie, as its users run it today."""
+"""The yardstick: ``transformers``' own constrained beam search over a Python trie, as its users run it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from transformers import (
     PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
 )
-from transformers.generation.utils import GenerateOutput
 
 from cemg.decoding.engine import Normalize, Recommendations, check_fit
 from cemg.errors import UserError
@@ -24,7 +24,7 @@ Children = dict[int, "Children"]
 
 
 class TransformersDecoder:
-    """The interface of ``Decoder``, served by ``generate(prefix_allowed_tokens_fn=…)``. No certificate: zeros."""
+    """The interface of ``Decoder``, served by ``generate`` and its prefix constraint; certifies nothing."""
 
     def __init__(
         self, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Normalize = "vocab"
@@ -38,7 +38,7 @@ class TransformersDecoder:
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
-        """As ``Decoder.decode``, for unfiltered prompts [B, S]; ``beams`` may not exceed the number of items."""
+        """As ``Decoder.decode``, for unfiltered prompts [B, S]; ``beams`` may not exceed the items."""
         if beams > len(self.catalog):
             raise UserError(
                 f"{beams} beams for {len(self.catalog)} items: generate() would fill up with illegal ones"
@@ -46,12 +46,12 @@ class TransformersDecoder:
         device = self.model.device
         prompt = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
         with plain_generation(self.model):
-            out = self.model.generate(
+            out: Any = cast(Any, self.model).generate(
                 input_ids=input_ids.to(device), attention_mask=attention_mask.to(device),
                 do_sample=False, num_beams=beams, num_return_sequences=beams, early_stopping=False,
-                max_new_tokens=self.catalog.levels, min_new_tokens=self.catalog.levels,
-                logits_processor=self._processors(prompt, beams), renormalize_logits=self.normalize == "valid",
-                return_dict_in_generate=True, output_scores=True, output_logits=beams == 1,
+                max_new_tokens=self.catalog.levels, min_new_tokens=self.catalog.levels, output_scores=True,
+                logits_processor=self._processors(prompt, beams), output_logits=beams == 1,
+                renormalize_logits=self.normalize == "valid", return_dict_in_generate=True,
                 **({} if beams == 1 else {"length_penalty": 0.0}),
             )  # fmt: skip
         tokens = out.sequences[:, prompt:].cpu().reshape(len(input_ids), beams, -1)
@@ -63,9 +63,11 @@ class TransformersDecoder:
         masked = PrefixConstrainedLogitsProcessor(self._allowed(prompt), beams)
         if self.normalize != "level":
             return LogitsProcessorList([masked])
-        return LogitsProcessorList([LevelOnly(prompt, self.code_token_start, self.catalog.codebook_size), masked])
+        return LogitsProcessorList(
+            [LevelOnly(prompt, self.code_token_start, self.catalog.codebook_size), masked]
+        )
 
-    def _greedy_scores(self, out: GenerateOutput, tokens: Tensor) -> Tensor:
+    def _greedy_scores(self, out: Any, tokens: Tensor) -> Tensor:
         """Sums [B] for one beam, where ``generate`` decodes greedily and sums nothing."""
         steps = [x.float().log_softmax(1) for x in out.logits] if self.normalize == "vocab" else out.scores
         chosen = [step.cpu().gather(1, tokens[:, :, level]) for level, step in enumerate(steps)]

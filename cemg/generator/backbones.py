@@ -1,10 +1,10 @@
-"""The three backbones (SPEC §4): ``t5``, ``causal`` (a pre-trained decoder, LoRA for large ones), ``scratch``."""
+"""The three backbones (SPEC §4): ``t5``, ``causal`` (pre-trained, whole or by LoRA), ``scratch``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import (
@@ -25,7 +25,7 @@ PAD, BOS, EOS, FIRST_CODE = 0, 1, 2, 3  # of a vocabulary without text
 
 @dataclass(frozen=True, slots=True)
 class BackboneConfig:
-    """Which model, and its shape where it starts from scratch (``t5`` without ``pretrained``, and ``scratch``).
+    """Which model, and its shape where it starts from scratch (``scratch``, ``t5`` without ``pretrained``).
 
     ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it. ``lora_rank`` 0 trains every
     weight. ``ff`` 0 means 4 × dim. The defaults of ``t5`` are TIGER's size: 4 + 4 layers, 128, 6 heads × 64.
@@ -88,10 +88,10 @@ def _scratch(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> 
 
 def _t5(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTrainedModel:
     shape = T5Config(
-        vocab_size=vocabulary.size, d_model=config.dim, d_kv=config.head_dim, d_ff=config.ff or 4 * config.dim,
-        num_layers=config.layers, num_decoder_layers=config.layers, num_heads=config.heads,
+        vocab_size=vocabulary.size, d_model=config.dim, d_kv=config.head_dim, num_heads=config.heads,
+        d_ff=config.ff or 4 * config.dim, num_layers=config.layers, num_decoder_layers=config.layers,
         dropout_rate=config.dropout, feed_forward_proj="relu", pad_token_id=PAD, eos_token_id=EOS,
-        decoder_start_token_id=PAD,
+        decoder_start_token_id=PAD,  # type: ignore[call-arg]  # taken among further keywords
     )  # fmt: skip
     return T5ForConditionalGeneration(shape)
 
@@ -113,7 +113,7 @@ def _causal(config: BackboneConfig, levels: int, codebook_size: int) -> tuple[Pr
     if config.instruction:
         tokenizer = AutoTokenizer.from_pretrained(config.pretrained, **_gguf(config))
         instruction = tuple(tokenizer(config.instruction, add_special_tokens=False)["input_ids"])
-    start = model.get_input_embeddings().num_embeddings
+    start = cast(int, model.get_input_embeddings().num_embeddings)
     eos = _first(model.config.eos_token_id, 0)
     bos = _first(model.config.bos_token_id, eos)
     pad = _first(model.config.pad_token_id, eos)
@@ -132,7 +132,7 @@ def _gguf(config: BackboneConfig) -> dict[str, str]:
     return {"gguf_file": config.gguf_file} if config.gguf_file else {}
 
 
-def _load(family: type, config: BackboneConfig) -> PreTrainedModel:
+def _load(family: Any, config: BackboneConfig) -> PreTrainedModel:
     try:
         return family.from_pretrained(config.pretrained, dtype=torch.float32, **_gguf(config))
     except (OSError, ValueError, ImportError) as error:
@@ -164,4 +164,4 @@ def _with_lora(model: PreTrainedModel, config: BackboneConfig, task: str) -> Pre
         task_type=task, r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.dropout,
         target_modules="all-linear", modules_to_save=sorted(set(whole)), ensure_weight_tying=tied,
     )  # fmt: skip
-    return get_peft_model(model, lora)
+    return cast(PreTrainedModel, get_peft_model(model, lora))  # which passes on what it has not itself

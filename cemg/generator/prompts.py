@@ -45,14 +45,14 @@ class Prompter:
         return torch.cat((*parts, torch.tensor(closing, dtype=torch.int64)))
 
     def batch(self, histories: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Padded prompts [B, S] int64 and their attention mask; a decoder's on the left, an encoder's on the right."""
+        """Prompts [B, S] int64 and their mask, padded left for a decoder, right for an encoder."""
         rows = [self.prompt(history) for history in histories]
         ids = pad(rows, self.vocabulary.pad, left=not self.seq2seq)
         mask = pad([torch.ones_like(row) for row in rows], 0, left=not self.seq2seq)
         return ids, mask
 
     def samples(self, train: Sequence[np.ndarray]) -> Samples:
-        """Training samples: windows with every position a target, or for an encoder-decoder one per prefix."""
+        """Training samples: windows with every position a target; of an encoder-decoder one a prefix."""
         spans = _prefixes(train) if self.seq2seq else _windows(train, self.history_items)
         return Samples(self, train, list(spans))
 
@@ -95,7 +95,7 @@ class Samples(Dataset[Sample]):
 
 
 def _windows(train: Sequence[np.ndarray], history_items: int) -> Iterator[tuple[int, int, int, int]]:
-    """Windows of history_items + 1 items; later ones start half a history back, context that is not trained again."""
+    """Windows of history_items + 1 items; of later ones the first half is context, not trained again."""
     size, step = history_items + 1, max(history_items // 2, 1)
     for user, items in enumerate(train):
         if len(items) > 0:

@@ -1,4 +1,4 @@
-"""Training of the generator: next-token cross-entropy (paper equation 5) with early stopping and exact resumption.
+"""Training of the generator: next-token cross-entropy (paper equation 5), early stopping, exact resumption.
 
 Dropout and batch order follow (seed, step) and (seed, epoch), so the step number is the whole random state:
 a run that was killed continues with the losses it would have had.
@@ -31,7 +31,7 @@ from cemg.progress import Log, console
 
 @dataclass(frozen=True, slots=True)
 class GeneratorConfig:
-    """Optimisation of the generator. ``patience`` counts validations without a better NDCG@10; 0 never stops early."""
+    """Optimisation. ``patience`` counts validations without a better NDCG@10; 0 never stops early."""
 
     history_items: int = 20
     epochs: int = 40
@@ -145,7 +145,9 @@ class _Training:
         return self.state
 
     def _epoch(self, started: float) -> None:
-        self.loader.set_epoch(self.state.epoch)  # the loader counts epochs itself, from 0 after a resumption too
+        self.loader.set_epoch(
+            self.state.epoch
+        )  # the loader counts epochs itself, from 0 after a resumption too
         first = self.state.step - self.state.epoch * len(self.buckets)
         loader = self.accelerator.skip_first_batches(self.loader, first) if first else self.loader
         for batch in loader:
@@ -271,7 +273,7 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def load_weights(model: PreTrainedModel, path: Path) -> None:
-    """Put the weights that ``weights_of`` gave back into a model of the same shape; UserError names what differs."""
+    """Put what ``weights_of`` gave into a model of the same shape; UserError names what differs."""
     _assign(model, load_file(path), path)
 
 

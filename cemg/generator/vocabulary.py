@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Where the special tokens and the codes lie. ``size`` counts them all, a pre-trained text vocabulary too.
+    """Where the special tokens and the codes lie. ``size`` counts them all, and the text tokens.
 
     ``instruction`` holds text tokens that open each prompt of a pre-trained decoder.
     """

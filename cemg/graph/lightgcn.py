@@ -1,7 +1,8 @@
 """LightGCN trained by BPR on training interactions alone (paper §3.2.2).
 
 U users, N items, d embedding. Every epoch draws from a generator seeded by (seed, epoch), so a run
-repeats exactly.
+repeats exactly; rows are gathered by ``index_select``, whose gradient is summed in a fixed order, as that of
+plain indexing is not.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class GraphConfig:
                 raise UserError(f"graph.{name} must be at least 1, got {getattr(self, name)}")
         if self.layers < 0:
             raise UserError(f"graph.layers must be at least 0, got {self.layers}")
+        if not self.learning_rate > 0:
+            raise UserError(f"graph.learning_rate must be above 0, got {self.learning_rate}")
+        if not self.l2 >= 0:
+            raise UserError(f"graph.l2 must not be negative, got {self.l2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,7 @@ def train_lightgcn(
 
 
 def _edges(train: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([len(s) for s in train])
+    lengths = torch.tensor([len(s) for s in train], dtype=torch.int64)
     users = torch.repeat_interleave(torch.arange(len(train)), lengths)
     items = torch.from_numpy(np.concatenate(train).astype(np.int64)) if len(train) else users
     return users, items
@@ -110,9 +115,9 @@ def _step(
     """One BPR step on (user, item bought, item drawn); returns [bpr, l2], detached."""
     user, positive, negative = (rows.to(table.device) for rows in triple)
     nodes = torch.cat((user, num_users + positive, num_users + negative))  # [3B]
-    u, p, n = lightgcn_propagate(graph, table, config.layers)[nodes].chunk(3)  # [B, d] each
+    u, p, n = lightgcn_propagate(graph, table, config.layers).index_select(0, nodes).chunk(3)  # [B, d] each
     bpr = F.softplus(((n - p) * u).sum(1)).mean()
-    l2 = table[nodes].square().sum() / len(user)
+    l2 = table.index_select(0, nodes).square().sum() / len(user)
     optimizer.zero_grad()
     (bpr + config.l2 * l2).backward()
     optimizer.step()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -13,6 +16,8 @@ from torch import Tensor
 
 from cemg.errors import UserError
 from cemg_kernels import Trie
+
+REMEDY = "restore it from a copy, or delete the folder and build it again: cemg-train --run RUN"
 
 
 class Catalog:
@@ -35,22 +40,26 @@ class Catalog:
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, codebook_size: int, item_ids: Sequence[int] | Sequence[str] | Tensor | None = None
+        cls,
+        codes: Tensor,
+        codebook_size: int,
+        item_ids: Sequence[int] | Sequence[str] | np.ndarray | Tensor | None = None,
     ) -> Catalog:
         """Codes [N, levels] of any integer dtype, all rows different; ids default to 0 … N−1.
 
         Raises UserError for duplicate codes or ids, for codes outside 0 … codebook_size − 1, and for
-        ids that are not one an item.
+        ids that are not one an item, all integers from 0 on or all strings.
         """
         if codes.ndim != 2 or codes.dtype.is_floating_point:
             raise UserError(f"codes must be integers [items, levels], got {codes.dtype} {list(codes.shape)}")
         ids: list = range(len(codes)) if item_ids is None else item_ids  # type: ignore[assignment]
-        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        ids = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
         if len(ids) != len(codes):
             raise UserError(f"{len(ids)} item ids for {len(codes)} rows of codes")
+        if len({isinstance(i, str) for i in ids}) > 1:
+            raise UserError("item ids must be all integers or all strings, got both")
         if len(set(ids)) != len(ids):
-            twice = next(i for i in ids if ids.count(i) > 1)
-            raise UserError(f"item id {twice!r} occurs more than once")
+            raise UserError(f"item id {Counter(ids).most_common(1)[0][0]!r} occurs more than once")
         return cls(codes.to(torch.int64).contiguous(), codebook_size, ids)
 
     def __len__(self) -> int:
@@ -92,7 +101,10 @@ class Catalog:
         """``catalog.safetensors`` (codes) and ``catalog.json`` (size, ids), renamed into place when whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"format": 1, "codebook_size": self.codebook_size, "item_ids": self.item_ids}
+        about = {
+            "format": 1, "codebook_size": self.codebook_size, "item_ids": self.item_ids,
+            "sha256": self._digest(),
+        }  # fmt: skip
         (folder / ".catalog.json").write_text(json.dumps(about))
         save_file({"codes": self.codes}, folder / ".catalog.safetensors")
         for name in ("catalog.safetensors", "catalog.json"):
@@ -100,11 +112,21 @@ class Catalog:
 
     @classmethod
     def load(cls, folder: Path | str) -> Catalog:
-        """Read what ``save`` wrote, and check it again."""
+        """Read what ``save`` wrote, and check it again. Raises UserError where it is missing or damaged."""
         folder = Path(folder)
         try:
             about = json.loads((folder / "catalog.json").read_text())
             codes = load_file(folder / "catalog.safetensors")["codes"]
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(f"{folder} holds no readable catalog", cause=str(error)) from error
-        return cls.from_codes(codes, about["codebook_size"], about["item_ids"])
+            catalog = cls.from_codes(codes, about["codebook_size"], about["item_ids"])
+            written = about.get("sha256", catalog._digest())
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+            cause = f"{error} is missing in it" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{folder} holds no readable catalog", cause=cause, fix=REMEDY) from error
+        if written != catalog._digest():
+            cause = "codes and item ids are not those that were saved together"
+            raise UserError(f"{folder} holds a damaged catalog", cause=cause, fix=REMEDY)
+        return catalog
+
+    def _digest(self) -> str:
+        about = json.dumps([list(self.codes.shape), self.codebook_size, self.item_ids])
+        return hashlib.sha256(about.encode() + self.codes.numpy().tobytes()).hexdigest()

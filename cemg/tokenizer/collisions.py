@@ -38,8 +38,9 @@ def make_unique(codes: Tensor, z: Tensor, codebooks: Tensor, *, method: str = "a
     """Distinct codes for N items from colliding ones: codes [N, M] int64, z [N, Z], codebooks [M, K, Z].
 
     ``assign``: colliding items of a group get its free last codes at minimum total cost; a group of
-    more than K sends its surplus to the nearest prefix with room. ``sinkhorn``: LETTER's entropic
-    transport on the last level first, then ``assign``. ``suffix``: one more code 0 … K−1, as in TIGER.
+    more than K sends its surplus to the nearest prefix with room; who collides with none keeps its codes.
+    ``sinkhorn``: LETTER's entropic transport on the last level first, then ``assign``. ``suffix``: one more
+    code 0 … K−1, as in TIGER.
     Raises UserError for N > K^M, or for a suffix group above K.
     """
     levels, size = codebooks.shape[:2]
@@ -57,8 +58,9 @@ def make_unique(codes: Tensor, z: Tensor, codebooks: Tensor, *, method: str = "a
         _sinkhorn_rounds(fresh, z, codebooks)
     elif method != "assign":
         raise UserError(f"tokenizer.unique must be assign, sinkhorn or suffix, got {method!r}")
-    moved = _spread_full_groups(fresh, z, codebooks)
-    _assign_groups(fresh, z, codebooks)
+    loose = _colliding(fresh)
+    moved = _spread_full_groups(fresh, loose, z, codebooks)
+    _assign_groups(fresh, loose, z, codebooks)
     return Uniqueness(fresh, before, int((fresh != codes).sum()), moved)
 
 
@@ -122,23 +124,24 @@ def _last_cost(z: Tensor, prefix: tuple[int, ...], codebooks: Tensor) -> Tensor:
     return torch.cdist(residual, codebooks[len(prefix)].double()).square()
 
 
-def _assign_groups(codes: Tensor, z: Tensor, codebooks: Tensor) -> None:
-    """Exact minimum-cost assignment of the colliding items of each group to its free last codes; in place."""
-    size = codebooks.shape[1]
+def _assign_groups(codes: Tensor, loose: Tensor, z: Tensor, codebooks: Tensor) -> None:
+    """Exact minimum-cost assignment of the loose items [N] bool of each group to the last codes that the
+    others leave; in place."""
     for prefix, members in _groups(codes).items():
-        count = Counter(codes[members, -1].tolist())
-        colliding = [i for i in members if count[int(codes[i, -1])] > 1]
-        if not colliding:
+        group = torch.tensor(members)
+        items, others = group[loose[group]], group[~loose[group]]
+        if len(items) == 0:
             continue
-        kept = {code for code, n in count.items() if n == 1}
-        free = [code for code in range(size) if code not in kept]
-        cost = _last_cost(z[colliding], prefix, codebooks)[:, free]
+        kept = set(codes[others, -1].tolist())
+        free = [code for code in range(codebooks.shape[1]) if code not in kept]
+        cost = _last_cost(z[items], prefix, codebooks)[:, free]
         rows, columns = linear_sum_assignment(cost.numpy())
-        codes[torch.tensor(colliding)[rows], -1] = torch.tensor(free)[columns]
+        codes[items[rows], -1] = torch.tensor(free)[columns]
 
 
-def _spread_full_groups(codes: Tensor, z: Tensor, codebooks: Tensor) -> int:
-    """Move the surplus of groups above K, the farthest first, to the nearest prefix with room; in place."""
+def _spread_full_groups(codes: Tensor, loose: Tensor, z: Tensor, codebooks: Tensor) -> int:
+    """Move the surplus of groups above K, the farthest loose items [N] bool first, to the nearest prefix
+    with room; in place. How many were moved. Their last codes are left to ``_assign_groups``."""
     size = codebooks.shape[1]
     groups = _groups(codes)
     filled = Counter({prefix: len(members) for prefix, members in groups.items()})
@@ -146,14 +149,14 @@ def _spread_full_groups(codes: Tensor, z: Tensor, codebooks: Tensor) -> int:
     for prefix, members in groups.items():
         if len(members) <= size:
             continue
-        distance = _last_cost(z[members], prefix, codebooks).min(1).values
+        candidates = [i for i in members if loose[i]]  # at least the surplus: at most K − 1 are not
+        distance = _last_cost(z[candidates], prefix, codebooks).min(1).values
         for index in distance.argsort(descending=True, stable=True)[: len(members) - size].tolist():
-            item = members[index]
+            item = candidates[index]
             target = next(p for p in _nearest_prefixes(prefix, z[item], codebooks) if filled[p] < size)
             filled[prefix] -= 1
             filled[target] += 1
             codes[item, :-1] = torch.tensor(target, dtype=codes.dtype)
-            codes[item, -1] = _last_cost(z[item : item + 1], target, codebooks).argmin()
             moved += 1
     return moved
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cemg.errors import UserError
+
 CONTENT = ("image", "text")
 MODALITIES = (*CONTENT, "collab")
 
@@ -24,13 +26,14 @@ class Scaling:
 
     @classmethod
     def of(cls, values: Tensor, present: Tensor) -> Scaling:
-        """Measured over the rows that are present."""
+        """Measured over the rows that are present; an rms of 1 where they are all the same."""
         rows = values[present]
         if len(rows) == 0:
             return cls(torch.zeros(values.shape[1]), 1.0)
         mean = rows.mean(0)
         rms = (rows - mean).square().sum(1).mean().sqrt().item()
-        return cls(mean, max(rms, 1e-12))
+        rounding = 1e-6 * rows.norm(dim=1).max().item()  # of the mean: not to be blown up to a norm of 1
+        return cls(mean, rms if rms > rounding else 1.0)
 
     def __call__(self, values: Tensor) -> Tensor:
         return (values - self.mean) / self.rms
@@ -68,10 +71,21 @@ class ItemFeatures:
         scaling: dict[str, Scaling],
         without: Sequence[str] = (),
     ) -> ItemFeatures:
-        """Scale raw modalities; those named in ``without`` are masked for every item (the ablations)."""
+        """Scale raw modalities; those named in ``without`` are masked for every item (the ablations).
+
+        Whatever stands in an absent row, even NaN, becomes zeros. Raises UserError for a name in ``without``
+        that is no modality.
+        """
+        for name in without:
+            if name not in MODALITIES:
+                raise UserError(
+                    f"{name!r} is no modality to leave out", fix=f"one of {', '.join(MODALITIES)}"
+                )
         mask = {k: torch.zeros_like(p) if k in without else p for k, p in present.items()}
         columns = torch.stack([mask[k] for k in MODALITIES], dim=1)  # [N, 3]
-        return cls({k: scaling[k](values[k]) * mask[k][:, None] for k in MODALITIES}, columns)
+        return cls(
+            {k: scaling[k](values[k]).masked_fill(~mask[k][:, None], 0.0) for k in MODALITIES}, columns
+        )
 
 
 class Fusion(nn.Module):

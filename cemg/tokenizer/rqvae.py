@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from cemg.errors import UserError
 from cemg.tokenizer.fusion import MODALITIES, Fusion, ItemFeatures
 from cemg_kernels import residual_quantize
 
+ReconTarget = Literal["modalities", "h"]
+Unique = Literal["assign", "sinkhorn", "suffix"]
 DIVERSITY_ROWS = 1024  # the diversity loss needs every distance, so it looks at this many rows at most
 
 
@@ -31,8 +33,8 @@ class TokenizerConfig:
     hidden: tuple[int, ...] = (512, 256, 128)
     commit: float = 1.0
     diversity: float = 0.01
-    recon_target: Literal["modalities", "h"] = "modalities"
-    unique: Literal["assign", "sinkhorn", "suffix"] = "assign"
+    recon_target: ReconTarget = "modalities"
+    unique: Unique = "assign"
     epochs: int = 400
     batch_size: int = 1024
     learning_rate: float = 1e-3
@@ -50,6 +52,11 @@ class TokenizerConfig:
         for name in ("commit", "diversity"):
             if getattr(self, name) < 0:
                 raise UserError(f"tokenizer.{name} must not be negative, got {getattr(self, name)}")
+        for name, choices in (("recon_target", get_args(ReconTarget)), ("unique", get_args(Unique))):
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"tokenizer.{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +113,7 @@ class RQVAE(nn.Module):
         residual, quantized = z, torch.zeros_like(z)
         commit, diversity = z.new_zeros(()), z.new_zeros(())
         for level, codebook in enumerate(self.codebooks):
-            chosen = codebook[codes[:, level]]  # [B, Z]
+            chosen = F.embedding(codes[:, level], codebook)  # [B, Z]
             to_code = (residual.detach() - chosen).square().sum(1).mean()
             to_residual = (residual - chosen.detach()).square().sum(1).mean()
             commit = commit + to_code + 0.25 * to_residual

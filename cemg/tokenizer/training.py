@@ -6,8 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from torch import Tensor
@@ -58,11 +60,22 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read what ``save`` wrote; UserError where it is not there."""
+        """Read what ``save`` wrote; UserError where it is missing or damaged."""
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder} holds no tokenizer", fix="train one: cemg-train --run RUN")
-        about = json.loads((folder / "tokenizer.json").read_text())
-        tensors = load_file(folder / "tokenizer.safetensors")
+        try:
+            about = json.loads((folder / "tokenizer.json").read_text())
+            tensors = load_file(folder / "tokenizer.safetensors")
+            return cls._restored(about, tensors)
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{folder} holds no readable tokenizer",
+                cause=str(error),
+                fix="delete the folder and train it again: cemg-train --run RUN",
+            ) from error
+
+    @classmethod
+    def _restored(cls, about: dict[str, Any], tensors: dict[str, Tensor]) -> Tokenizer:
         about["config"]["hidden"] = tuple(about["config"]["hidden"])
         model = RQVAE(about["widths"], config=TokenizerConfig(**about["config"]))
         model.load_state_dict(

@@ -39,7 +39,7 @@ class Bench:
         return bool(self.model.config.is_encoder_decoder)
 
     def prompts(self, lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Random prompts of these lengths, [B, S]: an encoder's padded on the right, a decoder's on the left."""
+        """Random prompts of these lengths, [B, S]: an encoder's padded right, a decoder's left."""
         generator = torch.Generator().manual_seed(seed)
         longest = max(lengths)
         ids = torch.zeros(len(lengths), longest, dtype=torch.int64)
@@ -52,7 +52,7 @@ class Bench:
 
     @torch.no_grad()
     def log_probs(self, prompt: Tensor, codes: Tensor) -> Tensor:
-        """Teacher-forced log-probabilities over the vocabulary, [n, LEVELS, V], of codes [n, LEVELS]; one prompt."""
+        """Teacher-forced log-probabilities [n, LEVELS, V] after one prompt, along codes [n, LEVELS]."""
         tokens = codes + torch.arange(LEVELS) * SIZE + START  # [n, LEVELS]
         prompts = prompt.expand(len(codes), -1)
         if self.seq2seq:
@@ -167,5 +167,7 @@ def _same_row(mine: Recommendations, other: Recommendations, row: int, count: in
         at_the_edge = count == mine.items.shape[1] and abs(scores[place] - scores[-1]) <= 1e-4
         if apart or (place == count - 1 and not at_the_edge):
             assert int(mine.items[row, place]) == int(other.items[row, place])
-    ties = {i for i, s in zip(other.items[row, :count].tolist(), scores, strict=True) if s - scores[-1] > 1e-4}
+    ties = {
+        i for i, s in zip(other.items[row, :count].tolist(), scores, strict=True) if s - scores[-1] > 1e-4
+    }
     assert ties <= set(mine.items[row, :count].tolist())

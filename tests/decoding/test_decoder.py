@@ -16,7 +16,10 @@ FAMILIES = ("t5", "gpt2", "llama")
 NORMALIZE = ("vocab", "level", "valid")
 LEVELS, SIZE, START = 3, 6, 3  # of the models in conftest.py
 quick = settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 

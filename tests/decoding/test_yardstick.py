@@ -1,4 +1,4 @@
-"""The yardstick must measure the model, not what its checkpoint says about sampling (DEFAULTS, traps 6 and 15)."""
+"""The yardstick must measure the model, not what its checkpoint says about sampling."""
 
 from __future__ import annotations
 

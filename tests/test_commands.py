@@ -1,0 +1,192 @@
+"""The commands as a user meets them: what they print, and their errors to the letter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cemg.commands import catalog, evaluate, recommend, train
+from cemg.generator import symbol
+from cemg.tokenizer import Catalog
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("COLUMNS", "160")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_train_leaves_results_a_report_and_the_configuration(tiny_run):
+    for name in ("config.yaml", "report/report.md", "results/synthetic-cemg-test.json"):
+        assert (tiny_run / name).is_file(), name
+    record = json.loads((tiny_run / "results" / "synthetic-cemg-test.json").read_text())
+    assert set(record["metrics"]) == {f"{m}@{k}" for m in ("HR", "NDCG") for k in (5, 10, 20)}
+    assert record["metrics_history_removed"].keys() == record["metrics"].keys()
+
+
+def test_evaluate_again_gives_the_same_metrics_by_either_engine(tiny_run, tmp_path, command):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    expected = json.loads((run / "results" / "synthetic-cemg-test.json").read_text())
+    for engine in ("cemg", "transformers"):
+        copy = tmp_path / f"{engine}.json"
+        assert command(evaluate.main, "--run", run, "--engine", engine, "--result", copy) == 0
+        found = json.loads(copy.read_text())
+        assert found["metrics"] == expected["metrics"] and found["config"]["engine"] == engine
+
+
+def test_recommend_prints_titles_scores_and_codes(tiny_run, command, capsys):
+    from cemg.data import Dataset
+
+    data = Dataset.load(tiny_run / "data")
+    arguments = ("--run", tiny_run, "--history", "item-0001 item-0002,item-0003", "--top", 5)
+    assert command(recommend.main, *arguments, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["history"] == ["item-0001", "item-0002", "item-0003"] and len(answer["items"]) == 5
+    codes = Catalog.load(tiny_run / "catalog").codes
+    for item in answer["items"]:
+        row = data.item_ids.index(item["item"])
+        assert item["title"] == data.titles[row] and item["score"] < 0
+        assert item["codes"] == [symbol(level, code) for level, code in enumerate(codes[row].tolist())]
+    assert any(item["title"] for item in answer["items"])  # an item without a text has no title
+    assert command(recommend.main, *arguments) == 0
+    table = capsys.readouterr().out
+    for item in answer["items"]:
+        line = next(line for line in table.splitlines() if item["item"] in line)
+        assert all(part in line for part in (item["title"], f"{item['score']:.3f}", *item["codes"]))
+
+
+def test_history_is_left_out_where_asked(tiny_run, command, capsys):
+    history = "item-0001,item-0002,item-0003"
+    command(
+        recommend.main, "--run", tiny_run, "--history", history, "--top", 50, "--exclude-history", "--json"
+    )
+    items = {item["item"] for item in json.loads(capsys.readouterr().out)["items"]}
+    assert len(items) == 47 and not items & set(history.split(","))
+
+
+def test_added_items_get_codes_and_titles_and_old_ones_keep_theirs(tiny_run, tmp_path, command, capsys):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    before = Catalog.load(run / "catalog")
+    (tmp_path / "new.csv").write_text(
+        "item,title,text\nn1,First,a plain rudder\nn2,Second,sturdy telescope\n"
+    )
+    assert command(catalog.main, "add", "--run", run, "--items", tmp_path / "new.csv") == 0
+    printed = capsys.readouterr().out.splitlines()
+    after = Catalog.load(run / "catalog")
+    assert after.item_ids == [*before.item_ids, "n1", "n2"]
+    assert torch.equal(after.codes[:50], before.codes) and len(after.codes.unique(dim=0)) == 52
+    assert command(catalog.main, "show", "--run", run, "--item", "n2") == 0
+    assert printed[1] == f"n2 {capsys.readouterr().out.strip()}"
+    assert command(recommend.main, "--run", run, "--history", "n1", "--top", 52, "--beams", 60, "--json") == 0
+    titles = {i["item"]: i["title"] for i in json.loads(capsys.readouterr().out)["items"]}
+    assert len(titles) == 52 and (titles["n1"], titles["n2"]) == ("First", "Second")
+    assert command(evaluate.main, "--run", run, "--result", tmp_path / "r.json") == 0  # the old items alone
+    whole = json.loads((tiny_run / "results" / "synthetic-cemg-test.json").read_text())
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == whole["metrics"]
+    (tmp_path / "more.csv").write_text("item,text\nn3,a rudder\n")
+    assert command(catalog.main, "add", "--run", run, "--items", tmp_path / "more.csv") == 0
+    assert "n3" in Catalog.load(run / "catalog").item_ids
+    command(recommend.main, "--run", run, "--history", "n1", "--top", 60, "--beams", 60, "--json")
+    assert "First" in capsys.readouterr().out  # titles outlive the next addition
+
+
+# ---- errors: exit code 2, nothing on stdout, these lines on stderr
+
+
+def refusal(command, capsys, main, *arguments: object) -> str:
+    capsys.readouterr()
+    assert command(main, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+def test_an_unknown_item_is_refused(tiny_run, command, capsys):
+    err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--history", "item-0001 item-77")
+    assert err == "error: item 'item-77' is not in the catalog of 50 items\n"
+
+
+def test_an_empty_history_is_refused(tiny_run, command, capsys):
+    err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--history", " , ")
+    assert err == 'error: --history names no item\n  fix:   write it as --history "12 7 105"\n'
+
+
+@pytest.mark.parametrize("main", [recommend.main, evaluate.main], ids=["recommend", "evaluate"])
+def test_a_missing_run_is_refused(tmp_path, command, capsys, main):
+    extra = ("--history", "1") if main is recommend.main else ()
+    err = refusal(command, capsys, main, "--run", tmp_path / "no", *extra)
+    assert err == (
+        f"error: {tmp_path}/no is no run: it has no config.yaml\n  fix:   cemg-train --run {tmp_path}/no\n"
+    )
+
+
+def test_a_setting_that_is_none_is_refused_before_anything_is_written(tmp_path, command, capsys):
+    err = refusal(command, capsys, train.main, "--run", tmp_path / "run", "--set", "generator.epoch=3")
+    first, cause, fix = err.splitlines()[-3:]
+    assert first == "error: generator.epoch is no setting"
+    assert cause == "  cause: command line"
+    assert fix.startswith("  fix:   one of history_items, epochs, batch_size, learning_rate")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_value_is_refused_by_its_field(tmp_path, command, capsys):
+    arguments = ("--run", tmp_path / "run", "--set", "generator.batch_size=0")
+    err = refusal(command, capsys, train.main, *arguments)
+    assert err.splitlines()[-1] == "error: generator.batch_size must be at least 1, got 0"
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path, command, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    err = refusal(command, capsys, train.main, "--run", tmp_path / "run", "--device", "cuda")
+    assert err == (
+        f"error: --device cuda: torch {torch.__version__} sees no GPU\n"
+        "  fix:   cemg-doctor tells why; or --device cpu\n"
+    )
+
+
+def test_a_part_that_is_none_is_refused(tiny_run, command, capsys):
+    err = refusal(command, capsys, evaluate.main, "--run", tiny_run, "--part", "train")
+    assert err == "error: --part must be test or valid, got 'train'\n"
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("item,text\nitem-0001,a\n", "item item-0001 is in the catalog already"),
+        ("item,text\nx,a\nx,b\n", "item x occurs more than once"),
+        ("item,text\nx,a\n,b\n", "row 3 has no item"),
+        ("id,text\nx,a\n", "needs the columns item and text or image, has id, text"),
+        ("", "cannot be read as CSV"),
+    ],
+)
+def test_items_that_cannot_be_added_are_refused_and_the_catalog_stays(
+    tiny_run, tmp_path, command, capsys, content, said
+):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    (tmp_path / "new.csv").write_text(content)
+    err = refusal(command, capsys, catalog.main, "add", "--run", run, "--items", tmp_path / "new.csv")
+    assert err.splitlines()[0].startswith(f"error: {tmp_path}/new.csv") and said in err.splitlines()[0]
+    assert len(Catalog.load(run / "catalog")) == 50
+
+
+def test_a_run_in_use_is_refused(tiny_run, command, capsys, tmp_path):
+    import fcntl
+
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    with (run / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (run / ".lock").write_text("4242")
+        err = refusal(command, capsys, train.main, "--run", run)
+    assert err.splitlines()[-2:] == [
+        f"error: {run} is in use by process 4242", "  fix:   wait, or use another --run",
+    ]  # fmt: skip

@@ -1,0 +1,115 @@
+"""The configuration: what is wrong is refused by its name, and what comes later wins."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from cemg.config import RunConfig, load_config
+from cemg.errors import UserError
+
+
+def refusal(*overrides: str, **top: object) -> UserError:
+    with pytest.raises(UserError) as error:
+        load_config(None, overrides, **top)
+    return error.value
+
+
+def test_nothing_given_is_the_defaults():
+    assert load_config(None) == RunConfig()
+
+
+def test_overrides_win_over_options_over_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 1\ndtype: bfloat16\ngenerator: {epochs: 3, batch_size: 5}\n")
+    assert (load_config(path).seed, load_config(path).generator.epochs) == (1, 3)
+    config = load_config(path, ["generator.epochs=7", "generator.epochs=8"], seed=2, dtype=None)
+    assert (config.seed, config.dtype) == (2, "bfloat16")
+    assert (config.generator.epochs, config.generator.batch_size) == (8, 5)
+    assert config.generator.clip == RunConfig().generator.clip
+    assert load_config(path, ["seed=3"], seed=2).seed == 3
+
+
+def test_a_typo_is_refused_with_the_names_there_are(tmp_path):
+    error = refusal("generator.epoch=3")
+    assert error.message == "generator.epoch is no setting" and error.cause == "command line"
+    assert "epochs" in (error.fix or "") and "batch_size" in (error.fix or "")
+    assert refusal("genrator.epochs=3").message == "genrator is no setting"
+    path = tmp_path / "c.yaml"
+    path.write_text("tokenizer: {level: 3}\n")
+    with pytest.raises(UserError, match=r"tokenizer\.level is no setting") as caught:
+        load_config(path)
+    assert caught.value.cause == str(path)
+
+
+@pytest.mark.parametrize(
+    "override, field",
+    [
+        ("generator.epochs=many", "generator.epochs"),
+        ("generator.epochs=2.5", "generator.epochs"),
+        ("generator.epochs=", "generator.epochs"),
+        ("generator.epochs=0", "generator.epochs"),
+        ("generator.learning_rate=0", "generator.learning_rate"),
+        ("generator.learning_rate=.nan", "generator.learning_rate"),
+        ("generator.schedule=linear", "generator.schedule"),
+        ("decoding.normalize=all", "decoding.normalize"),
+        ("decoding.beams=0", "decoding.beams"),
+        ("pca.dim=0", "pca.dim"),
+        ("graph.layers=-1", "graph.layers"),
+        ("tokenizer.hidden=wide", "tokenizer.hidden"),
+        ("tokenizer.codebook_size=0", "tokenizer.codebook_size"),
+        ("backbone.kind=lstm", "backbone.kind"),
+        ("backbone.layers=0", "backbone.layers"),
+        ("dtype=float64", "dtype"),
+        ("generator=5", "generator"),
+        ("without=[colour]", "--without colour"),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_field(override, field):
+    message = refusal(override).message
+    assert message.startswith(field), message
+
+
+@pytest.mark.parametrize(
+    "override", ["generator.epochs", "generator.epochs=[", "seed.x=3", "generator.epochs.x=3", "=3", "."]
+)
+def test_an_override_that_is_none_is_refused(override):
+    base = ["seed=0", "generator.epochs=3"]
+    assert refusal(*base, override).message
+
+
+def test_scientific_notation_is_a_number():
+    assert load_config(None, ["generator.learning_rate=1e-3"]).generator.learning_rate == 1e-3
+
+
+def test_an_empty_section_is_its_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("generator:\n")
+    assert load_config(path).generator == RunConfig().generator
+    assert load_config(path, ["generator.epochs=4"]).generator.epochs == 4
+
+
+@pytest.mark.parametrize(
+    "content, said", [("a: [", "no valid YAML"), ("- 1", "must hold sections"), ("3", "must")]
+)
+def test_a_file_that_is_no_configuration_is_refused_by_its_name(tmp_path, content, said):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=said) as error:
+        load_config(path)
+    assert str(path) in error.value.message
+    with pytest.raises(UserError, match="No such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_what_is_written_reads_as_the_same_configuration(tmp_path):
+    config = load_config(None, ["tokenizer.hidden=[8, 4]", "without=[text]", "generator.learning_rate=2e-4"])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    assert load_config(path) == config
+
+
+def test_the_seed_reaches_every_stage_and_without_llm_is_the_scratch_decoder():
+    config = load_config(None, ["seed=5", "backbone.kind=t5"], without=("llm",)).seeded()
+    assert config.graph.seed == config.tokenizer.seed == config.generator.seed == 5
+    assert (config.backbone.kind, config.backbone.layers) == ("scratch", 6)

@@ -1,0 +1,288 @@
+"""The whole pipeline on a tiny synthetic set: what is reused, what is made anew, and death in any stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cemg.config import load_config
+from cemg.errors import UserError
+from cemg.pipeline import Pipeline
+from cemg.recommender import Recommender
+from cemg.run import Run
+from cemg.tokenizer import Catalog
+from cemg_kernels import ItemFilter
+
+STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")
+pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def copy(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be written to."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def pipeline(feature_cache: Path):
+    """``pipeline(folder, *overrides)`` opens a run with its own configuration and some overrides."""
+
+    def make(folder: Path, *overrides: str) -> Pipeline:
+        return Pipeline(Run(folder), load_config(folder / "config.yaml", overrides), cache=feature_cache)
+
+    return make
+
+
+def stamps(run: Path) -> dict[str, int]:
+    return {stage: (run / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+
+
+def made_anew(run: Path, pipeline: Pipeline) -> set[str]:
+    before = stamps(run)
+    pipeline.train()
+    after = stamps(run)
+    return {stage for stage in STAGES if before[stage] != after[stage]}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "generator" / "weights.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert Catalog.load(one / "catalog").codes.tolist() == Catalog.load(other / "catalog").codes.tolist()
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_the_same_command_again_reuses_every_stage(copy, pipeline):
+    assert made_anew(copy, pipeline(copy)) == set()
+
+
+@pytest.mark.parametrize(
+    "override, anew",
+    [
+        ("generator.epochs=1", {"generator"}),
+        ("decoding.beams=7", set()),  # of the test, not of the training
+        ("generator.checkpoint_seconds=100", set()),
+        ("graph.epochs=1", {"graph", "tokenizer", "catalog", "generator"}),
+        ("without=[text]", {"tokenizer", "catalog", "generator"}),
+    ],
+)
+def test_a_changed_setting_makes_its_stage_and_what_follows_anew(copy, pipeline, override, anew):
+    assert made_anew(copy, pipeline(copy, override)) == anew
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_died_in_a_stage_ends_as_one_that_did_not(tiny_run, copy, pipeline, monkeypatch, stage):
+    for name in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(copy / name)
+    build = getattr(Pipeline, f"_build_{stage}", None)
+
+    def dies(self: Pipeline, folder: Path) -> None:
+        build(self, folder)
+        (folder / "manifest.json.part").write_text("torn")
+        raise KeyboardInterrupt
+
+    if build is not None:  # the data are read before their stage, which only writes them
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Pipeline, f"_build_{stage}", dies)
+            pipeline(copy).train()
+        assert not (copy / stage).exists()
+    pipeline(copy).train()
+    assert_same_run(copy, tiny_run)
+
+
+def test_a_generator_that_died_in_the_middle_resumes_to_the_same_weights(
+    tiny_run, copy, pipeline, monkeypatch
+):
+    shutil.rmtree(copy / "generator")
+    steps = [0]
+
+    def dying(self, step: int, values: dict[str, float]) -> None:
+        steps[0] += 1
+        if steps[0] == 14:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cemg.pipeline.StageLog.__call__", dying)
+        pipeline(copy).train()
+    assert (copy / ".generator.part" / "checkpoints" / "checkpoint.safetensors").is_file()
+    pipeline(copy).train()
+    lines = (copy / "generator" / "log.jsonl").read_text().splitlines()
+    assert min(json.loads(line)["step"] for line in lines) > 5  # not from the start
+    assert_same_run(copy, tiny_run)
+
+
+def test_a_stage_that_starts_again_starts_its_log_again(copy, pipeline, monkeypatch):
+    whole = (copy / "tokenizer" / "log.jsonl").read_text()
+    shutil.rmtree(copy / "tokenizer")
+
+    def dies(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cemg.pipeline.Tokenizer.save", dies)
+        pipeline(copy).train()
+    pipeline(copy).train()
+    assert (copy / "tokenizer" / "log.jsonl").read_text() == whole
+
+
+def test_a_catalog_of_another_shape_is_refused_with_both_shapes(copy, pipeline):
+    old = Catalog.load(copy / "catalog")
+    longer = torch.cat((old.codes, torch.zeros(len(old), 1, dtype=torch.int64)), dim=1)
+    Catalog.from_codes(longer, 8, old.item_ids).save(copy / "catalog")
+    with pytest.raises(UserError) as error:
+        pipeline(copy).load_generator()
+    assert error.value.lines() == [
+        "this catalog does not belong to the generator",
+        f"  cause: {copy}/generator was trained on 3 levels of 8 codes; {copy}/catalog has 4 levels of 8",
+        f"  fix:   train a generator on that catalog: cemg-train --run {copy}",
+    ]
+
+
+def test_both_engines_rank_the_validation_users_alike(tiny_run, pipeline):
+    made = pipeline(tiny_run)
+    catalog, split = made.load_catalog(), made.load_data().split()
+    model, vocabulary = made.load_generator()
+    histories = split.histories("valid")[:12]
+    lists = [
+        made.ranker(model, vocabulary, catalog, beams=20, engine=engine)(histories, 10)
+        for engine in ("cemg", "transformers")
+    ]
+    assert torch.equal(*lists)
+
+
+# ---- the recommender
+
+
+def test_every_recommendation_is_an_item_once_and_scores_fall(tiny_run):
+    recommender = Recommender.from_run(tiny_run)
+    known = recommender.catalog.item_ids
+    found = recommender.recommend([[known[3]], [known[4], known[5]], known[:30]], top=10, beams=20)
+    assert found.items.shape == found.scores.shape == (3, 10) and found.codes.shape == (3, 10, 3)
+    for row, names in zip(found.items.tolist(), recommender.item_ids(found), strict=True):
+        assert len(set(row)) == 10 and names == [known[i] for i in row]
+    assert bool((found.scores.diff(dim=1) <= 0).all())
+
+
+def test_history_can_be_excluded_and_what_is_left_closes_up(tiny_run):
+    recommender = Recommender.from_run(tiny_run)
+    history = recommender.item_ids(recommender.recommend([["item-0001"]], top=3))[0]
+    kept = recommender.recommend([history], top=50, beams=50)
+    without = recommender.recommend([history], top=50, beams=50, exclude_history=True)
+    expected = [i for i in recommender.item_ids(kept)[0] if i not in history]
+    assert recommender.item_ids(without)[0] == expected + [None] * 3
+    assert int(kept.certified) == 50 and int(without.certified) == 47
+
+
+def test_a_filter_is_obeyed_and_refused_by_the_yardstick(tiny_run):
+    recommender = Recommender.from_run(tiny_run)
+    allowed = ItemFilter.from_items(recommender.catalog.trie, [1, 2, 40])
+    found = recommender.recommend([["item-0001"]], top=10, filter=allowed)
+    assert sorted(found.items[0].tolist()) == [-1] * 7 + [1, 2, 40]
+    with pytest.raises(UserError, match="takes no filter"):
+        Recommender.from_run(tiny_run, engine="transformers").recommend([["item-0001"]], filter=allowed)
+
+
+def test_more_results_than_items_leave_places_empty(tiny_run):
+    found = Recommender.from_run(tiny_run).recommend([["item-0001"]], top=60, beams=60)
+    assert found.items.shape == (1, 60) and found.codes.shape == (1, 60, 3)
+    assert sorted(found.items[0].tolist()) == [-1] * 10 + list(range(50))
+
+
+def test_new_items_get_codes_of_their_own(tiny_run):
+    recommender = Recommender.from_run(tiny_run)
+    texts = recommender.pipeline.load_data().texts
+    old = next(text for text in texts if text)
+    codes = recommender.encode_items([old, old, "a plain telescope"], [None, None, None])
+    everything = torch.cat((recommender.catalog.codes, codes))
+    assert len(everything.unique(dim=0)) == 53
+    with pytest.raises(UserError, match="new item 1 has neither"):
+        recommender.encode_items([old, None], [None, None])
+
+
+def test_wrong_requests_are_refused(tiny_run, tmp_path):
+    recommender = Recommender.from_run(tiny_run)
+    with pytest.raises(UserError, match="got top=10 and beams=5"):
+        recommender.recommend([["item-0001"]], top=10, beams=5)
+    with pytest.raises(UserError, match="item 'item-9' is not in the catalog of 50 items"):
+        recommender.recommend([["item-9"]])
+    with pytest.raises(UserError, match="engine 'fast' is not there"):
+        Recommender.from_run(tiny_run, engine="fast")
+    with pytest.raises(UserError, match="is no run"):
+        Recommender.from_run(tmp_path)
+
+
+# ---- kill -9 through the command line
+
+
+def start(run: Path, cache: Path, settings: list[str]) -> subprocess.Popen:
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    code = "from cemg.commands.train import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "--run", str(run), "--cache", str(cache), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def killed_at(process: subprocess.Popen, sign: Path) -> bool:
+    """Kill once ``sign`` is there; False where the process ended first."""
+    while not sign.is_file() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def test_kill_9_in_two_stages_and_the_same_command_give_the_metrics_of_an_uninterrupted_run(
+    tmp_path, tiny_settings, feature_cache
+):
+    settings = [*tiny_settings, "tokenizer.epochs=400", "generator.epochs=40"]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    process = start(whole, feature_cache, settings)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output.decode()
+    assert killed_at(start(torn, feature_cache, settings), torn / ".tokenizer.part" / "log.jsonl")
+    assert (torn / "graph").is_dir() and not (torn / "tokenizer").exists()
+    checkpoint = torn / ".generator.part" / "checkpoints" / "checkpoint.safetensors"
+    assert killed_at(start(torn, feature_cache, settings), checkpoint)
+    assert not (torn / "generator").exists()
+    process = start(torn, feature_cache, settings)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output.decode()
+    assert b"tokenizer: reused" in output and b"generator: resumed at step" in output
+    assert_same_run(torn, whole)
+    name = "synthetic-cemg-test.json"
+    one, other = (json.loads((run / "results" / name).read_text()) for run in (torn, whole))
+    for key in ("metrics", "metrics_history_removed", "split", "cold"):
+        assert one[key] == other[key]
+
+
+def test_the_split_of_a_run_is_that_of_its_data(tiny_run, pipeline):
+    made = pipeline(tiny_run)
+    record = json.loads((tiny_run / "results" / "synthetic-cemg-test.json").read_text())
+    assert record["split"] == made.load_data().split().fingerprint
+    assert record["config"]["generator"] == dataclasses.asdict(made.config.generator)
+    assert all(0 <= value <= 1 and np.isfinite(value) for value in record["metrics"].values())

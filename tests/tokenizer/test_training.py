@@ -1,0 +1,182 @@
+"""Training of the tokenizer: its start, its dead codes, what it logs, and the file it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from cemg.errors import UserError
+from cemg.tokenizer import MODALITIES, RQVAE, ItemFeatures, Tokenizer, TokenizerConfig, train_tokenizer
+from cemg.tokenizer.training import codebook_use, initialise_codebooks, reseed_dead_codes
+
+WIDTHS = {"image": 4, "text": 3, "collab": 2}
+QUICK = TokenizerConfig(
+    levels=2, codebook_size=8, dim=4, latent=3, hidden=(16,), epochs=6, batch_size=32, warmup_epochs=2, seed=7
+)
+TERMS = {"loss", "recon", "commit", "diversity"} | {f"explained_{k}" for k in MODALITIES}
+
+
+def features(items: int = 80) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Random features; every tenth item has no image."""
+    generator = torch.Generator().manual_seed(11)
+    values = {k: torch.randn(items, w, generator=generator) for k, w in WIDTHS.items()}
+    present = {k: torch.ones(items, dtype=torch.bool) for k in WIDTHS}
+    present["image"][::10] = False
+    return values, present
+
+
+def untrained() -> tuple[RQVAE, ItemFeatures]:
+    values, present = features()
+    torch.manual_seed(0)
+    items = ItemFeatures(values, torch.stack([present[k] for k in MODALITIES], dim=1))
+    return RQVAE(WIDTHS, config=QUICK), items
+
+
+def started(seed: int) -> torch.Tensor:
+    model, items = untrained()
+    initialise_codebooks(model, items, generator=torch.Generator().manual_seed(seed))
+    return model.codebooks.detach().clone()
+
+
+def test_the_kmeans_start_repeats_with_its_seed_and_moves_the_codebooks():
+    before = untrained()[0].codebooks.detach()
+    assert torch.equal(started(1), started(1))
+    assert not torch.isclose(started(1), before).any(2).all()
+
+
+def test_the_kmeans_start_uses_every_code_of_every_level():
+    model, items = untrained()
+    initialise_codebooks(model, items, generator=torch.Generator().manual_seed(1))
+    codes, z = model.tokenize(items)
+    assert codes[:, 0].bincount(minlength=8).min() > 0
+    assert codes[:, 1].bincount(minlength=8).min() > 0
+    centres = torch.stack([z[codes[:, 0] == k].mean(0) for k in range(8)])  # a k-means centre is its mean
+    torch.testing.assert_close(model.codebooks[0].detach(), centres, rtol=1e-3, atol=1e-4)  # 25 iterations
+
+
+def test_the_kmeans_start_with_fewer_items_than_codes_puts_a_code_on_each_item():
+    model, items = untrained()
+    few = items.rows(slice(0, 3))
+    before = model.codebooks.detach().clone()
+    initialise_codebooks(model, few, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model.codebooks[:, 3:], before[:, 3:])
+    least = torch.cdist(model.encode(few), model.codebooks[0, :3]).min(1).values
+    assert least.max() < 1e-5
+
+
+def test_reseeding_moves_the_dead_codes_alone_and_onto_residuals_of_items():
+    model, items = untrained()
+    before = model.codebooks.detach().clone()
+    used = torch.ones(2, 8)
+    used[0, 3] = used[1, 0] = used[1, 6] = 0
+    codes, z = model.tokenize(items)
+    moved = reseed_dead_codes(model, items, used=used, generator=torch.Generator().manual_seed(2))
+    after = model.codebooks.detach()
+    changed = (after != before).any(2)
+    assert moved == 3 and torch.equal(changed, used == 0)
+    assert (z == after[0, 3]).all(1).any()
+    left = z - before[0][codes[:, 0]]
+    assert all(bool((left == after[1, k]).all(1).any()) for k in (0, 6))
+
+
+def test_reseeding_where_every_code_is_in_use_moves_none():
+    model, items = untrained()
+    before = model.codebooks.detach().clone()
+    used = torch.ones(2, 8)
+    assert reseed_dead_codes(model, items, used=used, generator=torch.Generator().manual_seed(2)) == 0
+    assert torch.equal(model.codebooks, before)
+
+
+def test_every_epoch_logs_each_term_and_the_use_of_each_codebook():
+    logged: dict[int, dict[str, float]] = {}
+    values, present = features()
+    train_tokenizer(values, present, config=QUICK, log=lambda step, figures: logged.update({step: figures}))
+    wanted = TERMS | {f"{name}_{level}" for name in ("perplexity", "dead") for level in range(QUICK.levels)}
+    assert sorted(logged) == list(range(QUICK.epochs))
+    for figures in logged.values():
+        assert set(figures) == {f"rqvae/{name}" for name in wanted}
+        assert all(math.isfinite(figure) for figure in figures.values())
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms():
+    logged: list[dict[str, float]] = []
+    config = dataclasses.replace(QUICK, epochs=2, commit=0.5, diversity=0.2)
+    train_tokenizer(*features(), config=config, log=lambda step, figures: logged.append(figures))
+    for row in logged:
+        total = row["rqvae/recon"] + 0.5 * row["rqvae/commit"] + 0.2 * row["rqvae/diversity"]
+        assert row["rqvae/loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_training_explains_more_of_every_modality_than_its_first_epoch():
+    logged: list[dict[str, float]] = []
+    config = dataclasses.replace(QUICK, epochs=60, learning_rate=5e-3)
+    train_tokenizer(*features(), config=config, log=lambda step, figures: logged.append(figures))
+    for name in MODALITIES:
+        assert logged[-1][f"rqvae/explained_{name}"] > logged[0][f"rqvae/explained_{name}"] + 0.1
+
+
+def test_perplexity_is_the_number_of_codes_used_alike_and_dead_codes_are_counted():
+    use = codebook_use(torch.tensor([[5.0, 5.0, 5.0, 5.0], [7.0, 0.0, 7.0, 0.0], [9.0, 0.0, 0.0, 0.0]]))
+    assert [use[f"rqvae/perplexity_{m}"] for m in range(3)] == pytest.approx([4.0, 2.0, 1.0])
+    assert [use[f"rqvae/dead_{m}"] for m in range(3)] == [0, 2, 3]
+
+
+def test_the_same_seed_trains_the_same_tokenizer_and_another_seed_another():
+    values, present = features()
+    one, again = (train_tokenizer(values, present, config=QUICK) for _ in range(2))
+    other = train_tokenizer(values, present, config=dataclasses.replace(QUICK, seed=8))
+    assert torch.equal(one.model.codebooks, again.model.codebooks)
+    assert not torch.equal(one.model.codebooks, other.model.codebooks)
+
+
+def test_an_item_gets_the_same_codes_alone_as_among_others():
+    values, present = features()
+    made = train_tokenizer(values, present, config=QUICK)
+    items = made.features(values, present)
+    codes, _ = made.tokenize(items)
+    alone = torch.cat([made.tokenize(items.rows(slice(i, i + 1)))[0] for i in range(len(items))])
+    assert torch.equal(alone, codes)
+
+
+def test_a_saved_tokenizer_gives_the_same_codes_after_loading(tmp_path: Path):
+    values, present = features()
+    made = train_tokenizer(values, present, config=QUICK, without=["text"])
+    made.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.model.config == QUICK and again.without == ("text",)
+    assert not again.features(values, present).present[:, 1].any()
+    wanted = made.tokenize(made.features(values, present))
+    for one, other in zip(again.tokenize(again.features(values, present)), wanted, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(
+        again.attention(again.features(values, present)), made.attention(made.features(values, present))
+    )
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.safetensors"])
+@pytest.mark.parametrize("keep", [0.0, 0.6])
+def test_a_truncated_tokenizer_is_refused_with_its_folder(tmp_path: Path, name: str, keep: float):
+    train_tokenizer(*features(), config=QUICK).save(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(keep * len(whole))])
+    with pytest.raises(UserError, match="holds no readable tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_training_without_any_modality_is_refused():
+    with pytest.raises(UserError, match="no item has any modality left"):
+        train_tokenizer(*features(), config=QUICK, without=MODALITIES)
+
+
+def test_training_without_a_modality_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="'pictures' is no modality"):
+        train_tokenizer(*features(), config=QUICK, without=["pictures"])
