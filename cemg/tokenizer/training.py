@@ -179,11 +179,11 @@ def codebook_use(counts: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def initialise_codebooks(model: RQVAE, items: ItemFeatures, *, generator: torch.Generator) -> None:
-    """k-means on the residuals of INIT_ROWS items, level after level; with fewer than K some stay random."""
+    """k-means on the residuals of INIT_ROWS items, level after level; if fewer than K differ, some stay."""
     rows = torch.randperm(len(items), generator=generator)[:INIT_ROWS].to(items.present.device)
     residual = model.encode(items.rows(rows)).cpu()
     for level in range(len(model.codebooks)):
-        clusters = min(model.config.codebook_size, len(residual))
+        clusters = min(model.config.codebook_size, len(residual.unique(dim=0)))
         seed = model.config.seed + level
         means = KMeans(clusters, n_init=1, max_iter=25, random_state=seed).fit(residual.numpy())
         centers = torch.from_numpy(means.cluster_centers_).to(model.codebooks)

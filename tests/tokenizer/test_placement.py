@@ -147,7 +147,7 @@ def test_a_new_item_never_gets_an_id_that_is_taken_or_given_already(new, seed):
 
 
 def test_a_new_item_keeps_its_prefix_while_that_has_room_and_takes_the_nearest_free_code():
-    codebooks = torch.tensor([[[0.0], [9.0]], [[0.0], [1.0], [3.0]]])[:, :2]
+    codebooks = torch.tensor([[[0.0], [9.0]], [[0.0], [1.0]]])
     codes, z = torch.tensor([[0, 0]] * 3), torch.tensor([[0.1]] * 3)
     assert place_new(codes, z, codebooks, taken=torch.tensor([[1, 1]])).tolist() == [[0, 0], [0, 1], [1, 0]]
 
