@@ -15,16 +15,22 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cemg.errors import UserError
 from cemg.evaluation import result_markdown
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog
 
 TSNE_ITEMS = 2000  # t-SNE of more items takes minutes and shows no more
-LOSSES = {
-    "LightGCN": ("graph", ("graph/bpr",)),
-    "RQ-VAE": ("tokenizer", ("rqvae/recon", "rqvae/commit", "rqvae/loss")),
+LOSSES = {  # title of a plot: its stage, and how the names it shows begin
+    "LightGCN": ("graph", ("graph/bpr", "graph/l2")),
+    "RQ-VAE": ("tokenizer", ("rqvae/loss", "rqvae/recon", "rqvae/commit")),
+    "diversity loss": ("tokenizer", ("rqvae/diversity",)),
+    "explained variance": ("tokenizer", ("rqvae/explained_",)),
+    "perplexity": ("tokenizer", ("rqvae/perplexity_",)),
+    "dead codes": ("tokenizer", ("rqvae/dead_",)),
     "generator": ("generator", ("generator/loss",)),
     "validation": ("generator", ("generator/ndcg@10",)),
 }
+PLOTS_A_ROW = 4
 
 
 def write_report(run: Path) -> Path:
@@ -36,8 +42,8 @@ def write_report(run: Path) -> Path:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     parts: dict[str, Callable[[Path, Path], str]] = {
-        "Results": _results, "Stages": _stages, "Losses": _losses, "Codebooks": _codebooks,
-        "Items by first code": _tsne, "Fusion": _fusion,
+        "Results": _results, "Stages": _stages, "Unique codes": _uniqueness, "Losses": _losses,
+        "Codebooks": _codebooks, "Items by first code": _tsne, "Fusion": _fusion,
     }  # fmt: skip
     lines = [f"# {run.name}\n"]
     for title, draw in parts.items():
@@ -53,7 +59,9 @@ def _or_missing(draw: Callable[[Path, Path], str], run: Path, folder: Path) -> s
     try:
         return draw(run, folder)
     except FileNotFoundError as error:
-        return f"Left out: {Path(str(error.filename)).name} is missing."
+        return f"Left out: {Path(str(error.filename)).relative_to(run)} is missing."
+    except UserError as error:  # a drawing must not fail the run that it is made of
+        return "Left out: " + " ".join(str(error).replace(str(run), "RUN").split())
 
 
 def _results(run: Path, folder: Path) -> str:
@@ -62,29 +70,58 @@ def _results(run: Path, folder: Path) -> str:
 
 
 def _stages(run: Path, folder: Path) -> str:
-    rows = ["| stage | seconds |", "|---|---|"]
-    for path in sorted(run.glob("*/manifest.json")):
-        rows.append(f"| {path.parent.name} | {json.loads(path.read_text()).get('seconds', '')} |")
-    unique = json.loads((run / "catalog" / "uniqueness.json").read_text())
-    facts = (
-        f"{unique['items']} items, {unique['colliding_before']} collided before their codes were parted and "
-        f"{unique['colliding_after']} do now; {unique['changed_codes_share']:.2%} of the codes were changed."
-    )
-    return "\n".join([*rows, "", facts])
+    manifests = sorted(run.glob("*/manifest.json"))
+    if not manifests:
+        return "Left out: no stage is finished."
+    rows = [
+        f"| {path.parent.name} | {json.loads(path.read_text()).get('seconds', '')} |" for path in manifests
+    ]
+    return "\n".join(["| stage | seconds |", "|---|---:|", *rows])
+
+
+def _uniqueness(run: Path, folder: Path) -> str:
+    facts = json.loads((run / "catalog" / "uniqueness.json").read_text())
+    rows = [f"| {name.replace('_', ' ')} | {_number(value)} |" for name, value in facts.items()]
+    return "\n".join(["| codes | |", "|---|---:|", *rows])
+
+
+def _number(value: float) -> str:
+    return f"{value:.2%}" if isinstance(value, float) else str(value)
 
 
 def _losses(run: Path, folder: Path) -> str:
-    figure, axes = _figure(len(LOSSES))
-    for axis, (title, (stage, names)) in zip(axes, LOSSES.items(), strict=True):
-        log = read_log(run / stage / "log.jsonl")
-        for name in names:
-            points = [(row["step"], row[name]) for row in log if name in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
-        axis.set_title(title)
-        axis.set_xlabel("step" if stage == "generator" else "epoch")
-        axis.legend(fontsize=7)
-    return _saved(figure, folder, "losses.png")
+    logs = {stage: _log_of(run, stage) for stage, _ in LOSSES.values()}
+    shown = [title for title, (stage, names) in LOSSES.items() if _curves(logs[stage], names)]
+    said = [f"Left out: {stage}/log.jsonl is missing or empty." for stage, log in logs.items() if not log]
+    if shown:
+        figure, axes = _figure(len(shown))
+        for axis, title in zip(axes, shown, strict=True):
+            stage, names = LOSSES[title]
+            _plot(axis, _curves(logs[stage], names))
+            axis.set_title(title)
+            axis.set_xlabel("step" if stage == "generator" else "epoch")
+        said.append(_saved(figure, folder, "losses.png"))
+    return "\n\n".join(said)
+
+
+def _log_of(run: Path, stage: str) -> list[dict[str, float]]:
+    """The log of a stage, or of one that is still under way; empty where there is none."""
+    paths = (run / stage / "log.jsonl", run / f".{stage}.part" / "log.jsonl")
+    return next((read_log(path) for path in paths if path.is_file()), [])
+
+
+def _curves(log: list[dict[str, float]], beginnings: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
+    """(step, value) points of every name that begins so, in the order of the beginnings."""
+    names = sorted({name for row in log for name in row})
+    wanted = [name for begin in beginnings for name in names if name.startswith(begin)]
+    return {name: [(row["step"], row[name]) for row in log if name in row] for name in wanted}
+
+
+def _plot(axis: Any, curves: dict[str, list[tuple[float, float]]]) -> None:
+    for name, points in curves.items():
+        marker = "o" if len(points) < 3 else None  # a line of one point is invisible
+        axis.plot(*zip(*points, strict=True), label=name, linewidth=1, marker=marker)
+    axis.legend(fontsize=7)
 
 
 def _codebooks(run: Path, folder: Path) -> str:
@@ -94,9 +131,10 @@ def _codebooks(run: Path, folder: Path) -> str:
         counts = torch.bincount(catalog.codes[:, level], minlength=catalog.codebook_size)
         share = counts / counts.sum()
         perplexity = float(torch.exp(-torch.xlogy(share, share).sum()))
-        axis.bar(range(len(counts)), counts.sort(descending=True).values.tolist(), width=1.0)
+        axis.stairs(counts.sort(descending=True).values.numpy(), fill=True)
         axis.set_title(f"level {level}: perplexity {perplexity:.0f}, {int((counts == 0).sum())} dead")
         axis.set_xlabel("codes, most used first")
+        axis.set_ylabel("items")
     return _saved(figure, folder, "codebooks.png")
 
 
@@ -106,9 +144,10 @@ def _tsne(run: Path, folder: Path) -> str:
     items = _items(run)
     rows = torch.randperm(len(items["z"]), generator=torch.Generator().manual_seed(0))[:TSNE_ITEMS]
     if len(rows) < 5:
-        return "Left out: too few items."
-    perplexity = min(30.0, (len(rows) - 1) / 3)
-    flat = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(items["z"][rows].numpy())
+        return f"Left out: {len(rows)} items are too few for t-SNE."
+    perplexity, z = min(30.0, (len(rows) - 1) / 3), items["z"][rows].numpy()
+    start = "pca" if z.shape[1] > 1 else "random"  # PCA to two dimensions needs two
+    flat = TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(z)
     figure, (axis,) = _figure(1)
     axis.scatter(*np.asarray(flat).T, c=items["codes"][rows, 0].numpy(), s=5, cmap="nipy_spectral")
     axis.set_title(f"t-SNE of z, {len(rows)} items, colour: first code")
@@ -126,7 +165,9 @@ def _fusion(run: Path, folder: Path) -> str:
     axis.set_xlabel("α, the weight of a modality in an item")
     axis.set_ylabel("items")
     axis.legend()
-    return f"{facts['verdict']}\n\n{_saved(figure, folder, 'attention.png')}"
+    has = ", ".join(f"{name} {count}" for name, count in facts["present"].items())
+    said = f"{facts['verdict']} Of {facts['items']} items these many have: {has}."
+    return f"{said}\n\n{_saved(figure, folder, 'attention.png')}"
 
 
 def fusion_facts(attention: Tensor, present: Tensor) -> dict[str, Any]:
@@ -134,6 +175,7 @@ def fusion_facts(attention: Tensor, present: Tensor) -> dict[str, Any]:
 
     α is constant where no item has both an image and a text: there is nothing to weigh.
     """
+    has = {name: int(present[:, i].sum()) for i, name in enumerate(MODALITIES)}
     both = present[:, 0] & present[:, 1]
     spread = float(attention[both, 0].std(correction=0)) if bool(both.any()) else 0.0
     verdict = (
@@ -141,12 +183,13 @@ def fusion_facts(attention: Tensor, present: Tensor) -> dict[str, Any]:
     )
     if not bool(both.any()):
         verdict = "α is constant: no item has both an image and a text, so there is nothing to weigh."
+        verdict += "".join(f" It is 1 on {name} for {has[name]} items." for name in CONTENT if has[name])
     elif spread < 1e-3:
         verdict = f"α is all but constant (standard deviation {spread:.1e}): the query decides nothing."
     return {
         "verdict": verdict,
         "items": len(present),
-        "present": {name: int(present[:, i].sum()) for i, name in enumerate(MODALITIES)},
+        "present": has,
         "mean_alpha": {name: float(attention[:, i].mean()) for i, name in enumerate(CONTENT)},
         "alpha_std_where_both": spread,
     }
@@ -171,9 +214,12 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def _figure(plots: int) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(4.2 * plots, 3.4), layout="constrained")
+    """A figure of its own, outside pyplot's register, with so many axes in rows of PLOTS_A_ROW."""
+    columns = min(plots, PLOTS_A_ROW)
+    rows = -(-plots // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, plots, squeeze=False)[0])
+    return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(plots)]
 
 
 def _saved(figure: Figure, folder: Path, name: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cemg.report import fusion_facts, read_log, write_report
 from cemg.tokenizer import Catalog
@@ -40,14 +40,71 @@ def test_a_whole_run_gets_every_picture_and_a_page_that_names_them(run: Path) ->
     for name in ("losses.png", "codebooks.png", "tsne.png", "attention.png"):
         assert (folder / name).stat().st_size > 1000
         assert name in page
-    assert "3 collided" in page and "5.00%" in page
+    assert "| colliding before | 3 |" in page and "| changed codes share | 5.00% |" in page
 
 
 def test_a_missing_stage_is_named_and_the_rest_is_drawn(run: Path) -> None:
     (run / "tokenizer" / "items.safetensors").unlink()
     folder = write_report(run)
-    assert "Left out: items.safetensors is missing." in (folder / "report.md").read_text()
+    assert "Left out: tokenizer/items.safetensors is missing." in (folder / "report.md").read_text()
     assert (folder / "codebooks.png").is_file() and not (folder / "tsne.png").exists()
+
+
+def test_a_stage_without_a_log_is_named_and_the_other_curves_are_drawn(run: Path) -> None:
+    (run / "generator" / "log.jsonl").unlink()
+    page = (write_report(run) / "report.md").read_text()
+    assert "Left out: generator/log.jsonl is missing or empty." in page
+    assert "![losses.png](losses.png)" in page and "graph/log.jsonl" not in page
+
+
+def test_the_curves_of_a_stage_under_way_are_drawn(run: Path) -> None:
+    (run / "generator").rename(run / ".generator.part")
+    assert "generator/log.jsonl" not in (write_report(run) / "report.md").read_text()
+
+
+def test_an_empty_run_gets_a_report_that_leaves_everything_out(tmp_path: Path) -> None:
+    folder = write_report(tmp_path)
+    page = (folder / "report.md").read_text()
+    assert [path.name for path in folder.iterdir()] == ["report.md"]
+    assert "no stage is finished" in page and "catalog/uniqueness.json is missing" in page
+    assert page.count("log.jsonl is missing or empty") == 3  # graph, tokenizer, generator
+    assert str(tmp_path) not in page
+
+
+def test_results_of_different_splits_are_refused_in_the_report_and_do_not_stop_it(run: Path) -> None:
+    (run / "results").mkdir()
+    for users in (5, 6):
+        record = {"dataset": "d", "split": {"users": users, "items": N}, "metrics": {"HR@10": 0.5}}
+        record["metrics_history_removed"] = {"HR@10": 0.5}
+        (run / "results" / f"{users}-test.json").write_text(json.dumps(record))
+    folder = write_report(run)
+    assert "measured on different splits" in (folder / "report.md").read_text()
+    assert (folder / "codebooks.png").is_file()
+
+
+def test_results_and_stage_seconds_stand_in_tables(run: Path) -> None:
+    (run / "results").mkdir()
+    record = {"dataset": "d", "split": {"users": 5, "items": N}, "metrics": {"HR@10": 0.25}}
+    record["metrics_history_removed"] = {"HR@10": 0.5}
+    (run / "results" / "d-cemg-test.json").write_text(json.dumps(record))
+    (run / "graph" / "manifest.json").write_text(json.dumps({"seconds": 12.34}))
+    page = (write_report(run) / "report.md").read_text()
+    assert "| graph | 12.34 |" in page
+    assert "| d-cemg-test | 0.2500 |" in page and "| - history removed | 0.5000 |" in page
+
+
+def test_a_report_leaves_pyplot_as_it_was(run: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    before = pyplot.get_fignums()
+    write_report(run)
+    assert pyplot.get_fignums() == before
+
+
+def test_a_latent_of_one_dimension_is_drawn_too(run: Path) -> None:
+    path = run / "tokenizer" / "items.safetensors"
+    items = load_file(path)
+    save_file(items | {"z": items["z"][:, :1].contiguous()}, path)
+    assert (write_report(run) / "tsne.png").is_file()
 
 
 def test_a_second_report_replaces_the_first_and_leaves_nothing_half_written(run: Path) -> None:
@@ -61,6 +118,7 @@ def test_alpha_is_called_constant_where_no_item_has_an_image() -> None:
     present = torch.tensor([[False, True, True]]).repeat(N, 1)
     facts = fusion_facts(attention, present)
     assert facts["verdict"].startswith("α is constant")
+    assert facts["verdict"].endswith(f"It is 1 on text for {N} items.")
     assert facts["present"] == {"image": 0, "text": N, "collab": N}
 
 
