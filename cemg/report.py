@@ -30,6 +30,7 @@ LOSSES = {  # title of a plot: its stage, and how the names it shows begin
     "generator": ("generator", ("generator/loss",)),
     "validation": ("generator", ("generator/ndcg@10",)),
 }
+LOGARITHMIC = ("LightGCN",)  # its l2 grows to a hundred times its bpr
 PLOTS_A_ROW = 4
 
 
@@ -48,7 +49,7 @@ def write_report(run: Path) -> Path:
     lines = [f"# {run.name}\n"]
     for title, draw in parts.items():
         lines.append(f"## {title}\n\n{_or_missing(draw, run, fresh)}\n")
-    (fresh / "report.md").write_text("\n".join(lines))
+    (fresh / "report.md").write_text("\n".join(lines), encoding="utf-8")
     done = run / "report"
     shutil.rmtree(done, ignore_errors=True)
     fresh.replace(done)
@@ -98,6 +99,7 @@ def _losses(run: Path, folder: Path) -> str:
         for axis, title in zip(axes, shown, strict=True):
             stage, names = LOSSES[title]
             _plot(axis, _curves(logs[stage], names))
+            axis.set_yscale("log" if title in LOGARITHMIC else "linear")
             axis.set_title(title)
             axis.set_xlabel("step" if stage == "generator" else "epoch")
         said.append(_saved(figure, folder, "losses.png"))
@@ -158,7 +160,7 @@ def _tsne(run: Path, folder: Path) -> str:
 def _fusion(run: Path, folder: Path) -> str:
     items = _items(run)
     facts = fusion_facts(items["attention"], items["present"])
-    (folder / "fusion.json").write_text(json.dumps(facts, indent=1))
+    (folder / "fusion.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
     figure, (axis,) = _figure(1)
     for column, name in enumerate(CONTENT):
         axis.hist(items["attention"][:, column].numpy(), bins=50, range=(0, 1), alpha=0.6, label=name)
