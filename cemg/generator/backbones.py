@@ -28,7 +28,7 @@ class BackboneConfig:
     """Which model, and its shape where it starts from scratch (``scratch``, ``t5`` without ``pretrained``).
 
     ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it. ``lora_rank`` 0 trains every
-    weight. ``ff`` 0 means 4 × dim. The defaults of ``t5`` are TIGER's size: 4 + 4 layers, 128, 6 heads × 64.
+    weight. ``ff`` 0 means 4 × dim. TIGER's T5 is layers 4, heads 6, ff 1024, dropout .1.
     """
 
     kind: Literal["t5", "causal", "scratch"] = "scratch"
