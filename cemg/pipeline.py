@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
-from cemg.config import RunConfig
+from cemg.config import RunConfig, load_config
 from cemg.data import Dataset, read_dataset, synthetic_dataset
 from cemg.decoding import Decoder, TransformersDecoder
 from cemg.errors import UserError
@@ -63,6 +63,14 @@ class Pipeline:
     ) -> None:
         self.run, self.config, self.device = run, config.seeded(), device
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
+
+    @classmethod
+    def open(cls, folder: Path, *, device: str = "cpu") -> Pipeline:
+        """The pipeline of a run that ``cemg-train`` wrote, with the configuration that made it."""
+        path = folder / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"{folder} is no run: it has no config.yaml", fix=f"cemg-train --run {folder}")
+        return cls(Run(folder), load_config(path), device=device)
 
     def train(self) -> None:
         """Data, features, graph, tokenizer, catalog, generator, in this order."""

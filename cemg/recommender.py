@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cemg.config import load_config
 from cemg.decoding import Decoder, Normalize, Recommendations
 from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
 from cemg.pipeline import Pipeline, make_decoder
-from cemg.run import Run
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
 from cemg_kernels import ItemFilter
 
@@ -40,11 +38,7 @@ class Recommender:
 
         Raises UserError where a part of the run is missing.
         """
-        folder = Path(folder)
-        if not (folder / "config.yaml").is_file():
-            raise UserError(f"{folder} is no run: it has no config.yaml", fix=f"cemg-train --run {folder}")
-        pipeline = Pipeline(Run(folder), load_config(folder / "config.yaml"), device=device)
-        return cls(pipeline, normalize=normalize, engine=engine)
+        return cls(Pipeline.open(Path(folder), device=device), normalize=normalize, engine=engine)
 
     def recommend(
         self,

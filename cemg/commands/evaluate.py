@@ -14,7 +14,7 @@ import typer
 
 from cemg.baselines import PopularityRanker
 from cemg.commands import console as command
-from cemg.config import RunConfig, load_config
+from cemg.config import RunConfig
 from cemg.errors import UserError
 from cemg.evaluation import Evaluation, evaluate, hardware, result_table, seeded_sample, write_result
 from cemg.pipeline import Pipeline
@@ -44,7 +44,8 @@ def run_evaluation(
     """
     if part not in ("test", "valid"):
         raise UserError(f"--part must be test or valid, got {part!r}")
-    pipeline, config = open_run(run, device=device)
+    pipeline = Pipeline.open(run, device=device)
+    config = pipeline.config
     paths = score(
         pipeline,
         config,
@@ -55,14 +56,6 @@ def run_evaluation(
         copy=result,
     )
     console.print(result_table(paths))
-
-
-def open_run(run: Path, *, device: str = "cpu") -> tuple[Pipeline, RunConfig]:
-    """A finished run and the configuration that made it."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run: it has no config.yaml", fix=f"cemg-train --run {run}")
-    config = load_config(run / "config.yaml")
-    return Pipeline(Run(run), config, device=device), config
 
 
 def score(
