@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,14 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
+from scipy.stats import t as student
 
 from cemg.errors import UserError
 from cemg.evaluation.metrics import Metrics
 from cemg.evaluation.paper import printed_rows
 from cemg.evaluation.protocol import COLD, Evaluation
+
+SEED = re.compile(r"-seed\d+$")
 
 
 def hardware(device: str = "cpu") -> dict[str, str | int]:
@@ -70,6 +75,8 @@ def result_table(paths: Sequence[Path], *, paper: bool = True) -> Table:
     """A rich table: the figures of each result file and, with ``paper``, the printed rows of its dataset.
 
     A file has a row with the history kept, one with it removed, and one over cold targets if it has any.
+    Files whose names differ in ``-seedN`` alone are one model: the mean over its seeds, with the half width
+    of Student's 95 % interval.
 
     Raises UserError where the files' splits differ: numbers of different targets do not compare.
     """
@@ -103,7 +110,12 @@ def _board(paths: Sequence[Path], paper: bool) -> _Board:
     _refuse_mixed(paths, records)
     split, dataset = records[0]["split"], records[0]["dataset"]
     names = list(records[0]["metrics"])
-    rows = [row for p, r in zip(paths, records, strict=True) for row in _rows(p, r, names)]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for path, record in zip(paths, records, strict=True):
+        groups.setdefault(SEED.sub("", path.stem) if _has_siblings(path, paths) else path.stem, []).append(
+            record
+        )
+    rows = [row for name, group in groups.items() for row in _rows(name, group, names)]
     for printed in printed_rows(dataset) if paper else ():
         cells = _cells({"HR@10": printed.hr10, "NDCG@10": printed.ndcg10}, names)
         rows.append([f"{printed.model} ({printed.source})", *cells])
@@ -111,12 +123,26 @@ def _board(paths: Sequence[Path], paper: bool) -> _Board:
     return _Board(title, ["model", *names], rows)
 
 
-def _rows(path: Path, record: dict[str, Any], names: list[str]) -> list[list[str]]:
+def _has_siblings(path: Path, paths: Sequence[Path]) -> bool:
+    return sum(SEED.sub("", p.stem) == SEED.sub("", path.stem) for p in paths) > 1
+
+
+def _rows(name: str, group: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
     """History kept, history removed, and, where there are any, cold targets (history kept)."""
-    rows = [[path.stem, *_cells(record["metrics"], names)]]
-    rows.append(["- history removed", *_cells(record["metrics_history_removed"], names)])
-    cold = record.get("cold", {}).get("metrics", {})
-    return rows + ([["- cold targets", *_cells(cold, names)]] if cold else [])
+    label = name if len(group) == 1 else f"{name} ({len(group)} seeds)"
+    rows = [[label, *_seed_cells([r["metrics"] for r in group], names)]]
+    removed = [r["metrics_history_removed"] for r in group]
+    rows.append(["- history removed", *_seed_cells(removed, names)])
+    cold = [r.get("cold", {}).get("metrics", {}) for r in group]
+    return rows + ([["- cold targets", *_seed_cells(cold, names)]] if all(cold) else [])
+
+
+def _seed_cells(seeds: list[Metrics], names: list[str]) -> list[str]:
+    if len(seeds) == 1:
+        return _cells(seeds[0], names)
+    half = float(student.ppf(0.975, len(seeds) - 1)) / len(seeds) ** 0.5
+    columns = [[values[name] for values in seeds] for name in names]
+    return [f"{statistics.mean(c):.4f} ± {half * statistics.stdev(c):.4f}" for c in columns]
 
 
 def _cells(values: Metrics, names: list[str]) -> list[str]:

@@ -76,6 +76,18 @@ def test_a_table_puts_equal_splits_and_the_papers_rows_side_by_side(tmp_path: Pa
     assert out.getvalue().count("1.0000") == 12 and "CEMG paper" not in out.getvalue()
 
 
+def test_files_that_differ_in_the_seed_alone_are_one_row_with_an_interval(tmp_path: Path) -> None:
+    names = ["a-seed0.json", "a-seed1.json", "b-seed0.json"]
+    for name, last in zip(names, (2, 2, 2), strict=True):
+        write(tmp_path / name, last=last)
+    record = json.loads((tmp_path / "a-seed1.json").read_text())
+    record["metrics"]["HR@5"] = 0.5
+    (tmp_path / "a-seed1.json").write_text(json.dumps(record))
+    text = result_markdown([tmp_path / name for name in names], paper=False)
+    assert "| a (2 seeds) | 0.7500 ± 3.1766 | 1.0000 ± 0.0000 |" in text  # 12.706 · .35355 / √2
+    assert "| b-seed0 | 1.0000 |" in text
+
+
 def test_a_table_with_the_papers_rows_fits_eighty_columns(tmp_path: Path) -> None:
     write(tmp_path / "beauty-sasrec-ce-seed0.json")
     out = io.StringIO()
