@@ -81,6 +81,12 @@ class RunConfig:
         for name in self.without:
             if name not in WITHOUT:
                 raise UserError(f"--without {name}: no such part", fix=f"one of {', '.join(WITHOUT)}")
+        if self.generator.loss == "valid" and self.decoding.normalize != "valid":
+            raise UserError(
+                f"generator.loss=valid needs decoding.normalize=valid, not {self.decoding.normalize}",
+                cause="codes that continue no item are never trained, so their logits say nothing",
+                fix="--set decoding.normalize=valid",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, as YAML and JSON hold them."""

@@ -22,7 +22,15 @@ from cemg.decoding import Decoder, TransformersDecoder
 from cemg.errors import UserError
 from cemg.evaluation import Rank, evaluate, seeded_sample
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
-from cemg.generator import Prompter, Vocabulary, build_backbone, load_weights, train_generator, weights_of
+from cemg.generator import (
+    Prompter,
+    Vocabulary,
+    build_backbone,
+    load_weights,
+    start_from_codebooks,
+    train_generator,
+    weights_of,
+)
 from cemg.graph import train_lightgcn
 from cemg.progress import console
 from cemg.run import Run, digest, write_json
@@ -203,6 +211,9 @@ class Pipeline:
         catalog = self.load_catalog().first(data.num_items)  # without items that were added later
         torch.manual_seed(self.config.seed)
         model, vocabulary = self._backbone(catalog)
+        if self.config.backbone.codebook_init:
+            codebooks = Tokenizer.load(self.run.path("tokenizer")).model.codebooks.detach()
+            start_from_codebooks(model, vocabulary, codebooks)
         prompter = self.prompter(model, vocabulary, catalog)
         split = data.split()
         sample = seeded_sample(split, self.config.decoding.validation_users, seed=self.config.seed)
@@ -218,8 +229,9 @@ class Pipeline:
         resumes = (folder / "checkpoints" / "checkpoint.safetensors").is_file()
         with StageLog(folder, resumes=resumes) as log:
             progress = train_generator(
-                model, vocabulary, prompter, split.train, validate=validate, config=self.config.generator,
-                folder=folder / "checkpoints", device=self.device, dtype=self.config.dtype, log=log,
+                model, vocabulary, prompter, split.train, catalog.trie, validate=validate,
+                config=self.config.generator, folder=folder / "checkpoints", device=self.device,
+                dtype=self.config.dtype, log=log,
             )  # fmt: skip
         save_file(
             {k: v.cpu().contiguous() for k, v in weights_of(model).items()}, folder / "weights.safetensors"

@@ -23,18 +23,23 @@ ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
 class Recommender:
     """``Recommender.from_run(folder).recommend([["12", "7", "105"]], top=10)``."""
 
-    def __init__(self, pipeline: Pipeline, *, normalize: Normalize = "vocab", engine: str = "cemg") -> None:
+    def __init__(
+        self, pipeline: Pipeline, *, normalize: Normalize | None = None, engine: str = "cemg"
+    ) -> None:
         self.pipeline = pipeline
         self.catalog: Catalog = pipeline.load_catalog()
         model, vocabulary = pipeline.load_generator()
         self.prompter = pipeline.prompter(model, vocabulary, self.catalog)
+        normalize = normalize or pipeline.config.decoding.normalize
         self.decoder = make_decoder(engine, model, self.catalog, vocabulary.code_token_start, normalize)
 
     @classmethod
     def from_run(
-        cls, folder: Path | str, device: str = "cpu", normalize: Normalize = "vocab", engine: str = "cemg"
+        cls, folder: Path | str, device: str = "cpu", normalize: Normalize | None = None, engine: str = "cemg"
     ) -> Recommender:
         """Open what ``cemg-train`` wrote. ``engine`` is "cemg" or "transformers", the yardstick.
+
+        ``normalize`` None is the run's own.
 
         Raises UserError where a part of the run is missing.
         """

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -27,11 +30,15 @@ PAD, BOS, EOS, FIRST_CODE = 0, 1, 2, 3  # of a vocabulary without text
 class BackboneConfig:
     """Which model, and its shape where it starts from scratch (``scratch``, ``t5`` without ``pretrained``).
 
-    ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it. ``lora_rank`` 0 trains every
-    weight. ``ff`` 0 means 4 × dim. TIGER's T5 is layers 4, heads 6, ff 1024, dropout .1.
+    ``scratch`` is built like ``architecture``: "gpt2" (learned positions, dropout) or "llama" (rotary
+    positions, RMSNorm, SwiGLU of 8/3 × dim; no dropout). ``codebook_init`` starts the code tokens' embeddings
+    from the RQ-VAE's codebooks. ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it.
+    ``lora_rank`` 0 trains every weight. ``ff`` 0 means 4 × dim. TIGER's T5 is layers 4, heads 6, ff 1024, dropout .1.
     """
 
     kind: Literal["t5", "causal", "scratch"] = "scratch"
+    architecture: Literal["gpt2", "llama"] = "gpt2"
+    codebook_init: bool = False
     pretrained: str = ""
     gguf_file: str = ""
     layers: int = 6
@@ -76,14 +83,41 @@ def build_backbone(
 
 
 def _scratch(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTrainedModel:
-    """A Transformer decoder with tied embeddings: the paper's *w/o LLM*. Dropout leaves the attention weights
-    alone, where it would keep torch from its fused attention (1.3× slower an epoch on two CPU cores)."""
+    """A Transformer decoder with tied embeddings: the paper's *w/o LLM*. GPT-2's dropout leaves the attention
+    weights alone, where it would keep torch from its fused attention (1.3× slower on two CPU cores)."""
+    if config.architecture == "llama":
+        return _llama(config, vocabulary, positions)
     shape = GPT2Config(
         vocab_size=vocabulary.size, n_positions=positions, n_embd=config.dim, n_layer=config.layers,
         n_head=config.heads, n_inner=config.ff or None, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
         attn_pdrop=0.0, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
     return GPT2LMHeadModel(shape)
+
+
+def _llama(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTrainedModel:
+    shape = LlamaConfig(
+        vocab_size=vocabulary.size, max_position_embeddings=positions, hidden_size=config.dim,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
+        intermediate_size=config.ff or config.dim * 8 // 3 // 8 * 8, tie_word_embeddings=True,
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    return LlamaForCausalLM(shape)
+
+
+@torch.no_grad()
+def start_from_codebooks(model: PreTrainedModel, vocabulary: Vocabulary, codebooks: Tensor) -> None:
+    """Add each code's vector, turned into the model's width by a random rotation, to its token's embedding.
+
+    codebooks [levels, K, d]. Each level is scaled to the spread of the embeddings it is added to: codes near
+    in the codebook start near, and levels start alike. Uses torch's generator.
+    """
+    weight = model.get_input_embeddings().weight
+    turn = torch.nn.init.orthogonal_(torch.empty(weight.shape[1], codebooks.shape[2]))  # [dim, d]
+    vectors = codebooks.float().cpu() @ turn.T  # [levels, K, dim]
+    codes = weight[vocabulary.code_token_start : vocabulary.size]
+    scale = codes.std() / vectors.std(dim=(1, 2), keepdim=True).clamp_min(1e-8)
+    codes += (vectors * scale).flatten(0, 1).to(codes)
 
 
 def _t5(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTrainedModel:

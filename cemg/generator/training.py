@@ -27,11 +27,18 @@ from cemg.errors import UserError
 from cemg.generator.prompts import IGNORED, Buckets, Collate, Prompter, Samples
 from cemg.generator.vocabulary import Vocabulary
 from cemg.progress import Log, console
+from cemg_kernels import Trie
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratorConfig:
-    """Optimisation. ``patience`` counts validations without a better NDCG@10; 0 never stops early."""
+    """Optimisation. ``patience`` counts validations without a better NDCG@10; 0 never stops early.
+
+    ``loss`` says over which tokens a code's softmax runs: "vocab", all of them (paper equation 5), or
+    "valid", the codes that continue the target's prefix to an item of the catalog, among which a search under
+    the trie chooses. The second learns preferences alone, not also which codes go together, and goes with
+    ``decoding.normalize=valid``.
+    """
 
     history_items: int = 20
     epochs: int = 40
@@ -41,6 +48,7 @@ class GeneratorConfig:
     warmup_share: float = 0.03
     schedule: Literal["cosine", "inverse-sqrt"] = "cosine"
     label_smoothing: float = 0.0
+    loss: Literal["vocab", "valid"] = "vocab"
     clip: float = 1.0
     validate_every: int = 2
     patience: int = 6
@@ -54,6 +62,10 @@ class GeneratorConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"generator.{name} must be above 0, got {getattr(self, name)}")
+        if self.loss == "valid" and self.label_smoothing:
+            raise UserError(
+                "generator.label_smoothing does not go with generator.loss=valid", fix="leave one of them out"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"generator.label_smoothing must be within 0 … 1, got {self.label_smoothing}")
 
@@ -77,6 +89,7 @@ def train_generator(
     vocabulary: Vocabulary,
     prompter: Prompter,
     train: Sequence[np.ndarray],
+    trie: Trie,
     *,
     validate: Callable[[PreTrainedModel], float],
     config: GeneratorConfig,
@@ -87,9 +100,9 @@ def train_generator(
 ) -> Progress:
     """Train in place; at the end the model holds the weights of the best validation.
 
-    ``train`` are users' item rows, ``validate`` gives NDCG@10. ``folder`` keeps the checkpoints; a later call
-    with the same arguments resumes there. Raises UserError where no position can be trained on, and where
-    the device's memory runs out.
+    ``train`` are users' item rows, ``trie`` the catalog's, ``validate`` gives NDCG@10. ``folder`` keeps the
+    checkpoints; a later call with the same arguments resumes there. Raises UserError where no position can be
+    trained on, and where the device's memory runs out.
     """
     samples = prompter.samples(train)
     if len(samples) == 0:
@@ -98,7 +111,7 @@ def train_generator(
         )
     try:
         return _Training(
-            model, vocabulary, samples, prompter.seq2seq, validate, config, folder, device, dtype, log
+            model, vocabulary, samples, trie, prompter.seq2seq, validate, config, folder, device, dtype, log
         ).run()
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -110,7 +123,7 @@ def train_generator(
 
 class _Training:
     def __init__(
-        self, model: PreTrainedModel, vocabulary: Vocabulary, samples: Samples, seq2seq: bool,
+        self, model: PreTrainedModel, vocabulary: Vocabulary, samples: Samples, trie: Trie, seq2seq: bool,
         validate: Callable[[PreTrainedModel], float], config: GeneratorConfig, folder: Path, device: str,
         dtype: str, log: Log | None,
     ) -> None:  # fmt: skip
@@ -127,7 +140,7 @@ class _Training:
         )
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
         self.plain: PreTrainedModel = model
-        self.seq2seq = seq2seq
+        self.vocabulary, self.trie, self.seq2seq = vocabulary, trie.to(self.accelerator.device), seq2seq
         self.total = len(self.buckets) * config.epochs
         self.state = Progress()
         self.saved_at = time.monotonic()
@@ -193,6 +206,8 @@ class _Training:
         else:  # padded on the right: a causal mask alone hides the padding
             logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
             labels = labels[:, 1:]
+        if self.config.loss == "valid":
+            return valid_cross_entropy(logits, labels, self.trie, self.vocabulary)
         return torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED,
             label_smoothing=self.config.label_smoothing if self.model.training else 0.0,
@@ -255,6 +270,25 @@ class _Training:
         full["state"] = slots
         self.optimizer.load_state_dict(full)
         console.print(f"generator: resumed at step {self.state.step} of {self.total}", highlight=False)
+
+
+def valid_cross_entropy(logits: Tensor, labels: Tensor, trie: Trie, vocabulary: Vocabulary) -> Tensor:
+    """Mean over target codes of -log p(code | prefix), a softmax over the codes that continue the prefix.
+
+    logits [B, S, V]; labels [B, S] int64, IGNORED or the tokens of whole items, level by level.
+    """
+    chosen = labels != IGNORED
+    levels, size = vocabulary.levels, vocabulary.codebook_size
+    tokens = labels[chosen].view(-1, levels)  # [items, levels]
+    codes = tokens - vocabulary.tokens(torch.zeros(levels, dtype=torch.int64)).to(tokens.device)
+    rows = logits[chosen].view(-1, levels, logits.shape[-1])
+    total = logits.new_zeros((), dtype=torch.float32)
+    for level in range(levels):
+        first = vocabulary.code_token_start + level * size
+        allowed = trie.mask(trie.lookup(codes[:, :level]))  # [items, K]
+        here = rows[:, level, first : first + size].float().masked_fill(~allowed, float("-inf"))
+        total = total + torch.nn.functional.cross_entropy(here, codes[:, level])
+    return total / levels
 
 
 def learning_rate_share(step: int, total: int, config: GeneratorConfig) -> float:

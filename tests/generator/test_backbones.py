@@ -17,6 +17,7 @@ from cemg.generator import (
     Prompter,
     build_backbone,
     load_weights,
+    start_from_codebooks,
     train_generator,
     weights_of,
 )
@@ -33,11 +34,31 @@ def train(model, vocabulary, folder: Path, **values: object) -> list[float]:
     prompter = Prompter(vocabulary, CATALOG.codes, history_items=8, seq2seq=model.config.is_encoder_decoder)
     steps = iter(range(1000))
     train_generator(
-        model, vocabulary, prompter, HISTORIES, validate=lambda _: float(next(steps)),
+        model, vocabulary, prompter, HISTORIES, CATALOG.trie, validate=lambda _: float(next(steps)),
         config=GeneratorConfig(history_items=8, batch_size=4, **values),  # type: ignore[arg-type]
         folder=folder, log=lambda _, v: losses.extend([v["generator/loss"]] if "generator/loss" in v else []),
     )  # fmt: skip
     return losses
+
+
+def test_codes_start_as_near_to_each_other_as_their_vectors_are():
+    model, vocabulary = build_backbone(BackboneConfig(dim=16, heads=2, layers=1), 2, 3, history_items=4)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[vocabulary.code_token_start :] *= 1e-3  # what is there already hides nothing
+    codebooks = torch.randn(2, 3, 4) * torch.tensor([1.0, 50.0])[:, None, None]
+    others = weight[: vocabulary.code_token_start].clone()
+    start_from_codebooks(model, vocabulary, codebooks)
+    started = weight[vocabulary.code_token_start :].detach().view(2, 3, 16)
+    for level in range(2):
+        wanted, got = (
+            torch.cdist(codebooks[level], codebooks[level]),
+            torch.cdist(started[level], started[level]),
+        )
+        ratio = got[wanted > 0] / wanted[wanted > 0]
+        assert ratio.std() / ratio.mean() < 0.5 and got.max() > 0
+    assert torch.equal(weight[: vocabulary.code_token_start], others)
+    assert started[0].std() == pytest.approx(float(started[1].std()), rel=0.5)
 
 
 @pytest.mark.parametrize("kind", ["scratch", "t5"])

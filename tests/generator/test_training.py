@@ -23,13 +23,14 @@ from cemg.generator import (
     train_generator,
     weights_of,
 )
-from cemg.generator.training import learning_rate_share
+from cemg.generator.training import learning_rate_share, valid_cross_entropy
 from cemg.tokenizer import Catalog
 
 ITEMS, LEVELS, SIZE = 16, 2, 4
 CATALOG = Catalog.from_codes(torch.cartesian_prod(torch.arange(4), torch.arange(4)), SIZE)
 NEXT = np.random.default_rng(0).permutation(ITEMS)  # the planted rule: after item i comes NEXT[i]
 SCRATCH = BackboneConfig(kind="scratch", layers=1, dim=32, heads=2, dropout=0.1)
+LLAMA = BackboneConfig(kind="scratch", architecture="llama", layers=1, dim=32, heads=2)
 T5 = BackboneConfig(kind="t5", layers=1, dim=32, heads=2, head_dim=16, dropout=0.1)
 
 
@@ -67,7 +68,7 @@ class Trial:
 
     def run(self, validate: Callable[[PreTrainedModel], float], users: int = 26):
         return train_generator(
-            self.model, self.vocabulary, self.prompter, histories(users), validate=validate,
+            self.model, self.vocabulary, self.prompter, histories(users), CATALOG.trie, validate=validate,
             config=self.config, folder=self.folder, log=self.log,
         )  # fmt: skip
 
@@ -190,12 +191,37 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(tmp_path):
     assert error.value.fix == "lower generator.learning_rate"
 
 
+@pytest.mark.parametrize("backbone", [SCRATCH, T5, LLAMA], ids=["scratch", "t5", "llama"])
+def test_a_loss_over_valid_codes_learns_the_planted_rule_too(tmp_path, backbone):
+    backbone = replace(backbone, dropout=0.0)
+    trial = Trial(tmp_path, backbone, epochs=12, learning_rate=1e-2, loss="valid")
+    before = trial.hits(trial.model)
+    trial.run(trial.hits, users=100)
+    assert trial.hits(trial.model) > 0.9 > before
+
+
+def test_the_loss_over_valid_codes_is_the_mean_of_each_codes_own_softmax():
+    trial = Trial(Path("unused"))
+    trie = Catalog.from_codes(torch.tensor([[0, 1], [0, 2], [3, 0]]), SIZE).trie
+    tokens = trial.vocabulary.tokens(torch.tensor([[0, 2], [3, 0]]))
+    labels = torch.tensor([[-100, *tokens[0].tolist(), -100], [-100, -100, *tokens[1].tolist()]])
+    logits = torch.randn(2, 4, trial.vocabulary.size)
+    start = trial.vocabulary.code_token_start
+    first, second = logits[0, 1, start:], logits[1, 2, start:]
+    after_zero = logits[
+        0, 2, start + SIZE :
+    ]  # 1 and 2 follow 0; after 3 there is 0 alone, which costs nothing
+    wanted = first[[0, 3]].logsumexp(0) - first[0] + second[[0, 3]].logsumexp(0) - second[3]
+    wanted = (wanted + after_zero[[1, 2]].logsumexp(0) - after_zero[2]) / 4
+    assert float(valid_cross_entropy(logits, labels, trie, trial.vocabulary)) == pytest.approx(float(wanted))
+
+
 def test_training_without_a_sample_is_refused(tmp_path):
     trial = Trial(tmp_path)
     with pytest.raises(UserError, match="no training sample"):
         train_generator(
             trial.model, trial.vocabulary, trial.prompter, [np.array([], dtype=np.int32)],
-            validate=noisy, config=trial.config, folder=tmp_path,
+            CATALOG.trie, validate=noisy, config=trial.config, folder=tmp_path,
         )  # fmt: skip
 
 
@@ -218,7 +244,7 @@ def test_two_trainings_of_one_process_may_differ_in_precision(tmp_path):
     for dtype in ("float32", "bfloat16", "float32"):
         trial = Trial(tmp_path / dtype, epochs=1)
         progress = train_generator(
-            trial.model, trial.vocabulary, trial.prompter, histories(8), validate=noisy,
+            trial.model, trial.vocabulary, trial.prompter, histories(8), CATALOG.trie, validate=noisy,
             config=trial.config, folder=tmp_path / dtype, dtype=dtype,
         )  # fmt: skip
         assert progress.epoch == 1
