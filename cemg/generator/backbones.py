@@ -33,7 +33,8 @@ class BackboneConfig:
     ``scratch`` is built like ``architecture``: "gpt2" (learned positions, dropout) or "llama" (rotary
     positions, RMSNorm, SwiGLU of 8/3 × dim; no dropout). ``codebook_init`` starts the code tokens' embeddings
     from the RQ-VAE's codebooks. ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it.
-    ``lora_rank`` 0 trains every weight. ``ff`` 0 means 4 × dim. TIGER's T5 is layers 4, heads 6, ff 1024, dropout .1.
+    ``lora_rank`` 0 trains every weight. ``ff`` 0 means 4 × dim. TIGER's T5 is layers 4, heads 6, ff 1024,
+    dropout .1.
     """
 
     kind: Literal["t5", "causal", "scratch"] = "scratch"
