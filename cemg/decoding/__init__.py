@@ -1,6 +1,14 @@
 """From a trained generator and a catalog to items (SPEC §4, inference)."""
 
 from cemg.decoding.engine import Decoder, Normalize, Recommendations
+from cemg.decoding.processor import TrieLogitsProcessor
 from cemg.decoding.yardstick import TransformersDecoder, dict_trie
 
-__all__ = ["Decoder", "Normalize", "Recommendations", "TransformersDecoder", "dict_trie"]
+__all__ = [
+    "Decoder",
+    "Normalize",
+    "Recommendations",
+    "TransformersDecoder",
+    "TrieLogitsProcessor",
+    "dict_trie",
+]
