@@ -13,9 +13,9 @@ from cemg_kernels import Trie
 class TrieLogitsProcessor(LogitsProcessor):
     """Leaves the codes that continue an item of the trie; every other token gets −inf.
 
-    For ``generate(..., logits_processor=[TrieLogitsProcessor(trie, start)], max_new_tokens=trie.levels)`` with
-    any number of beams, greedy search or sampling. Code c of level m is token ``code_token_start + m·K + c``.
-    All rows at once, on the model's device, without a Python loop.
+    For ``generate(..., logits_processor=[TrieLogitsProcessor(trie, start)], max_new_tokens=trie.levels)``
+    with any number of beams, greedy search or sampling. Code c of level m is token
+    ``code_token_start + m·K + c``. All rows at once, on the model's device, without a Python loop.
 
     The prompt is what the first call sees. One processor serves one ``generate`` after the other.
     """
