@@ -52,21 +52,27 @@ class Recommender:
         beams: int = 50,
         filter: ItemFilter | None = None,
         exclude_history: bool = False,
+        exact: bool = False,
     ) -> Recommendations:
         """The ``top`` next items for B histories of item ids, oldest first.
 
         ``items`` are rows; ``item_ids`` gives their ids. ``filter`` admits some of the items only, and
-        ``exclude_history`` drops the history from what the beam found. Raises UserError for an
-        unknown item id, and for more results than beams.
+        ``exclude_history`` drops the history from what the beam found. ``exact`` searches on until
+        the results are proven to be the true top (``certified`` says how many are, should its budget be
+        spent). Raises UserError for an unknown item id, and for more results than beams.
         """
         if not 1 <= top <= beams:
             raise UserError(f"top must be within 1 … beams, got top={top} and beams={beams}")
-        if isinstance(filter, ItemFilter) and not isinstance(self.decoder, Decoder):
-            raise UserError("engine=transformers takes no filter", fix="use engine=cemg")
+        if (filter is not None or exact) and not isinstance(self.decoder, Decoder):
+            what = "filter" if filter is not None else "exact=True"
+            raise UserError(f"engine=transformers takes no {what}", fix="use engine=cemg")
         rows = [self.catalog.rows_of([self._id(i) for i in history]) for history in histories]
         ids, mask = self.prompter.batch([np.asarray(r, dtype=np.int64) for r in rows])
         width = min(beams, len(self.catalog))
-        if isinstance(self.decoder, Decoder):
+        if exact and isinstance(self.decoder, Decoder):
+            count = min(top + (max(map(len, rows), default=0) if exclude_history else 0), len(self.catalog))
+            found = self.decoder.decode_exact(ids, mask, count, max(width, count), filter=filter)
+        elif isinstance(self.decoder, Decoder):
             found = self.decoder.decode(ids, mask, width, filter=filter)
         else:
             found = self.decoder.decode(ids, mask, width)

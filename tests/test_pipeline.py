@@ -197,6 +197,18 @@ def test_history_can_be_excluded_and_what_is_left_closes_up(tiny_run):
     assert int(kept.certified) == 50 and int(without.certified) == 47
 
 
+def test_an_exact_list_is_the_head_of_the_whole_ranking(tiny_run):
+    recommender = Recommender.from_run(tiny_run)
+    history = ["item-0001", "item-0004"]
+    whole = recommender.recommend([history], top=50, beams=50)
+    for excluded in (False, True):
+        exact = recommender.recommend([history], top=4, beams=4, exclude_history=excluded, exact=True)
+        ranking = [i for i in recommender.item_ids(whole)[0] if not excluded or i not in history]
+        assert recommender.item_ids(exact)[0] == ranking[:4] and int(exact.certified) == 4
+    with pytest.raises(UserError, match="transformers takes no exact=True"):
+        Recommender.from_run(tiny_run, engine="transformers").recommend([history], exact=True)
+
+
 def test_a_filter_is_obeyed_and_refused_by_the_yardstick(tiny_run):
     recommender = Recommender.from_run(tiny_run)
     allowed = ItemFilter.from_items(recommender.catalog.trie, [1, 2, 40])

@@ -27,6 +27,7 @@ def recommend(
     beams: Annotated[int, typer.Option(help="Width of the beam search.")] = 50,
     engine: Annotated[str, typer.Option(help="cemg, or transformers, the yardstick.")] = "cemg",
     exclude_history: Annotated[bool, typer.Option(help="Leave out the items of the history.")] = False,
+    exact: Annotated[bool, typer.Option(help="Search on until the list is proven to be the top.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -38,7 +39,9 @@ def recommend(
     if not items:
         raise UserError("--history names no item", fix='write it as --history "12 7 105"')
     recommender = Recommender.from_run(run, device=device, engine=engine)
-    found = recommender.recommend([items], top=top, beams=max(beams, top), exclude_history=exclude_history)
+    found = recommender.recommend(
+        [items], top=top, beams=max(beams, top), exclude_history=exclude_history, exact=exact
+    )
     titles = recommender.titles()
     rows = [
         {

@@ -41,6 +41,10 @@ class Recommendations:
         first = (self.items[:, :count], self.scores[:, :count], self.codes[:, :count])
         return Recommendations(*first, self.certified.clamp_max(count))
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four tensors, in their order."""
+        return self.items, self.scores, self.codes, self.certified
+
     def padded(self, count: int) -> Recommendations:
         """At least ``count`` places a row, the last ones without an item."""
         more = max(count - self.items.shape[1], 0)
@@ -93,7 +97,6 @@ class Decoder:
         self.code_token_start, self.normalize = code_token_start, normalize
         self.trie = catalog.trie.to(model.device)
 
-    @torch.inference_mode()
     def decode(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, *, filter: ItemFilter | None = None
     ) -> Recommendations:
@@ -102,6 +105,38 @@ class Decoder:
         ``filter`` admits some of the items only. Rows hold fewer items where fewer are legal: the rest is −1.
         Raises UserError for fewer beams than one, and for shapes that differ.
         """
+        return self._search(input_ids, attention_mask, beams, filter, None)
+
+    @torch.inference_mode()
+    def decode_exact(
+        self, input_ids: Tensor, attention_mask: Tensor, top: int, beams: int, *,
+        filter: ItemFilter | None = None, budget: int = 4096,
+    ) -> Recommendations:  # fmt: skip
+        """The true ``top`` of the catalog, proven: rows that ``beams`` cannot prove are searched again.
+
+        The second search keeps every prefix that could still lead above the ``top``-th score of the first:
+        scores only fall, so nothing else can. ``budget`` bounds the prefixes a level keeps; a row that
+        needs more stays unproven, and ``certified`` < ``top`` says so. Raises UserError as ``decode``
+        does, and for ``top`` above ``beams`` or ``beams`` above ``budget``.
+        """
+        if not 1 <= top <= beams <= budget:
+            raise UserError(f"1 <= top <= beams <= budget must hold, got {top}, {beams} and {budget}")
+        found = self.decode(input_ids, attention_mask, beams, filter=filter).top(top)
+        unproven = found.certified < (found.items >= 0).sum(1)
+        for row in unproven.nonzero().flatten().tolist():
+            own = slice(row, row + 1)
+            floor = found.scores[own, -1].to(self.model.device) - 2 * MARGIN
+            better = self._search(input_ids[own], attention_mask[own], budget, filter, floor).top(top)
+            for kept, new in zip(found.parts(), better.padded(top).parts(), strict=True):
+                kept[row] = new[0]
+        return found
+
+    @torch.inference_mode()
+    def _search(
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: ItemFilter | None,
+        floor: Tensor | None,
+    ) -> Recommendations:  # fmt: skip
+        """Beam search; with ``floor`` [B], only prefixes that score at least as much live on."""
         if beams < 1:
             raise UserError(f"beams must be at least 1, got {beams}")
         if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
@@ -126,6 +161,13 @@ class Decoder:
                 (codes.gather(1, grown_from), chosen[:, :, None].long()), dim=2
             )  # [B, W, level + 1]
             pruned = torch.maximum(pruned, cut)
+            if floor is not None:
+                alive = scores >= floor[:, None]  # the leading ones
+                below = scores.masked_fill(alive, float("-inf")).amax(1)
+                pruned = torch.maximum(pruned, below)
+                scores, nodes = scores.masked_fill(~alive, float("-inf")), nodes.masked_fill(~alive, -1)
+                count = max(int(alive.sum(1).max()), 1)
+                scores, parents, nodes, codes = (t[:, :count] for t in (scores, parents, nodes, codes))
         return self._results(scores, nodes, codes, pruned)
 
     def _tokens(self, codes: Tensor, level: int) -> Tensor:

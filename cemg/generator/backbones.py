@@ -113,7 +113,7 @@ def start_from_codebooks(model: PreTrainedModel, vocabulary: Vocabulary, codeboo
     codebooks [levels, K, d]. Each level is scaled to the spread of the embeddings it is added to: codes near
     in the codebook start near, and levels start alike. Uses torch's generator.
     """
-    weight = model.get_input_embeddings().weight
+    weight = cast(Tensor, model.get_input_embeddings().weight)  # [V, dim]
     turn = torch.nn.init.orthogonal_(torch.empty(weight.shape[1], codebooks.shape[2]))  # [dim, d]
     vectors = codebooks.float().cpu() @ turn.T  # [levels, K, dim]
     codes = weight[vocabulary.code_token_start : vocabulary.size]

@@ -77,6 +77,55 @@ def test_results_are_different_catalog_items_and_the_certified_ones_are_brute_fo
         torch.testing.assert_close(found.scores[row, :proven], best, rtol=0, atol=1e-4)
 
 
+@quick
+@given(
+    family=st.sampled_from(FAMILIES),
+    normalize=st.sampled_from(NORMALIZE),
+    items=st.integers(1, 120),
+    top=st.integers(1, 12),
+    budget=st.sampled_from([12, 1000]),
+    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    seed=st.integers(0, 1000),
+)
+def test_an_exact_search_is_brute_force_or_says_what_it_could_not_prove(
+    bench, family, normalize, items, top, budget, lengths, seed
+):
+    made = bench(family, items, seed)
+    ids, mask = made.prompts(lengths, seed)
+    decoder = Decoder(made.model, made.catalog, START, normalize)
+    found = decoder.decode_exact(ids, mask, top, top, budget=budget)
+    for row in range(len(lengths)):
+        expected = made.all_scores(ids[row, mask[row].bool()], normalize)
+        proven = int(found.certified[row])
+        ties = expected.sort(descending=True).values.diff().abs().min() < 1e-3 if items > 1 else False
+        assert budget == 12 or proven == min(top, items) or ties
+        torch.testing.assert_close(
+            found.scores[row, :proven], expected.topk(proven).values, rtol=0, atol=1e-4
+        )
+        live = found.items[row][found.items[row] >= 0]
+        torch.testing.assert_close(found.scores[row, : len(live)], expected[live], rtol=0, atol=1e-4)
+
+
+def test_an_exact_search_proves_what_a_narrow_beam_could_not(bench):
+    made = bench("gpt2", 100)
+    prompts = made.prompts([3, 5, 7, 2])
+    decoder = Decoder(made.model, made.catalog, START)
+    narrow = decoder.decode(*prompts, 4)
+    assert bool((narrow.certified < 4).any())
+    found = decoder.decode_exact(*prompts, 4, 4)
+    assert found.certified.tolist() == [4] * 4
+    assert bool((found.scores >= narrow.scores - 1e-5).all())
+    spent = decoder.decode_exact(*prompts, 4, 4, budget=4)
+    assert torch.equal(spent.certified, narrow.certified)
+
+
+@pytest.mark.parametrize(("top", "beams", "budget"), [(0, 4, 9), (5, 4, 9), (4, 10, 9)])
+def test_an_exact_search_refuses_sizes_that_do_not_nest(bench, top, beams, budget):
+    made = bench("gpt2")
+    with pytest.raises(UserError, match="1 <= top <= beams <= budget"):
+        Decoder(made.model, made.catalog, START).decode_exact(*made.prompts([3]), top, beams, budget=budget)
+
+
 def test_some_results_are_certified_and_some_are_not(bench):
     made = bench("gpt2")
     ids, mask = made.prompts([5] * 16)
