@@ -7,6 +7,7 @@ PyTorch), ``triton`` and ``native`` (C++). ``CEMG_FAST_KERNELS=0`` in the enviro
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -80,7 +81,9 @@ def choose(op: str, device: torch.device) -> Choice:
         return Choice("reference", f"fast kernels are off ({ENVIRONMENT}=0 or --no-fast-kernels)")
     refused: list[str] = []
     for backend in OPS[op]:
-        problem = _problem(backend, device)
+        problem = _problem(op, backend, device)
+        if not problem and backend == "triton" and device.type == "cpu":
+            problem = "interpreted on the CPU, so only when asked for"
         if not problem:
             return Choice(backend, "; ".join(refused) or f"the fastest built for {device.type}")
         refused.append(f"{backend}: {problem}")
@@ -96,7 +99,7 @@ def pick(op: str, device: torch.device, backend: str | None = None) -> str:
         return choose(op, device).backend
     if backend not in OPS[op]:
         raise ValueError(f"{op} has no backend {backend!r}; choose from {', '.join(OPS[op])}")
-    problem = _problem(backend, device)
+    problem = _problem(op, backend, device)
     if problem:
         raise ValueError(f"{op}: backend {backend!r} cannot run on {device}: {problem}")
     return backend
@@ -107,10 +110,21 @@ def backends(device: str | torch.device = "cpu") -> dict[str, Choice]:
     return {op: choose(op, torch.device(device)) for op in OPS}
 
 
-def _problem(backend: str, device: torch.device) -> str:
-    """Why ``backend`` cannot serve ``device``; empty where it can."""
+def _problem(op: str, backend: str, device: torch.device) -> str:
+    """Why ``backend`` of ``op`` cannot serve ``device``; empty where it can."""
+    if backend == "triton":
+        return _triton_problem(device)
     if backend != "native":
         return ""
     if device.type != "cpu":
-        return f"the C++ trie is built for the CPU, not for {device.type}"
+        return f"the C++ of this operation is built for the CPU, not for {device.type}"
     return "" if _native is not None else f"not built ({NATIVE_ERROR})"
+
+
+def _triton_problem(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device.type == "cuda":
+        return ""
+    return "" if interpreted else f"no kernels for {device.type} (TRITON_INTERPRET=1 interprets them)"

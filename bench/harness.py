@@ -1,0 +1,295 @@
+"""What every benchmark shares: fair timing in one run, the machine's measured limits, JSON, table and plot.
+
+Contenders take turns, round by round, so that a noisy machine is noisy to all of them. Times are
+milliseconds; percentiles above 80 are given from 100 samples on. A row is one (case, backend, peer).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Work = Callable[[], object]
+MIN_SAMPLE_S = 2e-4  # shorter work is repeated within a sample until it lasts as long
+NOT_INSTALLED = "not installed"
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Samples of one contender, in milliseconds."""
+
+    samples: tuple[float, ...]
+
+    def percentile(self, percent: float) -> float:
+        return float(np.percentile(self.samples, percent))
+
+    @property
+    def p50(self) -> float:
+        return self.percentile(50)
+
+
+def arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options every benchmark takes; its own are added to what this returns."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--plot", type=Path, help="write a plot there (.png or .svg)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=defaults.get("rounds", 15), help="samples a contender")
+    parser.add_argument(
+        "--seconds", type=float, default=defaults.get("seconds", 20.0), help="at most, a contender and case"
+    )
+    parser.add_argument("--threads", type=int, help="of torch; default: what torch takes")
+    return parser
+
+
+def start(options: argparse.Namespace) -> torch.device:
+    """Apply the shared options; the device to work on. Exits with a line where it is not there."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here; use --device cpu")
+    return device
+
+
+def measure(
+    contenders: Mapping[str, Work], device: torch.device, rounds: int = 15, seconds: float = 20.0
+) -> dict[str, Times]:
+    """Time each contender ``rounds`` times (fewer where that takes over ``seconds``), taking turns.
+
+    Each runs twice before, unmeasured. On a GPU the times are of device events.
+    """
+    inner, left, samples = {}, {}, {}
+    for name, work in contenders.items():
+        work()
+        once = _sample(work, 1, device)
+        inner[name] = max(1, int(np.ceil(MIN_SAMPLE_S / max(once, 1e-9))))
+        left[name] = max(1, min(rounds, int(seconds / max(once, MIN_SAMPLE_S))))
+        samples[name] = []
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(max(left.values(), default=0)):
+            order = list(contenders)
+            shift = turn % len(order)
+            for name in order[shift:] + order[:shift]:
+                if left[name] > turn:
+                    samples[name].append(_sample(contenders[name], inner[name], device) * 1e3)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Times(tuple(taken)) for name, taken in samples.items()}
+
+
+def _sample(work: Work, repeats: int, device: torch.device) -> float:
+    """Seconds a call, over ``repeats`` calls."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1e3 / repeats
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - begun) / repeats
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 0) -> float:
+    """Measured floating-point operations a second of a square matrix product."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    taken = measure({"gemm": lambda: a @ b}, device, rounds=9, seconds=5)
+    return 2 * size**3 / (taken["gemm"].p50 / 1e3)
+
+
+def copy_bandwidth(device: torch.device, megabytes: int = 0) -> float:
+    """Measured bytes a second of a copy, read and written both counted."""
+    megabytes = megabytes or (1024 if device.type == "cuda" else 256)
+    source = torch.randn(megabytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    taken = measure({"copy": lambda: target.copy_(source)}, device, rounds=9, seconds=5)
+    return 2 * source.nbytes / (taken["copy"].p50 / 1e3)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What ran: processor, cores, accelerator, versions."""
+    said = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for package in ("triton", "transformers"):
+        try:
+            said[package] = version(package)
+        except PackageNotFoundError:
+            said[package] = NOT_INSTALLED
+    return said
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def commit() -> str:
+    """The commit of this tree, with "+" where files differ from it; "unknown" outside git."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()  # fmt: skip
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True,
+                                 check=True).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("CEMG_COMMIT", "unknown")
+    return head + ("+" if changed else "")
+
+
+@dataclass(slots=True)
+class Report:
+    """The rows of one benchmark; written after each case, so that an interrupted run keeps what it has."""
+
+    op: str
+    options: argparse.Namespace
+    device: torch.device
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def case(
+        self,
+        name: str,
+        ours: Mapping[str, Work],
+        peers: Mapping[str, Work | str],
+        equal_to: str,
+        floor_ms: float | None = None,
+        nbytes: int | None = None,
+        **more: Any,
+    ) -> None:
+        """Time our backends and the peers together, and add a row a pair.
+
+        A peer that is a string could not run, for that reason. ``equal_to`` says what the outputs were
+        compared with before; the comparison is the caller's. ``floor_ms`` is the physical limit.
+        """
+        print(f"{self.op} {name}", flush=True)
+        runnable = {peer: work for peer, work in peers.items() if not isinstance(work, str)}
+        taken = measure({**ours, **runnable}, self.device, self.options.rounds, self.options.seconds)
+        for backend in ours:
+            times = taken[backend]
+            shared = {"op": self.op, "case": name, "backend": backend, "equal_to": equal_to,
+                      "p20_ms": times.percentile(20), "p50_ms": times.p50, "p80_ms": times.percentile(80),
+                      "samples": len(times.samples), "bytes": nbytes, "floor_ms": floor_ms}  # fmt: skip
+            shared |= more
+            if len(times.samples) >= 100:
+                shared |= {"p95_ms": times.percentile(95), "p99_ms": times.percentile(99)}
+            for peer, work in peers.items() or {"none": "no peer"}.items():
+                row = {**shared, "peer": peer, "status": "ok", "peer_p50_ms": None, "ratio": None}
+                if isinstance(work, str):
+                    row["status"] = work
+                else:
+                    row["peer_p50_ms"] = taken[peer].p50
+                    row["ratio"] = taken[peer].p50 / times.p50
+                self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        """The JSON of all rows so far, whole or not at all, where --json asks for it."""
+        if not self.options.json:
+            return
+        said = {"machine": machine(self.device), "commit": commit(),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"), "rows": self.rows}  # fmt: skip
+        self.options.json.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.options.json.with_suffix(".part")
+        partial.write_text(json.dumps(said, indent=1) + "\n")
+        partial.replace(self.options.json)
+
+    def finish(self) -> None:
+        """Print the table, draw the plot, say where the JSON is."""
+        print(self.table())
+        if self.options.plot:
+            self.plot(self.options.plot)
+        if self.options.json:
+            print(f"rows in {self.options.json}")
+
+    def table(self) -> str:
+        """One line a row: ours, the peer, how many times faster, and the distance to the floor."""
+        head = ("case", "backend", "ms", "peer", "peer ms", "ratio", "x floor")
+        lines = [head]
+        for row in self.rows:
+            floor = f"{row['p50_ms'] / row['floor_ms']:.2f}" if row["floor_ms"] else ""
+            peer_ms = f"{row['peer_p50_ms']:.3f}" if row["peer_p50_ms"] is not None else row["status"]
+            ratio = f"{row['ratio']:.2f}" if row["ratio"] is not None else ""
+            lines.append(
+                (row["case"], row["backend"], f"{row['p50_ms']:.3f}", row["peer"], peer_ms, ratio, floor)
+            )
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+                         for line in lines)  # fmt: skip
+
+    def plot(self, path: Path) -> None:
+        """Median times as bars, a group a case, logarithmic, the floor as a line."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        cases = list(dict.fromkeys(row["case"] for row in self.rows))
+        names: dict[str, dict[str, float]] = {}
+        for row in self.rows:
+            names.setdefault(f"cemg {row['backend']}", {})[row["case"]] = row["p50_ms"]
+            if row["peer_p50_ms"] is not None:
+                names.setdefault(row["peer"], {})[row["case"]] = row["peer_p50_ms"]
+        figure, axes = plt.subplots(figsize=(max(6.0, 1.8 * len(cases)), 4.2), layout="constrained")
+        width = 0.8 / len(names)
+        for i, (name, medians) in enumerate(names.items()):
+            places = [cases.index(case) + i * width - 0.4 + width / 2 for case in medians]
+            axes.bar(places, list(medians.values()), width, label=name)
+        floors = {row["case"]: row["floor_ms"] for row in self.rows if row["floor_ms"]}
+        for i, case in enumerate(cases):
+            if case in floors:
+                axes.hlines(floors[case], i - 0.42, i + 0.42, colors="black", linestyles="dashed",
+                            label="floor" if case == next(iter(floors)) else None)  # fmt: skip
+        axes.set(yscale="log", ylabel="milliseconds, median", title=f"{self.op} on {_title(self.device)}")
+        axes.set_xticks(range(len(cases)), cases, rotation=15 if len(cases) > 3 else 0)
+        axes.legend(fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def _title(device: torch.device) -> str:
+    said = machine(device)
+    return said["device"] if device.type == "cuda" else f"{said['cpu']}, {said['threads']} threads"
+
+
+def optional(names: Sequence[str]) -> str:
+    """Why peers that need these packages cannot run; empty where all are there."""
+    missing = []
+    for name in names:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    return f"{NOT_INSTALLED}: {', '.join(missing)}" if missing else ""

@@ -1,0 +1,169 @@
+"""Ahead-of-time compile of every kernel for sm_80 and sm_90: registers, shared memory, spills. No GPU needed.
+
+    python -m cemg_kernels.aot [--json PATH] [NAME ...]
+
+Every Triton kernel in every configuration that dispatch can pick, and ``trie_cuda.cu`` where ``nvcc`` is on
+PATH. Exits with 1 where one does not compile or spills a register. ``TRITON_INTERPRET`` must be unset: it
+is read when a kernel is decorated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90)
+MODULES = ("residual_quantize_triton", "trie_step_triton", "lightgcn_propagate_triton")  # each: aot_cases()
+CUDA_SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "src" / "trie_cuda.cu"
+WARP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class AotCase:
+    """One configuration of a Triton kernel.
+
+    ``signature`` gives every argument's type in order ("*fp32", "i32", "constexpr"), ``constants`` the
+    constexprs' values, ``options`` what the launch passes (num_warps, num_stages). Arguments in
+    ``aligned`` are multiples of 16, as torch's pointers are.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+    aligned: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What one kernel takes on one architecture; bytes of shared memory, spills as bytes stored + loaded."""
+
+    kernel: str
+    arch: str
+    registers: int
+    shared: int
+    spills: int
+    stack: int
+
+
+def triton_cases(names: Sequence[str] = ()) -> Iterator[AotCase]:
+    """The cases of all kernels, or of those whose name holds one of ``names``."""
+    for module in MODULES:
+        for case in importlib.import_module(f"cemg_kernels.{module}").aot_cases():
+            if not names or any(name in case.name for name in names):
+                yield case
+
+
+def compile_triton(case: AotCase, capability: int) -> Compiled:
+    """Compile one case to PTX and assemble it. Raises what Triton or ptxas say."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    place = {name: index for index, name in enumerate(case.kernel.arg_names)}
+    divisible = {(place[name],): [["tt.divisibility", 16]] for name in case.aligned}
+    source = ASTSource(case.kernel, case.signature, constexprs=case.constants, attrs=divisible)
+    target = GPUTarget("cuda", capability, WARP)
+    compiled = triton.compile(source, target=target, options=dict(case.options))
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        arch = re.search(r"\.target\s+(sm_\w+)", compiled.asm["ptx"])
+        said = _run([_ptxas(), "-v", f"-arch={arch[1] if arch else f'sm_{capability}'}", str(ptx), "-o",
+                     str(Path(folder, "kernel.cubin"))])  # fmt: skip
+    registers, _, spills, stack = next(_usages(said))
+    return Compiled(case.name, f"sm_{capability}", registers, int(compiled.metadata.shared), spills, stack)
+
+
+def compile_cuda(source: Path, capability: int) -> list[Compiled]:
+    """Compile a .cu by nvcc; one entry a kernel in it."""
+    include = source.parent.parent / "include"
+    with tempfile.TemporaryDirectory() as folder:
+        said = _run(["nvcc", "-std=c++20", "-O3", "-cubin", f"-arch=sm_{capability}", "-Xptxas=-v",
+                     f"-I{include}", str(source), "-o", str(Path(folder, "trie.cubin"))])  # fmt: skip
+    names = re.findall(r"Compiling entry function '(\w+)'", said)
+    demangler = shutil.which("c++filt")
+    if demangler:
+        names = _run([demangler, *names]).splitlines()
+    short = [re.sub(r"^void |\(.*\)$|cemg::|\(anonymous namespace\)::", "", name) for name in names]
+    return [
+        Compiled(name, f"sm_{capability}", *usage) for name, usage in zip(short, _usages(said), strict=True)
+    ]
+
+
+def table(rows: Sequence[Compiled]) -> str:
+    """The rows as text, a line each."""
+    width = max(len(row.kernel) for row in rows)
+    head = f"{'kernel':<{width}}  arch   registers  shared  spills  stack"
+    lines = [
+        f"{r.kernel:<{width}}  {r.arch}  {r.registers:>9}  {r.shared:>6}  {r.spills:>6}  {r.stack:>5}"
+        for r in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only kernels whose name holds one of these")
+    parser.add_argument("--json", type=Path, help="write the table there as well")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        sys.exit("TRITON_INTERPRET is set, so kernels are interpreted and cannot be compiled; unset it")
+    rows = [compile_triton(case, arch) for case in triton_cases(arguments.names) for arch in ARCHITECTURES]
+    if not arguments.names or "trie_cuda" in arguments.names:
+        if shutil.which("nvcc"):
+            rows += [row for arch in ARCHITECTURES for row in compile_cuda(CUDA_SOURCE, arch)]
+        else:
+            print("nvcc is not on PATH: trie_cuda.cu was not compiled")
+    if not rows:
+        sys.exit(f"no kernel's name holds {' or '.join(arguments.names)}")
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    spilled = [f"{row.kernel} ({row.arch})" for row in rows if row.spills]
+    if spilled:
+        sys.exit(f"registers spill in {', '.join(spilled)}; use smaller tiles or more warps")
+
+
+def _usages(said: str) -> Iterator[tuple[int, int, int, int]]:
+    """Registers, static shared bytes, spilled bytes and stack of each kernel that ``ptxas -v`` reports."""
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    used = re.findall(r"Used (\d+) registers(.*)", said)
+    for (stack, stores, loads), (registers, rest) in zip(frames, used, strict=True):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        yield int(registers), int(shared[1]) if shared else 0, int(stores) + int(loads), int(stack)
+
+
+def _ptxas() -> str:
+    """The assembler that Triton brings, else the one on PATH."""
+    import triton
+
+    own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    found = str(own) if own.exists() else shutil.which("ptxas")
+    if not found:
+        raise RuntimeError("no ptxas found, neither Triton's own nor on PATH; install the CUDA toolkit")
+    return found
+
+
+def _run(command: Sequence[str]) -> str:
+    """Standard output and error of a command that must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    main()
