@@ -1,7 +1,8 @@
-"""The engine: exact trie-constrained beam search for Hugging Face models, in plain PyTorch.
+"""The engine: exact trie-constrained beam search for Hugging Face models.
 
-Beams are queries: the prompt runs once a user, and a step feeds all W beams of a user as W more positions
-of one sequence, each of which sees the prompt and its own ancestors. So no cache is copied or re-ordered.
+The prompt runs once a user and its keys and values are shared by all W beams, which are queries. T5, GPT-2,
+Llama, Mistral and Qwen run on steppers of our own (``t5.py``, ``causal.py``), other models on their own
+forward (``generic.py``).
 
 B users, W beams, M levels, K codes a level, S prompt tokens, V vocabulary.
 """
@@ -13,13 +14,15 @@ from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import PreTrainedModel
 
+from cemg.decoding.causal import CausalPlan
+from cemg.decoding.generic import GenericPlan
+from cemg.decoding.layers import Stepper, Unsupported, Wanted
+from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
-from cemg_kernels import ItemFilter, trie_beam_step
+from cemg_kernels import ItemFilter, fast_kernels_enabled, trie_beam_step
 
 Normalize = Literal["vocab", "level", "valid"]
 MARGIN = 1e-4  # a result is certified where it beats everything pruned by this much
@@ -53,18 +56,6 @@ class Recommendations:
         return Recommendations(items, scores, pad(self.codes, (0, 0, 0, more), value=-1), self.certified)
 
 
-class Stepper(Protocol):
-    """A model behind the beam search: logits of the first code, then of the next one for every beam."""
-
-    def start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last-position logits [B, 1, V]."""
-        ...
-
-    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Logits [B, W, V] after ``tokens`` [B, W], grown from beams ``parents`` [B, W] before."""
-        ...
-
-
 def check_fit(model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: str) -> None:
     """UserError where the model has fewer tokens than the catalog needs, and for an unknown ``normalize``."""
     if normalize not in ("vocab", "level", "valid"):
@@ -81,21 +72,46 @@ def check_fit(model: PreTrainedModel, catalog: Catalog, code_token_start: int, n
         )
 
 
+class Plan(Protocol):
+    """A model, arranged for decoding."""
+
+    def begin(self) -> Stepper:
+        """A stepper for one batch."""
+        ...
+
+
+def make_plan(model: PreTrainedModel, code_tokens: range, fast: bool) -> tuple[Plan, str]:
+    """The plan of a model and the path it takes, in words."""
+    if not fast:
+        return GenericPlan(model), "the model's own forward: fast kernels are off"
+    try:
+        if model.config.is_encoder_decoder:
+            return T5Plan(model, code_tokens), "fast T5"
+        return CausalPlan(model, code_tokens), "fast decoder-only"
+    except Unsupported as reason:
+        return GenericPlan(model), f"the model's own forward: {reason}"
+
+
 class Decoder:
     """``Decoder(model, catalog, code_token_start).decode(input_ids, attention_mask, beams)``.
 
     Any Hugging Face T5 or decoder-only model whose token ``code_token_start + m·K + c`` is code c of level m.
     ``normalize`` says over which tokens the log-softmax runs: the whole vocabulary, the level's K codes, or
-    the valid ones (SPEC §4). Scores are sums of log-probabilities (paper equation 6).
+    the valid ones (SPEC §4). Scores are sums of log-probabilities (paper equation 6). ``fast=False`` runs the
+    model's own forward; by default the fast kernels' switch decides. ``path`` says what runs and why. The
+    fast paths read the weights here: after further training, make a new Decoder.
     """
 
     def __init__(
-        self, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Normalize = "vocab"
-    ) -> None:
+        self, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Normalize = "vocab",
+        *, fast: bool | None = None,
+    ) -> None:  # fmt: skip
         check_fit(model, catalog, code_token_start, normalize)
         self.model, self.catalog = model, catalog
         self.code_token_start, self.normalize = code_token_start, normalize
         self.trie = catalog.trie.to(model.device)
+        codes = range(code_token_start, code_token_start + catalog.levels * catalog.codebook_size)
+        self.plan, self.path = make_plan(model, codes, fast_kernels_enabled() if fast is None else fast)
 
     def decode(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, *, filter: ItemFilter | None = None
@@ -143,8 +159,8 @@ class Decoder:
             shapes = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
             raise UserError(f"input_ids and attention_mask must be [B, S] alike, got {shapes}")
         device = self.model.device
-        stepper = make_stepper(self.model)
-        logits = stepper.start(input_ids.to(device), attention_mask.to(device))  # [B, 1, V]
+        stepper = self.plan.begin()
+        logits = stepper.start(input_ids.to(device), attention_mask.to(device), self._wanted(0))
         batch = len(input_ids)
         scores = torch.zeros(batch, 1, device=device)
         nodes = torch.zeros(batch, 1, dtype=torch.int32, device=device)  # the root
@@ -154,8 +170,10 @@ class Decoder:
         for level in range(self.catalog.levels):
             if level > 0:
                 tokens = self._tokens(codes[:, :, -1], level - 1)
-                logits = stepper.step(tokens, parents)
-            scores, parents, chosen, nodes, cut = self._select(logits, scores, nodes, beams, level, filter)
+                logits = stepper.step(tokens, parents.clamp_min(0), self._wanted(level))
+            scores, parents, chosen, nodes, cut = trie_beam_step(
+                logits.columns, scores, nodes, self.trie, beams, self.normalize, logits.total, filter
+            )
             grown_from = parents.clamp_min(0)[:, :, None].expand(-1, -1, level)
             codes = torch.cat(
                 (codes.gather(1, grown_from), chosen[:, :, None].long()), dim=2
@@ -174,14 +192,9 @@ class Decoder:
         """Tokens of codes [B, W] of a level; a dead beam's −1 becomes code 0, which nothing reads."""
         return self.code_token_start + level * self.catalog.codebook_size + codes.clamp_min(0)
 
-    def _select(
-        self, logits: Tensor, scores: Tensor, nodes: Tensor, beams: int, level: int, filter: ItemFilter | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _wanted(self, level: int) -> Wanted:
         size = self.catalog.codebook_size
-        first = self.code_token_start + level * size
-        total = logits.float().logsumexp(-1) if self.normalize == "vocab" else None  # [B, W]
-        columns = logits[:, :, first : first + size].float().contiguous()  # [B, W, K]
-        return trie_beam_step(columns, scores, nodes, self.trie, beams, self.normalize, total, filter)
+        return Wanted(self.code_token_start + level * size, size, self.normalize == "vocab")
 
     def _results(self, scores: Tensor, nodes: Tensor, codes: Tensor, pruned: Tensor) -> Recommendations:
         proven = (scores > pruned[:, None] + MARGIN) & (nodes >= 0)  # sorted, so the proven ones lead
@@ -189,82 +202,3 @@ class Decoder:
         dead = nodes < 0
         codes = codes.masked_fill(dead[:, :, None], -1)
         return Recommendations(items.cpu(), scores.cpu(), codes.cpu(), proven.sum(1).cpu())
-
-
-def make_stepper(model: PreTrainedModel) -> Stepper:
-    """The stepper of a model's family."""
-    return Seq2SeqStepper(model) if model.config.is_encoder_decoder else CausalStepper(model)
-
-
-class CausalStepper:
-    """A decoder-only model: beams as further positions of their user's sequence, under a 4-D mask."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.cache = DynamicCache(config=model.config)
-
-    def start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
-        out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        self.prompt = attention_mask.bool()  # [B, S]
-        self.position = attention_mask.sum(1)  # [B], of the next token
-        self.ancestors: Tensor | None = None  # [B, W, steps × W] bool: which fed tokens a beam descends from
-        return out.logits
-
-    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        batch, beams = tokens.shape
-        itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
-        if self.ancestors is None:  # all grew from the one prompt
-            self.ancestors = itself
-        else:
-            index = parents.long().clamp_min(0)[:, :, None].expand(-1, -1, self.ancestors.shape[2])
-            self.ancestors = torch.cat((self.ancestors.gather(1, index), itself), dim=2)
-        seen = torch.cat(
-            (self.prompt[:, None].expand(-1, beams, -1), self.ancestors), dim=2
-        )  # [B, W, S + steps·W]
-        dtype = self.model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-            ~seen, torch.finfo(dtype).min
-        )
-        out = self.model(
-            input_ids=tokens, attention_mask=mask[:, None], past_key_values=self.cache, use_cache=True,
-            position_ids=self.position[:, None].expand(-1, beams),
-        )  # fmt: skip
-        self.position = self.position + 1
-        return out.logits
-
-
-class Seq2SeqStepper:
-    """T5: the encoder runs once a user; each beam is a row of the decoder, its cache re-ordered a step."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
-
-    def start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        encoded = self.model.get_encoder()(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state
-        self.encoded, self.mask = encoded, attention_mask
-        first = torch.full_like(input_ids[:, :1], self.model.config.decoder_start_token_id)
-        return self._forward(first)  # [B, 1, V]
-
-    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        batch, beams = tokens.shape
-        before = len(self.encoded) // batch  # beams of the step before: 1 at first
-        users = torch.arange(batch, device=tokens.device)[:, None] * before
-        rows = (users + parents.long().clamp_min(0)).flatten()  # [B·W]
-        self.cache.reorder_cache(cast(torch.LongTensor, rows))
-        if before != beams:
-            self.encoded, self.mask = self.encoded[rows], self.mask[rows]
-        return self._forward(tokens.reshape(-1, 1)).reshape(batch, beams, -1)
-
-    def _forward(self, tokens: Tensor) -> Tensor:
-        out = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self.encoded), attention_mask=self.mask,
-            decoder_input_ids=tokens, past_key_values=self.cache, use_cache=True,
-        )  # fmt: skip
-        return out.logits

@@ -1,0 +1,259 @@
+"""The fast decoder-only stepper: the prompt once a user, its keys and values shared by the beams.
+
+B users, W beams, R = B * W rows, S prompt tokens, H heads over G key-value heads of Dh, d the width.
+Equal to the Hugging Face model up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cemg.decoding.layers import (
+    Feed,
+    Head,
+    Logits,
+    Norm,
+    Packing,
+    Projection,
+    Unsupported,
+    Wanted,
+    grown_from,
+    heads,
+)  # fmt: skip
+
+ROTARY = ("llama", "mistral", "qwen2", "qwen3")  # one shape: RMSNorm, rotary, gated feed-forward
+TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    norm: Norm
+    qkv: Projection  # [(H + 2 * G) * Dh, d]
+    q_norm: Norm | None  # of each head, before the rotation (Qwen3)
+    k_norm: Norm | None
+    out: Projection
+    feed: Feed
+
+
+class CausalPlan:
+    """A decoder-only model's weights as the stepper wants them, read once: make a new plan after training.
+
+    GPT-2, Llama, Mistral, Qwen2 and Qwen3; raises ``Unsupported`` for other shapes, sliding windows and
+    rotations that depend on the length.
+    """
+
+    def __init__(self, model: PreTrainedModel, code_tokens: range) -> None:
+        source: Any = model
+        config = source.config
+        self.dtype = source.dtype
+        self.positions: Tensor | None = None
+        self.rotation: Callable[..., Any] | None = None
+        if config.model_type == "gpt2":
+            self._read_gpt2(source, config)
+        elif config.model_type in ROTARY:
+            self._read_rotary(source, config)
+        else:
+            raise Unsupported(f"no fast path for the model type {config.model_type}")
+        self._precompute(code_tokens)
+
+    def begin(self) -> CausalStepper:
+        """A stepper for one batch."""
+        return CausalStepper(self)
+
+    def _read_gpt2(self, source: Any, config: Any) -> None:
+        if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
+            raise Unsupported("a GPT-2 whose attention is scaled in an unusual way")
+        body = source.transformer
+        self.heads = self.kv_heads = config.num_attention_heads
+        self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.embedding, self.positions = body.wte.weight.detach(), body.wpe.weight.detach()
+        self.head = Head(_norm(body.ln_f), Projection.of([source.lm_head], self.dtype))
+        self.layers = [
+            Layer(
+                _norm(block.ln_1), self._conv(block.attn.c_attn), None, None, self._conv(block.attn.c_proj),
+                Feed(_norm(block.ln_2), self._conv(block.mlp.c_fc), self._conv(block.mlp.c_proj),
+                     block.mlp.act, gated=False),
+            )
+            for block in body.h
+        ]  # fmt: skip
+
+    def _read_rotary(self, source: Any, config: Any) -> None:
+        windows = getattr(config, "layer_types", None) or []
+        mistral = config.model_type == "mistral" and config.sliding_window is not None
+        if mistral or any(kind != "full_attention" for kind in windows):
+            raise Unsupported("attention over a sliding window")
+        if source.model.rotary_emb.rope_type not in ("default", "linear", "llama3"):
+            raise Unsupported(f"rotary embeddings of the type {source.model.rotary_emb.rope_type}")
+        body = source.model
+        first = body.layers[0].self_attn
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.scale, self.rotation = first.scaling, body.rotary_emb
+        self.embedding = body.embed_tokens.weight.detach()
+        self.head = Head(_norm(body.norm), Projection.of([source.lm_head], self.dtype))
+        self.layers = [self._rotary_layer(layer) for layer in body.layers]
+
+    def _rotary_layer(self, layer: Any) -> Layer:
+        own, mlp = layer.self_attn, layer.mlp
+        q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
+        return Layer(
+            _norm(layer.input_layernorm), Projection.of([own.q_proj, own.k_proj, own.v_proj], self.dtype),
+            q_norm and _norm(q_norm), k_norm and _norm(k_norm), Projection.of([own.o_proj], self.dtype),
+            Feed(_norm(layer.post_attention_layernorm),
+                 Projection.of([mlp.gate_proj, mlp.up_proj], self.dtype),
+                 Projection.of([mlp.down_proj], self.dtype), mlp.act_fn, gated=True),
+        )  # fmt: skip
+
+    def _conv(self, module: Any) -> Projection:
+        return Projection.of([module], self.dtype, transposed=True)
+
+    @torch.no_grad()
+    def _precompute(self, code_tokens: range) -> None:
+        """Layer 0's projections of each code; learned positions are added before them, so not for GPT-2."""
+        self.first_code = code_tokens.start
+        self.table: Tensor | None = None
+        if self.positions is None and len(code_tokens) <= TABLE_ROWS:
+            first = self.layers[0]
+            codes = self.embedding[code_tokens.start : code_tokens.stop]
+            self.table = first.qkv(first.norm(codes))  # [codes, (H + 2 * G) * Dh]
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens and their positions, both [R] -> [R, d]."""
+        x = F.embedding(tokens, self.embedding)
+        return x if self.positions is None else x + F.embedding(positions, self.positions)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines [R, 1, Dh] for positions [R]; None where positions are learned."""
+        if self.rotation is None:
+            return None
+        cos, sin = self.rotation(self.embedding, positions[None])  # [1, R, Dh], of the embedding's dtype
+        return cos[0, :, None], sin[0, :, None]
+
+    def split(self, layer: Layer, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Of rows [R, (H + 2 * G) * Dh]: queries [R, H, Dh], keys with values [R, 2 * G * Dh]; rotated."""
+        size = qkv.shape[1] // (self.heads + 2 * self.kv_heads)
+        if rotary is None and layer.q_norm is None:
+            return qkv[:, : self.heads * size].unflatten(1, (self.heads, size)), qkv[:, self.heads * size :]
+        query, keys, values = qkv.unflatten(1, (-1, size)).split(
+            (self.heads, self.kv_heads, self.kv_heads), dim=1
+        )
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query, keys = layer.q_norm(query), layer.k_norm(keys)
+        if rotary is not None:
+            query, keys = _rotate(query, *rotary), _rotate(keys, *rotary)
+        return query, torch.cat((keys, values), dim=1).flatten(1)
+
+
+class CausalStepper:
+    """The search's state: keys and values of the prompt, and of each beam's own tokens."""
+
+    def __init__(self, plan: CausalPlan) -> None:
+        self.plan = plan
+
+    def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
+        plan = self.plan
+        batch, length = input_ids.shape
+        packing = Packing.of(attention_mask)
+        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)  # [B, S]
+        self.next_position = attention_mask.sum(1)  # [B]
+        self.seen, causal = None, None
+        if packing.index is not None or attention_mask.device.type != "cpu":
+            self.seen = attention_mask.bool()[:, None, None]  # [B, 1, 1, S]
+            # padding sees itself, so that no softmax is empty
+            own = torch.eye(length, dtype=torch.bool, device=input_ids.device)
+            causal = torch.ones_like(own).tril() & self.seen | own  # [B, 1, S, S]
+        flat = packing.pack(positions)
+        rotary = plan.rotary(flat)
+        x = plan.embed(packing.pack(input_ids), flat)  # [T, d]
+        self.prompt: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values [B, G, S, Dh]
+        self.past: list[Tensor] = []  # a layer each, after the first step: [R, t, 2 * G * Dh]
+        for layer in plan.layers:
+            query, kv = plan.split(layer, layer.qkv(layer.norm(x)), rotary)
+            keys, values = (heads(part, plan.kv_heads) for part in packing.unpack(kv).chunk(2, dim=2))
+            self.prompt.append((keys, values))
+            wide = heads(packing.unpack(query.flatten(1)), plan.heads)  # [B, H, S, Dh]
+            if layer is plan.layers[-1]:  # only what follows the last token is asked for
+                x = packing.unpack(x)[:, -1]  # [B, d]
+                wide, mask = wide[:, :, -1:], None if self.seen is None else self.seen
+                attended = _attend(wide, keys, values, mask, plan.scale, causal=False)
+                rows = attended.transpose(1, 2).reshape(batch, -1)
+            else:
+                attended = _attend(wide, keys, values, causal, plan.scale, causal=causal is None)
+                rows = packing.pack(attended.transpose(1, 2).flatten(2))
+            x = layer.feed(layer.out.added_to(x, rows))
+        return plan.head(x, batch, wanted)
+
+    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+        plan = self.plan
+        batch, beams = tokens.shape
+        flat = tokens.flatten()
+        positions = self.next_position.repeat_interleave(beams)  # [R]
+        self.next_position = self.next_position + 1
+        rotary = plan.rotary(positions)
+        x = plan.embed(flat, positions)
+        for number, layer in enumerate(plan.layers):
+            if number == 0 and plan.table is not None:
+                qkv = plan.table.index_select(0, flat - plan.first_code)
+            else:
+                qkv = layer.qkv(layer.norm(x))
+            query, kv = plan.split(layer, qkv, rotary)
+            if number == len(self.past):
+                self.past.append(kv[:, None])
+            else:
+                self.past[number] = grown_from(self.past[number], parents, kv)
+            x = layer.feed(layer.out.added_to(x, self._attend(number, query, batch)))
+        return plan.head(x, batch, wanted)
+
+    def _attend(self, number: int, query: Tensor, batch: int) -> Tensor:
+        """Each beam over its user's prompt and its own tokens, one softmax: [R, H, Dh] -> [R, H * Dh]."""
+        plan, past = self.plan, self.past[number]
+        keys, values = self.prompt[number]  # [B, G, S, Dh]
+        groups, size = plan.kv_heads, query.shape[2]
+        shared = plan.heads // groups
+        own = past.unflatten(2, (2, groups, 1, size))  # [R, t, 2, G, 1, Dh]
+        grouped = query.view(-1, 1, groups, shared, size)
+        own_scores = (grouped * own[:, :, 0]).sum(-1)  # [R, t, G, H / G]
+        steps = past.shape[1]
+        # beams and the heads of one group are the rows of a product with that group's keys
+        folded = query.view(batch, -1, groups, shared, size).permute(0, 2, 1, 3, 4)
+        folded = folded.reshape(batch, groups, -1, size)  # [B, G, W * H / G, Dh]
+        scores = folded @ keys.transpose(2, 3)  # [B, G, W * H / G, S]
+        if self.seen is not None:
+            scores = scores.masked_fill(~self.seen, torch.finfo(scores.dtype).min)
+        aside = own_scores.view(batch, -1, steps, groups, shared).permute(0, 3, 1, 4, 2)
+        scores = torch.cat((scores, aside.reshape(batch, groups, -1, steps)), dim=3)
+        weights = (scores * plan.scale).softmax(-1)
+        length = keys.shape[2]
+        attended = weights[..., :length] @ values  # [B, G, W * H / G, Dh]
+        attended = attended.view(batch, groups, -1, shared, size).permute(0, 2, 1, 3, 4)
+        own_weights = weights[..., length:].reshape(batch, groups, -1, shared, steps).permute(0, 2, 4, 1, 3)
+        own_sum = (own_weights.reshape(-1, steps, groups, shared)[..., None] * own[:, :, 1]).sum(1)
+        return (attended.reshape(own_sum.shape) + own_sum).flatten(1)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """Attention [B, H, Q, Dh] over G shared key-value heads."""
+    shared = query.shape[1] // keys.shape[1]
+    if shared > 1:
+        keys, values = (t.repeat_interleave(shared, dim=1) for t in (keys, values))
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of rows [R, heads, Dh]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _norm(layer: Any) -> Norm:
+    bias = getattr(layer, "bias", None)
+    eps = layer.variance_epsilon if hasattr(layer, "variance_epsilon") else layer.eps
+    return Norm(layer.weight.detach(), None if bias is None else bias.detach(), eps)

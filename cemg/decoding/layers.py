@@ -1,0 +1,194 @@
+"""The few layers that the fast steppers are made of: a model's own weights, arranged for few calls.
+
+R rows, d the width, V vocabulary, K codes a level, B users, S prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROW_CELLS = 2**24  # logits over the vocabulary held at once: 64 MB
+
+
+class Wanted(NamedTuple):
+    """Which logits a step returns: ``size`` columns from token ``first``; the log-sum-exp of all or not."""
+
+    first: int
+    size: int
+    total: bool
+
+
+class Logits(NamedTuple):
+    """``columns`` [B, W, K] float32 and, where wanted, ``total`` [B, W]: log-sum-exp over the vocabulary."""
+
+    columns: Tensor
+    total: Tensor | None
+
+    @classmethod
+    def of(cls, logits: Tensor, wanted: Wanted) -> Logits:
+        """The wanted part of logits [B, W, V]."""
+        total = logits.float().logsumexp(-1) if wanted.total else None
+        return cls(logits[..., wanted.first : wanted.first + wanted.size].float().contiguous(), total)
+
+
+class Stepper(Protocol):
+    """A model in the middle of one search: logits of the first code, then of the next one for every beam."""
+
+    def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
+        """After prompts [B, S], one row a user: W = 1."""
+        ...
+
+    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+        """After ``tokens`` [B, W], grown from the beams ``parents`` [B, W] before."""
+        ...
+
+
+class Unsupported(Exception):
+    """This model's shape is not one that a fast stepper knows; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """``x @ weight.T + bias``; ``weight`` [out, in]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, modules: Sequence[Any], dtype: torch.dtype, transposed: bool = False) -> Projection:
+        """Several linear layers over one input as one; ``transposed`` for GPT-2's Conv1D."""
+        weights = [m.weight.detach().t() if transposed else m.weight.detach() for m in modules]
+        biases = [m.bias for m in modules]
+        if any(b is None for b in biases) and any(b is not None for b in biases):
+            raise Unsupported("some projections of a layer have a bias and some have none")
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias = None if biases[0] is None else torch.cat([b.detach() for b in biases]).to(dtype)
+        return cls(weight.to(dtype).contiguous(), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """``residual + self(x)`` [R, out], in one product."""
+        if self.bias is not None:
+            residual = residual + self.bias
+        return torch.addmm(residual, x, self.weight.t())
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm, or LayerNorm where there is a bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shape = (x.shape[-1],)
+        if self.bias is None:
+            return F.rms_norm(x, shape, self.weight, self.eps)
+        return F.layer_norm(x, shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The feed-forward block with its norm and residual: ``up`` holds gate and value where ``gated``."""
+
+    norm: Norm
+    up: Projection
+    down: Projection
+    activation: Callable[[Tensor], Tensor]
+    gated: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        hidden = self.up(self.norm(x))
+        if self.gated:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = self.activation(gate) * hidden
+        else:
+            hidden = self.activation(hidden)
+        return self.down.added_to(x, hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The language-model head: the K columns of a level, and the log-sum-exp of all by chunks of rows."""
+
+    norm: Norm
+    projection: Projection  # [V, d]
+    scale: float = 1.0
+
+    def __call__(self, x: Tensor, batch: int, wanted: Wanted) -> Logits:
+        """``x`` [B * W, d] before the last norm."""
+        hidden = self.norm(x)
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
+        columns, total = self._total(hidden, wanted) if wanted.total else (self._level(hidden, wanted), None)
+        return Logits(columns.view(batch, -1, wanted.size),
+                      None if total is None else total.view(batch, -1))  # fmt: skip
+
+    def _level(self, hidden: Tensor, wanted: Wanted) -> Tensor:
+        own = slice(wanted.first, wanted.first + wanted.size)
+        bias = self.projection.bias
+        return F.linear(hidden, self.projection.weight[own], None if bias is None else bias[own]).float()
+
+    def _total(self, hidden: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
+        rows = max(1, ROW_CELLS // self.projection.weight.shape[0])
+        parts = []
+        for part in hidden.split(rows):
+            logits = self.projection(part)
+            own = logits[:, wanted.first : wanted.first + wanted.size].float()
+            parts.append((own, logits.float().logsumexp(-1)))
+        if len(parts) == 1:
+            return parts[0][0].contiguous(), parts[0][1]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Which places of a padded [B, S] hold tokens, so that row-wise layers compute nothing for padding."""
+
+    batch: int
+    length: int
+    index: Tensor | None  # [T] places in B * S; None where all are tokens
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Packing:
+        """Of a mask [B, S]. On a GPU everything stays padded: counting would wait for the device."""
+        batch, length = mask.shape
+        if mask.device.type != "cpu" or bool(mask.all()):
+            return cls(batch, length, None)
+        return cls(batch, length, mask.flatten().nonzero()[:, 0])
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...]."""
+        rows = padded.reshape(self.batch * self.length, *padded.shape[2:])
+        return rows if self.index is None else rows.index_select(0, self.index)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """[T, c] -> [B, S, c], zero where there is no token."""
+        if self.index is not None:
+            padded = rows.new_zeros(self.batch * self.length, rows.shape[1])
+            rows = padded.index_copy_(0, self.index, rows)
+        return rows.view(self.batch, self.length, -1)
+
+
+def heads(rows: Tensor, count: int) -> Tensor:
+    """[B, S, count * Dh] -> [B, count, S, Dh], a view."""
+    return rows.unflatten(2, (count, -1)).transpose(1, 2)
+
+
+def grown_from(past: Tensor, parents: Tensor, new: Tensor) -> Tensor:
+    """The own keys and values of beams after a step: [B * W', t, c] and [B * W, c] -> [B * W, t + 1, c].
+
+    ``parents`` [B, W] says from which of its user's W' beams each grew.
+    """
+    batch, before = parents.shape[0], past.shape[0] // parents.shape[0]
+    users = torch.arange(batch, device=parents.device)[:, None] * before
+    return torch.cat((past.index_select(0, (users + parents).flatten()), new[:, None]), dim=1)

@@ -1,0 +1,230 @@
+"""The fast T5: encoder once a user, beams as queries of one cross-attention, the rest on few calls.
+
+B users, W beams, R = B * W rows, S prompt tokens, H heads of Dh, d the width, L layers.
+Equal to ``T5ForConditionalGeneration`` up to rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cemg.decoding.layers import (
+    Feed,
+    Head,
+    Logits,
+    Norm,
+    Packing,
+    Projection,
+    Unsupported,
+    Wanted,
+    grown_from,
+    heads,
+)  # fmt: skip
+
+TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderLayer:
+    norm: Norm
+    qkv: Projection  # [3 * H * Dh, d]
+    out: Projection
+    feed: Feed
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    norm: Norm
+    qkv: Projection
+    out: Projection
+    cross_norm: Norm
+    cross_q: Projection
+    cross_out: Projection
+    feed: Feed
+
+
+class T5Plan:
+    """A T5's weights as the stepper wants them. They are read here, once: make a new plan after training.
+
+    Raises ``Unsupported`` for a model that only looks like a T5.
+    """
+
+    def __init__(self, model: PreTrainedModel, code_tokens: range) -> None:
+        if model.config.model_type not in ("t5", "mt5"):
+            raise Unsupported(f"the model type {model.config.model_type} is no T5")
+        source: Any = model
+        config = source.config
+        self.dtype, self.device = source.dtype, source.device
+        self.heads, self.start_token = config.num_heads, config.decoder_start_token_id
+        self.embedding: Tensor = source.shared.weight.detach()
+        self.encoder = [self._encoder_layer(block) for block in source.encoder.block]
+        self.decoder = [self._decoder_layer(block) for block in source.decoder.block]
+        self.encoder_norm = _norm(source.encoder.final_layer_norm)
+        scaled = config.model_type == "t5" and getattr(
+            config, "scale_decoder_outputs", config.tie_word_embeddings
+        )
+        self.head = Head(_norm(source.decoder.final_layer_norm), Projection.of([source.lm_head], self.dtype),
+                         config.d_model**-0.5 if scaled else 1.0)  # fmt: skip
+        crosses = [block.layer[1].EncDecAttention for block in source.decoder.block]
+        self.cross_kv = Projection.of([p for cross in crosses for p in (cross.k, cross.v)], self.dtype)
+        self.encoder_attention = source.encoder.block[0].layer[0].SelfAttention
+        self.decoder_attention = source.decoder.block[0].layer[0].SelfAttention
+        self._encoder_bias: tuple[int, Tensor] = (0, torch.empty(0))
+        self._precompute(code_tokens)
+
+    def begin(self) -> T5Stepper:
+        """A stepper for one batch."""
+        return T5Stepper(self)
+
+    @torch.no_grad()
+    def _precompute(self, code_tokens: range) -> None:
+        """What depends on weights alone: the start token before cross-attention, and codes in layer 0."""
+        first = self.decoder[0]
+        start = self.embedding[self.start_token][None]  # [1, d]
+        qkv = first.qkv(first.norm(start))
+        self.start_kv = qkv[:, qkv.shape[1] // 3 :]  # [1, 2 * H * Dh]
+        self.start_hidden = first.out.added_to(start, qkv[:, 2 * qkv.shape[1] // 3 :])
+        self.first_code = code_tokens.start
+        self.table: Tensor | None = None
+        if len(code_tokens) <= TABLE_ROWS:
+            codes = self.embedding[code_tokens.start : code_tokens.stop]
+            self.table = first.qkv(first.norm(codes))  # [codes, 3 * H * Dh]
+
+    def _encoder_layer(self, block: Any) -> EncoderLayer:
+        own = block.layer[0]
+        out = Projection.of([own.SelfAttention.o], self.dtype)
+        return EncoderLayer(
+            _norm(own.layer_norm), self._qkv(own.SelfAttention), out, self._feed(block.layer[1])
+        )
+
+    def _decoder_layer(self, block: Any) -> DecoderLayer:
+        own, cross = block.layer[0], block.layer[1]
+        return DecoderLayer(
+            _norm(own.layer_norm), self._qkv(own.SelfAttention),
+            Projection.of([own.SelfAttention.o], self.dtype), _norm(cross.layer_norm),
+            Projection.of([cross.EncDecAttention.q], self.dtype),
+            Projection.of([cross.EncDecAttention.o], self.dtype), self._feed(block.layer[2]),
+        )  # fmt: skip
+
+    def _qkv(self, attention: Any) -> Projection:
+        return Projection.of([attention.q, attention.k, attention.v], self.dtype)
+
+    def _feed(self, layer: Any) -> Feed:
+        dense = layer.DenseReluDense
+        gated = hasattr(dense, "wi_0")
+        up = Projection.of([dense.wi_0, dense.wi_1] if gated else [dense.wi], self.dtype)
+        return Feed(_norm(layer.layer_norm), up, Projection.of([dense.wo], self.dtype), dense.act, gated)
+
+    def encoder_bias(self, length: int) -> Tensor:
+        """The encoder's position bias [1, H, S, S], of the model's dtype."""
+        if self._encoder_bias[0] != length:
+            place = torch.arange(length, device=self.device)
+            bias = _bias(self.encoder_attention, place[None] - place[:, None])  # [S, S, H]
+            self._encoder_bias = (length, bias.permute(2, 0, 1)[None].contiguous())
+        return self._encoder_bias[1]
+
+    def decoder_bias(self, position: int) -> Tensor:
+        """The bias of the query at ``position`` towards keys 0 ... position, [position + 1, H]."""
+        return _bias(self.decoder_attention, torch.arange(-position, 1, device=self.device))
+
+
+class T5Stepper:
+    """The search's state: keys and values of the prompt, and of each beam's own tokens."""
+
+    def __init__(self, plan: T5Plan) -> None:
+        self.plan = plan
+
+    def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
+        plan = self.plan
+        packing = Packing.of(attention_mask)
+        batch = input_ids.shape[0]
+        # [B, 1, 1, S]: 0 at a token, the lowest number at padding; None where nothing is padded
+        self.padding = None
+        if packing.index is not None or attention_mask.device.type != "cpu":
+            lowest = torch.finfo(plan.dtype).min
+            self.padding = (1 - attention_mask.to(plan.dtype))[:, None, None] * lowest
+        encoded = self._encode(input_ids, packing)
+        crosses = packing.unpack(plan.cross_kv(encoded)).chunk(2 * len(plan.decoder), dim=2)
+        views = [heads(part, plan.heads) for part in crosses]  # each [B, H, S, Dh]
+        self.cross = list(zip(views[::2], views[1::2], strict=True))
+        self.position = 0
+        self.past: list[Tensor] = []  # a layer each: [R, t, 2 * H * Dh]
+        x = plan.start_hidden.expand(batch, -1)
+        for number, layer in enumerate(plan.decoder):
+            kv = plan.start_kv.expand(batch, -1)
+            if number > 0:
+                kv = F.linear(layer.norm(x), layer.qkv.weight[layer.qkv.weight.shape[0] // 3 :])
+                x = layer.out.added_to(x, kv[:, kv.shape[1] // 2 :])  # one key: attention is its value
+            self.past.append(kv[:, None])
+            x = layer.feed(self._cross_attend(number, x, batch))
+        return plan.head(x, batch, wanted)
+
+    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+        plan = self.plan
+        batch = tokens.shape[0]
+        self.position += 1
+        bias = plan.decoder_bias(self.position)  # [t, H]
+        flat = tokens.flatten()
+        x = F.embedding(flat, plan.embedding)  # [R, d]
+        for number, layer in enumerate(plan.decoder):
+            if number == 0 and plan.table is not None:
+                qkv = plan.table.index_select(0, flat - plan.first_code)
+            else:
+                qkv = layer.qkv(layer.norm(x))
+            x = layer.out.added_to(x, self._self_attend(number, qkv, parents, bias))
+            x = layer.feed(self._cross_attend(number, x, batch))
+        return plan.head(x, batch, wanted)
+
+    def _encode(self, input_ids: Tensor, packing: Packing) -> Tensor:
+        """The encoder's output for the tokens alone, [T, d]."""
+        plan = self.plan
+        bias = plan.encoder_bias(packing.length)
+        if self.padding is not None:
+            bias = bias + self.padding  # [B, H, S, S]
+        x = F.embedding(packing.pack(input_ids), plan.embedding)
+        for layer in plan.encoder:
+            qkv = packing.unpack(layer.qkv(layer.norm(x)))
+            q, k, v = (heads(part, plan.heads) for part in qkv.chunk(3, dim=2))
+            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+            x = layer.feed(layer.out.added_to(x, packing.pack(seen.transpose(1, 2).flatten(2))))
+        return plan.encoder_norm(x)
+
+    def _self_attend(self, number: int, qkv: Tensor, parents: Tensor, bias: Tensor) -> Tensor:
+        """Each beam over its own tokens so far, [R, H * Dh]: at most M keys, so plain sums."""
+        width = qkv.shape[1] // 3
+        past = grown_from(self.past[number], parents, qkv[:, width:])
+        self.past[number] = past
+        shape = (*past.shape[:2], self.plan.heads, -1)
+        keys, values = past[..., :width].view(shape), past[..., width:].view(shape)  # [R, t, H, Dh]
+        query = qkv[:, :width].view(-1, 1, self.plan.heads, width // self.plan.heads)
+        weights = ((query * keys).sum(-1) + bias).softmax(1)  # [R, t, H]
+        return (weights[..., None] * values).sum(1).flatten(1)
+
+    def _cross_attend(self, number: int, x: Tensor, batch: int) -> Tensor:
+        """x plus what its beams see of their user's prompt; [R, d]."""
+        layer = self.plan.decoder[number]
+        query = heads(layer.cross_q(layer.cross_norm(x)).view(batch, -1, layer.cross_q.weight.shape[0]),
+                      self.plan.heads)  # fmt: skip
+        keys, values = self.cross[number]
+        seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.padding, scale=1.0)
+        return layer.cross_out.added_to(x, seen.transpose(1, 2).reshape(x.shape[0], -1))
+
+
+def _norm(layer: Any) -> Norm:
+    return Norm(layer.weight.detach(), None, layer.variance_epsilon)
+
+
+def _bias(attention: Any, distance: Tensor) -> Tensor:
+    """The learned bias of keys ``distance`` places after the query: any shape -> [..., H]."""
+    bucket = attention._relative_position_bucket(
+        distance, bidirectional=not attention.is_decoder,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
+    )  # fmt: skip
+    return F.embedding(bucket, attention.relative_attention_bias.weight.detach())

@@ -1,0 +1,138 @@
+"""The steppers of our own against the models' own forward, for every shape they say they know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from cemg.decoding import Decoder
+from cemg.errors import UserError
+
+from .conftest import LEVELS, SIZE, START, VOCABULARY, Bench, random_catalog
+
+ROTARY: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 1, "initializer_range": 0.2,
+}  # fmt: skip
+T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 3,
+    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 2,
+}  # fmt: skip
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5 tied": ("T5", T5 | {"tie_word_embeddings": True}),
+    "t5 gated, uneven stacks": ("T5", T5 | {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 3}),
+    "mt5": ("MT5", T5),
+    "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
+                      "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.2}),
+    "llama, as many key heads": ("Llama", ROTARY | {"num_key_value_heads": 4}),
+    "llama with biases": ("Llama", ROTARY | {"attention_bias": True, "mlp_bias": True}),
+    "llama3 rotation": ("Llama", ROTARY | {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "mistral": ("Mistral", ROTARY | {"sliding_window": None}),
+    "qwen2, biases of three projections": ("Qwen2", ROTARY),
+    "qwen3, normed heads": ("Qwen3", ROTARY | {"head_dim": 16}),
+}  # fmt: skip
+CLASSES = {
+    "T5": "T5ForConditionalGeneration",
+    "MT5": "MT5ForConditionalGeneration",
+    "GPT2": "GPT2LMHeadModel",
+}
+
+
+def build(kind: str, settings: dict[str, Any]) -> transformers.PreTrainedModel:
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, CLASSES.get(kind, f"{kind}ForCausalLM"))(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "bias" in name and weight.dim() == 1:
+                weight.normal_(0, 0.3)
+        model.get_output_embeddings().weight.normal_(0, 0.5)
+    return model
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_fast_path_returns_what_the_models_own_forward_returns(shape, normalize, same_lists):
+    """Prompts of equal and of mixed lengths, more beams than items of a first code, and a single beam."""
+    model = build(*SHAPES[shape])
+    catalog = random_catalog(60, 1)
+    fast = Decoder(model, catalog, START, normalize, fast=True)
+    slow = Decoder(model, catalog, START, normalize, fast=False)
+    assert fast.path.startswith("fast") and slow.path.startswith("the model's own forward")
+    for lengths in ([5, 5], [7, 2, 4]):
+        for beams in (1, 4, 80):
+            prompts = Bench(model, catalog).prompts(lengths)
+            same_lists(fast.decode(*prompts, beams), slow.decode(*prompts, beams))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        ("Mistral", ROTARY | {"sliding_window": 12}, "sliding window"),
+        ("Qwen2", ROTARY | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 0}, "window"),
+        ("GPTNeoX", {k: v for k, v in ROTARY.items() if k != "num_key_value_heads"}, "gpt_neox"),
+        ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "bos_token_id": 1,
+                  "eos_token_id": 1, "scale_attn_by_inverse_layer_idx": True}, "scaled"),
+    ],
+)  # fmt: skip
+def test_a_model_of_another_shape_runs_on_its_own_forward_and_says_why(kind, settings, reason):
+    decoder = Decoder(build(kind, settings), random_catalog(60, 1), START)
+    assert decoder.path.startswith("the model's own forward") and reason in decoder.path
+    assert (decoder.decode(torch.tensor([[5, 6]]), torch.ones(1, 2).long(), 3).items >= 0).all()
+
+
+def test_a_prompt_longer_than_the_sliding_window_is_refused():
+    decoder = Decoder(build("Mistral", ROTARY | {"sliding_window": 12}), random_catalog(60, 1), START)
+    with pytest.raises(UserError, match="5 tokens does not fit the model's sliding window of 12"):
+        decoder.decode(torch.full((1, 5), 4), torch.ones(1, 5).long(), 3)
+
+
+@pytest.mark.parametrize("shape", ["t5 tied", "gpt2", "llama, as many key heads"])
+def test_in_bfloat16_the_scores_stay_within_its_rounding(shape):
+    """Against the same weights in float32: bfloat16 keeps 8 bits, and a score sums three steps of them."""
+    model = build(*SHAPES[shape])
+    catalog = random_catalog(60, 1)
+    prompts = Bench(model, catalog).prompts([5, 3])
+    exact = by_item(Decoder(model, catalog, START).decode(*prompts, 80))
+    half = by_item(Decoder(model.to(torch.bfloat16), catalog, START).decode(*prompts, 80))
+    assert half.keys() == exact.keys()
+    worst = max(abs(half[place] - exact[place]) for place in exact)
+    assert 0 < worst < 0.15 * max(abs(score) for score in exact.values())
+
+
+def by_item(found: Any) -> dict[tuple[int, int], float]:
+    return {
+        (row, item): score
+        for row, (items, scores) in enumerate(zip(found.items.tolist(), found.scores.tolist(), strict=True))
+        for item, score in zip(items, scores, strict=True)
+        if item >= 0
+    }
+
+
+def test_the_head_by_chunks_of_rows_equals_the_head_at_once(monkeypatch, same_lists):
+    from cemg.decoding import layers
+
+    model = build(*SHAPES["gpt2"])
+    catalog = random_catalog(60, 1)
+    prompts = Bench(model, catalog).prompts([4, 4, 4])
+    whole = Decoder(model, catalog, START).decode(*prompts, 9)
+    monkeypatch.setattr(layers, "ROW_CELLS", 2 * VOCABULARY)
+    same_lists(Decoder(model, catalog, START).decode(*prompts, 9), whole)
+
+
+def test_codes_too_many_for_the_table_are_projected_each_time(monkeypatch, same_lists):
+    from cemg.decoding import causal, t5
+
+    for shape, module in (("t5 tied", t5), ("qwen3, normed heads", causal)):
+        model = build(*SHAPES[shape])
+        prompts: tuple[Tensor, Tensor] = Bench(model, random_catalog(60, 1)).prompts([4, 2])
+        with_table = Decoder(model, random_catalog(60, 1), START).decode(*prompts, 9)
+        monkeypatch.setattr(module, "TABLE_ROWS", LEVELS * SIZE - 1)
+        same_lists(Decoder(model, random_catalog(60, 1), START).decode(*prompts, 9), with_table)
