@@ -43,6 +43,7 @@ CLASSES = {
     "MT5": "MT5ForConditionalGeneration",
     "GPT2": "GPT2LMHeadModel",
 }
+WINDOW: dict[str, Any] = {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 0}
 
 
 def build(kind: str, settings: dict[str, Any]) -> transformers.PreTrainedModel:
@@ -76,7 +77,7 @@ def test_a_fast_path_returns_what_the_models_own_forward_returns(shape, normaliz
     ("kind", "settings", "reason"),
     [
         ("Mistral", ROTARY | {"sliding_window": 12}, "sliding window"),
-        ("Qwen2", ROTARY | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 0}, "window"),
+        ("Qwen2", ROTARY | WINDOW, "sliding window"),
         ("GPTNeoX", {k: v for k, v in ROTARY.items() if k != "num_key_value_heads"}, "gpt_neox"),
         ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "bos_token_id": 1,
                   "eos_token_id": 1, "scale_attn_by_inverse_layer_idx": True}, "scaled"),
