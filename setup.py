@@ -2,14 +2,15 @@
 
 import subprocess
 import tempfile
+from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError, LinkError
 
-SOURCES = ["csrc/bindings.cpp", "csrc/src/trie_build.cpp", "csrc/src/trie_cpu.cpp"]
-HEADERS = ["csrc/include/cemg/trie_view.h", "csrc/include/cemg/trie_build.h", "csrc/include/cemg/trie_cpu.h"]
+SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/src/*.cpp"))]
+HEADERS = sorted(glob("csrc/include/cemg/*.h"))
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 

@@ -3,10 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <variant>
+#include <vector>
 
+#include "cemg/decode_cpu.h"
 #include "cemg/trie_build.h"
 #include "cemg/trie_cpu.h"
 #if defined(_OPENMP)
@@ -121,6 +125,30 @@ void interval(const View& view, Address nodes, int64_t rows, Address out) {
   std::visit([&](auto trie) { cemg::interval(trie, at<int32_t>(nodes), rows, at<int32_t>(out)); }, view.trie);
 }
 
+// steps: (address of keys, address of values, row stride) each; prefix: empty, or two addresses each with the
+// strides of user, query and head.
+void beam_attention(const std::array<int64_t, 5>& shape, Address query, int64_t query_stride,
+                    const std::vector<std::tuple<Address, Address, int64_t>>& steps, Address ancestors,
+                    Address bias, float scale, const std::vector<int64_t>& prefix, Address out) {
+  std::vector<cemg::StepRows> rows;
+  for (const auto& [keys, values, stride] : steps) {
+    rows.push_back({at<const float>(keys), at<const float>(values), stride});
+  }
+  cemg::PrefixAttention merged;
+  if (prefix.size() == 8) {
+    merged = {at<const float>(static_cast<Address>(prefix[0])), prefix[1], prefix[2], prefix[3],
+              at<const float>(static_cast<Address>(prefix[4])), prefix[5], prefix[6], prefix[7]};
+  }
+  const py::gil_scoped_release release;
+  cemg::beam_attention({shape[0], shape[1], shape[2], shape[3], shape[4]}, at<const float>(query),
+                       query_stride, rows, at<const int32_t>(ancestors), at<const float>(bias), scale, merged,
+                       at<float>(out));
+}
+
+void rms_norm(Address x, Address weight, int64_t rows, int64_t width, float eps, Address out) {
+  cemg::rms_norm(at<const float>(x), at<const float>(weight), rows, width, eps, at<float>(out));
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -140,6 +168,8 @@ PYBIND11_MODULE(_native, module) {
   using release = py::call_guard<py::gil_scoped_release>;
   module.doc() = "The trie in C++: raw addresses in, raw addresses out. Use cemg_kernels.Trie.";
   module.def("build_info", &build_info);
+  module.def("beam_attention", &beam_attention);
+  module.def("rms_norm", &rms_norm, release());
   py::class_<cemg::TrieBuilder>(module, "TrieBuilder")
       .def(py::init(&sort_codes), py::arg("codes"), py::arg("rows"), py::arg("levels"),
            py::arg("codebook_size"), release())

@@ -1,4 +1,9 @@
 def build_info() -> dict[str, object]: ...
+def beam_attention(
+    shape: list[int], query: int, query_stride: int, steps: list[tuple[int, int, int]], ancestors: int,
+    bias: int, scale: float, prefix: list[int], out: int, /,
+) -> None: ...  # fmt: skip
+def rms_norm(x: int, weight: int, rows: int, width: int, eps: float, out: int, /) -> None: ...
 
 class TrieBuilder:
     def __init__(self, codes: int, rows: int, levels: int, codebook_size: int) -> None: ...

@@ -30,6 +30,8 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "trie_beam_step": ("torch", "reference"),
     "trie": ("native", "reference"),
     "lightgcn_propagate": ("torch", "reference"),
+    "beam_attention": ("native", "reference"),
+    "rms_norm": ("native", "reference"),
 }
 _override: bool | None = None
 

@@ -20,13 +20,14 @@ from cemg.decoding.layers import (
     Head,
     Logits,
     Norm,
+    OwnTokens,
     Packing,
     Projection,
     Unsupported,
     Wanted,
-    grown_from,
     heads,
-)  # fmt: skip
+)
+from cemg_kernels.beam_attention import Prefix
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")  # one shape: RMSNorm, rotary, gated feed-forward
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
@@ -78,7 +79,7 @@ class CausalPlan:
         self.layers = [
             Layer(
                 _norm(block.ln_1), self._conv(block.attn.c_attn), None, None, self._conv(block.attn.c_proj),
-                Feed(_norm(block.ln_2), self._conv(block.mlp.c_fc), self._conv(block.mlp.c_proj),
+                Feed.of(_norm(block.ln_2), self._conv(block.mlp.c_fc), self._conv(block.mlp.c_proj),
                      block.mlp.act, gated=False),
             )
             for block in body.h
@@ -105,7 +106,7 @@ class CausalPlan:
         return Layer(
             _norm(layer.input_layernorm), Projection.of([own.q_proj, own.k_proj, own.v_proj], self.dtype),
             q_norm and _norm(q_norm), k_norm and _norm(k_norm), Projection.of([own.o_proj], self.dtype),
-            Feed(_norm(layer.post_attention_layernorm),
+            Feed.of(_norm(layer.post_attention_layernorm),
                  Projection.of([mlp.gate_proj, mlp.up_proj], self.dtype),
                  Projection.of([mlp.down_proj], self.dtype), mlp.act_fn, gated=True),
         )  # fmt: skip
@@ -172,7 +173,7 @@ class CausalStepper:
         rotary = plan.rotary(flat)
         x = plan.embed(packing.pack(input_ids), flat)  # [T, d]
         self.prompt: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values [B, G, S, Dh]
-        self.past: list[Tensor] = []  # a layer each, after the first step: [R, t, 2 * G * Dh]
+        self.own = OwnTokens(batch, len(plan.layers), input_ids.device, shared_start=False)
         for layer in plan.layers:
             query, kv = plan.split(layer, layer.qkv(layer.norm(x)), rotary)
             keys, values = (heads(part, plan.kv_heads) for part in packing.unpack(kv).chunk(2, dim=2))
@@ -196,6 +197,7 @@ class CausalStepper:
         positions = self.next_position.repeat_interleave(beams)  # [R]
         self.next_position = self.next_position + 1
         rotary = plan.rotary(positions)
+        self.own.grow(parents)
         x = plan.embed(flat, positions)
         for number, layer in enumerate(plan.layers):
             if number == 0 and plan.table is not None:
@@ -203,38 +205,26 @@ class CausalStepper:
             else:
                 qkv = layer.qkv(layer.norm(x))
             query, kv = plan.split(layer, qkv, rotary)
-            if number == len(self.past):
-                self.past.append(kv[:, None])
-            else:
-                self.past[number] = grown_from(self.past[number], parents, kv)
-            x = layer.feed(layer.out.added_to(x, self._attend(number, query, batch)))
+            self.own.add(number, *kv.unflatten(1, (2, plan.kv_heads, -1)).unbind(1))
+            seen = self.own.attend(number, query, plan.scale, prefix=self._prompt(number, query, batch))
+            x = layer.feed(layer.out.added_to(x, seen))
         return plan.head(x, batch, wanted)
 
-    def _attend(self, number: int, query: Tensor, batch: int) -> Tensor:
-        """Each beam over its user's prompt and its own tokens, one softmax: [R, H, Dh] -> [R, H * Dh]."""
-        plan, past = self.plan, self.past[number]
+    def _prompt(self, number: int, query: Tensor, batch: int) -> Prefix:
+        """The attention of queries [R, H, Dh] over their user's prompt, with its log-sum-exp.
+
+        Beams, and the heads that share keys, are the rows of one product: no key is copied.
+        """
+        plan = self.plan
         keys, values = self.prompt[number]  # [B, G, S, Dh]
-        groups, size = plan.kv_heads, query.shape[2]
-        shared = plan.heads // groups
-        own = past.unflatten(2, (2, groups, 1, size))  # [R, t, 2, G, 1, Dh]
-        grouped = query.view(-1, 1, groups, shared, size)
-        own_scores = (grouped * own[:, :, 0]).sum(-1)  # [R, t, G, H / G]
-        steps = past.shape[1]
-        # beams and the heads of one group are the rows of a product with that group's keys
-        folded = query.view(batch, -1, groups, shared, size).permute(0, 2, 1, 3, 4)
-        folded = folded.reshape(batch, groups, -1, size)  # [B, G, W * H / G, Dh]
-        scores = folded @ keys.transpose(2, 3)  # [B, G, W * H / G, S]
+        shared, size = plan.heads // plan.kv_heads, query.shape[2]
+        folded = query.reshape(batch, -1, plan.kv_heads, shared, size).transpose(1, 2)
+        folded = folded.flatten(2, 3)  # [B, G, W * H / G, Dh]
+        scores = folded @ (keys * plan.scale).transpose(2, 3)  # [B, G, W * H / G, S]
         if self.seen is not None:
             scores = scores.masked_fill(~self.seen, torch.finfo(scores.dtype).min)
-        aside = own_scores.view(batch, -1, steps, groups, shared).permute(0, 3, 1, 4, 2)
-        scores = torch.cat((scores, aside.reshape(batch, groups, -1, steps)), dim=3)
-        weights = (scores * plan.scale).softmax(-1)
-        length = keys.shape[2]
-        attended = weights[..., :length] @ values  # [B, G, W * H / G, Dh]
-        attended = attended.view(batch, groups, -1, shared, size).permute(0, 2, 1, 3, 4)
-        own_weights = weights[..., length:].reshape(batch, groups, -1, shared, steps).permute(0, 2, 4, 1, 3)
-        own_sum = (own_weights.reshape(-1, steps, groups, shared)[..., None] * own[:, :, 1]).sum(1)
-        return (attended.reshape(own_sum.shape) + own_sum).flatten(1)
+        lse = scores.logsumexp(3)
+        return Prefix(scores.softmax(3) @ values, lse)
 
 
 def _attend(

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cemg_kernels import beam_attention, rms_norm
+from cemg_kernels.beam_attention import Prefix, Step
+
 ROW_CELLS = 2**24  # logits over the vocabulary held at once: 64 MB
 
 
@@ -90,10 +93,9 @@ class Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        shape = (x.shape[-1],)
         if self.bias is None:
-            return F.rms_norm(x, shape, self.weight, self.eps)
-        return F.layer_norm(x, shape, self.weight, self.bias, self.eps)
+            return rms_norm(x, self.weight, self.eps)
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,13 @@ class Feed:
     down: Projection
     activation: Callable[[Tensor], Tensor]
     gated: bool
+
+    @classmethod
+    def of(cls, norm: Norm, up: Projection, down: Projection, activation: Any, gated: bool) -> Feed:
+        """ReLU works in place: what it is given is the block's own."""
+        if isinstance(activation, torch.nn.ReLU):
+            activation = torch.relu_
+        return cls(norm, up, down, activation, gated)
 
     def __call__(self, x: Tensor) -> Tensor:
         hidden = self.up(self.norm(x))
@@ -184,11 +193,36 @@ def heads(rows: Tensor, count: int) -> Tensor:
     return rows.unflatten(2, (count, -1)).transpose(1, 2)
 
 
-def grown_from(past: Tensor, parents: Tensor, new: Tensor) -> Tensor:
-    """The own keys and values of beams after a step: [B * W', t, c] and [B * W, c] -> [B * W, t + 1, c].
+class OwnTokens:
+    """What the beams have been fed: keys and values a layer and step, and who descends from whom."""
 
-    ``parents`` [B, W] says from which of its user's W' beams each grew.
-    """
-    batch, before = parents.shape[0], past.shape[0] // parents.shape[0]
-    users = torch.arange(batch, device=parents.device)[:, None] * before
-    return torch.cat((past.index_select(0, (users + parents).flatten()), new[:, None]), dim=1)
+    def __init__(self, batch: int, layers: int, device: torch.device, shared_start: bool) -> None:
+        """``shared_start``: step 0 is one row a user, whose keys and values follow by ``add``."""
+        self.steps: list[list[Step]] = [[] for _ in range(layers)]
+        first = torch.arange(batch, dtype=torch.int32, device=device)[None]
+        self.ancestors = first if shared_start else first[:0]  # [T, R]
+        self.beams = 1
+
+    def grow(self, parents: Tensor) -> None:
+        """Beams [B, W] grown from ``parents``, each fed one more token."""
+        batch, beams = parents.shape
+        users = torch.arange(batch, device=parents.device)[:, None] * self.beams
+        rows = torch.arange(batch * beams, dtype=torch.int32, device=parents.device)[None]
+        self.ancestors = torch.cat((self.ancestors[:, (users + parents).flatten()], rows))
+        self.beams = beams
+
+    def add(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keys and values [R, G, Dh] of the tokens just fed."""
+        self.steps[layer].append((keys, values))
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        scale: float,
+        bias: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        """``query`` [R, H, Dh] over all of it -> [R, H * Dh]."""
+        shaped = query.view(-1, self.beams, *query.shape[1:])
+        return beam_attention(shaped, self.steps[layer], self.ancestors, scale, bias, prefix)

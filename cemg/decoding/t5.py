@@ -19,13 +19,13 @@ from cemg.decoding.layers import (
     Head,
     Logits,
     Norm,
+    OwnTokens,
     Packing,
     Projection,
     Unsupported,
     Wanted,
-    grown_from,
     heads,
-)  # fmt: skip
+)
 
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
@@ -119,7 +119,7 @@ class T5Plan:
         dense = layer.DenseReluDense
         gated = hasattr(dense, "wi_0")
         up = Projection.of([dense.wi_0, dense.wi_1] if gated else [dense.wi], self.dtype)
-        return Feed(_norm(layer.layer_norm), up, Projection.of([dense.wo], self.dtype), dense.act, gated)
+        return Feed.of(_norm(layer.layer_norm), up, Projection.of([dense.wo], self.dtype), dense.act, gated)
 
     def encoder_bias(self, length: int) -> Tensor:
         """The encoder's position bias [1, H, S, S], of the model's dtype."""
@@ -154,14 +154,14 @@ class T5Stepper:
         views = [heads(part, plan.heads) for part in crosses]  # each [B, H, S, Dh]
         self.cross = list(zip(views[::2], views[1::2], strict=True))
         self.position = 0
-        self.past: list[Tensor] = []  # a layer each: [R, t, 2 * H * Dh]
+        self.own = OwnTokens(batch, len(plan.decoder), input_ids.device, shared_start=True)
         x = plan.start_hidden.expand(batch, -1)
         for number, layer in enumerate(plan.decoder):
             kv = plan.start_kv.expand(batch, -1)
             if number > 0:
                 kv = F.linear(layer.norm(x), layer.qkv.weight[layer.qkv.weight.shape[0] // 3 :])
                 x = layer.out.added_to(x, kv[:, kv.shape[1] // 2 :])  # one key: attention is its value
-            self.past.append(kv[:, None])
+            self.own.add(number, *kv.unflatten(1, (2, plan.heads, -1)).unbind(1))
             x = layer.feed(self._cross_attend(number, x, batch))
         return plan.head(x, batch, wanted)
 
@@ -169,7 +169,8 @@ class T5Stepper:
         plan = self.plan
         batch = tokens.shape[0]
         self.position += 1
-        bias = plan.decoder_bias(self.position)  # [t, H]
+        self.own.grow(parents)
+        bias = plan.decoder_bias(self.position)  # [T, H]
         flat = tokens.flatten()
         x = F.embedding(flat, plan.embedding)  # [R, d]
         for number, layer in enumerate(plan.decoder):
@@ -177,7 +178,9 @@ class T5Stepper:
                 qkv = plan.table.index_select(0, flat - plan.first_code)
             else:
                 qkv = layer.qkv(layer.norm(x))
-            x = layer.out.added_to(x, self._self_attend(number, qkv, parents, bias))
+            query, keys, values = qkv.unflatten(1, (3, plan.heads, -1)).unbind(1)  # each [R, H, Dh]
+            self.own.add(number, keys, values)
+            x = layer.out.added_to(x, self.own.attend(number, query, 1.0, bias))
             x = layer.feed(self._cross_attend(number, x, batch))
         return plan.head(x, batch, wanted)
 
@@ -194,17 +197,6 @@ class T5Stepper:
             seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
             x = layer.feed(layer.out.added_to(x, packing.pack(seen.transpose(1, 2).flatten(2))))
         return plan.encoder_norm(x)
-
-    def _self_attend(self, number: int, qkv: Tensor, parents: Tensor, bias: Tensor) -> Tensor:
-        """Each beam over its own tokens so far, [R, H * Dh]: at most M keys, so plain sums."""
-        width = qkv.shape[1] // 3
-        past = grown_from(self.past[number], parents, qkv[:, width:])
-        self.past[number] = past
-        shape = (*past.shape[:2], self.plan.heads, -1)
-        keys, values = past[..., :width].view(shape), past[..., width:].view(shape)  # [R, t, H, Dh]
-        query = qkv[:, :width].view(-1, 1, self.plan.heads, width // self.plan.heads)
-        weights = ((query * keys).sum(-1) + bias).softmax(1)  # [R, t, H]
-        return (weights[..., None] * values).sum(1).flatten(1)
 
     def _cross_attend(self, number: int, x: Tensor, batch: int) -> Tensor:
         """x plus what its beams see of their user's prompt; [R, d]."""
