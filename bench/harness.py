@@ -41,6 +41,13 @@ class Times:
     def p50(self) -> float:
         return self.percentile(50)
 
+    def row(self) -> dict[str, float]:
+        """The percentiles as a benchmark's row holds them."""
+        named = {f"p{percent}_ms": self.percentile(percent) for percent in (20, 50, 80)}
+        if len(self.samples) >= 100:
+            named |= {f"p{percent}_ms": self.percentile(percent) for percent in (95, 99)}
+        return {**named, "samples": len(self.samples)}
+
 
 def arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:
     """The options every benchmark takes; its own are added to what this returns."""
@@ -197,22 +204,31 @@ class Report:
         runnable = {peer: work for peer, work in peers.items() if not isinstance(work, str)}
         taken = measure({**ours, **runnable}, self.device, self.options.rounds, self.options.seconds)
         for backend in ours:
-            times = taken[backend]
-            shared = {"op": self.op, "case": name, "backend": backend, "equal_to": equal_to,
-                      "p20_ms": times.percentile(20), "p50_ms": times.p50, "p80_ms": times.percentile(80),
-                      "samples": len(times.samples), "bytes": nbytes, "floor_ms": floor_ms}  # fmt: skip
-            shared |= more
-            if len(times.samples) >= 100:
-                shared |= {"p95_ms": times.percentile(95), "p99_ms": times.percentile(99)}
-            for peer, work in peers.items() or {"none": "no peer"}.items():
-                row = {**shared, "peer": peer, "status": "ok", "peer_p50_ms": None, "ratio": None}
-                if isinstance(work, str):
-                    row["status"] = work
-                else:
-                    row["peer_p50_ms"] = taken[peer].p50
-                    row["ratio"] = taken[peer].p50 / times.p50
-                self.rows.append(row)
+            found = {peer: work if isinstance(work, str) else taken[peer] for peer, work in peers.items()}
+            self.add(name, backend, taken[backend], found, equal_to, floor_ms, bytes=nbytes, **more)
         self.write()
+
+    def add(
+        self,
+        name: str,
+        backend: str,
+        times: Times,
+        peers: Mapping[str, Times | str],
+        equal_to: str,
+        floor_ms: float | None = None,
+        **more: Any,
+    ) -> None:
+        """The rows of one backend that was timed already: one a peer, or one without."""
+        shared = {"op": self.op, "case": name, "backend": backend, "equal_to": equal_to, "floor_ms": floor_ms,
+                  **times.row(), **more}  # fmt: skip
+        for peer, found in peers.items() or {"none": "no peer"}.items():
+            row = {**shared, "peer": peer, "status": "ok", "peer_p50_ms": None, "ratio": None}
+            if isinstance(found, str):
+                row["status"] = found
+            else:
+                row["peer_p50_ms"] = found.p50
+                row["ratio"] = found.p50 / times.p50
+            self.rows.append(row)
 
     def write(self) -> None:
         """The JSON of all rows so far, whole or not at all, where --json asks for it."""

@@ -1,0 +1,400 @@
+"""What ``latency.py`` times: one engine a process, so that no thread pool disturbs another.
+
+Started by ``latency.py`` as ``python engines.py NAME``; takes one JSON request a line on standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from cemg.decoding import Decoder, Recommendations, TransformersDecoder, TrieLogitsProcessor
+from cemg.tokenizer import Catalog
+
+ANSWER = "@@ "  # begins each line that is an answer; libraries print what they like between
+MEMORY_LIMIT = 20 * 2**30
+SPECIAL = 3  # tokens before the text of a model that has none
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One place of the grid: B users of ``history`` items each, W beams, N items of ``levels`` codes."""
+
+    model: str
+    batch: int
+    beams: int
+    history: int = 20
+    items: int = 12_101
+    levels: int = 4
+    codes: int = 256
+    normalize: str = "vocab"
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a prompt."""
+        return self.history * self.levels
+
+    def name(self) -> str:
+        shape = f"{self.model} B{self.batch} W{self.beams}"
+        extra = [f"H{self.history}"] if self.history != 20 else []
+        extra += [f"N{self.items:.0e}"] if self.items != 12_101 else []
+        extra += [f"{self.levels}x{self.codes}"] if (self.levels, self.codes) != (4, 256) else []
+        return " ".join([shape, *extra])
+
+
+Runner = Callable[[], tuple[Tensor, Tensor]]  # -> codes [B, W, levels] and scores [B, W]
+
+
+class Skip(Exception):
+    """This engine cannot serve this cell, for this reason."""
+
+
+def t5(dim: int, layers: int, heads: int, ff: int, text: int) -> Callable[[int], Any]:
+    def build(codes: int) -> Any:
+        config = transformers.T5Config(
+            vocab_size=text + codes, d_model=dim, d_kv=64, d_ff=ff, num_layers=layers, num_heads=heads,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        return transformers.T5ForConditionalGeneration(config)
+
+    return build
+
+
+def llama(dim: int, layers: int, heads: int, groups: int, ff: int, text: int) -> Callable[[int], Any]:
+    def build(codes: int) -> Any:
+        config = transformers.LlamaConfig(
+            vocab_size=text + codes, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=groups, intermediate_size=ff, max_position_embeddings=2048,
+            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+
+    return build
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model with random weights: how many tokens come before the codes, its family, its builder."""
+
+    text: int
+    seq2seq: bool
+    build: Callable[[int], Any]
+
+
+MODELS = {
+    "tiger": Shape(SPECIAL + 2000, True, t5(128, 4, 6, 1024, SPECIAL + 2000)),  # its paper: 2,000 user tokens
+    "t5-small": Shape(32_128, True, t5(512, 6, 8, 2048, 32_128)),
+    "t5-base": Shape(32_128, True, t5(768, 12, 12, 3072, 32_128)),
+    "decoder-4": Shape(SPECIAL, False, llama(128, 4, 4, 4, 344, SPECIAL)),
+    "smollm2-135m": Shape(49_152, False, llama(576, 30, 9, 3, 1536, 49_152)),
+}
+
+
+def random_catalog(items: int, levels: int, codes: int) -> Catalog:
+    """``items`` different semantic IDs drawn from all of them, with seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    if codes**levels >= 2**62:
+        raise Skip(f"{codes} ** {levels} keys do not fit an int64")
+    drawn = torch.empty(0, dtype=torch.int64)
+    while drawn.numel() < items:
+        more = torch.randint(0, codes**levels, (items + items // 8 + 8,), generator=generator)
+        drawn = torch.unique(torch.cat((drawn, more)))
+    drawn = drawn[torch.randperm(drawn.numel(), generator=generator)[:items]]
+    digits = [drawn // codes ** (levels - 1 - level) % codes for level in range(levels)]
+    return Catalog.from_codes(torch.stack(digits, dim=1), codes)
+
+
+class Bench:
+    """A cell's model, catalog and prompts; the same in every process, since all follow seed 0."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        shape = MODELS[cell.model]
+        self.start, self.seq2seq = shape.text, shape.seq2seq
+        torch.manual_seed(0)
+        model = shape.build(cell.levels * cell.codes).eval()
+        self.model = model.to(cell.device, getattr(torch, cell.dtype))
+        self.catalog = random_catalog(cell.items, cell.levels, cell.codes)
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randint(0, cell.items, (cell.batch, cell.history), generator=generator)
+        offsets = torch.arange(cell.levels) * cell.codes + self.start
+        self.ids = (self.catalog.codes[rows] + offsets).flatten(1).to(cell.device)  # [B, S]
+        self.mask = torch.ones_like(self.ids)
+
+    def generate(self, **options: Any) -> tuple[Tensor, Tensor]:
+        """``generate`` of transformers, as many sequences as beams."""
+        cell = self.cell
+        out = self.model.generate(
+            input_ids=self.ids, attention_mask=self.mask, do_sample=False, num_beams=cell.beams,
+            num_return_sequences=cell.beams, max_new_tokens=cell.levels, min_new_tokens=cell.levels,
+            length_penalty=0.0, early_stopping=False, return_dict_in_generate=True, output_scores=True,
+            **options,
+        )  # fmt: skip
+        tokens = out.sequences[:, -cell.levels :].view(cell.batch, cell.beams, -1).cpu()
+        return self.codes_of(tokens), out.sequences_scores.view(cell.batch, cell.beams).cpu()
+
+    def codes_of(self, tokens: Tensor) -> Tensor:
+        """Tokens [..., levels] -> codes; what is no code of its level becomes -1."""
+        codes = tokens - torch.arange(self.cell.levels) * self.cell.codes - self.start
+        return codes.masked_fill((codes < 0) | (codes >= self.cell.codes), -1)
+
+
+def cemg(cell: Cell) -> Runner:
+    """Our engine."""
+    bench = Bench(cell)
+    decoder = Decoder(bench.model, bench.catalog, bench.start, cell.normalize, fast=True)  # type: ignore[arg-type]
+    if not decoder.path.startswith("fast"):
+        raise Skip(decoder.path)
+    RUNNING["decoder"], RUNNING["bench"] = decoder, bench
+    return lambda: codes_and_scores(decoder.decode(bench.ids, bench.mask, cell.beams))
+
+
+def codes_and_scores(found: Recommendations) -> tuple[Tensor, Tensor]:
+    return found.codes, found.scores
+
+
+def transformers_trie(cell: Cell) -> Runner:
+    """``generate`` with ``prefix_allowed_tokens_fn`` over nested dicts, what most people run."""
+    if cell.items > 10**6:
+        raise Skip("nested dicts of more than 1e6 items")
+    check_memory(cell)
+    bench = Bench(cell)
+    decoder = TransformersDecoder(bench.model, bench.catalog, bench.start, cell.normalize)  # type: ignore[arg-type]
+    return lambda: codes_and_scores(decoder.decode(bench.ids, bench.mask, cell.beams))
+
+
+def transformers_processor(cell: Cell) -> Runner:
+    """``generate`` with our ``TrieLogitsProcessor``."""
+    if cell.normalize == "level":
+        raise Skip("a logits processor masks; it cannot normalise over a level")
+    check_memory(cell)
+    bench = Bench(cell)
+    return lambda: bench.generate(
+        logits_processor=[TrieLogitsProcessor(bench.catalog.trie, bench.start)],
+        renormalize_logits=cell.normalize == "valid",
+    )
+
+
+def transformers_unconstrained(cell: Cell) -> Runner:
+    """``generate`` as it is: what it returns need not exist."""
+    check_memory(cell)
+    bench = Bench(cell)
+    return lambda: bench.generate()
+
+
+def check_memory(cell: Cell) -> None:
+    """``generate`` holds some six copies of the logits of all beams, with float32 scores of each step."""
+    rows = cell.batch * cell.beams
+    needs = rows * (MODELS[cell.model].text + cell.levels * cell.codes) * 4 * (6 + cell.levels)
+    if needs > MEMORY_LIMIT:
+        raise Skip(f"would need about {needs / 2**30:.0f} GiB")
+
+
+def ctranslate2(cell: Cell, compute_type: str = "float32") -> Runner:
+    """CTranslate2's beam search, unconstrained: it has no per-step mask."""
+    need("ctranslate2")
+    import ctranslate2 as ct2
+    from tokenizers import Tokenizer
+    from tokenizers import models as token_models
+
+    bench = Bench(cell)
+    folder = Path(TEMPORARY.name, f"{cell.model}-{cell.levels}x{cell.codes}")
+    if not folder.exists():
+        source = folder.with_suffix(".hf")
+        bench.model.save_pretrained(source)
+        size = bench.model.get_input_embeddings().num_embeddings
+        words = Tokenizer(token_models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t2"))
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t2", bos_token="t1"
+        ).save_pretrained(source)
+        ct2.converters.TransformersConverter(str(source)).convert(str(folder), force=True)
+    prompts = [[f"t{token}" for token in row] for row in bench.ids.tolist()]
+    options = {"device": cell.device, "compute_type": compute_type, "intra_threads": torch.get_num_threads()}
+    search = {"beam_size": cell.beams, "num_hypotheses": cell.beams, "length_penalty": 0.0,
+              "return_scores": True}  # fmt: skip
+    if bench.seq2seq:
+        translator = ct2.Translator(str(folder), **options)
+        limits = {"max_decoding_length": cell.levels, "min_decoding_length": cell.levels}
+        run = lambda: [(r.hypotheses, r.scores) for r in  # noqa: E731
+                       translator.translate_batch(prompts, **search, **limits)]  # fmt: skip
+    else:
+        generator = ct2.Generator(str(folder), **options)
+        limits = {"max_length": cell.levels, "min_length": cell.levels, "include_prompt_in_result": False}
+        run = lambda: [(r.sequences, r.scores) for r in  # noqa: E731
+                       generator.generate_batch(prompts, **search, **limits)]  # fmt: skip
+
+    def once() -> tuple[Tensor, Tensor]:
+        found = run()
+        tokens = torch.tensor([[[int(word[1:]) for word in line] for line in rows] for rows, _ in found])
+        return bench.codes_of(tokens), torch.tensor([scores for _, scores in found])
+
+    return once
+
+
+def ctranslate2_int8(cell: Cell) -> Runner:
+    """The same with 8-bit weights."""
+    return ctranslate2(cell, "int8")
+
+
+def flashrec(cell: Cell) -> Runner:
+    """Needs a GPU for its decoder."""
+    if cell.device == "cpu":
+        raise Skip("runs on a GPU only")
+    need("flashrec")
+    raise Skip("installed, but no adapter was written yet: no GPU has run it")
+
+
+ENGINES: dict[str, Callable[[Cell], Runner]] = {
+    "cemg": cemg,
+    "transformers + dict trie": transformers_trie,
+    "transformers + our processor": transformers_processor,
+    "transformers, unconstrained": transformers_unconstrained,
+    "CTranslate2 fp32, unconstrained": ctranslate2,
+    "CTranslate2 int8, unconstrained": ctranslate2_int8,
+    "flashrec": flashrec,
+}
+RUNNING: dict[str, Any] = {}
+TEMPORARY = tempfile.TemporaryDirectory(prefix="cemg-latency-")
+
+
+def need(package: str) -> None:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        raise Skip(f"not installed: {package}") from None
+
+
+def parts() -> dict[str, float]:
+    """Where one run of our engine spends its time, in shares of it: encoder, decoder, selection, other."""
+    from cemg.decoding import engine, t5
+
+    decoder, bench = RUNNING["decoder"], RUNNING["bench"]
+    spent = dict.fromkeys(("encoder", "start", "step", "selection", "all"), 0.0)
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            begun = clock(bench)
+            found = function(*arguments, **options)
+            spent[name] += clock(bench) - begun
+            return found
+
+        return run
+
+    originals = engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin
+    engine.trie_beam_step = timed("selection", engine.trie_beam_step)
+    t5.T5Stepper._encode = timed("encoder", t5.T5Stepper._encode)  # type: ignore[method-assign]
+
+    def begin() -> Any:
+        stepper = originals[2]()
+        stepper.start, stepper.step = timed("start", stepper.start), timed("step", stepper.step)
+        return stepper
+
+    decoder.plan.begin = begin
+    try:
+        for _ in range(5):
+            timed("all", decoder.decode)(bench.ids, bench.mask, bench.cell.beams)
+    finally:
+        engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin = originals  # type: ignore[method-assign]
+    encoder = spent["encoder"] if bench.seq2seq else spent["start"]
+    shares = {"encoder": encoder, "decoder": spent["start"] - encoder + spent["step"],
+              "selection": spent["selection"]}  # fmt: skip
+    shares["other"] = spent["all"] - sum(shares.values())
+    return {name: seconds / spent["all"] for name, seconds in shares.items()}
+
+
+def clock(bench: Bench) -> float:
+    if bench.cell.device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def trace(path: str) -> None:
+    """A Chrome trace of three runs of our engine, with the names of its ranges."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from cemg_kernels.ranges import use_ranges
+
+    decoder, bench = RUNNING["decoder"], RUNNING["bench"]
+    use_ranges(True)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.cell.device != "cpu" else [])
+    with profile(activities=activities) as profiler:
+        for _ in range(3):
+            decoder.decode(bench.ids, bench.mask, bench.cell.beams)
+    use_ranges(False)
+    profiler.export_chrome_trace(path)
+
+
+def illegal(codes: Tensor, catalog: Catalog) -> int:
+    """How many of the sequences [B, W, levels] are no item."""
+    inside = (codes >= 0).all(-1)
+    nodes = catalog.trie.lookup(codes.clamp_min(0).flatten(0, 1)).view(inside.shape)
+    return int((~inside | (nodes < 0)).sum())
+
+
+def answer(request: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Serve one request of ``latency.py``."""
+    do = request["do"]
+    if do == "prepare":
+        RUNNING.clear()
+        cell = Cell(**request["cell"])
+        state["run"] = ENGINES[state["engine"]](cell)
+        with torch.inference_mode():
+            codes, scores = state["run"]()
+        wrong = illegal(codes, random_catalog(cell.items, cell.levels, cell.codes))
+        return {"scores": scores.tolist(), "illegal": wrong}
+    if do == "sample":
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            state["run"]()
+        return {"ms": (time.perf_counter() - begun) * 1e3}
+    if do == "parts":
+        return {"parts": parts()}
+    if do == "trace":
+        trace(request["path"])
+        return {}
+    if do == "memory":
+        if torch.cuda.is_available():
+            return {"mib": torch.cuda.max_memory_allocated() / 2**20}
+        return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+    raise ValueError(f"unknown request {do!r}")
+
+
+def serve(arguments: Sequence[str]) -> None:
+    transformers.logging.set_verbosity_error()
+    state: dict[str, Any] = {"engine": arguments[0]}
+    if len(arguments) > 1:
+        torch.set_num_threads(int(arguments[1]))
+    for line in sys.stdin:
+        try:
+            found = answer(json.loads(line), state)
+        except Skip as reason:
+            found = {"skip": str(reason)}
+        except Exception as error:
+            found = {"skip": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        print(ANSWER + json.dumps(found), flush=True)
+
+
+def as_request(cell: Cell) -> dict[str, Any]:
+    return {"do": "prepare", "cell": asdict(cell)}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    serve(sys.argv[1:])

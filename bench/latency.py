@@ -1,0 +1,295 @@
+"""Latency of one recommendation batch: our engine and its peers, in one run, each in a process of its own.
+
+    python bench/latency.py                    # about five minutes on two CPU cores
+    python bench/latency.py --full             # the whole grid; hours on a CPU
+    python bench/latency.py --profile runs/profile --models tiger
+
+Weights are random (seed 0): their beams are near-uniform, which costs as much as trained ones. A peer that
+is not installed, or cannot serve a cell, is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+import torch
+from engines import ANSWER, ENGINES, MODELS, Cell, as_request
+from harness import Report, Times, arguments, copy_bandwidth, gemm_rate, machine, start
+
+PATIENCE_S = 120.0  # a single answer that takes longer ends the engine's part in this cell
+PREPARE_S = 300.0  # reading libraries, building the model and the catalog, one run
+TOLERANCE = 1e-4
+
+
+class Worker:
+    """An engine in a process of its own; started anew after it was stopped."""
+
+    def __init__(self, engine: str, threads: int) -> None:
+        self.engine, self.threads = engine, threads
+        self.process: subprocess.Popen[str] | None = None
+        self.lines: Queue[str | None] = Queue()
+
+    def ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
+        """The answer, or {"skip": reason} where the process fails or takes longer than ``patience`` s."""
+        if self.process is None:
+            self._start()
+        process = self.process
+        assert process is not None and process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = self.lines.get(timeout=patience)
+        except BrokenPipeError:
+            line = None
+        except Empty:
+            self.stop()
+            return {"skip": f"over {patience:.0f} s"}
+        if line is None:
+            code = process.wait()
+            self.stop()
+            return {"skip": f"its process ended with code {code}"}
+        return json.loads(line)
+
+    def _start(self) -> None:
+        script = Path(__file__).with_name("engines.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), self.engine, str(self.threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self.lines = Queue()
+        threading.Thread(target=self._read, args=(self.process, self.lines), daemon=True).start()
+
+    @staticmethod
+    def _read(process: subprocess.Popen[str], lines: Queue[str | None]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(ANSWER):
+                lines.put(line[len(ANSWER) :])
+        lines.put(None)
+
+    def stop(self) -> None:
+        """End the process; the next request starts another."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+def default_grid(models: list[str]) -> Iterator[Cell]:
+    """What five minutes on two cores hold."""
+    for model in models:
+        small = model in ("tiger", "decoder-4")
+        if model == "smollm2-135m":
+            yield Cell(model, 1, 10)
+        elif model != "t5-base":
+            yield Cell(model, 1, 50)
+            yield Cell(model, 8, 50)
+        if small:
+            for items in (10**4, 10**5, 10**6, 10**7):
+                yield Cell(model, 1, 50, items=items)
+
+
+def full_grid(models: list[str], on_gpu: bool) -> Iterator[Cell]:
+    """Every model, batch, width, history and catalog size, one thing varied at a time from B = 1, W = 50."""
+    for model in models:
+        base = Cell(model, 1, 50)
+        yield base
+        yield from (replace(base, batch=batch, beams=beams) for batch in (1, 8, 16, 64)
+                    for beams in (10, 20, 50) if (batch, beams) != (1, 50))  # fmt: skip
+        yield from (replace(base, history=history) for history in (10, 50))
+        sizes = (10**4, 10**5, 10**6, 10**7, *((10**8,) if on_gpu else ()))
+        yield from (replace(base, items=items) for items in sizes)
+
+
+def floor_ms(cell: Cell, flops: float, bandwidth: float) -> float:
+    """The least time for this cell: needed operations at the measured matrix rate, or weights once a pass.
+
+    Needed: the prompt once a user, one row a user for the first code, W rows for each further one; of a
+    decoder's last layer, the prompt's last place alone; the head's K columns, or all where it normalises
+    over the vocabulary. Layer 0 of a code is a table, its projections are not counted.
+    """
+    torch.manual_seed(0)
+    config = MODELS[cell.model].build(cell.levels * cell.codes).config
+    users, steps, s = cell.batch, cell.levels - 1, cell.prompt
+    late = steps * cell.beams  # rows fed a user
+    if MODELS[cell.model].seq2seq:
+        d, inner, ff, layers = config.d_model, config.num_heads * config.d_kv, config.d_ff, config.num_layers
+        block = 4 * d * inner + 2 * d * ff
+        prompt = layers * s * (block + 2 * s * inner) + layers * s * 2 * d * inner
+        rows = 1 + late
+        decode = layers * rows * (block + 2 * d * inner + 2 * s * inner) - late * 3 * d * inner
+        weights = layers * (2 * block + 4 * d * inner)
+    else:
+        d, layers, ff = config.hidden_size, config.num_hidden_layers, config.intermediate_size
+        inner = d
+        qkv = d * (inner + 2 * config.num_key_value_heads * (d // config.num_attention_heads))
+        rest = d * inner + 3 * d * ff
+        prompt = layers * s * (qkv + s * inner) + ((layers - 1) * s + 1) * rest  # causal: half of 2 s
+        rows = 1 + late
+        decode = layers * late * (qkv + rest + 2 * s * inner) - late * qkv
+        weights = layers * (qkv + rest)
+    columns = config.vocab_size if cell.normalize == "vocab" else cell.codes
+    needed = 2 * users * (prompt + decode + rows * d * columns)
+    moved = (1 + steps) * 4 * (weights + d * columns)
+    return max(needed / flops, moved / bandwidth) * 1e3
+
+
+def run_cell(cell: Cell, workers: dict[str, Worker], rounds: int, seconds: float) -> dict[str, Any]:
+    """Prepare every engine, then let them take turns. Times, reasons, equality, illegal items, memory."""
+    times: dict[str, list[float]] = {}
+    reasons: dict[str, str] = {}
+    first: dict[str, dict[str, Any]] = {}
+    for name, worker in workers.items():
+        found = worker.ask(as_request(cell), PREPARE_S)
+        if "skip" in found:
+            reasons[name] = found["skip"]
+        else:
+            first[name] = found
+            times[name] = []
+    for turn in range(rounds):
+        for name in [name for name in times if name not in reasons]:
+            if turn and sum(times[name]) > seconds * 1e3:
+                continue
+            found = workers[name].ask({"do": "sample"}, PATIENCE_S)
+            if "skip" in found:
+                reasons[name] = found["skip"]
+            else:
+                times[name].append(found["ms"])
+    memory = {
+        name: workers[name].ask({"do": "memory"}, 30).get("mib") for name in times if name not in reasons
+    }
+    taken = {name: Times(tuple(samples)) for name, samples in times.items() if samples}
+    return {"times": taken, "reasons": reasons, "first": first, "memory": memory}
+
+
+def compare(first: dict[str, dict[str, Any]]) -> str:
+    """What our scores were compared with; raises SystemExit where they differ."""
+    equal = []
+    for peer in ("transformers + dict trie", "transformers + our processor"):
+        if peer not in first:
+            continue
+        mine, other = (torch.tensor(first[name]["scores"]) for name in ("cemg", peer))
+        worst = float((mine.sort().values - other.sort().values).abs().max())
+        if worst > TOLERANCE:
+            raise SystemExit(f"our scores differ from those of {peer} by {worst:.1e}; nothing was timed wrongly "
+                             "before, but something is wrong now: run pytest tests/decoding")  # fmt: skip
+        equal.append(peer)
+    return ", ".join(equal) or "nothing: no constrained peer ran"
+
+
+def latency_plot(report: Report, path: Path) -> None:
+    """Two panels: medians a cell and engine, and our latency over the catalog's size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sized = [row for row in report.rows if " N1e" in row["case"]]
+    cells = list(dict.fromkeys(row["case"] for row in report.rows if " N1e" not in row["case"]))
+    names: dict[str, dict[str, float]] = {"CEMG (exact, constrained)": {}}
+    for row in report.rows:
+        names["CEMG (exact, constrained)"][row["case"]] = row["p50_ms"]
+        if row["peer_p50_ms"] is not None:
+            names.setdefault(row["peer"], {})[row["case"]] = row["peer_p50_ms"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(3, 1), layout="constrained")
+    width = 0.85 / len(names)
+    for i, (name, medians) in enumerate(names.items()):
+        shown = [cell for cell in cells if cell in medians]
+        places = [cells.index(cell) - 0.425 + (i + 0.5) * width for cell in shown]
+        left.bar(places, [medians[cell] for cell in shown], width, label=name)
+    floors = {row["case"]: row["floor_ms"] for row in report.rows}
+    for i, cell in enumerate(cells):
+        left.hlines(floors[cell], i - 0.45, i + 0.45, colors="black", linestyles="dashed",
+                    label="floor of this machine" if i == 0 else None)  # fmt: skip
+    left.set(yscale="log", ylabel="milliseconds a batch, median")
+    left.set_xticks(range(len(cells)), cells, rotation=12)
+    left.legend(fontsize=7)
+    for model in dict.fromkeys(row["case"].split()[0] for row in sized):
+        own = {row["case"]: row["p50_ms"] for row in sized if row["case"].startswith(model)}
+        right.plot([float(case.split(" N")[1]) for case in own], list(own.values()), "o-", label=model)
+    right.set(xscale="log", xlabel="items in the catalog", ylabel="CEMG, milliseconds", ylim=(0, None))
+    if sized:
+        right.legend(fontsize=7)
+    figure.suptitle(f"One batch of recommendations, random weights; {machine(report.device)['cpu']}, "
+                    f"{torch.get_num_threads()} threads", fontsize=10)  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0], rounds=100, seconds=3.0)
+    parser.set_defaults(json=Path("runs/latency.json"), plot=Path("runs/latency.png"))
+    parser.add_argument("--full", action="store_true", help="the whole grid, T5-base included")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="only these, and always cemg")
+    parser.add_argument("--normalize", choices=("vocab", "level", "valid"), default="vocab")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--profile", type=Path, help="write a Chrome trace a cell into this folder")
+    options = parser.parse_args()
+    device = start(options)
+    models = options.models or [name for name in MODELS if options.full or name != "t5-base"]
+    cells = full_grid(models, device.type == "cuda") if options.full else default_grid(models)
+    names = ["cemg", *(name for name in options.engines or ENGINES if name != "cemg")]
+    flops, bandwidth = gemm_rate(device, getattr(torch, options.dtype)), copy_bandwidth(device)
+    print(f"matrix product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; random weights")
+    report = Report("latency", options, device)
+    workers = {name: Worker(name, torch.get_num_threads()) for name in names}
+    try:
+        for cell in cells:
+            cell = replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
+            asked = {"cemg": workers["cemg"]} if cell.items != 12_101 else workers
+            one_cell(cell, asked, report, floor_ms(cell, flops, bandwidth))
+    except KeyboardInterrupt:
+        print("interrupted: what was measured so far follows")
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    print(report.table())
+    latency_plot(report, options.plot)
+    print(f"rows in {options.json}, plot in {options.plot}")
+
+
+def one_cell(cell: Cell, workers: dict[str, Worker], report: Report, floor: float) -> None:
+    """Measure a cell and add its rows."""
+    options = report.options
+    print(f"{cell.name()} ...", flush=True)
+    found = run_cell(cell, workers, options.rounds, options.seconds)
+    if "cemg" not in found["times"]:
+        print(f"  cemg: {found['reasons'].get('cemg', 'nothing measured')}")
+        return
+    equal = compare(found["first"])
+    parts = workers["cemg"].ask({"do": "parts"}, PATIENCE_S).get("parts", {})
+    if options.profile:
+        options.profile.mkdir(parents=True, exist_ok=True)
+        path = options.profile / f"{cell.name().replace(' ', '-')}.json"
+        workers["cemg"].ask({"do": "trace", "path": str(path.resolve())}, PATIENCE_S)
+    mine = found["times"]["cemg"]
+    peers: dict[str, Times | str] = {
+        name: found["reasons"].get(name) or found["times"].get(name, "nothing measured")
+        for name in workers if name != "cemg"
+    }  # fmt: skip
+    before = len(report.rows)
+    report.add(cell.name(), "cemg", mine, peers, equal, floor, users_per_second=cell.batch / mine.p50 * 1e3,
+               parts=parts, normalize=cell.normalize, weights="random", exact=True,
+               illegal=found["first"]["cemg"]["illegal"], peak_mib=found["memory"].get("cemg"))  # fmt: skip
+    for row in report.rows[before:]:
+        if row["peer"] in found["times"]:
+            row["peer_times"] = found["times"][row["peer"]].row()
+            row["peer_illegal"] = found["first"][row["peer"]]["illegal"]
+            row["peer_peak_mib"] = found["memory"].get(row["peer"])
+    report.write()
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
+    print(f"  {mine.p50:.1f} ms, floor {floor:.1f} ms; {shares}")
+
+
+if __name__ == "__main__":
+    main()
