@@ -179,8 +179,7 @@ def compare(first: dict[str, dict[str, Any]]) -> str:
         mine, other = (torch.tensor(first[name]["scores"]) for name in ("cemg", peer))
         worst = float((mine.sort().values - other.sort().values).abs().max())
         if worst > TOLERANCE:
-            raise SystemExit(f"our scores differ from those of {peer} by {worst:.1e}; nothing was timed wrongly "
-                             "before, but something is wrong now: run pytest tests/decoding")  # fmt: skip
+            raise SystemExit(f"our scores differ from {peer}'s by {worst:.1e}; run pytest tests/decoding")
         equal.append(peer)
     return ", ".join(equal) or "nothing: no constrained peer ran"
 
