@@ -13,6 +13,7 @@
 #include "cemg/decode_cpu.h"
 #include "cemg/trie_build.h"
 #include "cemg/trie_cpu.h"
+#include "cemg/trie_step.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -125,14 +126,43 @@ void interval(const View& view, Address nodes, int64_t rows, Address out) {
   std::visit([&](auto trie) { cemg::interval(trie, at<int32_t>(nodes), rows, at<int32_t>(out)); }, view.trie);
 }
 
-// steps: (address of keys, address of values, row stride) each; prefix: empty, or two addresses each with the
-// strides of user, query and head.
+cemg::StepLogits step_logits(Address logits, Address logsumexp, int normalize) {
+  return {at<const float>(logits), at<const float>(logsumexp), static_cast<cemg::Normalize>(normalize)};
+}
+
+void softmax(const View& view, Address words, Address before, Address logits, Address logsumexp,
+             int normalize, Address nodes, int64_t rows, Address out) {
+  const auto filter = filter_at(words, before);
+  const auto step = step_logits(logits, logsumexp, normalize);
+  std::visit([&](auto trie) { cemg::softmax(trie, filter, step, at<int32_t>(nodes), rows, at<float>(out)); },
+             view.trie);
+}
+
+// next: the addresses of scores, parents, codes, nodes and pruned.
+void beam_step(const View& view, Address words, Address before, Address logits, Address logsumexp,
+               int normalize, Address scores, Address nodes, const std::array<int64_t, 3>& shape,
+               const std::array<Address, 5>& next) {
+  const auto filter = filter_at(words, before);
+  const auto step = step_logits(logits, logsumexp, normalize);
+  const cemg::NextBeams beams = {at<float>(next[0]), at<int64_t>(next[1]), at<int64_t>(next[2]),
+                                 at<int32_t>(next[3]), at<float>(next[4])};
+  std::visit(
+      [&](auto trie) {
+        cemg::beam_step(trie, filter, step, at<const float>(scores), at<const int32_t>(nodes), shape[0],
+                        shape[1], shape[2], beams);
+      },
+      view.trie);
+}
+
+// steps: the addresses of keys and values and the distances of their rows, each; prefix: empty, or two
+// addresses each with the strides of user, query and head.
 void beam_attention(const std::array<int64_t, 5>& shape, Address query, int64_t query_stride,
-                    const std::vector<std::tuple<Address, Address, int64_t>>& steps, Address ancestors,
-                    Address bias, float scale, const std::vector<int64_t>& prefix, Address out) {
+                    const std::vector<std::tuple<Address, Address, int64_t, int64_t>>& steps,
+                    Address ancestors, Address bias, float scale, const std::vector<int64_t>& prefix,
+                    Address out) {
   std::vector<cemg::StepRows> rows;
-  for (const auto& [keys, values, stride] : steps) {
-    rows.push_back({at<const float>(keys), at<const float>(values), stride});
+  for (const auto& [keys, values, key_stride, value_stride] : steps) {
+    rows.push_back({at<const float>(keys), at<const float>(values), key_stride, value_stride});
   }
   cemg::PrefixAttention merged;
   if (prefix.size() == 8) {
@@ -189,5 +219,7 @@ PYBIND11_MODULE(_native, module) {
       .def("advance", &advance, release())
       .def("children", &children, release())
       .def("mask", &mask, release())
-      .def("interval", &interval, release());
+      .def("interval", &interval, release())
+      .def("softmax", &softmax, release())
+      .def("beam_step", &beam_step, release());
 }

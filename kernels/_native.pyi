@@ -1,6 +1,6 @@
 def build_info() -> dict[str, object]: ...
 def beam_attention(
-    shape: list[int], query: int, query_stride: int, steps: list[tuple[int, int, int]], ancestors: int,
+    shape: list[int], query: int, query_stride: int, steps: list[tuple[int, int, int, int]], ancestors: int,
     bias: int, scale: float, prefix: list[int], out: int, /,
 ) -> None: ...  # fmt: skip
 def rms_norm(x: int, weight: int, rows: int, width: int, eps: float, out: int, /) -> None: ...
@@ -26,3 +26,11 @@ class TrieView:
     ) -> None: ...
     def mask(self, words: int, before: int, nodes: int, rows: int, out: int, /) -> None: ...
     def interval(self, nodes: int, rows: int, out: int, /) -> None: ...
+    def softmax(
+        self, words: int, before: int, logits: int, logsumexp: int, normalize: int, nodes: int, rows: int,
+        out: int, /,
+    ) -> None: ...  # fmt: skip
+    def beam_step(
+        self, words: int, before: int, logits: int, logsumexp: int, normalize: int, scores: int, nodes: int,
+        shape: tuple[int, int, int], next: tuple[int, int, int, int, int], /,
+    ) -> None: ...  # fmt: skip

@@ -105,10 +105,9 @@ def _native(
     rows = query.reshape(users * beams, heads * size)
     if any(t.dtype != torch.float32 for step in steps for t in step) or rows.dtype != torch.float32:
         raise ValueError(f"the native backend takes float32, got {query.dtype}; convert, or use reference")
-    addresses = [(keys.data_ptr(), values.data_ptr(), keys.stride(0)) for keys, values in steps]
-    if any(t.stride()[1:] != (size, 1) or t.stride(0) != keys.stride(0)
-           for keys, values in steps for t in (keys, values)):  # fmt: skip
-        raise ValueError("keys and values must be contiguous within a row and alike in their rows' distance")
+    addresses = [(k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0)) for k, v in steps]
+    if any(t.stride()[1:] != (size, 1) for step in steps for t in step):
+        raise ValueError("keys and values must be contiguous within a row")
     ancestors, bias = ancestors.contiguous(), None if bias is None else bias.contiguous()
     out = torch.empty(users * beams, heads * size)
     merged = []

@@ -26,8 +26,8 @@ except ImportError as error:
 ENVIRONMENT = "CEMG_FAST_KERNELS"
 OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the preferred first
     "residual_quantize": ("torch", "reference"),
-    "trie_softmax": ("reference",),
-    "trie_beam_step": ("torch", "reference"),
+    "trie_softmax": ("native", "reference"),
+    "trie_beam_step": ("native", "torch", "reference"),
     "trie": ("native", "reference"),
     "lightgcn_propagate": ("torch", "reference"),
     "beam_attention": ("native", "reference"),

@@ -128,7 +128,9 @@ class Trie:
         rows, length = prefixes.shape
         if self._native():
             out = torch.empty(rows, dtype=torch.int32)
-            self._view.lookup(*self._filter(filter), prefixes.data_ptr(), rows, length, out.data_ptr())
+            self.view.lookup(
+                *self.filter_addresses(filter), prefixes.data_ptr(), rows, length, out.data_ptr()
+            )
             return out
         nodes = torch.zeros(rows, dtype=torch.int32, device=self.device)
         for code in prefixes.unbind(1):
@@ -145,8 +147,12 @@ class Trie:
         nodes, codes = self._nodes(nodes), self._here("codes", codes).long().contiguous()
         if self._native():
             out = torch.empty_like(nodes)
-            self._view.advance(
-                *self._filter(filter), nodes.data_ptr(), codes.data_ptr(), nodes.numel(), out.data_ptr()
+            self.view.advance(
+                *self.filter_addresses(filter),
+                nodes.data_ptr(),
+                codes.data_ptr(),
+                nodes.numel(),
+                out.data_ptr(),
             )
             return out
         found = trie_walk.find_child(self.arrays, nodes.flatten(), codes.flatten())
@@ -161,8 +167,8 @@ class Trie:
         shape = (nodes.numel(), self.codebook_size)
         if self._native():
             codes, found = torch.empty(2, *shape, dtype=torch.int32)
-            self._view.children(
-                *self._filter(filter), nodes.data_ptr(), shape[0], codes.data_ptr(), found.data_ptr()
+            self.view.children(
+                *self.filter_addresses(filter), nodes.data_ptr(), shape[0], codes.data_ptr(), found.data_ptr()
             )
             return codes, found
         codes, found = trie_walk.child_grid(self.arrays, nodes)
@@ -178,7 +184,7 @@ class Trie:
         nodes = self._nodes(nodes, 1)
         if self._native():
             out = torch.empty(nodes.numel(), self.codebook_size, dtype=torch.bool)
-            self._view.mask(*self._filter(filter), nodes.data_ptr(), nodes.numel(), out.data_ptr())
+            self.view.mask(*self.filter_addresses(filter), nodes.data_ptr(), nodes.numel(), out.data_ptr())
             return out
         codes, found = trie_walk.child_grid(self.arrays, nodes)
         allowed = self._allowed(found, filter) >= 0
@@ -199,7 +205,7 @@ class Trie:
         if not self._native():
             return trie_walk.node_interval(self.arrays, nodes)
         out = torch.empty(nodes.numel(), 2, dtype=torch.int32)
-        self._view.interval(nodes.data_ptr(), nodes.numel(), out.data_ptr())
+        self.view.interval(nodes.data_ptr(), nodes.numel(), out.data_ptr())
         return out
 
     def save(self, path: str | Path) -> None:
@@ -220,7 +226,8 @@ class Trie:
         return cls(arrays, ids).to(device)
 
     @cached_property
-    def _view(self) -> Any:
+    def view(self) -> Any:
+        """The C++ view of the arrays; internal to this package."""
         a = self.arrays
         return native().TrieView(
             code=a.code.data_ptr(),
@@ -234,7 +241,7 @@ class Trie:
     def _native(self) -> bool:
         return pick("trie", self.device) == "native"
 
-    def _filter(self, filter: ItemFilter | None) -> tuple[int, int]:
+    def filter_addresses(self, filter: ItemFilter | None) -> tuple[int, int]:
         """Addresses of a checked filter's words and counts; (0, 0), "all allowed", for None."""
         if filter is None:
             return 0, 0

@@ -8,7 +8,7 @@ B users, W beams, K codes a level.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from .dispatch import pick
 from .item_filter import ItemFilter
 from .trie import Trie
-from .trie_softmax import NEVER, Normalize, check_logits, check_normalize, masked_log_prob
+from .trie_softmax import NEVER, Normalize, check_logits, check_normalize, masked_log_prob, native_step
 
 
 class BeamStep(NamedTuple):
@@ -53,7 +53,8 @@ def trie_beam_step(
     ``trie_softmax`` (each <= 0, so scores only fall); sums are float32. Best first, ties to the lowest
     (parent, code). A beam of score -inf or NaN, or of node -1, is dead and has no candidates; where fewer
     than ``width`` candidates live, the remaining places are dead, never filled up.
-    ``backend``: "reference", "torch", or None for the dispatcher's.
+    ``backend``: "native" (C++ on the CPU), "torch", "reference", or None for the dispatcher's; the native
+    one's log-sum-exp may differ from torch's in the last bit.
     Raises ValueError where shapes, dtypes, devices or arguments do not fit.
     """
     check_normalize(normalize, logsumexp, nodes.shape)
@@ -62,12 +63,34 @@ def trie_beam_step(
         raise ValueError(
             f"scores must be {list(nodes.shape)} and width >= 1, got {list(scores.shape)}, {width}"
         )
+    if scores.device != logits.device:
+        raise ValueError(f"scores are on {scores.device}, logits on {logits.device}; move one with .to()")
     chosen = pick("trie_beam_step", logits.device, backend)
+    if chosen == "native":
+        return _native(logits, scores, nodes, trie, width, normalize, logsumexp, filter)
     allowed = trie.mask(nodes.flatten(), filter=filter).view(logits.shape)
     log_prob = masked_log_prob(logits, allowed, normalize, logsumexp)
     candidates = _candidates(log_prob, scores)  # [B, W * K]
     select = _select_reference if chosen == "reference" else _select
     return _walk_on(*select(candidates, width), nodes, trie, width)
+
+
+def _native(
+    logits: Tensor, scores: Tensor, nodes: Tensor, trie: Trie, width: int, normalize: Normalize,
+    logsumexp: Tensor | None, filter: ItemFilter | None,
+) -> BeamStep:  # fmt: skip
+    users, beams = nodes.shape
+    logits, total, nodes = native_step(logits, logsumexp, nodes)
+    scores = scores.float().contiguous()
+    parents, codes = torch.empty(2, users, width, dtype=torch.int64)
+    step = BeamStep(torch.empty(users, width), parents, codes,
+                    torch.empty(users, width, dtype=torch.int32), torch.empty(users))  # fmt: skip
+    trie.view.beam_step(
+        *trie.filter_addresses(filter), logits.data_ptr(), 0 if total is None else total.data_ptr(),
+        get_args(Normalize).index(normalize), scores.data_ptr(), nodes.data_ptr(), (users, beams, width),
+        tuple(part.data_ptr() for part in step),
+    )  # fmt: skip
+    return step
 
 
 def _candidates(log_prob: Tensor, scores: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ def trie_softmax(
     normalize: Normalize = "vocab",
     logsumexp: Tensor | None = None,
     filter: ItemFilter | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Log-probabilities float32 [R, K] of ``logits`` [R, K] at ``nodes`` [R]; -inf where nothing continues.
 
@@ -32,12 +34,35 @@ def trie_softmax(
     passes as ``logsumexp`` (required there, refused elsewhere); "level", the row's K codes; "valid", the
     codes that continue the node and pass the filter. Each result is clamped to <= 0. In float32, NaN
     counts as -inf and +inf as the largest finite value; a row whose sum is empty, or whose logsumexp is
-    NaN, is all -inf. Raises ValueError where shapes, dtypes, devices or arguments do not fit.
+    NaN, is all -inf. ``backend``: "native" (C++ on the CPU), "reference", or None for the dispatcher's.
+    Raises ValueError where shapes, dtypes, devices or arguments do not fit.
     """
     check_normalize(normalize, logsumexp, nodes.shape)
     check_logits(logits, nodes, trie, 2)
-    pick("trie_softmax", logits.device)
+    if pick("trie_softmax", logits.device, backend) == "native":
+        return _native(logits, nodes, trie, normalize, logsumexp, filter)
     return masked_log_prob(logits, trie.mask(nodes, filter=filter), normalize, logsumexp)
+
+
+def _native(
+    logits: Tensor, nodes: Tensor, trie: Trie, normalize: Normalize, logsumexp: Tensor | None,
+    filter: ItemFilter | None,
+) -> Tensor:  # fmt: skip
+    logits, total, nodes = native_step(logits, logsumexp, nodes)
+    out = torch.empty_like(logits)
+    trie.view.softmax(
+        *trie.filter_addresses(filter), logits.data_ptr(), 0 if total is None else total.data_ptr(),
+        get_args(Normalize).index(normalize), nodes.data_ptr(), nodes.numel(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def native_step(
+    logits: Tensor, logsumexp: Tensor | None, nodes: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The same as the C++ reads them: contiguous float32, float32 and int32."""
+    total = None if logsumexp is None else logsumexp.float().contiguous()
+    return logits.float().contiguous(), total, nodes.to(torch.int32).contiguous()
 
 
 def masked_log_prob(
@@ -82,5 +107,7 @@ def check_logits(logits: Tensor, nodes: Tensor, trie: Trie, dim: int) -> None:
         raise ValueError(f"logits must be {list(wanted)}: nodes and codebook_size; got {list(logits.shape)}")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    if nodes.device != logits.device:
+        raise ValueError(f"nodes are on {nodes.device}, logits on {logits.device}; move one with .to()")
     if logits.device != trie.device:
         raise ValueError(f"logits are on {logits.device}, the trie on {trie.device}; move one with .to()")

@@ -30,6 +30,7 @@ from cemg.decoding.layers import (
 from cemg_kernels.beam_attention import Prefix
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")  # one shape: RMSNorm, rotary, gated feed-forward
+FUSED_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
 
@@ -136,19 +137,19 @@ class CausalPlan:
         cos, sin = self.rotation(self.embedding, positions[None])  # [1, R, Dh], of the embedding's dtype
         return cos[0, :, None], sin[0, :, None]
 
-    def split(self, layer: Layer, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Of rows [R, (H + 2 * G) * Dh]: queries [R, H, Dh], keys with values [R, 2 * G * Dh]; rotated."""
-        size = qkv.shape[1] // (self.heads + 2 * self.kv_heads)
-        if rotary is None and layer.q_norm is None:
-            return qkv[:, : self.heads * size].unflatten(1, (self.heads, size)), qkv[:, self.heads * size :]
-        query, keys, values = qkv.unflatten(1, (-1, size)).split(
-            (self.heads, self.kv_heads, self.kv_heads), dim=1
-        )
+    def split(
+        self, layer: Layer, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [R, (H + 2 * G) * Dh] -> queries [R, H, Dh], keys and values [R, G, Dh]; rotated."""
+        shaped = qkv.unflatten(1, (self.heads + 2 * self.kv_heads, -1))
+        turned, values = shaped.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            query, keys = layer.q_norm(query), layer.k_norm(keys)
+            query, keys = turned.split((self.heads, self.kv_heads), dim=1)
+            turned = torch.cat((layer.q_norm(query), layer.k_norm(keys)), dim=1)
         if rotary is not None:
-            query, keys = _rotate(query, *rotary), _rotate(keys, *rotary)
-        return query, torch.cat((keys, values), dim=1).flatten(1)
+            turned = _rotate(turned, *rotary)
+        query, keys = turned.split((self.heads, self.kv_heads), dim=1)
+        return query, keys, values
 
 
 class CausalStepper:
@@ -175,10 +176,9 @@ class CausalStepper:
         self.prompt: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values [B, G, S, Dh]
         self.own = OwnTokens(batch, len(plan.layers), input_ids.device, shared_start=False)
         for layer in plan.layers:
-            query, kv = plan.split(layer, layer.qkv(layer.norm(x)), rotary)
-            keys, values = (heads(part, plan.kv_heads) for part in packing.unpack(kv).chunk(2, dim=2))
-            self.prompt.append((keys, values))
-            wide = heads(packing.unpack(query.flatten(1)), plan.heads)  # [B, H, S, Dh]
+            split = plan.split(layer, layer.qkv(layer.norm(x)), rotary)
+            wide, keys, values = (heads(packing.unpack(t.flatten(1)), t.shape[1]) for t in split)
+            self.prompt.append((keys, values))  # wide: [B, H, S, Dh]
             if layer is plan.layers[-1]:  # only what follows the last token is asked for
                 x = packing.unpack(x)[:, -1]  # [B, d]
                 wide, mask = wide[:, :, -1:], None if self.seen is None else self.seen
@@ -204,8 +204,8 @@ class CausalStepper:
                 qkv = plan.table.index_select(0, flat - plan.first_code)
             else:
                 qkv = layer.qkv(layer.norm(x))
-            query, kv = plan.split(layer, qkv, rotary)
-            self.own.add(number, *kv.unflatten(1, (2, plan.kv_heads, -1)).unbind(1))
+            query, keys, values = plan.split(layer, qkv, rotary)
+            self.own.add(number, keys, values)
             seen = self.own.attend(number, query, plan.scale, prefix=self._prompt(number, query, batch))
             x = layer.feed(layer.out.added_to(x, seen))
         return plan.head(x, batch, wanted)
@@ -220,11 +220,17 @@ class CausalStepper:
         shared, size = plan.heads // plan.kv_heads, query.shape[2]
         folded = query.reshape(batch, -1, plan.kv_heads, shared, size).transpose(1, 2)
         folded = folded.flatten(2, 3)  # [B, G, W * H / G, Dh]
+        if query.device.type == "cpu":  # torch's own fused attention, which keeps the log-sum-exp
+            mask = None if self.seen is None else torch.where(self.seen, 0.0, _lowest(query)).to(query.dtype)
+            return Prefix(*FUSED_CPU(folded, keys, values, attn_mask=mask, scale=plan.scale))
         scores = folded @ (keys * plan.scale).transpose(2, 3)  # [B, G, W * H / G, S]
         if self.seen is not None:
-            scores = scores.masked_fill(~self.seen, torch.finfo(scores.dtype).min)
-        lse = scores.logsumexp(3)
-        return Prefix(scores.softmax(3) @ values, lse)
+            scores = scores.masked_fill(~self.seen, _lowest(scores))
+        return Prefix(scores.softmax(3) @ values, scores.logsumexp(3))
+
+
+def _lowest(like: Tensor) -> float:
+    return torch.finfo(like.dtype).min
 
 
 def _attend(

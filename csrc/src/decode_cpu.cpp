@@ -62,7 +62,8 @@ void beam_attention(const BeamShape& shape, const float* query, int64_t query_st
       }
       const float before = highest;
       for (int64_t t = 0; t < count; ++t) {
-        const float* const key = steps[t].keys + ancestors[t * rows + row] * steps[t].stride + group * size;
+        const float* const key =
+            steps[t].keys + ancestors[t * rows + row] * steps[t].key_stride + group * size;
         scores[t] = dot(own, key, size) * scale + (bias ? bias[t * shape.heads + head] : 0.0f);
         highest = std::max(highest, scores[t]);
       }
@@ -79,7 +80,7 @@ void beam_attention(const BeamShape& shape, const float* query, int64_t query_st
       for (int64_t t = 0; t < count; ++t) {
         const float weight = std::exp(scores[t] - highest);
         total += weight;
-        const int64_t from = ancestors[t * rows + row] * steps[t].stride + group * size;
+        const int64_t from = ancestors[t * rows + row] * steps[t].value_stride + group * size;
         add_scaled(weight, steps[t].values + from, size, sum);
       }
       for (int64_t i = 0; i < size; ++i) sum[i] /= total;

@@ -13,7 +13,7 @@ from torch import Tensor
 from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
 
 INF = float("inf")
-BACKENDS = ["reference", "torch"]
+BACKENDS = ["reference", "torch", "native"]
 
 
 def make_trie(size: int, levels: int, items: int, *, seed: int = 0) -> Trie:
@@ -41,7 +41,9 @@ def brute_force(log_prob: Tensor, scores: Tensor, nodes: Tensor, trie: Trie, wid
 def assert_step_is_brute_force(logits, scores, nodes, trie, width, backend, normalize="level", filter=None):
     step = trie_beam_step(logits, scores, nodes, trie, width, normalize, None, filter, backend=backend)
     size = trie.codebook_size
-    log_prob = trie_softmax(logits.reshape(-1, size), nodes.flatten(), trie, normalize, None, filter)
+    softmax = "native" if backend == "native" else "reference"
+    flat = logits.reshape(-1, size), nodes.flatten()
+    log_prob = trie_softmax(*flat, trie, normalize, None, filter, backend=softmax)
     for b, rows in enumerate(log_prob.view(logits.shape)):
         kept, pruned = brute_force(rows, scores[b], nodes[b], trie, width)
         ours = zip(*(t[b].tolist() for t in step[:4]), strict=True)

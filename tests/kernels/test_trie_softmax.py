@@ -11,6 +11,7 @@ from torch import Tensor
 from cemg_kernels import ItemFilter, Trie, trie_softmax
 
 INF = float("inf")
+both_backends = pytest.mark.parametrize("backend", ["reference", "native"])
 
 
 def make_case(rows: int, size: int, *, seed: int = 0) -> tuple[Trie, Tensor, Tensor]:
@@ -22,14 +23,15 @@ def make_case(rows: int, size: int, *, seed: int = 0) -> tuple[Trie, Tensor, Ten
     return trie, torch.randn(rows, size, generator=generator) * 3, nodes
 
 
+@both_backends
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 31), (20, 256), (64, 300)])
 @pytest.mark.parametrize("filtered", [False, True])
-def test_log_probabilities_equal_the_formula(normalize, rows, size, filtered):
+def test_log_probabilities_equal_the_formula(backend, normalize, rows, size, filtered):
     trie, logits, nodes = make_case(rows, size)
     chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 2 == 0) if filtered else None
     total = logits.logsumexp(1) + 0.5 if normalize == "vocab" else None
-    out = trie_softmax(logits, nodes, trie, normalize, total, chosen)
+    out = trie_softmax(logits, nodes, trie, normalize, total, chosen, backend=backend)
     allowed = trie.mask(nodes, filter=chosen)
     for r in range(rows):
         over = {"vocab": [], "level": logits[r].tolist(), "valid": logits[r][allowed[r]].tolist()}[normalize]
@@ -40,18 +42,20 @@ def test_log_probabilities_equal_the_formula(normalize, rows, size, filtered):
             assert float(out[r, k]) == pytest.approx(wanted, abs=3 * 2**-20)
 
 
-def test_a_prefix_without_children_has_no_finite_logit():
+@both_backends
+def test_a_prefix_without_children_has_no_finite_logit(backend):
     trie, logits, _ = make_case(3, 8)
     nodes = torch.tensor([-1, trie.num_nodes - 1, 0], dtype=torch.int32)
-    out = trie_softmax(logits, nodes, trie, "valid")
+    out = trie_softmax(logits, nodes, trie, "valid", backend=backend)
     assert (out[:2] == -INF).all() and out[2].isfinite().any()
 
 
-def test_nan_counts_as_never_and_infinity_as_the_largest_number():
+@both_backends
+def test_nan_counts_as_never_and_infinity_as_the_largest_number(backend):
     trie = Trie.from_codes(torch.arange(4)[:, None], 4)
     nodes = torch.zeros(3, dtype=torch.int32)
     logits = torch.tensor([[math.nan, 0.0, 0.0, -INF], [INF, 5.0, 1.0, math.nan], [-INF] * 4])
-    out = trie_softmax(logits, nodes, trie, "level")
+    out = trie_softmax(logits, nodes, trie, "level", backend=backend)
     half = math.log(0.5)
     assert out[0].tolist() == [-INF, pytest.approx(half), pytest.approx(half), -INF]
     assert float(out[1, 0]) == 0.0 and float(out[1, 3]) == -INF
@@ -60,19 +64,21 @@ def test_nan_counts_as_never_and_infinity_as_the_largest_number():
     assert not out.isnan().any()
 
 
-def test_log_probabilities_never_exceed_zero():
+@both_backends
+def test_log_probabilities_never_exceed_zero(backend):
     trie = Trie.from_codes(torch.arange(4)[:, None], 4)
     logits = torch.tensor([[3.0, 1.0, -1.0, 2.0]])
-    out = trie_softmax(logits, torch.zeros(1, dtype=torch.int32), trie, "vocab", torch.tensor([1.5]))
+    root, total = torch.zeros(1, dtype=torch.int32), torch.tensor([1.5])
+    out = trie_softmax(logits, root, trie, "vocab", total, backend=backend)
     assert out.tolist() == [[0.0, -0.5, -2.5, 0.0]]
 
 
+@both_backends
 @pytest.mark.parametrize("total", [math.nan, -INF, INF])
-def test_a_logsumexp_that_is_not_finite_gives_no_nan(total):
+def test_a_logsumexp_that_is_not_finite_gives_no_nan(backend, total):
     trie = Trie.from_codes(torch.arange(4)[:, None], 4)
-    out = trie_softmax(
-        torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), trie, "vocab", torch.tensor([total])
-    )
+    root = torch.zeros(1, dtype=torch.int32)
+    out = trie_softmax(torch.zeros(1, 4), root, trie, "vocab", torch.tensor([total]), backend=backend)
     assert not out.isnan().any() and (out < -1e38).all()
 
 

@@ -6,12 +6,13 @@
 
 namespace cemg {
 
-// Keys and values of the tokens fed at one step: row r, head g, component d is at base + r * stride + g * Dh
-// + d.
+// Keys and values of the tokens fed at one step: row r, head g, component d of the keys is at
+// keys + r * key_stride + g * Dh + d, of the values likewise.
 struct StepRows {
   const float* keys;
   const float* values;
-  int64_t stride;
+  int64_t key_stride;
+  int64_t value_stride;
 };
 
 // Attention that was taken over other keys already, to be merged in: of row (b, w), head h = g * shared + j
