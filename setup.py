@@ -1,5 +1,11 @@
-"""Builds ``cemg_kernels._native`` from csrc; everything else is in pyproject.toml."""
+"""Builds ``cemg_kernels._native`` from csrc; everything else is in pyproject.toml.
 
+The CUDA half is built where ``nvcc`` is found (``CUDA_HOME`` or ``PATH``). ``CEMG_CUDA=0`` leaves it out,
+``CEMG_CUDA=1`` makes its absence an error.
+"""
+
+import os
+import shutil
 import subprocess
 import tempfile
 from glob import glob
@@ -11,13 +17,20 @@ from setuptools.errors import CompileError, LinkError
 
 SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/src/*.cpp"))]
 HEADERS = sorted(glob("csrc/include/cemg/*.h"))
+CUDA_SOURCE = "csrc/src/trie_cuda.cu"
+ARCHITECTURES = ("80", "90")  # machine code for these, and PTX of the last for what comes later
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
 class build_native(build_ext):
-    """Adds OpenMP where the compiler has it; without it the loops run on one core, and a line says so."""
+    """Adds OpenMP where the compiler has it, and CUDA where nvcc is; where not, a line says so."""
 
     def build_extensions(self) -> None:
+        problem = self._add_cuda()
+        if problem:
+            print(f"cemg: built for the CPU alone: {problem}")
+            if os.environ.get("CEMG_CUDA") == "1":
+                raise CompileError(f"CEMG_CUDA=1, but {problem}")
         if self._has_openmp():
             for extension in self.extensions:
                 extension.extra_compile_args.append("-fopenmp")
@@ -25,6 +38,39 @@ class build_native(build_ext):
         else:
             print("cemg: this compiler has no OpenMP; the native trie will use one core")
         super().build_extensions()
+
+    def _add_cuda(self) -> str:
+        """Compile the CUDA half and add it to the extension; why not, where that is not possible."""
+        if os.environ.get("CEMG_CUDA") == "0":
+            return "CEMG_CUDA=0"
+        home = os.environ.get("CUDA_HOME")
+        nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+        if nvcc is None:
+            return f"no nvcc in {home}/bin (CUDA_HOME)" if home else "no nvcc on PATH, and CUDA_HOME is unset"
+        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]  # says where the toolkit lies
+        dry_run = subprocess.run(command, capture_output=True, text=True)
+        tops = [line.split("=", 1)[1] for line in dry_run.stderr.splitlines() if line.startswith("#$ TOP=")]
+        root = Path(tops[0] if tops else home or Path(nvcc).resolve().parents[1])
+        folders = [str(root / name) for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
+        runtime = [folder for folder in folders if Path(folder, "libcudart_static.a").exists()]
+        if not runtime:
+            return f"no libcudart_static.a beside {nvcc}"
+        target = Path(self.build_temp, "trie_cuda.o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+        codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
+        command = [nvcc, "-std=c++20", "-O3", *codes, "-Xcompiler", "-fPIC", "-Icsrc/include", "-c",
+                   CUDA_SOURCE, "-o", str(target)]  # fmt: skip
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode:
+            return f"{' '.join(command)} failed:\n{built.stdout}{built.stderr}"
+        for extension in self.extensions:
+            extension.extra_objects.append(str(target))
+            extension.define_macros.append(("CEMG_CUDA", f'"sm_{", sm_".join(ARCHITECTURES)}, PTX"'))
+            extension.library_dirs.append(runtime[0])
+            # static, so that the module imports on a machine without a driver
+            extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
+        return ""
 
     def _has_openmp(self) -> bool:
         with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +90,7 @@ native = Pybind11Extension(
     "cemg_kernels._native",
     SOURCES,
     include_dirs=["csrc/include"],
-    depends=HEADERS,
+    depends=[*HEADERS, CUDA_SOURCE],
     cxx_std=20,
     extra_compile_args=["-O3", "-Wall", "-Wextra"],
 )

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -14,6 +15,9 @@
 #include "cemg/trie_build.h"
 #include "cemg/trie_cpu.h"
 #include "cemg/trie_step.h"
+#if defined(CEMG_CUDA)
+#include "cemg/trie_cuda.h"
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -87,16 +91,17 @@ void write_arrays(const cemg::TrieBuilder& built, Address code, int code_bytes, 
   throw std::invalid_argument("codes take 1 or 2 bytes, got " + std::to_string(code_bytes));
 }
 
-void lookup(const View& view, Address words, Address before, Address prefixes, int64_t rows, int64_t length,
-            Address out) {
+// The operations take what the kernels of trie_cuda.cu take: the filter, the operands, then the rows.
+void lookup(const View& view, Address words, Address before, Address prefixes, int64_t length, Address out,
+            int64_t rows) {
   const auto filter = filter_at(words, before);
   std::visit(
       [&](auto trie) { cemg::lookup(trie, filter, at<int64_t>(prefixes), rows, length, at<int32_t>(out)); },
       view.trie);
 }
 
-void advance(const View& view, Address words, Address before, Address nodes, Address codes, int64_t rows,
-             Address out) {
+void advance(const View& view, Address words, Address before, Address nodes, Address codes, Address out,
+             int64_t rows) {
   const auto filter = filter_at(words, before);
   std::visit(
       [&](auto trie) {
@@ -105,8 +110,8 @@ void advance(const View& view, Address words, Address before, Address nodes, Add
       view.trie);
 }
 
-void children(const View& view, Address words, Address before, Address nodes, int64_t rows, Address out_codes,
-              Address out_nodes) {
+void children(const View& view, Address words, Address before, Address nodes, Address out_codes,
+              Address out_nodes, int64_t rows) {
   const auto filter = filter_at(words, before);
   std::visit(
       [&](auto trie) {
@@ -116,13 +121,13 @@ void children(const View& view, Address words, Address before, Address nodes, in
       view.trie);
 }
 
-void mask(const View& view, Address words, Address before, Address nodes, int64_t rows, Address out) {
+void mask(const View& view, Address words, Address before, Address nodes, Address out, int64_t rows) {
   const auto filter = filter_at(words, before);
   std::visit([&](auto trie) { cemg::mask(trie, filter, at<int32_t>(nodes), rows, at<bool>(out)); },
              view.trie);
 }
 
-void interval(const View& view, Address nodes, int64_t rows, Address out) {
+void interval(const View& view, Address, Address, Address nodes, Address out, int64_t rows) {
   std::visit([&](auto trie) { cemg::interval(trie, at<int32_t>(nodes), rows, at<int32_t>(out)); }, view.trie);
 }
 
@@ -189,8 +194,21 @@ py::dict build_info() {
   info["openmp"] = false;
   info["threads"] = 1;
 #endif
+#if defined(CEMG_CUDA)
+  info["cuda"] = CEMG_CUDA;
+#else
+  info["cuda"] = "";
+#endif
   return info;
 }
+
+#if defined(CEMG_CUDA)
+void launch_trie_kernel(const std::string& name, std::vector<uint64_t> arguments, int64_t count, int device,
+                        uint64_t stream) {
+  const std::string error = cemg::launch_trie_kernel(name, std::move(arguments), count, device, stream);
+  if (!error.empty()) throw std::runtime_error("CUDA, launching " + name + ": " + error);
+}
+#endif
 
 }  // namespace
 
@@ -198,6 +216,9 @@ PYBIND11_MODULE(_native, module) {
   using release = py::call_guard<py::gil_scoped_release>;
   module.doc() = "The trie in C++: raw addresses in, raw addresses out. Use cemg_kernels.Trie.";
   module.def("build_info", &build_info);
+#if defined(CEMG_CUDA)
+  module.def("launch_trie_kernel", &launch_trie_kernel, release());
+#endif
   module.def("beam_attention", &beam_attention);
   module.def("rms_norm", &rms_norm, release());
   py::class_<cemg::TrieBuilder>(module, "TrieBuilder")

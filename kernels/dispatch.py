@@ -29,7 +29,7 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "trie_softmax": ("native", "reference"),
     "trie_beam_step": ("native", "torch", "reference"),
     "trie": ("native", "reference"),
-    "lightgcn_propagate": ("torch", "reference"),
+    "lightgcn_propagate": ("triton", "torch", "reference"),
     "beam_attention": ("native", "reference"),
     "rms_norm": ("native", "reference"),
 }
@@ -118,6 +118,10 @@ def _problem(op: str, backend: str, device: torch.device) -> str:
         return _triton_problem(device)
     if backend != "native":
         return ""
+    if op == "trie" and device.type == "cuda":
+        from . import trie_cuda
+
+        return trie_cuda.problem()
     if device.type != "cpu":
         return f"the C++ of this operation is built for the CPU, not for {device.type}"
     return "" if _native is not None else f"not built ({NATIVE_ERROR})"

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import pick
+from .dispatch import fast_kernels_enabled, pick
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class BipartiteGraph:
     """Who interacted with what, both directions, as one symmetric CSR over users and then items.
 
@@ -81,13 +81,16 @@ def lightgcn_propagate(
     Rows of x are users, then items. Repeated edges count once; a vertex of degree 0 passes nothing and
     keeps x / (layers + 1). Differentiable in x: A_hat is symmetric, so backward is the same operator.
     float32 and float64 as they are; sums of narrower types in float32.
-    ``backend``: "reference", "torch", or None for the dispatcher's.
+    ``backend``: "triton", "torch", "reference", or None for the dispatcher's.
     Raises ValueError where shape, dtype or device do not fit, or layers < 0.
     """
     _check(graph, x, layers)
-    if pick("lightgcn_propagate", x.device, backend) == "reference":
+    if backend is None and x.dtype == torch.float64 and fast_kernels_enabled():
+        backend = "torch"
+    chosen = pick("lightgcn_propagate", x.device, backend)
+    if chosen == "reference":
         return lightgcn_propagate_reference(graph, x, layers)
-    return _Propagate.apply(graph, x, layers)
+    return _Propagate.apply(graph, x, layers, chosen)
 
 
 def lightgcn_propagate_reference(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
@@ -104,16 +107,20 @@ def lightgcn_propagate_reference(graph: BipartiteGraph, x: Tensor, layers: int) 
 
 
 class _Propagate(torch.autograd.Function):
-    """The tuned operator; nothing is kept for backward but the graph."""
+    """A tuned operator; nothing is kept for backward but the graph."""
 
     @staticmethod
-    def forward(ctx: Any, graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
-        ctx.graph, ctx.layers = graph, layers
-        return _horner(graph, x, layers)
+    def forward(ctx: Any, graph: BipartiteGraph, x: Tensor, layers: int, backend: str) -> Tensor:
+        ctx.graph, ctx.layers, ctx.backend = graph, layers, backend
+        if backend == "torch":
+            return _horner(graph, x, layers)
+        from .lightgcn_propagate_triton import propagate
+
+        return propagate(graph, x, layers)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        return None, _Propagate.apply(ctx.graph, grads[0], ctx.layers), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:
+        return None, _Propagate.apply(ctx.graph, grads[0], ctx.layers, ctx.backend), None, None
 
 
 def _horner(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:

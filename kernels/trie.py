@@ -59,7 +59,7 @@ class Trie:
             arrays = build(codes, codebook_size)
         except DuplicateCodes as error:
             raise ValueError(_duplicate_message(error.pairs, codes, ids)) from None
-        by_rank = None if ids is None else ids[arrays.rows.long()]
+        by_rank = None if ids is None else ids.to(arrays.rows.device)[arrays.rows.long()]
         return cls(arrays, by_rank).to(device)
 
     @property
@@ -127,10 +127,8 @@ class Trie:
         prefixes = self._here("prefixes", prefixes).long().contiguous()
         rows, length = prefixes.shape
         if self._native():
-            out = torch.empty(rows, dtype=torch.int32)
-            self.view.lookup(
-                *self.filter_addresses(filter), prefixes.data_ptr(), rows, length, out.data_ptr()
-            )
+            out = torch.empty(rows, dtype=torch.int32, device=self.device)
+            self._run("lookup", filter, (prefixes, length, out), rows)
             return out
         nodes = torch.zeros(rows, dtype=torch.int32, device=self.device)
         for code in prefixes.unbind(1):
@@ -147,13 +145,7 @@ class Trie:
         nodes, codes = self._nodes(nodes), self._here("codes", codes).long().contiguous()
         if self._native():
             out = torch.empty_like(nodes)
-            self.view.advance(
-                *self.filter_addresses(filter),
-                nodes.data_ptr(),
-                codes.data_ptr(),
-                nodes.numel(),
-                out.data_ptr(),
-            )
+            self._run("advance", filter, (nodes, codes, out), nodes.numel())
             return out
         found = trie_walk.find_child(self.arrays, nodes.flatten(), codes.flatten())
         return self._allowed(found.view(nodes.shape), filter)
@@ -166,10 +158,8 @@ class Trie:
         nodes = self._nodes(nodes, 1)
         shape = (nodes.numel(), self.codebook_size)
         if self._native():
-            codes, found = torch.empty(2, *shape, dtype=torch.int32)
-            self.view.children(
-                *self.filter_addresses(filter), nodes.data_ptr(), shape[0], codes.data_ptr(), found.data_ptr()
-            )
+            codes, found = torch.empty(2, *shape, dtype=torch.int32, device=self.device)
+            self._run("children", filter, (nodes, codes, found), shape[0])
             return codes, found
         codes, found = trie_walk.child_grid(self.arrays, nodes)
         if filter is None:
@@ -183,8 +173,8 @@ class Trie:
         """Which codes continue each of ``nodes`` [B]: bool [B, K]; a row of -1 is all False."""
         nodes = self._nodes(nodes, 1)
         if self._native():
-            out = torch.empty(nodes.numel(), self.codebook_size, dtype=torch.bool)
-            self.view.mask(*self.filter_addresses(filter), nodes.data_ptr(), nodes.numel(), out.data_ptr())
+            out = torch.empty(nodes.numel(), self.codebook_size, dtype=torch.bool, device=self.device)
+            self._run("mask", filter, (nodes, out), nodes.numel())
             return out
         codes, found = trie_walk.child_grid(self.arrays, nodes)
         allowed = self._allowed(found, filter) >= 0
@@ -204,8 +194,8 @@ class Trie:
         nodes = self._nodes(nodes, 1)
         if not self._native():
             return trie_walk.node_interval(self.arrays, nodes)
-        out = torch.empty(nodes.numel(), 2, dtype=torch.int32)
-        self.view.interval(nodes.data_ptr(), nodes.numel(), out.data_ptr())
+        out = torch.empty(nodes.numel(), 2, dtype=torch.int32, device=self.device)
+        self._run("interval", None, (nodes, out), nodes.numel())
         return out
 
     def save(self, path: str | Path) -> None:
@@ -237,6 +227,19 @@ class Trie:
             num_nodes=a.num_nodes,
             codebook_size=a.codebook_size,
         )
+
+    def _run(
+        self, name: str, filter: ItemFilter | None, arguments: tuple[Tensor | int, ...], rows: int
+    ) -> None:
+        """The C++ or CUDA operation of this name, over ``rows`` nodes or prefixes; the last is the output."""
+        if self.device.type == "cuda":
+            from . import trie_cuda
+
+            cells = rows * self.codebook_size if name == "mask" else rows
+            trie_cuda.launch(name, self.arrays, self.filter_addresses(filter), arguments, cells)
+            return
+        addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        getattr(self.view, name)(*self.filter_addresses(filter), *addresses, rows)
 
     def _native(self) -> bool:
         return pick("trie", self.device) == "native"

@@ -73,7 +73,12 @@ def check_codes(codes: Tensor, codebook_size: int) -> None:
 
 
 def build(codes: Tensor, codebook_size: int, *, backend: str | None = None) -> TrieArrays:
-    """The arrays of checked ``codes`` [N, L]; DuplicateCodes where two rows are equal."""
+    """The arrays of checked ``codes`` [N, L]; DuplicateCodes where two rows are equal.
+
+    Codes on a GPU are sorted and built there, by torch.
+    """
+    if codes.device.type == "cuda":
+        return build_reference(codes.detach().to(torch.int32), codebook_size)
     codes = codes.detach().to("cpu", torch.int32).contiguous()
     if pick("trie", codes.device, backend) == "native":
         return _build_native(codes, codebook_size)
@@ -83,15 +88,16 @@ def build(codes: Tensor, codebook_size: int, *, backend: str | None = None) -> T
 def build_reference(codes: Tensor, codebook_size: int) -> TrieArrays:
     """The definition: sort the rows, start a node where a rank's leading codes differ from the last's."""
     num_items, levels = codes.shape
-    order = _sorted_order(codes)  # [N]
+    order = _sorted_order(codes, codebook_size)  # [N]
     codes = codes[order]
     depth = _shared_depth(codes)  # [N], leading codes shared with the rank before
     _refuse_duplicates(order, depth, levels)
     starts = [depth <= m for m in range(levels)]  # [N] bool: does a node of level m + 1 start here?
     code = torch.cat([codes[s, m] for m, s in enumerate(starts)])
-    begin = 1 + torch.tensor([0, *(int(s.sum()) for s in starts)]).cumsum(0)  # of levels 1, 2, ...
+    counts = [0, *(int(s.sum()) for s in starts)]
+    begin = 1 + torch.tensor(counts, device=codes.device).cumsum(0)  # of levels 1, 2, ...
     _check_nodes(int(begin[-1]), num_items)
-    first_child = [torch.tensor([1])]
+    first_child = [begin[:1]]
     for m in range(levels - 1):
         index = starts[m + 1].cumsum(0) - 1  # of each rank's node within level m + 2
         first_child.append(begin[m + 1] + index[starts[m]])
@@ -139,16 +145,22 @@ def _check_nodes(num_nodes: int, num_items: int) -> None:
         )
 
 
-def _sorted_order(codes: Tensor) -> Tensor:
-    order = torch.arange(codes.shape[0])
-    for m in reversed(range(codes.shape[1])):  # stable, so the first code weighs most
+def _sorted_order(codes: Tensor, codebook_size: int) -> Tensor:
+    levels, bits = codes.shape[1], max((codebook_size - 1).bit_length(), 1)
+    if levels * bits <= 63:  # one key holds all codes
+        key = codes[:, 0].long()
+        for m in range(1, levels):
+            key = (key << bits) | codes[:, m]
+        return key.argsort(stable=True)
+    order = torch.arange(codes.shape[0], device=codes.device)
+    for m in reversed(range(levels)):  # stable, so the first code weighs most
         order = order[codes[order, m].argsort(stable=True)]
     return order
 
 
 def _shared_depth(codes: Tensor) -> Tensor:
     same = (codes[1:] == codes[:-1]).long().cumprod(1).sum(1)  # [N - 1]
-    return torch.cat([torch.zeros(1, dtype=torch.int64), same])
+    return torch.cat([same.new_zeros(1), same])
 
 
 def _refuse_duplicates(order: Tensor, depth: Tensor, levels: int) -> None:

@@ -2,16 +2,12 @@
 
 #include <algorithm>
 
+#include "cemg/trie_cells.h"
+
 namespace cemg {
 namespace {
 
 constexpr int64_t kParallelRows = 512;  // below this, waking the other cores costs more than it saves
-
-template <class Code>
-int32_t allowed_child(const TrieView<Code>& trie, const FilterView& filter, int32_t node, int64_t code) {
-  const int32_t child = trie.advance(node, code);
-  return child != kNone && filter.allows(trie.interval(child)) ? child : kNone;
-}
 
 }  // namespace
 
@@ -19,37 +15,21 @@ template <class Code>
 void lookup(TrieView<Code> trie, FilterView filter, const int64_t* prefixes, int64_t rows, int64_t length,
             int32_t* out) noexcept {
 #pragma omp parallel for if (rows >= kParallelRows)
-  for (int64_t row = 0; row < rows; ++row) {
-    int32_t node = kRoot;
-    for (int64_t m = 0; m < length; ++m) node = trie.advance(node, prefixes[row * length + m]);
-    out[row] = filter.allows(trie.interval(node)) ? node : kNone;
-  }
+  for (int64_t row = 0; row < rows; ++row) lookup_row(trie, filter, prefixes, length, row, out);
 }
 
 template <class Code>
 void advance(TrieView<Code> trie, FilterView filter, const int32_t* nodes, const int64_t* codes, int64_t rows,
              int32_t* out) noexcept {
 #pragma omp parallel for if (rows >= kParallelRows)
-  for (int64_t row = 0; row < rows; ++row) out[row] = allowed_child(trie, filter, nodes[row], codes[row]);
+  for (int64_t row = 0; row < rows; ++row) advance_row(trie, filter, nodes, codes, row, out);
 }
 
 template <class Code>
 void children(TrieView<Code> trie, FilterView filter, const int32_t* nodes, int64_t rows, int32_t* out_codes,
               int32_t* out_nodes) noexcept {
 #pragma omp parallel for if (rows >= kParallelRows)
-  for (int64_t row = 0; row < rows; ++row) {
-    int32_t* const codes = out_codes + row * trie.codebook_size;
-    int32_t* const found = out_nodes + row * trie.codebook_size;
-    const Range range = trie.children(nodes[row]);
-    int32_t count = 0;
-    for (int32_t child = range.begin; child < range.end; ++child) {
-      if (!filter.allows(trie.interval(child))) continue;
-      codes[count] = trie.code[child - 1];
-      found[count++] = child;
-    }
-    std::fill(codes + count, codes + trie.codebook_size, kNone);
-    std::fill(found + count, found + trie.codebook_size, kNone);
-  }
+  for (int64_t row = 0; row < rows; ++row) children_row(trie, filter, nodes, row, out_codes, out_nodes);
 }
 
 template <class Code>
@@ -68,11 +48,7 @@ void mask(TrieView<Code> trie, FilterView filter, const int32_t* nodes, int64_t 
 template <class Code>
 void interval(TrieView<Code> trie, const int32_t* nodes, int64_t rows, int32_t* out) noexcept {
 #pragma omp parallel for if (rows >= kParallelRows)
-  for (int64_t row = 0; row < rows; ++row) {
-    const Range ranks = trie.interval(nodes[row]);
-    out[2 * row] = ranks.begin;
-    out[2 * row + 1] = ranks.end;
-  }
+  for (int64_t row = 0; row < rows; ++row) interval_row(trie, nodes, row, out);
 }
 
 #define CEMG_INSTANTIATE(Code)                                                                              \

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cemg/trie_build.h"
+#include "cemg/trie_cells.h"
 #include "cemg/trie_cpu.h"
 
 namespace {
@@ -87,6 +88,11 @@ void check_masks(const Owned<Code>& trie, const std::vector<uint64_t>& words,
   cemg::mask(trie.view, filter, nodes.data(), count, reinterpret_cast<bool*>(allowed.data()));
   cemg::children(trie.view, filter, nodes.data(), count, codes.data(), found.data());
   cemg::interval(trie.view, nodes.data(), count, ranks.data());
+  std::vector<char> cells(count * size);  // as a grid of threads would fill it
+  for (int64_t cell = count * size - 1; cell >= 0; --cell) {
+    cemg::mask_cell(trie.view, filter, nodes.data(), cell, reinterpret_cast<bool*>(cells.data()));
+  }
+  require(cells == allowed, "the cells of the GPU's mask equal the CPU's walk");
   for (int64_t i = 0; i < count; ++i) {
     int64_t seen = 0;
     for (int32_t k = 0; k < size; ++k) {

@@ -5,9 +5,9 @@
 // are the items in sorted order: a leaf's place among the leaves is the item's rank.
 #pragma once
 
-#include <cstdint>
-#if !defined(__CUDA_ARCH__)
+#if !defined(__CUDACC_RTC__)  // CuPy's compiler has no standard headers; trie_cuda.cu names the types
 #include <bit>
+#include <cstdint>
 #endif
 
 #if defined(__CUDACC__)

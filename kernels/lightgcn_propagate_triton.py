@@ -1,0 +1,221 @@
+"""LightGCN propagation on a GPU: neighbour rows are summed without an array of edge values.
+
+V vertices, D dimensions, L layers. With s = D^-1/2 by vertex, a layer of Horner's form is
+
+    y <- x + s * (A (s * y))
+
+so a layer reads the table s * y, sums its neighbour rows in float32 and writes the next layer's table; the
+last one divides by L + 1 instead. Vertices run in the order of their degrees: those of a
+program have nearly as many neighbours each. A vertex of more than ``CHUNK`` neighbours is summed in two
+steps, chunks first, so that no program is long; sums are in a fixed order, so results repeat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .aot import AotCase
+from .lightgcn_propagate import BipartiteGraph
+
+MAX_DIM = 1024
+FEW = 32  # up to so many neighbours, several vertices share a program
+CHUNK = 1024
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# Gowalla-shaped (71k vertices, 2.1 M directed edges), D = 64, fp32: 526 MB of gathered rows a layer, of which
+# the 18 MB table stays in L2; 36 MB of x and tables otherwise. Bound by L2 bandwidth. A bf16 table halves it.
+@triton.jit
+def layer_kernel(
+    order_ptr, begin_ptr, neighbours_ptr, table_ptr, x_ptr, scale_ptr, out_ptr, first, last, divisor,
+    D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATHER: tl.constexpr, FINAL: tl.constexpr,
+):  # fmt: skip
+    """Vertices order[first:last]; where not GATHER, their summands lie one after the other in the table."""
+    place = first + tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    alive = place < last
+    vertex = tl.load(order_ptr + place, mask=alive, other=0).to(tl.int64)
+    bounds = vertex if GATHER else (place - first).to(tl.int64)
+    begin = tl.load(begin_ptr + bounds, mask=alive, other=0)
+    degree = tl.where(alive, tl.load(begin_ptr + bounds + 1, mask=alive, other=0) - begin, 0)
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+    for e0 in range(0, tl.max(degree, 0), BLOCK_E):
+        e = e0 + tl.arange(0, BLOCK_E)
+        here = e[None, :] < degree[:, None]  # [BLOCK_V, BLOCK_E]
+        row = begin[:, None] + e[None, :]
+        if GATHER:
+            row = tl.load(neighbours_ptr + row, mask=here, other=0).to(tl.int64)
+        inside = here[:, :, None] & (d < D)[None, None, :]
+        rows = tl.load(table_ptr + row[:, :, None] * D + d[None, None, :], mask=inside, other=0.0)
+        total += tl.sum(rows.to(tl.float32), 1)
+    inside = alive[:, None] & (d < D)[None, :]
+    at = vertex[:, None] * D + d[None, :]
+    scale = tl.load(scale_ptr + vertex, mask=alive, other=0.0)[:, None]
+    y = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + scale * total
+    y = y / divisor if FINAL else y * scale
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def chunk_kernel(
+    chunk_ptr, neighbours_ptr, table_ptr, partial_ptr,
+    D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sums of the neighbour rows of one chunk of edges: chunk_ptr [chunks, 2] begin and end."""
+    chunk = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(chunk_ptr + 2 * chunk), tl.load(chunk_ptr + 2 * chunk + 1)
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for e0 in range(0, end - begin, BLOCK_E):
+        e = begin + e0 + tl.arange(0, BLOCK_E)
+        row = tl.load(neighbours_ptr + e, mask=e < end, other=0).to(tl.int64)
+        inside = (e < end)[:, None] & (d < D)[None, :]
+        rows = tl.load(table_ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0)
+        total += tl.sum(rows.to(tl.float32), 0)
+    tl.store(partial_ptr + chunk * D + d, total, mask=d < D)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """In which order the vertices run: ``order`` [V] int32 by degree, few neighbours, more, over CHUNK.
+
+    ``neighbours`` [2 E] int32; ``few`` and ``some`` end the first two kinds in ``order``; ``chunks``
+    [C, 2] int64 are the edges of the third kind in pieces, ``chunk_begin`` its row pointers into them.
+    """
+
+    order: Tensor
+    neighbours: Tensor
+    few: int
+    some: int
+    chunks: Tensor
+    chunk_begin: Tensor
+
+
+_schedules: WeakKeyDictionary[BipartiteGraph, Schedule] = WeakKeyDictionary()
+
+
+def schedule_of(graph: BipartiteGraph) -> Schedule:
+    """The graph's schedule, made at first use."""
+    if graph not in _schedules:
+        degree = graph.row_ptr.diff()
+        order = degree.argsort(stable=True)
+        few, some = int((degree <= FEW).sum()), int((degree <= CHUNK).sum())
+        heavy = order[some:]
+        pieces = (degree[heavy] + CHUNK - 1) // CHUNK
+        chunk_begin = torch.cat((pieces.new_zeros(1), pieces.cumsum(0)))
+        owner = torch.repeat_interleave(torch.arange(heavy.numel(), device=graph.device), pieces)
+        index = torch.arange(owner.numel(), device=graph.device) - chunk_begin[owner]
+        begin = graph.row_ptr[heavy][owner] + index * CHUNK
+        end = torch.minimum(begin + CHUNK, graph.row_ptr[heavy + 1][owner])
+        _schedules[graph] = Schedule(
+            order.to(torch.int32), graph.neighbours.to(torch.int32), few, some,
+            torch.stack((begin, end), dim=1).contiguous(), chunk_begin,
+        )  # fmt: skip
+    return _schedules[graph]
+
+
+def propagate(
+    graph: BipartiteGraph, x: Tensor, layers: int, table_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Checked input: ``x`` [V, D] -> the mean over the layers, of x's dtype.
+
+    ``table_dtype`` of the gathered tables: x's own by default (float32 where x is narrower), or bfloat16,
+    which halves what is read and rounds each summand to 8 bits (relative error up to 2^-9 a layer).
+    """
+    dim = x.shape[1]
+    if dim > MAX_DIM or x.dtype not in DTYPES:
+        raise ValueError(
+            f"the Triton backend takes float32, bfloat16 or float16 of up to {MAX_DIM} dimensions, "
+            f"got {x.dtype} of {dim}; use backend='torch'"
+        )
+    x = x.contiguous()
+    if layers == 0 or not graph.neighbours.numel():
+        return (x.float() / (layers + 1)).to(x.dtype)
+    plan = schedule_of(graph)
+    table = (x.float() * graph.inv_sqrt_degree[:, None]).to(table_dtype)
+    partial = torch.empty(len(plan.chunks), dim, device=x.device)
+    for layer in range(layers):
+        final = layer == layers - 1
+        out = torch.empty_like(x) if final else torch.empty_like(table)
+        _layer(graph, plan, table, partial, x, out, float(layers + 1), final)
+        table = out
+    return table
+
+
+def _layer(
+    graph: BipartiteGraph, plan: Schedule, table: Tensor, partial: Tensor, x: Tensor, out: Tensor,
+    divisor: float, final: bool,
+) -> None:  # fmt: skip
+    vertices, dim = x.shape
+    scale = graph.inv_sqrt_degree
+    ends = (0, plan.few, plan.some, vertices)
+    if len(plan.chunks):
+        chunk_kernel[(len(plan.chunks),)](
+            plan.chunks, plan.neighbours, table, partial, D=dim, **chunk_blocks(dim)
+        )
+    for kind in range(3):
+        first, last = ends[kind], ends[kind + 1]
+        if first == last:
+            continue
+        blocks, warps = layer_blocks(dim, kind)
+        grid = (triton.cdiv(last - first, blocks["BLOCK_V"]),)
+        begin, source = (plan.chunk_begin, partial) if kind == 2 else (graph.row_ptr, table)
+        layer_kernel[grid](
+            plan.order, begin, plan.neighbours, source, x, scale, out, first, last, divisor,
+            D=dim, **blocks, GATHER=kind < 2, FINAL=final, num_warps=warps,
+        )  # fmt: skip
+
+
+def layer_blocks(dim: int, kind: int) -> tuple[dict[str, int], int]:
+    """Tiles and warps for vertices of few neighbours (0), more (1) and those summed by chunks (2)."""
+    block = triton.next_power_of_2(dim)
+    if kind == 0:
+        share = max(1, 4096 // (4 * block))  # vertices: 4 neighbours of each at a time
+        return {"BLOCK_V": min(share, 16), "BLOCK_E": 4, "BLOCK_D": block}, 4
+    return {"BLOCK_V": 1, "BLOCK_E": max(4, 2048 // block), "BLOCK_D": block}, 4
+
+
+def chunk_blocks(dim: int) -> dict[str, int]:
+    block = triton.next_power_of_2(dim)
+    return {"BLOCK_E": max(4, 4096 // block), "BLOCK_D": block}
+
+
+def aot_cases() -> list[AotCase]:
+    """Each kind of vertex, in the middle layer and the last, at the dimensions and dtypes people use."""
+    cases = []
+    for dim, dtype, table in (
+        (64, "fp32", "fp32"), (64, "fp32", "bf16"), (64, "bf16", "fp32"), (64, "fp16", "fp32"),
+        (128, "fp32", "fp32"), (256, "fp32", "bf16"),
+    ):  # fmt: skip
+        cases += [_layer_case(dim, dtype, table, kind, final) for kind in range(3) for final in (False, True)]
+    return cases + [_chunk_case(dim, table) for dim in (64, 128, 256) for table in ("fp32", "bf16")]
+
+
+def _layer_case(dim: int, dtype: str, table: str, kind: int, final: bool) -> AotCase:
+    blocks, warps = layer_blocks(dim, kind)
+    constants = {"D": dim, **blocks, "GATHER": kind < 2, "FINAL": final}
+    types = {
+        "order_ptr": "*i32", "begin_ptr": "*i64", "neighbours_ptr": "*i32",
+        "table_ptr": "*fp32" if kind == 2 else f"*{table}", "x_ptr": f"*{dtype}", "scale_ptr": "*fp32",
+        "out_ptr": f"*{dtype if final else table}", "first": "i32", "last": "i32", "divisor": "fp32",
+    }  # fmt: skip
+    name = f"lightgcn_propagate D={dim} {dtype} table {table} kind {kind}{' final' if final else ''}"
+    pointers = [argument for argument in types if argument.endswith("_ptr")]
+    types |= dict.fromkeys(constants, "constexpr")
+    return AotCase(name, layer_kernel, types, constants, {"num_warps": warps}, pointers)
+
+
+def _chunk_case(dim: int, table: str) -> AotCase:
+    constants = {"D": dim, **chunk_blocks(dim)}
+    types = {"chunk_ptr": "*i64", "neighbours_ptr": "*i32", "table_ptr": f"*{table}", "partial_ptr": "*fp32"}
+    pointers = list(types)
+    types |= dict.fromkeys(constants, "constexpr")
+    name = f"lightgcn_propagate chunks D={dim} table {table}"
+    return AotCase(name, chunk_kernel, types, constants, {"num_warps": 4}, pointers)
