@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"  (a kernel's arguments have the types of its trace)
+# mypy: disable-error-code="no-untyped-def"
 """LightGCN propagation on a GPU: neighbour rows are summed without an array of edge values.
 
 V vertices, D dimensions, L layers. With s = D^-1/2 by vertex, a layer of Horner's form is
