@@ -146,7 +146,8 @@ def negative_entropy(residual: Tensor, codebook: Tensor) -> Tensor:
     distance = torch.cdist(residual, codebook).square()  # [B, K]
     temperature = distance.detach().min(1).values.mean().clamp_min(1e-6)
     mean = F.softmax(-distance / temperature, dim=1).mean(0)  # [K]
-    return torch.xlogy(mean, mean).sum()
+    # a code so far off that its share is 0 adds nothing; the gradient of log 0 would make all NaN
+    return (mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
 
 
 def _mlp(sizes: tuple[int, ...]) -> nn.Sequential:

@@ -122,6 +122,11 @@ def _fit(model: RQVAE, items: ItemFeatures, *, config: TokenizerConfig, log: Log
         used = torch.zeros(config.levels, config.codebook_size)
         for rows in torch.randperm(len(items), generator=generator).split(config.batch_size):
             losses, codes = model(items.rows(rows.to(items.present.device)))
+            if not bool(losses.total.isfinite()):
+                raise UserError(
+                    f"the tokenizer's loss is {float(losses.total.detach())} in epoch {epoch + 1}",
+                    fix="lower tokenizer.learning_rate, or look for extreme values in the features",
+                )
             optimizer.zero_grad()
             losses.total.backward()
             optimizer.step()

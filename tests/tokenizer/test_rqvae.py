@@ -139,6 +139,16 @@ def test_negative_entropy_is_lowest_where_every_code_is_used_alike():
     assert lowest < skewed.item() < single.item() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_code_too_far_off_for_any_share_leaves_the_gradient_finite():
+    """exp(-distance / temperature) underflows to 0, where the logarithm's gradient is infinite."""
+    residual = torch.tensor([[0.0, 0.0], [0.2, 0.0]], requires_grad=True)
+    codebook = torch.tensor([[0.1, 0.0], [1e3, 1e3]], requires_grad=True)
+    loss = negative_entropy(residual, codebook)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert residual.grad.isfinite().all() and codebook.grad.isfinite().all()
+
+
 def test_negative_entropy_by_its_formula_with_the_mean_least_distance_as_temperature():
     residual, codebook = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5], [2.0]])
     # squared distances (0.25, 4) and (0.25, 1), so the temperature is 0.25

@@ -180,3 +180,10 @@ def test_training_without_any_modality_is_refused():
 def test_training_without_a_modality_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match="'pictures' is no modality"):
         train_tokenizer(*features(), config=QUICK, without=["pictures"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_the_epoch():
+    values, present = features()
+    config = dataclasses.replace(QUICK, learning_rate=1e30)
+    with pytest.raises(UserError, match=r"the tokenizer's loss is (nan|inf) in epoch \d"):
+        train_tokenizer(values, present, config=config)
