@@ -25,7 +25,7 @@ except ImportError as error:
 
 ENVIRONMENT = "CEMG_FAST_KERNELS"
 OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the preferred first
-    "residual_quantize": ("torch", "reference"),
+    "residual_quantize": ("triton", "torch", "reference"),
     "trie_softmax": ("native", "reference"),
     "trie_beam_step": ("native", "torch", "reference"),
     "trie": ("native", "reference"),

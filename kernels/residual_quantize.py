@@ -28,13 +28,19 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, backend: str | None = Non
     chosen vectors, first level first. A code is the argmin of the float64 squared distance (the sum over
     (residual - vector)^2) to that residual; ties go to the lowest index. A distance that is NaN counts as
     infinite; where no distance is finite the code is 0. No gradient flows: add the straight-through
-    estimate around it. ``backend``: "reference", "torch", or None for the dispatcher's.
+    estimate around it. ``backend``: "triton", "torch", "reference", or None for the dispatcher's.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check(x, codebooks)
     chosen = pick("residual_quantize", x.device, backend)
-    run = residual_quantize_reference if chosen == "reference" else _quantize_tiled
+    if backend is None and chosen == "triton" and not _fits_triton(x, codebooks):
+        chosen = "torch"
     with torch.no_grad():
+        if chosen == "triton":
+            from .residual_quantize_triton import quantize
+
+            return quantize(x, codebooks)
+        run = residual_quantize_reference if chosen == "reference" else _quantize_tiled
         return run(x.float(), codebooks.float())
 
 
@@ -47,6 +53,14 @@ def residual_quantize_reference(x: Tensor, codebooks: Tensor) -> tuple[Tensor, T
         vectors = codebook[codes[:, m]]  # [N, D]
         residual, quantized = residual - vectors, quantized + vectors
     return codes, quantized
+
+
+def _fits_triton(x: Tensor, codebooks: Tensor) -> bool:
+    """Whether the kernel takes so many dimensions without spilling."""
+    from .residual_quantize_triton import MAX_DIM
+
+    dtype = x.dtype if x.dtype == codebooks.dtype and x.dtype in MAX_DIM else torch.float32
+    return x.shape[1] <= MAX_DIM[dtype]
 
 
 def _check(x: Tensor, codebooks: Tensor) -> None:

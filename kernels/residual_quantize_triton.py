@@ -1,0 +1,255 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Residual quantization on a GPU: every level of a tile of rows in one launch, N x K never written.
+
+N rows, M levels, K codes a level, D dimensions. A program keeps the residual of its rows on chip through
+all levels. Codes are exact: a row whose winner is within rounding of another is decided again in float64,
+in the kernel, so nothing comes back to the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .aot import AotCase
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+MAX_DIM = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}  # more would spill registers
+EXACT_CELLS = 1024  # float64 differences held at a time
+
+
+@triton.jit
+def _sum_by_pairs(values, HALVINGS: tl.constexpr):
+    """Neighbours added, then neighbouring sums, and so on: [R, 2**HALVINGS] -> [R]."""
+    for _ in tl.static_range(HALVINGS):
+        left, right = tl.split(tl.reshape(values, [values.shape[0], values.shape[1] // 2, 2]))
+        values = left + right
+    return tl.reshape(values, [values.shape[0]])
+
+
+@triton.jit
+def _tf32_part(values):
+    """float32 with the 13 bits that TF32 has no place for set to zero."""
+    return (values.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def prepare_kernel(
+    codebooks_ptr, high_ptr, low_ptr, half_norm_ptr, norm_ptr, rows,
+    D: tl.constexpr, HALVINGS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of each of the M * K vectors: its TF32 part, the rest, ||c||^2 / 2 and ||c||, rounded up."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, 2**HALVINGS)
+    place = row[:, None] * D + d
+    inside = (row < rows)[:, None] & (d < D)
+    vectors = tl.load(codebooks_ptr + place, mask=inside, other=0).to(tl.float32)
+    high = _tf32_part(vectors)
+    tl.store(high_ptr + place, high, mask=inside)
+    tl.store(low_ptr + place, vectors - high, mask=inside)
+    wide = vectors.to(tl.float64)
+    squares = tl.sum(wide * wide, 1)
+    tl.store(half_norm_ptr + row, (squares / 2).to(tl.float32), mask=row < rows)
+    norm = tl.where(squares == squares, tl.sqrt(squares) * 1.001, float("inf"))
+    tl.store(norm_ptr + row, norm.to(tl.float32), mask=row < rows)
+
+
+@triton.jit
+def _largest(norm_ptr, K, BLOCK: tl.constexpr):
+    """The maximum of ``norm_ptr`` [K]."""
+    largest = tl.zeros([BLOCK], tl.float32)
+    for k0 in range(0, K, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(norm_ptr + k, mask=k < K, other=0.0))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _error_bound(residual, longest, D: tl.constexpr):
+    """E of ``residual_quantize_tiles`` for each row of ``residual`` [R, ...]: [R], rounded up."""
+    norm = tl.sqrt(tl.sum(residual * residual, 1)) * 1.001 + D * 2.0**-62  # squares below 2^-126 are lost
+    size = norm * longest + longest * longest / 2
+    both = norm + longest
+    bound = ((D + 8) * 2.0**-22 + 2.0**-18) * size + (D + 8) * (
+        2.0**-52 * both * both + 2.0**-125 * (1 + both)
+    )
+    return tl.where(size < 1e38, bound * 1.001, float("inf"))
+
+
+@triton.jit
+def _nearest_exact(residual, codebook_ptr, K, D: tl.constexpr, HALVINGS: tl.constexpr, BLOCK: tl.constexpr):
+    """The definition, of one row: the code of the least float64 distance to ``residual`` [2**HALVINGS]."""
+    d = tl.arange(0, 2**HALVINGS)
+    wide = residual.to(tl.float64)
+    best = tl.full([], float("inf"), tl.float64)
+    code = tl.full([], 0, tl.int32)
+    for k0 in range(0, K, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        inside = (k < K)[:, None] & (d < D)
+        vectors = tl.load(codebook_ptr + k[:, None] * D + d, mask=inside, other=0).to(tl.float64)
+        off = wide[None, :] - vectors
+        distance = _sum_by_pairs(off * off, HALVINGS)
+        distance = tl.where((k < K) & (distance == distance), distance, float("inf"))
+        least = tl.min(distance, 0)
+        first = tl.min(tl.where(distance == least, k, 2147483647), 0)
+        code = tl.where(least < best, first, code)
+        best = tl.minimum(best, least)
+    return code
+
+
+# N=100k D=64 K=256 M=4 fp32: read x 26 MB, write 26 MB + codes; 3 x 13 GFLOP on TF32 cores. Compute-bound:
+# with scores written it would move 820 MB more.
+@triton.jit
+def residual_quantize_kernel(
+    x_ptr, codebooks_ptr, high_ptr, low_ptr, half_norm_ptr, norm_ptr, codes_ptr, quantized_ptr,
+    N, K, M, stride_x, D: tl.constexpr, HALVINGS: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_EXACT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, 2**HALVINGS)
+    wide_row = row.to(tl.int64)
+    inside = (row < N)[:, None] & (d < D)
+    residual = tl.load(x_ptr + wide_row[:, None] * stride_x + d, mask=inside, other=0).to(tl.float32)
+    for m in range(M):
+        high, best = _tf32_part(residual), tl.full([BLOCK_N], float("inf"), tl.float32)
+        low, second = residual - high, tl.full([BLOCK_N], float("inf"), tl.float32)
+        code = tl.zeros([BLOCK_N], tl.int32)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            place = (m * K + k)[:, None] * D + d
+            valid = (k < K)[:, None] & (d < D)
+            vectors = tl.load(high_ptr + place, mask=valid, other=0.0)
+            dot = tl.dot(low, tl.trans(vectors), input_precision="tf32")
+            if SPLIT:
+                rest = tl.load(low_ptr + place, mask=valid, other=0.0)
+                dot = tl.dot(high, tl.trans(rest), dot, input_precision="tf32")
+            dot = tl.dot(high, tl.trans(vectors), dot, input_precision="tf32")
+            half_norm = tl.load(half_norm_ptr + m * K + k, mask=k < K, other=float("inf"))
+            score = half_norm[None, :] - dot  # [BLOCK_N, BLOCK_K]
+            score = tl.where(score == score, score, float("inf"))  # NaN is never near
+            least, place_of_least = tl.min(score, 1, True, False)  # ties: either, both are doubtful
+            runner_up = tl.min(tl.where(k[None, :] - k0 == place_of_least[:, None], float("inf"), score), 1)
+            second = tl.minimum(tl.minimum(second, runner_up), tl.maximum(best, least))
+            code = tl.where(least < best, k0 + place_of_least, code)
+            best = tl.minimum(best, least)
+        bound = _error_bound(residual, _largest(norm_ptr + m * K, K, BLOCK_K), D)
+        doubtful = (row < N) & ~(second > best + 2 * bound)
+        for _ in range(tl.sum(doubtful.to(tl.int32), 0)):
+            one = row == tl.max(tl.where(doubtful, row, -1), 0)
+            its_residual = tl.sum(tl.where(one[:, None], residual, 0.0), 0)
+            exact = _nearest_exact(its_residual, codebooks_ptr + m * K * D, K, D, HALVINGS, BLOCK_EXACT)
+            code = tl.where(one, exact, code)
+            doubtful = doubtful & ~one
+        tl.store(codes_ptr + wide_row * M + m, code.to(codes_ptr.dtype.element_ty), mask=row < N)
+        chosen = codebooks_ptr + (m * K + code)[:, None] * D + d
+        residual -= tl.load(chosen, mask=inside, other=0).to(tl.float32)
+    tl.debug_barrier()  # the codes are read back, so that the sum takes no registers meanwhile
+    quantized = tl.zeros([BLOCK_N, 2**HALVINGS], tl.float32)
+    for m in range(M):
+        code = tl.load(codes_ptr + wide_row * M + m, mask=row < N, other=0).to(tl.int32)
+        chosen = codebooks_ptr + (m * K + code)[:, None] * D + d
+        quantized += tl.load(chosen, mask=inside, other=0).to(tl.float32)
+    tl.store(quantized_ptr + wide_row[:, None] * D + d, quantized, mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the kernel is cut for one D."""
+
+    rows: int
+    codes: int
+    warps: int
+    stages: int
+
+
+def quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    """Checked input: ``x`` [N, D], ``codebooks`` [M, K, D] -> codes [N, M] int64, quantized [N, D] float32.
+
+    Of one dtype, float32, bfloat16 or float16, they are read as they are; else as float32.
+    """
+    levels, size, dim = codebooks.shape
+    if x.dtype != codebooks.dtype or x.dtype not in DTYPES:
+        x, codebooks = x.float(), codebooks.float()
+    if dim > MAX_DIM[x.dtype]:
+        raise ValueError(
+            f"the Triton backend takes up to {MAX_DIM[x.dtype]} dimensions of {x.dtype}, got {dim}; "
+            "use backend='torch'"
+        )
+    x, codebooks = x.contiguous(), codebooks.contiguous()
+    codes = torch.empty(x.shape[0], levels, dtype=torch.int64, device=x.device)
+    quantized = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if not x.shape[0]:
+        return codes, quantized
+    high, low = (torch.empty(codebooks.shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    half_norm, norm = torch.empty(2, levels, size, device=x.device)
+    halvings, vectors = halvings_of(dim), levels * size
+    block = EXACT_CELLS >> halvings
+    prepare_kernel[(triton.cdiv(vectors, block),)](
+        codebooks, high, low, half_norm, norm, vectors, D=dim, HALVINGS=halvings, BLOCK=block, num_warps=4
+    )
+    tiles = tiles_of(dim, x.dtype)
+    residual_quantize_kernel[(triton.cdiv(x.shape[0], tiles.rows),)](
+        x, codebooks, high, low, half_norm, norm, codes, quantized, x.shape[0], size, levels, x.stride(0),
+        **constants_of(dim, x.dtype), num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
+    )  # fmt: skip
+    return codes, quantized
+
+
+def tiles_of(dim: int, dtype: torch.dtype) -> Tiles:
+    """Tiles that keep the residual on chip without spilling, for D = ``dim``; float32 takes two dot products
+    more, and so more registers. Found by compiling (``python -m cemg_kernels.aot``), not by timing."""
+    if dtype == torch.float32:
+        return Tiles(64, 32, 8, 1) if dim <= 64 else Tiles(16, 32, 8, 1)
+    if dim <= 64:
+        return Tiles(64, 64, 8, 1)
+    return Tiles(64, 32, 8, 1) if dim <= 128 else Tiles(16, 32, 8, 1)
+
+
+def halvings_of(dim: int) -> int:
+    """log2 of ``dim`` rounded up to a power of two, and to the 16 that a dot product needs."""
+    return max(4, (dim - 1).bit_length())
+
+
+def constants_of(dim: int, dtype: torch.dtype) -> dict[str, int]:
+    tiles, halvings = tiles_of(dim, dtype), halvings_of(dim)
+    return {"D": dim, "HALVINGS": halvings, "SPLIT": dtype == torch.float32, "BLOCK_N": tiles.rows,
+            "BLOCK_K": tiles.codes, "BLOCK_EXACT": EXACT_CELLS >> halvings}  # fmt: skip
+
+
+def aot_cases() -> list[AotCase]:
+    """Each dtype and tile; K and M are run-time numbers."""
+    cases = []
+    for dtype, most in MAX_DIM.items():
+        for dim in (32, 64, 128, 256, 512):
+            if dim <= most:
+                cases += [_quantize_case(dim, dtype), _prepare_case(dim, DTYPES[dtype])]
+    return cases
+
+
+def _quantize_case(dim: int, dtype: torch.dtype) -> AotCase:
+    name, tiles, constants = DTYPES[dtype], tiles_of(dim, dtype), constants_of(dim, dtype)
+    types = {
+        "x_ptr": f"*{name}", "codebooks_ptr": f"*{name}", "high_ptr": "*fp32", "low_ptr": "*fp32",
+        "half_norm_ptr": "*fp32", "norm_ptr": "*fp32", "codes_ptr": "*i64", "quantized_ptr": "*fp32",
+        "N": "i32", "K": "i32", "M": "i32", "stride_x": "i32",
+    }  # fmt: skip
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": False}
+    aligned = [argument for argument in types if argument.endswith("_ptr")] + ["stride_x"]
+    types |= dict.fromkeys(constants, "constexpr")
+    return AotCase(f"residual_quantize D={dim} {name}", residual_quantize_kernel, types, constants, options,
+                   aligned)  # fmt: skip
+
+
+def _prepare_case(dim: int, name: str) -> AotCase:
+    types = {"codebooks_ptr": f"*{name}", "high_ptr": "*fp32", "low_ptr": "*fp32", "half_norm_ptr": "*fp32",
+             "norm_ptr": "*fp32", "rows": "i32"}  # fmt: skip
+    halvings = halvings_of(dim)
+    constants = {"D": dim, "HALVINGS": halvings, "BLOCK": EXACT_CELLS >> halvings}
+    aligned = [argument for argument in types if argument.endswith("_ptr")]
+    types |= dict.fromkeys(constants, "constexpr")
+    return AotCase(f"residual_quantize prepare D={dim} {name}", prepare_kernel, types, constants,
+                   {"num_warps": 4}, aligned)  # fmt: skip
