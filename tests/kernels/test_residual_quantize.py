@@ -135,7 +135,7 @@ def test_inputs_that_do_not_fit_are_refused(x, codebooks, message):
 
 def test_more_dimensions_than_the_kernel_holds_are_refused_with_the_way_out():
     with pytest.raises(
-        ValueError, match="up to 128 dimensions of torch.float32, got 129; use backend='torch'"
+        ValueError, match=r"up to 128 dimensions of torch.float32, got 129; use backend='torch'"
     ):
         residual_quantize(torch.zeros(1, 129), torch.zeros(1, 1, 129), backend="triton")
 

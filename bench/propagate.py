@@ -1,0 +1,141 @@
+"""Three layers of LightGCN propagation, forward and backward, against PyG and sparse products.
+
+python bench/propagate.py [--scale 0.1] [--device cuda] [--json PATH] [--plot PATH]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from harness import Report, Work, arguments, copy_bandwidth, optional, start
+from torch import Tensor
+
+from cemg_kernels import BipartiteGraph, dispatch, lightgcn_propagate
+
+Operator = Callable[[Tensor], Tensor]
+LAYERS, DIM = 3, 64
+SHAPES = {"Gowalla-shaped": (29_858, 40_981, 1_027_370), "Beauty-shaped": (22_363, 12_101, 153_776)}
+
+
+def draw(users: int, items: int, edges: int) -> tuple[Tensor, Tensor]:
+    """Edges whose items follow a power law, as those of real sets do."""
+    generator = torch.Generator().manual_seed(0)
+    popularity = 1 / torch.arange(1, items + 1).double().pow(0.7)
+    chosen = torch.multinomial(popularity, edges, replacement=True, generator=generator)
+    return torch.randint(users, (edges,), generator=generator), chosen
+
+
+def sparse_matrix(graph: BipartiteGraph) -> Tensor:
+    """The normalised adjacency as torch CSR."""
+    degree = graph.row_ptr.diff()
+    row = torch.repeat_interleave(torch.arange(len(degree), device=degree.device), degree)
+    values = graph.inv_sqrt_degree[row] * graph.inv_sqrt_degree[graph.neighbours]
+    size = (len(degree), len(degree))
+    return torch.sparse_csr_tensor(graph.row_ptr, graph.neighbours, values, size)
+
+
+def mean_of_layers(multiply: Operator, x: Tensor) -> Tensor:
+    total = layer = x
+    for _ in range(LAYERS):
+        layer = multiply(layer)
+        total = total + layer
+    return total / (LAYERS + 1)
+
+
+def pyg(graph: BipartiteGraph) -> Operator | str:
+    """``LGConv`` of PyG, its default scatter over an edge index."""
+    missing = optional(["torch-geometric"])
+    if missing:
+        return missing
+    from torch_geometric.nn import LGConv
+
+    degree = graph.row_ptr.diff()
+    row = torch.repeat_interleave(torch.arange(len(degree), device=degree.device), degree)
+    edges, layer = torch.stack((graph.neighbours, row)), LGConv().to(degree.device)
+    return lambda x: mean_of_layers(lambda y: layer(y, edges), x)
+
+
+def bag(graph: BipartiteGraph) -> Operator:
+    """``embedding_bag`` with the edge values as weights."""
+    degree = graph.row_ptr.diff()
+    row = torch.repeat_interleave(torch.arange(len(degree), device=degree.device), degree)
+    weights = graph.inv_sqrt_degree[row] * graph.inv_sqrt_degree[graph.neighbours]
+
+    def multiply(y: Tensor) -> Tensor:
+        return F.embedding_bag(graph.neighbours, y, graph.row_ptr, mode="sum", per_sample_weights=weights,
+                               include_last_offset=True)  # fmt: skip
+
+    return lambda x: mean_of_layers(multiply, x)
+
+
+def scipy_csr(graph: BipartiteGraph, matrix: Tensor) -> Operator | str:
+    if graph.device.type != "cpu":
+        return "scipy runs on the CPU only"
+    from scipy.sparse import csr_matrix
+
+    sparse = csr_matrix(
+        (matrix.values().numpy(), matrix.col_indices().numpy(), matrix.crow_indices().numpy())
+    )
+    return lambda x: mean_of_layers(lambda y: torch.from_numpy(sparse @ y.numpy()), x)
+
+
+def forward(run: Operator, x: Tensor) -> Work:
+    return lambda: run(x)
+
+
+def backward(run: Operator, x: Tensor, gradient: Tensor) -> Work:
+    def once() -> Tensor | None:
+        own = x.detach().requires_grad_()
+        run(own).backward(gradient)
+        return own.grad
+
+    return once
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0], rounds=9, seconds=15.0)
+    parser.add_argument("--scale", type=float, default=1.0, help="of users, items and edges, for trials")
+    options = parser.parse_args()
+    device = start(options)
+    report = Report("lightgcn_propagate", options, device)
+    bandwidth = copy_bandwidth(device)
+    for name, shape in SHAPES.items():
+        one_shape(report, name, *(max(8, int(count * options.scale)) for count in shape), bandwidth)
+    report.finish()
+
+
+def one_shape(report: Report, name: str, users: int, items: int, edges: int, bandwidth: float) -> None:
+    device = report.device
+    graph = BipartiteGraph.from_edges(*draw(users, items, edges), users, items).to(device)
+    generator = torch.Generator().manual_seed(1)
+    x, gradient = (torch.randn(users + items, DIM, generator=generator).to(device) for _ in range(2))
+    csr = sparse_matrix(graph)
+    coo = csr.to_sparse_coo().coalesce()
+    peers: dict[str, Operator | str] = {
+        "PyG LGConv": pyg(graph),
+        "torch COO": lambda y: mean_of_layers(lambda z: coo @ z, y),
+        "torch CSR": lambda y: mean_of_layers(lambda z: csr @ z, y),
+        "embedding_bag, weighted": bag(graph),
+    }
+    ours: dict[str, Operator] = {"torch": lambda y: lightgcn_propagate(graph, y, LAYERS, backend="torch")}
+    if dispatch.choose("lightgcn_propagate", device).backend == "triton":
+        ours["triton"] = lambda y: lightgcn_propagate(graph, y, LAYERS, backend="triton")
+    wanted = lightgcn_propagate(graph, x.double(), LAYERS, backend="reference").float()
+    forward_peers = {**peers, "scipy CSR": scipy_csr(graph, csr)}
+    for found in [*ours.values(), *(p for p in forward_peers.values() if not isinstance(p, str))]:
+        torch.testing.assert_close(found(x), wanted, rtol=0, atol=1e-5)
+    gathered = 2 * graph.num_edges * DIM * 4 * LAYERS
+    floor = gathered / bandwidth * 1e3
+    with torch.no_grad():
+        report.case(f"{name}, forward", {b: forward(run, x) for b, run in ours.items()},
+                    {p: run if isinstance(run, str) else forward(run, x) for p, run in forward_peers.items()},
+                    "float64 reference, 1e-5", floor, nbytes=gathered)  # fmt: skip
+    report.case(f"{name}, forward and backward", {b: backward(run, x, gradient) for b, run in ours.items()},
+                {p: run if isinstance(run, str) else backward(run, x, gradient) for p, run in peers.items()},
+                "float64 reference (forward), 1e-5", 2 * floor, nbytes=2 * gathered)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What only a GPU can show: every kernel there against the CPU's reference. ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+
+from cemg.decoding import Decoder
+from cemg.tokenizer import Catalog
+from cemg_kernels import (
+    BipartiteGraph,
+    ItemFilter,
+    Trie,
+    dispatch,
+    lightgcn_propagate,
+    residual_quantize,
+    trie_beam_step,
+    trie_cuda,
+    trie_softmax,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+]
+GPU = torch.device("cuda")
+
+
+def codes_of(items: int, levels: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.unique(torch.randint(size, (2 * items, levels), generator=generator), dim=0)
+    return drawn[torch.randperm(len(drawn), generator=generator)[:items]]
+
+
+def test_the_native_trie_runs_here():
+    assert trie_cuda.problem() == ""
+    assert dispatch.choose("trie", GPU).backend == "native"
+
+
+@pytest.mark.parametrize(
+    ("items", "levels", "size"), [(1, 1, 1), (500, 3, 8), (5000, 4, 256), (3000, 3, 2048)]
+)
+@pytest.mark.parametrize("filtered", [False, True])
+def test_every_trie_operation_equals_the_cpus(items, levels, size, filtered):
+    codes = codes_of(items, levels, size)
+    host, device = Trie.from_codes(codes, size), Trie.from_codes(codes.to(GPU), size, device=GPU)
+    assert all(
+        torch.equal(getattr(host.arrays, name), getattr(device.arrays, name).cpu())
+        for name in ("code", "first_child", "rows")
+    )
+    allowed = torch.rand(host.num_items, generator=torch.Generator().manual_seed(1)) < 0.3
+    mine = ItemFilter.from_mask(host, allowed) if filtered else None
+    theirs = ItemFilter.from_mask(device, allowed.to(GPU)) if filtered else None
+    nodes = torch.randint(-1, host.num_nodes + 2, (700,), dtype=torch.int32)
+    wanted = torch.randint(-1, size, (700,))
+    for length in range(levels + 1):
+        prefixes = codes[:300, :length].contiguous()
+        assert torch.equal(
+            host.lookup(prefixes, filter=mine), device.lookup(prefixes.to(GPU), filter=theirs).cpu()
+        )
+    assert torch.equal(
+        host.advance(nodes, wanted, filter=mine),
+        device.advance(nodes.to(GPU), wanted.to(GPU), filter=theirs).cpu(),
+    )
+    assert torch.equal(host.mask(nodes, filter=mine), device.mask(nodes.to(GPU), filter=theirs).cpu())
+    assert torch.equal(host.interval(nodes), device.interval(nodes.to(GPU)).cpu())
+    assert torch.equal(host.items(nodes, filter=mine), device.items(nodes.to(GPU), filter=theirs).cpu())
+    for ours, other in zip(
+        host.children(nodes, filter=mine), device.children(nodes.to(GPU), filter=theirs), strict=True
+    ):
+        assert torch.equal(ours, other.cpu())
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+def test_softmax_and_beam_step_equal_the_reference(normalize):
+    host = Trie.from_codes(codes_of(4000, 3, 64), 64)
+    device = host.to(GPU)
+    generator = torch.Generator().manual_seed(2)
+    nodes = torch.randint(0, host.arrays.num_inner, (6, 20), generator=generator).to(torch.int32)
+    logits, scores = torch.randn(6, 20, 64, generator=generator), -torch.rand(6, 20, generator=generator)
+    total = logits.logsumexp(2) + 1 if normalize == "vocab" else None
+    on_gpu = None if total is None else total.to(GPU)
+    wanted = trie_beam_step(logits, scores, nodes, host, 20, normalize, total, backend="reference")
+    found = trie_beam_step(logits.to(GPU), scores.to(GPU), nodes.to(GPU), device, 20, normalize, on_gpu)
+    torch.testing.assert_close(found.scores.cpu(), wanted.scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.pruned.cpu(), wanted.pruned, rtol=0, atol=1e-5)
+    rows = logits.flatten(0, 1), nodes.flatten()
+    flat = None if total is None else total.flatten()
+    mine = trie_softmax(*rows, host, normalize, flat, backend="reference")
+    theirs = trie_softmax(
+        *(r.to(GPU) for r in rows), device, normalize, None if flat is None else flat.to(GPU)
+    )
+    torch.testing.assert_close(theirs.cpu(), mine, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "m", "k", "d"), [(1, 1, 1, 1), (5000, 4, 256, 64), (3000, 3, 2048, 32), (999, 8, 300, 128)]
+)
+def test_codes_are_the_references_exactly(n, m, k, d, dtype):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, d, generator=generator).to(GPU, dtype)
+    codebooks = torch.randn(m, k, d, generator=generator).to(GPU, dtype)
+    near = torch.cat((codebooks, codebooks * (1 + 2**-7)), dim=1)  # many near ties
+    for books in (codebooks, near):
+        codes, quantized = residual_quantize(x, books, backend="triton")
+        wanted, total = residual_quantize(x, books, backend="reference")
+        assert torch.equal(codes, wanted)
+        assert torch.equal(quantized, total)
+
+
+@pytest.mark.parametrize("dim", [1, 33, 64, 256])
+def test_propagation_and_its_gradient_equal_the_reference(dim):
+    generator = torch.Generator().manual_seed(4)
+    users, items = (
+        torch.randint(300, (9000,), generator=generator),
+        torch.randint(200, (9000,), generator=generator),
+    )
+    users[:2500], items[:2500] = 300, torch.arange(2500)  # one vertex of several chunks
+    graph = BipartiteGraph.from_edges(users, items, 301, 2500).to(GPU)
+    x = torch.randn(2801, dim, generator=generator).to(GPU)
+    results = []
+    for backend in ("triton", "reference"):
+        own = x.clone().requires_grad_()
+        out = lightgcn_propagate(graph, own, 3, backend=backend)
+        (out * x.cos()).sum().backward()
+        results.append((out.detach(), own.grad))
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+
+
+def t5() -> PreTrainedModel:
+    shape = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=3 + 3 * 32, decoder_start_token_id=0, pad_token_id=0, **shape)
+    )
+
+
+def llama() -> PreTrainedModel:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=3 + 3 * 32, num_key_value_heads=2, pad_token_id=0, **shape)
+    )
+
+
+@pytest.mark.parametrize("build", [t5, llama])
+@pytest.mark.parametrize("normalize", ["vocab", "valid"])
+def test_the_engine_gives_the_cpus_lists(build, normalize):
+    torch.manual_seed(5)
+    model = build().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(0, 0.5)
+    catalog = Catalog.from_codes(codes_of(900, 3, 32), 32)
+    ids, mask = torch.randint(3, 99, (5, 12)), torch.ones(5, 12, dtype=torch.int64)
+    wanted = Decoder(model, catalog, 3, normalize).decode(ids, mask, 20)
+    found = Decoder(model.to(GPU), catalog, 3, normalize).decode(ids, mask, 20)
+    torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-3)
+    assert (found.items == wanted.items).float().mean() > 0.95
