@@ -8,6 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-runs/gpu}
 DATA=${DATA:-../shared/data}
 PYTHON=${PYTHON:-python3}
+WHEELS=${WHEELS:-.whl}
+SITE=${SITE:-/tmp/cemg-site}
+export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
 
@@ -19,7 +22,12 @@ bounded() {  # seconds, name, command: its log, and one line of how it went
   [ $code -eq 0 ] || tail -n 15 "$OUT/$name.log"
 }
 
-build() { bounded 240 build "$PYTHON" -m pip install -e . --no-build-isolation --no-deps; }
+build() {
+  if [ -d "$WHEELS" ]; then  # packages the machine lacks (polars, pydantic, typer, pytest, ...), brought along
+    bounded 120 wheels "$PYTHON" -m pip install -q --no-index --no-deps --upgrade --target "$SITE" "$WHEELS"/*.whl
+  fi
+  bounded 240 build "$PYTHON" -m pip install -e . --no-build-isolation --no-deps
+}
 tests() { bounded 420 tests "$PYTHON" -m pytest -q -m gpu tests --maxfail=5; }
 sanitizer() {
   bounded 240 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py -k trie
@@ -40,7 +48,7 @@ ncu() {
 }
 train() {
   if [ ! -d "$DATA/beauty" ]; then echo "no $DATA/beauty: train skipped"; return; fi
-  bounded 540 train "$PYTHON" -m cemg.commands.train --data "$DATA/beauty" --config configs/beauty.yaml --device cuda \
+  bounded 540 train "$PYTHON" -c 'from cemg.commands.train import main; main()' --data "$DATA/beauty" --config configs/beauty.yaml --device cuda \
     --run "$OUT/beauty" --result "$OUT/beauty-gpu.json"
 }
 
