@@ -120,20 +120,20 @@ def _sample(work: Work, repeats: int, device: torch.device) -> float:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 0) -> float:
-    """Measured floating-point operations a second of a square matrix product."""
+    """Floating-point operations a second of a square matrix product: the best of several, a limit."""
     size = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     taken = measure({"gemm": lambda: a @ b}, device, rounds=9, seconds=5)
-    return 2 * size**3 / (taken["gemm"].p50 / 1e3)
+    return 2 * size**3 / (min(taken["gemm"].samples) / 1e3)
 
 
 def copy_bandwidth(device: torch.device, megabytes: int = 0) -> float:
-    """Measured bytes a second of a copy, read and written both counted."""
+    """Bytes a second of a copy, read and written both counted: the best of several, a limit."""
     megabytes = megabytes or (1024 if device.type == "cuda" else 256)
     source = torch.randn(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
     taken = measure({"copy": lambda: target.copy_(source)}, device, rounds=9, seconds=5)
-    return 2 * source.nbytes / (taken["copy"].p50 / 1e3)
+    return 2 * source.nbytes / (min(taken["copy"].samples) / 1e3)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
