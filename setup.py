@@ -92,7 +92,7 @@ native = Pybind11Extension(
     include_dirs=["csrc/include"],
     depends=[*HEADERS, CUDA_SOURCE],
     cxx_std=20,
-    extra_compile_args=["-O3", "-Wall", "-Wextra"],
+    extra_compile_args=["-O3", "-ffp-contract=fast", "-Wall", "-Wextra"],
 )
 
 setup(

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -12,7 +13,9 @@
 #include <vector>
 
 #include "cemg/decode_cpu.h"
+#include "cemg/quantize_cpu.h"
 #include "cemg/trie_build.h"
+#include "cemg/trie_check.h"
 #include "cemg/trie_cpu.h"
 #include "cemg/trie_step.h"
 #if defined(CEMG_CUDA)
@@ -52,8 +55,17 @@ struct View {
   AnyTrie trie;
 };
 
-cemg::FilterView filter_at(Address words, Address before) {
-  return {at<const uint64_t>(words), at<const int32_t>(before)};
+// Addresses of words, before, filter_of and excluded, then blocks, most_excluded and rows_per_request.
+using Filter = std::array<int64_t, 7>;
+
+cemg::FilterView filter_at(const Filter& f) {
+  return {at<const uint64_t>(static_cast<Address>(f[0])),
+          at<const int32_t>(static_cast<Address>(f[1])),
+          at<const int32_t>(static_cast<Address>(f[2])),
+          at<const int32_t>(static_cast<Address>(f[3])),
+          f[4],
+          f[5],
+          f[6]};
 }
 
 [[noreturn]] void refuse(const cemg::BuildError& error) {
@@ -75,12 +87,23 @@ cemg::FilterView filter_at(Address words, Address before) {
   throw std::invalid_argument("unknown build error");
 }
 
-cemg::TrieBuilder sort_codes(Address codes, int64_t rows, int32_t levels, int32_t codebook_size) {
-  if (rows < 0 || levels < 0) throw std::invalid_argument("negative sizes; pass codes.shape");
+template <class Code>
+cemg::TrieBuilder sort_as(Address codes, int64_t rows, int32_t levels, int32_t codebook_size) {
   const size_t cells = static_cast<size_t>(rows) * static_cast<size_t>(levels);
-  auto built = cemg::TrieBuilder::sort({at<const int32_t>(codes), cells}, levels, codebook_size);
+  const std::span<const Code> all(at<const Code>(codes), cells);
+  auto built = cemg::TrieBuilder::sort<Code>(all, levels, codebook_size);
   if (const auto* error = std::get_if<cemg::BuildError>(&built)) refuse(*error);
   return std::get<cemg::TrieBuilder>(std::move(built));
+}
+
+cemg::TrieBuilder sort_codes(Address codes, int code_bytes, int64_t rows, int32_t levels,
+                             int32_t codebook_size) {
+  if (rows < 0 || levels < 0) throw std::invalid_argument("negative sizes; pass codes.shape");
+  if (code_bytes == 1) return sort_as<uint8_t>(codes, rows, levels, codebook_size);
+  if (code_bytes == 2) return sort_as<int16_t>(codes, rows, levels, codebook_size);
+  if (code_bytes == 4) return sort_as<int32_t>(codes, rows, levels, codebook_size);
+  if (code_bytes == 8) return sort_as<int64_t>(codes, rows, levels, codebook_size);
+  throw std::invalid_argument("codes take 1, 2, 4 or 8 bytes, got " + std::to_string(code_bytes));
 }
 
 void write_arrays(const cemg::TrieBuilder& built, Address code, int code_bytes, Address first_child,
@@ -91,18 +114,41 @@ void write_arrays(const cemg::TrieBuilder& built, Address code, int code_bytes, 
   throw std::invalid_argument("codes take 1 or 2 bytes, got " + std::to_string(code_bytes));
 }
 
+template <class Code>
+const char* problem_as(Address code, Address first_child, Address rows, const std::array<int64_t, 3>& sizes,
+                       int32_t levels, int32_t codebook_size) {
+  const auto [edges, starts, items] = sizes;
+  return cemg::trie_problem<Code>({at<const Code>(code), static_cast<size_t>(edges)},
+                                  {at<const int32_t>(first_child), static_cast<size_t>(starts)},
+                                  {at<const int32_t>(rows), static_cast<size_t>(items)}, levels,
+                                  codebook_size);
+}
+
+// sizes: the numbers of codes, first children and rows.
+std::string trie_problem(Address code, int code_bytes, Address first_child, Address rows,
+                         const std::array<int64_t, 3>& sizes, int32_t levels, int32_t codebook_size) {
+  const char* const problem =
+      code_bytes == 1 ? problem_as<uint8_t>(code, first_child, rows, sizes, levels, codebook_size)
+                      : problem_as<int16_t>(code, first_child, rows, sizes, levels, codebook_size);
+  return problem == nullptr ? "" : problem;
+}
+
+int64_t wrong_id(Address ids, int64_t items) {
+  return cemg::wrong_id({at<const int64_t>(ids), static_cast<size_t>(items)});
+}
+
 // The operations take what the kernels of trie_cuda.cu take: the filter, the operands, then the rows.
-void lookup(const View& view, Address words, Address before, Address prefixes, int64_t length, Address out,
+void lookup(const View& view, const Filter& fields, Address prefixes, int64_t length, Address out,
             int64_t rows) {
-  const auto filter = filter_at(words, before);
+  const auto filter = filter_at(fields);
   std::visit(
       [&](auto trie) { cemg::lookup(trie, filter, at<int64_t>(prefixes), rows, length, at<int32_t>(out)); },
       view.trie);
 }
 
-void advance(const View& view, Address words, Address before, Address nodes, Address codes, Address out,
+void advance(const View& view, const Filter& fields, Address nodes, Address codes, Address out,
              int64_t rows) {
-  const auto filter = filter_at(words, before);
+  const auto filter = filter_at(fields);
   std::visit(
       [&](auto trie) {
         cemg::advance(trie, filter, at<int32_t>(nodes), at<int64_t>(codes), rows, at<int32_t>(out));
@@ -110,9 +156,15 @@ void advance(const View& view, Address words, Address before, Address nodes, Add
       view.trie);
 }
 
-void children(const View& view, Address words, Address before, Address nodes, Address out_codes,
-              Address out_nodes, int64_t rows) {
-  const auto filter = filter_at(words, before);
+void keep(const View& view, const Filter& fields, Address nodes, Address out, int64_t rows) {
+  const auto filter = filter_at(fields);
+  std::visit([&](auto trie) { cemg::keep(trie, filter, at<int32_t>(nodes), rows, at<int32_t>(out)); },
+             view.trie);
+}
+
+void children(const View& view, const Filter& fields, Address nodes, Address out_codes, Address out_nodes,
+              int64_t rows) {
+  const auto filter = filter_at(fields);
   std::visit(
       [&](auto trie) {
         cemg::children(trie, filter, at<int32_t>(nodes), rows, at<int32_t>(out_codes),
@@ -121,13 +173,13 @@ void children(const View& view, Address words, Address before, Address nodes, Ad
       view.trie);
 }
 
-void mask(const View& view, Address words, Address before, Address nodes, Address out, int64_t rows) {
-  const auto filter = filter_at(words, before);
+void mask(const View& view, const Filter& fields, Address nodes, Address out, int64_t rows) {
+  const auto filter = filter_at(fields);
   std::visit([&](auto trie) { cemg::mask(trie, filter, at<int32_t>(nodes), rows, at<bool>(out)); },
              view.trie);
 }
 
-void interval(const View& view, Address, Address, Address nodes, Address out, int64_t rows) {
+void interval(const View& view, const Filter&, Address nodes, Address out, int64_t rows) {
   std::visit([&](auto trie) { cemg::interval(trie, at<int32_t>(nodes), rows, at<int32_t>(out)); }, view.trie);
 }
 
@@ -135,19 +187,19 @@ cemg::StepLogits step_logits(Address logits, Address logsumexp, int normalize) {
   return {at<const float>(logits), at<const float>(logsumexp), static_cast<cemg::Normalize>(normalize)};
 }
 
-void softmax(const View& view, Address words, Address before, Address logits, Address logsumexp,
-             int normalize, Address nodes, int64_t rows, Address out) {
-  const auto filter = filter_at(words, before);
+void softmax(const View& view, const Filter& fields, Address logits, Address logsumexp, int normalize,
+             Address nodes, int64_t rows, Address out) {
+  const auto filter = filter_at(fields);
   const auto step = step_logits(logits, logsumexp, normalize);
   std::visit([&](auto trie) { cemg::softmax(trie, filter, step, at<int32_t>(nodes), rows, at<float>(out)); },
              view.trie);
 }
 
 // next: the addresses of scores, parents, codes, nodes and pruned.
-void beam_step(const View& view, Address words, Address before, Address logits, Address logsumexp,
-               int normalize, Address scores, Address nodes, const std::array<int64_t, 3>& shape,
+void beam_step(const View& view, const Filter& fields, Address logits, Address logsumexp, int normalize,
+               Address scores, Address nodes, const std::array<int64_t, 3>& shape,
                const std::array<Address, 5>& next) {
-  const auto filter = filter_at(words, before);
+  const auto filter = filter_at(fields);
   const auto step = step_logits(logits, logsumexp, normalize);
   const cemg::NextBeams beams = {at<float>(next[0]), at<int64_t>(next[1]), at<int64_t>(next[2]),
                                  at<int32_t>(next[3]), at<float>(next[4])};
@@ -178,6 +230,13 @@ void beam_attention(const std::array<int64_t, 5>& shape, Address query, int64_t 
   cemg::beam_attention({shape[0], shape[1], shape[2], shape[3], shape[4]}, at<const float>(query),
                        query_stride, rows, at<const int32_t>(ancestors), at<const float>(bias), scale, merged,
                        at<float>(out));
+}
+
+void residual_quantize(Address x, int64_t rows, const std::array<int64_t, 3>& shape, Address codebooks,
+                       Address codes, Address quantized) {
+  cemg::residual_quantize(at<const float>(x), rows,
+                          {shape[0], shape[1], shape[2], at<const float>(codebooks)}, at<int64_t>(codes),
+                          at<float>(quantized));
 }
 
 void rms_norm(Address x, Address weight, int64_t rows, int64_t width, float eps, Address out) {
@@ -220,9 +279,12 @@ PYBIND11_MODULE(_native, module) {
   module.def("launch_trie_kernel", &launch_trie_kernel, release());
 #endif
   module.def("beam_attention", &beam_attention);
+  module.def("residual_quantize", &residual_quantize, release());
   module.def("rms_norm", &rms_norm, release());
+  module.def("trie_problem", &trie_problem, release());
+  module.def("wrong_id", &wrong_id, release());
   py::class_<cemg::TrieBuilder>(module, "TrieBuilder")
-      .def(py::init(&sort_codes), py::arg("codes"), py::arg("rows"), py::arg("levels"),
+      .def(py::init(&sort_codes), py::arg("codes"), py::arg("code_bytes"), py::arg("rows"), py::arg("levels"),
            py::arg("codebook_size"), release())
       .def_property_readonly("num_nodes", &cemg::TrieBuilder::num_nodes)
       .def_property_readonly("num_inner", &cemg::TrieBuilder::num_inner)
@@ -238,6 +300,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("num_nodes"), py::arg("codebook_size"))
       .def("lookup", &lookup, release())
       .def("advance", &advance, release())
+      .def("keep", &keep, release())
       .def("children", &children, release())
       .def("mask", &mask, release())
       .def("interval", &interval, release())

@@ -10,6 +10,8 @@ if __name__ == "cemg_kernels":
     from .dispatch import backends, fast_kernels_enabled, use_fast_kernels
     from .item_filter import ItemFilter
     from .lightgcn_propagate import BipartiteGraph, lightgcn_propagate
+    from .live_trie import LiveTrie
+    from .request_filter import RequestFilter
     from .residual_quantize import residual_quantize
     from .rms_norm import rms_norm
     from .trie import Trie
@@ -19,6 +21,8 @@ if __name__ == "cemg_kernels":
     __all__ = [
         "BipartiteGraph",
         "ItemFilter",
+        "LiveTrie",
+        "RequestFilter",
         "Trie",
         "backends",
         "beam_attention",

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90)
-MODULES = ("lightgcn_propagate_triton", "residual_quantize_triton")  # each: aot_cases()
+MODULES = ("lightgcn_propagate_triton", "residual_quantize_triton", "trie_step_triton")  # each: aot_cases()
 CUDA_SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "src" / "trie_cuda.cu"
 WARP = 32
 

@@ -25,9 +25,9 @@ except ImportError as error:
 
 ENVIRONMENT = "CEMG_FAST_KERNELS"
 OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the preferred first
-    "residual_quantize": ("triton", "torch", "reference"),
-    "trie_softmax": ("native", "reference"),
-    "trie_beam_step": ("native", "torch", "reference"),
+    "residual_quantize": ("triton", "native", "torch", "reference"),
+    "trie_softmax": ("triton", "native", "reference"),
+    "trie_beam_step": ("triton", "native", "torch", "reference"),
     "trie": ("native", "reference"),
     "lightgcn_propagate": ("triton", "torch", "reference"),
     "beam_attention": ("native", "reference"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import pick
+from .dispatch import native, pick
 
 TILE_CELLS = 2**18  # of scores in one tile: 1 MB, so they are read again from cache
 EXACT_CELLS = 2**22  # of fp64 differences in one tile: 32 MB
@@ -28,7 +28,8 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, backend: str | None = Non
     chosen vectors, first level first. A code is the argmin of the float64 squared distance (the sum over
     (residual - vector)^2) to that residual; ties go to the lowest index. A distance that is NaN counts as
     infinite; where no distance is finite the code is 0. No gradient flows: add the straight-through
-    estimate around it. ``backend``: "triton", "torch", "reference", or None for the dispatcher's.
+    estimate around it. ``backend``: "triton", "native" (C++ on the CPU), "torch",
+    "reference", or None for the dispatcher's.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check(x, codebooks)
@@ -40,6 +41,8 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, backend: str | None = Non
             from .residual_quantize_triton import quantize
 
             return quantize(x, codebooks)
+        if chosen == "native":
+            return _quantize_native(x.float().contiguous(), codebooks.float().contiguous())
         run = residual_quantize_reference if chosen == "reference" else _quantize_tiled
         return run(x.float(), codebooks.float())
 
@@ -101,6 +104,15 @@ class _Codebook:
     def of(cls, vectors: Tensor) -> _Codebook:
         half_norm = vectors.double().square().sum(1) / 2
         return cls(vectors, half_norm.float(), half_norm.max().mul(2).sqrt())
+
+
+def _quantize_native(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(x.shape[0], codebooks.shape[0], dtype=torch.int64)
+    quantized = torch.empty_like(x)
+    levels, size, dim = codebooks.shape
+    addresses = codebooks.data_ptr(), codes.data_ptr(), quantized.data_ptr()
+    native().residual_quantize(x.data_ptr(), x.shape[0], (levels, size, dim), *addresses)
+    return codes, quantized
 
 
 def _quantize_tiled(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,28 +2,25 @@
 
 R or B rows, m codes of a prefix, K codes a level, N items. A node is one int32: the root 0, none -1.
 About 6 bytes an item (``nbytes``; random codes, K = 256, 4 levels, 1e6 items), and the ids apart
-(``id_nbytes``). On CPU tensors the C++ of ``csrc/`` runs, elsewhere the walk of ``trie_walk.py``.
+(``id_nbytes``). What runs is the C++ or CUDA of ``csrc/``, or the walk of ``trie_walk.py`` (``trie_ops.py``).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from . import trie_walk
-from .dispatch import native, pick
+from . import trie_file, trie_ops
+from .filter_tensors import FilterTensors
 from .item_filter import ItemFilter
-from .trie_arrays import DuplicateCodes, TrieArrays, build, check_codes, verify
+from .request_filter import RequestFilter
+from .trie_arrays import DuplicateCodes, TrieArrays, build, check_codes, fingerprint_of
 
-FORMAT = "cemg-trie-1"
+Filter = ItemFilter | RequestFilter
 
 
 class Trie:
@@ -53,6 +50,8 @@ class Trie:
         items), or more nodes than int32 counts.
         """
         codes = torch.as_tensor(codes)
+        if codes.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            codes = codes.to(torch.int64)  # torch compares few of these
         check_codes(codes, codebook_size)
         ids = None if item_ids is None else _checked_ids(item_ids, codes.shape[0])
         try:
@@ -104,20 +103,31 @@ class Trie:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the codes and the order of the items: what a filter must share with its trie."""
-        digest = hashlib.sha256(f"{self.levels} {self.codebook_size}".encode())
-        for tensor in (self.arrays.code, self.arrays.first_child, self.arrays.rows):
-            digest.update(tensor.cpu().numpy().data)
-        return digest.hexdigest()
+        """A hash of codes, rows and ids: what a filter must share with its trie."""
+        return fingerprint_of(self.arrays, self._ids)
+
+    def codes_by_rank(self) -> Tensor:
+        """The codes of each rank, [N, levels] uint8 or int16: what the trie was built from, in order."""
+        columns, begin = [], 1
+        while begin < self.num_nodes:
+            end = int(self.arrays.first_child[begin]) if begin < self.arrays.num_inner else self.num_nodes
+            nodes = torch.arange(begin, end, dtype=torch.int32, device=self.device)
+            below = self.interval(nodes)
+            columns.append(self.arrays.code[begin - 1 : end - 1].repeat_interleave(below[:, 1] - below[:, 0]))
+            begin = end
+        return torch.stack(columns, 1)
 
     def to(self, device: str | torch.device) -> Trie:
         """The same trie on another device; itself where it is there already."""
         device = torch.device(device)
         if device == self.device:
             return self
-        return Trie(self.arrays.to(device), None if self._ids is None else self._ids.to(device))
+        moved = Trie(self.arrays.to(device), None if self._ids is None else self._ids.to(device))
+        if "fingerprint" in self.__dict__:
+            moved.fingerprint = self.fingerprint
+        return moved
 
-    def lookup(self, prefixes: Tensor, *, filter: ItemFilter | None = None) -> Tensor:
+    def lookup(self, prefixes: Tensor, *, filter: Filter | None = None) -> Tensor:
         """The node each prefix leads to from the root: [B, m] integers, 0 <= m <= levels -> [B] int32.
 
         -1 where no item (that the filter allows) starts with the prefix.
@@ -125,143 +135,99 @@ class Trie:
         if prefixes.dim() != 2 or prefixes.shape[1] > self.levels:
             raise ValueError(f"prefixes must be [B, m] with m <= {self.levels}, got {list(prefixes.shape)}")
         prefixes = self._here("prefixes", prefixes).long().contiguous()
-        rows, length = prefixes.shape
-        if self._native():
-            out = torch.empty(rows, dtype=torch.int32, device=self.device)
-            self._run("lookup", filter, (prefixes, length, out), rows)
-            return out
-        nodes = torch.zeros(rows, dtype=torch.int32, device=self.device)
-        for code in prefixes.unbind(1):
-            nodes = trie_walk.find_child(self.arrays, nodes, code)
-        return self._allowed(nodes, filter)
+        return trie_ops.run("lookup", self.arrays, self.filter_tensors(filter, prefixes.shape[0]), prefixes)
 
-    def advance(self, nodes: Tensor, codes: Tensor, *, filter: ItemFilter | None = None) -> Tensor:
+    def advance(self, nodes: Tensor, codes: Tensor, *, filter: Filter | None = None) -> Tensor:
         """The child of each node along each code: any equal shapes -> the same shape, int32.
 
         -1 where there is no such child, or where the filter allows nothing below it.
         """
         if nodes.shape != codes.shape:
             raise ValueError(f"nodes {list(nodes.shape)} and codes {list(codes.shape)} must have one shape")
-        nodes, codes = self._nodes(nodes), self._here("codes", codes).long().contiguous()
-        if self._native():
-            out = torch.empty_like(nodes)
-            self._run("advance", filter, (nodes, codes, out), nodes.numel())
-            return out
-        found = trie_walk.find_child(self.arrays, nodes.flatten(), codes.flatten())
-        return self._allowed(found.view(nodes.shape), filter)
+        flat, codes = self._nodes(nodes).flatten(), self._here("codes", codes).long().flatten()
+        allowed = self.filter_tensors(filter, flat.numel())
+        return trie_ops.run("advance", self.arrays, allowed, flat, codes).view(nodes.shape)
 
-    def children(self, nodes: Tensor, *, filter: ItemFilter | None = None) -> tuple[Tensor, Tensor]:
+    def children(self, nodes: Tensor, *, filter: Filter | None = None) -> tuple[Tensor, Tensor]:
         """Codes and nodes of the children of ``nodes`` [B]: two int32 [B, K].
 
         A row holds its children first, by ascending code, and then -1.
         """
         nodes = self._nodes(nodes, 1)
-        shape = (nodes.numel(), self.codebook_size)
-        if self._native():
-            codes, found = torch.empty(2, *shape, dtype=torch.int32, device=self.device)
-            self._run("children", filter, (nodes, codes, found), shape[0])
-            return codes, found
-        codes, found = trie_walk.child_grid(self.arrays, nodes)
-        if filter is None:
-            return codes, found
-        found = self._allowed(found, filter)
-        front = (found < 0).to(torch.int8).argsort(dim=1, stable=True)  # what is allowed moves to the front
-        codes = torch.where(found < 0, trie_walk.NONE, codes)
-        return codes.gather(1, front), found.gather(1, front)
+        return trie_ops.run("children", self.arrays, self.filter_tensors(filter, nodes.numel()), nodes)
 
-    def mask(self, nodes: Tensor, *, filter: ItemFilter | None = None) -> Tensor:
+    def mask(self, nodes: Tensor, *, filter: Filter | None = None) -> Tensor:
         """Which codes continue each of ``nodes`` [B]: bool [B, K]; a row of -1 is all False."""
         nodes = self._nodes(nodes, 1)
-        if self._native():
-            out = torch.empty(nodes.numel(), self.codebook_size, dtype=torch.bool, device=self.device)
-            self._run("mask", filter, (nodes, out), nodes.numel())
-            return out
-        codes, found = trie_walk.child_grid(self.arrays, nodes)
-        allowed = self._allowed(found, filter) >= 0
-        padded = torch.zeros(nodes.numel(), self.codebook_size + 1, dtype=torch.bool, device=self.device)
-        place = torch.where(codes < 0, self.codebook_size, codes).long()  # no child: the column cut off
-        return padded.scatter_(1, place, allowed)[:, :-1].contiguous()
+        return trie_ops.run("mask", self.arrays, self.filter_tensors(filter, nodes.numel()), nodes)
 
-    def items(self, leaves: Tensor, *, filter: ItemFilter | None = None) -> Tensor:
+    def items(self, leaves: Tensor, *, filter: Filter | None = None) -> Tensor:
         """The item id at each leaf (any shape), int64; -1 for -1 and for whatever is no leaf."""
-        leaves = self._allowed(self._nodes(leaves), filter)
+        leaves = self._nodes(leaves)
+        allowed = self.filter_tensors(filter, leaves.numel())
+        if allowed is not None:
+            leaves = trie_ops.run("keep", self.arrays, allowed, leaves.flatten()).view(leaves.shape)
         rank = leaves.long() - self.arrays.num_inner
         is_leaf = (rank >= 0) & (rank < self.num_items)
-        return torch.where(is_leaf, self.ids_by_rank[torch.where(is_leaf, rank, 0)], -1)
+        safe = torch.where(is_leaf, rank, 0)
+        ids = self.arrays.rows[safe].long() if self._ids is None else self._ids[safe]
+        return torch.where(is_leaf, ids, -1)
 
     def interval(self, nodes: Tensor) -> Tensor:
         """The ranks of the items below each of ``nodes`` [B]: [B, 2] int32, half open; (0, 0) for -1."""
-        nodes = self._nodes(nodes, 1)
-        if not self._native():
-            return trie_walk.node_interval(self.arrays, nodes)
-        out = torch.empty(nodes.numel(), 2, dtype=torch.int32, device=self.device)
-        self._run("interval", None, (nodes, out), nodes.numel())
-        return out
+        return trie_ops.run("interval", self.arrays, None, self._nodes(nodes, 1))
+
+    def ranks_of(self, ids: Tensor) -> Tensor:
+        """The rank of each item id (any shape), int64; -1 where the trie has no such item."""
+        known, order = self._by_id
+        place = ids if known is None else torch.searchsorted(known, ids)
+        safe = place.clamp(0, self.num_items - 1)
+        found = safe == ids if known is None else known[safe] == ids
+        return torch.where(found, order[safe].long(), -1)
 
     def save(self, path: str | Path) -> None:
-        """Write the trie as safetensors."""
-        tensors = {n: getattr(self.arrays, n).cpu() for n in ("code", "first_child", "rows")}
-        if self._ids is not None:
-            tensors["ids"] = self._ids.cpu()
-        about = {"levels": str(self.levels), "codebook_size": str(self.codebook_size), "format": FORMAT}
-        save_file(tensors, path, metadata=about)
+        """Write the trie as safetensors, whole or not at all."""
+        trie_file.write(Path(path), self.arrays, self._ids)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Trie:
-        """Read what ``save`` wrote. Raises ValueError where the file is missing, foreign or damaged."""
-        arrays, ids = _read(Path(path))
-        problem = verify(arrays) or _ids_problem(ids, arrays.rows.numel())
-        if problem:
-            raise ValueError(f"{path} holds no valid trie: {problem}; write it again with Trie.save")
-        return cls(arrays, ids).to(device)
+        """Map what ``save`` wrote into memory, and verify it; on the CPU nothing is copied.
 
-    @cached_property
-    def view(self) -> Any:
-        """The C++ view of the arrays; internal to this package."""
-        a = self.arrays
-        return native().TrieView(
-            code=a.code.data_ptr(),
-            code_bytes=a.code.element_size(),
-            first_child=a.first_child.data_ptr(),
-            num_inner=a.num_inner,
-            num_nodes=a.num_nodes,
-            codebook_size=a.codebook_size,
-        )
+        Raises ValueError where the file is missing, foreign, or not as it was written.
+        """
+        arrays, ids, fingerprint = trie_file.read(Path(path))
+        trie = cls(arrays, ids)
+        trie.fingerprint = fingerprint
+        return trie.to(device)
 
-    def _run(
-        self, name: str, filter: ItemFilter | None, arguments: tuple[Tensor | int, ...], rows: int
-    ) -> None:
-        """The C++ or CUDA operation of this name, over ``rows`` nodes or prefixes; the last is the output."""
-        if self.device.type == "cuda":
-            from . import trie_cuda
+    def filter_tensors(self, filter: Filter | None, rows: int) -> FilterTensors | None:
+        """What the operations read of a filter, checked for a call of ``rows`` rows; None for None.
 
-            cells = rows * self.codebook_size if name == "mask" else rows
-            trie_cuda.launch(name, self.arrays, self.filter_addresses(filter), arguments, cells)
-            return
-        addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        getattr(self.view, name)(*self.filter_addresses(filter), *addresses, rows)
-
-    def _native(self) -> bool:
-        return pick("trie", self.device) == "native"
-
-    def filter_addresses(self, filter: ItemFilter | None) -> tuple[int, int]:
-        """Addresses of a checked filter's words and counts; (0, 0), "all allowed", for None."""
+        Raises ValueError where it belongs to another trie or device, or where its requests do not divide
+        the rows.
+        """
         if filter is None:
-            return 0, 0
-        self._check_filter(filter)
-        return filter.words.data_ptr(), filter.before.data_ptr()
-
-    def _check_filter(self, filter: ItemFilter) -> None:
+            return None
         if filter.fingerprint != self.fingerprint:
             raise ValueError("the filter belongs to another trie; make it anew with ItemFilter.from_mask")
-        if filter.words.device != self.device:
-            raise ValueError(f"the filter is on {filter.words.device}, the trie on {self.device}; use .to()")
+        if filter.device != self.device:
+            raise ValueError(f"the filter is on {filter.device}, the trie on {self.device}; use .to()")
+        if isinstance(filter, RequestFilter) and rows % filter.num_requests:
+            raise ValueError(
+                f"a filter of {filter.num_requests} requests cannot serve {rows} rows; "
+                "pass as many rows for each request, in order, or choose with .select()"
+            )
+        return filter.tensors
 
-    def _allowed(self, nodes: Tensor, filter: ItemFilter | None) -> Tensor:
-        if filter is None:
-            return nodes
-        self._check_filter(filter)
-        return torch.where(filter.allows(trie_walk.node_interval(self.arrays, nodes)), nodes, trie_walk.NONE)
+    @cached_property
+    def _by_id(self) -> tuple[Tensor | None, Tensor]:
+        """Ids in order (None: 0 ... N - 1) and the rank of each, int32."""
+        if self._ids is not None:
+            known, rank = self._ids.sort()
+            return known, rank.to(torch.int32)
+        rank = torch.empty_like(self.arrays.rows)
+        rank[self.arrays.rows.long()] = torch.arange(self.num_items, dtype=torch.int32, device=self.device)
+        return None, rank
 
     def _here(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
@@ -281,22 +247,10 @@ def _checked_ids(item_ids: Tensor | Sequence[int], num_items: int) -> Tensor:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"item_ids must be integers, got {ids.dtype}")
     ids = ids.to("cpu", torch.int64).contiguous()
-    problem = _ids_problem(ids, num_items)
+    problem = trie_file.ids_problem(ids, num_items)
     if problem:
         raise ValueError(f"{problem}; pass one distinct integer from 0 on for each item")
     return ids
-
-
-def _ids_problem(ids: Tensor | None, num_items: int) -> str:
-    if ids is None:
-        return ""
-    if ids.dtype != torch.int64 or ids.shape != (num_items,):
-        return f"item_ids are {ids.dtype} {list(ids.shape)}, not int64 [{num_items}]"
-    if int(ids.min()) < 0:
-        return f"item_ids hold {int(ids.min())}"
-    ordered = ids.sort().values
-    again = ordered[1:][ordered[1:] == ordered[:-1]]
-    return f"item_ids hold {int(again[0])} twice" if again.numel() else ""
 
 
 def _duplicate_message(pairs: list[tuple[int, int]], codes: Tensor, ids: Tensor | None) -> str:
@@ -306,19 +260,3 @@ def _duplicate_message(pairs: list[tuple[int, int]], codes: Tensor, ids: Tensor 
     )
     more = f" and {len(pairs) - 5} more" if len(pairs) > 5 else ""
     return f"items must have distinct codes, but {shown}{more} share theirs; resolve the collisions first"
-
-
-def _read(path: Path) -> tuple[TrieArrays, Tensor | None]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; write it with Trie.save")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if about.get("format") != FORMAT:
-            raise ValueError(f"its format is {about.get('format')}, this version reads {FORMAT}")
-        sizes = int(about["levels"]), int(about["codebook_size"])
-        arrays = TrieArrays(tensors["code"], tensors["first_child"], tensors["rows"], *sizes)
-    except (SafetensorError, KeyError, ValueError, OverflowError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} holds no trie: {error}; write it again with Trie.save") from error
-    return arrays, tensors.get("ids")

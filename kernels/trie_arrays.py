@@ -8,7 +8,10 @@ N items, L levels, T nodes, I inner nodes (T = I + N).
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ MAX_LEVELS = 255
 MAX_NODES = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TrieArrays:
     """``code`` [T - 1] uint8 or int16, ``first_child`` [I + 1] int32, ``rows`` [N] int32 (rank -> row)."""
 
@@ -37,6 +40,18 @@ class TrieArrays:
     @property
     def num_inner(self) -> int:
         return self.first_child.numel() - 1
+
+    @cached_property
+    def view(self) -> Any:
+        """The C++ view of the arrays."""
+        return native().TrieView(
+            code=self.code.data_ptr(),
+            code_bytes=self.code.element_size(),
+            first_child=self.first_child.data_ptr(),
+            num_inner=self.num_inner,
+            num_nodes=self.num_nodes,
+            codebook_size=self.codebook_size,
+        )
 
     def to(self, device: torch.device) -> TrieArrays:
         code, first_child, rows = (t.to(device) for t in (self.code, self.first_child, self.rows))
@@ -78,8 +93,8 @@ def build(codes: Tensor, codebook_size: int, *, backend: str | None = None) -> T
     Codes on a GPU are sorted and built there, by torch.
     """
     if codes.device.type == "cuda":
-        return build_reference(codes.detach().to(torch.int32), codebook_size)
-    codes = codes.detach().to("cpu", torch.int32).contiguous()
+        return build_reference(codes.detach(), codebook_size)
+    codes = codes.detach().cpu().contiguous()
     if pick("trie", codes.device, backend) == "native":
         return _build_native(codes, codebook_size)
     return build_reference(codes, codebook_size)
@@ -111,14 +126,38 @@ def build_reference(codes: Tensor, codebook_size: int) -> TrieArrays:
     )
 
 
+def fingerprint_of(arrays: TrieArrays, ids: Tensor | None) -> str:
+    """A hash of the arrays and of the ids by rank."""
+    digest = hashlib.sha256(f"{arrays.levels} {arrays.codebook_size} {ids is None}".encode())
+    for tensor in (arrays.code, arrays.first_child, arrays.rows, ids):
+        if tensor is not None:
+            digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def verify(arrays: TrieArrays) -> str:
-    """What makes these arrays no trie, in words; empty where they are one. For arrays read from a file."""
-    return _dtype_problem(arrays) or _shape_problem(arrays) or _edge_problem(arrays) or _level_problem(arrays)
+    """What makes these CPU arrays, read from a file, no trie, in words; empty where they are one."""
+    problem = _dtype_problem(arrays)
+    if problem or pick("trie", torch.device("cpu")) != "native":
+        return problem or problem_reference(arrays)
+    code, first, rows = arrays.code.contiguous(), arrays.first_child.contiguous(), arrays.rows.contiguous()
+    sizes = code.numel(), first.numel(), rows.numel()
+    return native().trie_problem(
+        code.data_ptr(), code.element_size(), first.data_ptr(), rows.data_ptr(), sizes,
+        arrays.levels, arrays.codebook_size,
+    )  # fmt: skip
+
+
+def problem_reference(arrays: TrieArrays) -> str:
+    """The definition of ``verify``, for arrays of the right dtypes."""
+    return _shape_problem(arrays) or _edge_problem(arrays) or _level_problem(arrays)
 
 
 def _build_native(codes: Tensor, codebook_size: int) -> TrieArrays:
     num_items, levels = codes.shape
-    builder = native().TrieBuilder(codes.data_ptr(), num_items, levels, codebook_size)
+    if codes.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        codes = codes.to(torch.int32)
+    builder = native().TrieBuilder(codes.data_ptr(), codes.element_size(), num_items, levels, codebook_size)
     if builder.duplicates:
         raise DuplicateCodes(builder.duplicates)
     code = torch.empty(builder.num_nodes - 1, dtype=code_dtype(codebook_size))
@@ -129,9 +168,9 @@ def _build_native(codes: Tensor, codebook_size: int) -> TrieArrays:
 
 
 def _check_range(codes: Tensor, codebook_size: int) -> None:
-    outside = (codes < 0) | (codes >= codebook_size)
-    if bool(outside.any()):
-        row, level = outside.nonzero()[0].tolist()
+    lowest, highest = map(int, codes.aminmax())
+    if lowest < 0 or highest >= codebook_size:
+        row, level = ((codes < 0) | (codes >= codebook_size)).nonzero()[0].tolist()
         raise ValueError(
             f"row {row} has code {int(codes[row, level])} on level {level}; "
             f"codes are 0 to {codebook_size - 1}: raise codebook_size or mend the codes"
@@ -159,8 +198,12 @@ def _sorted_order(codes: Tensor, codebook_size: int) -> Tensor:
 
 
 def _shared_depth(codes: Tensor) -> Tensor:
-    same = (codes[1:] == codes[:-1]).long().cumprod(1).sum(1)  # [N - 1]
-    return torch.cat([same.new_zeros(1), same])
+    depth = torch.zeros(codes.shape[0], dtype=torch.int16, device=codes.device)
+    same = torch.ones(codes.shape[0] - 1, dtype=torch.bool, device=codes.device)
+    for code in codes.unbind(1):
+        same &= code[1:] == code[:-1]
+        depth[1:] += same
+    return depth
 
 
 def _refuse_duplicates(order: Tensor, depth: Tensor, levels: int) -> None:
@@ -172,6 +215,8 @@ def _refuse_duplicates(order: Tensor, depth: Tensor, levels: int) -> None:
 def _dtype_problem(arrays: TrieArrays) -> str:
     if not 1 <= arrays.codebook_size <= MAX_CODEBOOK_SIZE:
         return f"codebook_size is {arrays.codebook_size}"
+    if not 1 <= arrays.levels <= MAX_LEVELS:
+        return f"levels is {arrays.levels}"
     wanted = {"code": code_dtype(arrays.codebook_size), "first_child": torch.int32, "rows": torch.int32}
     for name, dtype in wanted.items():
         tensor: Tensor = getattr(arrays, name)

@@ -8,15 +8,27 @@ B users, W beams, K codes a level.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from . import trie_ops
 from .dispatch import pick
-from .item_filter import ItemFilter
-from .trie import Trie
-from .trie_softmax import NEVER, Normalize, check_logits, check_normalize, masked_log_prob, native_step
+from .filter_tensors import FilterTensors
+from .ranges import ranged
+from .trie import Filter, Trie
+from .trie_arrays import TrieArrays
+from .trie_softmax import (
+    NEVER,
+    Normalize,
+    check_logits,
+    check_normalize,
+    flat,
+    masked_log_prob,
+    native_logits,
+)
 
 
 class BeamStep(NamedTuple):
@@ -34,6 +46,7 @@ class BeamStep(NamedTuple):
     pruned: Tensor
 
 
+@ranged
 def trie_beam_step(
     logits: Tensor,
     scores: Tensor,
@@ -42,7 +55,7 @@ def trie_beam_step(
     width: int,
     normalize: Normalize = "vocab",
     logsumexp: Tensor | None = None,
-    filter: ItemFilter | None = None,
+    filter: Filter | None = None,
     *,
     backend: str | None = None,
 ) -> BeamStep:
@@ -53,8 +66,9 @@ def trie_beam_step(
     ``trie_softmax`` (each <= 0, so scores only fall); sums are float32. Best first, ties to the lowest
     (parent, code). A beam of score -inf or NaN, or of node -1, is dead and has no candidates; where fewer
     than ``width`` candidates live, the remaining places are dead, never filled up.
-    ``backend``: "native" (C++ on the CPU), "torch", "reference", or None for the dispatcher's; the native
-    one's log-sum-exp may differ from torch's in the last bit.
+    ``backend``: "triton" (up to 256 beams, width 256 and 4,096 codes), "native" (C++ on the CPU), "torch",
+    "reference", or None for the dispatcher's. For "vocab" all give the same bits; else their log-sum-exps
+    may differ in the last bits, and so may the order of candidates as close as that.
     Raises ValueError where shapes, dtypes, devices or arguments do not fit.
     """
     check_normalize(normalize, logsumexp, nodes.shape)
@@ -65,10 +79,29 @@ def trie_beam_step(
         )
     if scores.device != logits.device:
         raise ValueError(f"scores are on {scores.device}, logits on {logits.device}; move one with .to()")
+    allowed, over = trie.filter_tensors(filter, nodes.numel()), get_args(Normalize).index(normalize)
+    operands = logits, scores, nodes.to(torch.int32).contiguous(), width, over, logsumexp, backend
+    if torch.compiler.is_compiling():
+        return BeamStep(*torch.ops.cemg.trie_beam_step(*flat(trie.arrays, allowed), *operands))
+    return _step(trie.arrays, allowed, *operands)
+
+
+@torch.no_grad()
+def _step(
+    trie: TrieArrays, filter: FilterTensors | None, logits: Tensor, scores: Tensor, nodes: Tensor, width: int,
+    normalize: int, logsumexp: Tensor | None, backend: str | None,
+) -> BeamStep:  # fmt: skip
+    """Checked input, on the backend of this name or the dispatcher's."""
     chosen = pick("trie_beam_step", logits.device, backend)
+    if chosen == "triton":
+        from . import trie_step_triton as kernels
+
+        if backend is not None or not kernels.problem(nodes.shape[1], trie.codebook_size, width):
+            found = kernels.beam_step(logits, scores, nodes, trie, width, normalize, logsumexp, filter)
+            return BeamStep(*found)
     if chosen == "native":
-        return _native(logits, scores, nodes, trie, width, normalize, logsumexp, filter)
-    allowed = trie.mask(nodes.flatten(), filter=filter).view(logits.shape)
+        return _native(trie, filter, logits, scores, nodes, width, normalize, logsumexp)
+    allowed = trie_ops.mask(trie, filter, nodes.flatten()).view(logits.shape)
     log_prob = masked_log_prob(logits, allowed, normalize, logsumexp)
     candidates = _candidates(log_prob, scores)  # [B, W * K]
     select = _select_reference if chosen == "reference" else _select
@@ -76,21 +109,29 @@ def trie_beam_step(
 
 
 def _native(
-    logits: Tensor, scores: Tensor, nodes: Tensor, trie: Trie, width: int, normalize: Normalize,
-    logsumexp: Tensor | None, filter: ItemFilter | None,
+    trie: TrieArrays, filter: FilterTensors | None, logits: Tensor, scores: Tensor, nodes: Tensor, width: int,
+    normalize: int, logsumexp: Tensor | None,
 ) -> BeamStep:  # fmt: skip
     users, beams = nodes.shape
-    logits, total, nodes = native_step(logits, logsumexp, nodes)
+    logits, total = native_logits(logits, logsumexp)
     scores = scores.float().contiguous()
-    parents, codes = torch.empty(2, users, width, dtype=torch.int64)
-    step = BeamStep(torch.empty(users, width), parents, codes,
-                    torch.empty(users, width, dtype=torch.int32), torch.empty(users))  # fmt: skip
+    step = empty_step(scores, width)
     trie.view.beam_step(
-        *trie.filter_addresses(filter), logits.data_ptr(), 0 if total is None else total.data_ptr(),
-        get_args(Normalize).index(normalize), scores.data_ptr(), nodes.data_ptr(), (users, beams, width),
-        tuple(part.data_ptr() for part in step),
+        trie_ops.NO_FILTER if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),
+        0 if total is None else total.data_ptr(), normalize, scores.data_ptr(), nodes.data_ptr(),
+        (users, beams, width), tuple(part.data_ptr() for part in step),
     )  # fmt: skip
     return step
+
+
+def empty_step(scores: Tensor, width: int) -> BeamStep:
+    """Room for a step of the users of ``scores`` [B, W], each tensor its own."""
+    shape = scores.shape[0], width
+    return BeamStep(
+        scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.int64),
+        scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape, dtype=torch.int32),
+        scores.new_empty(shape[:1], dtype=torch.float32),
+    )  # fmt: skip
 
 
 def _candidates(log_prob: Tensor, scores: Tensor) -> Tensor:
@@ -120,7 +161,7 @@ def _select(candidates: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return candidates.gather(1, at), at
 
 
-def _walk_on(best: Tensor, place: Tensor, nodes: Tensor, trie: Trie, width: int) -> BeamStep:
+def _walk_on(best: Tensor, place: Tensor, nodes: Tensor, trie: TrieArrays, width: int) -> BeamStep:
     """From the width + 1 best (fewer, where there are fewer) to the next beams."""
     missing = width + 1 - best.shape[1]
     best = torch.nn.functional.pad(best, (0, missing), value=NEVER)
@@ -128,5 +169,31 @@ def _walk_on(best: Tensor, place: Tensor, nodes: Tensor, trie: Trie, width: int)
     scores, dead = best[:, :width], best[:, :width] == NEVER
     place = place[:, :width].masked_fill(dead, 0)
     parents, codes = place // trie.codebook_size, place % trie.codebook_size
-    grown = trie.advance(nodes.gather(1, parents).to(torch.int32), codes)
-    return BeamStep(scores.contiguous(), parents, codes, grown.masked_fill(dead, -1), best[:, width])
+    grown = trie_ops.advance(trie, None, nodes.gather(1, parents).flatten(), codes.flatten())
+    grown = grown.view(codes.shape).masked_fill(dead, -1)
+    return BeamStep(scores.clone(), parents, codes, grown, best[:, width].clone())
+
+
+def _custom_op(
+    code: Tensor, first_child: Tensor, rows: Tensor, levels: int, codebook_size: int,
+    filter: Sequence[Tensor], logits: Tensor, scores: Tensor, nodes: Tensor, width: int, normalize: int,
+    logsumexp: Tensor | None, backend: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    trie = TrieArrays(code, first_child, rows, levels, codebook_size)
+    allowed = FilterTensors(*filter) if filter else None
+    return tuple(_step(trie, allowed, logits, scores, nodes, width, normalize, logsumexp, backend))
+
+
+_op = torch.library.custom_op(
+    "cemg::trie_beam_step", _custom_op, mutates_args=(),
+    schema=f"({trie_ops.FLAT}, Tensor logits, Tensor scores, Tensor nodes, SymInt width, int normalize, "
+    "Tensor? logsumexp, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_op.register_fake
+def _fake(
+    code: Tensor, first_child: Tensor, rows: Tensor, levels: int, codebook_size: int,
+    filter: Sequence[Tensor], logits: Tensor, scores: Tensor, nodes: Tensor, width: int, *_: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(empty_step(scores, width))

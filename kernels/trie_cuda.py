@@ -37,9 +37,14 @@ def built_by_nvcc() -> str:
 
 
 def launch(
-    name: str, trie: TrieArrays, filter: tuple[int, int], arguments: tuple[Tensor | int, ...], count: int
+    name: str, trie: TrieArrays, filter: tuple[int, ...], arguments: tuple[Tensor | int, ...], count: int
 ) -> None:
-    """Run kernel ``name`` over ``count`` rows or cells; tensors of the trie's device, contiguous."""
+    """Run kernel ``name`` over ``count`` rows or cells; tensors of the trie's device, contiguous.
+
+    ``filter``: ``FilterTensors.fields`` of the call.
+    """
+    if count == 0:
+        return  # a grid has at least one block
     kernel = f"{name}_{'u8' if trie.code.element_size() == 1 else 'i16'}"
     view: tuple[Tensor | int, ...] = (
         trie.code, trie.first_child, trie.num_inner, trie.num_nodes, trie.codebook_size, *filter,

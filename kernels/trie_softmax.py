@@ -5,26 +5,32 @@ R rows, K codes a level.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from . import trie_ops
 from .dispatch import pick
-from .item_filter import ItemFilter
-from .trie import Trie
+from .filter_tensors import FilterTensors
+from .ranges import ranged
+from .trie import Filter, Trie
+from .trie_arrays import TrieArrays
 
 Normalize = Literal["vocab", "level", "valid"]
+LEVEL = get_args(Normalize).index("level")
 NEVER = float("-inf")
 
 
+@ranged
 def trie_softmax(
     logits: Tensor,
     nodes: Tensor,
     trie: Trie,
     normalize: Normalize = "vocab",
     logsumexp: Tensor | None = None,
-    filter: ItemFilter | None = None,
+    filter: Filter | None = None,
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -34,47 +40,65 @@ def trie_softmax(
     passes as ``logsumexp`` (required there, refused elsewhere); "level", the row's K codes; "valid", the
     codes that continue the node and pass the filter. Each result is clamped to <= 0. In float32, NaN
     counts as -inf and +inf as the largest finite value; a row whose sum is empty, or whose logsumexp is
-    NaN, is all -inf. ``backend``: "native" (C++ on the CPU), "reference", or None for the dispatcher's.
+    NaN, is all -inf. ``backend``: "triton", "native" (C++ on the CPU), "reference", or None for the
+    dispatcher's; their log-sum-exps may differ in the last bits. It has no gradient.
     Raises ValueError where shapes, dtypes, devices or arguments do not fit.
     """
     check_normalize(normalize, logsumexp, nodes.shape)
     check_logits(logits, nodes, trie, 2)
-    if pick("trie_softmax", logits.device, backend) == "native":
-        return _native(logits, nodes, trie, normalize, logsumexp, filter)
-    return masked_log_prob(logits, trie.mask(nodes, filter=filter), normalize, logsumexp)
+    allowed, over = trie.filter_tensors(filter, nodes.numel()), get_args(Normalize).index(normalize)
+    operands = logits, nodes.to(torch.int32).contiguous(), over, logsumexp, backend
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.cemg.trie_softmax(*flat(trie.arrays, allowed), *operands)
+        return out
+    return _softmax(trie.arrays, allowed, *operands)
+
+
+@torch.no_grad()
+def _softmax(
+    trie: TrieArrays, filter: FilterTensors | None, logits: Tensor, nodes: Tensor, normalize: int,
+    logsumexp: Tensor | None, backend: str | None,
+) -> Tensor:  # fmt: skip
+    """Checked input, on the backend of this name or the dispatcher's."""
+    chosen = pick("trie_softmax", logits.device, backend)
+    if chosen == "triton":
+        from .trie_step_triton import softmax
+
+        return softmax(logits, nodes, trie, normalize, logsumexp, filter)
+    if chosen == "native":
+        return _native(trie, filter, logits, nodes, normalize, logsumexp)
+    return masked_log_prob(logits, trie_ops.mask(trie, filter, nodes), normalize, logsumexp)
 
 
 def _native(
-    logits: Tensor, nodes: Tensor, trie: Trie, normalize: Normalize, logsumexp: Tensor | None,
-    filter: ItemFilter | None,
+    trie: TrieArrays, filter: FilterTensors | None, logits: Tensor, nodes: Tensor, normalize: int,
+    logsumexp: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    logits, total, nodes = native_step(logits, logsumexp, nodes)
+    logits, total = native_logits(logits, logsumexp)
     out = torch.empty_like(logits)
     trie.view.softmax(
-        *trie.filter_addresses(filter), logits.data_ptr(), 0 if total is None else total.data_ptr(),
-        get_args(Normalize).index(normalize), nodes.data_ptr(), nodes.numel(), out.data_ptr(),
+        trie_ops.NO_FILTER if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),
+        0 if total is None else total.data_ptr(), normalize, nodes.data_ptr(), nodes.numel(), out.data_ptr(),
     )  # fmt: skip
     return out
 
 
-def native_step(
-    logits: Tensor, logsumexp: Tensor | None, nodes: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The same as the C++ reads them: contiguous float32, float32 and int32."""
-    total = None if logsumexp is None else logsumexp.float().contiguous()
-    return logits.float().contiguous(), total, nodes.to(torch.int32).contiguous()
+def native_logits(logits: Tensor, logsumexp: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The same as the C++ reads them: contiguous float32."""
+    return logits.float().contiguous(), None if logsumexp is None else logsumexp.float().contiguous()
 
 
-def masked_log_prob(
-    logits: Tensor, allowed: Tensor, normalize: Normalize, logsumexp: Tensor | None
-) -> Tensor:
-    """The definition on any leading shape: ``logits`` and ``allowed`` [..., K], ``logsumexp`` [...]."""
+def masked_log_prob(logits: Tensor, allowed: Tensor, normalize: int, logsumexp: Tensor | None) -> Tensor:
+    """The definition on any leading shape: ``logits`` and ``allowed`` [..., K], ``logsumexp`` [...].
+
+    ``normalize`` counts the names of ``Normalize`` from 0.
+    """
     finite = tame(logits)
     valid = finite.masked_fill(~allowed, NEVER)
-    if normalize == "vocab" and logsumexp is not None:
+    if logsumexp is not None:
         total = logsumexp.float().clamp(max=torch.finfo(torch.float32).max)
     else:
-        total = (finite if normalize == "level" else valid).logsumexp(-1)
+        total = (finite if normalize == LEVEL else valid).logsumexp(-1)
     empty = total.isnan() | (total == NEVER)
     log_prob = (valid - total.masked_fill(empty, 0)[..., None]).clamp(max=0)
     return log_prob.masked_fill(empty[..., None], NEVER)
@@ -111,3 +135,33 @@ def check_logits(logits: Tensor, nodes: Tensor, trie: Trie, dim: int) -> None:
         raise ValueError(f"nodes are on {nodes.device}, logits on {logits.device}; move one with .to()")
     if logits.device != trie.device:
         raise ValueError(f"logits are on {logits.device}, the trie on {trie.device}; move one with .to()")
+
+
+def flat(trie: TrieArrays, filter: FilterTensors | None) -> tuple[Tensor | int | list[Tensor], ...]:
+    """What a custom op takes of a trie and a filter; ``trie_ops.FLAT`` names them."""
+    return trie.code, trie.first_child, trie.rows, trie.levels, trie.codebook_size, list(filter or ())
+
+
+def _custom_op(
+    code: Tensor, first_child: Tensor, rows: Tensor, levels: int, codebook_size: int,
+    filter: Sequence[Tensor], logits: Tensor, nodes: Tensor, normalize: int, logsumexp: Tensor | None,
+    backend: str | None,
+) -> Tensor:  # fmt: skip
+    trie = TrieArrays(code, first_child, rows, levels, codebook_size)
+    allowed = FilterTensors(*filter) if filter else None
+    return _softmax(trie, allowed, logits, nodes, normalize, logsumexp, backend)
+
+
+_op = torch.library.custom_op(
+    "cemg::trie_softmax", _custom_op, mutates_args=(),
+    schema=f"({trie_ops.FLAT}, Tensor logits, Tensor nodes, int normalize, Tensor? logsumexp, str? backend)"
+    " -> Tensor",
+)  # fmt: skip
+
+
+@_op.register_fake
+def _fake(
+    code: Tensor, first_child: Tensor, rows: Tensor, levels: int, codebook_size: int,
+    filter: Sequence[Tensor], logits: Tensor, *_: object,
+) -> Tensor:  # fmt: skip
+    return logits.new_empty(logits.shape, dtype=torch.float32)

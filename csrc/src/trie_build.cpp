@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <limits>
 #include <numeric>
@@ -11,150 +12,232 @@ namespace {
 
 constexpr int32_t kMaxLevels = 255;  // depth_ holds a byte
 constexpr int64_t kMaxNodes = std::numeric_limits<int32_t>::max();
+constexpr int64_t kChunkItems = 1 << 15, kMostChunks = 64;
+constexpr int kDigitBits = 11;
+constexpr size_t kDigits = size_t{1} << kDigitBits;
 
-struct Keyed {
-  uint64_t key;
-  int32_t row;
+struct Span {
+  int64_t begin, end;
 };
 
-std::variant<int32_t, BuildError> check(std::span<const int32_t> codes, int32_t levels, int32_t size) {
+// Runs work(chunk, its items) for each of `chunks` equal parts of `items`, on all cores.
+template <class Work>
+void in_chunks(int64_t items, int64_t chunks, Work work) {
+#pragma omp parallel for schedule(dynamic, 1) if (chunks > 1)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    work(chunk, Span{items * chunk / chunks, items * (chunk + 1) / chunks});
+  }
+}
+
+// (key, row) pairs, sorted by key and, among equal keys, left as they were: a radix sort.
+class PairSorter {
+ public:
+  PairSorter(std::vector<uint64_t>& keys, std::vector<int32_t>& rows, int64_t chunks)
+      : keys_(keys), rows_(rows), chunks_(chunks), other_keys_(keys.size()), other_rows_(rows.size()) {}
+
+  void sort(int bits) {
+    for (int shift = 0; shift < bits; shift += kDigitBits) pass(shift);
+  }
+
+ private:
+  using Places = std::array<uint32_t, kDigits>;
+
+  void pass(int shift) {
+    const auto items = static_cast<int64_t>(keys_.size());
+    const auto digit = [shift](uint64_t key) { return (key >> shift) & (kDigits - 1); };
+    std::vector<Places> places(static_cast<size_t>(chunks_), Places{});
+    in_chunks(items, chunks_, [&](int64_t chunk, Span part) {
+      Places& count = places[chunk];
+      for (int64_t i = part.begin; i < part.end; ++i) ++count[digit(keys_[i])];
+    });
+    if (scan(places)) return;
+    in_chunks(items, chunks_, [&](int64_t chunk, Span part) {
+      Places& place = places[chunk];
+      for (int64_t i = part.begin; i < part.end; ++i) {
+        const uint32_t to = place[digit(keys_[i])]++;
+        other_keys_[to] = keys_[i];
+        other_rows_[to] = rows_[i];
+      }
+    });
+    keys_.swap(other_keys_);
+    rows_.swap(other_rows_);
+  }
+
+  // Counts to places, digit by digit and within it chunk by chunk; whether all items have one digit.
+  bool scan(std::vector<Places>& places) const {
+    uint32_t next = 0;
+    bool single = false;
+    for (size_t digit = 0; digit < kDigits; ++digit) {
+      const uint32_t begin = next;
+      for (Places& chunk : places) next += std::exchange(chunk[digit], next);
+      single |= next - begin == keys_.size();
+    }
+    return single;
+  }
+
+  std::vector<uint64_t>& keys_;
+  std::vector<int32_t>& rows_;
+  int64_t chunks_;
+  std::vector<uint64_t> other_keys_;
+  std::vector<int32_t> other_rows_;
+};
+
+template <class Code>
+std::variant<int32_t, BuildError> check(std::span<const Code> codes, int32_t levels, int32_t size,
+                                        int64_t chunks) {
   using Kind = BuildError::Kind;
   if (levels < 1 || levels > kMaxLevels) return BuildError{Kind::kShape, 0, levels};
   if (codes.empty() || codes.size() % levels != 0) return BuildError{Kind::kShape, 0, levels};
   if (size < 1 || size > TrieBuilder::kMaxCodebookSize) return BuildError{Kind::kCodebookSize, 0, size};
   const int64_t items = static_cast<int64_t>(codes.size()) / levels;
   if (items >= kMaxNodes) return BuildError{Kind::kTooManyItems, 0, items};
-  const auto outside = [size](int32_t code) { return code < 0 || code >= size; };
-  const auto found = std::find_if(codes.begin(), codes.end(), outside);
-  if (found == codes.end()) return static_cast<int32_t>(items);
-  return BuildError{Kind::kCodeOutOfRange, (found - codes.begin()) / levels, *found};
-}
-
-// One pass of a radix sort by the 11 bits at `shift`: stable, so rows stay ascending among equal keys.
-void radix_pass(const std::vector<Keyed>& from, std::vector<Keyed>& to, int shift) {
-  constexpr size_t kDigits = 2048;
-  std::array<size_t, kDigits> place{};
-  const auto digit = [shift](const Keyed& item) { return (item.key >> shift) % kDigits; };
-  for (const Keyed& item : from) ++place[digit(item)];
-  std::exclusive_scan(place.begin(), place.end(), place.begin(), size_t{0});
-  for (const Keyed& item : from) to[place[digit(item)]++] = item;
-}
-
-// Sorts by packed keys of `levels` * `bits` <= 64 bits.
-std::vector<int32_t> order_by_key(std::span<const int32_t> codes, int32_t levels, int bits) {
-  const int64_t items = static_cast<int64_t>(codes.size()) / levels;
-  std::vector<Keyed> keyed(items);
-  std::vector<Keyed> other(items);
-#pragma omp parallel for
-  for (int64_t row = 0; row < items; ++row) {
-    uint64_t key = 0;
-    for (int32_t m = 0; m < levels; ++m) key = (key << bits) | static_cast<uint64_t>(codes[row * levels + m]);
-    keyed[row] = {key, static_cast<int32_t>(row)};
-  }
-  for (int shift = 0; shift < levels * bits; shift += 11) {
-    radix_pass(keyed, other, shift);
-    keyed.swap(other);
-  }
-  std::vector<int32_t> order(items);
-  for (int64_t rank = 0; rank < items; ++rank) order[rank] = keyed[rank].row;
-  return order;
-}
-
-// Keys too wide for one word: compare code by code.
-std::vector<int32_t> order_by_codes(std::span<const int32_t> codes, int32_t levels) {
-  std::vector<int32_t> order(codes.size() / levels);
-  std::iota(order.begin(), order.end(), 0);
-  const auto row = [&](int32_t r) { return codes.subspan(static_cast<size_t>(r) * levels, levels); };
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-    return std::ranges::lexicographical_compare(row(a), row(b));
+  const auto outside = [size](Code code) { return code < 0 || static_cast<int64_t>(code) >= size; };
+  std::atomic<bool> sound = true;
+  in_chunks(static_cast<int64_t>(codes.size()), chunks, [&](int64_t, Span part) {
+    bool wrong = false;  // no early end, so that the compiler may take many codes at a time
+    for (int64_t i = part.begin; i < part.end; ++i) wrong |= outside(codes[i]);
+    if (wrong) sound = false;
   });
-  return order;
+  if (sound) return static_cast<int32_t>(items);
+  const auto found = std::find_if(codes.begin(), codes.end(), outside);
+  return BuildError{Kind::kCodeOutOfRange, (found - codes.begin()) / levels, static_cast<int64_t>(*found)};
 }
 
-std::vector<int32_t> order_rows(std::span<const int32_t> codes, int32_t levels, int32_t size) {
+KeyLayout layout_of(int32_t levels, int32_t size) {
   const int bits = std::max(1, static_cast<int>(std::bit_width(static_cast<uint32_t>(size - 1))));
-  return levels * bits <= 64 ? order_by_key(codes, levels, bits) : order_by_codes(codes, levels);
+  return {levels, bits, 64 / bits};
 }
 
-std::vector<uint16_t> gather(std::span<const int32_t> codes, const std::vector<int32_t>& order,
-                             int32_t levels) {
-  std::vector<uint16_t> sorted(codes.size());
-  const int64_t items = static_cast<int64_t>(order.size());
-#pragma omp parallel for
-  for (int64_t rank = 0; rank < items; ++rank) {
-    const size_t from = static_cast<size_t>(order[rank]) * levels;
-    for (int32_t m = 0; m < levels; ++m) sorted[rank * levels + m] = static_cast<uint16_t>(codes[from + m]);
+template <class Code>
+uint64_t pack(const Code* row, const KeyLayout& layout, int32_t word) noexcept {
+  uint64_t key = 0;
+  for (int32_t m = layout.begin(word); m < layout.end(word); ++m) {
+    key = (key << layout.bits) | static_cast<uint64_t>(row[m]);
   }
-  return sorted;
+  return key;
 }
 
-std::vector<uint8_t> shared_depth(const std::vector<uint16_t>& sorted, int32_t levels) {
-  const int64_t items = static_cast<int64_t>(sorted.size()) / levels;
-  std::vector<uint8_t> depth(items, 0);
-#pragma omp parallel for
-  for (int64_t rank = 1; rank < items; ++rank) {
-    const uint16_t* here = sorted.data() + rank * levels;
-    depth[rank] = static_cast<uint8_t>(std::mismatch(here, here + levels, here - levels).first - here);
-  }
-  return depth;
-}
-
-// The number of each level's first node, or nothing where int32 cannot hold them.
-std::vector<int32_t> level_begins(const std::vector<uint8_t>& depth, int32_t levels) {
-  std::vector<int64_t> at_depth(levels + 1, 0);
-  for (uint8_t d : depth) ++at_depth[d];
-  std::vector<int32_t> begin = {0, 1};
-  int64_t nodes_here = 0;
-  int64_t total = 1;
-  for (int32_t m = 0; m < levels; ++m) {
-    nodes_here += at_depth[m];  // a rank starts a node on level m + 1 when it shares at most m codes
-    total += nodes_here;
-    if (total > kMaxNodes) return {};
-    begin.push_back(static_cast<int32_t>(total));
-  }
-  return begin;
+// Fills keys [N] with one word of the rows in `order`.
+template <class Code>
+void pack_all(std::span<const Code> codes, const KeyLayout& layout, int32_t word,
+              const std::vector<int32_t>& order, int64_t chunks, uint64_t* keys) {
+  in_chunks(static_cast<int64_t>(order.size()), chunks, [&](int64_t, Span part) {
+    for (int64_t rank = part.begin; rank < part.end; ++rank) {
+      keys[rank] = pack(codes.data() + static_cast<size_t>(order[rank]) * layout.levels, layout, word);
+    }
+  });
 }
 
 }  // namespace
 
-std::variant<TrieBuilder, BuildError> TrieBuilder::sort(std::span<const int32_t> codes, int32_t levels,
-                                                        int32_t codebook_size) {
-  const auto checked = check(codes, levels, codebook_size);
+template <class Code>
+std::variant<TrieBuilder, BuildError> TrieBuilder::sort(std::span<const Code> codes, int32_t levels,
+                                                        int32_t codebook_size, int64_t chunks) {
+  const int64_t rows = levels > 0 ? static_cast<int64_t>(codes.size()) / levels : 0;
+  if (chunks <= 0) chunks = std::clamp<int64_t>(rows / kChunkItems, 1, kMostChunks);
+  const auto checked = check(codes, levels, codebook_size, chunks);
   if (const auto* error = std::get_if<BuildError>(&checked)) return *error;
   TrieBuilder built;
-  built.levels_ = levels;
-  built.order_ = order_rows(codes, levels, codebook_size);
-  built.sorted_ = gather(codes, built.order_, levels);
-  built.depth_ = shared_depth(built.sorted_, levels);
-  for (size_t rank = 1; rank < built.depth_.size(); ++rank) {
-    if (built.depth_[rank] != levels) continue;
-    built.duplicates_.emplace_back(built.order_[rank - 1], built.order_[rank]);
+  built.chunks_ = chunks;
+  const KeyLayout layout = built.layout_ = layout_of(levels, codebook_size);
+  built.order_.resize(rows);
+  std::iota(built.order_.begin(), built.order_.end(), 0);
+  built.keys_.resize(rows);
+  for (int32_t word = layout.words() - 1; word >= 0; --word) {  // stable, so the first word weighs most
+    pack_all(codes, layout, word, built.order_, chunks, built.keys_.data());
+    PairSorter(built.keys_, built.order_, chunks).sort((layout.end(word) - layout.begin(word)) * layout.bits);
   }
-  built.level_begin_ = level_begins(built.depth_, levels);
-  if (built.level_begin_.empty()) {
-    return BuildError{BuildError::Kind::kTooManyNodes, 0, std::get<int32_t>(checked)};
+  built.keys_.resize(static_cast<size_t>(rows) * layout.words());
+  for (int32_t word = 1; word < layout.words(); ++word) {
+    pack_all(codes, layout, word, built.order_, chunks, built.keys_.data() + word * rows);
   }
+  const Counts at_depth = built.find_depths();
+  built.find_duplicates(at_depth);
+  if (!built.count_levels(at_depth)) return BuildError{BuildError::Kind::kTooManyNodes, 0, rows};
   return built;
 }
 
-template <class Code>
-void TrieBuilder::write(Code* code, int32_t* first_child, int32_t* rows) const noexcept {
-  std::copy(order_.begin(), order_.end(), rows);
-  std::array<int32_t, kMaxLevels + 2> next{};  // the number the next node of each level gets
-  std::copy(level_begin_.begin(), level_begin_.end(), next.begin());
-  first_child[0] = 1;
-  for (size_t rank = 0; rank < depth_.size(); ++rank) {
-    const uint16_t* codes = sorted_.data() + rank * levels_;
-    for (int32_t level = depth_[rank] + 1; level <= levels_; ++level) {
-      const int32_t node = next[level]++;
-      code[node - 1] = static_cast<Code>(codes[level - 1]);
-      if (level < levels_) first_child[node] = next[level + 1];
+// Fills depth_ and counts, for each chunk, the ranks of each depth.
+TrieBuilder::Counts TrieBuilder::find_depths() {
+  const int64_t items = num_items();
+  depth_.resize(items);
+  Counts at_depth(chunks_, std::vector<int32_t>(layout_.levels + 1));
+  in_chunks(items, chunks_, [&](int64_t chunk, Span part) {
+    for (int64_t rank = part.begin; rank < part.end; ++rank) {
+      int32_t depth = rank == 0 ? 0 : layout_.levels;
+      for (int32_t word = 0; rank > 0 && word < layout_.words(); ++word) {
+        const uint64_t* key = keys_.data() + word * items + rank;
+        const uint64_t differ = key[0] ^ key[-1];
+        if (differ == 0) continue;
+        depth = layout_.end(word) - 1 - (63 - std::countl_zero(differ)) / layout_.bits;
+        break;
+      }
+      depth_[rank] = static_cast<uint8_t>(depth);
+      ++at_depth[chunk][depth];
+    }
+  });
+  return at_depth;
+}
+
+void TrieBuilder::find_duplicates(const Counts& at_depth) {
+  for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+    if (at_depth[chunk][layout_.levels] == 0) continue;
+    const int64_t end = num_items() * (chunk + 1) / chunks_;
+    for (int64_t rank = num_items() * chunk / chunks_; rank < end; ++rank) {
+      if (depth_[rank] == layout_.levels) duplicates_.emplace_back(order_[rank - 1], order_[rank]);
     }
   }
+}
+
+// Numbers the nodes: where each level begins, and where each chunk's part of it does. False where int32
+// cannot hold them.
+bool TrieBuilder::count_levels(const Counts& at_depth) {
+  node_begin_.assign(chunks_, std::vector<int32_t>(layout_.levels + 2));
+  std::vector<int64_t> started(chunks_, 0);  // a rank starts a node on level m + 1 if it shares <= m codes
+  int64_t next = 1;
+  level_begin_ = {0, 1};
+  for (int32_t m = 0; m < layout_.levels; ++m) {
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      started[chunk] += at_depth[chunk][m];
+      node_begin_[chunk][m + 1] = static_cast<int32_t>(std::min(next, kMaxNodes));
+      next += started[chunk];
+    }
+    if (next > kMaxNodes) return false;
+    level_begin_.push_back(static_cast<int32_t>(next));
+  }
+  return true;
+}
+
+template <class Code>
+void TrieBuilder::write(Code* code, int32_t* first_child, int32_t* rows) const {
+  const int32_t levels = layout_.levels;
+  const uint64_t code_mask = (uint64_t{1} << layout_.bits) - 1;
+  first_child[0] = 1;
+  in_chunks(num_items(), chunks_, [&](int64_t chunk, Span part) {
+    std::vector<int32_t> next = node_begin_[chunk];  // the number the next node of each level gets
+    std::copy(order_.begin() + part.begin, order_.begin() + part.end, rows + part.begin);
+    for (int64_t rank = part.begin; rank < part.end; ++rank) {
+      for (int32_t m = depth_[rank]; m < levels; ++m) {
+        const int32_t word = m / layout_.per_word;
+        const uint64_t key = keys_[word * num_items() + rank] >> ((layout_.end(word) - 1 - m) * layout_.bits);
+        const int32_t node = next[m + 1]++;
+        code[node - 1] = static_cast<Code>(key & code_mask);
+        if (m + 1 < levels) first_child[node] = next[m + 2];
+      }
+    }
+  });
   first_child[num_inner()] = num_nodes();
 }
 
-template void TrieBuilder::write(uint8_t*, int32_t*, int32_t*) const noexcept;
-template void TrieBuilder::write(int16_t*, int32_t*, int32_t*) const noexcept;
+#define CEMG_SORTS(Code)                                                                                    \
+  template std::variant<TrieBuilder, BuildError> TrieBuilder::sort(std::span<const Code>, int32_t, int32_t, \
+                                                                   int64_t);
+CEMG_SORTS(uint8_t)
+CEMG_SORTS(int16_t)
+CEMG_SORTS(int32_t)
+CEMG_SORTS(int64_t)
+#undef CEMG_SORTS
+template void TrieBuilder::write(uint8_t*, int32_t*, int32_t*) const;
+template void TrieBuilder::write(int16_t*, int32_t*, int32_t*) const;
 
 }  // namespace cemg

@@ -26,6 +26,12 @@ void advance(TrieView<Code> trie, FilterView filter, const int32_t* nodes, const
 }
 
 template <class Code>
+void keep(TrieView<Code> trie, FilterView filter, const int32_t* nodes, int64_t rows, int32_t* out) noexcept {
+#pragma omp parallel for if (rows >= kParallelRows)
+  for (int64_t row = 0; row < rows; ++row) keep_row(trie, filter, nodes, row, out);
+}
+
+template <class Code>
 void children(TrieView<Code> trie, FilterView filter, const int32_t* nodes, int64_t rows, int32_t* out_codes,
               int32_t* out_nodes) noexcept {
 #pragma omp parallel for if (rows >= kParallelRows)
@@ -36,11 +42,12 @@ template <class Code>
 void mask(TrieView<Code> trie, FilterView filter, const int32_t* nodes, int64_t rows, bool* out) noexcept {
 #pragma omp parallel for if (rows >= kParallelRows)
   for (int64_t row = 0; row < rows; ++row) {
-    bool* const allowed = out + row * trie.codebook_size;
-    std::fill(allowed, allowed + trie.codebook_size, false);
+    bool* const open = out + row * trie.codebook_size;
+    std::fill(open, open + trie.codebook_size, false);
     const Range range = trie.children(nodes[row]);
+    const RowFilter mine = filter.of(row);
     for (int32_t child = range.begin; child < range.end; ++child) {
-      allowed[trie.code[child - 1]] = filter.allows(trie.interval(child));
+      open[trie.code[child - 1]] = allowed(trie, mine, child);
     }
   }
 }
@@ -55,6 +62,7 @@ void interval(TrieView<Code> trie, const int32_t* nodes, int64_t rows, int32_t* 
   template void lookup(TrieView<Code>, FilterView, const int64_t*, int64_t, int64_t, int32_t*) noexcept;    \
   template void advance(TrieView<Code>, FilterView, const int32_t*, const int64_t*, int64_t,                \
                         int32_t*) noexcept;                                                                 \
+  template void keep(TrieView<Code>, FilterView, const int32_t*, int64_t, int32_t*) noexcept;               \
   template void children(TrieView<Code>, FilterView, const int32_t*, int64_t, int32_t*, int32_t*) noexcept; \
   template void mask(TrieView<Code>, FilterView, const int32_t*, int64_t, bool*) noexcept;                  \
   template void interval(TrieView<Code>, const int32_t*, int64_t, int32_t*) noexcept;

@@ -14,12 +14,13 @@ using uint64_t = unsigned long long;
 
 #define CEMG_TRIE(Code)                                                                                      \
   const Code *code, const int32_t *first_child, int64_t num_inner, int64_t num_nodes, int64_t codebook_size, \
-      const uint64_t *words, const int32_t *before
+      const uint64_t *words, const int32_t *before, const int32_t *filter_of, const int32_t *excluded,       \
+      int64_t blocks, int64_t most_excluded, int64_t rows_per_request
 #define CEMG_VIEW(Code)                                                                                  \
   const cemg::TrieView<Code> trie{code, first_child, static_cast<int32_t>(num_inner),                    \
                                   static_cast<int32_t>(num_nodes), static_cast<int32_t>(codebook_size)}; \
   [[maybe_unused]] const cemg::FilterView filter {                                                       \
-    words, before                                                                                        \
+    words, before, filter_of, excluded, blocks, most_excluded, rows_per_request                          \
   }
 #define CEMG_EACH(i, count)                                                                  \
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < (count); \
@@ -35,6 +36,11 @@ using uint64_t = unsigned long long;
                                               int32_t* out, int64_t count) {                               \
     CEMG_VIEW(Code);                                                                                       \
     CEMG_EACH(row, count) cemg::advance_row(trie, filter, nodes, codes, row, out);                         \
+  }                                                                                                        \
+  extern "C" __global__ void keep_##suffix(CEMG_TRIE(Code), const int32_t* nodes, int32_t* out,            \
+                                           int64_t count) {                                                \
+    CEMG_VIEW(Code);                                                                                       \
+    CEMG_EACH(row, count) cemg::keep_row(trie, filter, nodes, row, out);                                   \
   }                                                                                                        \
   extern "C" __global__ void children_##suffix(CEMG_TRIE(Code), const int32_t* nodes, int32_t* out_codes,  \
                                                int32_t* out_nodes, int64_t count) {                        \
@@ -72,7 +78,7 @@ const std::map<std::string, const void*>& kernels() {
   static const std::map<std::string, const void*> found = {
       CEMG_NAMED(lookup, u8),   CEMG_NAMED(lookup, i16),   CEMG_NAMED(advance, u8), CEMG_NAMED(advance, i16),
       CEMG_NAMED(children, u8), CEMG_NAMED(children, i16), CEMG_NAMED(mask, u8),    CEMG_NAMED(mask, i16),
-      CEMG_NAMED(interval, u8), CEMG_NAMED(interval, i16),
+      CEMG_NAMED(interval, u8), CEMG_NAMED(interval, i16), CEMG_NAMED(keep, u8),    CEMG_NAMED(keep, i16),
   };
   return found;
 }

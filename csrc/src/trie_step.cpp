@@ -1,15 +1,26 @@
 #include "cemg/trie_step.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
+
+// The loops over a row are built for several instruction sets, and the best is picked when the module loads.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define CEMG_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CEMG_CLONES
+#endif
 
 namespace cemg {
 namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
+constexpr int64_t kParallelWork = 1 << 14;  // logits worth the waking of a thread
+constexpr int64_t kLanes = 16;              // values side by side, so that the compiler may use vectors
 
 // NaN counts as -inf, +inf as the largest finite number.
 float tame(float x) noexcept {
@@ -17,62 +28,129 @@ float tame(float x) noexcept {
   return std::min(x, kLargest);
 }
 
-// log(sum(exp(value(i)))) over i < count; -inf where all are.
-template <class Value>
-float log_sum_exp(int64_t count, Value value) noexcept {
+// e^x for x <= 0, within 2^-22 of it; below -87, where a float ends, e^-87. With x = n log 2 + r and
+// |r| <= log 2 / 2, e^r is its Taylor series to r^7 (what is left out: 2^-27), and 2^n goes to the exponent.
+inline float exp_of_negative(float x) noexcept {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it has no bits after the point
+  x = std::max(x, -87.0f);
+  const float n = (x * 1.44269504f + kRound) - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first of 9 bits
+  float sum = 1.0f / 5040;
+  sum = sum * r + 1.0f / 720;
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  return sum * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+}
+
+// The tame values of a row's logits [count].
+CEMG_CLONES void read_row(const float* logits, int64_t count, float* out) noexcept {
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = std::min(logits[i], kLargest);
+    out[i] = x == x ? x : kNever;
+  }
+}
+
+// log(sum(exp(x))) over x [count], which are tame; -inf where all are.
+CEMG_CLONES float log_sum_exp(const float* x, int64_t count) noexcept {
+  const int64_t whole = count - count % kLanes;
+  float lanes[kLanes];
+  std::fill(lanes, lanes + kLanes, kNever);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = std::max(lanes[lane], x[i + lane]);
+  }
   float highest = kNever;
-  for (int64_t i = 0; i < count; ++i) highest = std::max(highest, value(i));
+  for (const float lane : lanes) highest = std::max(highest, lane);
+  for (int64_t i = whole; i < count; ++i) highest = std::max(highest, x[i]);
   if (highest == kNever) return kNever;
+  std::fill(lanes, lanes + kLanes, 0.0f);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += exp_of_negative(x[i + lane] - highest);
+  }
   float sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += std::exp(value(i) - highest);
+  for (const float lane : lanes) sum += lane;
+  for (int64_t i = whole; i < count; ++i) sum += exp_of_negative(x[i] - highest);
   return highest + std::log(sum);
 }
 
-// The children of a node that the filter allows; every child where there is no filter.
-template <class Code>
-class AllowedChildren {
- public:
-  AllowedChildren(const TrieView<Code>& trie, const FilterView& filter) : trie_(trie), filter_(filter) {}
-
-  void read(int32_t node) {
-    const Range range = trie_.children(node);
-    begin_ = range.begin;
-    count_ = range.end - range.begin;
-    if (filter_.words == nullptr) return;
-    kept_.clear();
-    for (int32_t child = range.begin; child < range.end; ++child) {
-      if (filter_.allows(trie_.interval(child))) kept_.push_back(child);
+// From `first` on, the first of x [count] whose score + min(x - total, 0) is above `bound`; else `count`.
+CEMG_CLONES int64_t find_above(const float* x, int64_t first, int64_t count, float score, float total,
+                               float bound) noexcept {
+  int64_t i = first;
+  for (; i + kLanes <= count; i += kLanes) {
+    int32_t found = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      found |= score + std::min(x[i + lane] - total, 0.0f) > bound ? 1 : 0;
     }
-    count_ = static_cast<int32_t>(kept_.size());
+    if (found) break;
+  }
+  for (; i < count; ++i) {
+    if (score + std::min(x[i] - total, 0.0f) > bound) break;
+  }
+  return i;
+}
+
+// A row's children that the filter allows, with their logits; its memory is kept from row to row.
+template <class Code>
+class Children {
+ public:
+  void read(const TrieView<Code>& trie, const FilterView& filter, int64_t row, int32_t node,
+            const float* logits) {
+    const Range range = trie.children(node);
+    begin_ = range.begin;
+    size_ = range.end - range.begin;
+    const RowFilter mine = filter.of(row);
+    everything_ = mine.everything();
+    if (!everything_) keep_allowed(trie, mine, range);
+    logits_.resize(std::max(logits_.size(), static_cast<size_t>(size_)));
+    if (everything_ && size_ == trie.codebook_size) {
+      read_row(logits, size_, logits_.data());
+      return;
+    }
+    for (int32_t i = 0; i < size_; ++i) logits_[static_cast<size_t>(i)] = tame(logits[code(trie, i)]);
   }
 
-  int32_t size() const noexcept { return count_; }
-  int32_t operator[](int64_t i) const noexcept {
-    return filter_.words == nullptr ? begin_ + static_cast<int32_t>(i) : kept_[static_cast<size_t>(i)];
+  int32_t size() const noexcept { return size_; }
+  const float* logits() const noexcept { return logits_.data(); }
+  int32_t node(int64_t i) const noexcept {
+    return everything_ ? begin_ + static_cast<int32_t>(i) : kept_[static_cast<size_t>(i)];
   }
-  int64_t code(int32_t child) const noexcept { return trie_.code[child - 1]; }
+  int64_t code(const TrieView<Code>& trie, int64_t i) const noexcept { return trie.code[node(i) - 1]; }
 
  private:
-  const TrieView<Code>& trie_;
-  const FilterView& filter_;
-  int32_t begin_ = 0, count_ = 0;
+  void keep_allowed(const TrieView<Code>& trie, const RowFilter& filter, Range range) {
+    kept_.clear();
+    for (int32_t child = range.begin; child < range.end; ++child) {
+      if (filter.allows(trie.interval(child))) kept_.push_back(child);
+    }
+    size_ = static_cast<int32_t>(kept_.size());
+  }
+
+  int32_t begin_ = 0, size_ = 0;
+  bool everything_ = true;
   std::vector<int32_t> kept_;
+  std::vector<float> logits_;
 };
 
 // What to subtract from the row's logits; -inf where the row has no log-probabilities.
 template <class Code>
-float row_total(const StepLogits& step, int64_t row, int64_t size, const AllowedChildren<Code>& children) {
-  const float* const logits = step.logits + row * size;
+float row_total(const StepLogits& step, int64_t row, int64_t size, const Children<Code>& children,
+                std::vector<float>& room) {
   switch (step.normalize) {
     case Normalize::kVocab:
       return tame(step.logsumexp[row]);
     case Normalize::kLevel:
-      return log_sum_exp(size, [&](int64_t k) { return tame(logits[k]); });
+      if (children.size() == size) break;
+      room.resize(static_cast<size_t>(size));
+      read_row(step.logits + row * size, size, room.data());
+      return log_sum_exp(room.data(), size);
     case Normalize::kValid:
-      return log_sum_exp(children.size(),
-                         [&](int64_t i) { return tame(logits[children.code(children[i])]); });
+      break;
   }
-  return kNever;
+  return log_sum_exp(children.logits(), children.size());
 }
 
 struct Candidate {
@@ -88,17 +166,17 @@ struct Candidate {
 // The best `limit` candidates offered, a heap whose top is the worst kept.
 class Best {
  public:
-  explicit Best(size_t limit) : limit_(limit) { heap_.reserve(limit); }
-
-  void clear() noexcept { heap_.clear(); }
-
-  // No candidate of this score, offered after those kept, would be kept: a tie falls to the earlier.
-  bool refuses(float score) const noexcept {
-    return score == kNever || (heap_.size() == limit_ && score <= heap_.front().score);
+  void clear(size_t limit) {
+    limit_ = limit;
+    heap_.clear();
+    heap_.reserve(limit);
   }
 
+  // Only a candidate above this score would be kept: a tie falls to the earlier.
+  float bound() const noexcept { return heap_.size() == limit_ ? heap_.front().score : kNever; }
+
+  // A candidate above the bound.
   void offer(const Candidate& candidate) {
-    if (refuses(candidate.score)) return;
     if (heap_.size() == limit_) {
       std::pop_heap(heap_.begin(), heap_.end(), worse_on_top);
       heap_.back() = candidate;
@@ -116,7 +194,7 @@ class Best {
  private:
   static bool worse_on_top(const Candidate& a, const Candidate& b) noexcept { return better(a, b); }
 
-  size_t limit_;
+  size_t limit_ = 0;
   std::vector<Candidate> heap_;
 };
 
@@ -135,26 +213,36 @@ void write(const std::vector<Candidate>& best, int64_t user, int64_t width, int6
   next.pruned[user] = found > width ? best[static_cast<size_t>(width)].score : kNever;
 }
 
+// What a thread works with; kept for its life, so that a step allocates nothing once it has grown.
+template <class Code>
+struct Workspace {
+  Children<Code> children;
+  std::vector<float> room;
+  Best best;
+
+  static Workspace& of_thread() {
+    thread_local Workspace workspace;
+    return workspace;
+  }
+};
+
 }  // namespace
 
 template <class Code>
 void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, const int32_t* nodes,
              int64_t rows, float* out) {
   const int64_t size = trie.codebook_size;
-#pragma omp parallel if (rows * size >= (1 << 14))
-  {
-    AllowedChildren<Code> children(trie, filter);
-#pragma omp for
-    for (int64_t row = 0; row < rows; ++row) {
-      children.read(nodes[row]);
-      const float total = row_total(step, row, size, children);
-      float* const log_prob = out + row * size;
-      std::fill(log_prob, log_prob + size, kNever);
-      if (total == kNever) continue;
-      for (int32_t i = 0; i < children.size(); ++i) {
-        const int64_t code = children.code(children[i]);
-        log_prob[code] = std::min(tame(step.logits[row * size + code]) - total, 0.0f);
-      }
+#pragma omp parallel for if (rows * size >= kParallelWork)
+  for (int64_t row = 0; row < rows; ++row) {
+    auto& space = Workspace<Code>::of_thread();
+    auto& children = space.children;
+    children.read(trie, filter, row, nodes[row], step.logits + row * size);
+    const float total = row_total(step, row, size, children, space.room);
+    float* const log_prob = out + row * size;
+    std::fill(log_prob, log_prob + size, kNever);
+    if (total == kNever) continue;
+    for (int32_t i = 0; i < children.size(); ++i) {
+      log_prob[children.code(trie, i)] = std::min(children.logits()[i] - total, 0.0f);
     }
   }
 }
@@ -163,30 +251,29 @@ template <class Code>
 void beam_step(TrieView<Code> trie, FilterView filter, const StepLogits& step, const float* scores,
                const int32_t* nodes, int64_t users, int64_t beams, int64_t width, const NextBeams& next) {
   const int64_t size = trie.codebook_size;
-#pragma omp parallel if (users > 1)
-  {
-    AllowedChildren<Code> children(trie, filter);
-    Best best(static_cast<size_t>(std::min(width, beams * size)) + 1);  // one more: the best that is cut
-#pragma omp for
-    for (int64_t user = 0; user < users; ++user) {
-      best.clear();
-      for (int64_t beam = 0; beam < beams; ++beam) {
-        const int64_t row = user * beams + beam;
-        const float score = tame(scores[row]);
-        if (best.refuses(score)) continue;  // a log-probability is at most 0
-        children.read(nodes[row]);
-        if (children.size() == 0) continue;
-        const float total = row_total(step, row, size, children);
-        if (total == kNever) continue;
-        const float* const logits = step.logits + row * size;
-        for (int32_t i = 0; i < children.size(); ++i) {
-          const int64_t code = children.code(children[i]);
-          const float log_prob = std::min(tame(logits[code]) - total, 0.0f);
-          best.offer({score + log_prob, beam * size + code, children[i]});
-        }
+  const auto limit = static_cast<size_t>(std::min(width, beams * size)) + 1;  // the best that is cut too
+#pragma omp parallel for if (users > 1 && users * beams * size >= kParallelWork)
+  for (int64_t user = 0; user < users; ++user) {
+    auto& space = Workspace<Code>::of_thread();
+    auto& children = space.children;
+    auto& best = space.best;
+    best.clear(limit);
+    for (int64_t beam = 0; beam < beams; ++beam) {
+      const int64_t row = user * beams + beam;
+      const float score = tame(scores[row]);
+      if (score <= best.bound()) continue;  // a log-probability is at most 0
+      children.read(trie, filter, row, nodes[row], step.logits + row * size);
+      const int64_t count = children.size();
+      const float total = count ? row_total(step, row, size, children, space.room) : kNever;
+      if (total == kNever) continue;
+      const float* const x = children.logits();
+      const auto next_after = [&](int64_t i) { return find_above(x, i, count, score, total, best.bound()); };
+      for (int64_t i = next_after(0); i < count; i = next_after(i + 1)) {
+        const float log_prob = std::min(x[i] - total, 0.0f);
+        best.offer({score + log_prob, beam * size + children.code(trie, i), children.node(i)});
       }
-      write(best.sorted(), user, width, size, next);
     }
+    write(best.sorted(), user, width, size, next);
   }
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cemg_kernels import ItemFilter, Trie
-from cemg_kernels.item_filter import popcount
+from cemg_kernels.filter_tensors import popcount
 
 
 def make_trie(num_items: int, *, ids: bool = False) -> Trie:

@@ -18,7 +18,7 @@ def draw(n: int, m: int, k: int, d: int, *, seed: int = 0) -> tuple[Tensor, Tens
 
 def assert_backends_agree(x: Tensor, codebooks: Tensor) -> None:
     wanted_codes, wanted = residual_quantize(x, codebooks, backend="reference")
-    for backend in ("torch", "triton"):
+    for backend in ("native", "torch", "triton"):
         codes, quantized = residual_quantize(x, codebooks, backend=backend)
         assert torch.equal(codes, wanted_codes), backend
         assert torch.equal(quantized.nan_to_num(), wanted.nan_to_num())  # the same sums of the same rows
@@ -49,7 +49,7 @@ def test_the_reference_is_a_loop_over_rows():
 def test_equal_codebook_rows_give_the_lowest_code():
     x, codebooks = draw(100, 2, 8, 4)
     codebooks = codebooks.repeat_interleave(3, dim=1)
-    for backend in ("torch", "triton", "reference"):
+    for backend in ("native", "torch", "triton", "reference"):
         codes, _ = residual_quantize(x, codebooks, backend=backend)
         assert (codes % 3 == 0).all()
 
@@ -141,5 +141,5 @@ def test_more_dimensions_than_the_kernel_holds_are_refused_with_the_way_out():
 
 
 def test_an_unknown_backend_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="choose from triton, torch, reference"):
+    with pytest.raises(ValueError, match="choose from triton, native, torch, reference"):
         residual_quantize(torch.zeros(1, 1), torch.zeros(1, 1, 1), backend="fpga")

@@ -1,4 +1,4 @@
-"""Beam selection, both backends, against a sort in Python of every candidate."""
+"""Beam selection, every backend, against a sort in Python of every candidate."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
+from cemg_kernels.trie_softmax import flat, tame
 
 INF = float("inf")
-BACKENDS = ["reference", "torch", "native"]
+BACKENDS = ["reference", "torch", "native", "triton"]
 
 
 def make_trie(size: int, levels: int, items: int, *, seed: int = 0) -> Trie:
@@ -39,11 +40,15 @@ def brute_force(log_prob: Tensor, scores: Tensor, nodes: Tensor, trie: Trie, wid
 
 
 def assert_step_is_brute_force(logits, scores, nodes, trie, width, backend, normalize="level", filter=None):
-    step = trie_beam_step(logits, scores, nodes, trie, width, normalize, None, filter, backend=backend)
-    size = trie.codebook_size
-    softmax = "native" if backend == "native" else "reference"
-    flat = logits.reshape(-1, size), nodes.flatten()
-    log_prob = trie_softmax(*flat, trie, normalize, None, filter, backend=softmax)
+    """Equal in every bit; where the Triton kernels sum in another order, from the same log-sum-exps."""
+    flat, total = (logits.reshape(-1, trie.codebook_size), nodes.flatten()), None
+    if backend == "triton":
+        allowed = trie.mask(flat[1], filter=filter) if normalize == "valid" else torch.tensor(True)
+        total, normalize = tame(flat[0]).masked_fill(~allowed, -INF).logsumexp(1), "vocab"
+    shaped = None if total is None else total.view(nodes.shape)
+    step = trie_beam_step(logits, scores, nodes, trie, width, normalize, shaped, filter, backend=backend)
+    softmax = backend if backend in ("native", "triton") else "reference"
+    log_prob = trie_softmax(*flat, trie, normalize, total, filter, backend=softmax)
     for b, rows in enumerate(log_prob.view(logits.shape)):
         kept, pruned = brute_force(rows, scores[b], nodes[b], trie, width)
         ours = zip(*(t[b].tolist() for t in step[:4]), strict=True)
@@ -147,3 +152,38 @@ def test_arguments_that_do_not_fit_are_refused():
         trie_beam_step(logits[..., :4], scores, nodes, trie, 3, "level")
     with pytest.raises(ValueError, match="needs logsumexp"):
         trie_beam_step(logits, scores, nodes, trie, 3)
+
+
+def step_arguments(users: int = 2) -> tuple[Trie, ItemFilter, Tensor, Tensor, Tensor]:
+    """A trie, a filter, and logits, scores and nodes of 3 beams of 6 codes."""
+    trie = make_trie(6, 3, 60)
+    chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 3 > 0)
+    generator = torch.Generator().manual_seed(0)
+    nodes = torch.randint(-1, trie.arrays.num_inner, (users, 3), generator=generator).to(torch.int32)
+    return (trie, chosen, torch.randn(users, 3, 6, generator=generator), -torch.rand(users, 3), nodes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("users", [1, 2])
+def test_the_custom_op_keeps_what_it_promises(backend, users):
+    trie, chosen, logits, scores, nodes = step_arguments(users)
+    for allowed in (None, chosen.tensors):
+        operands = logits, scores, nodes, 4, 1, None, backend
+        torch.library.opcheck(torch.ops.cemg.trie_beam_step.default, (*flat(trie.arrays, allowed), *operands))
+
+
+@pytest.mark.parametrize("engine", ["eager", "aot_eager"])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_step_compiles_whole(engine, filtered):
+    trie, chosen, logits, scores, nodes = step_arguments()
+    allowed = chosen if filtered else None
+
+    def two_steps(logits: Tensor, scores: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = trie_beam_step(logits, scores, nodes, trie, 3, "level", None, allowed)
+        second = trie_beam_step(logits * 2, first.scores, first.nodes, trie, 2, "valid", None, allowed)
+        return second.scores + 0, second.codes, second.nodes
+
+    torch._dynamo.reset()
+    compiled = torch.compile(two_steps, fullgraph=True, backend=engine)
+    for ours, wanted in zip(compiled(logits, scores, nodes), two_steps(logits, scores, nodes), strict=True):
+        assert torch.equal(ours, wanted)

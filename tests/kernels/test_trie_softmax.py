@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cemg_kernels import ItemFilter, Trie, trie_softmax
+from cemg_kernels.trie_softmax import flat
 
 INF = float("inf")
-both_backends = pytest.mark.parametrize("backend", ["reference", "native"])
+every_backend = pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 
 
 def make_case(rows: int, size: int, *, seed: int = 0) -> tuple[Trie, Tensor, Tensor]:
@@ -23,7 +24,7 @@ def make_case(rows: int, size: int, *, seed: int = 0) -> tuple[Trie, Tensor, Ten
     return trie, torch.randn(rows, size, generator=generator) * 3, nodes
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 31), (20, 256), (64, 300)])
 @pytest.mark.parametrize("filtered", [False, True])
@@ -42,7 +43,7 @@ def test_log_probabilities_equal_the_formula(backend, normalize, rows, size, fil
             assert float(out[r, k]) == pytest.approx(wanted, abs=3 * 2**-20)
 
 
-@both_backends
+@every_backend
 def test_a_prefix_without_children_has_no_finite_logit(backend):
     trie, logits, _ = make_case(3, 8)
     nodes = torch.tensor([-1, trie.num_nodes - 1, 0], dtype=torch.int32)
@@ -50,7 +51,7 @@ def test_a_prefix_without_children_has_no_finite_logit(backend):
     assert (out[:2] == -INF).all() and out[2].isfinite().any()
 
 
-@both_backends
+@every_backend
 def test_nan_counts_as_never_and_infinity_as_the_largest_number(backend):
     trie = Trie.from_codes(torch.arange(4)[:, None], 4)
     nodes = torch.zeros(3, dtype=torch.int32)
@@ -64,7 +65,7 @@ def test_nan_counts_as_never_and_infinity_as_the_largest_number(backend):
     assert not out.isnan().any()
 
 
-@both_backends
+@every_backend
 def test_log_probabilities_never_exceed_zero(backend):
     trie = Trie.from_codes(torch.arange(4)[:, None], 4)
     logits = torch.tensor([[3.0, 1.0, -1.0, 2.0]])
@@ -73,7 +74,7 @@ def test_log_probabilities_never_exceed_zero(backend):
     assert out.tolist() == [[0.0, -0.5, -2.5, 0.0]]
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("total", [math.nan, -INF, INF])
 def test_a_logsumexp_that_is_not_finite_gives_no_nan(backend, total):
     trie = Trie.from_codes(torch.arange(4)[:, None], 4)
@@ -97,3 +98,28 @@ def test_arguments_that_do_not_fit_are_refused():
         trie_softmax(logits, nodes, trie, "vocab", total[:4])
     with pytest.raises(ValueError, match="floating"):
         trie_softmax(logits.long(), nodes, trie, "level")
+
+
+@every_backend
+def test_the_custom_op_keeps_what_it_promises(backend):
+    trie, logits, nodes = make_case(5, 8)
+    chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 2 == 0)
+    for allowed in (None, chosen.tensors):
+        for over, total in enumerate((logits.logsumexp(1), None, None)):
+            operands = logits, nodes, over, total, backend
+            torch.library.opcheck(
+                torch.ops.cemg.trie_softmax.default, (*flat(trie.arrays, allowed), *operands)
+            )
+
+
+@pytest.mark.parametrize("engine", ["eager", "aot_eager"])
+def test_log_probabilities_compile_whole(engine):
+    trie, logits, nodes = make_case(5, 8)
+    chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 2 == 0)
+
+    def halved(logits: Tensor) -> Tensor:
+        return trie_softmax(logits / 2, nodes, trie, "valid", None, chosen) / 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(halved, fullgraph=True, backend=engine)
+    assert torch.equal(compiled(logits), halved(logits))

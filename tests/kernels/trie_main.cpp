@@ -8,6 +8,7 @@
 
 #include "cemg/trie_build.h"
 #include "cemg/trie_cells.h"
+#include "cemg/trie_check.h"
 #include "cemg/trie_cpu.h"
 
 namespace {
@@ -47,10 +48,11 @@ struct Owned {
   cemg::TrieView<Code> view;
 };
 
-template <class Code>
-Owned<Code> build(const std::vector<Row>& rows, int levels, int size) {
-  const std::vector<int32_t> flat = flatten(rows);
-  auto built = cemg::TrieBuilder::sort(flat, levels, size);
+template <class Code, class Input = int32_t>
+Owned<Code> build(const std::vector<Row>& rows, int levels, int size, int64_t chunks) {
+  const std::vector<int32_t> wide = flatten(rows);
+  const std::vector<Input> flat(wide.begin(), wide.end());
+  auto built = cemg::TrieBuilder::sort<Input>(flat, levels, size, chunks);
   require(std::holds_alternative<cemg::TrieBuilder>(built), "valid codes build");
   const auto& builder = std::get<cemg::TrieBuilder>(built);
   require(builder.duplicates().empty(), "distinct rows have no duplicates");
@@ -63,13 +65,20 @@ Owned<Code> build(const std::vector<Row>& rows, int levels, int size) {
   return trie;
 }
 
+// However many parts the work is cut into, and whatever type the codes have: the same arrays.
+template <class Code>
+void check_same(const Owned<Code>& trie, const Owned<Code>& other) {
+  require(trie.code == other.code && trie.first_child == other.first_child && trie.rows == other.rows,
+          "any number of chunks and any type of code build the same arrays");
+}
+
 template <class Code>
 void check_paths(const Owned<Code>& trie, const std::vector<Row>& rows, int levels) {
   const int64_t items = static_cast<int64_t>(rows.size());
   std::vector<int64_t> prefixes;
   for (const Row& row : rows) prefixes.insert(prefixes.end(), row.begin(), row.end());
   std::vector<int32_t> leaves(items);
-  cemg::lookup(trie.view, cemg::FilterView{nullptr, nullptr}, prefixes.data(), items, levels, leaves.data());
+  cemg::lookup(trie.view, cemg::FilterView{}, prefixes.data(), items, levels, leaves.data());
   for (int64_t row = 0; row < items; ++row) {
     require(trie.rows[leaves[row] - trie.view.num_inner] == row, "every item is found at its leaf");
   }
@@ -84,7 +93,9 @@ void check_masks(const Owned<Code>& trie, const std::vector<uint64_t>& words,
   const int64_t count = static_cast<int64_t>(nodes.size());
   std::vector<char> allowed(count * size);
   std::vector<int32_t> codes(count * size), found(count * size), ranks(count * 2);
-  const cemg::FilterView filter{words.data(), before.data()};
+  cemg::FilterView filter;
+  filter.words = words.data();
+  filter.before = before.data();
   cemg::mask(trie.view, filter, nodes.data(), count, reinterpret_cast<bool*>(allowed.data()));
   cemg::children(trie.view, filter, nodes.data(), count, codes.data(), found.data());
   cemg::interval(trie.view, nodes.data(), count, ranks.data());
@@ -106,28 +117,126 @@ void check_masks(const Owned<Code>& trie, const std::vector<uint64_t>& words,
   }
 }
 
+struct Bitmap {
+  std::vector<uint64_t> words;
+  std::vector<int32_t> before;
+
+  bool has(int32_t rank) const { return (words[rank / 64] >> (rank % 64)) & 1; }
+};
+
+Bitmap draw_bitmap(std::mt19937& random, size_t items) {
+  const size_t blocks = (items + 511) / 512;
+  Bitmap drawn = {std::vector<uint64_t>(blocks * 8, 0), std::vector<int32_t>(blocks, 0)};
+  for (size_t rank = 0; rank < items; ++rank) {
+    if (random() % 3 == 0) drawn.words[rank / 64] |= uint64_t{1} << (rank % 64);
+  }
+  for (size_t w = 0; w + 8 < drawn.words.size(); ++w) {
+    drawn.before[w / 8 + 1] += cemg::RowFilter::popcount(drawn.words[w]);
+    if (w % 8 == 7) drawn.before[w / 8 + 1] += drawn.before[w / 8];
+  }
+  return drawn;
+}
+
+// Three requests over two bitmaps, each with its own excluded ranks; two rows a request, every node in turn.
+template <class Code>
+void check_requests(std::mt19937& random, const Owned<Code>& trie, const Bitmap& first) {
+  const int32_t items = static_cast<int32_t>(trie.rows.size());
+  const Bitmap second = draw_bitmap(random, trie.rows.size());
+  std::vector<uint64_t> words = first.words;
+  words.insert(words.end(), second.words.begin(), second.words.end());
+  std::vector<int32_t> before = first.before;
+  before.insert(before.end(), second.before.begin(), second.before.end());
+  constexpr int64_t kMost = 4;
+  const std::vector<int32_t> filter_of = {1, -1, 0};
+  std::vector<std::set<int32_t>> left_out(3);
+  std::vector<int32_t> excluded(3 * kMost, cemg::kNoRank);
+  for (size_t request = 0; request < 3; ++request) {
+    for (int i = 0; i < kMost; ++i) {
+      const int32_t rank = static_cast<int32_t>(random() % items);
+      const bool open = filter_of[request] < 0 || (filter_of[request] == 0 ? first : second).has(rank);
+      if (open) left_out[request].insert(rank);
+    }
+    std::copy(left_out[request].begin(), left_out[request].end(), excluded.begin() + request * kMost);
+  }
+  const cemg::FilterView filter{words.data(),
+                                before.data(),
+                                filter_of.data(),
+                                excluded.data(),
+                                static_cast<int64_t>(first.before.size()),
+                                kMost,
+                                2};
+  for (int32_t node = 0; node < trie.view.num_nodes; ++node) {
+    const std::vector<int32_t> nodes(6, node);
+    std::vector<int32_t> kept(6);
+    cemg::keep(trie.view, filter, nodes.data(), 6, kept.data());
+    const cemg::Range below = trie.view.interval(node);
+    for (size_t row = 0; row < 6; ++row) {
+      bool any = false;
+      for (int32_t rank = below.begin; rank < below.end; ++rank) {
+        const int32_t which = filter_of[row / 2];
+        const bool open = which < 0 || (which == 0 ? first : second).has(rank);
+        any |= open && !left_out[row / 2].contains(rank);
+      }
+      require((kept[row] == node) == any, "a row reaches what its request allows and does not exclude");
+    }
+  }
+}
+
+// Whatever stands in the arrays, the check answers, and what it calls a trie can be walked.
+template <class Code>
+void check_verdicts(std::mt19937& random, const Owned<Code>& good, int levels, int size) {
+  const auto problem = [&](const Owned<Code>& trie) {
+    return cemg::trie_problem<Code>(trie.code, trie.first_child, trie.rows, levels, size);
+  };
+  require(problem(good) == nullptr, "what was built is a trie");
+  for (int round = 0; round < 40; ++round) {
+    Owned<Code> bad = good;
+    for (int wrong = 0; wrong < 1 + round % 3; ++wrong) {
+      const auto value =
+          static_cast<int32_t>(random() % 3 == 0 ? random() : random() % (good.rows.size() + 2));
+      const unsigned which = random() % 3;
+      if (which == 0) bad.code[random() % bad.code.size()] = static_cast<Code>(value);
+      if (which == 1) bad.first_child[random() % bad.first_child.size()] = value;
+      if (which == 2) bad.rows[random() % bad.rows.size()] = value;
+    }
+    if (round % 10 == 9) bad.first_child.pop_back();
+    if (round % 10 == 8) bad.rows.clear();
+    if (problem(bad) != nullptr) continue;
+    bad.view.code = bad.code.data();
+    bad.view.first_child = bad.first_child.data();
+    for (int32_t node = 0; node < bad.view.num_nodes; ++node) {
+      const cemg::Range ranks = bad.view.interval(node);
+      require(ranks.begin < ranks.end && ranks.end <= static_cast<int32_t>(bad.rows.size()),
+              "a trie's nodes have items below");
+    }
+  }
+}
+
+void check_ids() {
+  const auto wrong = [](std::vector<int64_t> ids) { return cemg::wrong_id(ids); };
+  constexpr int64_t kFar = int64_t{1} << 62;
+  require(wrong({}) == -1 && wrong({0, 5, 3}) == -1 && wrong({kFar, 0, 1}) == -1, "distinct ids are right");
+  require(wrong({1, -1}) == 1 && wrong({4, 2, 4}) == 2 && wrong({kFar, 0, kFar}) == 2, "wrong ids are found");
+}
+
 template <class Code>
 void check_trie(std::mt19937& random, int items, int levels, int size) {
   const std::vector<Row> rows = draw_rows(random, items, levels, size);
-  const Owned<Code> trie = build<Code>(rows, levels, size);
+  const Owned<Code> trie = build<Code>(rows, levels, size, 1);
+  check_same(trie, build<Code>(rows, levels, size, 3));
+  check_same(trie, build<Code, int64_t>(rows, levels, size, 64));
+  check_same(trie, build<Code, int16_t>(rows, levels, size, 0));
   check_paths(trie, rows, levels);
-  const size_t blocks = (rows.size() + 511) / 512;
-  std::vector<uint64_t> words(blocks * 8, 0);
-  std::vector<int32_t> before(blocks, 0);
-  for (size_t rank = 0; rank < rows.size(); ++rank) {
-    if (random() % 3 == 0) words[rank / 64] |= uint64_t{1} << (rank % 64);
-  }
-  for (size_t w = 0; w + 8 < words.size(); ++w) {
-    before[w / 8 + 1] = before[w / 8 + 1] + cemg::FilterView::popcount(words[w]);
-    if (w % 8 == 7) before[w / 8 + 1] += before[w / 8];
-  }
-  check_masks(trie, words, before);
+  const Bitmap drawn = draw_bitmap(random, rows.size());
+  check_masks(trie, drawn.words, drawn.before);
+  check_requests(random, trie, drawn);
+  check_verdicts(random, trie, levels, size);
 }
 
 void check_refusals() {
   using Kind = cemg::BuildError::Kind;
   const auto kind = [](std::vector<int32_t> codes, int32_t levels, int32_t size) {
-    const auto built = cemg::TrieBuilder::sort(codes, levels, size);
+    const auto built = cemg::TrieBuilder::sort<int32_t>(codes, levels, size);
     require(std::holds_alternative<cemg::BuildError>(built), "bad codes are refused");
     return std::get<cemg::BuildError>(built).kind;
   };
@@ -139,9 +248,11 @@ void check_refusals() {
   require(kind({0, 4}, 1, 4) == Kind::kCodeOutOfRange, "a code past the end");
   require(kind({0, -1}, 1, 4) == Kind::kCodeOutOfRange, "a negative code");
   const std::vector<int32_t> twice = {1, 2, 0, 1, 1, 2};
-  const auto built = cemg::TrieBuilder::sort(twice, 2, 4);
-  const auto& pairs = std::get<cemg::TrieBuilder>(built).duplicates();
-  require(pairs.size() == 1 && pairs[0] == cemg::TrieBuilder::Duplicate(0, 2), "duplicates are named");
+  for (int64_t chunks : {1, 2, 3}) {
+    const auto built = cemg::TrieBuilder::sort<int32_t>(twice, 2, 4, chunks);
+    const auto& pairs = std::get<cemg::TrieBuilder>(built).duplicates();
+    require(pairs.size() == 1 && pairs[0] == cemg::TrieBuilder::Duplicate(0, 2), "duplicates are named");
+  }
 }
 
 }  // namespace
@@ -157,6 +268,7 @@ int main() {
     }
   }
   check_refusals();
+  check_ids();
   std::printf("%d tries\n", tries);
   return 0;
 }

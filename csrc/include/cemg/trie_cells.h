@@ -7,8 +7,13 @@
 namespace cemg {
 
 template <class Code>
-CEMG_HD int32_t if_allowed(const TrieView<Code>& trie, const FilterView& filter, int32_t node) noexcept {
-  return node != kNone && filter.allows(trie.interval(node)) ? node : kNone;
+CEMG_HD bool allowed(const TrieView<Code>& trie, const RowFilter& filter, int32_t node) noexcept {
+  return filter.everything() || filter.allows(trie.interval(node));
+}
+
+template <class Code>
+CEMG_HD int32_t if_allowed(const TrieView<Code>& trie, const RowFilter& filter, int32_t node) noexcept {
+  return node != kNone && allowed(trie, filter, node) ? node : kNone;
 }
 
 // prefixes [R, length] -> out [R].
@@ -17,14 +22,21 @@ CEMG_HD void lookup_row(const TrieView<Code>& trie, const FilterView& filter, co
                         int64_t length, int64_t row, int32_t* out) noexcept {
   int32_t node = kRoot;
   for (int64_t m = 0; m < length; ++m) node = trie.advance(node, prefixes[row * length + m]);
-  out[row] = if_allowed(trie, filter, node);
+  out[row] = if_allowed(trie, filter.of(row), node);
+}
+
+// nodes [R] -> out [R], none where the filter leaves nothing below.
+template <class Code>
+CEMG_HD void keep_row(const TrieView<Code>& trie, const FilterView& filter, const int32_t* nodes, int64_t row,
+                      int32_t* out) noexcept {
+  out[row] = if_allowed(trie, filter.of(row), nodes[row]);
 }
 
 // nodes [R], codes [R] -> out [R].
 template <class Code>
 CEMG_HD void advance_row(const TrieView<Code>& trie, const FilterView& filter, const int32_t* nodes,
                          const int64_t* codes, int64_t row, int32_t* out) noexcept {
-  out[row] = if_allowed(trie, filter, trie.advance(nodes[row], codes[row]));
+  out[row] = if_allowed(trie, filter.of(row), trie.advance(nodes[row], codes[row]));
 }
 
 // nodes [R] -> codes and nodes of the children, [R, K] each, ascending, then -1.
@@ -34,9 +46,10 @@ CEMG_HD void children_row(const TrieView<Code>& trie, const FilterView& filter, 
   int32_t* const codes = out_codes + row * trie.codebook_size;
   int32_t* const found = out_nodes + row * trie.codebook_size;
   const Range range = trie.children(nodes[row]);
+  const RowFilter mine = filter.of(row);
   int32_t count = 0;
   for (int32_t child = range.begin; child < range.end; ++child) {
-    if (!filter.allows(trie.interval(child))) continue;
+    if (!allowed(trie, mine, child)) continue;
     codes[count] = static_cast<int32_t>(trie.code[child - 1]);
     found[count++] = child;
   }
@@ -48,8 +61,9 @@ CEMG_HD void children_row(const TrieView<Code>& trie, const FilterView& filter, 
 template <class Code>
 CEMG_HD void mask_cell(const TrieView<Code>& trie, const FilterView& filter, const int32_t* nodes,
                        int64_t cell, bool* out) noexcept {
-  const int32_t child = trie.advance(nodes[cell / trie.codebook_size], cell % trie.codebook_size);
-  out[cell] = if_allowed(trie, filter, child) != kNone;
+  const int64_t row = cell / trie.codebook_size;
+  const int32_t child = trie.advance(nodes[row], cell % trie.codebook_size);
+  out[cell] = if_allowed(trie, filter.of(row), child) != kNone;
 }
 
 // nodes [R] -> the ranks below, [R, 2], half open.

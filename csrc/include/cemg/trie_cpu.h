@@ -18,6 +18,10 @@ template <class Code>
 void advance(TrieView<Code> trie, FilterView filter, const int32_t* nodes, const int64_t* codes, int64_t rows,
              int32_t* out) noexcept;
 
+// The nodes themselves, none where the filter leaves nothing below: nodes [R] -> nodes [R].
+template <class Code>
+void keep(TrieView<Code> trie, FilterView filter, const int32_t* nodes, int64_t rows, int32_t* out) noexcept;
+
 // Codes and nodes of the children, [R, K] each, ascending, then -1.
 template <class Code>
 void children(TrieView<Code> trie, FilterView filter, const int32_t* nodes, int64_t rows, int32_t* out_codes,

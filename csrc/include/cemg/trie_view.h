@@ -20,18 +20,21 @@ namespace cemg {
 
 inline constexpr int32_t kRoot = 0;
 inline constexpr int32_t kNone = -1;
+inline constexpr int32_t kNoRank = 0x7fffffff;  // fills a short list of ranks
 
 struct Range {  // half open
   int32_t begin;
   int32_t end;
 };
 
-// A subset of the items: one bit a rank, and the allowed ranks counted before each block of 512 bits.
-struct FilterView {
+// What one row may reach: a bitmap over ranks with its counts, less a few ranks.
+struct RowFilter {
   static constexpr int32_t kBlockWords = 8;
 
-  const uint64_t* words;  // [blocks * 8], null: every item is allowed
-  const int32_t* before;  // [blocks], allowed ranks before the block
+  const uint64_t* words = nullptr;    // [blocks * 8], null: every item is allowed
+  const int32_t* before = nullptr;    // [blocks], allowed ranks before the block of 512 bits
+  const int32_t* excluded = nullptr;  // [most_excluded], ascending, each allowed by `words`; then kNoRank
+  int32_t most_excluded = 0;
 
   CEMG_HD static int32_t popcount(uint64_t word) noexcept {
 #if defined(__CUDA_ARCH__)
@@ -41,7 +44,10 @@ struct FilterView {
 #endif
   }
 
-  // How many ranks below `rank` are allowed.
+  // Nothing is left out, so that no interval need be asked about.
+  CEMG_HD bool everything() const noexcept { return words == nullptr && most_excluded == 0; }
+
+  // How many ranks below `rank` the bitmap allows.
   CEMG_HD int32_t rank(int32_t rank) const noexcept {
     if (rank == 0) return 0;
     const int32_t last = (rank - 1) >> 6;  // the word of the last rank counted
@@ -51,9 +57,57 @@ struct FilterView {
     return count + popcount(words[last] & (~uint64_t{0} >> (63 - ((rank - 1) & 63))));
   }
 
-  CEMG_HD bool allows(Range ranks) const noexcept {
-    return words == nullptr || rank(ranks.end) > rank(ranks.begin);
+  // How many ranks below `rank` are excluded.
+  CEMG_HD int32_t excluded_below(int32_t rank) const noexcept {
+    int32_t low = 0;
+    int32_t high = most_excluded;
+    while (low < high) {
+      const int32_t middle = low + (high - low) / 2;
+      if (excluded[middle] < rank) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
   }
+
+  // Whether any rank of an interval is left.
+  CEMG_HD bool allows(Range ranks) const noexcept {
+    const int32_t open = words == nullptr ? ranks.end - ranks.begin : rank(ranks.end) - rank(ranks.begin);
+    if (open > most_excluded || open == 0) return open > 0;
+    return open > excluded_below(ranks.end) - excluded_below(ranks.begin);
+  }
+};
+
+// The filters of a batch: row r belongs to request r / rows_per_request, which obeys one of the bitmaps and
+// has a list of excluded ranks. All null: every item is allowed.
+struct FilterView {
+  const uint64_t* words = nullptr;     // [filters, blocks * 8], null: no bitmaps
+  const int32_t* before = nullptr;     // [filters, blocks]
+  const int32_t* filter_of = nullptr;  // [requests], -1: no bitmap; null: all requests obey the first
+  const int32_t* excluded = nullptr;   // [requests, most_excluded] as in RowFilter; null where there are none
+  int64_t blocks = 0;
+  int64_t most_excluded = 0;
+  int64_t rows_per_request = 1;
+
+  CEMG_HD RowFilter of(int64_t row) const noexcept {
+    if (filter_of == nullptr && excluded == nullptr) return {words, before, nullptr, 0};
+    const int64_t request = row / rows_per_request;
+    const int64_t filter = filter_of == nullptr ? 0 : filter_of[request];
+    RowFilter found;
+    if (words != nullptr && filter >= 0) {
+      found.words = words + filter * blocks * RowFilter::kBlockWords;
+      found.before = before + filter * blocks;
+    }
+    if (excluded != nullptr) {
+      found.excluded = excluded + request * most_excluded;
+      found.most_excluded = static_cast<int32_t>(most_excluded);
+    }
+    return found;
+  }
+
+  CEMG_HD bool allows(int64_t row, Range ranks) const noexcept { return of(row).allows(ranks); }
 };
 
 template <class Code>

@@ -1,0 +1,128 @@
+#include "cemg/trie_check.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+namespace cemg {
+namespace {
+
+constexpr int64_t kSparse = 64;  // ids this much more spread than their number are sorted, not marked
+
+// Bits, all clear at first.
+class Marks {
+ public:
+  explicit Marks(int64_t count) : words_(static_cast<size_t>(count + 63) / 64) {}
+
+  bool test_and_set(int64_t place) {
+    uint64_t& word = words_[static_cast<size_t>(place) / 64];
+    const uint64_t bit = uint64_t{1} << (place % 64);
+    const bool was = (word & bit) != 0;
+    word |= bit;
+    return was;
+  }
+
+ private:
+  std::vector<uint64_t> words_;
+};
+
+bool rises(std::span<const int32_t> first_child, int64_t num_nodes) {
+  if (first_child.front() != 1 || first_child.back() != num_nodes) return false;
+  bool falls = false;
+  const auto inner = static_cast<int64_t>(first_child.size()) - 1;
+#pragma omp parallel for reduction(|| : falls)
+  for (int64_t node = 0; node < inner; ++node) falls = falls || first_child[node + 1] <= first_child[node];
+  return !falls;
+}
+
+template <class Code>
+bool in_codebook(std::span<const Code> code, int32_t codebook_size) {
+  bool outside = false;
+  const auto edges = static_cast<int64_t>(code.size());
+#pragma omp parallel for reduction(|| : outside)
+  for (int64_t edge = 0; edge < edges; ++edge) {
+    outside = outside || code[edge] < 0 || static_cast<int32_t>(code[edge]) >= codebook_size;
+  }
+  return !outside;
+}
+
+// Needs first_child to rise.
+template <class Code>
+bool siblings_rise(std::span<const Code> code, std::span<const int32_t> first_child) {
+  bool falls = false;
+  const auto inner = static_cast<int64_t>(first_child.size()) - 1;
+#pragma omp parallel for reduction(|| : falls)
+  for (int64_t node = 0; node < inner; ++node) {
+    for (int32_t child = first_child[node] + 1; child < first_child[node + 1]; ++child) {
+      falls = falls || code[child - 1] <= code[child - 2];
+    }
+  }
+  return !falls;
+}
+
+bool is_permutation(std::span<const int32_t> rows) {
+  const auto items = static_cast<int64_t>(rows.size());
+  Marks seen(items);
+  return std::none_of(rows.begin(), rows.end(),
+                      [&](int32_t row) { return row < 0 || row >= items || seen.test_and_set(row); });
+}
+
+// Whether the last inner node is followed by the first leaf exactly `levels` levels below the root.
+bool ends_on_level(std::span<const int32_t> first_child, int32_t levels) {
+  const auto inner = static_cast<int64_t>(first_child.size()) - 1;
+  int64_t begin = 0;
+  for (int32_t level = 0; level < levels; ++level) {
+    if (begin >= inner) return false;
+    begin = first_child[begin];
+  }
+  return begin == inner;
+}
+
+}  // namespace
+
+template <class Code>
+const char* trie_problem(std::span<const Code> code, std::span<const int32_t> first_child,
+                         std::span<const int32_t> rows, int32_t levels, int32_t codebook_size) {
+  const auto nodes = static_cast<int64_t>(code.size()) + 1;
+  const auto inner = static_cast<int64_t>(first_child.size()) - 1;
+  if (inner < 1 || rows.empty() || inner + static_cast<int64_t>(rows.size()) != nodes) {
+    return "the numbers of inner nodes and items do not make that of the nodes";
+  }
+  if (!rises(first_child, nodes)) return "first_child does not rise from 1 to the number of nodes";
+  if (!in_codebook(code, codebook_size)) return "a code lies outside the codebook";
+  if (!siblings_rise(code, first_child)) return "the codes of some siblings do not rise";
+  if (!ends_on_level(first_child, levels)) return "the items are not all on the last level";
+  if (!is_permutation(rows)) return "rows is not a permutation of the items";
+  return nullptr;
+}
+
+template const char* trie_problem(std::span<const uint8_t>, std::span<const int32_t>,
+                                  std::span<const int32_t>, int32_t, int32_t);
+template const char* trie_problem(std::span<const int16_t>, std::span<const int32_t>,
+                                  std::span<const int32_t>, int32_t, int32_t);
+
+int64_t wrong_id(std::span<const int64_t> ids) {
+  const auto items = static_cast<int64_t>(ids.size());
+  int64_t highest = -1;
+  for (int64_t i = 0; i < items; ++i) {
+    if (ids[i] < 0) return i;
+    highest = std::max(highest, ids[i]);
+  }
+  if (highest / kSparse < items) {
+    Marks seen(highest + 1);
+    for (int64_t i = 0; i < items; ++i) {
+      if (seen.test_and_set(ids[i])) return i;
+    }
+    return -1;
+  }
+  std::vector<int32_t> order(ids.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(),
+            [&](int32_t a, int32_t b) { return ids[a] < ids[b] || (ids[a] == ids[b] && a < b); });
+  for (size_t i = 1; i < order.size(); ++i) {
+    if (ids[order[i]] == ids[order[i - 1]]) return order[i];
+  }
+  return -1;
+}
+
+}  // namespace cemg

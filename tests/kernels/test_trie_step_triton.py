@@ -1,0 +1,200 @@
+"""The Triton kernels of a decoding step against the reference: every way they cut the work, and odd values.
+
+The launcher's sizes are made small here, so that tiles, chunks, repeated rounds and the merge all occur on
+inputs that the interpreter does in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
+from cemg_kernels import trie_beam_step as beam_step_of_package
+from cemg_kernels.request_filter import RequestFilter
+
+kernels = pytest.importorskip("cemg_kernels.trie_step_triton")
+
+INF = float("inf")
+SAME = 1e-5  # log-sum-exps of 2 ** 12 logits below 2 ** 5 in size: a few of their last bits, 2 ** -19 each
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch up to 64 candidates, tiles of 32, 32 at a time, 16 sorted at once."""
+    for name, value in {"WHOLE": 64, "TILE": 32, "PER_WARP": 8, "FIRST_ROUND": 16}.items():
+        monkeypatch.setattr(kernels, name, value)
+
+
+def draw_case(
+    users: int, beams: int, size: int, items: int, seed: int
+) -> tuple[Trie, Tensor, Tensor, Tensor]:
+    """A trie of three levels, logits [B, W, K], scores [B, W] and nodes [B, W], some none."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.unique(torch.randint(size, (items, 3), generator=generator), dim=0)
+    trie = Trie.from_codes(codes, size)
+    nodes = torch.randint(-1, trie.arrays.num_inner, (users, beams), generator=generator).to(torch.int32)
+    logits = torch.randn(users, beams, size, generator=generator) * 3
+    return trie, logits, -torch.rand(users, beams, generator=generator) * 4, nodes
+
+
+def filters_of(trie: Trie, users: int, seed: int) -> dict[str, ItemFilter | RequestFilter | None]:
+    """Each kind of filter that the kernels know."""
+    generator = torch.Generator().manual_seed(seed)
+    few = ItemFilter.from_mask(trie, torch.rand(trie.num_items, generator=generator) < 0.3)
+    excluded = RequestFilter.excluding(trie, torch.randint(trie.num_items, (users, 5), generator=generator))
+    stacked = RequestFilter.stack([few if user % 2 else None for user in range(1, users + 1)])
+    return {"none": None, "one": few, "excluded": excluded, "stacked": stacked, "both": excluded & stacked}
+
+
+def assert_equal_in_every_bit(ours, wanted) -> None:
+    for name, mine, right in zip(wanted._fields, ours, wanted, strict=True):
+        assert torch.equal(mine, right), name
+
+
+def assert_same_choice(ours, wanted) -> None:
+    """Scores within SAME, and the same beams wherever no neighbour scores within twice as much."""
+    torch.testing.assert_close(ours.scores, wanted.scores, rtol=0, atol=SAME)
+    torch.testing.assert_close(ours.pruned, wanted.pruned, rtol=0, atol=SAME)
+    padded = torch.cat((wanted.scores.new_full((len(wanted.scores), 1), INF), wanted.scores,
+                        wanted.pruned[:, None]), 1)  # fmt: skip
+    gaps = (padded[:, :-1] - padded[:, 1:]).nan_to_num(nan=INF)  # nan: both dead
+    clear = (gaps[:, :-1] > 2 * SAME) & (gaps[:, 1:] > 2 * SAME)
+    for mine, right in zip(ours[1:4], wanted[1:4], strict=True):
+        assert torch.equal(mine[clear], right[clear])
+    assert bool(clear.any()) or wanted.scores.numel() < 4
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", ["none", "one", "excluded", "stacked", "both"])
+@pytest.mark.parametrize(
+    ("beams", "size", "width"),
+    [(1, 1, 1), (3, 5, 4), (7, 8, 7), (8, 8, 3), (13, 6, 5), (9, 31, 6), (4, 40, 5), (2, 100, 7)],
+)
+def test_a_step_equals_the_reference_however_it_is_cut(kind, beams, size, width):
+    trie, logits, scores, nodes = draw_case(2, beams, size, 200, seed=beams)
+    chosen = filters_of(trie, 2, seed=size)[kind]
+    arguments = logits, scores, nodes, trie, width, "vocab", logits.logsumexp(2), chosen
+    ours, wanted = (trie_beam_step(*arguments, backend=name) for name in ("triton", "reference"))
+    assert_equal_in_every_bit(ours, wanted)
+
+
+def test_the_small_sizes_reach_every_way_of_cutting(small):
+    plans = [kernels.plan_of(*shape) for shape in ((3, 5, 4), (8, 8, 3), (13, 6, 5), (2, 100, 7))]
+    assert {plan.tiles == 1 for plan in plans} == {True, False}
+    assert {plan.rows < plan.parents for plan in plans} == {True, False}
+    assert {plan.parents * plan.block_k > plan.kept for plan in plans} == {True}
+    assert (
+        kernels.plan_of(1, 4, 3).parents * kernels.plan_of(1, 4, 3).block_k <= kernels.plan_of(1, 4, 3).kept
+    )
+
+
+@pytest.mark.parametrize(("beams", "size", "width"), [(1, 256, 50), (50, 256, 50), (64, 256, 64)])
+def test_one_launch_serves_sixty_four_beams_of_a_codebook_of_256(beams, size, width):
+    assert kernels.plan_of(beams, size, width).tiles == 1
+
+
+@pytest.mark.parametrize("normalize", ["level", "valid"])
+@pytest.mark.parametrize(("beams", "size", "width"), [(50, 256, 50), (6, 700, 20)])
+def test_a_step_of_real_size_makes_the_choices_of_the_reference(normalize, beams, size, width):
+    trie, logits, scores, nodes = draw_case(1, beams, size, 3000, seed=3)
+    nodes = nodes.clamp(max=size // 2)  # mostly the first level, where nodes have several children
+    arguments = logits, scores, nodes, trie, width, normalize
+    ours, wanted = (trie_beam_step(*arguments, backend=name) for name in ("triton", "reference"))
+    assert_same_choice(ours, wanted)
+
+
+@pytest.mark.usefixtures("small")
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # the fixture sets constants that no example changes
+@given(
+    users=st.integers(1, 2), beams=st.integers(1, 9), size=st.integers(1, 20), width=st.integers(1, 7),
+    items=st.integers(1, 60), kind=st.sampled_from(["none", "one", "both"]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_ties_and_odd_values_fall_as_in_the_reference(users, beams, size, width, items, kind, seed):
+    trie, logits, scores, nodes = draw_case(users, beams, size, items, seed=seed % 1000)
+    generator = torch.Generator().manual_seed(seed)
+    odd = torch.tensor([0.0, -0.0, 1.0, -1.0, -INF, INF, math.nan, 3e38, -3e38])
+    logits = odd[torch.randint(len(odd), logits.shape, generator=generator)]
+    scores = odd[torch.randint(len(odd), scores.shape, generator=generator)].clamp(max=0.0)
+    total = odd[torch.randint(len(odd), scores.shape, generator=generator)]
+    chosen = filters_of(trie, users, seed % 100)[kind]
+    arguments = logits, scores, nodes, trie, width, "vocab", total, chosen
+    ours, wanted = (trie_beam_step(*arguments, backend=name) for name in ("triton", "reference"))
+    assert_equal_in_every_bit(ours, wanted)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("order", ["rising", "falling", "equal", "one beam above all"])
+def test_candidates_in_the_worst_order_take_more_rounds_and_are_exact(order):
+    """Every node full: 8 beams of 8 children. A bound from the first 16 leaves most of the rest above it."""
+    trie = Trie.from_codes(torch.cartesian_prod(torch.arange(8), torch.arange(8)), 8)
+    nodes = torch.arange(1, 9, dtype=torch.int32)[None]
+    rise = torch.arange(64.0).view(1, 8, 8) / 64
+    logits = {"rising": rise, "falling": -rise, "equal": rise * 0, "one beam above all": rise.clone()}[order]
+    if order == "one beam above all":
+        logits[0, 5] += 20
+    arguments = logits, torch.zeros(1, 8), nodes, trie, 7, "vocab", torch.full((1, 8), 30.0)
+    ours, wanted = (trie_beam_step(*arguments, backend=name) for name in ("triton", "reference"))
+    assert_equal_in_every_bit(ours, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_read_as_they_are(dtype):
+    trie, logits, scores, nodes = draw_case(1, 4, 9, 60, seed=1)
+    logits = logits.to(dtype)
+    total = logits.float().logsumexp(2)
+    arguments = logits, scores, nodes, trie, 4, "vocab", total
+    ours, wanted = (trie_beam_step(*arguments, backend=name) for name in ("triton", "reference"))
+    assert_equal_in_every_bit(ours, wanted)
+    flat = logits[0], nodes[0], trie, "vocab", total[0]
+    assert torch.equal(trie_softmax(*flat, backend="triton"), trie_softmax(*flat, backend="reference"))
+
+
+def test_logits_may_be_columns_of_a_wider_tensor():
+    trie, logits, scores, nodes = draw_case(2, 4, 9, 60, seed=2)
+    wide = torch.full((2, 4, 30), math.nan)
+    wide[:, :, 7:16] = logits
+    columns, total = wide[:, :, 7:16], logits.logsumexp(2)
+    ours = trie_beam_step(columns, scores, nodes, trie, 4, "vocab", total, backend="triton")
+    wanted = trie_beam_step(logits, scores, nodes, trie, 4, "vocab", total, backend="reference")
+    assert_equal_in_every_bit(ours, wanted)
+    rows = columns.transpose(0, 1)[:, 0], nodes[0], trie, "vocab", total[0]
+    assert torch.equal(trie_softmax(*rows, backend="triton"), trie_softmax(*rows, backend="reference"))
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+@pytest.mark.parametrize("kind", ["none", "one", "stacked", "both"])
+@pytest.mark.parametrize("block", [8, 512])
+def test_log_probabilities_equal_the_reference(normalize, kind, block, monkeypatch):
+    monkeypatch.setattr(kernels, "SOFTMAX_BLOCK", block)
+    trie, logits, _, nodes = draw_case(2, 6, 29, 300, seed=5)
+    rows, flat_nodes = logits.flatten(0, 1), nodes.flatten()
+    rows[3, ::2], rows[4] = math.nan, -INF
+    total = rows.nan_to_num(nan=-INF).logsumexp(1) if normalize == "vocab" else None
+    arguments = rows, flat_nodes, trie, normalize, total, filters_of(trie, 2, 5)[kind]
+    ours, wanted = (trie_softmax(*arguments, backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=0 if normalize == "vocab" else SAME)
+
+
+def test_no_rows_give_no_rows():
+    trie, logits, scores, nodes = draw_case(1, 3, 4, 20, seed=0)
+    none = logits[:0], scores[:0], nodes[:0], trie, 5, "level"
+    assert [len(part) for part in trie_beam_step(*none, backend="triton")] == [0] * 5
+    assert trie_softmax(logits[0, :0], nodes[0, :0], trie, "level", backend="triton").shape == (0, 4)
+
+
+def test_a_step_beyond_the_limits_is_refused_by_name_and_left_to_torch_by_choice(monkeypatch):
+    trie, logits, scores, nodes = draw_case(1, 2, 3, 20, seed=0)
+    wide = logits, scores, nodes, trie, 300, "level"
+    with pytest.raises(ValueError, match=r"width 256, got 2, 3 and 300; use backend='torch'"):
+        trie_beam_step(*wide, backend="triton")
+    module = __import__("sys").modules[beam_step_of_package.__module__]
+    monkeypatch.setattr(module, "pick", lambda op, device, backend: backend or "triton")
+    assert_equal_in_every_bit(trie_beam_step(*wide), trie_beam_step(*wide, backend="torch"))
