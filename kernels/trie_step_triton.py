@@ -23,6 +23,7 @@ from torch import Tensor
 from .aot import AotCase
 from .filter_tensors import FilterTensors
 from .trie_arrays import TrieArrays
+from .trie_filter_triton import allowed, filter_kinds, filter_operands, filter_types, finite, tame
 
 MAX_BEAMS, MAX_WIDTH, MAX_CODES = 256, 256, 4096
 WHOLE = 16384  # candidates of a user that one program takes
@@ -35,21 +36,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 DEAD = tl.constexpr(-(2**63))  # a key below every candidate's
 NEVER = tl.constexpr(-2139095041)  # the ordered bits of -inf
-LARGEST = tl.constexpr(3.4028234663852886e38)
 LOW = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def _tame(x):
-    """float32, NaN as -inf and +inf as the largest number."""
-    x = x.to(tl.float32)
-    return tl.where(x == x, tl.minimum(x, LARGEST), float("-inf"))
-
-
-@triton.jit
-def _finite(x):
-    """0 in the place of -inf, for what is subtracted."""
-    return tl.where(x == float("-inf"), 0.0, x)
 
 
 @triton.jit
@@ -57,72 +44,6 @@ def _ordered(score):
     """The bits of a score as an int32 that rises with it; one zero, not two."""
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ LOW, bits)
-
-
-@triton.jit
-def _popcount(words):
-    pairs = words - ((words >> 1) & 0x5555555555555555)
-    nibbles = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
-    in_bytes = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return (((in_bytes * 0x0101010101010101) >> 56) & 0x7F).to(tl.int32)
-
-
-@triton.jit
-def _count_below(words_ptr, before_ptr, bitmap, rank, blocks, live):
-    """How many ranks under ``rank`` the bitmap allows."""
-    block = tl.minimum(rank // 512, blocks - 1)
-    at = bitmap * blocks + block
-    total = tl.load(before_ptr + at, mask=live, other=0)
-    for word in range(8):
-        bits = rank - block * 512 - word * 64  # of this word, how many lie below
-        here = tl.load(words_ptr + at * 8 + word, mask=live & (bits > 0), other=0)
-        low = (tl.full([], 1, tl.int64) << tl.minimum(tl.maximum(bits, 0), 63).to(tl.int64)) - 1
-        total += _popcount(here & tl.where(bits >= 64, -1, low))
-    return total
-
-
-@triton.jit
-def _excluded_below(excluded_ptr, start, rank, most_excluded, steps, live):
-    """How many ranks of the list at ``start`` lie under ``rank``."""
-    low, high = tl.zeros_like(rank), tl.zeros_like(rank) + most_excluded
-    for _ in range(steps):
-        middle = (low + high) // 2
-        searching = live & (low < high)
-        below = searching & (tl.load(excluded_ptr + start + middle, mask=searching, other=0) < rank)
-        low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
-    return low
-
-
-@triton.jit
-def _allowed(
-    child, live, row, first_child_ptr, num_inner, levels,
-    words_ptr, before_ptr, filter_of_ptr, excluded_ptr, blocks, most_excluded, steps, rows_per_request,
-    BITMAPS: tl.constexpr, EXCLUDED: tl.constexpr,
-):  # fmt: skip
-    """Which of the ``live`` children the filter of ``row`` leaves an item."""
-    begin, end = child, child + 1
-    for _ in range(levels - 1):  # a child is at least one level down
-        inner = live & (begin < num_inner)
-        begin = tl.where(inner, tl.load(first_child_ptr + begin, mask=inner, other=0), begin)
-        end = tl.where(inner, tl.load(first_child_ptr + end, mask=inner, other=0), end)
-    begin, end = begin - num_inner, end - num_inner
-    request = row // rows_per_request
-    left = end - begin
-    if BITMAPS == 1:
-        first = tl.zeros_like(request)
-        left = _count_below(words_ptr, before_ptr, first, end, blocks, live)
-        left -= _count_below(words_ptr, before_ptr, first, begin, blocks, live)
-    if BITMAPS == 2:
-        chosen = tl.load(filter_of_ptr + request).to(tl.int64)
-        counted = live & (chosen >= 0)
-        inside = _count_below(words_ptr, before_ptr, chosen, end, blocks, counted)
-        inside -= _count_below(words_ptr, before_ptr, chosen, begin, blocks, counted)
-        left = tl.where(chosen >= 0, inside, left)
-    if EXCLUDED:
-        start = request * most_excluded
-        left -= _excluded_below(excluded_ptr, start, end, most_excluded, steps, live)
-        left += _excluded_below(excluded_ptr, start, begin, most_excluded, steps, live)
-    return live & (left > 0)
 
 
 # R=400 K=256 fp32, all children: read 0.4 MB logits, 0.1 MB codes, write 0.4 MB: 0.2 us at 4.8 TB/s.
@@ -143,7 +64,7 @@ def softmax_kernel(
     begin = tl.load(first_child_ptr + node, mask=inner, other=0)
     end = tl.load(first_child_ptr + node + 1, mask=inner, other=0)
     if NORMALIZE == 0:
-        total = _tame(tl.load(logsumexp_ptr + row))
+        total = tame(tl.load(logsumexp_ptr + row))
     else:
         highest = tl.full([BLOCK], float("-inf"), tl.float32)  # of each lane, reduced once at the end
         sums = tl.zeros([BLOCK], tl.float32)
@@ -154,20 +75,20 @@ def softmax_kernel(
             if NORMALIZE == 2:
                 code = tl.load(code_ptr + at - 1, mask=live, other=0).to(tl.int32)
                 if BITMAPS or EXCLUDED:
-                    live = _allowed(
+                    live = allowed(
                         at, live, rows, first_child_ptr, num_inner, levels, words_ptr, before_ptr,
                         filter_of_ptr, excluded_ptr, blocks, most_excluded, steps, rows_per_request,
                         BITMAPS, EXCLUDED,
                     )  # fmt: skip
             else:
                 code = at
-            x = _tame(tl.load(logits_ptr + code, mask=live, other=float("-inf")))
+            x = tame(tl.load(logits_ptr + code, mask=live, other=float("-inf")))
             higher = tl.maximum(highest, x)
-            base = _finite(higher)
+            base = finite(higher)
             sums = sums * tl.exp(highest - base) + tl.exp(x - base)
             highest = higher
         top = tl.max(highest, 0)
-        total = tl.sum(sums * tl.exp(highest - _finite(top)), 0)
+        total = tl.sum(sums * tl.exp(highest - finite(top)), 0)
         total = top + tl.log(tl.where(top == float("-inf"), 1.0, total))
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
@@ -178,19 +99,19 @@ def softmax_kernel(
         child = first + tl.arange(0, BLOCK)
         live = child < end
         if BITMAPS or EXCLUDED:
-            live = _allowed(
+            live = allowed(
                 child, live, rows, first_child_ptr, num_inner, levels, words_ptr, before_ptr, filter_of_ptr,
                 excluded_ptr, blocks, most_excluded, steps, rows_per_request, BITMAPS, EXCLUDED,
             )  # fmt: skip
         code = tl.load(code_ptr + child - 1, mask=live, other=0).to(tl.int32)
-        x = _tame(tl.load(logits_ptr + code, mask=live, other=float("-inf")))
-        tl.store(out_ptr + code, tl.minimum(x - _finite(total), 0.0), mask=live)
+        x = tame(tl.load(logits_ptr + code, mask=live, other=float("-inf")))
+        tl.store(out_ptr + code, tl.minimum(x - finite(total), 0.0), mask=live)
 
 
 @triton.jit
 def _row_total(x, highest):
     """Log-sum-exp of the rows of ``x``, whose maxima are ``highest``; [P, 1], -inf where all are."""
-    total = tl.sum(tl.exp(x - _finite(highest)), 1)[:, None]
+    total = tl.sum(tl.exp(x - finite(highest)), 1)[:, None]
     return highest + tl.log(tl.where(highest == float("-inf"), 1.0, total))
 
 
@@ -259,7 +180,7 @@ def beam_step_kernel(
         in_tile = first + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
         parent = tile * P + in_tile
         row = user * W + tl.minimum(parent, W - 1)
-        score = _tame(tl.load(scores_ptr + row))
+        score = tame(tl.load(scores_ptr + row))
         node = tl.load(nodes_ptr + row)
         inner = (parent < W) & (node >= 0) & (node < num_inner) & (score > float("-inf"))
         begin = tl.load(first_child_ptr + node, mask=inner, other=0)
@@ -267,20 +188,20 @@ def beam_step_kernel(
         child, live = begin + j, j < degree  # [ROWS, BLOCK_K]
         code = tl.load(code_ptr + child - 1, mask=live, other=0).to(tl.int32)
         if BITMAPS or EXCLUDED:
-            live = _allowed(
+            live = allowed(
                 child, live, row, first_child_ptr, num_inner, levels, words_ptr, before_ptr, filter_of_ptr,
                 excluded_ptr, blocks, most_excluded, steps, rows_per_request, BITMAPS, EXCLUDED,
             )  # fmt: skip
         start = logits_ptr + wide_user * stride_user + parent.to(tl.int64) * stride_beam  # [ROWS, 1]
-        x = _tame(tl.load(start + code, mask=live, other=float("-inf")))
+        x = tame(tl.load(start + code, mask=live, other=float("-inf")))
         if NORMALIZE == 0:
-            total = _tame(tl.load(logsumexp_ptr + row))
+            total = tame(tl.load(logsumexp_ptr + row))
         elif NORMALIZE == 1:
-            columns = _tame(tl.load(start + j, mask=inner & (j < K), other=float("-inf")))
+            columns = tame(tl.load(start + j, mask=inner & (j < K), other=float("-inf")))
             total = _row_total(columns, tl.max(columns, 1)[:, None])
         else:
             total = _row_total(x, tl.max(x, 1)[:, None])
-        sums = score + tl.minimum(x - _finite(total), 0.0)
+        sums = score + tl.minimum(x - finite(total), 0.0)
         ordered = _ordered(tl.where(live & (total > float("-inf")), sums, float("-inf")))
         tl.store(sums_ptr + in_tile * BLOCK_K + j, ordered)
         if many:
@@ -404,8 +325,8 @@ def softmax(
     if rows:
         softmax_kernel[(rows,)](
             logits, _total(logits, logsumexp), nodes, trie.code, trie.first_child, out,
-            *_filter_operands(filter, trie, rows), logits.stride(0), size, trie.num_inner, trie.levels,
-            NORMALIZE=normalize, **_filter_kinds(filter), BLOCK=softmax_block(size), num_warps=4,
+            *filter_operands(filter, trie, rows), logits.stride(0), size, trie.num_inner, trie.levels,
+            NORMALIZE=normalize, **filter_kinds(filter), BLOCK=softmax_block(size), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -434,9 +355,9 @@ def beam_step(
     arrays = nodes, trie.code, trie.first_child
     beam_step_kernel[(programs,)](
         logits, _total(logits, logsumexp), scores, *arrays, sums, kept, best, *out,
-        *_filter_operands(filter, trie, users * beams), logits.stride(0), logits.stride(1), beams, size,
+        *filter_operands(filter, trie, users * beams), logits.stride(0), logits.stride(1), beams, size,
         trie.num_inner, trie.levels, plan.tiles, width,
-        NORMALIZE=normalize, **_filter_kinds(filter), **plan.constants, num_warps=plan.warps,
+        NORMALIZE=normalize, **filter_kinds(filter), **plan.constants, num_warps=plan.warps,
     )  # fmt: skip
     if plan.tiles > 1:
         merge_kernel[(users,)](best, *arrays, *out, beams, plan.tiles, width, **plan.merge,
@@ -457,27 +378,6 @@ def _readable(logits: Tensor) -> Tensor:
 def _total(logits: Tensor, logsumexp: Tensor | None) -> Tensor:
     """The pointer where the kernel expects the log-sum-exp; any other where it reads none."""
     return logits if logsumexp is None else logsumexp.float().contiguous()
-
-
-def _filter_operands(
-    filter: FilterTensors | None, trie: TrieArrays, rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int, int]:
-    """Pointers and sizes of the filter; what is not there is never read."""
-    none = trie.first_child
-    if filter is None:
-        return none, none, none, none, 0, 0, 0, 1
-    words, before, filter_of, excluded = (t if t.numel() else none for t in filter)
-    most = filter.excluded.shape[-1]
-    per_request = max(1, rows // max(1, filter.num_requests))
-    return (words, before, filter_of, excluded, filter.before.shape[-1], most, most.bit_length(), per_request)
-
-
-def _filter_kinds(filter: FilterTensors | None) -> dict[str, int]:
-    """BITMAPS 0: none, 1: one for all, 2: one a request; EXCLUDED: lists a request."""
-    if filter is None:
-        return {"BITMAPS": 0, "EXCLUDED": False}
-    bitmaps = (2 if filter.filter_of.numel() else 1) if filter.words.numel() else 0
-    return {"BITMAPS": bitmaps, "EXCLUDED": filter.excluded.numel() > 0}
 
 
 def aot_cases() -> list[AotCase]:
@@ -503,14 +403,6 @@ def _name(normalize: int, dtype: str, bitmaps: int, excluded: bool) -> str:
     return f"{('vocab', 'level', 'valid')[normalize]} {dtype}{filters}"
 
 
-def _filter_types(bitmaps: int, excluded: bool) -> dict[str, str]:
-    return {
-        "words_ptr": "*i64" if bitmaps else "*i32", "before_ptr": "*i32", "filter_of_ptr": "*i32",
-        "excluded_ptr": "*i32", "blocks": "i32", "most_excluded": "i32", "steps": "i32",
-        "rows_per_request": "i32",
-    }  # fmt: skip
-
-
 def _case(name: str, kernel, types: dict[str, str], constants: dict[str, int], warps: int) -> AotCase:
     pointers = [argument for argument in types if argument.endswith("_ptr")]
     types = types | dict.fromkeys(constants, "constexpr")
@@ -521,7 +413,7 @@ def _softmax_case(size: int, normalize: int, dtype: str, bitmaps: int, excluded:
     types = {
         "logits_ptr": f"*{dtype}", "logsumexp_ptr": f"*{dtype if normalize else 'fp32'}", "nodes_ptr": "*i32",
         "code_ptr": _code(size), "first_child_ptr": "*i32", "out_ptr": "*fp32",
-        **_filter_types(bitmaps, excluded), "stride_logits": "i32", "K": "i32", "num_inner": "i32",
+        **filter_types(bitmaps, excluded), "stride_logits": "i32", "K": "i32", "num_inner": "i32",
         "levels": "i32",
     }  # fmt: skip
     constants = {"NORMALIZE": normalize, "BITMAPS": bitmaps, "EXCLUDED": excluded,
@@ -538,7 +430,7 @@ def _beam_step_case(
         "logits_ptr": f"*{dtype}", "logsumexp_ptr": f"*{dtype if normalize else 'fp32'}",
         "scores_ptr": "*fp32", "nodes_ptr": "*i32", "code_ptr": _code(size), "first_child_ptr": "*i32",
         "sums_ptr": "*i32", "kept_ptr": "*i64", "best_ptr": "*i64", **_step_types(),
-        **_filter_types(bitmaps, excluded), "stride_user": "i32",
+        **filter_types(bitmaps, excluded), "stride_user": "i32",
         "stride_beam": "i32", "W": "i32", "K": "i32", "num_inner": "i32", "levels": "i32", "tiles": "i32",
         "width": "i32",
     }  # fmt: skip

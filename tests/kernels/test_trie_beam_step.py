@@ -60,7 +60,7 @@ def assert_step_is_brute_force(logits, scores, nodes, trie, width, backend, norm
 @pytest.mark.parametrize("normalize", ["level", "valid"])
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize(
-    ("users", "beams", "size", "width"), [(1, 1, 1, 1), (2, 3, 31, 5), (3, 8, 64, 8), (2, 4, 5, 50)]
+    ("users", "beams", "size", "width"), [(1, 1, 1, 1), (2, 3, 31, 5), (3, 5, 64, 8), (2, 4, 5, 50)]
 )
 def test_a_step_equals_a_sort_of_all_candidates(backend, normalize, filtered, users, beams, size, width):
     trie = make_trie(size, 3, size * 4)

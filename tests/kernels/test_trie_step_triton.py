@@ -7,6 +7,7 @@ inputs that the interpreter does in a fraction of a second.
 from __future__ import annotations
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
-from cemg_kernels import trie_beam_step as beam_step_of_package
 from cemg_kernels.request_filter import RequestFilter
 
 kernels = pytest.importorskip("cemg_kernels.trie_step_triton")
@@ -71,12 +71,12 @@ def assert_same_choice(ours, wanted) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("kind", ["none", "one", "excluded", "stacked", "both"])
 @pytest.mark.parametrize(
-    ("beams", "size", "width"),
-    [(1, 1, 1), (3, 5, 4), (7, 8, 7), (8, 8, 3), (13, 6, 5), (9, 31, 6), (4, 40, 5), (2, 100, 7)],
-)
-def test_a_step_equals_the_reference_however_it_is_cut(kind, beams, size, width):
+    ("beams", "size", "width", "kind"),
+    [(1, 1, 1, "none"), (3, 5, 4, "both"), (7, 8, 7, "none"), (8, 8, 3, "one"), (13, 6, 5, "excluded"),
+     (13, 6, 5, "stacked"), (9, 31, 6, "none"), (4, 40, 5, "both"), (2, 100, 7, "none")],
+)  # fmt: skip
+def test_a_step_equals_the_reference_however_it_is_cut(beams, size, width, kind):
     trie, logits, scores, nodes = draw_case(2, beams, size, 200, seed=beams)
     chosen = filters_of(trie, 2, seed=size)[kind]
     arguments = logits, scores, nodes, trie, width, "vocab", logits.logsumexp(2), chosen
@@ -111,7 +111,7 @@ def test_a_step_of_real_size_makes_the_choices_of_the_reference(normalize, beams
 
 @pytest.mark.usefixtures("small")
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )  # the fixture sets constants that no example changes
 @given(
     users=st.integers(1, 2), beams=st.integers(1, 9), size=st.integers(1, 20), width=st.integers(1, 7),
@@ -171,10 +171,10 @@ def test_logits_may_be_columns_of_a_wider_tensor():
 
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize("kind", ["none", "one", "stacked", "both"])
-@pytest.mark.parametrize("block", [8, 512])
+@pytest.mark.parametrize("block", [16, 512])
 def test_log_probabilities_equal_the_reference(normalize, kind, block, monkeypatch):
     monkeypatch.setattr(kernels, "SOFTMAX_BLOCK", block)
-    trie, logits, _, nodes = draw_case(2, 6, 29, 300, seed=5)
+    trie, logits, _, nodes = draw_case(2, 3, 29, 300, seed=5)
     rows, flat_nodes = logits.flatten(0, 1), nodes.flatten()
     rows[3, ::2], rows[4] = math.nan, -INF
     total = rows.nan_to_num(nan=-INF).logsumexp(1) if normalize == "vocab" else None
@@ -195,6 +195,6 @@ def test_a_step_beyond_the_limits_is_refused_by_name_and_left_to_torch_by_choice
     wide = logits, scores, nodes, trie, 300, "level"
     with pytest.raises(ValueError, match=r"width 256, got 2, 3 and 300; use backend='torch'"):
         trie_beam_step(*wide, backend="triton")
-    module = __import__("sys").modules[beam_step_of_package.__module__]
-    monkeypatch.setattr(module, "pick", lambda op, device, backend: backend or "triton")
+    beam_step = import_module("cemg_kernels.trie_beam_step")  # the module: the package's name is the function
+    monkeypatch.setattr(beam_step, "pick", lambda op, device, backend: backend or "triton")
     assert_equal_in_every_bit(trie_beam_step(*wide), trie_beam_step(*wide, backend="torch"))
