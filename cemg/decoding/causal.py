@@ -26,6 +26,8 @@ from cemg.decoding.layers import (
     Unsupported,
     Wanted,
     heads,
+    unwrapped,
+    weight_of,
 )
 from cemg_kernels.beam_attention import Prefix
 
@@ -52,7 +54,7 @@ class CausalPlan:
     """
 
     def __init__(self, model: PreTrainedModel, code_tokens: range) -> None:
-        source: Any = model
+        source = unwrapped(model)
         config = source.config
         self.dtype = source.dtype
         self.positions: Tensor | None = None
@@ -75,7 +77,7 @@ class CausalPlan:
         body = source.transformer
         self.heads = self.kv_heads = config.num_attention_heads
         self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
-        self.embedding, self.positions = body.wte.weight.detach(), body.wpe.weight.detach()
+        self.embedding, self.positions = weight_of(body.wte), weight_of(body.wpe)
         self.head = Head(_norm(body.ln_f), Projection.of([source.lm_head], self.dtype))
         self.layers = [
             Layer(
@@ -97,7 +99,7 @@ class CausalPlan:
         first = body.layers[0].self_attn
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale, self.rotation = first.scaling, body.rotary_emb
-        self.embedding = body.embed_tokens.weight.detach()
+        self.embedding = weight_of(body.embed_tokens)
         self.head = Head(_norm(body.norm), Projection.of([source.lm_head], self.dtype))
         self.layers = [self._rotary_layer(layer) for layer in body.layers]
 

@@ -56,6 +56,34 @@ class Unsupported(Exception):
     """This model's shape is not one that a fast stepper knows; the message says what."""
 
 
+def unwrapped(model: Any) -> Any:
+    """The model under PEFT's wrapper, or itself. Raises Unsupported for adapters other than LoRA."""
+    if not hasattr(model, "peft_config"):
+        return model
+    kinds = {str(config.peft_type.value) for config in model.peft_config.values()}
+    if kinds != {"LORA"}:
+        raise Unsupported(f"adapters of the kind {', '.join(sorted(kinds))}")
+    return model.get_base_model()
+
+
+def weight_of(module: Any) -> Tensor:
+    """The weight that a module applies: what LoRA adds included, PEFT's trained copy where it has one.
+
+    Raises Unsupported where an adapter does more than add to the weight.
+    """
+    if hasattr(module, "modules_to_save"):  # PEFT: a layer that trains whole, beside its frozen original
+        return module.modules_to_save[module.active_adapters[0]].weight.detach()
+    if not hasattr(module, "get_delta_weight"):
+        return module.weight.detach()
+    if any(module.use_dora.values()) or module.disable_adapters:
+        raise Unsupported("adapters that are switched off, or scale the weight (DoRA)")
+    weight = module.get_base_layer().weight.detach()
+    if not module.merged:
+        for name in module.active_adapters:
+            weight = weight + module.get_delta_weight(name).detach()
+    return weight
+
+
 @dataclass(frozen=True, slots=True)
 class Projection:
     """``x @ weight.T + bias``; ``weight`` [out, in]."""
@@ -66,7 +94,7 @@ class Projection:
     @classmethod
     def of(cls, modules: Sequence[Any], dtype: torch.dtype, transposed: bool = False) -> Projection:
         """Several linear layers over one input as one; ``transposed`` for GPT-2's Conv1D."""
-        weights = [m.weight.detach().t() if transposed else m.weight.detach() for m in modules]
+        weights = [weight_of(m).t() if transposed else weight_of(m) for m in modules]
         biases = [m.bias for m in modules]
         if any(b is None for b in biases) and any(b is not None for b in biases):
             raise Unsupported("some projections of a layer have a bias and some have none")

@@ -25,6 +25,8 @@ from cemg.decoding.layers import (
     Unsupported,
     Wanted,
     heads,
+    unwrapped,
+    weight_of,
 )
 
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
@@ -58,11 +60,12 @@ class T5Plan:
     def __init__(self, model: PreTrainedModel, code_tokens: range) -> None:
         if model.config.model_type not in ("t5", "mt5"):
             raise Unsupported(f"the model type {model.config.model_type} is no T5")
-        source: Any = model
+        source = unwrapped(model)
         config = source.config
         self.dtype, self.device = source.dtype, source.device
         self.heads, self.start_token = config.num_heads, config.decoder_start_token_id
-        self.embedding: Tensor = source.shared.weight.detach()
+        self.encoder_embedding = weight_of(source.encoder.embed_tokens)
+        self.embedding = weight_of(source.decoder.embed_tokens)  # the same tensor, some adapters aside
         self.encoder = [self._encoder_layer(block) for block in source.encoder.block]
         self.decoder = [self._decoder_layer(block) for block in source.decoder.block]
         self.encoder_norm = _norm(source.encoder.final_layer_norm)
@@ -190,7 +193,7 @@ class T5Stepper:
         bias = plan.encoder_bias(packing.length)
         if self.padding is not None:
             bias = bias + self.padding  # [B, H, S, S]
-        x = F.embedding(packing.pack(input_ids), plan.embedding)
+        x = F.embedding(packing.pack(input_ids), plan.encoder_embedding)
         for layer in plan.encoder:
             qkv = packing.unpack(layer.qkv(layer.norm(x)))
             q, k, v = (heads(part, plan.heads) for part in qkv.chunk(3, dim=2))

@@ -185,18 +185,11 @@ def _with_lora(model: PreTrainedModel, config: BackboneConfig, task: str) -> Pre
         return model
     from peft import LoraConfig, get_peft_model  # a slow import that only LoRA needs
 
-    whole = [
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if module is model.get_input_embeddings()
-    ]
-    tied = model.config.get_text_config().tie_word_embeddings
-    if not tied:
-        whole += [
-            n.rsplit(".", 1)[-1] for n, m in model.named_modules() if m is model.get_output_embeddings()
-        ]
     lora = LoraConfig(
         task_type=task, r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.dropout,
-        target_modules="all-linear", modules_to_save=sorted(set(whole)), ensure_weight_tying=tied,
+        target_modules="all-linear",
     )  # fmt: skip
-    return cast(PreTrainedModel, get_peft_model(model, lora))  # which passes on what it has not itself
+    adapted = get_peft_model(model, lora)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        cast(Tensor, layer.weight).requires_grad_(True)  # the model's own, however many layers share it
+    return cast(PreTrainedModel, adapted)  # which passes on what it has not itself

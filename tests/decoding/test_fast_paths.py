@@ -89,6 +89,57 @@ def test_a_model_of_another_shape_runs_on_its_own_forward_and_says_why(kind, set
     assert (decoder.decode(torch.tensor([[5, 6]]), torch.ones(1, 2).long(), 3).items >= 0).all()
 
 
+def with_adapters(model: transformers.PreTrainedModel, **options: Any) -> Any:
+    """The model under LoRA, its adapters far from where they start."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules="all-linear", r=2, **options)
+    adapted = get_peft_model(model, lora).eval()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+    return adapted
+
+
+@pytest.mark.parametrize("shape", ["t5 tied", "t5 gated, uneven stacks", "gpt2", "qwen3, normed heads"])
+def test_lora_adapters_are_part_of_the_fast_paths_weights(shape, same_lists):
+    model = build(*SHAPES[shape])
+    prompts = Bench(model, random_catalog(60, 1)).prompts([5, 3])
+    before = Decoder(model, random_catalog(60, 1), START, fast=True).decode(*prompts, 80)
+    adapted = with_adapters(model)
+    fast = Decoder(adapted, random_catalog(60, 1), START, fast=True)
+    assert fast.path.startswith("fast")
+    found = fast.decode(*prompts, 80)
+    same_lists(found, Decoder(adapted, random_catalog(60, 1), START, fast=False).decode(*prompts, 80))
+    assert (found.scores - before.scores).nan_to_num().abs().max() > 0.1  # they do something
+    with adapted.disable_adapter():
+        off = Decoder(adapted, random_catalog(60, 1), START)
+        assert "switched off" in off.path
+
+
+def test_a_copy_of_the_embeddings_that_trains_beside_adapters_is_what_the_fast_path_reads(same_lists):
+    adapted = with_adapters(
+        build(*SHAPES["qwen3, normed heads"]), modules_to_save=["embed_tokens", "lm_head"]
+    )
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+    prompts = Bench(adapted, random_catalog(60, 1)).prompts([5, 3])
+    fast = Decoder(adapted, random_catalog(60, 1), START, fast=True)
+    assert fast.path.startswith("fast")
+    same_lists(
+        fast.decode(*prompts, 80),
+        Decoder(adapted, random_catalog(60, 1), START, fast=False).decode(*prompts, 80),
+    )
+
+
+def test_adapters_that_scale_the_weight_run_on_the_models_own_forward():
+    adapted = with_adapters(build(*SHAPES["gpt2"]), use_dora=True)
+    assert "DoRA" in Decoder(adapted, random_catalog(60, 1), START).path
+
+
 def test_a_prompt_longer_than_the_sliding_window_is_refused():
     decoder = Decoder(build("Mistral", ROTARY | {"sliding_window": 12}), random_catalog(60, 1), START)
     with pytest.raises(UserError, match="5 tokens does not fit the model's sliding window of 12"):

@@ -114,6 +114,21 @@ def test_lora_trains_adapters_and_embeddings_and_nothing_else(tiny_llama, tmp_pa
     assert changed == set(trained)
 
 
+def test_lora_of_a_t5_trains_the_embeddings_of_encoder_and_decoder(tmp_path):
+    config = BackboneConfig(kind="t5", layers=1, dim=16, heads=2, head_dim=8, dropout=0.0)
+    build_backbone(config, 2, 3, history_items=8)[0].save_pretrained(tmp_path / "t5")
+    config = BackboneConfig(kind="t5", pretrained=str(tmp_path / "t5"), lora_rank=2, dropout=0.0)
+    model, vocabulary = build_backbone(config, 2, 3, history_items=8)
+    prompt, code = (
+        torch.tensor([[vocabulary.code_token_start]]),
+        torch.tensor([[vocabulary.code_token_start + 3]]),
+    )
+    model(input_ids=prompt, labels=code).loss.backward()
+    for stack in (model.get_base_model().encoder, model.get_base_model().decoder):
+        trained = [p for p in stack.embed_tokens.parameters() if p.requires_grad]
+        assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+
+
 def test_a_lora_model_is_saved_and_loaded_whole(tiny_llama, tmp_path):
     from safetensors.torch import save_file
 
@@ -129,7 +144,9 @@ def test_a_lora_model_is_saved_and_loaded_whole(tiny_llama, tmp_path):
     prompts = prompter.batch([np.array([0, 1]), np.array([5])])
     start = vocabulary.code_token_start
     expected = Decoder(model.eval(), CATALOG, start).decode(*prompts, 9)
-    found = Decoder(other.eval(), CATALOG, start).decode(*prompts, 9)
+    again = Decoder(other.eval(), CATALOG, start)
+    found = again.decode(*prompts, 9)
+    assert again.path == "fast decoder-only"
     assert torch.equal(found.items, expected.items) and torch.equal(found.scores, expected.scores)
     theirs = TransformersDecoder(other, CATALOG, start).decode(*prompts, 9)
     torch.testing.assert_close(theirs.scores, found.scores, rtol=0, atol=1e-4)
