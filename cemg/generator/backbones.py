@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,8 +32,9 @@ class BackboneConfig:
     """Which model, and its shape where it starts from scratch (``scratch``, ``t5`` without ``pretrained``).
 
     ``scratch`` is built like ``architecture``: "gpt2" (learned positions, dropout) or "llama" (rotary
-    positions, RMSNorm, SwiGLU of 8/3 × dim; no dropout). ``codebook_init`` starts the code tokens' embeddings
-    from the RQ-VAE's codebooks. ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it.
+    positions, RMSNorm, SwiGLU of 8/3 × dim); both with dropout of the embeddings and of what attention and
+    feed-forward add. ``codebook_init`` starts the code tokens' embeddings from the RQ-VAE's codebooks.
+    ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it.
     ``lora_rank`` 0 trains every weight. ``ff`` 0 means 4 × dim. TIGER's T5 is layers 4, heads 6, ff 1024,
     dropout .1.
     """
@@ -84,7 +86,7 @@ def build_backbone(
 
 
 def _scratch(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTrainedModel:
-    """A Transformer decoder with tied embeddings: the paper's *w/o LLM*. GPT-2's dropout leaves the attention
+    """A Transformer decoder with tied embeddings: the paper's *w/o LLM*. Its dropout leaves the attention
     weights alone, where it would keep torch from its fused attention (1.3× slower on two CPU cores)."""
     if config.architecture == "llama":
         return _llama(config, vocabulary, positions)
@@ -103,7 +105,19 @@ def _llama(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> Pr
         intermediate_size=config.ff or config.dim * 8 // 3 // 8 * 8, tie_word_embeddings=True,
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
-    return LlamaForCausalLM(shape)
+    model = LlamaForCausalLM(shape)
+    if config.dropout:  # which a Llama has in its attention weights alone
+        added = [
+            last for block in model.model.layers for last in (block.self_attn.o_proj, block.mlp.down_proj)
+        ]
+        for layer in (model.model.embed_tokens, *added):
+            layer.register_forward_hook(partial(_drop_out, config.dropout))
+    return model
+
+
+def _drop_out(share: float, layer: torch.nn.Module, _: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """A forward hook: dropout of what ``layer`` gives, while it trains."""
+    return torch.nn.functional.dropout(out, share, layer.training)
 
 
 @torch.no_grad()

@@ -61,6 +61,20 @@ def test_codes_start_as_near_to_each_other_as_their_vectors_are():
     assert started[0].std() == pytest.approx(float(started[1].std()), rel=0.5)
 
 
+def test_a_llama_from_scratch_drops_out_while_it_trains_and_only_then():
+    shape = {"architecture": "llama", "layers": 1, "dim": 16, "heads": 2}
+    torch.manual_seed(0)
+    model, _ = build_backbone(BackboneConfig(**shape, dropout=0.5), 2, 3, history_items=4)
+    tokens = torch.tensor([[3, 4, 5]])
+    first, second = model.train()(tokens).logits, model(tokens).logits
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    torch.manual_seed(0)
+    plain, _ = build_backbone(BackboneConfig(**shape, dropout=0.0), 2, 3, history_items=4)
+    assert torch.equal(plain(tokens).logits, model(tokens).logits)
+
+
 @pytest.mark.parametrize("kind", ["scratch", "t5"])
 def test_a_backbone_from_scratch_follows_torchs_seed_and_has_a_token_for_every_code(kind):
     config = BackboneConfig(kind=kind, layers=1, dim=16, heads=2, head_dim=8)
