@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.decoding.layers import (
+    Activation,
     Feed,
     Head,
     Logits,
@@ -82,8 +83,8 @@ class CausalPlan:
         self.layers = [
             Layer(
                 _norm(block.ln_1), self._conv(block.attn.c_attn), None, None, self._conv(block.attn.c_proj),
-                Feed.of(_norm(block.ln_2), self._conv(block.mlp.c_fc), self._conv(block.mlp.c_proj),
-                     block.mlp.act, gated=False),
+                Feed(_norm(block.ln_2), None, self._conv(block.mlp.c_fc), self._conv(block.mlp.c_proj),
+                     Activation.of(block.mlp.act)),
             )
             for block in body.h
         ]  # fmt: skip
@@ -109,9 +110,9 @@ class CausalPlan:
         return Layer(
             _norm(layer.input_layernorm), Projection.of([own.q_proj, own.k_proj, own.v_proj], self.dtype),
             q_norm and _norm(q_norm), k_norm and _norm(k_norm), Projection.of([own.o_proj], self.dtype),
-            Feed.of(_norm(layer.post_attention_layernorm),
-                 Projection.of([mlp.gate_proj, mlp.up_proj], self.dtype),
-                 Projection.of([mlp.down_proj], self.dtype), mlp.act_fn, gated=True),
+            Feed(_norm(layer.post_attention_layernorm), Projection.of([mlp.gate_proj], self.dtype),
+                 Projection.of([mlp.up_proj], self.dtype), Projection.of([mlp.down_proj], self.dtype),
+                 Activation.of(mlp.act_fn)),
         )  # fmt: skip
 
     def _conv(self, module: Any) -> Projection:

@@ -6,7 +6,7 @@ R rows, d the width, V vocabulary, K codes a level, B users, S prompt tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from cemg_kernels import beam_attention, rms_norm
 from cemg_kernels.beam_attention import Prefix, Step
 
 ROW_CELLS = 2**24  # logits over the vocabulary held at once: 64 MB
+PACKED_ROWS = 4  # with fewer, a product is a pass over the weight, which MKL's kernel does faster
 
 
 class Wanted(NamedTuple):
@@ -84,12 +85,46 @@ def weight_of(module: Any) -> Tensor:
     return weight
 
 
+def packed(weight: Tensor) -> Tensor | None:
+    """A float32 weight of the CPU in oneDNN's own layout; None where it would not be used.
+
+    ``F.linear`` asks MKL, which takes AVX2 on an AMD processor that has AVX-512: there oneDNN is 2 to 2.5
+    times as fast (Zen 5, one core, 50 rows of 128 x 1024: 0.064 against 0.129 ms).
+    """
+    if (
+        weight.device.type != "cpu"
+        or weight.dtype != torch.float32
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+ONEDNN = {"ReLU": ("relu", ""), "SiLU": ("swish", ""), "SiLUActivation": ("swish", ""),
+          "GELUActivation": ("gelu", "none"), "NewGELUActivation": ("gelu", "tanh"),
+          "GELUTanh": ("gelu", "tanh")}  # fmt: skip
+
+
+class Activation(NamedTuple):
+    """An activation, and what oneDNN calls it; an empty ``name`` where it knows none."""
+
+    function: Callable[[Tensor], Tensor]
+    name: str
+    algorithm: str
+
+    @classmethod
+    def of(cls, module: Any) -> Activation:
+        """Of a module of torch or transformers."""
+        return cls(module, *ONEDNN.get(type(module).__name__, ("", "")))
+
+
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """``x @ weight.T + bias``; ``weight`` [out, in]."""
+    """``x @ weight.T + bias``; ``weight`` [out, in], and in ``packed`` as the CPU multiplies it fastest."""
 
     weight: Tensor
     bias: Tensor | None = None
+    packed: Tensor | None = None
 
     @classmethod
     def of(cls, modules: Sequence[Any], dtype: torch.dtype, transposed: bool = False) -> Projection:
@@ -98,15 +133,32 @@ class Projection:
         biases = [m.bias for m in modules]
         if any(b is None for b in biases) and any(b is not None for b in biases):
             raise Unsupported("some projections of a layer have a bias and some have none")
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).contiguous()
         bias = None if biases[0] is None else torch.cat([b.detach() for b in biases]).to(dtype)
-        return cls(weight.to(dtype).contiguous(), bias)
+        return cls(weight, bias, packed(weight))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def part(self, begin: int, end: int) -> Projection:
+        """The columns ``begin`` ... ``end`` of what it gives, as a projection of its own."""
+        weight, bias = self.weight[begin:end], None if self.bias is None else self.bias[begin:end]
+        return Projection(weight, bias, None if self.packed is None else packed(weight))
+
+    def __call__(self, x: Tensor, activation: Activation | None = None) -> Tensor:
+        if self.packed is not None and x.shape[0] >= PACKED_ROWS and (activation is None or activation.name):
+            name, algorithm = ("none", "") if activation is None else (activation.name, activation.algorithm)
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+        out = F.linear(x, self.weight, self.bias)
+        return out if activation is None else activation.function(out)
+
+    def times(self, factor: Tensor, x: Tensor) -> Tensor:
+        """``factor * self(x)`` [R, out]."""
+        if self.packed is not None and x.shape[0] >= PACKED_ROWS:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.packed, self.bias, "mul")
+        return factor * F.linear(x, self.weight, self.bias)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual + self(x)`` [R, out], in one product."""
+        if self.packed is not None and x.shape[0] >= PACKED_ROWS:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
         if self.bias is not None:
             residual = residual + self.bias
         return torch.addmm(residual, x, self.weight.t())
@@ -128,28 +180,21 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """The feed-forward block with its norm and residual: ``up`` holds gate and value where ``gated``."""
+    """The feed-forward block with its norm and residual: ``down(act(up(x)))``, or with a ``gate`` whose
+    activation ``up(x)`` is multiplied with."""
 
     norm: Norm
+    gate: Projection | None
     up: Projection
     down: Projection
-    activation: Callable[[Tensor], Tensor]
-    gated: bool
-
-    @classmethod
-    def of(cls, norm: Norm, up: Projection, down: Projection, activation: Any, gated: bool) -> Feed:
-        """ReLU works in place: what it is given is the block's own."""
-        if isinstance(activation, torch.nn.ReLU):
-            activation = torch.relu_
-        return cls(norm, up, down, activation, gated)
+    activation: Activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        hidden = self.up(self.norm(x))
-        if self.gated:
-            gate, hidden = hidden.chunk(2, dim=-1)
-            hidden = self.activation(gate) * hidden
+        seen = self.norm(x)
+        if self.gate is None:
+            hidden = self.up(seen, self.activation)
         else:
-            hidden = self.activation(hidden)
+            hidden = self.up.times(self.gate(seen, self.activation), seen)
         return self.down.added_to(x, hidden)
 
 
@@ -160,6 +205,7 @@ class Head:
     norm: Norm
     projection: Projection  # [V, d]
     scale: float = 1.0
+    levels: dict[int, Projection] = field(default_factory=dict)  # by first token, made when first wanted
 
     def __call__(self, x: Tensor, batch: int, wanted: Wanted) -> Logits:
         """``x`` [B * W, d] before the last norm."""
@@ -171,9 +217,9 @@ class Head:
                       None if total is None else total.view(batch, -1))  # fmt: skip
 
     def _level(self, hidden: Tensor, wanted: Wanted) -> Tensor:
-        own = slice(wanted.first, wanted.first + wanted.size)
-        bias = self.projection.bias
-        return F.linear(hidden, self.projection.weight[own], None if bias is None else bias[own]).float()
+        if wanted.first not in self.levels:
+            self.levels[wanted.first] = self.projection.part(wanted.first, wanted.first + wanted.size)
+        return self.levels[wanted.first](hidden).float()
 
     def _total(self, hidden: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
         rows = max(1, ROW_CELLS // self.projection.weight.shape[0])

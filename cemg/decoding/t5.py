@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.decoding.layers import (
+    Activation,
     Feed,
     Head,
     Logits,
@@ -44,6 +45,7 @@ class EncoderLayer:
 class DecoderLayer:
     norm: Norm
     qkv: Projection
+    kv: Projection  # its last two thirds
     out: Projection
     cross_norm: Norm
     cross_q: Projection
@@ -108,8 +110,9 @@ class T5Plan:
 
     def _decoder_layer(self, block: Any) -> DecoderLayer:
         own, cross = block.layer[0], block.layer[1]
+        qkv = self._qkv(own.SelfAttention)
         return DecoderLayer(
-            _norm(own.layer_norm), self._qkv(own.SelfAttention),
+            _norm(own.layer_norm), qkv, qkv.part(qkv.weight.shape[0] // 3, qkv.weight.shape[0]),
             Projection.of([own.SelfAttention.o], self.dtype), _norm(cross.layer_norm),
             Projection.of([cross.EncDecAttention.q], self.dtype),
             Projection.of([cross.EncDecAttention.o], self.dtype), self._feed(block.layer[2]),
@@ -121,8 +124,10 @@ class T5Plan:
     def _feed(self, layer: Any) -> Feed:
         dense = layer.DenseReluDense
         gated = hasattr(dense, "wi_0")
-        up = Projection.of([dense.wi_0, dense.wi_1] if gated else [dense.wi], self.dtype)
-        return Feed.of(_norm(layer.layer_norm), up, Projection.of([dense.wo], self.dtype), dense.act, gated)
+        gate = Projection.of([dense.wi_0], self.dtype) if gated else None
+        up = Projection.of([dense.wi_1 if gated else dense.wi], self.dtype)
+        down = Projection.of([dense.wo], self.dtype)
+        return Feed(_norm(layer.layer_norm), gate, up, down, Activation.of(dense.act))
 
     def encoder_bias(self, length: int) -> Tensor:
         """The encoder's position bias [1, H, S, S], of the model's dtype."""
@@ -162,7 +167,7 @@ class T5Stepper:
         for number, layer in enumerate(plan.decoder):
             kv = plan.start_kv.expand(batch, -1)
             if number > 0:
-                kv = F.linear(layer.norm(x), layer.qkv.weight[layer.qkv.weight.shape[0] // 3 :])
+                kv = layer.kv(layer.norm(x))
                 x = layer.out.added_to(x, kv[:, kv.shape[1] // 2 :])  # one key: attention is its value
             self.own.add(number, *kv.unflatten(1, (2, plan.heads, -1)).unbind(1))
             x = layer.feed(self._cross_attend(number, x, batch))
