@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
 from cemg.pipeline import Pipeline, make_decoder
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
-from cemg_kernels import ItemFilter
+from cemg_kernels import ItemFilter, RequestFilter, Trie
 
 ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
 
@@ -50,16 +51,20 @@ class Recommender:
         histories: Sequence[Sequence[str | int]],
         top: int = 10,
         beams: int = 50,
-        filter: ItemFilter | None = None,
+        filter: ItemFilter | Sequence[ItemFilter | None] | None = None,
         exclude_history: bool = False,
         exact: bool = False,
     ) -> Recommendations:
         """The ``top`` next items for B histories of item ids, oldest first.
 
-        ``items`` are rows; ``item_ids`` gives their ids. ``filter`` admits some of the items only, and
-        ``exclude_history`` drops the history from what the beam found. ``exact`` searches on until
-        the results are proven to be the true top (``certified`` says how many are, should its budget be
-        spent). Raises UserError for an unknown item id, and for more results than beams.
+        ``items`` are rows; ``item_ids`` gives their ids. ``filter`` admits some of the items only: one
+        filter for all histories, or a list of B, None where all are welcome. ``exclude_history`` keeps a
+        user's own items out of the search, so the list is full all the same (engine "transformers" drops
+        them from what its beams found). With normalize="valid", scores under either differ from scores
+        without: the softmax runs over what is left. ``exact`` searches on until the results are proven to
+        be the true top of what is allowed (``certified`` says how many are, should its budget be spent).
+        Raises UserError for an unknown item id, for more results than beams, and for filters of another
+        number than histories.
         """
         if not 1 <= top <= beams:
             raise UserError(f"top must be within 1 … beams, got top={top} and beams={beams}")
@@ -69,14 +74,16 @@ class Recommender:
         rows = [self.catalog.rows_of([self._id(i) for i in history]) for history in histories]
         ids, mask = self.prompter.batch([np.asarray(r, dtype=np.int64) for r in rows])
         width = min(beams, len(self.catalog))
-        if exact and isinstance(self.decoder, Decoder):
-            count = min(top + (max(map(len, rows), default=0) if exclude_history else 0), len(self.catalog))
-            found = self.decoder.decode_exact(ids, mask, count, max(width, count), filter=filter)
-        elif isinstance(self.decoder, Decoder):
-            found = self.decoder.decode(ids, mask, width, filter=filter)
-        else:
+        own = rows if self.catalog.named else histories  # as the trie's leaves name them
+        if not isinstance(self.decoder, Decoder):
             found = self.decoder.decode(ids, mask, width)
-        return (without_history(found, rows) if exclude_history else found).top(top).padded(top)
+            return (without_history(found, own) if exclude_history else found).top(top).padded(top)
+        allowed = allowed_items(self.decoder.trie, filter, own, exclude=exclude_history)
+        if exact:
+            found = self.decoder.decode_exact(ids, mask, min(top, width), width, filter=allowed)
+        else:
+            found = self.decoder.decode(ids, mask, width, filter=allowed)
+        return found.top(top).padded(top)
 
     def titles(self) -> dict[int | str, str]:
         """Titles by item id, those of added items too."""
@@ -130,7 +137,30 @@ class Recommender:
         return str(item) if self.catalog.named else item
 
 
-def without_history(found: Recommendations, histories: Sequence[Sequence[int]]) -> Recommendations:
+def allowed_items(
+    trie: Trie,
+    filter: ItemFilter | Sequence[ItemFilter | None] | None,
+    histories: Sequence[Sequence[Any]],
+    *,
+    exclude: bool,
+) -> ItemFilter | RequestFilter | None:
+    """What each of B requests may be given: its filter, and with ``exclude`` not its own history."""
+    allowed: ItemFilter | RequestFilter | None = filter if isinstance(filter, ItemFilter) else None
+    if isinstance(filter, Sequence):
+        if len(filter) != len(histories):
+            raise UserError(
+                f"{len(filter)} filters for {len(histories)} histories", fix="give each one its own"
+            )
+        allowed = ItemFilter.stack(filter) if any(one is not None for one in filter) else None
+    if allowed is not None and allowed.device != trie.device:
+        allowed = allowed.to(trie.device)
+    if not exclude:
+        return allowed
+    own = RequestFilter.excluding(trie, histories)
+    return own if allowed is None else own & allowed
+
+
+def without_history(found: Recommendations, histories: Sequence[Sequence[Any]]) -> Recommendations:
     """The same lists without each user's own items, closed up; of the certified lead what stays counts."""
     keep = torch.stack(
         [

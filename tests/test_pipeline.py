@@ -197,6 +197,31 @@ def test_history_can_be_excluded_and_what_is_left_closes_up(tiny_run):
     assert int(kept.certified) == 50 and int(without.certified) == 47
 
 
+def test_a_history_that_fills_the_beam_leaves_a_full_list(tiny_run):
+    recommender = Recommender.from_run(tiny_run)
+    histories = [row[:n] for row, n in zip(tastes(recommender), (10, 3), strict=True)]
+    without = recommender.recommend(histories, top=10, beams=10, exclude_history=True, exact=True)
+    for row, (history, names) in enumerate(zip(histories, recommender.item_ids(without), strict=True)):
+        ranking = recommender.item_ids(recommender.recommend([history], top=50, beams=50))[0]
+        assert names == [i for i in ranking if i not in history][:10]
+        assert int(without.certified[row]) == 10
+
+
+def tastes(recommender: Recommender) -> list[list[str]]:
+    """For two histories of one item, all items as the model ranks them."""
+    found = recommender.recommend([["item-0001"], ["item-0002"]], top=50, beams=50)
+    return [[str(name) for name in row] for row in recommender.item_ids(found)]
+
+
+def test_the_yardstick_drops_the_history_from_what_it_found(tiny_run):
+    recommender = Recommender.from_run(tiny_run, engine="transformers")
+    history = tastes(recommender)[0][:10]
+    kept = recommender.item_ids(recommender.recommend([history], top=10, beams=10))[0]
+    without = recommender.item_ids(recommender.recommend([history], top=10, beams=10, exclude_history=True))
+    left = [i for i in kept if i not in history]
+    assert without[0] == left + [None] * (10 - len(left))
+
+
 def test_an_exact_list_is_the_head_of_the_whole_ranking(tiny_run):
     recommender = Recommender.from_run(tiny_run)
     history = ["item-0001", "item-0004"]
@@ -216,6 +241,20 @@ def test_a_filter_is_obeyed_and_refused_by_the_yardstick(tiny_run):
     assert sorted(found.items[0].tolist()) == [-1] * 7 + [1, 2, 40]
     with pytest.raises(UserError, match="takes no filter"):
         Recommender.from_run(tiny_run, engine="transformers").recommend([["item-0001"]], filter=allowed)
+
+
+def test_each_history_has_its_own_filter_beside_what_it_excludes(tiny_run):
+    recommender = Recommender.from_run(tiny_run)
+    few = ItemFilter.from_items(recommender.catalog.trie, [1, 2, 40])
+    ids = recommender.catalog.item_ids
+    histories = [[ids[40], ids[7]], [ids[1]], [ids[3]]]
+    found = recommender.recommend(histories, top=47, filter=[few, None, few], exclude_history=True)
+    first, second, third = ([i for i in row if i >= 0] for row in found.items.tolist())
+    assert sorted(first) == [1, 2] and len(second) == 47 and 1 not in second and sorted(third) == [1, 2, 40]
+    plain = recommender.recommend(histories, top=50, filter=[None, None, None])
+    assert torch.equal(plain.items, recommender.recommend(histories, top=50).items)
+    with pytest.raises(UserError, match="2 filters for 3 histories"):
+        recommender.recommend(histories, filter=[few, few])
 
 
 def test_more_results_than_items_leave_places_empty(tiny_run):

@@ -22,8 +22,9 @@ from cemg.decoding.layers import Stepper, Unsupported, Wanted
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
-from cemg_kernels import ItemFilter, fast_kernels_enabled, trie_beam_step
+from cemg_kernels import ItemFilter, RequestFilter, fast_kernels_enabled, trie_beam_step
 
+Filter = ItemFilter | RequestFilter
 Normalize = Literal["vocab", "level", "valid"]
 MARGIN = 1e-4  # a result is certified where it beats everything pruned by this much
 
@@ -97,9 +98,10 @@ class Decoder:
 
     Any Hugging Face T5 or decoder-only model whose token ``code_token_start + m·K + c`` is code c of level m.
     ``normalize`` says over which tokens the log-softmax runs: the whole vocabulary, the level's K codes, or
-    the valid ones (SPEC §4). Scores are sums of log-probabilities (paper equation 6). ``fast=False`` runs the
-    model's own forward; by default the fast kernels' switch decides. ``path`` says what runs and why. The
-    fast paths read the weights here: after further training, make a new Decoder.
+    the valid ones, those that pass the filter where there is one (SPEC §4). Scores are sums of
+    log-probabilities (paper equation 6). ``fast=False`` runs the model's own forward; by default the fast
+    kernels' switch decides. ``path`` says what runs and why. The fast paths read the weights here: after
+    further training, make a new Decoder.
     """
 
     def __init__(
@@ -114,19 +116,22 @@ class Decoder:
         self.plan, self.path = make_plan(model, codes, fast_kernels_enabled() if fast is None else fast)
 
     def decode(
-        self, input_ids: Tensor, attention_mask: Tensor, beams: int, *, filter: ItemFilter | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, *, filter: Filter | None = None
     ) -> Recommendations:
         """The ``beams`` best items for prompts [B, S] (a decoder's padded on the left), best first.
 
-        ``filter`` admits some of the items only. Rows hold fewer items where fewer are legal: the rest is −1.
-        Raises UserError for fewer beams than one, and for shapes that differ.
+        ``filter`` admits some of the items only, the same for all (ItemFilter) or each prompt's own
+        (RequestFilter of B requests); ``certified`` counts what is proven among them. With
+        normalize="valid" the softmax runs over the codes that pass the filter, so an item's score is not
+        what it is without; "vocab" and "level" scores are. Rows hold fewer items where fewer are legal: the
+        rest is −1. Raises UserError for fewer beams than one, and for shapes that differ.
         """
         return self._search(input_ids, attention_mask, beams, filter, None)
 
     @torch.inference_mode()
     def decode_exact(
         self, input_ids: Tensor, attention_mask: Tensor, top: int, beams: int, *,
-        filter: ItemFilter | None = None, budget: int = 4096,
+        filter: Filter | None = None, budget: int = 4096,
     ) -> Recommendations:  # fmt: skip
         """The true ``top`` of the catalog, proven: rows that ``beams`` cannot prove are searched again.
 
@@ -141,15 +146,16 @@ class Decoder:
         unproven = found.certified < (found.items >= 0).sum(1)
         for row in unproven.nonzero().flatten().tolist():
             own = slice(row, row + 1)
+            allowed = filter.select(torch.tensor([row])) if isinstance(filter, RequestFilter) else filter
             floor = found.scores[own, -1].to(self.model.device) - 2 * MARGIN
-            better = self._search(input_ids[own], attention_mask[own], budget, filter, floor).top(top)
+            better = self._search(input_ids[own], attention_mask[own], budget, allowed, floor).top(top)
             for kept, new in zip(found.parts(), better.padded(top).parts(), strict=True):
                 kept[row] = new[0]
         return found
 
     @torch.inference_mode()
     def _search(
-        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: ItemFilter | None,
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
         floor: Tensor | None,
     ) -> Recommendations:  # fmt: skip
         """Beam search; with ``floor`` [B], only prefixes that score at least as much live on."""
@@ -158,6 +164,8 @@ class Decoder:
         if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
             shapes = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
             raise UserError(f"input_ids and attention_mask must be [B, S] alike, got {shapes}")
+        if isinstance(filter, RequestFilter) and filter.num_requests != len(input_ids):
+            raise UserError(f"a filter of {filter.num_requests} requests for {len(input_ids)} prompts")
         device = self.model.device
         stepper = self.plan.begin()
         logits = stepper.start(input_ids.to(device), attention_mask.to(device), self._wanted(0))
