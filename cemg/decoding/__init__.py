@@ -1,6 +1,7 @@
 """From a trained generator and a catalog to items (SPEC §4, inference)."""
 
 from cemg.decoding.engine import Decoder, Normalize, Recommendations
+from cemg.decoding.exact import score_all
 from cemg.decoding.processor import TrieLogitsProcessor
 from cemg.decoding.yardstick import TransformersDecoder, dict_trie
 
@@ -11,4 +12,5 @@ __all__ = [
     "TransformersDecoder",
     "TrieLogitsProcessor",
     "dict_trie",
+    "score_all",
 ]

@@ -1,0 +1,116 @@
+"""The score of every item: the whole catalog through the trie, each shared prefix once.
+
+The prefixes of m codes are fed as the beams of step m, all of a level at once. A chunk is a run of ranks:
+on every level its nodes are consecutive, so a chunk of n ranks holds n rows at most, whatever the trie.
+
+B users, N items, n ranks of a chunk, P prefixes of a level in it, F of them fed, K codes a level.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cemg.decoding.engine import Decoder
+from cemg.decoding.generic import GenericPlan
+from cemg.decoding.layers import Logits, Wanted
+from cemg.errors import UserError
+from cemg_kernels import trie_softmax
+
+ROWS = 4096  # prefixes times users that are held at once
+GENERIC_ROWS = 512  # where each row attends to all rows before, under a mask
+
+
+class Prefixes(NamedTuple):
+    """The P different prefixes of one length in a chunk, by rank.
+
+    ``nodes`` [P] int32, ``codes`` [P] their last codes, ``parents`` [P] the prefixes they extend, by place;
+    ``of_rank`` [n] which of them each rank has; ``feeds`` [P] whether the model is asked what follows.
+    """
+
+    nodes: Tensor
+    codes: Tensor
+    parents: Tensor
+    of_rank: Tensor
+    feeds: Tensor
+
+
+@torch.inference_mode()
+def score_all(
+    decoder: Decoder, input_ids: Tensor, attention_mask: Tensor, *, rows: int | None = None
+) -> Tensor:
+    """Scores [B, N] float32, by catalog row, of all items after prompts [B, S]: the exact ranking.
+
+    The sums of log-probabilities that ``decoder.decode`` would give them with a beam for every item, up to
+    rounding. ``rows`` bounds the prefixes times users that are held at once. With normalize="valid" a prefix
+    of one item is not fed: what follows it is certain. Raises UserError for fewer rows than users.
+    """
+    trie, batch = decoder.trie, len(input_ids)
+    if rows is None:
+        rows = GENERIC_ROWS if isinstance(decoder.plan, GenericPlan) else ROWS
+        rows = max(rows, batch)
+    if rows < batch:
+        raise UserError(f"{rows} rows for {batch} users", fix="pass fewer users at once, or more rows")
+    prompts = input_ids.to(trie.device), attention_mask.to(trie.device)
+    codes = trie.codes_by_rank().long()  # [N, levels]
+    scores = torch.empty(batch, len(codes), device=trie.device)
+    for run in torch.arange(len(codes), device=trie.device).split(rows // batch):
+        scores[:, trie.rows[run].long()] = _score_run(decoder, prompts, codes[run])
+    return scores.cpu()
+
+
+def _score_run(decoder: Decoder, prompts: tuple[Tensor, Tensor], codes: Tensor) -> Tensor:
+    """Scores [B, n] of the consecutive ranks with ``codes`` [n, levels]."""
+    stepper = decoder.plan.begin()
+    logits: Logits | None = stepper.start(*prompts, _wanted(decoder, 0))
+    before = _prefixes(decoder, codes, 0, None)
+    row = before.of_rank[:1]  # [P] the row of each prefix before, −1 where it was not fed
+    scores = torch.zeros(len(prompts[0]), 1, device=codes.device)  # [B, P]
+    for level in range(1, codes.shape[1] + 1):
+        after = _prefixes(decoder, codes, level, before)
+        scores = scores[:, after.parents]
+        if logits is not None:
+            scores = scores + _grown(decoder, logits, before.nodes[row >= 0], row[after.parents], after.codes)
+        fed = after.feeds.nonzero()[:, 0]  # [F]
+        parents, row = row[after.parents[fed]], torch.where(after.feeds, after.feeds.cumsum(0) - 1, -1)
+        logits = None
+        if level < codes.shape[1] and len(fed):
+            tokens = after.codes[fed] + _wanted(decoder, level - 1).first
+            each = (t.expand(len(scores), -1) for t in (tokens, parents))
+            logits = stepper.step(*each, _wanted(decoder, level))
+        before = after
+    return scores
+
+
+def _grown(decoder: Decoder, logits: Logits, nodes: Tensor, row: Tensor, codes: Tensor) -> Tensor:
+    """Log-probabilities [B, P] of ``codes`` [P] after the rows ``row`` [P]; 0, certain, where that is −1.
+
+    ``logits`` are of the F rows at ``nodes`` [F].
+    """
+    users, total = len(logits.columns), logits.total
+    log_prob = trie_softmax(
+        logits.columns.flatten(0, 1), nodes.repeat(users), decoder.trie, decoder.normalize,
+        None if total is None else total.flatten(),
+    ).view_as(logits.columns)  # fmt: skip
+    return log_prob[:, row.clamp_min(0), codes].masked_fill(row < 0, 0.0)
+
+
+def _prefixes(decoder: Decoder, codes: Tensor, length: int, shorter: Prefixes | None) -> Prefixes:
+    """The prefixes of ``length`` codes of consecutive ranks, ``codes`` [n, levels]."""
+    nodes = decoder.trie.lookup(codes[:, :length])  # [n], ascending
+    new = nodes.diff(prepend=nodes[:1] - 1) > 0
+    first = new.nonzero()[:, 0]  # [P] the first rank of each
+    nodes = nodes[first]
+    below = decoder.trie.interval(nodes)
+    several = below[:, 1] - below[:, 0] > 1
+    feeds = several if decoder.normalize == "valid" else torch.ones_like(several)
+    last = codes[first, length - 1] if length else torch.zeros_like(first)
+    parents = torch.zeros_like(first) if shorter is None else shorter.of_rank[first]
+    return Prefixes(nodes, last, parents, new.cumsum(0) - 1, feeds)
+
+
+def _wanted(decoder: Decoder, level: int) -> Wanted:
+    size = decoder.catalog.codebook_size
+    return Wanted(decoder.code_token_start + level * size, size, decoder.normalize == "vocab")

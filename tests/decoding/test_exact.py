@@ -1,0 +1,66 @@
+"""The scores of the whole catalog against brute force and against beams for every item."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cemg.decoding import Decoder, score_all
+from cemg.errors import UserError
+
+from .conftest import FAMILIES, START
+
+NORMALIZE = ("vocab", "level", "valid")
+
+
+@pytest.mark.parametrize("rows", [None, 3, 7, 20])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_items_score_is_that_of_brute_force(bench, family, normalize, rows):
+    """However the ranks are cut: a chunk of one rank, and chunks that cut a prefix in two."""
+    made = bench(family)
+    ids, mask = made.prompts([7, 2, 4])
+    scores = score_all(Decoder(made.model, made.catalog, START, normalize), ids, mask, rows=rows)
+    assert scores.shape == (3, 60) and scores.dtype == torch.float32
+    for row in range(3):
+        expected = made.all_scores(ids[row, mask[row].bool()], normalize)
+        torch.testing.assert_close(scores[row], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("items", [1, 2, 30, 216])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_are_the_scores_of_a_search_with_a_beam_for_every_item(bench, family, normalize, items, fast):
+    """A lone item, few, and a trie that is full."""
+    made = bench(family, items)
+    prompts = made.prompts([5, 3])
+    decoder = Decoder(made.model, made.catalog, START, normalize, fast=fast)
+    found = decoder.decode(*prompts, items)
+    scores = score_all(decoder, *prompts)
+    torch.testing.assert_close(scores.gather(1, found.items), found.scores, rtol=0, atol=1e-4)
+
+
+def test_a_valid_prefix_of_one_item_is_not_fed(bench, monkeypatch):
+    """60 of 216 items: fewer rows than prefixes for "valid", all of them for "level"."""
+    from cemg.decoding.causal import CausalStepper
+
+    made, fed = bench("llama"), []
+    step = CausalStepper.step
+    monkeypatch.setattr(
+        CausalStepper,
+        "step",
+        lambda self, tokens, *rest: fed.append(tokens.shape[1]) or step(self, tokens, *rest),
+    )
+    codes = made.catalog.codes
+    for normalize in ("level", "valid"):
+        score_all(Decoder(made.model, made.catalog, START, normalize), *made.prompts([4]))
+    counts = [codes[:, :m].unique(dim=0, return_counts=True)[1] for m in (1, 2)]
+    assert fed == [len(c) for c in counts] + [int((c > 1).sum()) for c in counts]
+    assert fed[3] < fed[1]
+
+
+def test_fewer_rows_than_users_are_refused(bench):
+    made = bench("gpt2")
+    with pytest.raises(UserError, match="2 rows for 3 users"):
+        score_all(Decoder(made.model, made.catalog, START), *made.prompts([3, 3, 3]), rows=2)
