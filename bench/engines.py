@@ -296,6 +296,7 @@ def parts() -> dict[str, float]:
         return run
 
     originals = engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin
+    recorded, decoder.graphs = decoder.graphs, None  # a graph has no parts to time
     engine.trie_beam_step = timed("selection", engine.trie_beam_step)
     t5.T5Stepper._encode = timed("encoder", t5.T5Stepper._encode)  # type: ignore[method-assign]
 
@@ -310,6 +311,7 @@ def parts() -> dict[str, float]:
             timed("all", decoder.decode)(bench.ids, bench.mask, bench.cell.beams)
     finally:
         engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin = originals  # type: ignore[method-assign]
+        decoder.graphs = recorded
     encoder = spent["encoder"] if bench.seq2seq else spent["start"]
     shares = {"encoder": encoder, "decoder": spent["start"] - encoder + spent["step"],
               "selection": spent["selection"]}  # fmt: skip

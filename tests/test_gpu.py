@@ -157,3 +157,19 @@ def test_the_engine_gives_the_cpus_lists(build, normalize):
     found = Decoder(model.to(GPU), catalog, 3, normalize).decode(ids, mask, 20)
     torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-3)
     assert (found.items == wanted.items).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("build", [t5, llama])
+def test_a_replayed_graph_gives_the_searchs_own_lists(build):
+    torch.manual_seed(5)
+    model = build().eval().to(GPU)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(0, 0.5)
+    catalog = Catalog.from_codes(codes_of(900, 3, 32), 32)
+    recorded, plain = (Decoder(model, catalog, 3, graphs=graphs) for graphs in (True, False))
+    for batch, length in [(5, 12), (3, 9), (8, 16), (1, 30), (5, 12)]:
+        ids, mask = torch.randint(3, 99, (batch, length)), torch.ones(batch, length, dtype=torch.int64)
+        found, wanted = recorded.decode(ids, mask, 20), plain.decode(ids, mask, 20)
+        torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-4)
+        assert (found.items == wanted.items).float().mean() > 0.95
+    assert recorded.graphs is not None and len(recorded.graphs.recorded) == 3

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from cemg.decoding.causal import CausalPlan
 from cemg.decoding.generic import GenericPlan
+from cemg.decoding.graphs import Graphs
 from cemg.decoding.layers import Stepper, Unsupported, Wanted
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
@@ -100,13 +101,14 @@ class Decoder:
     ``normalize`` says over which tokens the log-softmax runs: the whole vocabulary, the level's K codes, or
     the valid ones, those that pass the filter where there is one (SPEC §4). Scores are sums of
     log-probabilities (paper equation 6). ``fast=False`` runs the model's own forward; by default the fast
-    kernels' switch decides. ``path`` says what runs and why. The fast paths read the weights here: after
+    kernels' switch decides. ``graphs``: record a CUDA graph a bucket of prompts (None: on a GPU, yes).
+    ``path`` says what runs and why. The fast paths read the weights here: after
     further training, make a new Decoder.
     """
 
     def __init__(
         self, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Normalize = "vocab",
-        *, fast: bool | None = None,
+        *, fast: bool | None = None, graphs: bool | None = None,
     ) -> None:  # fmt: skip
         check_fit(model, catalog, code_token_start, normalize)
         self.model, self.catalog = model, catalog
@@ -114,7 +116,14 @@ class Decoder:
         self.trie = catalog.trie.to(model.device)
         codes = range(code_token_start, code_token_start + catalog.levels * catalog.codebook_size)
         self.plan, self.path = make_plan(model, codes, fast_kernels_enabled() if fast is None else fast)
+        self.graphs: Graphs | None = None
+        own_stepper = not isinstance(self.plan, GenericPlan)
+        if own_stepper and (model.device.type == "cuda" if graphs is None else graphs):
+            pad_left = not model.config.is_encoder_decoder
+            self.graphs = Graphs(pad_left=pad_left, device=self.trie.device)
+            self.path += ", CUDA graphs"
 
+    @torch.inference_mode()
     def decode(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, *, filter: Filter | None = None
     ) -> Recommendations:
@@ -126,7 +135,15 @@ class Decoder:
         what it is without; "vocab" and "level" scores are. Rows hold fewer items where fewer are legal: the
         rest is −1. Raises UserError for fewer beams than one, and for shapes that differ.
         """
-        return self._search(input_ids, attention_mask, beams, filter, None)
+        self._check(input_ids, attention_mask, beams, filter)
+        if self.graphs is None or isinstance(filter, RequestFilter):
+            return self._search(input_ids, attention_mask, beams, filter)
+
+        def search(ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+            return self._found(ids, mask, beams, filter)
+
+        found = self.graphs.run(search, (beams, id(filter)), input_ids, attention_mask)
+        return Recommendations(*(part.cpu() for part in found))
 
     @torch.inference_mode()
     def decode_exact(
@@ -153,12 +170,7 @@ class Decoder:
                 kept[row] = new[0]
         return found
 
-    @torch.inference_mode()
-    def _search(
-        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
-        floor: Tensor | None,
-    ) -> Recommendations:  # fmt: skip
-        """Beam search; with ``floor`` [B], only prefixes that score at least as much live on."""
+    def _check(self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None) -> None:
         if beams < 1:
             raise UserError(f"beams must be at least 1, got {beams}")
         if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
@@ -166,9 +178,24 @@ class Decoder:
             raise UserError(f"input_ids and attention_mask must be [B, S] alike, got {shapes}")
         if isinstance(filter, RequestFilter) and filter.num_requests != len(input_ids):
             raise UserError(f"a filter of {filter.num_requests} requests for {len(input_ids)} prompts")
-        device = self.model.device
+
+    def _search(
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
+        floor: Tensor | None = None,
+    ) -> Recommendations:  # fmt: skip
+        device = self.trie.device
+        found = self._found(input_ids.to(device), attention_mask.to(device), beams, filter, floor)
+        return Recommendations(*(part.cpu() for part in found))
+
+    def _found(
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
+        floor: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Beam search on the device, as ``Recommendations`` holds it; without ``floor`` it never waits for
+        the device. With ``floor`` [B], only prefixes that score at least as much live on."""
+        device = self.trie.device
         stepper = self.plan.begin()
-        logits = stepper.start(input_ids.to(device), attention_mask.to(device), self._wanted(0))
+        logits = stepper.start(input_ids, attention_mask, self._wanted(0))
         batch = len(input_ids)
         scores = torch.zeros(batch, 1, device=device)
         nodes = torch.zeros(batch, 1, dtype=torch.int32, device=device)  # the root
@@ -204,9 +231,11 @@ class Decoder:
         size = self.catalog.codebook_size
         return Wanted(self.code_token_start + level * size, size, self.normalize == "vocab")
 
-    def _results(self, scores: Tensor, nodes: Tensor, codes: Tensor, pruned: Tensor) -> Recommendations:
+    def _results(
+        self, scores: Tensor, nodes: Tensor, codes: Tensor, pruned: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         proven = (scores > pruned[:, None] + MARGIN) & (nodes >= 0)  # sorted, so the proven ones lead
         items = self.trie.items(nodes.flatten()).reshape(nodes.shape)
         dead = nodes < 0
         codes = codes.masked_fill(dead[:, :, None], -1)
-        return Recommendations(items.cpu(), scores.cpu(), codes.cpu(), proven.sum(1).cpu())
+        return items, scores, codes, proven.sum(1)

@@ -30,6 +30,7 @@ from cemg.decoding.layers import (
     weight_of,
 )
 
+MOST_LENGTHS = 64  # encoder biases kept on a CPU
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
 
@@ -80,7 +81,8 @@ class T5Plan:
         self.cross_kv = Projection.of([p for cross in crosses for p in (cross.k, cross.v)], self.dtype)
         self.encoder_attention = source.encoder.block[0].layer[0].SelfAttention
         self.decoder_attention = source.decoder.block[0].layer[0].SelfAttention
-        self._encoder_bias: tuple[int, Tensor] = (0, torch.empty(0))
+        self._encoder_bias: dict[int, Tensor] = {}
+        self._decoder_bias: dict[int, Tensor] = {}
         self._precompute(code_tokens)
 
     def begin(self) -> T5Stepper:
@@ -130,16 +132,24 @@ class T5Plan:
         return Feed(_norm(layer.layer_norm), gate, up, down, Activation.of(dense.act))
 
     def encoder_bias(self, length: int) -> Tensor:
-        """The encoder's position bias [1, H, S, S], of the model's dtype."""
-        if self._encoder_bias[0] != length:
+        """The encoder's position bias [1, H, S, S], of the model's dtype; made once a length.
+
+        None is dropped on a GPU: a recorded graph reads it where it is.
+        """
+        if length not in self._encoder_bias:
+            if self.device.type == "cpu" and len(self._encoder_bias) >= MOST_LENGTHS:
+                self._encoder_bias.clear()
             place = torch.arange(length, device=self.device)
             bias = _bias(self.encoder_attention, place[None] - place[:, None])  # [S, S, H]
-            self._encoder_bias = (length, bias.permute(2, 0, 1)[None].contiguous())
-        return self._encoder_bias[1]
+            self._encoder_bias[length] = bias.permute(2, 0, 1)[None].contiguous()
+        return self._encoder_bias[length]
 
     def decoder_bias(self, position: int) -> Tensor:
-        """The bias of the query at ``position`` towards keys 0 ... position, [position + 1, H]."""
-        return _bias(self.decoder_attention, torch.arange(-position, 1, device=self.device))
+        """The bias of the query at ``position`` towards keys 0 ... position, [position + 1, H]; made once."""
+        if position not in self._decoder_bias:
+            distance = torch.arange(-position, 1, device=self.device)
+            self._decoder_bias[position] = _bias(self.decoder_attention, distance)
+        return self._decoder_bias[position]
 
 
 class T5Stepper:
