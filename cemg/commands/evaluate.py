@@ -7,21 +7,31 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from rich.console import Console
+from transformers import PreTrainedModel
 
 from cemg.baselines import PopularityRanker
 from cemg.commands import console as command
 from cemg.config import RunConfig
+from cemg.data.dataset import Split
+from cemg.decoding import Decoder, TransformersDecoder
 from cemg.errors import UserError
 from cemg.evaluation import Evaluation, evaluate, hardware, result_table, seeded_sample, write_result
+from cemg.evaluation.search import Search, certificate_study, engine_study, exact_study
+from cemg.evaluation.search_tables import search_tables
+from cemg.generator import Vocabulary
 from cemg.pipeline import Pipeline
-from cemg.progress import console
 from cemg.run import Run
+from cemg.tokenizer import Catalog
 
 app = typer.Typer(add_completion=False)
+STUDY_USERS = 1000  # whom a study examines unless told
 
 
 @app.command()
@@ -33,29 +43,42 @@ def run_evaluation(
         int | None, typer.Option(help="Width of the beam search; the run's own if not given.")
     ] = None,
     users: Annotated[
-        int | None, typer.Option(help="A seeded sample of so many users; all if not given.")
+        int | None, typer.Option(help="A seeded sample of so many users; all, or 1000 for a study.")
     ] = None,
+    everyone: Annotated[bool, typer.Option("--all", help="All users, for a study too.")] = False,
+    exact: Annotated[bool, typer.Option(help="Score all items: exact metrics, the beam's error.")] = False,
+    certified: Annotated[bool, typer.Option(help="The share proven with 10, 20, 50, 100 beams.")] = False,
+    compare: Annotated[bool, typer.Option(help="Both engines on the same users, timed.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
 ) -> None:
     """Test a trained run on the whole catalog, next to popularity.
 
+    Studies of the search, on 1,000 seeded users: --exact, --certified and --compare, each a further table.
+
     Example: cemg-eval --run runs/beauty --beams 50
     """
     if part not in ("test", "valid"):
         raise UserError(f"--part must be test or valid, got {part!r}")
+    if everyone and users is not None:
+        raise UserError("--all and --users exclude each other", fix="leave one out")
     pipeline = Pipeline.open(run, device=device)
     config = pipeline.config
+    wanted = {"exact": exact, "certificate": certified, "engines": compare}
+    studies = [name for name, asked in wanted.items() if asked]
     paths = score(
         pipeline,
         config,
         part=part,
         engine=engine,
         beams=beams or config.decoding.beams,
-        users=users,
+        users=STUDY_USERS if studies and users is None and not everyone else users,
         copy=result,
+        studies=studies,
     )
-    console.print(result_table(paths))
+    out = Console()
+    for table in (result_table(paths), *search_tables(json.loads(paths[-1].read_text()))):
+        out.print(table)
 
 
 def score(
@@ -67,26 +90,75 @@ def score(
     beams: int,
     users: int | None = None,
     copy: Path | None = None,
+    studies: Sequence[str] = (),
 ) -> list[Path]:
-    """Evaluate popularity and the run; the result files written, popularity's first."""
+    """Evaluate popularity and the run; the result files written, popularity's first.
+
+    ``studies`` of the run's search, by their names in the result file: "exact", "certificate", "engines".
+    """
     data = pipeline.load_data()
     catalog = pipeline.load_catalog().first(data.num_items)  # without items that were added later
     split = data.split()
     rows = None if users is None else seeded_sample(split, users, seed=config.seed)
     model, vocabulary = pipeline.load_generator()
     rank = pipeline.ranker(model, vocabulary, catalog, beams=beams, engine=engine)
+    scope = part if rows is None else f"{part}-{len(rows)}-users"  # a sample never replaces the whole
     popular = evaluate(PopularityRanker.fit(split), split, part=part, users=rows)
-    first = _write(pipeline, config, f"{data.name}-popularity-{part}", popular, about={"model": "popularity"})
+    first = _write(
+        pipeline, config, f"{data.name}-popularity-{scope}", popular, about={"model": "popularity"}
+    )
     started = time.monotonic()
     scored = evaluate(rank, split, part=part, users=rows, max_list=beams)
     seconds = {**stage_seconds(pipeline.run), "evaluation": round(time.monotonic() - started, 1)}
     about = {"model": "cemg", "engine": engine, "beams": beams, "stage_seconds": seconds, "notes": data.notes}
     about |= config.to_dict()
-    second = _write(pipeline, config, f"{data.name}-cemg-{part}", scored, about=about, seconds=seconds)
+    further: dict[str, Any] = {}
+    if studies:
+        search = _search(pipeline, model, vocabulary, catalog, split, part=part, rows=rows, beams=beams)
+        further = {name: STUDIES[name](search) for name in studies}
+    second = _write(
+        pipeline, config, f"{data.name}-cemg-{scope}", scored, about=about, seconds=seconds, further=further
+    )
     if copy is not None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(second, copy)
     return [first, second]
+
+
+def _search(
+    pipeline: Pipeline,
+    model: PreTrainedModel,
+    vocabulary: Vocabulary,
+    catalog: Catalog,
+    split: Split,
+    *,
+    part: str,
+    rows: np.ndarray | None,
+    beams: int,
+) -> Search:
+    """The run's search by our engine, for the studies."""
+    config = pipeline.config.decoding
+    return Search(
+        decoder=Decoder(model, catalog, vocabulary.code_token_start, config.normalize),
+        prompter=pipeline.prompter(model, vocabulary, catalog),
+        split=split,
+        part=part,
+        users=rows,
+        beams=beams,
+        batch_size=config.batch_size,
+    )
+
+
+def _compare(search: Search) -> dict[str, Any]:
+    ours = search.decoder
+    return engine_study(
+        search, TransformersDecoder(ours.model, ours.catalog, ours.code_token_start, ours.normalize)
+    )
+
+
+STUDIES: dict[str, Callable[[Search], Any]] = {
+    "exact": exact_study, "certificate": certificate_study, "engines": _compare,
+}  # fmt: skip
 
 
 def _write(
@@ -97,6 +169,7 @@ def _write(
     *,
     about: dict[str, Any],
     seconds: dict[str, float] | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> Path:
     path = pipeline.run.folder / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +182,7 @@ def _write(
         hardware=hardware(pipeline.device),
         seconds=sum((seconds or {}).values()),
         evaluation=scored,
+        further=further or {},
     )
     return path
 

@@ -44,20 +44,24 @@ def score_all(
     """Scores [B, N] float32, by catalog row, of all items after prompts [B, S]: the exact ranking.
 
     The sums of log-probabilities that ``decoder.decode`` would give them with a beam for every item, up to
-    rounding. ``rows`` bounds the prefixes times users that are held at once. With normalize="valid" a prefix
-    of one item is not fed: what follows it is certain. Raises UserError for fewer rows than users.
+    rounding. ``rows`` bounds the prefixes times users that are held at once: a user's items are cut in
+    chunks only where they are more. With normalize="valid" a prefix of one item is not fed: what follows it
+    is certain. Raises UserError for fewer rows than one.
     """
-    trie, batch = decoder.trie, len(input_ids)
     if rows is None:
         rows = GENERIC_ROWS if isinstance(decoder.plan, GenericPlan) else ROWS
-        rows = max(rows, batch)
-    if rows < batch:
-        raise UserError(f"{rows} rows for {batch} users", fix="pass fewer users at once, or more rows")
-    prompts = input_ids.to(trie.device), attention_mask.to(trie.device)
+    if rows < 1:
+        raise UserError(f"rows must be at least 1, got {rows}")
+    trie = decoder.trie
+    users = max(1, rows // trie.num_items)
     codes = trie.codes_by_rank().long()  # [N, levels]
-    scores = torch.empty(batch, len(codes), device=trie.device)
-    for run in torch.arange(len(codes), device=trie.device).split(rows // batch):
-        scores[:, trie.rows[run].long()] = _score_run(decoder, prompts, codes[run])
+    scores = torch.empty(len(input_ids), len(codes), device=trie.device)
+    for group in torch.arange(len(input_ids)).split(users):
+        ids, mask = input_ids[group], attention_mask[group]
+        used = mask.bool().any(0)  # without the padding of longer prompts
+        prompts = ids[:, used].to(trie.device), mask[:, used].to(trie.device)
+        parts = [_score_run(decoder, prompts, part) for part in codes.split(max(1, rows // len(group)))]
+        scores[group[:, None].to(trie.device), trie.rows.long()] = torch.cat(parts, dim=1)
     return scores.cpu()
 
 

@@ -50,11 +50,12 @@ def write_result(
     hardware: Mapping[str, str | int],
     seconds: float,
     evaluation: Evaluation,
+    further: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one run's figures as JSON, atomically: the file is whole or it is not there.
 
-    ``seconds`` is the wall time of training and evaluation together. Raises TypeError where ``config``
-    holds what JSON cannot.
+    ``seconds`` is the wall time of training and evaluation together; ``further`` figures stand beside the
+    metrics. Raises TypeError where ``config`` holds what JSON cannot.
     """
     record = {
         "dataset": dataset,
@@ -64,6 +65,7 @@ def write_result(
         "hardware": dict(hardware),
         "seconds": round(seconds, 1),
         **_figures(evaluation),
+        **(further or {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -119,7 +121,8 @@ def _board(paths: Sequence[Path], paper: bool) -> _Board:
     for printed in printed_rows(dataset) if paper else ():
         cells = _cells({"HR@10": printed.hr10, "NDCG@10": printed.ndcg10}, names)
         rows.append([f"{printed.model} ({printed.source})", *cells])
-    title = f"{dataset}: {split['users']:,} users, {split['items']:,} items"
+    users = split["subset"].split(",")[0] if "subset" in split else f"{split['users']:,} users"
+    title = f"{dataset}: {users}, {split['items']:,} items"
     return _Board(title, ["model", *names], rows)
 
 
