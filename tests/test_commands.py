@@ -44,6 +44,47 @@ def test_evaluate_again_gives_the_same_metrics_by_either_engine(tiny_run, tmp_pa
         assert found["metrics"] == expected["metrics"] and found["config"]["engine"] == engine
 
 
+def test_the_studies_of_the_search_are_printed_and_kept(tiny_run, tmp_path, command, capsys):
+    """50 items: a search with a beam for each is the exact ranking, so its metrics are the exact study's."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    arguments = ("--run", run, "--users", 30)
+    assert command(evaluate.main, *arguments, "--beams", 50, "--result", tmp_path / "whole.json") == 0
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert not {"exact", "certificate", "engines"} & whole.keys()
+    capsys.readouterr()
+    studies = ("--exact", "--certified", "--compare")
+    assert command(evaluate.main, *arguments, "--beams", 20, *studies, "--result", tmp_path / "r.json") == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "synthetic: 30 users",
+        "exact, history removed",
+        "of the first 10",
+        "transformers",
+        "0 of all",
+    ):
+        assert part in printed, part
+    found = json.loads((tmp_path / "r.json").read_text())
+    exact, engines = found["exact"], found["engines"]
+    assert exact["metrics"] == whole["metrics"]
+    assert exact["metrics_history_removed"] == whole["metrics_history_removed"]
+    assert exact["beam_metrics"] == found["metrics"] and exact["users"] == 30
+    assert exact["certified_wrong"] == 0 and exact["worst_score_difference"] < 1e-4
+    assert exact["equal@10"] <= exact["overlap@10"] <= 1 and 0 <= exact["certified"] <= 20
+    shares = [row["first_ten"] for row in found["certificate"]]
+    assert [row["beams"] for row in found["certificate"]] == [10, 20, 50, 100]
+    assert shares == sorted(shares) and shares[2:] == [1, 1]  # nothing is pruned
+    assert engines["engines"]["cemg"]["metrics"] == engines["engines"]["transformers"]["metrics"]
+    assert engines["users_that_differ"] == 0 and engines["worst_score_difference"] < 1e-4
+
+
+def test_a_sample_leaves_the_results_of_the_whole_test(tiny_run, tmp_path, command):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    whole = (run / "results" / "synthetic-cemg-test.json").read_text()
+    assert command(evaluate.main, "--run", run, "--users", 7) == 0
+    assert (run / "results" / "synthetic-cemg-test.json").read_text() == whole
+    assert json.loads((run / "results" / "synthetic-cemg-test-7-users.json").read_text())["split"]["subset"]
+
+
 def test_recommend_prints_titles_scores_and_codes(tiny_run, command, capsys):
     from cemg.data import Dataset
 
@@ -157,6 +198,11 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, command, capsys, monkey
 def test_a_part_that_is_none_is_refused(tiny_run, command, capsys):
     err = refusal(command, capsys, evaluate.main, "--run", tiny_run, "--part", "train")
     assert err == "error: --part must be test or valid, got 'train'\n"
+
+
+def test_all_users_and_some_users_at_once_are_refused(tiny_run, command, capsys):
+    err = refusal(command, capsys, evaluate.main, "--run", tiny_run, "--all", "--users", 3)
+    assert err == "error: --all and --users exclude each other\n  fix:   leave one out\n"
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,8 @@ def _score_run(decoder: Decoder, prompts: tuple[Tensor, Tensor], codes: Tensor) 
         logits = None
         if level < codes.shape[1] and len(fed):
             tokens = after.codes[fed] + _wanted(decoder, level - 1).first
-            each = (t.expand(len(scores), -1) for t in (tokens, parents))
-            logits = stepper.step(*each, _wanted(decoder, level))
+            each = len(scores), len(fed)
+            logits = stepper.step(tokens.expand(each), parents.expand(each), _wanted(decoder, level))
         before = after
     return scores
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -14,7 +14,11 @@ from cemg.evaluation.search import DEPTHS
 
 def search_tables(record: Mapping[str, Any]) -> list[Table]:
     """A table for each study that a result file holds."""
-    makers = {"exact": _exact_table, "certificate": _certificate_table, "engines": _engine_table}
+    makers: dict[str, Callable[[Any], Table]] = {
+        "exact": _exact_table,
+        "certificate": _certificate_table,
+        "engines": _engine_table,
+    }
     return [make(record[name]) for name, make in makers.items() if name in record]
 
 
