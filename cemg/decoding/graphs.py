@@ -78,15 +78,15 @@ class Graphs:
         batch, length = input_ids.shape
         bucket = bucket_of(batch, length)
         recorded = self.recorded.pop((*bucket, *key), None)
+        ids, mask = self._padded(input_ids, attention_mask, bucket)
         if recorded is None:
-            static = [t.to(self.device, copy=True) for t in self._padded(input_ids, attention_mask, bucket)]
-            recorded = Recorded(search, *static, self.capture(search, *static))
+            ids, mask = ids.to(self.device, copy=True), mask.to(self.device, copy=True)
+            recorded = Recorded(search, ids, mask, self.capture(search, ids, mask))
             while len(self.recorded) >= MOST_GRAPHS:
                 self.recorded.popitem(last=False)
         else:
-            padded = self._padded(input_ids, attention_mask, bucket)
-            for static, values in zip((recorded.input_ids, recorded.attention_mask), padded, strict=True):
-                static.copy_(values, non_blocking=True)
+            recorded.input_ids.copy_(ids, non_blocking=True)
+            recorded.attention_mask.copy_(mask, non_blocking=True)
         self.recorded[(*bucket, *key)] = recorded  # now the most recently used
         return tuple(out[:batch] for out in recorded.replay())
 
