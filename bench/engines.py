@@ -43,6 +43,7 @@ class Cell:
     normalize: str = "vocab"
     device: str = "cpu"
     dtype: str = "float32"
+    label: str = ""
 
     @property
     def prompt(self) -> int:
@@ -50,7 +51,7 @@ class Cell:
         return self.history * self.levels
 
     def name(self) -> str:
-        shape = f"{self.model} B{self.batch} W{self.beams}"
+        shape = f"{self.label}{self.model} B{self.batch} W{self.beams}"
         extra = [f"H{self.history}"] if self.history != 20 else []
         extra += [f"N{self.items:.0e}"] if self.items != 12_101 else []
         extra += [f"{self.levels}x{self.codes}"] if (self.levels, self.codes) != (4, 256) else []
@@ -64,10 +65,10 @@ class Skip(Exception):
     """This engine cannot serve this cell, for this reason."""
 
 
-def t5(dim: int, layers: int, heads: int, ff: int, text: int) -> Callable[[int], Any]:
+def t5(dim: int, layers: int, heads: int, ff: int, text: int, head: int = 64) -> Callable[[int], Any]:
     def build(codes: int) -> Any:
         config = transformers.T5Config(
-            vocab_size=text + codes, d_model=dim, d_kv=64, d_ff=ff, num_layers=layers, num_heads=heads,
+            vocab_size=text + codes, d_model=dim, d_kv=head, d_ff=ff, num_layers=layers, num_heads=heads,
             decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
         )  # fmt: skip
         return transformers.T5ForConditionalGeneration(config)
@@ -100,6 +101,7 @@ MODELS = {
     "tiger": Shape(SPECIAL + 2000, True, t5(128, 4, 6, 1024, SPECIAL + 2000)),  # its paper: 2,000 user tokens
     "t5-small": Shape(32_128, True, t5(512, 6, 8, 2048, 32_128)),
     "t5-base": Shape(32_128, True, t5(768, 12, 12, 3072, 32_128)),
+    "mmgrec": Shape(SPECIAL, True, t5(64, 2, 4, 256, SPECIAL, head=16)),
     "decoder-4": Shape(SPECIAL, False, llama(128, 4, 4, 4, 344, SPECIAL)),
     "smollm2-135m": Shape(49_152, False, llama(576, 30, 9, 3, 1536, 49_152)),
 }

@@ -109,6 +109,38 @@ def full_grid(models: list[str], on_gpu: bool) -> Iterator[Cell]:
         yield from (replace(base, items=items) for items in sizes)
 
 
+RQ3 = "RQ3 "  # begins the label of a cell of this table
+CONSTRAINED, FREE = "transformers + dict trie", "transformers, unconstrained"
+
+
+def rq3_grid() -> Iterator[tuple[Cell, str]]:
+    """The methods of the paper's RQ3 by the shape of their decoding, and the search they are published with.
+
+    CEMG and LETTER: 4 codes of 256 under a trie, the same shape. TIGER: 3 codes and one that tells equal ones
+    apart, beams free. MMGRec: 3 codes of 128 and one that tells equal ones apart, a smaller model, 10 beams,
+    free. Prompts hold 20 items in each; a free beam may name no item at all.
+    """
+    tiger = Cell("tiger", 1, 20)
+    for batch in (1, 8):
+        yield replace(tiger, batch=batch, label=RQ3 + "CEMG: "), CONSTRAINED
+        yield replace(tiger, batch=batch, label=RQ3 + "LETTER: "), CONSTRAINED
+        yield replace(tiger, batch=batch, label=RQ3 + "TIGER: "), FREE
+        yield Cell("mmgrec", batch, 10, codes=128, label=RQ3 + "MMGRec: "), FREE
+
+
+def rq3_table(report: Report) -> str:
+    """The methods as published, on ``transformers``, and the same shapes on our engine."""
+    lines = [
+        f"{'RQ3, one batch':34}{'published search':>30}{'its ms':>10}{'its illegal':>13}{'CEMG engine':>13}"
+    ]
+    for row in report.rows:
+        if row["case"].startswith(RQ3):
+            method, illegal = row["case"][len(RQ3) :], row.get("peer_illegal", "")
+            theirs = "skipped" if row["peer_p50_ms"] is None else f"{row['peer_p50_ms']:.1f}"
+            lines.append(f"{method:34}{row['peer']:>30}{theirs:>10}{illegal:>13}{row['p50_ms']:>13.1f}")
+    return "\n".join(lines)
+
+
 def floor_ms(cell: Cell, flops: float, bandwidth: float) -> float:
     """The least time for this cell: needed operations at the measured matrix rate, or weights once a pass.
 
@@ -191,10 +223,11 @@ def latency_plot(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sized = [row for row in report.rows if " N1e" in row["case"]]
-    cells = list(dict.fromkeys(row["case"] for row in report.rows if " N1e" not in row["case"]))
+    rows = [row for row in report.rows if not row["case"].startswith(RQ3)]
+    sized = [row for row in rows if " N1e" in row["case"]]
+    cells = list(dict.fromkeys(row["case"] for row in rows if " N1e" not in row["case"]))
     names: dict[str, dict[str, float]] = {"CEMG (exact, constrained)": {}}
-    for row in report.rows:
+    for row in rows:
         names["CEMG (exact, constrained)"][row["case"]] = row["p50_ms"]
         if row["peer_p50_ms"] is not None:
             names.setdefault(row["peer"], {})[row["case"]] = row["peer_p50_ms"]
@@ -204,7 +237,7 @@ def latency_plot(report: Report, path: Path) -> None:
         shown = [cell for cell in cells if cell in medians]
         places = [cells.index(cell) - 0.425 + (i + 0.5) * width for cell in shown]
         left.bar(places, [medians[cell] for cell in shown], width, label=name)
-    floors = {row["case"]: row["floor_ms"] for row in report.rows}
+    floors = {row["case"]: row["floor_ms"] for row in rows}
     for i, cell in enumerate(cells):
         left.hlines(floors[cell], i - 0.45, i + 0.45, colors="black", linestyles="dashed",
                     label="floor of this machine" if i == 0 else None)  # fmt: skip
@@ -235,7 +268,9 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="write a Chrome trace a cell into this folder")
     options = parser.parse_args()
     device = start(options)
-    models = options.models or [name for name in MODELS if options.full or name != "t5-base"]
+    models = options.models or [
+        name for name in MODELS if name != "mmgrec" and (options.full or name != "t5-base")
+    ]
     cells = full_grid(models, device.type == "cuda") if options.full else default_grid(models)
     names = ["cemg", *(name for name in options.engines or ENGINES if name != "cemg")]
     flops, bandwidth = gemm_rate(device, getattr(torch, options.dtype)), copy_bandwidth(device)
@@ -247,12 +282,18 @@ def main() -> None:
             cell = replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
             asked = {"cemg": workers["cemg"]} if cell.items != 12_101 else workers
             one_cell(cell, asked, report, floor_ms(cell, flops, bandwidth))
+        for cell, search in [] if options.models else rq3_grid():
+            asked = {name: worker for name, worker in workers.items() if name in ("cemg", search)}
+            cell = replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
+            one_cell(cell, asked, report, floor_ms(cell, flops, bandwidth))
     except KeyboardInterrupt:
         print("interrupted: what was measured so far follows")
     finally:
         for worker in workers.values():
             worker.stop()
     print(report.table())
+    if not options.models:
+        print(rq3_table(report))
     latency_plot(report, options.plot)
     print(f"rows in {options.json}, plot in {options.plot}")
 
