@@ -83,6 +83,9 @@ def test_a_sample_leaves_the_results_of_the_whole_test(tiny_run, tmp_path, comma
     assert command(evaluate.main, "--run", run, "--users", 7) == 0
     assert (run / "results" / "synthetic-cemg-test.json").read_text() == whole
     assert json.loads((run / "results" / "synthetic-cemg-test-7-users.json").read_text())["split"]["subset"]
+    assert command(evaluate.main, "--run", run, "--users", 1000) == 0  # of 40: the whole test again
+    again = json.loads((run / "results" / "synthetic-cemg-test.json").read_text())
+    assert again["metrics"] == json.loads(whole)["metrics"] and "subset" not in again["split"]
 
 
 def test_recommend_prints_titles_scores_and_codes(tiny_run, command, capsys):

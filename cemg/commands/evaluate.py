@@ -99,6 +99,8 @@ def score(
     data = pipeline.load_data()
     catalog = pipeline.load_catalog().first(data.num_items)  # without items that were added later
     split = data.split()
+    if users is not None and users >= len(split.users):
+        users = None  # that is all of them
     rows = None if users is None else seeded_sample(split, users, seed=config.seed)
     model, vocabulary = pipeline.load_generator()
     rank = pipeline.ranker(model, vocabulary, catalog, beams=beams, engine=engine)
