@@ -79,7 +79,7 @@ class CausalPlan:
         self.heads = self.kv_heads = config.num_attention_heads
         self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
         self.embedding, self.positions = weight_of(body.wte), weight_of(body.wpe)
-        self.head = Head(_norm(body.ln_f), Projection.of([source.lm_head], self.dtype))
+        self.head = Head.of(_norm(body.ln_f), source.lm_head, self.dtype)
         self.layers = [
             Layer(
                 _norm(block.ln_1), self._conv(block.attn.c_attn), None, None, self._conv(block.attn.c_proj),
@@ -101,7 +101,7 @@ class CausalPlan:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale, self.rotation = first.scaling, body.rotary_emb
         self.embedding = weight_of(body.embed_tokens)
-        self.head = Head(_norm(body.norm), Projection.of([source.lm_head], self.dtype))
+        self.head = Head.of(_norm(body.norm), source.lm_head, self.dtype)
         self.layers = [self._rotary_layer(layer) for layer in body.layers]
 
     def _rotary_layer(self, layer: Any) -> Layer:

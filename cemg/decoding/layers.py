@@ -16,7 +16,8 @@ from torch import Tensor
 from cemg_kernels import beam_attention, rms_norm
 from cemg_kernels.beam_attention import Prefix, Step
 
-ROW_CELLS = 2**24  # logits over the vocabulary held at once: 64 MB
+BLOCK_COLUMNS = 4096  # of the vocabulary, multiplied at once on a CPU
+BLOCK_CELLS = {"cpu": 2**21, "cuda": 2**26}  # logits held at once: 8 and 256 MB
 PACKED_ROWS = 4  # with fewer, a product is a pass over the weight, which MKL's kernel does faster
 
 
@@ -127,7 +128,9 @@ class Projection:
     packed: Tensor | None = None
 
     @classmethod
-    def of(cls, modules: Sequence[Any], dtype: torch.dtype, transposed: bool = False) -> Projection:
+    def of(
+        cls, modules: Sequence[Any], dtype: torch.dtype, transposed: bool = False, pack: bool = True
+    ) -> Projection:
         """Several linear layers over one input as one; ``transposed`` for GPT-2's Conv1D."""
         weights = [weight_of(m).t() if transposed else weight_of(m) for m in modules]
         biases = [m.bias for m in modules]
@@ -135,12 +138,12 @@ class Projection:
             raise Unsupported("some projections of a layer have a bias and some have none")
         weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).contiguous()
         bias = None if biases[0] is None else torch.cat([b.detach() for b in biases]).to(dtype)
-        return cls(weight, bias, packed(weight))
+        return cls(weight, bias, packed(weight) if pack else None)
 
     def part(self, begin: int, end: int) -> Projection:
         """The columns ``begin`` ... ``end`` of what it gives, as a projection of its own."""
         weight, bias = self.weight[begin:end], None if self.bias is None else self.bias[begin:end]
-        return Projection(weight, bias, None if self.packed is None else packed(weight))
+        return Projection(weight, bias, packed(weight))
 
     def __call__(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         if self.packed is not None and x.shape[0] >= PACKED_ROWS and (activation is None or activation.name):
@@ -200,37 +203,44 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The language-model head: the K columns of a level, and the log-sum-exp of all by chunks of rows."""
+    """The language-model head: the K columns of a level, and the log-sum-exp of all, block by block.
+
+    The logits of a block of columns stay in the cache until they are summed; the vocabulary's never lie in
+    memory at once.
+    """
 
     norm: Norm
-    projection: Projection  # [V, d]
+    whole: Projection  # [V, d], not packed
+    blocks: tuple[Projection, ...]  # its columns, in turn
     scale: float = 1.0
     levels: dict[int, Projection] = field(default_factory=dict)  # by first token, made when first wanted
+
+    @classmethod
+    def of(cls, norm: Norm, module: Any, dtype: torch.dtype, scale: float = 1.0) -> Head:
+        """Of a linear layer over the last norm, whose output is scaled before."""
+        whole = Projection.of([module], dtype, pack=False)
+        size = whole.weight.shape[0]
+        width = BLOCK_COLUMNS if whole.weight.device.type == "cpu" else size
+        blocks = tuple(whole.part(begin, begin + width) for begin in range(0, size, width))
+        return cls(norm, whole, blocks, scale)
 
     def __call__(self, x: Tensor, batch: int, wanted: Wanted) -> Logits:
         """``x`` [B * W, d] before the last norm."""
         hidden = self.norm(x)
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        columns, total = self._total(hidden, wanted) if wanted.total else (self._level(hidden, wanted), None)
-        return Logits(columns.view(batch, -1, wanted.size),
-                      None if total is None else total.view(batch, -1))  # fmt: skip
-
-    def _level(self, hidden: Tensor, wanted: Wanted) -> Tensor:
         if wanted.first not in self.levels:
-            self.levels[wanted.first] = self.projection.part(wanted.first, wanted.first + wanted.size)
-        return self.levels[wanted.first](hidden).float()
+            self.levels[wanted.first] = self.whole.part(wanted.first, wanted.first + wanted.size)
+        columns = self.levels[wanted.first](hidden).float().view(batch, -1, wanted.size)
+        return Logits(columns, self._total(hidden).view(batch, -1) if wanted.total else None)
 
-    def _total(self, hidden: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
-        rows = max(1, ROW_CELLS // self.projection.weight.shape[0])
-        parts = []
-        for part in hidden.split(rows):
-            logits = self.projection(part)
-            own = logits[:, wanted.first : wanted.first + wanted.size].float()
-            parts.append((own, logits.float().logsumexp(-1)))
-        if len(parts) == 1:
-            return parts[0][0].contiguous(), parts[0][1]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    def _total(self, hidden: Tensor) -> Tensor:
+        """The log-sum-exp over the vocabulary, [R]."""
+        totals, cells = [], BLOCK_CELLS[hidden.device.type]
+        for block in self.blocks:
+            parts = hidden.split(max(1, cells // block.weight.shape[0]))
+            totals.append(torch.cat([block(part).float().logsumexp(-1) for part in parts]))
+        return totals[0] if len(totals) == 1 else torch.stack(totals).logsumexp(0)
 
 
 @dataclass(frozen=True, slots=True)

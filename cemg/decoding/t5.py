@@ -75,8 +75,8 @@ class T5Plan:
         scaled = config.model_type == "t5" and getattr(
             config, "scale_decoder_outputs", config.tie_word_embeddings
         )
-        self.head = Head(_norm(source.decoder.final_layer_norm), Projection.of([source.lm_head], self.dtype),
-                         config.d_model**-0.5 if scaled else 1.0)  # fmt: skip
+        self.head = Head.of(_norm(source.decoder.final_layer_norm), source.lm_head, self.dtype,
+                            config.d_model**-0.5 if scaled else 1.0)  # fmt: skip
         crosses = [block.layer[1].EncDecAttention for block in source.decoder.block]
         self.cross_kv = Projection.of([p for cross in crosses for p in (cross.k, cross.v)], self.dtype)
         self.encoder_attention = source.encoder.block[0].layer[0].SelfAttention

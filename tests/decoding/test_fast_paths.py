@@ -168,14 +168,15 @@ def by_item(found: Any) -> dict[tuple[int, int], float]:
     }
 
 
-def test_the_head_by_chunks_of_rows_equals_the_head_at_once(monkeypatch, same_lists):
+def test_the_head_by_blocks_of_columns_and_rows_equals_the_head_at_once(monkeypatch, same_lists):
     from cemg.decoding import layers
 
     model = build(*SHAPES["gpt2"])
     catalog = random_catalog(60, 1)
     prompts = Bench(model, catalog).prompts([4, 4, 4])
     whole = Decoder(model, catalog, START).decode(*prompts, 9)
-    monkeypatch.setattr(layers, "ROW_CELLS", 2 * VOCABULARY)
+    monkeypatch.setattr(layers, "BLOCK_COLUMNS", 7)
+    monkeypatch.setattr(layers, "BLOCK_CELLS", {"cpu": 3 * 7})
     same_lists(Decoder(model, catalog, START).decode(*prompts, 9), whole)
 
 
