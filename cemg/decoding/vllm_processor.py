@@ -1,0 +1,112 @@
+"""The trie inside vLLM: a logits processor of its v1 engine, for all requests of a batch at once.
+
+R rows of the batch, r of them at one level, K codes a level, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cemg_kernels import Trie, trie_softmax
+
+SETTINGS = "cemg"  # in the engine's ``additional_config``: trie (a file), code_token_start, normalize
+PROMPT = "cemg_prompt"  # in a request's ``extra_args``: how many tokens stand before its first code
+
+
+class Request(NamedTuple):
+    """A request's code tokens: those its prompt ends with, and those that the engine adds as it goes."""
+
+    given: list[int]
+    output: list[int]
+
+    def tokens(self) -> list[int]:
+        return self.given + self.output
+
+
+class TrieProcessor:
+    """Leaves a request the codes that continue an item, as log-probabilities; every other token gets −inf.
+
+    vLLM loads it by name (``vllm_plugin.py``), with ``additional_config={"cemg": {"trie": path,
+    "code_token_start": …, "normalize": …}}``; ``vllm serve`` takes the same. Requests with
+    ``SamplingParams(extra_args={"cemg_prompt": n}, max_tokens=trie.levels)`` get codes after their first n
+    tokens; others, and those that have all their codes, are left as they are. Code c of level m is token
+    ``code_token_start + m·K + c``.
+
+    What is left is normalised as ``normalize`` says (SPEC §4), so ``logprobs_mode="processed_logits"``
+    reports log-probabilities for each of the three. vLLM's own modes know "vocab" before the mask, where
+    the best W tokens need not be codes, and "valid" after it. Sampling does not change: a softmax is the
+    same where a row shifts by a constant.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        settings = vllm_config.additional_config[SETTINGS]
+        self.trie = Trie.load(settings["trie"]).to(device)
+        self.code_token_start, self.normalize = settings["code_token_start"], settings["normalize"]
+        end = self.code_token_start + self.trie.levels * self.trie.codebook_size
+        vocabulary = vllm_config.model_config.get_vocab_size()
+        if end > vocabulary:
+            raise ValueError(
+                f"the codes are tokens {self.code_token_start} … {end - 1}, the model has {vocabulary}; "
+                "pass the code_token_start of the vocabulary that the model was trained with"
+            )
+        self.requests: dict[int, Request] = {}  # by row of the batch
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """ValueError for a prompt length that is none."""
+        prompt = (sampling_params.extra_args or {}).get(PROMPT)
+        if prompt is not None and (not isinstance(prompt, int) or prompt < 0):
+            raise ValueError(f"extra_args[{PROMPT!r}] must be a number of tokens, got {prompt!r}")
+
+    def is_argmax_invariant(self) -> bool:
+        """No: the best token may be none that continues an item."""
+        return False
+
+    def update_state(self, batch_update: Any | None) -> None:
+        """Follow the requests as the engine removes, adds and moves them, in this order."""
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self.requests.pop(row, None)
+        for row, params, prompt, output in batch_update.added:
+            self.requests.pop(row, None)
+            start = (params.extra_args or {}).get(PROMPT)
+            if start is not None:
+                self.requests[row] = Request((prompt or [])[start:], output)
+        for source, target, direction in batch_update.moved:
+            moved, other = self.requests.pop(source, None), self.requests.pop(target, None)
+            if moved is not None:
+                self.requests[target] = moved
+            if other is not None and direction.name == "SWAP":
+                self.requests[source] = other
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Logits [R, V] float32 -> the same, changed in place; one pass for each level that occurs."""
+        levels: dict[int, list[int]] = {}
+        for row, request in self.requests.items():
+            levels.setdefault(len(request.given) + len(request.output), []).append(row)
+        constrained = {level: rows for level, rows in levels.items() if level < self.trie.levels}
+        totals = logits.logsumexp(1) if constrained and self.normalize == "vocab" else None  # [R]
+        for level, rows in constrained.items():
+            self._constrain(logits, rows, level, totals)
+        return logits
+
+    def _constrain(self, logits: Tensor, rows: list[int], level: int, totals: Tensor | None) -> None:
+        """A prefix of no item is left with code 0, so that a softmax over it stays finite."""
+        size = self.trie.codebook_size
+        tokens = [self.requests[row].tokens() for row in rows]
+        prefixes = torch.tensor(tokens, dtype=torch.int64, device=logits.device).reshape(len(rows), level)
+        begins = torch.arange(level, device=logits.device) * size + self.code_token_start
+        nodes = self.trie.lookup(prefixes - begins)  # [r]
+        first = self.code_token_start + level * size
+        place = torch.tensor(rows, device=logits.device)
+        total = None if totals is None else totals[place]
+        log_probs = trie_softmax(
+            logits[place, first : first + size], nodes, self.trie, self.normalize, total
+        )  # [r, K]
+        log_probs[:, 0].masked_fill_(nodes < 0, 0.0)
+        logits.index_fill_(0, place, float("-inf"))
+        logits[place, first : first + size] = log_probs

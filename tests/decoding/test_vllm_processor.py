@@ -1,0 +1,132 @@
+"""What the processor does to a batch, told of it as vLLM tells; without vLLM, and the same with it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cemg.decoding import TrieLogitsProcessor
+from cemg.decoding.vllm_processor import PROMPT, SETTINGS, TrieProcessor
+from cemg_kernels import Trie
+
+START, LEVELS, SIZE, VOCABULARY = 3, 3, 6, 24
+TRIE = Trie.from_codes(torch.tensor([[0, 1, 2], [0, 1, 5], [4, 0, 0]]), SIZE)
+SWAP, ONE_WAY = SimpleNamespace(name="SWAP"), SimpleNamespace(name="UNIDIRECTIONAL")
+
+
+@pytest.fixture
+def make(tmp_path):
+    TRIE.save(tmp_path / "trie.safetensors")
+
+    def made(normalize="vocab", start=START, vocabulary=VOCABULARY):
+        settings = {"trie": str(tmp_path / "trie.safetensors"), "code_token_start": start}
+        config = SimpleNamespace(
+            additional_config={SETTINGS: settings | {"normalize": normalize}},
+            model_config=SimpleNamespace(get_vocab_size=lambda: vocabulary),
+        )
+        return TrieProcessor(config, torch.device("cpu"), False)
+
+    return made
+
+
+def params(prompt):
+    return SimpleNamespace(extra_args=None if prompt is None else {PROMPT: prompt})
+
+
+def update(removed=(), added=(), moved=()):
+    return SimpleNamespace(batch_size=0, removed=removed, added=added, moved=moved)
+
+
+def token(level, code):
+    return START + level * SIZE + code
+
+
+def allowed(processor, rows):
+    """Tokens that each of the first rows of the batch may still become."""
+    logits = processor.apply(torch.zeros(rows, VOCABULARY))
+    return [row.isfinite().nonzero().flatten().tolist() for row in logits]
+
+
+def test_rows_of_all_levels_lose_what_continues_no_item_and_other_requests_nothing(make):
+    processor = make()
+    grown = [7, 7, token(0, 0), token(1, 1)]
+    processor.update_state(update(added=[
+        (0, params(2), [7, 7], []), (1, params(2), [7, 7], [token(0, 4)]), (2, params(2), grown, []),
+        (3, params(None), [7], []), (4, params(1), [7], [token(0, 2)]),
+        (5, params(0), grown[2:], [token(2, 5)]),
+    ]))  # fmt: skip
+    everything = list(range(VOCABULARY))
+    assert allowed(processor, 6) == [
+        [token(0, 0), token(0, 4)], [token(1, 0)], [token(2, 2), token(2, 5)],
+        everything,  # not ours
+        [token(1, 0)],  # begins no item: code 0, which keeps a softmax finite
+        everything,  # has all its codes
+    ]  # fmt: skip
+
+
+def test_the_engine_s_own_list_of_tokens_is_followed_without_an_update(make):
+    processor = make()
+    output: list[int] = []
+    processor.update_state(update(added=[(0, params(1), [7], output)]))
+    for expected in ([token(0, 0), token(0, 4)], [token(1, 1)], [token(2, 2), token(2, 5)]):
+        assert allowed(processor, 1) == [expected]
+        output.append(expected[0])
+        processor.update_state(None)
+
+
+def test_removed_replaced_moved_and_swapped_requests_keep_their_own_codes(make):
+    processor = make()
+    first, second = (params(1), [7], [token(0, 0)]), (params(1), [7], [token(0, 4)])
+    after_first, after_second, everything = [token(1, 1)], [token(1, 0)], list(range(VOCABULARY))
+    processor.update_state(update(added=[(0, *first), (1, *second), (2, params(None), [7], [])]))
+    processor.update_state(update(moved=[(0, 1, SWAP)]))
+    assert allowed(processor, 3) == [after_second, after_first, everything]
+    processor.update_state(update(moved=[(1, 2, SWAP)]))  # with one that is not ours
+    assert allowed(processor, 3) == [after_second, everything, after_first]
+    processor.update_state(update(removed=[0], moved=[(2, 0, ONE_WAY)]))
+    assert allowed(processor, 3) == [after_first, everything, everything]
+    processor.update_state(update(added=[(0, params(None), [7], [])]))
+    assert allowed(processor, 1) == [everything]
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+def test_what_is_left_is_normalised_over_the_vocabulary_the_level_or_the_valid_codes(make, normalize):
+    processor = make(normalize)
+    processor.update_state(update(added=[(1, params(1), [7], [token(0, 0), token(1, 1)])]))
+    logits = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    own = logits[1, token(2, 0) : token(2, SIZE)]
+    over = {"vocab": logits[1], "level": own, "valid": own[[2, 5]]}[normalize]
+    expected = own[[2, 5]] - over.logsumexp(0)
+    found = processor.apply(logits.clone())
+    assert torch.equal(found[0], logits[0])  # a row of no request of ours
+    # two roundings of numbers below 8, and those of a sum of 24 terms
+    torch.testing.assert_close(found[1, [token(2, 2), token(2, 5)]], expected, rtol=0, atol=26 * 2**-21)
+    assert int(found[1].isfinite().sum()) == 2
+
+
+def test_it_admits_what_the_processor_for_generate_admits(make):
+    processor, other = make(), TrieLogitsProcessor(TRIE, START)
+    logits = torch.zeros(3, VOCABULARY)
+    other(torch.full((3, 1), 7), logits)
+    outputs = [[token(0, 0)], [token(0, 4)], [token(0, 2)]]
+    expected = other(torch.tensor([[7, *own] for own in outputs]), logits).isfinite()
+    processor.update_state(update(added=[(row, params(1), [7], own) for row, own in enumerate(outputs)]))
+    assert torch.equal(processor.apply(logits).isfinite(), expected)
+
+
+def test_a_vocabulary_without_the_codes_is_refused(make):
+    with pytest.raises(ValueError, match="the codes are tokens 3 … 20, the model has 20"):
+        make(vocabulary=20)
+
+
+@pytest.mark.parametrize("prompt", [-1, "3", 1.5])
+def test_a_prompt_length_that_is_none_is_refused(prompt):
+    with pytest.raises(ValueError, match=PROMPT):
+        TrieProcessor.validate_params(params(prompt))
+    TrieProcessor.validate_params(params(None))
+
+
+def test_it_never_leaves_the_best_token_as_it_was_for_certain(make):
+    assert make().is_argmax_invariant() is False
