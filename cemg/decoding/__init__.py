@@ -3,6 +3,7 @@
 from cemg.decoding.engine import Decoder, Normalize, Recommendations
 from cemg.decoding.exact import score_all
 from cemg.decoding.processor import TrieLogitsProcessor
+from cemg.decoding.vllm import VllmDecoder
 from cemg.decoding.yardstick import TransformersDecoder, dict_trie
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Recommendations",
     "TransformersDecoder",
     "TrieLogitsProcessor",
+    "VllmDecoder",
     "dict_trie",
     "score_all",
 ]

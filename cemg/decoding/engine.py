@@ -23,7 +23,7 @@ from cemg.decoding.layers import Stepper, Unsupported, Wanted
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
-from cemg_kernels import ItemFilter, RequestFilter, fast_kernels_enabled, trie_beam_step
+from cemg_kernels import ItemFilter, RequestFilter, Trie, fast_kernels_enabled, trie_beam_step
 
 Filter = ItemFilter | RequestFilter
 Normalize = Literal["vocab", "level", "valid"]
@@ -50,6 +50,10 @@ class Recommendations:
         """The four tensors, in their order."""
         return self.items, self.scores, self.codes, self.certified
 
+    def cpu(self) -> Recommendations:
+        """The same on the CPU."""
+        return Recommendations(*(part.cpu() for part in self.parts()))
+
     def padded(self, count: int) -> Recommendations:
         """At least ``count`` places a row, the last ones without an item."""
         more = max(count - self.items.shape[1], 0)
@@ -60,18 +64,32 @@ class Recommendations:
 
 def check_fit(model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: str) -> None:
     """UserError where the model has fewer tokens than the catalog needs, and for an unknown ``normalize``."""
+    rows = cast(int, model.get_input_embeddings().num_embeddings)
+    check_tokens(rows, catalog, code_token_start, normalize)
+
+
+def check_tokens(tokens: int, catalog: Catalog, code_token_start: int, normalize: str) -> None:
+    """As ``check_fit``, for a model of so many tokens."""
     if normalize not in ("vocab", "level", "valid"):
         raise UserError(f"normalize must be vocab, level or valid, got {normalize!r}")
     size, levels = catalog.codebook_size, catalog.levels
     needed = code_token_start + levels * size
-    rows = cast(int, model.get_input_embeddings().num_embeddings)
-    if needed > rows:
+    if needed > tokens:
         raise UserError(
             "this catalog does not belong to the generator",
             cause=f"{levels} levels of {size} codes from token {code_token_start} on need {needed} tokens, "
-            f"the model has {rows}",
+            f"the model has {tokens}",
             fix="use the catalog that the model was trained on",
         )
+
+
+def ranked(trie: Trie, scores: Tensor, nodes: Tensor, codes: Tensor, pruned: Tensor) -> Recommendations:
+    """The results of a search, from its last beams [B, W] and the best score [B] that it pruned; where
+    they lie."""
+    proven = (scores > pruned[:, None] + MARGIN) & (nodes >= 0)  # sorted, so the proven ones lead
+    items = trie.items(nodes.flatten()).reshape(nodes.shape)
+    codes = codes.masked_fill((nodes < 0)[:, :, None], -1)
+    return Recommendations(items, scores, codes, proven.sum(1))
 
 
 class Plan(Protocol):
@@ -140,10 +158,10 @@ class Decoder:
             return self._search(input_ids, attention_mask, beams, filter)
 
         def search(ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-            return self._found(ids, mask, beams, filter)
+            return self._found(ids, mask, beams, filter).parts()
 
         found = self.graphs.run(search, (beams, id(filter)), input_ids, attention_mask)
-        return Recommendations(*(part.cpu() for part in found))
+        return Recommendations(*found).cpu()
 
     @torch.inference_mode()
     def decode_exact(
@@ -184,14 +202,13 @@ class Decoder:
         floor: Tensor | None = None,
     ) -> Recommendations:  # fmt: skip
         device = self.trie.device
-        found = self._found(input_ids.to(device), attention_mask.to(device), beams, filter, floor)
-        return Recommendations(*(part.cpu() for part in found))
+        return self._found(input_ids.to(device), attention_mask.to(device), beams, filter, floor).cpu()
 
     def _found(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
         floor: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """Beam search on the device, as ``Recommendations`` holds it; without ``floor`` it never waits for
+    ) -> Recommendations:  # fmt: skip
+        """Beam search, its results on the device; without ``floor`` it never waits for
         the device. With ``floor`` [B], only prefixes that score at least as much live on."""
         device = self.trie.device
         stepper = self.plan.begin()
@@ -221,7 +238,7 @@ class Decoder:
                 scores, nodes = scores.masked_fill(~alive, float("-inf")), nodes.masked_fill(~alive, -1)
                 count = max(int(alive.sum(1).max()), 1)
                 scores, parents, nodes, codes = (t[:, :count] for t in (scores, parents, nodes, codes))
-        return self._results(scores, nodes, codes, pruned)
+        return ranked(self.trie, scores, nodes, codes, pruned)
 
     def _tokens(self, codes: Tensor, level: int) -> Tensor:
         """Tokens of codes [B, W] of a level; a dead beam's −1 becomes code 0, which nothing reads."""
@@ -230,12 +247,3 @@ class Decoder:
     def _wanted(self, level: int) -> Wanted:
         size = self.catalog.codebook_size
         return Wanted(self.code_token_start + level * size, size, self.normalize == "vocab")
-
-    def _results(
-        self, scores: Tensor, nodes: Tensor, codes: Tensor, pruned: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        proven = (scores > pruned[:, None] + MARGIN) & (nodes >= 0)  # sorted, so the proven ones lead
-        items = self.trie.items(nodes.flatten()).reshape(nodes.shape)
-        dead = nodes < 0
-        codes = codes.masked_fill(dead[:, :, None], -1)
-        return items, scores, codes, proven.sum(1)

