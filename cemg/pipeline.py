@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from cemg.config import RunConfig, load_config
 from cemg.data import Dataset, read_dataset, synthetic_dataset
-from cemg.decoding import Decoder, TransformersDecoder
+from cemg.decoding import Decoder, TransformersDecoder, VllmDecoder
 from cemg.errors import UserError
 from cemg.evaluation import Rank, evaluate, seeded_sample
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
@@ -325,13 +325,15 @@ class Pipeline:
 
 def make_decoder(
     engine: str, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Any
-) -> Decoder | TransformersDecoder:
-    """The decoder of that name: "cemg", or "transformers", the yardstick."""
+) -> Decoder | TransformersDecoder | VllmDecoder:
+    """The decoder of that name: "cemg", "transformers", the yardstick, or "vllm"."""
     if engine == "cemg":
         return Decoder(model, catalog, code_token_start, normalize)
     if engine == "transformers":
         return TransformersDecoder(model, catalog, code_token_start, normalize)
-    raise UserError(f"engine {engine!r} is not there", fix="one of cemg, transformers")
+    if engine == "vllm":
+        return VllmDecoder(model, catalog, code_token_start, normalize)
+    raise UserError(f"engine {engine!r} is not there", fix="one of cemg, transformers, vllm")
 
 
 def _content(data: Dataset) -> str:

@@ -27,7 +27,7 @@ class Recommender:
     def __init__(
         self, pipeline: Pipeline, *, normalize: Normalize | None = None, engine: str = "cemg"
     ) -> None:
-        self.pipeline = pipeline
+        self.pipeline, self.engine = pipeline, engine
         self.catalog: Catalog = pipeline.load_catalog()
         model, vocabulary = pipeline.load_generator()
         self.prompter = pipeline.prompter(model, vocabulary, self.catalog)
@@ -38,11 +38,11 @@ class Recommender:
     def from_run(
         cls, folder: Path | str, device: str = "cpu", normalize: Normalize | None = None, engine: str = "cemg"
     ) -> Recommender:
-        """Open what ``cemg-train`` wrote. ``engine`` is "cemg" or "transformers", the yardstick.
+        """Open what ``cemg-train`` wrote. ``engine`` is "cemg", "transformers", the yardstick, or "vllm".
 
         ``normalize`` None is the run's own.
 
-        Raises UserError where a part of the run is missing.
+        Raises UserError where a part of the run is missing, or vLLM, or a model that vLLM cannot serve.
         """
         return cls(Pipeline.open(Path(folder), device=device), normalize=normalize, engine=engine)
 
@@ -70,7 +70,7 @@ class Recommender:
             raise UserError(f"top must be within 1 … beams, got top={top} and beams={beams}")
         if (filter is not None or exact) and not isinstance(self.decoder, Decoder):
             what = "filter" if filter is not None else "exact=True"
-            raise UserError(f"engine=transformers takes no {what}", fix="use engine=cemg")
+            raise UserError(f"engine={self.engine} takes no {what}", fix="use engine=cemg")
         rows = [self.catalog.rows_of([self._id(i) for i in history]) for history in histories]
         ids, mask = self.prompter.batch([np.asarray(r, dtype=np.int64) for r in rows])
         width = min(beams, len(self.catalog))

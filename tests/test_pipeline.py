@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -284,6 +285,15 @@ def test_wrong_requests_are_refused(tiny_run, tmp_path):
         Recommender.from_run(tiny_run, engine="fast")
     with pytest.raises(UserError, match="is no run"):
         Recommender.from_run(tmp_path)
+
+
+def test_the_engine_vllm_says_what_to_install_where_it_is_not(tiny_run, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest)
+    )
+    with pytest.raises(UserError, match=r"engine vllm is not installed\n.*cemg\[vllm\]"):
+        Recommender.from_run(tiny_run, engine="vllm")
 
 
 # ---- kill -9 through the command line

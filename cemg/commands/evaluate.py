@@ -38,7 +38,7 @@ STUDY_USERS = 1000  # whom a study examines unless told
 def run_evaluation(
     run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
     part: Annotated[str, typer.Option(help="test or valid.")] = "test",
-    engine: Annotated[str, typer.Option(help="cemg, or transformers, the yardstick.")] = "cemg",
+    engine: Annotated[str, typer.Option(help="cemg; transformers, the yardstick; or vllm.")] = "cemg",
     beams: Annotated[
         int | None, typer.Option(help="Width of the beam search; the run's own if not given.")
     ] = None,

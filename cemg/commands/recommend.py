@@ -25,7 +25,7 @@ def recommend(
     history: Annotated[str, typer.Option(help="Item ids, oldest first, parted by spaces or commas.")],
     top: Annotated[int, typer.Option(help="How many items.")] = 10,
     beams: Annotated[int, typer.Option(help="Width of the beam search.")] = 50,
-    engine: Annotated[str, typer.Option(help="cemg, or transformers, the yardstick.")] = "cemg",
+    engine: Annotated[str, typer.Option(help="cemg; transformers, the yardstick; or vllm.")] = "cemg",
     exclude_history: Annotated[bool, typer.Option(help="Leave out the items of the history.")] = False,
     exact: Annotated[bool, typer.Option(help="Search on until the list is proven to be the top.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",

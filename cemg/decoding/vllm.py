@@ -30,6 +30,12 @@ from cemg.tokenizer import Catalog
 from cemg_kernels import trie_beam_step
 
 PLUGIN = "cemg.decoding.vllm_plugin:VllmTrieProcessor"
+ENVIRONMENT = {  # read when vLLM is imported or started; what the user set stays
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process between us: B · W requests a step
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one takes processors of another kind
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for results
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 CPU_CACHE = 2**30  # bytes of keys and values; of its own accord vLLM takes nearly all memory
 CPU_BLOCK = 32  # tokens whose keys and values are shared as one; 128 by default, longer than most prompts
 
@@ -191,14 +197,15 @@ def start_engine(
     checkpoint: str, config: PretrainedConfig, settings: dict[str, Any], codes: int, options: dict[str, Any]
 ) -> Any:
     """A ``vllm.LLM`` with our processor, up to ``codes`` log-probabilities a token, and no tokenizer."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process between us: W requests a step
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the second one takes processors of another kind
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from vllm import LLM
     from vllm.platforms import current_platform
 
     chosen: dict[str, Any] = {
         "max_model_len": -1,  # the model's own, or what the memory holds
         "enable_prefix_caching": True, "generation_config": "vllm", "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }  # fmt: skip
     if current_platform.is_cpu():
         check_heads(config)
