@@ -220,6 +220,9 @@ class Decoder:
         pruned = torch.full((batch,), float("-inf"), device=device)
         parents = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         for level in range(self.catalog.levels):
+            if level > 0 and self._decided(nodes):
+                codes, nodes = self._to_the_leaves(codes, nodes)
+                break
             if level > 0:
                 tokens = self._tokens(codes[:, :, -1], level - 1)
                 logits = stepper.step(tokens, parents.clamp_min(0), self._wanted(level))
@@ -239,6 +242,24 @@ class Decoder:
                 count = max(int(alive.sum(1).max()), 1)
                 scores, parents, nodes, codes = (t[:, :count] for t in (scores, parents, nodes, codes))
         return ranked(self.trie, scores, nodes, codes, pruned)
+
+    def _decided(self, nodes: Tensor) -> bool:
+        """Whether every beam [B, W] has one item below it, so that "valid" codes are certain from here on.
+
+        Not asked on a GPU, which would have to be waited for.
+        """
+        if self.normalize != "valid" or nodes.device.type != "cpu":
+            return False
+        ranks = self.trie.interval(nodes.flatten())
+        return bool((ranks[:, 1] - ranks[:, 0] <= 1).all())
+
+    def _to_the_leaves(self, codes: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [B, W, m] and nodes [B, W] with one item each below -> [B, W, M] and the leaves."""
+        for _ in range(codes.shape[2], self.catalog.levels):
+            own, below = self.trie.children(nodes.flatten())
+            codes = torch.cat((codes, own[:, 0].view(nodes.shape)[:, :, None].long()), dim=2)
+            nodes = below[:, 0].view(nodes.shape)
+        return codes, nodes
 
     def _tokens(self, codes: Tensor, level: int) -> Tensor:
         """Tokens of codes [B, W] of a level; a dead beam's −1 becomes code 0, which nothing reads."""

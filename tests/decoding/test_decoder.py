@@ -12,6 +12,8 @@ from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter
 
+from .conftest import Bench
+
 FAMILIES = ("t5", "gpt2", "llama")
 NORMALIZE = ("vocab", "level", "valid")
 LEVELS, SIZE, START = 3, 6, 3  # of the models in conftest.py
@@ -235,3 +237,28 @@ def test_arguments_that_cannot_be_served_are_refused(bench):
         Decoder(made.model, made.catalog, START, "all")
     with pytest.raises(UserError, match="61 beams for 60 items"):
         TransformersDecoder(made.model, made.catalog, START).decode(ids, mask, 61)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_with_one_item_each_below_end_the_search_with_the_same_lists(
+    family, bench, monkeypatch, same_lists
+):
+    """A catalog whose first two codes name the item: with "valid" the model is not asked for the third."""
+    model = bench(family).model
+    codes = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE))
+    catalog = Catalog.from_codes(torch.cat((codes, codes.flip(1)[:, :1]), dim=1), SIZE)
+    prompts = Bench(model, catalog).prompts([4, 2])
+    decoder = Decoder(model, catalog, START, "valid", fast=True)
+    allowed = ItemFilter.from_mask(catalog.trie, torch.arange(36) % 2 > 0)
+    stepper = type(decoder.plan.begin())
+    step, asked = stepper.step, []
+    monkeypatch.setattr(stepper, "step", lambda *given: asked.append(1) or step(*given))
+    for beams, filter in ((1, None), (7, None), (60, None), (60, allowed)):
+        asked.clear()
+        found = decoder.decode(*prompts, beams, filter=filter)
+        assert len(asked) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "_decided", lambda self, nodes: False)
+            whole = decoder.decode(*prompts, beams, filter=filter)
+        same_lists(found, whole)
+        assert torch.equal(found.certified, whole.certified) and torch.equal(found.codes, whole.codes)
