@@ -14,6 +14,7 @@
 
 #include "cemg/decode_cpu.h"
 #include "cemg/quantize_cpu.h"
+#include "cemg/row_math.h"
 #include "cemg/trie_build.h"
 #include "cemg/trie_check.h"
 #include "cemg/trie_cpu.h"
@@ -243,6 +244,10 @@ void rms_norm(Address x, Address weight, int64_t rows, int64_t width, float eps,
   cemg::rms_norm(at<const float>(x), at<const float>(weight), rows, width, eps, at<float>(out));
 }
 
+void row_logsumexp(Address logits, int64_t rows, int64_t width, int64_t stride, Address out) {
+  cemg::row_logsumexp(at<const float>(logits), rows, width, stride, at<float>(out));
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -281,6 +286,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("beam_attention", &beam_attention);
   module.def("residual_quantize", &residual_quantize, release());
   module.def("rms_norm", &rms_norm, release());
+  module.def("row_logsumexp", &row_logsumexp, release());
   module.def("trie_problem", &trie_problem, release());
   module.def("wrong_id", &wrong_id, release());
   py::class_<cemg::TrieBuilder>(module, "TrieBuilder")

@@ -14,6 +14,7 @@ if __name__ == "cemg_kernels":
     from .request_filter import RequestFilter
     from .residual_quantize import residual_quantize
     from .rms_norm import rms_norm
+    from .row_logsumexp import row_logsumexp
     from .trie import Trie
     from .trie_beam_step import trie_beam_step
     from .trie_softmax import trie_softmax
@@ -30,6 +31,7 @@ if __name__ == "cemg_kernels":
         "lightgcn_propagate",
         "residual_quantize",
         "rms_norm",
+        "row_logsumexp",
         "trie_beam_step",
         "trie_softmax",
         "use_fast_kernels",

@@ -32,6 +32,7 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "lightgcn_propagate": ("triton", "torch", "reference"),
     "beam_attention": ("native", "reference"),
     "rms_norm": ("native", "reference"),
+    "row_logsumexp": ("native", "reference"),
 }
 _override: bool | None = None
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cemg_kernels import beam_attention, rms_norm
+from cemg_kernels import beam_attention, rms_norm, row_logsumexp
 from cemg_kernels.beam_attention import Prefix, Step
 
 BLOCK_COLUMNS = 4096  # of the vocabulary, multiplied at once on a CPU
@@ -239,7 +239,7 @@ class Head:
         totals, cells = [], BLOCK_CELLS[hidden.device.type]
         for block in self.blocks:
             parts = hidden.split(max(1, cells // block.weight.shape[0]))
-            totals.append(torch.cat([block(part).float().logsumexp(-1) for part in parts]))
+            totals.append(torch.cat([row_logsumexp(block(part)) for part in parts]))
         return totals[0] if len(totals) == 1 else torch.stack(totals).logsumexp(0)
 
 

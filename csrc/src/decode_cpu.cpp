@@ -4,13 +4,7 @@
 #include <cmath>
 #include <limits>
 
-// The row functions are built for several instruction sets, and the best is picked when the module loads.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define CEMG_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CEMG_CLONES
-#endif
+#include "cemg/row_math.h"
 
 namespace cemg {
 namespace {

@@ -6,18 +6,12 @@
 #include <limits>
 #include <vector>
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define CEMG_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CEMG_CLONES
-#endif
+#include "cemg/row_math.h"
 
 namespace cemg {
 namespace {
 
-constexpr int64_t kRows = 8;    // of x at a time
-constexpr int64_t kLanes = 32;  // codes at a time: 8 x 32 sums fit the registers of AVX-512
+constexpr int64_t kRows = 8;  // of x at a time, and kLanes codes: 8 x 32 sums fit the registers of AVX-512
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kMayOverflow = 1e38;  // a partial sum this large may not fit a float
 

@@ -1,58 +1,22 @@
 #include "cemg/trie_step.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-// The loops over a row are built for several instruction sets, and the best is picked when the module loads.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define CEMG_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CEMG_CLONES
-#endif
+#include "cemg/row_math.h"
 
 namespace cemg {
 namespace {
 
-constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr int64_t kParallelWork = 1 << 14;  // logits worth the waking of a thread
-constexpr int64_t kLanes = 32;              // values side by side, so that the compiler may use vectors
-constexpr int64_t kBlock = 8 * kLanes;
 
 // NaN counts as -inf, +inf as the largest finite number.
 float tame(float x) noexcept {
   if (std::isnan(x)) return kNever;
   return std::min(x, kLargest);
-}
-
-// By value, unlike std::min and std::max, so that loops of them have no branches.
-constexpr float smaller(float a, float b) noexcept {
-  return b < a ? b : a;
-}
-constexpr float larger(float a, float b) noexcept {
-  return a < b ? b : a;
-}
-
-// e^x for x <= 0, within 2^-22 of it; below -87, where a float ends, e^-87. With x = n log 2 + r and
-// |r| <= log 2 / 2, e^r is its Taylor series to r^7 (what is left out: 2^-27), and 2^n goes to the exponent.
-inline float exp_of_negative(float x) noexcept {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it has no bits after the point
-  x = larger(x, -87.0f);
-  const float n = (x * 1.44269504f + kRound) - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first of 9 bits
-  float sum = 1.0f / 5040;
-  sum = sum * r + 1.0f / 720;
-  sum = sum * r + 1.0f / 120;
-  sum = sum * r + 1.0f / 24;
-  sum = sum * r + 1.0f / 6;
-  sum = sum * r + 0.5f;
-  sum = sum * r + 1.0f;
-  sum = sum * r + 1.0f;
-  return sum * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
 }
 
 // The tame values of a row's logits [count].
@@ -61,32 +25,6 @@ CEMG_CLONES void read_row(const float* logits, int64_t count, float* out) noexce
     const float x = smaller(logits[i], kLargest);
     out[i] = x == x ? x : kNever;
   }
-}
-
-// log(sum(exp(x))) over x [count], which are tame; -inf where all are.
-CEMG_CLONES float log_sum_exp(const float* x, int64_t count) noexcept {
-  const int64_t whole = count - count % kLanes;
-  float lanes[kLanes];
-  std::fill(lanes, lanes + kLanes, kNever);
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = larger(lanes[lane], x[i + lane]);
-  }
-  float highest = kNever;
-  for (const float lane : lanes) highest = larger(highest, lane);
-  for (int64_t i = whole; i < count; ++i) highest = larger(highest, x[i]);
-  if (highest == kNever) return kNever;
-  std::fill(lanes, lanes + kLanes, 0.0f);
-  for (int64_t i = 0; i < count; i += kBlock) {
-    float powers[kBlock] = {};
-    const int64_t here = std::min(kBlock, count - i);
-    for (int64_t j = 0; j < here; ++j) powers[j] = exp_of_negative(x[i + j] - highest);
-    for (int64_t j = 0; j < here; j += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += powers[j + lane];
-    }
-  }
-  float sum = 0;
-  for (const float lane : lanes) sum += lane;
-  return highest + std::log(sum);
 }
 
 // From `first` on, the first of x [count] whose score + min(x - total, 0) is above `bound`; else `count`.

@@ -1,0 +1,61 @@
+// Arithmetic over one row of floats, in vectors where the machine has them.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+// Functions marked so are built for several instruction sets, and the best is picked when the module loads.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define CEMG_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CEMG_CLONES
+#endif
+
+namespace cemg {
+
+inline constexpr float kNever = -std::numeric_limits<float>::infinity();
+inline constexpr int64_t kLanes = 32;  // values side by side, so that the compiler may use vectors
+
+// By value, unlike std::min and std::max, so that loops of them have no branches.
+constexpr float smaller(float a, float b) noexcept {
+  return b < a ? b : a;
+}
+constexpr float larger(float a, float b) noexcept {
+  return a < b ? b : a;
+}
+
+// e^x for x <= 0, within 2^-22 of it; below -87, where a float ends, e^-87; NaN for NaN. With
+// x = n log 2 + r and |r| <= log 2 / 2, e^r is its Taylor series to r^7 (what is left out: 2^-27), and 2^n
+// goes to the exponent.
+inline float exp_of_negative(float x) noexcept {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it ends in n, as an integer
+  x = larger(x, -87.0f);
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first of 9 bits
+  float sum = 1.0f / 5040;
+  sum = sum * r + 1.0f / 720;
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  return sum * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23);
+}
+
+// The highest of x [count]; NaN is passed over, -inf where there is nothing.
+float highest_of(const float* x, int64_t count) noexcept;
+
+// sum(exp(x - highest)) over x [count], none of them above `highest`, which is finite; NaN where one is.
+float sum_exp(const float* x, int64_t count, float highest) noexcept;
+
+// log(sum(exp(x))) over x [count], as torch has it: -inf for nothing, NaN where one is.
+float log_sum_exp(const float* x, int64_t count) noexcept;
+
+// The same of each row of logits [rows, width], `stride` floats apart, to out [rows].
+void row_logsumexp(const float* logits, int64_t rows, int64_t width, int64_t stride, float* out) noexcept;
+
+}  // namespace cemg
