@@ -12,6 +12,7 @@
 #include <variant>
 #include <vector>
 
+#include "cemg/attention_cpu.h"
 #include "cemg/decode_cpu.h"
 #include "cemg/quantize_cpu.h"
 #include "cemg/row_math.h"
@@ -233,6 +234,21 @@ void beam_attention(const std::array<int64_t, 5>& shape, Address query, int64_t 
                        at<float>(out));
 }
 
+// operands: address and strides of user, head and row of query, keys, values and out.
+void prefix_attention(const std::array<int64_t, 6>& shape,
+                      const std::array<std::tuple<Address, int64_t, int64_t, int64_t>, 4>& operands,
+                      float scale, Address bias, Address padding, bool causal, Address lse) {
+  const auto read = [&operands](size_t i) {
+    const auto& [data, user, head, row] = operands[i];
+    return cemg::Strided<const float>{at<const float>(data), user, head, row};
+  };
+  const auto& [data, user, head, row] = operands[3];
+  const cemg::AttentionShape dims{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
+  const cemg::Strided<const float> terms{at<const float>(bias), 0, dims.queries * dims.keys, dims.keys};
+  cemg::prefix_attention(dims, read(0), read(1), read(2), {scale, terms, at<const float>(padding), causal},
+                         {at<float>(data), user, head, row}, at<float>(lse));
+}
+
 void residual_quantize(Address x, int64_t rows, const std::array<int64_t, 3>& shape, Address codebooks,
                        Address codes, Address quantized) {
   cemg::residual_quantize(at<const float>(x), rows,
@@ -284,6 +300,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("launch_trie_kernel", &launch_trie_kernel, release());
 #endif
   module.def("beam_attention", &beam_attention);
+  module.def("prefix_attention", &prefix_attention, release());
   module.def("residual_quantize", &residual_quantize, release());
   module.def("rms_norm", &rms_norm, release());
   module.def("row_logsumexp", &row_logsumexp, release());

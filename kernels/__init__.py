@@ -11,6 +11,7 @@ if __name__ == "cemg_kernels":
     from .item_filter import ItemFilter
     from .lightgcn_propagate import BipartiteGraph, lightgcn_propagate
     from .live_trie import LiveTrie
+    from .prefix_attention import prefix_attention
     from .request_filter import RequestFilter
     from .residual_quantize import residual_quantize
     from .rms_norm import rms_norm
@@ -29,6 +30,7 @@ if __name__ == "cemg_kernels":
         "beam_attention",
         "fast_kernels_enabled",
         "lightgcn_propagate",
+        "prefix_attention",
         "residual_quantize",
         "rms_norm",
         "row_logsumexp",

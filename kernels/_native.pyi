@@ -8,6 +8,10 @@ def beam_attention(
     shape: list[int], query: int, query_stride: int, steps: list[tuple[int, int, int, int]], ancestors: int,
     bias: int, scale: float, prefix: list[int], out: int, /,
 ) -> None: ...  # fmt: skip
+def prefix_attention(
+    shape: tuple[int, int, int, int, int, int], operands: list[tuple[int, int, int, int]], scale: float,
+    bias: int, padding: int, causal: bool, lse: int, /,
+) -> None: ...  # fmt: skip
 def residual_quantize(
     x: int, rows: int, shape: tuple[int, int, int], codebooks: int, codes: int, quantized: int, /
 ) -> None: ...

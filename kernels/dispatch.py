@@ -31,6 +31,7 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "trie": ("native", "reference"),
     "lightgcn_propagate": ("triton", "torch", "reference"),
     "beam_attention": ("native", "reference"),
+    "prefix_attention": ("native", "torch", "reference"),
     "rms_norm": ("native", "reference"),
     "row_logsumexp": ("native", "reference"),
 }

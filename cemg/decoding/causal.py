@@ -30,10 +30,10 @@ from cemg.decoding.layers import (
     unwrapped,
     weight_of,
 )
+from cemg_kernels import prefix_attention
 from cemg_kernels.beam_attention import Prefix
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")  # one shape: RMSNorm, rotary, gated feed-forward
-FUSED_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
 
@@ -163,16 +163,14 @@ class CausalStepper:
 
     def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
         plan = self.plan
-        batch, length = input_ids.shape
+        batch = len(input_ids)
         packing = Packing.of(attention_mask)
         positions = (attention_mask.cumsum(1) - 1).clamp_min(0)  # [B, S]
         self.next_position = attention_mask.sum(1)  # [B]
-        self.seen, causal = None, None
+        # [B, S]: 0 at a token, the lowest number at padding; None where nothing is padded
+        self.padding = None
         if packing.index is not None or attention_mask.device.type != "cpu":
-            self.seen = attention_mask.bool()[:, None, None]  # [B, 1, 1, S]
-            # padding sees itself, so that no softmax is empty
-            own = torch.eye(length, dtype=torch.bool, device=input_ids.device)
-            causal = torch.ones_like(own).tril() & self.seen | own  # [B, 1, S, S]
+            self.padding = (1 - attention_mask.to(plan.dtype)) * torch.finfo(plan.dtype).min
         flat = packing.pack(positions)
         rotary = plan.rotary(flat)
         x = plan.embed(packing.pack(input_ids), flat)  # [T, d]
@@ -184,11 +182,14 @@ class CausalStepper:
             self.prompt.append((keys, values))  # wide: [B, H, S, Dh]
             if layer is plan.layers[-1]:  # only what follows the last token is asked for
                 x = packing.unpack(x)[:, -1]  # [B, d]
-                wide, mask = wide[:, :, -1:], None if self.seen is None else self.seen
-                attended = _attend(wide, keys, values, mask, plan.scale, causal=False)
+                attended, _ = prefix_attention(
+                    wide[:, :, -1:], keys, values, plan.scale, padding=self.padding
+                )
                 rows = attended.transpose(1, 2).reshape(batch, -1)
             else:
-                attended = _attend(wide, keys, values, causal, plan.scale, causal=causal is None)
+                attended, _ = prefix_attention(
+                    wide, keys, values, plan.scale, padding=self.padding, causal=True
+                )
                 rows = packing.pack(attended.transpose(1, 2).flatten(2))
             x = layer.feed(layer.out.added_to(x, rows))
         return plan.head(x, batch, wanted)
@@ -223,27 +224,9 @@ class CausalStepper:
         shared, size = plan.heads // plan.kv_heads, query.shape[2]
         folded = query.reshape(batch, -1, plan.kv_heads, shared, size).transpose(1, 2)
         folded = folded.flatten(2, 3)  # [B, G, W * H / G, Dh]
-        if query.device.type == "cpu":  # torch's own fused attention, which keeps the log-sum-exp
-            mask = None if self.seen is None else torch.where(self.seen, 0.0, _lowest(query)).to(query.dtype)
-            return Prefix(*FUSED_CPU(folded, keys, values, attn_mask=mask, scale=plan.scale))
-        scores = folded @ (keys * plan.scale).transpose(2, 3)  # [B, G, W * H / G, S]
-        if self.seen is not None:
-            scores = scores.masked_fill(~self.seen, _lowest(scores))
-        return Prefix(scores.softmax(3) @ values, scores.logsumexp(3))
-
-
-def _lowest(like: Tensor) -> float:
-    return torch.finfo(like.dtype).min
-
-
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool
-) -> Tensor:
-    """Attention [B, H, Q, Dh] over G shared key-value heads."""
-    shared = query.shape[1] // keys.shape[1]
-    if shared > 1:
-        keys, values = (t.repeat_interleave(shared, dim=1) for t in (keys, values))
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
+        return Prefix(
+            *prefix_attention(folded, keys, values, plan.scale, padding=self.padding, with_lse=True)
+        )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

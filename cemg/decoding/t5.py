@@ -29,6 +29,7 @@ from cemg.decoding.layers import (
     unwrapped,
     weight_of,
 )
+from cemg_kernels import prefix_attention
 
 MOST_LENGTHS = 64  # encoder biases kept on a CPU
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
@@ -132,7 +133,7 @@ class T5Plan:
         return Feed(_norm(layer.layer_norm), gate, up, down, Activation.of(dense.act))
 
     def encoder_bias(self, length: int) -> Tensor:
-        """The encoder's position bias [1, H, S, S], of the model's dtype; made once a length.
+        """The encoder's position bias [H, S, S], of the model's dtype; made once a length.
 
         None is dropped on a GPU: a recorded graph reads it where it is.
         """
@@ -141,7 +142,7 @@ class T5Plan:
                 self._encoder_bias.clear()
             place = torch.arange(length, device=self.device)
             bias = _bias(self.encoder_attention, place[None] - place[:, None])  # [S, S, H]
-            self._encoder_bias[length] = bias.permute(2, 0, 1)[None].contiguous()
+            self._encoder_bias[length] = bias.permute(2, 0, 1).contiguous()
         return self._encoder_bias[length]
 
     def decoder_bias(self, position: int) -> Tensor:
@@ -162,11 +163,11 @@ class T5Stepper:
         plan = self.plan
         packing = Packing.of(attention_mask)
         batch = input_ids.shape[0]
-        # [B, 1, 1, S]: 0 at a token, the lowest number at padding; None where nothing is padded
+        # [B, S]: 0 at a token, the lowest number at padding; None where nothing is padded
         self.padding = None
         if packing.index is not None or attention_mask.device.type != "cpu":
             lowest = torch.finfo(plan.dtype).min
-            self.padding = (1 - attention_mask.to(plan.dtype))[:, None, None] * lowest
+            self.padding = (1 - attention_mask.to(plan.dtype)) * lowest
         encoded = self._encode(input_ids, packing)
         crosses = packing.unpack(plan.cross_kv(encoded)).chunk(2 * len(plan.decoder), dim=2)
         views = [heads(part, plan.heads) for part in crosses]  # each [B, H, S, Dh]
@@ -205,14 +206,12 @@ class T5Stepper:
     def _encode(self, input_ids: Tensor, packing: Packing) -> Tensor:
         """The encoder's output for the tokens alone, [T, d]."""
         plan = self.plan
-        bias = plan.encoder_bias(packing.length)
-        if self.padding is not None:
-            bias = bias + self.padding  # [B, H, S, S]
+        bias = plan.encoder_bias(packing.length)  # [H, S, S]
         x = F.embedding(packing.pack(input_ids), plan.encoder_embedding)
         for layer in plan.encoder:
             qkv = packing.unpack(layer.qkv(layer.norm(x)))
             q, k, v = (heads(part, plan.heads) for part in qkv.chunk(3, dim=2))
-            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+            seen, _ = prefix_attention(q, k, v, bias=bias, padding=self.padding)
             x = layer.feed(layer.out.added_to(x, packing.pack(seen.transpose(1, 2).flatten(2))))
         return plan.encoder_norm(x)
 
@@ -222,7 +221,7 @@ class T5Stepper:
         query = heads(layer.cross_q(layer.cross_norm(x)).view(batch, -1, layer.cross_q.weight.shape[0]),
                       self.plan.heads)  # fmt: skip
         keys, values = self.cross[number]
-        seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.padding, scale=1.0)
+        seen, _ = prefix_attention(query, keys, values, padding=self.padding)
         return layer.cross_out.added_to(x, seen.transpose(1, 2).reshape(x.shape[0], -1))
 
 
