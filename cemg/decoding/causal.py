@@ -224,9 +224,9 @@ class CausalStepper:
         shared, size = plan.heads // plan.kv_heads, query.shape[2]
         folded = query.reshape(batch, -1, plan.kv_heads, shared, size).transpose(1, 2)
         folded = folded.flatten(2, 3)  # [B, G, W * H / G, Dh]
-        return Prefix(
-            *prefix_attention(folded, keys, values, plan.scale, padding=self.padding, with_lse=True)
-        )
+        out, lse = prefix_attention(folded, keys, values, plan.scale, padding=self.padding, with_lse=True)
+        assert lse is not None
+        return Prefix(out, lse)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
