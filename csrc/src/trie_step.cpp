@@ -1,6 +1,7 @@
 #include "cemg/trie_step.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -12,6 +13,7 @@ namespace {
 
 constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr int64_t kParallelWork = 1 << 14;  // logits worth the waking of a thread
+constexpr int64_t kScan = 256;              // logits against one bound
 
 // NaN counts as -inf, +inf as the largest finite number.
 float tame(float x) noexcept {
@@ -19,32 +21,40 @@ float tame(float x) noexcept {
   return std::min(x, kLargest);
 }
 
-// The tame values of a row's logits [count].
-CEMG_CLONES void read_row(const float* logits, int64_t count, float* out) noexcept {
-  for (int64_t i = 0; i < count; ++i) {
-    const float x = smaller(logits[i], kLargest);
-    out[i] = x == x ? x : kNever;
-  }
+// log(sum(exp(x))) over the tame values of x [count]; -inf where all are. They are written out, to `room`,
+// only where x has others.
+float tame_log_sum_exp(const float* x, int64_t count, std::vector<float>& room) {
+  const float total = log_sum_exp(x, count);
+  if (total < std::numeric_limits<float>::infinity()) return total;
+  room.resize(std::max(room.size(), static_cast<size_t>(count)));
+  std::transform(x, x + count, room.begin(), tame);
+  return log_sum_exp(room.data(), count);
 }
 
-// From `first` on, the first of x [count] whose score + min(x - total, 0) is above `bound`; else `count`.
-CEMG_CLONES int64_t find_above(const float* x, int64_t first, int64_t count, float score, float total,
-                               float bound) noexcept {
-  int64_t i = first;
+// A log-probability. Only NaN needs taming: an infinite x gives what the largest number gives, 0.
+float log_prob_of(float x, float total) noexcept {
+  return std::isnan(x) ? kNever : smaller(x - total, 0.0f);
+}
+
+// The places in x [count], at most kScan, whose score + min(x - total, 0) is above `bound`: their number.
+// NaN is above nothing.
+CEMG_CLONES int64_t find_above(const float* x, int64_t count, float score, float total, float bound,
+                               int32_t* found) noexcept {
+  int64_t size = 0, i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    int32_t found = 0;
+    uint32_t above = 0;
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      found |= score + smaller(x[i + lane] - total, 0.0f) > bound ? 1 : 0;
+      above |= (score + smaller(x[i + lane] - total, 0.0f) > bound ? uint32_t{1} : uint32_t{0}) << lane;
     }
-    if (found) break;
+    for (; above != 0; above &= above - 1) found[size++] = static_cast<int32_t>(i + std::countr_zero(above));
   }
   for (; i < count; ++i) {
-    if (score + smaller(x[i] - total, 0.0f) > bound) break;
+    if (score + smaller(x[i] - total, 0.0f) > bound) found[size++] = static_cast<int32_t>(i);
   }
-  return i;
+  return size;
 }
 
-// A row's children that the filter allows, with their logits; its memory is kept from row to row.
+// A row's children that the filter allows, with their logits as they are; its memory is kept from row to row.
 template <class Code>
 class Children {
  public:
@@ -56,16 +66,20 @@ class Children {
     const RowFilter mine = filter.of(row);
     everything_ = mine.everything();
     if (!everything_) keep_allowed(trie, mine, range);
-    logits_.resize(std::max(logits_.size(), static_cast<size_t>(size_)));
-    if (everything_ && size_ == trie.codebook_size) {
-      read_row(logits, size_, logits_.data());
-      return;
+    logits_ = logits;
+    if (everything_ && size_ == trie.codebook_size) return;
+    gathered_.resize(std::max(gathered_.size(), static_cast<size_t>(size_)));
+    if (everything_) {
+      const Code* const codes = trie.code + begin_ - 1;
+      for (int32_t i = 0; i < size_; ++i) gathered_[static_cast<size_t>(i)] = logits[codes[i]];
+    } else {
+      for (int32_t i = 0; i < size_; ++i) gathered_[static_cast<size_t>(i)] = logits[code(trie, i)];
     }
-    for (int32_t i = 0; i < size_; ++i) logits_[static_cast<size_t>(i)] = tame(logits[code(trie, i)]);
+    logits_ = gathered_.data();
   }
 
   int32_t size() const noexcept { return size_; }
-  const float* logits() const noexcept { return logits_.data(); }
+  const float* logits() const noexcept { return logits_; }
   int32_t node(int64_t i) const noexcept {
     return everything_ ? begin_ + static_cast<int32_t>(i) : kept_[static_cast<size_t>(i)];
   }
@@ -83,7 +97,8 @@ class Children {
   int32_t begin_ = 0, size_ = 0;
   bool everything_ = true;
   std::vector<int32_t> kept_;
-  std::vector<float> logits_;
+  const float* logits_ = nullptr;  // of all codes, where all are children; else gathered_
+  std::vector<float> gathered_;
 };
 
 // What to subtract from the row's logits; -inf where the row has no log-probabilities.
@@ -95,58 +110,61 @@ float row_total(const StepLogits& step, int64_t row, int64_t size, const Childre
       return tame(step.logsumexp[row]);
     case Normalize::kLevel:
       if (children.size() == size) break;
-      room.resize(static_cast<size_t>(size));
-      read_row(step.logits + row * size, size, room.data());
-      return log_sum_exp(room.data(), size);
+      return tame_log_sum_exp(step.logits + row * size, size, room);
     case Normalize::kValid:
       break;
   }
-  return log_sum_exp(children.logits(), children.size());
+  return tame_log_sum_exp(children.logits(), children.size(), room);
 }
 
 struct Candidate {
   float score;
   int64_t place;  // parent * K + code: the lower wins a tie
   int32_t node;
-
-  friend bool better(const Candidate& a, const Candidate& b) noexcept {
-    return a.score > b.score || (a.score == b.score && a.place < b.place);
-  }
 };
 
-// The best `limit` candidates offered, a heap whose top is the worst kept.
+bool better(const Candidate& a, const Candidate& b) noexcept {
+  return a.score > b.score || (a.score == b.score && a.place < b.place);
+}
+
+// The best `limit` of the candidates offered, in the order of their places. A few more are kept, so that the
+// worst are cut many at a time.
 class Best {
  public:
   void clear(size_t limit) {
     limit_ = limit;
-    heap_.clear();
-    heap_.reserve(limit);
+    most_ = limit + limit / 2 + 16;
+    bound_ = kNever;
+    kept_.clear();
+    kept_.reserve(most_);
   }
 
-  // Only a candidate above this score would be kept: a tie falls to the earlier.
-  float bound() const noexcept { return heap_.size() == limit_ ? heap_.front().score : kNever; }
+  // Only a candidate above this score may be kept: a tie falls to the earlier.
+  float bound() const noexcept { return bound_; }
 
-  // A candidate above the bound.
   void offer(const Candidate& candidate) {
-    if (heap_.size() == limit_) {
-      std::pop_heap(heap_.begin(), heap_.end(), worse_on_top);
-      heap_.back() = candidate;
-    } else {
-      heap_.push_back(candidate);
-    }
-    std::push_heap(heap_.begin(), heap_.end(), worse_on_top);
+    if (candidate.score <= bound_) return;
+    kept_.push_back(candidate);
+    if (kept_.size() == most_) cut();
   }
 
   const std::vector<Candidate>& sorted() {
-    std::sort(heap_.begin(), heap_.end(), worse_on_top);
-    return heap_;
+    if (kept_.size() > limit_) cut();
+    std::sort(kept_.begin(), kept_.end(), better);
+    return kept_;
   }
 
  private:
-  static bool worse_on_top(const Candidate& a, const Candidate& b) noexcept { return better(a, b); }
+  void cut() {
+    const auto worst = kept_.begin() + static_cast<std::ptrdiff_t>(limit_) - 1;
+    std::nth_element(kept_.begin(), worst, kept_.end(), better);
+    kept_.resize(limit_);
+    bound_ = kept_.back().score;
+  }
 
-  size_t limit_ = 0;
-  std::vector<Candidate> heap_;
+  size_t limit_ = 0, most_ = 0;
+  float bound_ = kNever;
+  std::vector<Candidate> kept_;
 };
 
 void write(const std::vector<Candidate>& best, int64_t user, int64_t width, int64_t size,
@@ -193,7 +211,7 @@ void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, con
     std::fill(log_prob, log_prob + size, kNever);
     if (total == kNever) continue;
     for (int32_t i = 0; i < children.size(); ++i) {
-      log_prob[children.code(trie, i)] = smaller(children.logits()[i] - total, 0.0f);
+      log_prob[children.code(trie, i)] = log_prob_of(children.logits()[i], total);
     }
   }
 }
@@ -218,10 +236,15 @@ void beam_step(TrieView<Code> trie, FilterView filter, const StepLogits& step, c
       const float total = count ? row_total(step, row, size, children, space.room) : kNever;
       if (total == kNever) continue;
       const float* const x = children.logits();
-      const auto next_after = [&](int64_t i) { return find_above(x, i, count, score, total, best.bound()); };
-      for (int64_t i = next_after(0); i < count; i = next_after(i + 1)) {
-        const float log_prob = smaller(x[i] - total, 0.0f);
-        best.offer({score + log_prob, beam * size + children.code(trie, i), children.node(i)});
+      for (int64_t begin = 0; begin < count; begin += kScan) {
+        int32_t found[kScan];
+        const int64_t size_here = std::min(kScan, count - begin);
+        const int64_t above = find_above(x + begin, size_here, score, total, best.bound(), found);
+        for (int64_t j = 0; j < above; ++j) {
+          const int64_t i = begin + found[j];
+          best.offer(
+              {score + smaller(x[i] - total, 0.0f), beam * size + children.code(trie, i), children.node(i)});
+        }
       }
     }
     write(best.sorted(), user, width, size, next);
