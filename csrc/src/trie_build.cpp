@@ -29,22 +29,27 @@ void in_chunks(int64_t items, int64_t chunks, Work work) {
   }
 }
 
-// (key, row) pairs, sorted by key and, among equal keys, left as they were: a radix sort.
-class PairSorter {
+// Keys, and rows that go with them where there are any, sorted by the keys' bits [begin, end) and, among
+// equal ones, left as they were: a radix sort.
+class RadixSorter {
  public:
-  PairSorter(std::vector<uint64_t>& keys, std::vector<int32_t>& rows, int64_t chunks)
+  RadixSorter(std::vector<uint64_t>& keys, std::vector<int32_t>& rows, int64_t chunks)
       : keys_(keys), rows_(rows), chunks_(chunks), other_keys_(keys.size()), other_rows_(rows.size()) {}
 
-  void sort(int bits) {
-    for (int shift = 0; shift < bits; shift += kDigitBits) pass(shift);
+  void sort(int begin, int end) {
+    for (int shift = begin; shift < end; shift += kDigitBits) {
+      rows_.empty() ? pass<false>(shift, end) : pass<true>(shift, end);
+    }
   }
 
  private:
   using Places = std::array<uint32_t, kDigits>;
 
-  void pass(int shift) {
+  template <bool kRows>
+  void pass(int shift, int end) {
     const auto items = static_cast<int64_t>(keys_.size());
-    const auto digit = [shift](uint64_t key) { return (key >> shift) & (kDigits - 1); };
+    const uint64_t mask = (uint64_t{1} << std::min(kDigitBits, end - shift)) - 1;
+    const auto digit = [shift, mask](uint64_t key) { return (key >> shift) & mask; };
     std::vector<Places> places(static_cast<size_t>(chunks_), Places{});
     in_chunks(items, chunks_, [&](int64_t chunk, Span part) {
       Places& count = places[chunk];
@@ -56,7 +61,7 @@ class PairSorter {
       for (int64_t i = part.begin; i < part.end; ++i) {
         const uint32_t to = place[digit(keys_[i])]++;
         other_keys_[to] = keys_[i];
-        other_rows_[to] = rows_[i];
+        if constexpr (kRows) other_rows_[to] = rows_[i];
       }
     });
     keys_.swap(other_keys_);
@@ -128,6 +133,43 @@ void pack_all(std::span<const Code> codes, const KeyLayout& layout, int32_t word
   });
 }
 
+// Fills keys [N] with a row's only word over its number, sorts them, and takes them apart again.
+template <class Code>
+void sort_joined(std::span<const Code> codes, const KeyLayout& layout, int row_bits, int64_t chunks,
+                 std::vector<uint64_t>& keys, std::vector<int32_t>& order) {
+  const auto rows = static_cast<int64_t>(keys.size());
+  in_chunks(rows, chunks, [&](int64_t, Span part) {
+    for (int64_t row = part.begin; row < part.end; ++row) {
+      const uint64_t key = pack(codes.data() + static_cast<size_t>(row) * layout.levels, layout, 0);
+      keys[row] = (key << row_bits) | static_cast<uint64_t>(row);
+    }
+  });
+  RadixSorter(keys, order, chunks).sort(row_bits, row_bits + layout.levels * layout.bits);
+  order.resize(rows);
+  in_chunks(rows, chunks, [&](int64_t, Span part) {
+    for (int64_t rank = part.begin; rank < part.end; ++rank) {
+      order[rank] = static_cast<int32_t>(keys[rank] & ((uint64_t{1} << row_bits) - 1));
+      keys[rank] >>= row_bits;
+    }
+  });
+}
+
+// The rows in the order of their codes, and to keys [N] the first word of each; `order` comes empty.
+template <class Code>
+void sort_rows(std::span<const Code> codes, const KeyLayout& layout, int64_t chunks,
+               std::vector<uint64_t>& keys, std::vector<int32_t>& order) {
+  const int row_bits = static_cast<int>(std::bit_width(keys.size() - 1));
+  if (layout.levels * layout.bits + row_bits <= 64) {  // half the bytes to move, in one stream
+    return sort_joined(codes, layout, row_bits, chunks, keys, order);
+  }
+  order.resize(keys.size());
+  std::iota(order.begin(), order.end(), 0);
+  for (int32_t word = layout.words() - 1; word >= 0; --word) {  // stable, so the first word weighs most
+    pack_all(codes, layout, word, order, chunks, keys.data());
+    RadixSorter(keys, order, chunks).sort(0, (layout.end(word) - layout.begin(word)) * layout.bits);
+  }
+}
+
 }  // namespace
 
 template <class Code>
@@ -140,13 +182,8 @@ std::variant<TrieBuilder, BuildError> TrieBuilder::sort(std::span<const Code> co
   TrieBuilder built;
   built.chunks_ = chunks;
   const KeyLayout layout = built.layout_ = layout_of(levels, codebook_size);
-  built.order_.resize(rows);
-  std::iota(built.order_.begin(), built.order_.end(), 0);
   built.keys_.resize(rows);
-  for (int32_t word = layout.words() - 1; word >= 0; --word) {  // stable, so the first word weighs most
-    pack_all(codes, layout, word, built.order_, chunks, built.keys_.data());
-    PairSorter(built.keys_, built.order_, chunks).sort((layout.end(word) - layout.begin(word)) * layout.bits);
-  }
+  sort_rows(codes, layout, chunks, built.keys_, built.order_);
   built.keys_.resize(static_cast<size_t>(rows) * layout.words());
   for (int32_t word = 1; word < layout.words(); ++word) {
     pack_all(codes, layout, word, built.order_, chunks, built.keys_.data() + word * rows);
@@ -161,6 +198,8 @@ std::variant<TrieBuilder, BuildError> TrieBuilder::sort(std::span<const Code> co
 TrieBuilder::Counts TrieBuilder::find_depths() {
   const int64_t items = num_items();
   depth_.resize(items);
+  std::array<int32_t, 64> code_of;  // which code of a word, from its last, holds a bit
+  for (int bit = 0; bit < 64; ++bit) code_of[bit] = bit / layout_.bits;
   Counts at_depth(chunks_, std::vector<int32_t>(layout_.levels + 1));
   in_chunks(items, chunks_, [&](int64_t chunk, Span part) {
     for (int64_t rank = part.begin; rank < part.end; ++rank) {
@@ -169,7 +208,7 @@ TrieBuilder::Counts TrieBuilder::find_depths() {
         const uint64_t* key = keys_.data() + word * items + rank;
         const uint64_t differ = key[0] ^ key[-1];
         if (differ == 0) continue;
-        depth = layout_.end(word) - 1 - (63 - std::countl_zero(differ)) / layout_.bits;
+        depth = layout_.end(word) - 1 - code_of[63 - std::countl_zero(differ)];
         break;
       }
       depth_[rank] = static_cast<uint8_t>(depth);
@@ -212,14 +251,20 @@ template <class Code>
 void TrieBuilder::write(Code* code, int32_t* first_child, int32_t* rows) const {
   const int32_t levels = layout_.levels;
   const uint64_t code_mask = (uint64_t{1} << layout_.bits) - 1;
+  std::array<const uint64_t*, kMaxLevels> word_of;  // the keys that hold a level's code, and how far up
+  std::array<int32_t, kMaxLevels> shift_of;
+  for (int32_t m = 0; m < levels; ++m) {
+    const int32_t word = m / layout_.per_word;
+    word_of[m] = keys_.data() + word * num_items();
+    shift_of[m] = (layout_.end(word) - 1 - m) * layout_.bits;
+  }
   first_child[0] = 1;
   in_chunks(num_items(), chunks_, [&](int64_t chunk, Span part) {
     std::vector<int32_t> next = node_begin_[chunk];  // the number the next node of each level gets
     std::copy(order_.begin() + part.begin, order_.begin() + part.end, rows + part.begin);
     for (int64_t rank = part.begin; rank < part.end; ++rank) {
       for (int32_t m = depth_[rank]; m < levels; ++m) {
-        const int32_t word = m / layout_.per_word;
-        const uint64_t key = keys_[word * num_items() + rank] >> ((layout_.end(word) - 1 - m) * layout_.bits);
+        const uint64_t key = word_of[m][rank] >> shift_of[m];
         const int32_t node = next[m + 1]++;
         code[node - 1] = static_cast<Code>(key & code_mask);
         if (m + 1 < levels) first_child[node] = next[m + 2];
