@@ -24,6 +24,7 @@ from safetensors import safe_open
 import cemg
 from cemg.errors import UserError
 from cemg.progress import console
+from cemg_kernels.ranges import named_range
 
 MANIFEST, KEY = "manifest.json", "key.json"
 
@@ -60,7 +61,8 @@ class Run:
             console.print(f"{name}: reused", highlight=False)
         else:
             if _key_of(doing / MANIFEST) != key:  # else all but the renaming was done when it was killed
-                self._build(name, key, config, build)
+                with named_range(f"stage: {name}"):
+                    self._build(name, key, config, build)
             self._place(name)
         self.seconds[name] = json.loads((done / MANIFEST).read_text())["seconds"]
         return done

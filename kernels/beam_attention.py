@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import native, pick
+from .ranges import ranged
 
 
 class Prefix(NamedTuple):
@@ -29,6 +30,7 @@ class Prefix(NamedTuple):
 Step = tuple[Tensor, Tensor]
 
 
+@ranged
 def beam_attention(
     query: Tensor,
     steps: Sequence[Step],

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import native, pick
+from .ranges import ranged
 
 
+@ranged
 def prefix_attention(
     query: Tensor, keys: Tensor, values: Tensor, scale: float = 1.0, *, bias: Tensor | None = None,
     padding: Tensor | None = None, causal: bool = False, with_lse: bool = False, backend: str | None = None,

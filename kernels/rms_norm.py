@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import native, pick
+from .ranges import ranged
 
 
+@ranged
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension of ``x`` [..., d]; ``weight`` [d].
 

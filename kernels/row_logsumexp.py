@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from .dispatch import native, pick
+from .ranges import ranged
 
 
+@ranged
 def row_logsumexp(logits: Tensor, *, backend: str | None = None) -> Tensor:
     """``log(sum(exp(logits)))`` over the columns of ``logits`` [R, V], float32 [R].
 

@@ -24,6 +24,7 @@ from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter, RequestFilter, Trie, fast_kernels_enabled, trie_beam_step
+from cemg_kernels.ranges import named_range
 
 Filter = ItemFilter | RequestFilter
 Normalize = Literal["vocab", "level", "valid"]
@@ -212,7 +213,8 @@ class Decoder:
         the device. With ``floor`` [B], only prefixes that score at least as much live on."""
         device = self.trie.device
         stepper = self.plan.begin()
-        logits = stepper.start(input_ids, attention_mask, self._wanted(0))
+        with named_range("decode: prompt and first code"):
+            logits = stepper.start(input_ids, attention_mask, self._wanted(0))
         batch = len(input_ids)
         scores = torch.zeros(batch, 1, device=device)
         nodes = torch.zeros(batch, 1, dtype=torch.int32, device=device)  # the root
@@ -225,7 +227,8 @@ class Decoder:
                 break
             if level > 0:
                 tokens = self._tokens(codes[:, :, -1], level - 1)
-                logits = stepper.step(tokens, parents.clamp_min(0), self._wanted(level))
+                with named_range(f"decode: code {level}"):
+                    logits = stepper.step(tokens, parents.clamp_min(0), self._wanted(level))
             scores, parents, chosen, nodes, cut = trie_beam_step(
                 logits.columns, scores, nodes, self.trie, beams, self.normalize, logits.total, filter
             )

@@ -30,6 +30,7 @@ from cemg.decoding.layers import (
     weight_of,
 )
 from cemg_kernels import prefix_attention
+from cemg_kernels.ranges import named_range
 
 MOST_LENGTHS = 64  # encoder biases kept on a CPU
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
@@ -168,7 +169,8 @@ class T5Stepper:
         if packing.index is not None or attention_mask.device.type != "cpu":
             lowest = torch.finfo(plan.dtype).min
             self.padding = (1 - attention_mask.to(plan.dtype)) * lowest
-        encoded = self._encode(input_ids, packing)
+        with named_range("decode: encoder"):
+            encoded = self._encode(input_ids, packing)
         crosses = packing.unpack(plan.cross_kv(encoded)).chunk(2 * len(plan.decoder), dim=2)
         views = [heads(part, plan.heads) for part in crosses]  # each [B, H, S, Dh]
         self.cross = list(zip(views[::2], views[1::2], strict=True))

@@ -16,12 +16,12 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no g++ on this machine")
-def test_the_trie_in_cpp_is_clean_under_asan_and_ubsan(tmp_path: Path):
+def test_the_trie_and_attention_in_cpp_are_clean_under_asan_and_ubsan(tmp_path: Path):
     program = tmp_path / "trie_main"
     sources = [
         str(HERE / "trie_main.cpp"),
         *map(str, sorted((CSRC / "src").glob("trie_*.cpp"))),
-        str(CSRC / "src" / "row_math.cpp"),
+        *(str(CSRC / "src" / name) for name in ("attention_cpu.cpp", "row_math.cpp")),
     ]
     command = [str(COMPILER), *FLAGS, *SANITIZERS, f"-I{CSRC / 'include'}", *sources, "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
