@@ -6,6 +6,7 @@ python bench/propagate.py [--scale 0.1] [--device cuda] [--json PATH] [--plot PA
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -119,9 +120,10 @@ def one_shape(report: Report, name: str, users: int, items: int, edges: int, ban
         "torch CSR": lambda y: mean_of_layers(lambda z: csr @ z, y),
         "embedding_bag, weighted": bag(graph),
     }
-    ours: dict[str, Operator] = {"torch": lambda y: lightgcn_propagate(graph, y, LAYERS, backend="torch")}
-    if dispatch.choose("lightgcn_propagate", device).backend == "triton":
-        ours["triton"] = lambda y: lightgcn_propagate(graph, y, LAYERS, backend="triton")
+    chosen = dispatch.choose("lightgcn_propagate", device).backend
+    ours: dict[str, Operator] = {
+        name: partial(lightgcn_propagate, graph, layers=LAYERS, backend=name) for name in {chosen, "torch"}
+    }
     wanted = lightgcn_propagate(graph, x.double(), LAYERS, backend="reference").float()
     forward_peers = {**peers, "scipy CSR": scipy_csr(graph, csr)}
     for found in [*ours.values(), *(p for p in forward_peers.values() if not isinstance(p, str))]:

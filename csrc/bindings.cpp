@@ -14,6 +14,7 @@
 
 #include "cemg/attention_cpu.h"
 #include "cemg/decode_cpu.h"
+#include "cemg/propagate_cpu.h"
 #include "cemg/quantize_cpu.h"
 #include "cemg/row_math.h"
 #include "cemg/trie_build.h"
@@ -234,6 +235,13 @@ void beam_attention(const std::array<int64_t, 5>& shape, Address query, int64_t 
                        at<float>(out));
 }
 
+void lightgcn_propagate(int64_t vertices, const std::array<Address, 3>& graph, Address x, int64_t dim,
+                        int64_t layers, Address out, Address room) {
+  cemg::lightgcn_propagate(
+      {vertices, at<const int64_t>(graph[0]), at<const int64_t>(graph[1]), at<const float>(graph[2])},
+      at<const float>(x), dim, layers, at<float>(out), at<float>(room));
+}
+
 // operands: address and strides of user, head and row of query, keys, values and out.
 void prefix_attention(const std::array<int64_t, 6>& shape,
                       const std::array<std::tuple<Address, int64_t, int64_t, int64_t>, 4>& operands,
@@ -300,6 +308,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("launch_trie_kernel", &launch_trie_kernel, release());
 #endif
   module.def("beam_attention", &beam_attention);
+  module.def("lightgcn_propagate", &lightgcn_propagate, release());
   module.def("prefix_attention", &prefix_attention, release());
   module.def("residual_quantize", &residual_quantize, release());
   module.def("rms_norm", &rms_norm, release());

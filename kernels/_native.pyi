@@ -8,6 +8,9 @@ def beam_attention(
     shape: list[int], query: int, query_stride: int, steps: list[tuple[int, int, int, int]], ancestors: int,
     bias: int, scale: float, prefix: list[int], out: int, /,
 ) -> None: ...  # fmt: skip
+def lightgcn_propagate(
+    vertices: int, graph: tuple[int, int, int], x: int, dim: int, layers: int, out: int, room: int, /
+) -> None: ...
 def prefix_attention(
     shape: tuple[int, int, int, int, int, int], operands: list[tuple[int, int, int, int]], scale: float,
     bias: int, padding: int, causal: bool, lse: int, /,

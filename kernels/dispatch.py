@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -29,7 +30,7 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "trie_softmax": ("triton", "native", "reference"),
     "trie_beam_step": ("triton", "native", "torch", "reference"),
     "trie": ("native", "reference"),
-    "lightgcn_propagate": ("triton", "torch", "reference"),
+    "lightgcn_propagate": ("triton", "native", "torch", "reference"),
     "beam_attention": ("native", "reference"),
     "prefix_attention": ("native", "torch", "reference"),
     "rms_norm": ("native", "reference"),
@@ -129,8 +130,13 @@ def _problem(op: str, backend: str, device: torch.device) -> str:
     return "" if _native is not None else f"not built ({NATIVE_ERROR})"
 
 
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_problem(device: torch.device) -> str:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device.type == "cuda":

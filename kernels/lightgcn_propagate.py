@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import fast_kernels_enabled, pick
+from .dispatch import fast_kernels_enabled, native, pick
+from .ranges import ranged
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -73,6 +74,7 @@ class BipartiteGraph:
         return BipartiteGraph(self.num_users, self.num_items, row_ptr, neighbours, scale)
 
 
+@ranged
 def lightgcn_propagate(
     graph: BipartiteGraph, x: Tensor, layers: int, *, backend: str | None = None
 ) -> Tensor:
@@ -81,7 +83,8 @@ def lightgcn_propagate(
     Rows of x are users, then items. Repeated edges count once; a vertex of degree 0 passes nothing and
     keeps x / (layers + 1). Differentiable in x: A_hat is symmetric, so backward is the same operator.
     float32 and float64 as they are; sums of narrower types in float32.
-    ``backend``: "triton", "torch", "reference", or None for the dispatcher's.
+    ``backend``: "triton", "native" (C++ on the CPU; sums in float32), "torch", "reference", or None for the
+    dispatcher's, by which float64 goes to "torch".
     Raises ValueError where shape, dtype or device do not fit, or layers < 0.
     """
     _check(graph, x, layers)
@@ -112,8 +115,8 @@ class _Propagate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: BipartiteGraph, x: Tensor, layers: int, backend: str) -> Tensor:
         ctx.graph, ctx.layers, ctx.backend = graph, layers, backend
-        if backend == "torch":
-            return _horner(graph, x, layers)
+        if backend in ("torch", "native"):
+            return (_horner if backend == "torch" else _native)(graph, x, layers)
         from .lightgcn_propagate_triton import propagate
 
         return propagate(graph, x, layers)
@@ -137,6 +140,16 @@ def _horner(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
         )
         y = torch.addcmul(start, scale, sums)
     return (y / (layers + 1)).to(x.dtype)
+
+
+def _native(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
+    wide = x.detach().float().contiguous()
+    out, room = torch.empty_like(wide), torch.empty(2, *wide.shape)
+    arrays = graph.row_ptr.data_ptr(), graph.neighbours.data_ptr(), graph.inv_sqrt_degree.data_ptr()
+    native().lightgcn_propagate(
+        wide.shape[0], arrays, wide.data_ptr(), wide.shape[1], layers, out.data_ptr(), room.data_ptr()
+    )
+    return out.to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -15,24 +15,30 @@ import torch
 from torch import Tensor
 
 from .dispatch import native, pick
+from .ranges import ranged
 
 TILE_CELLS = 2**18  # of scores in one tile: 1 MB, so they are read again from cache
 EXACT_CELLS = 2**22  # of fp64 differences in one tile: 32 MB
+CODE_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 MAY_OVERFLOW = 1e38  # a partial sum this large may not fit float32
 
 
-def residual_quantize(x: Tensor, codebooks: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Codes [N, M] int64 and quantized [N, D] float32 of ``x`` [N, D] by ``codebooks`` [M, K, D].
+@ranged
+def residual_quantize(
+    x: Tensor, codebooks: Tensor, *, code_dtype: torch.dtype = torch.int64, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes [N, M] of ``code_dtype`` and quantized [N, D] float32 of ``x`` [N, D] by ``codebooks`` [M, K, D].
 
     The residual is float32, by sequential subtraction from ``x``; quantized is the float32 sum of the
     chosen vectors, first level first. A code is the argmin of the float64 squared distance (the sum over
     (residual - vector)^2) to that residual; ties go to the lowest index. A distance that is NaN counts as
     infinite; where no distance is finite the code is 0. No gradient flows: add the straight-through
     estimate around it. ``backend``: "triton", "native" (C++ on the CPU), "torch",
-    "reference", or None for the dispatcher's.
-    Raises ValueError where shapes, dtypes or devices do not fit.
+    "reference", or None for the dispatcher's. ``code_dtype``: int64, int32, int16 or uint8.
+    Raises ValueError where shapes, dtypes or devices do not fit, and for a ``code_dtype`` that cannot
+    hold K - 1.
     """
-    _check(x, codebooks)
+    _check(x, codebooks, code_dtype)
     chosen = pick("residual_quantize", x.device, backend)
     if backend is None and chosen == "triton" and not _fits_triton(x, codebooks):
         chosen = "torch"
@@ -40,11 +46,13 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, backend: str | None = Non
         if chosen == "triton":
             from .residual_quantize_triton import quantize
 
-            return quantize(x, codebooks)
+            return quantize(x, codebooks, code_dtype)
         if chosen == "native":
-            return _quantize_native(x.float().contiguous(), codebooks.float().contiguous())
-        run = residual_quantize_reference if chosen == "reference" else _quantize_tiled
-        return run(x.float(), codebooks.float())
+            codes, quantized = _quantize_native(x.float().contiguous(), codebooks.float().contiguous())
+        else:
+            run = residual_quantize_reference if chosen == "reference" else _quantize_tiled
+            codes, quantized = run(x.float(), codebooks.float())
+        return codes.to(code_dtype), quantized
 
 
 def residual_quantize_reference(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,13 +74,18 @@ def _fits_triton(x: Tensor, codebooks: Tensor) -> bool:
     return x.shape[1] <= MAX_DIM[dtype]
 
 
-def _check(x: Tensor, codebooks: Tensor) -> None:
+def _check(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype) -> None:
     if x.dim() != 2 or codebooks.dim() != 3 or x.shape[1] != codebooks.shape[2]:
         raise ValueError(
             f"x must be [N, D] and codebooks [M, K, D], got {list(x.shape)} and {list(codebooks.shape)}"
         )
     if min(codebooks.shape) < 1:
         raise ValueError(f"codebooks must not be empty, got {list(codebooks.shape)}")
+    if code_dtype not in CODE_DTYPES or torch.iinfo(code_dtype).max < codebooks.shape[1] - 1:
+        raise ValueError(
+            f"code_dtype must be int64, int32, int16 or uint8 and hold codes 0 to {codebooks.shape[1] - 1}, "
+            f"got {code_dtype}; take a wider one"
+        )
     if not (x.is_floating_point() and codebooks.is_floating_point()):
         raise ValueError(f"x and codebooks must be floating point, got {x.dtype} and {codebooks.dtype}")
     if x.device != codebooks.device:

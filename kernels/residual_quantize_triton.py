@@ -166,8 +166,8 @@ class Tiles:
     stages: int
 
 
-def quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked input: ``x`` [N, D], ``codebooks`` [M, K, D] -> codes [N, M] int64, quantized [N, D] float32.
+def quantize(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
+    """Checked input: ``x`` [N, D], ``codebooks`` [M, K, D] -> codes [N, M], quantized [N, D] float32.
 
     Of one dtype, float32, bfloat16 or float16, they are read as they are; else as float32.
     """
@@ -180,7 +180,7 @@ def quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
             "use backend='torch'"
         )
     x, codebooks = x.contiguous(), codebooks.contiguous()
-    codes = torch.empty(x.shape[0], levels, dtype=torch.int64, device=x.device)
+    codes = torch.empty(x.shape[0], levels, dtype=code_dtype, device=x.device)
     quantized = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if not x.shape[0]:
         return codes, quantized
@@ -229,20 +229,21 @@ def aot_cases() -> list[AotCase]:
         for dim in (32, 64, 128, 256, 512):
             if dim <= most:
                 cases += [_quantize_case(dim, dtype), _prepare_case(dim, DTYPES[dtype])]
-    return cases
+    return cases + [_quantize_case(64, torch.float32, codes) for codes in ("u8", "i16", "i32")]
 
 
-def _quantize_case(dim: int, dtype: torch.dtype) -> AotCase:
+def _quantize_case(dim: int, dtype: torch.dtype, codes: str = "i64") -> AotCase:
     name, tiles, constants = DTYPES[dtype], tiles_of(dim, dtype), constants_of(dim, dtype)
     types = {
         "x_ptr": f"*{name}", "codebooks_ptr": f"*{name}", "high_ptr": "*fp32", "low_ptr": "*fp32",
-        "half_norm_ptr": "*fp32", "norm_ptr": "*fp32", "codes_ptr": "*i64", "quantized_ptr": "*fp32",
+        "half_norm_ptr": "*fp32", "norm_ptr": "*fp32", "codes_ptr": f"*{codes}", "quantized_ptr": "*fp32",
         "N": "i32", "K": "i32", "M": "i32", "stride_x": "i32",
     }  # fmt: skip
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": False}
     aligned = [argument for argument in types if argument.endswith("_ptr")] + ["stride_x"]
     types |= dict.fromkeys(constants, "constexpr")
-    return AotCase(f"residual_quantize D={dim} {name}", residual_quantize_kernel, types, constants, options,
+    title = f"residual_quantize D={dim} {name}" + (f" codes {codes}" if codes != "i64" else "")
+    return AotCase(title, residual_quantize_kernel, types, constants, options,
                    aligned)  # fmt: skip
 
 

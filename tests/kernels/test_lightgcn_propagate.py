@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cemg_kernels import BipartiteGraph, lightgcn_propagate
 
-BACKENDS = ["reference", "torch", "triton"]
+BACKENDS = ["reference", "torch", "native", "triton"]
 
 
 def draw_edges(num_users: int, num_items: int, edges: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -143,3 +143,22 @@ def test_more_dimensions_than_the_kernel_holds_are_refused_with_the_way_out():
 def test_an_unknown_backend_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="choose from triton, native, torch, reference"):
         residual_quantize(torch.zeros(1, 1), torch.zeros(1, 1, 1), backend="fpga")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "native", "triton"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_codes_come_in_the_dtype_that_is_asked_for(backend, dtype):
+    generator = torch.Generator().manual_seed(3)
+    x, codebooks = torch.randn(9, 5, generator=generator), torch.randn(2, 200, 5, generator=generator)
+    wanted, sums = residual_quantize(x, codebooks, backend="reference")
+    codes, quantized = residual_quantize(x, codebooks, code_dtype=dtype, backend=backend)
+    assert codes.dtype == dtype and torch.equal(codes.long(), wanted) and wanted.max() > 127
+    assert torch.equal(quantized, sums)
+
+
+def test_a_dtype_that_cannot_hold_the_codes_is_refused():
+    x, codebooks = torch.zeros(1, 2), torch.zeros(1, 257, 2)
+    with pytest.raises(ValueError, match=r"hold codes 0 to 256, got torch\.uint8; take a wider one"):
+        residual_quantize(x, codebooks, code_dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"got torch\.float32"):
+        residual_quantize(x, codebooks, code_dtype=torch.float32)

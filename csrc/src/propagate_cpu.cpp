@@ -1,0 +1,106 @@
+#include "cemg/propagate_cpu.h"
+
+#include <algorithm>
+
+#include "cemg/row_math.h"
+
+namespace cemg {
+namespace {
+
+constexpr int64_t kWidth = 16;              // floats of a vector
+constexpr int64_t kAhead = 8;               // neighbours whose rows are fetched before their turn
+constexpr int64_t kChunks = 64;             // parts of the graph, of equally many edges
+constexpr int64_t kParallelWork = 1 << 15;  // additions worth the waking of a thread
+
+typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
+
+// sums [16 * N] = the sum of rows[neighbour] over `count` neighbours, from column `column` on
+template <int N>
+[[gnu::always_inline]] inline void sum_columns(const float* rows, int64_t dim, const int64_t* neighbours,
+                                               int64_t count, int64_t column, float* sums) noexcept {
+  Vector total[N] = {};
+  for (int64_t e = 0; e < count; ++e) {
+    const float* const ahead = rows + neighbours[std::min(e + kAhead, count - 1)] * dim + column;
+    for (int64_t n = 0; n < N; ++n) __builtin_prefetch(ahead + n * kWidth);
+    const float* const row = rows + neighbours[e] * dim + column;
+    for (int n = 0; n < N; ++n) total[n] += *reinterpret_cast<const Vector*>(row + n * kWidth);
+  }
+  for (int n = 0; n < N; ++n) *reinterpret_cast<Vector*>(sums + n * kWidth) = total[n];
+}
+
+// sums [dim] = the sum of the neighbours' rows
+CEMG_CLONES void sum_rows(const float* rows, int64_t dim, const int64_t* neighbours, int64_t count,
+                          float* sums) noexcept {
+  int64_t column = 0;
+  for (; column + 4 * kWidth <= dim; column += 4 * kWidth) {
+    sum_columns<4>(rows, dim, neighbours, count, column, sums + column);
+  }
+  for (; column + kWidth <= dim; column += kWidth) {
+    sum_columns<1>(rows, dim, neighbours, count, column, sums + column);
+  }
+  for (; column < dim; ++column) {
+    float total = 0;
+    for (int64_t e = 0; e < count; ++e) total += rows[neighbours[e] * dim + column];
+    sums[column] = total;
+  }
+}
+
+// One round for one vertex, whose sums stand in `to`: (x + scale * sums) * factor.
+CEMG_CLONES void finish_row(const float* x, float scale, float factor, int64_t dim, float* to) noexcept {
+  for (int64_t d = 0; d < dim; ++d) to[d] = (x[d] + scale * to[d]) * factor;
+}
+
+// Runs work(first, last) over parts of the vertices that have equally many edges.
+template <class Work>
+void in_parts(const GraphView& graph, int64_t dim, Work work) noexcept {
+  const int64_t edges = graph.row_ptr[graph.vertices];
+  const auto begin_of = [&](int64_t chunk) {
+    if (chunk == kChunks) return graph.vertices;
+    const int64_t target = chunk * (edges + graph.vertices) / kChunks;  // a vertex counts as an edge
+    int64_t low = 0, high = graph.vertices;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (graph.row_ptr[middle] + middle < target) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  };
+#pragma omp parallel for schedule(dynamic, 1) if (edges * dim >= kParallelWork)
+  for (int64_t chunk = 0; chunk < kChunks; ++chunk) work(begin_of(chunk), begin_of(chunk + 1));
+}
+
+}  // namespace
+
+// y <- x + A_hat y, `layers` times, with A_hat y = s * (A (s * y)): what a round reads is s * y, written so
+// by the round before, and the last one divides in its place. No edge has a value.
+void lightgcn_propagate(const GraphView& graph, const float* x, int64_t dim, int64_t layers, float* out,
+                        float* room) noexcept {
+  const float mean = 1.0f / static_cast<float>(layers + 1);
+  float* scaled = room;
+  float* next = room + graph.vertices * dim;
+  in_parts(graph, dim, [&](int64_t first, int64_t last) {
+    for (int64_t v = first; v < last; ++v) {
+      const float factor = layers > 0 ? graph.inv_sqrt_degree[v] : 1.0f;
+      float* const to = (layers > 0 ? scaled : out) + v * dim;
+      for (int64_t d = 0; d < dim; ++d) to[d] = x[v * dim + d] * factor;
+    }
+  });
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const bool final = layer + 1 == layers;
+    in_parts(graph, dim, [&](int64_t first, int64_t last) {
+      for (int64_t v = first; v < last; ++v) {
+        const float scale = graph.inv_sqrt_degree[v];
+        const int64_t begin = graph.row_ptr[v];
+        float* const to = (final ? out : next) + v * dim;
+        sum_rows(scaled, dim, graph.neighbours + begin, graph.row_ptr[v + 1] - begin, to);
+        finish_row(x + v * dim, scale, final ? mean : scale, dim, to);
+      }
+    });
+    std::swap(scaled, next);
+  }
+}
+
+}  // namespace cemg
