@@ -72,6 +72,25 @@ def test_a_step_equals_a_sort_of_all_candidates(backend, normalize, filtered, us
     assert_step_is_brute_force(logits, scores, nodes, trie, width, backend, normalize, chosen)
 
 
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("width", [1, 20, 333])
+def test_of_thousands_of_ties_the_lowest_parents_and_codes_stay(filtered, width):
+    trie = make_trie(600, 2, 100_000)  # 5 of 6 codes continue a node: rows of several scans, and many cuts
+    generator = torch.Generator().manual_seed(2)
+    nodes = 1 + torch.arange(24, dtype=torch.int32).view(2, 12)
+    logits = torch.randint(-3, 3, (2, 12, 600), generator=generator).float()
+    logits[0, 3, ::7], logits[1, 5, ::11], logits[1, 6, 100:] = float("nan"), INF, -INF
+    scores = -torch.randint(3, (2, 12), generator=generator).float()
+    total = torch.full((2, 12), 6.5)
+    chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 3 == 0) if filtered else None
+    steps = (
+        trie_beam_step(logits, scores, nodes, trie, width, "vocab", total, chosen, backend=backend)
+        for backend in ("native", "reference")
+    )
+    for ours, wanted in zip(*steps, strict=True):
+        assert torch.equal(ours, wanted)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     users=st.integers(1, 2),
