@@ -144,7 +144,7 @@ def _horner(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
 
 def _native(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
     wide = x.detach().float().contiguous()
-    out, room = torch.empty_like(wide), torch.empty(2, *wide.shape)
+    out, room = torch.empty_like(wide), torch.empty_like(wide)
     arrays = graph.row_ptr.data_ptr(), graph.neighbours.data_ptr(), graph.inv_sqrt_degree.data_ptr()
     native().lightgcn_propagate(
         wide.shape[0], arrays, wide.data_ptr(), wide.shape[1], layers, out.data_ptr(), room.data_ptr()

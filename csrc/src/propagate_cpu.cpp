@@ -14,13 +14,15 @@ constexpr int64_t kParallelWork = 1 << 15;  // additions worth the waking of a t
 
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
 
-// sums [16 * N] = the sum of rows[neighbour] over `count` neighbours, from column `column` on
+// sums [16 * N] = the sum of rows[neighbour] over `count` neighbours, from column `column` on; what is
+// fetched ahead may be the next vertex's, up to neighbours[last]
 template <int N>
 [[gnu::always_inline]] inline void sum_columns(const float* rows, int64_t dim, const int64_t* neighbours,
-                                               int64_t count, int64_t column, float* sums) noexcept {
+                                               int64_t count, int64_t last, int64_t column,
+                                               float* sums) noexcept {
   Vector total[N] = {};
   for (int64_t e = 0; e < count; ++e) {
-    const float* const ahead = rows + neighbours[std::min(e + kAhead, count - 1)] * dim + column;
+    const float* const ahead = rows + neighbours[std::min(e + kAhead, last)] * dim + column;
     for (int64_t n = 0; n < N; ++n) __builtin_prefetch(ahead + n * kWidth);
     const float* const row = rows + neighbours[e] * dim + column;
     for (int n = 0; n < N; ++n) total[n] += *reinterpret_cast<const Vector*>(row + n * kWidth);
@@ -30,13 +32,13 @@ template <int N>
 
 // sums [dim] = the sum of the neighbours' rows
 CEMG_CLONES void sum_rows(const float* rows, int64_t dim, const int64_t* neighbours, int64_t count,
-                          float* sums) noexcept {
+                          int64_t last, float* sums) noexcept {
   int64_t column = 0;
   for (; column + 4 * kWidth <= dim; column += 4 * kWidth) {
-    sum_columns<4>(rows, dim, neighbours, count, column, sums + column);
+    sum_columns<4>(rows, dim, neighbours, count, last, column, sums + column);
   }
   for (; column + kWidth <= dim; column += kWidth) {
-    sum_columns<1>(rows, dim, neighbours, count, column, sums + column);
+    sum_columns<1>(rows, dim, neighbours, count, last, column, sums + column);
   }
   for (; column < dim; ++column) {
     float total = 0;
@@ -79,12 +81,12 @@ void in_parts(const GraphView& graph, int64_t dim, Work work) noexcept {
 void lightgcn_propagate(const GraphView& graph, const float* x, int64_t dim, int64_t layers, float* out,
                         float* room) noexcept {
   const float mean = 1.0f / static_cast<float>(layers + 1);
-  float* scaled = room;
-  float* next = room + graph.vertices * dim;
+  float* scaled = layers % 2 == 1 ? room : out;  // the rounds take turns, so that the last one writes out
+  float* next = layers % 2 == 1 ? out : room;
   in_parts(graph, dim, [&](int64_t first, int64_t last) {
     for (int64_t v = first; v < last; ++v) {
       const float factor = layers > 0 ? graph.inv_sqrt_degree[v] : 1.0f;
-      float* const to = (layers > 0 ? scaled : out) + v * dim;
+      float* const to = scaled + v * dim;
       for (int64_t d = 0; d < dim; ++d) to[d] = x[v * dim + d] * factor;
     }
   });
@@ -94,8 +96,9 @@ void lightgcn_propagate(const GraphView& graph, const float* x, int64_t dim, int
       for (int64_t v = first; v < last; ++v) {
         const float scale = graph.inv_sqrt_degree[v];
         const int64_t begin = graph.row_ptr[v];
-        float* const to = (final ? out : next) + v * dim;
-        sum_rows(scaled, dim, graph.neighbours + begin, graph.row_ptr[v + 1] - begin, to);
+        float* const to = next + v * dim;
+        sum_rows(scaled, dim, graph.neighbours + begin, graph.row_ptr[v + 1] - begin,
+                 graph.row_ptr[graph.vertices] - 1 - begin, to);
         finish_row(x + v * dim, scale, final ? mean : scale, dim, to);
       }
     });

@@ -13,7 +13,7 @@ struct GraphView {
   const float* inv_sqrt_degree;
 };
 
-// x [vertices, dim] -> out, the mean of `layers` rounds and x itself. `room` holds 2 * vertices * dim floats.
+// x [vertices, dim] -> out, the mean of `layers` rounds and x itself. `room` holds as much as `out`.
 void lightgcn_propagate(const GraphView& graph, const float* x, int64_t dim, int64_t layers, float* out,
                         float* room) noexcept;
 
