@@ -243,7 +243,8 @@ def latency_plot(report: Report, path: Path) -> None:
                     label="floor of this machine" if i == 0 else None)  # fmt: skip
     left.set(yscale="log", ylabel="milliseconds a batch, median")
     left.set_xticks(range(len(cells)), cells, rotation=12)
-    left.legend(fontsize=7)
+    left.set_ylim(top=12 * max(max(medians.values(), default=1.0) for medians in names.values()))
+    left.legend(fontsize=7, ncols=2, loc="upper left")
     for model in dict.fromkeys(row["case"].split()[0] for row in sized):
         own = {row["case"]: row["p50_ms"] for row in sized if row["case"].startswith(model)}
         right.plot([float(case.split(" N")[1]) for case in own], list(own.values()), "o-", label=model)
@@ -258,7 +259,7 @@ def latency_plot(report: Report, path: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0], rounds=100, seconds=3.0)
+    parser = arguments(__doc__.splitlines()[0], rounds=100, seconds=2.0)
     parser.set_defaults(json=Path("runs/latency.json"), plot=Path("runs/latency.png"))
     parser.add_argument("--full", action="store_true", help="the whole grid, T5-base included")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")

@@ -88,6 +88,14 @@ def lightgcn_propagate(
     Raises ValueError where shape, dtype or device do not fit, or layers < 0.
     """
     _check(graph, x, layers)
+    if torch.compiler.is_compiling():
+        arrays = graph.row_ptr, graph.neighbours, graph.inv_sqrt_degree
+        return torch.ops.cemg.lightgcn_propagate(*arrays, x, layers, backend)
+    return _propagate(graph, x, layers, backend)
+
+
+def _propagate(graph: BipartiteGraph, x: Tensor, layers: int, backend: str | None) -> Tensor:
+    """Checked input, on the backend of this name or the dispatcher's."""
     if backend is None and x.dtype == torch.float64 and fast_kernels_enabled():
         backend = "torch"
     chosen = pick("lightgcn_propagate", x.device, backend)
@@ -150,6 +158,35 @@ def _native(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
         wide.shape[0], arrays, wide.data_ptr(), wide.shape[1], layers, out.data_ptr(), room.data_ptr()
     )
     return out.to(x.dtype)
+
+
+def _custom_op(
+    row_ptr: Tensor, neighbours: Tensor, inv_sqrt_degree: Tensor, x: Tensor, layers: int, backend: str | None
+) -> Tensor:
+    graph = BipartiteGraph(x.shape[0], 0, row_ptr, neighbours, inv_sqrt_degree)  # the split plays no part
+    with torch.no_grad():
+        out = _propagate(graph, x, layers, backend)
+    return out.clone() if layers == 0 else out  # never its own input
+
+
+_op = torch.library.custom_op(
+    "cemg::lightgcn_propagate", _custom_op, mutates_args=(),
+    schema="(Tensor row_ptr, Tensor neighbours, Tensor inv_sqrt_degree, Tensor x, int layers, str? backend) "
+    "-> Tensor",
+)  # fmt: skip
+_op.register_fake(lambda row_ptr, neighbours, inv_sqrt_degree, x, layers, backend: torch.empty_like(x))
+
+
+def _keep_graph(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rest = inputs[4:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor, None, None]:
+    return None, None, None, _op(*ctx.saved_tensors, grad.contiguous(), *ctx.rest), None, None
+
+
+_op.register_autograd(_backward, setup_context=_keep_graph)
 
 
 def _wide(x: Tensor) -> Tensor:

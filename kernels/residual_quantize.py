@@ -39,20 +39,41 @@ def residual_quantize(
     hold K - 1.
     """
     _check(x, codebooks, code_dtype)
+    if torch.compiler.is_compiling():
+        return torch.ops.cemg.residual_quantize(x.detach(), codebooks.detach(), code_dtype, backend)
+    return _quantize(x, codebooks, code_dtype, backend)
+
+
+@torch.no_grad()
+def _quantize(
+    x: Tensor, codebooks: Tensor, code_dtype: torch.dtype, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Checked input, on the backend of this name or the dispatcher's."""
     chosen = pick("residual_quantize", x.device, backend)
     if backend is None and chosen == "triton" and not _fits_triton(x, codebooks):
         chosen = "torch"
-    with torch.no_grad():
-        if chosen == "triton":
-            from .residual_quantize_triton import quantize
+    if chosen == "triton":
+        from .residual_quantize_triton import quantize
 
-            return quantize(x, codebooks, code_dtype)
-        if chosen == "native":
-            codes, quantized = _quantize_native(x.float().contiguous(), codebooks.float().contiguous())
-        else:
-            run = residual_quantize_reference if chosen == "reference" else _quantize_tiled
-            codes, quantized = run(x.float(), codebooks.float())
-        return codes.to(code_dtype), quantized
+        return quantize(x, codebooks, code_dtype)
+    if chosen == "native":
+        codes, quantized = _quantize_native(x.float().contiguous(), codebooks.float().contiguous())
+    else:
+        run = residual_quantize_reference if chosen == "reference" else _quantize_tiled
+        codes, quantized = run(x.float(), codebooks.float())
+    return codes.to(code_dtype), quantized
+
+
+_op = torch.library.custom_op(
+    "cemg::residual_quantize", _quantize, mutates_args=(),
+    schema="(Tensor x, Tensor codebooks, ScalarType code_dtype, str? backend) -> (Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_op.register_fake
+def _fake(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype, _: str | None) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(x.shape[0], codebooks.shape[0], dtype=code_dtype)
+    return codes, x.new_empty(x.shape, dtype=torch.float32)
 
 
 def residual_quantize_reference(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:

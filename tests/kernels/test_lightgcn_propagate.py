@@ -167,3 +167,20 @@ def test_edges_and_inputs_that_do_not_fit_are_refused():
         lightgcn_propagate(graph, torch.zeros(3, 2), 1)
     with pytest.raises(ValueError, match="layers"):
         lightgcn_propagate(graph, torch.zeros(4, 2), -1)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
+    graph = BipartiteGraph.from_edges(*draw_edges(4, 5, 9), 4, 5)
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    arrays = graph.row_ptr, graph.neighbours, graph.inv_sqrt_degree
+    for layers in (0, 2):
+        torch.library.opcheck(torch.ops.cemg.lightgcn_propagate.default, (*arrays, x, layers, backend))
+
+    def squared(rows: Tensor) -> Tensor:
+        return lightgcn_propagate(graph, rows * 2, 3, backend=backend).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(squared, fullgraph=True, backend="aot_eager")
+    (ours,), (wanted,) = (torch.autograd.grad(run(x), x) for run in (compiled, squared))
+    torch.testing.assert_close(ours, wanted)

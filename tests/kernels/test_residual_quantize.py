@@ -162,3 +162,18 @@ def test_a_dtype_that_cannot_hold_the_codes_is_refused():
         residual_quantize(x, codebooks, code_dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"got torch\.float32"):
         residual_quantize(x, codebooks, code_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
+    x, codebooks = torch.randn(7, 5), torch.randn(2, 6, 5)
+    torch.library.opcheck(torch.ops.cemg.residual_quantize.default, (x, codebooks, torch.int16, backend))
+
+    def doubled(rows: Tensor) -> tuple[Tensor, Tensor]:
+        codes, quantized = residual_quantize(rows * 2, codebooks, code_dtype=torch.uint8, backend=backend)
+        return codes + 1, quantized - rows
+
+    torch._dynamo.reset()
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    for ours, wanted in zip(compiled(x), doubled(x), strict=True):
+        assert torch.equal(ours, wanted)
