@@ -88,6 +88,14 @@ def test_a_sample_leaves_the_results_of_the_whole_test(tiny_run, tmp_path, comma
     assert again["metrics"] == json.loads(whole)["metrics"] and "subset" not in again["split"]
 
 
+def test_studies_may_normalise_otherwise_than_the_run(tiny_run, tmp_path, command):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    assert command(evaluate.main, "--run", run, "--users", 7, "--compare", "--normalize", "level") == 0
+    found = json.loads((run / "results" / "synthetic-cemg-test-7-users-level.json").read_text())
+    assert found["studies_normalize"] == "level" and found["engines"]["worst_score_difference"] < 1e-4
+    assert command(evaluate.main, "--run", run, "--normalize", "item") == 2
+
+
 def test_recommend_prints_titles_scores_and_codes(tiny_run, command, capsys):
     from cemg.data import Dataset
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -20,7 +20,7 @@ from cemg.baselines import PopularityRanker
 from cemg.commands import console as command
 from cemg.config import RunConfig
 from cemg.data.dataset import Split
-from cemg.decoding import Decoder, TransformersDecoder
+from cemg.decoding import Decoder, Normalize, TransformersDecoder
 from cemg.errors import UserError
 from cemg.evaluation import Evaluation, evaluate, hardware, result_table, seeded_sample, write_result
 from cemg.evaluation.search import Search, certificate_study, engine_study, exact_study
@@ -49,6 +49,9 @@ def run_evaluation(
     exact: Annotated[bool, typer.Option(help="Score all items: exact metrics, the beam's error.")] = False,
     certified: Annotated[bool, typer.Option(help="The share proven with 10, 20, 50, 100 beams.")] = False,
     compare: Annotated[bool, typer.Option(help="Both engines on the same users, timed.")] = False,
+    normalize: Annotated[
+        str | None, typer.Option(help="vocab, level or valid, for the studies; the run's own if not given.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
 ) -> None:
@@ -60,6 +63,8 @@ def run_evaluation(
     """
     if part not in ("test", "valid"):
         raise UserError(f"--part must be test or valid, got {part!r}")
+    if normalize not in (None, "vocab", "level", "valid"):
+        raise UserError(f"--normalize must be vocab, level or valid, got {normalize!r}")
     if everyone and users is not None:
         raise UserError("--all and --users exclude each other", fix="leave one out")
     pipeline = Pipeline.open(run, device=device)
@@ -75,6 +80,7 @@ def run_evaluation(
         users=STUDY_USERS if studies and users is None and not everyone else users,
         copy=result,
         studies=studies,
+        normalize=normalize,
     )
     out = Console()
     for table in (result_table(paths), *search_tables(json.loads(paths[-1].read_text()))):
@@ -91,10 +97,12 @@ def score(
     users: int | None = None,
     copy: Path | None = None,
     studies: Sequence[str] = (),
+    normalize: str | None = None,
 ) -> list[Path]:
     """Evaluate popularity and the run; the result files written, popularity's first.
 
-    ``studies`` of the run's search, by their names in the result file: "exact", "certificate", "engines".
+    ``studies`` of the run's search, by their names in the result file: "exact", "certificate", "engines";
+    ``normalize`` is theirs alone, in place of the run's own.
     """
     data = pipeline.load_data()
     catalog = pipeline.load_catalog().first(data.num_items)  # without items that were added later
@@ -116,8 +124,12 @@ def score(
     about |= config.to_dict()
     further: dict[str, Any] = {}
     if studies:
-        search = _search(pipeline, model, vocabulary, catalog, split, part=part, rows=rows, beams=beams)
-        further = {name: STUDIES[name](search) for name in studies}
+        own = normalize or config.decoding.normalize
+        search = _search(
+            pipeline, model, vocabulary, catalog, split, part=part, rows=rows, beams=beams, normalize=own
+        )
+        further = {name: STUDIES[name](search) for name in studies} | {"studies_normalize": own}
+        scope += f"-{normalize}" if normalize else ""
     second = _write(
         pipeline, config, f"{data.name}-cemg-{scope}", scored, about=about, seconds=seconds, further=further
     )
@@ -137,17 +149,17 @@ def _search(
     part: str,
     rows: np.ndarray | None,
     beams: int,
+    normalize: str,
 ) -> Search:
     """The run's search by our engine, for the studies."""
-    config = pipeline.config.decoding
     return Search(
-        decoder=Decoder(model, catalog, vocabulary.code_token_start, config.normalize),
+        decoder=Decoder(model, catalog, vocabulary.code_token_start, cast(Normalize, normalize)),
         prompter=pipeline.prompter(model, vocabulary, catalog),
         split=split,
         part=part,
         users=rows,
         beams=beams,
-        batch_size=config.batch_size,
+        batch_size=pipeline.config.decoding.batch_size,
     )
 
 
