@@ -1,60 +1,33 @@
 #include "cemg/trie_step.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "cemg/row_math.h"
+#include "cemg/trie_row.h"
 
 namespace cemg {
 namespace {
 
-constexpr float kLargest = std::numeric_limits<float>::max();
-constexpr int64_t kParallelWork = 1 << 14;  // logits worth the waking of a thread
-constexpr int64_t kScan = 256;              // logits against one bound
+constexpr int64_t kParallelWork = 1 << 14;   // logits worth the waking of a thread
+constexpr int64_t kParallelBeams = 1 << 16;  // children of one user's beams worth sharing these out
 
-// NaN counts as -inf, +inf as the largest finite number.
-float tame(float x) noexcept {
-  if (std::isnan(x)) return kNever;
-  return std::min(x, kLargest);
-}
-
-// log(sum(exp(x))) over the tame values of x [count]; -inf where all are. They are written out, to `room`,
-// only where x has others.
-float tame_log_sum_exp(const float* x, int64_t count, std::vector<float>& room) {
-  const float total = log_sum_exp(x, count);
-  if (total < std::numeric_limits<float>::infinity()) return total;
+// log(sum(exp(x))) over the tame values of x [count], whose highest is `highest`; -inf where all are. They
+// are written out, to `room`, only where x has others.
+float tame_log_sum_exp(const float* x, int64_t count, float highest, std::vector<float>& room) {
+  if (highest == kNever) return kNever;
+  if (highest < kLargest) {
+    const float sum = sum_exp(x, count, highest);
+    if (!std::isnan(sum)) return highest + std::log(sum);
+  }
   room.resize(std::max(room.size(), static_cast<size_t>(count)));
   std::transform(x, x + count, room.begin(), tame);
-  return log_sum_exp(room.data(), count);
+  return highest + std::log(sum_exp(room.data(), count, highest));
 }
 
-// A log-probability. Only NaN needs taming: an infinite x gives what the largest number gives, 0.
-float log_prob_of(float x, float total) noexcept {
-  return std::isnan(x) ? kNever : smaller(x - total, 0.0f);
-}
-
-// The places in x [count], at most kScan, whose score + min(x - total, 0) is above `bound`: their number.
-// NaN is above nothing.
-CEMG_CLONES int64_t find_above(const float* x, int64_t count, float score, float total, float bound,
-                               int32_t* found) noexcept {
-  int64_t size = 0, i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    uint32_t above = 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      above |= (score + smaller(x[i + lane] - total, 0.0f) > bound ? uint32_t{1} : uint32_t{0}) << lane;
-    }
-    for (; above != 0; above &= above - 1) found[size++] = static_cast<int32_t>(i + std::countr_zero(above));
-  }
-  for (; i < count; ++i) {
-    if (score + smaller(x[i] - total, 0.0f) > bound) found[size++] = static_cast<int32_t>(i);
-  }
-  return size;
-}
-
-// A row's children that the filter allows, with their logits as they are; its memory is kept from row to row.
+// A node's children and their logits; its memory is kept from row to row.
 template <class Code>
 class Children {
  public:
@@ -62,41 +35,36 @@ class Children {
             const float* logits) {
     const Range range = trie.children(node);
     begin_ = range.begin;
-    size_ = range.end - range.begin;
+    count_ = range.end - range.begin;
     const RowFilter mine = filter.of(row);
-    everything_ = mine.everything();
-    if (!everything_) keep_allowed(trie, mine, range);
+    const bool full = count_ == trie.codebook_size;
     logits_ = logits;
-    if (everything_ && size_ == trie.codebook_size) return;
-    gathered_.resize(std::max(gathered_.size(), static_cast<size_t>(size_)));
-    if (everything_) {
-      const Code* const codes = trie.code + begin_ - 1;
-      for (int32_t i = 0; i < size_; ++i) gathered_[static_cast<size_t>(i)] = logits[codes[i]];
-    } else {
-      for (int32_t i = 0; i < size_; ++i) gathered_[static_cast<size_t>(i)] = logits[code(trie, i)];
+    if (!full || !mine.everything()) {
+      gathered_.resize(static_cast<size_t>(trie.codebook_size));
+      logits_ = gathered_.data();
+      if (full) std::copy(logits, logits + count_, gathered_.data());
+      if (!full) gather(logits, trie.codebook_size, trie.code + begin_ - 1, count_, gathered_.data());
+      if (!mine.everything()) drop_forbidden(trie, mine);
     }
-    logits_ = gathered_.data();
+    highest_ = best_of_lanes(logits_, count_, best_);
   }
 
-  int32_t size() const noexcept { return size_; }
-  const float* logits() const noexcept { return logits_; }
-  int32_t node(int64_t i) const noexcept {
-    return everything_ ? begin_ + static_cast<int32_t>(i) : kept_[static_cast<size_t>(i)];
-  }
-  int64_t code(const TrieView<Code>& trie, int64_t i) const noexcept { return trie.code[node(i) - 1]; }
+  int32_t count() const noexcept { return count_; }
+  const float* logits() const noexcept { return logits_; }  // [count] as they are; -inf if forbidden
+  const float* best() const noexcept { return best_; }      // [kLanes] the highest of every kLanes-th, tame
+  float highest() const noexcept { return highest_; }       // tame
+  int32_t node(int64_t i) const noexcept { return begin_ + static_cast<int32_t>(i); }
 
  private:
-  void keep_allowed(const TrieView<Code>& trie, const RowFilter& filter, Range range) {
-    kept_.clear();
-    for (int32_t child = range.begin; child < range.end; ++child) {
-      if (filter.allows(trie.interval(child))) kept_.push_back(child);
+  void drop_forbidden(const TrieView<Code>& trie, const RowFilter& filter) {
+    for (int32_t i = 0; i < count_; ++i) {
+      if (!filter.allows(trie.interval(begin_ + i))) gathered_[static_cast<size_t>(i)] = kNever;
     }
-    size_ = static_cast<int32_t>(kept_.size());
   }
 
-  int32_t begin_ = 0, size_ = 0;
-  bool everything_ = true;
-  std::vector<int32_t> kept_;
+  int32_t begin_ = 0, count_ = 0;
+  float highest_ = kNever;
+  float best_[kLanes];
   const float* logits_ = nullptr;  // of all codes, where all are children; else gathered_
   std::vector<float> gathered_;
 };
@@ -105,66 +73,188 @@ class Children {
 template <class Code>
 float row_total(const StepLogits& step, int64_t row, int64_t size, const Children<Code>& children,
                 std::vector<float>& room) {
-  switch (step.normalize) {
-    case Normalize::kVocab:
-      return tame(step.logsumexp[row]);
-    case Normalize::kLevel:
-      if (children.size() == size) break;
-      return tame_log_sum_exp(step.logits + row * size, size, room);
-    case Normalize::kValid:
-      break;
+  if (step.normalize == Normalize::kVocab) return tame(step.logsumexp[row]);
+  if (step.normalize == Normalize::kLevel) {
+    const float* const all = step.logits + row * size;
+    return tame_log_sum_exp(all, size, tame(highest_of(all, size)), room);
   }
-  return tame_log_sum_exp(children.logits(), children.size(), room);
+  return tame_log_sum_exp(children.logits(), children.count(), children.highest(), room);
 }
 
 struct Candidate {
   float score;
   int64_t place;  // parent * K + code: the lower wins a tie
   int32_t node;
+
+  friend bool better(const Candidate& a, const Candidate& b) noexcept {
+    return a.score > b.score || (a.score == b.score && a.place < b.place);
+  }
 };
 
-bool better(const Candidate& a, const Candidate& b) noexcept {
-  return a.score > b.score || (a.score == b.score && a.place < b.place);
-}
-
-// The best `limit` of the candidates offered, in the order of their places. A few more are kept, so that the
-// worst are cut many at a time.
+// The best `limit` candidates of those offered, in any order.
 class Best {
  public:
-  void clear(size_t limit) {
+  void clear(size_t limit, float floor) {
     limit_ = limit;
-    most_ = limit + limit / 2 + 16;
-    bound_ = kNever;
+    floor_ = floor;
     kept_.clear();
-    kept_.reserve(most_);
   }
 
-  // Only a candidate above this score may be kept: a tie falls to the earlier.
-  float bound() const noexcept { return bound_; }
+  // A candidate below this score is not among the best.
+  float floor() const noexcept { return floor_; }
 
   void offer(const Candidate& candidate) {
-    if (candidate.score <= bound_) return;
+    if (candidate.score < floor_) return;
     kept_.push_back(candidate);
-    if (kept_.size() == most_) cut();
+    if (kept_.size() >= 4 * limit_) trim();
   }
 
   const std::vector<Candidate>& sorted() {
-    if (kept_.size() > limit_) cut();
-    std::sort(kept_.begin(), kept_.end(), better);
+    if (kept_.size() > limit_) trim();
+    std::sort(kept_.begin(), kept_.end(), first_is_better);
     return kept_;
   }
 
  private:
-  void cut() {
+  static bool first_is_better(const Candidate& a, const Candidate& b) noexcept { return better(a, b); }
+
+  void trim() {
     const auto worst = kept_.begin() + static_cast<std::ptrdiff_t>(limit_) - 1;
-    std::nth_element(kept_.begin(), worst, kept_.end(), better);
+    std::nth_element(kept_.begin(), worst, kept_.end(), first_is_better);
+    floor_ = worst->score;
     kept_.resize(limit_);
-    bound_ = kept_.back().score;
   }
 
-  size_t limit_ = 0, most_ = 0;
-  float bound_ = kNever;
+  size_t limit_ = 0;
+  float floor_ = kNever;
   std::vector<Candidate> kept_;
+};
+
+// What a thread works with; kept for its life, so that a step allocates nothing once it has grown.
+template <class Code>
+struct Workspace {
+  Children<Code> children;
+  std::vector<float> room;
+  std::vector<float> best;   // [beams, kLanes] the best score of each group of each beam's children
+  std::vector<float> few;    // [beams, kFew] the best of four groups each
+  std::vector<float> total;  // [beams] what is subtracted from the logits; -inf: no candidates
+  Best kept;
+
+  static Workspace& of_thread() {
+    thread_local Workspace workspace;
+    return workspace;
+  }
+};
+
+// One user's step. Beams are surveyed first: their log-sum-exps, and the best score of each group of their
+// children. What the best `limit` groups reach bounds what can be kept, so that few groups are looked at
+// again.
+template <class Code>
+class UserStep {
+ public:
+  UserStep(const TrieView<Code>& trie, const FilterView& filter, const StepLogits& step, const float* scores,
+           const int32_t* nodes, int64_t user, int64_t beams, int64_t limit)
+      : trie_(trie),
+        filter_(filter),
+        step_(step),
+        scores_(scores + user * beams),
+        nodes_(nodes + user * beams),
+        first_row_(user * beams),
+        beams_(beams),
+        limit_(limit),
+        space_(Workspace<Code>::of_thread()) {
+    space_.best.resize(static_cast<size_t>(beams * kLanes));
+    space_.few.resize(static_cast<size_t>(beams * kFew));
+    space_.total.resize(static_cast<size_t>(beams));
+  }
+
+  const std::vector<Candidate>& run([[maybe_unused]] bool parallel) {
+#pragma omp parallel if (parallel)
+    {
+      int64_t begin = -1;  // of this thread's beams
+      float highest = kNever, floor = kNever;
+#pragma omp for schedule(static)
+      for (int64_t beam = 0; beam < beams_; ++beam) {
+        if (begin < 0) begin = beam;
+        const int64_t seen = beam - begin;
+        const bool look = seen >= 4 && (seen & (seen - 1)) == 0 && tame(scores_[beam]) < highest;
+        if (look) floor = floor_of(begin, seen);
+        highest = larger(highest, survey(beam, floor));
+      }
+    }
+    collect();
+    return space_.kept.sorted();
+  }
+
+ private:
+  // A score that the best `limit` candidates of some beams reach.
+  float floor_of(int64_t begin, int64_t beams) const {
+    if (beams * kFew >= 2 * limit_) {
+      return floor_of_best(space_.few.data() + begin * kFew, beams * kFew, limit_);
+    }
+    return floor_of_best(space_.best.data() + begin * kLanes, beams * kLanes, limit_);
+  }
+
+  // Fills in the total and the groups' best scores of a beam; the best of all. A log-probability is at most
+  // 0, so a beam below `floor` has nothing to give.
+  float survey(int64_t beam, float floor) const {
+    float* const best = space_.best.data() + beam * kLanes;
+    float* const few = space_.few.data() + beam * kFew;
+    float& total = space_.total[static_cast<size_t>(beam)] = kNever;
+    std::fill(best, best + kLanes, kNever);
+    std::fill(few, few + kFew, kNever);
+    const float score = tame(scores_[beam]);
+    if (score == kNever || score < floor) return kNever;
+    auto& space = Workspace<Code>::of_thread();
+    auto& children = space.children;
+    children.read(trie_, filter_, first_row_ + beam, nodes_[beam], logits(beam));
+    if (children.highest() == kNever) return kNever;
+    total = row_total(step_, first_row_ + beam, trie_.codebook_size, children, space.room);
+    if (total == kNever) return kNever;
+    std::copy(children.best(), children.best() + kLanes, best);
+    to_scores(score, total, best, few);
+    return score + smaller(children.highest() - total, 0.0f);
+  }
+
+  void collect() const {
+    const int64_t groups = beams_ * kLanes;
+    const float* const best = space_.best.data();
+    Best& kept = space_.kept;
+    const float floor = larger(floor_of(0, beams_), -kLargest);
+    kept.clear(static_cast<size_t>(limit_), floor);
+    for (int64_t at = find_at_least(best, 0, groups, floor); at < groups;
+         at = find_at_least(best, at + 1, groups, floor)) {
+      collect_group(at / kLanes, at % kLanes);
+    }
+  }
+
+  void collect_group(int64_t beam, int64_t group) const {
+    const Range range = trie_.children(nodes_[beam]);
+    const RowFilter mine = filter_.of(first_row_ + beam);
+    const float score = tame(scores_[beam]), total = space_.total[static_cast<size_t>(beam)];
+    const float* const own = logits(beam);
+    Best& kept = space_.kept;
+    for (int64_t node = range.begin + group; node < range.end; node += kLanes) {
+      const int64_t code = trie_.code[node - 1];
+      const float sum = score + smaller(own[code] - total, 0.0f);
+      if (!(sum >= kept.floor())) continue;  // nor is NaN
+      const auto child = static_cast<int32_t>(node);
+      if (!mine.everything() && !mine.allows(trie_.interval(child))) continue;
+      kept.offer({sum, beam * trie_.codebook_size + code, child});
+    }
+  }
+
+  const float* logits(int64_t beam) const noexcept {
+    return step_.logits + (first_row_ + beam) * trie_.codebook_size;
+  }
+
+  const TrieView<Code>& trie_;
+  const FilterView& filter_;
+  const StepLogits& step_;
+  const float* scores_;
+  const int32_t* nodes_;
+  int64_t first_row_, beams_, limit_;
+  Workspace<Code>& space_;
 };
 
 void write(const std::vector<Candidate>& best, int64_t user, int64_t width, int64_t size,
@@ -182,18 +272,15 @@ void write(const std::vector<Candidate>& best, int64_t user, int64_t width, int6
   next.pruned[user] = found > width ? best[static_cast<size_t>(width)].score : kNever;
 }
 
-// What a thread works with; kept for its life, so that a step allocates nothing once it has grown.
 template <class Code>
-struct Workspace {
-  Children<Code> children;
-  std::vector<float> room;
-  Best best;
-
-  static Workspace& of_thread() {
-    thread_local Workspace workspace;
-    return workspace;
+int64_t count_children(const TrieView<Code>& trie, const int32_t* nodes, int64_t beams) noexcept {
+  int64_t count = 0;
+  for (int64_t beam = 0; beam < beams; ++beam) {
+    const Range range = trie.children(nodes[beam]);
+    count += range.end - range.begin;
   }
-};
+  return count;
+}
 
 }  // namespace
 
@@ -206,12 +293,14 @@ void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, con
     auto& space = Workspace<Code>::of_thread();
     auto& children = space.children;
     children.read(trie, filter, row, nodes[row], step.logits + row * size);
-    const float total = row_total(step, row, size, children, space.room);
+    const bool any = children.highest() > kNever;
+    const float total = any ? row_total(step, row, size, children, space.room) : kNever;
     float* const log_prob = out + row * size;
     std::fill(log_prob, log_prob + size, kNever);
     if (total == kNever) continue;
-    for (int32_t i = 0; i < children.size(); ++i) {
-      log_prob[children.code(trie, i)] = log_prob_of(children.logits()[i], total);
+    for (int32_t i = 0; i < children.count(); ++i) {
+      const float own = smaller(children.logits()[i] - total, 0.0f);
+      log_prob[trie.code[children.node(i) - 1]] = larger(kNever, own);  // -inf for NaN
     }
   }
 }
@@ -220,35 +309,17 @@ template <class Code>
 void beam_step(TrieView<Code> trie, FilterView filter, const StepLogits& step, const float* scores,
                const int32_t* nodes, int64_t users, int64_t beams, int64_t width, const NextBeams& next) {
   const int64_t size = trie.codebook_size;
-  const auto limit = static_cast<size_t>(std::min(width, beams * size)) + 1;  // the best that is cut too
-#pragma omp parallel for if (users > 1 && users * beams * size >= kParallelWork)
-  for (int64_t user = 0; user < users; ++user) {
-    auto& space = Workspace<Code>::of_thread();
-    auto& children = space.children;
-    auto& best = space.best;
-    best.clear(limit);
-    for (int64_t beam = 0; beam < beams; ++beam) {
-      const int64_t row = user * beams + beam;
-      const float score = tame(scores[row]);
-      if (score <= best.bound()) continue;  // a log-probability is at most 0
-      children.read(trie, filter, row, nodes[row], step.logits + row * size);
-      const int64_t count = children.size();
-      const float total = count ? row_total(step, row, size, children, space.room) : kNever;
-      if (total == kNever) continue;
-      const float* const x = children.logits();
-      for (int64_t begin = 0; begin < count; begin += kScan) {
-        int32_t found[kScan];
-        const int64_t size_here = std::min(kScan, count - begin);
-        const int64_t above = find_above(x + begin, size_here, score, total, best.bound(), found);
-        for (int64_t j = 0; j < above; ++j) {
-          const int64_t i = begin + found[j];
-          best.offer(
-              {score + smaller(x[i] - total, 0.0f), beam * size + children.code(trie, i), children.node(i)});
-        }
-      }
-    }
-    write(best.sorted(), user, width, size, next);
-  }
+  const int64_t limit = std::min(width, beams * size) + 1;  // the best that is cut too
+  const int64_t work = users * beams * size;
+  const bool share =
+      users == 1 && work >= kParallelBeams && count_children(trie, nodes, beams) >= kParallelBeams;
+  const auto run = [&](int64_t user, bool parallel) {
+    UserStep<Code> own(trie, filter, step, scores, nodes, user, beams, limit);
+    write(own.run(parallel), user, width, size, next);
+  };
+  if (share) return run(0, true);  // outside the region below: threads of a nested one are made anew
+#pragma omp parallel for if (users > 1 && work >= kParallelWork)
+  for (int64_t user = 0; user < users; ++user) run(user, false);
 }
 
 #define CEMG_INSTANTIATE(Code)                                                                           \

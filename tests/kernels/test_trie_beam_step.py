@@ -91,6 +91,34 @@ def test_of_thousands_of_ties_the_lowest_parents_and_codes_stay(filtered, width)
         assert torch.equal(ours, wanted)
 
 
+@pytest.mark.parametrize("size", [256, 2048])
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_user_with_nodes_of_any_density_gets_what_the_definition_gives(size, tied):
+    counts = [1, 2, 15, 17, 33, size // 4, size // 2 + 1, size * 2 // 3, size - 1, size] * 8
+    generator = torch.Generator().manual_seed(3)
+    rows = [
+        torch.stack((torch.full((n,), i), torch.randperm(size, generator=generator)[:n]), 1)
+        for i, n in enumerate(counts)
+    ]
+    trie = Trie.from_codes(torch.cat(rows), size)
+    nodes = trie.lookup(torch.arange(len(counts))[:, None])[None]  # [1, 80]
+    logits = torch.randn(1, len(counts), size, generator=generator)
+    logits = logits.round() if tied else logits
+    scores = -torch.rand(1, len(counts), generator=generator).sort().values
+    total = logits.logsumexp(2)
+    for width in (1, 50, 400):
+        ours, wanted = (
+            trie_beam_step(logits, scores, nodes, trie, width, "vocab", total, backend=backend)
+            for backend in ("native", "reference")
+        )
+        assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+        valid, wanted = (
+            trie_beam_step(logits, scores, nodes, trie, width, "valid", backend=backend)
+            for backend in ("native", "reference")
+        )
+        torch.testing.assert_close(valid.scores, wanted.scores, rtol=0, atol=2**-19)  # of size < 16, twice
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     users=st.integers(1, 2),

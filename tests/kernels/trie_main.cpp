@@ -1,8 +1,10 @@
 // The C++ trie under sanitizers: random tries against the sorted rows themselves. Prints what it checked.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
 #include <random>
 #include <set>
 #include <vector>
@@ -12,6 +14,7 @@
 #include "cemg/trie_cells.h"
 #include "cemg/trie_check.h"
 #include "cemg/trie_cpu.h"
+#include "cemg/trie_step.h"
 
 namespace {
 
@@ -267,6 +270,40 @@ void check_trie(std::mt19937& random, int items, int levels, int size) {
   check_verdicts(random, trie, levels, size);
 }
 
+// One user's step over the nodes below the root, and the root, against a sort of all candidates.
+template <class Code>
+void check_step(std::mt19937& random, int items, int size, int64_t width) {
+  const Owned<Code> trie = build<Code>(draw_rows(random, items, 2, size), 2, size, 1);
+  const cemg::Range below = trie.view.children(cemg::kRoot);
+  const int64_t beams = below.end;
+  std::vector<int32_t> nodes(static_cast<size_t>(beams));
+  std::iota(nodes.begin(), nodes.end(), 0);
+  std::vector<float> logits(static_cast<size_t>(beams * size)), scores(nodes.size()), total(nodes.size(), 9);
+  for (float& logit : logits) logit = static_cast<float>(random() % 64) / 8;  // exact, and many are equal
+  for (float& score : scores) score = -static_cast<float>(random() % 4);
+  std::vector<std::array<float, 3>> wanted;  // -score, parent, code
+  for (int64_t beam = 0; beam < beams; ++beam) {
+    const cemg::Range range = trie.view.children(nodes[beam]);
+    for (int32_t child = range.begin; child < range.end; ++child) {
+      const Code code = trie.code[child - 1];
+      wanted.push_back({9 - logits[beam * size + code] - scores[beam], static_cast<float>(beam),
+                        static_cast<float>(code)});
+    }
+  }
+  std::sort(wanted.begin(), wanted.end());
+  std::vector<float> found(width), pruned(1);
+  std::vector<int64_t> parents(width), codes(width);
+  std::vector<int32_t> grown(width);
+  cemg::beam_step(trie.view, cemg::FilterView{}, {logits.data(), total.data(), cemg::Normalize::kVocab},
+                  scores.data(), nodes.data(), 1, beams, width,
+                  {found.data(), parents.data(), codes.data(), grown.data(), pruned.data()});
+  for (int64_t i = 0; i < std::min<int64_t>(width, wanted.size()); ++i) {
+    const auto [cost, parent, code] = wanted[i];
+    require(-found[i] == cost && parents[i] == parent && codes[i] == code, "a step keeps the best, in order");
+    require(grown[i] == trie.view.advance(nodes[parents[i]], codes[i]), "a step walks on");
+  }
+}
+
 void check_refusals() {
   using Kind = cemg::BuildError::Kind;
   const auto kind = [](std::vector<int32_t> codes, int32_t levels, int32_t size) {
@@ -300,6 +337,12 @@ int main() {
       check_trie<int16_t>(random, items / 10 + 1, 1 + round % 8, 4096);
       tries += 2;
     }
+  }
+  for (int64_t width : {1, 40, 3000}) {
+    check_step<uint8_t>(random, 5000, 100, width);  // sparse and dense nodes
+    check_step<uint8_t>(random, 9000, 100, width);
+    check_step<int16_t>(random, 9000, 300, width);
+    check_step<int16_t>(random, 40000, 150, width);
   }
   check_refusals();
   check_ids();

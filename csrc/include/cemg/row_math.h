@@ -26,24 +26,22 @@ constexpr float larger(float a, float b) noexcept {
   return a < b ? b : a;
 }
 
-// e^x for x <= 0, within 2^-22 of it; below -87, where a float ends, e^-87; NaN for NaN. With
-// x = n log 2 + r and |r| <= log 2 / 2, e^r is its Taylor series to r^7 (what is left out: 2^-27), and 2^n
-// goes to the exponent.
+// e^x for x <= 0, within 2^-22 + |x| 2^-24 of it, and 1 for 0; below -87, where a float ends, e^-87; NaN for
+// NaN. With x log2 e = n + r and |r| <= 1/2, 2^r is the polynomial of the least relative error of its degree
+// (2^-23.4), and 2^n the float of exponent n.
 inline float exp_of_negative(float x) noexcept {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it ends in n, as an integer
+  constexpr float kLog2E = 1.44269504f;
+  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23: a sum with it ends in n + 127, as an integer
   x = larger(x, -87.0f);
-  const float shifted = x * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first of 9 bits
-  float sum = 1.0f / 5040;
-  sum = sum * r + 1.0f / 720;
-  sum = sum * r + 1.0f / 120;
-  sum = sum * r + 1.0f / 24;
-  sum = sum * r + 1.0f / 6;
-  sum = sum * r + 0.5f;
-  sum = sum * r + 1.0f;
-  sum = sum * r + 1.0f;
-  return sum * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23);
+  const float shifted = x * kLog2E + kRound;
+  const float r = x * kLog2E - (shifted - kRound);
+  float power = 0.00132647257f;
+  power = power * r + 0.00967151309f;
+  power = power * r + 0.0555073375f;
+  power = power * r + 0.240222421f;
+  power = power * r + 0.693146978f;
+  power = power * r + 1.0f;
+  return power * std::bit_cast<float>(std::bit_cast<uint32_t>(shifted) << 23);
 }
 
 // The highest of x [count]; NaN is passed over, -inf where there is nothing.

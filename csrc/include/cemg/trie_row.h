@@ -1,0 +1,36 @@
+// What a beam step does with one row of logits, and with the best scores of its groups of children.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "cemg/row_math.h"
+
+namespace cemg {
+
+inline constexpr float kLargest = std::numeric_limits<float>::max();
+inline constexpr int64_t kFew = kLanes / 4;
+
+// NaN counts as -inf, +inf as the largest finite number.
+constexpr float tame(float x) noexcept {
+  return smaller(larger(kNever, x), kLargest);  // no number is below NaN, so -inf stays
+}
+
+// out[i] = logits[codes[i]] of logits [size]; codes [count] ascend.
+void gather(const float* logits, int64_t size, const uint8_t* codes, int64_t count, float* out) noexcept;
+void gather(const float* logits, int64_t size, const int16_t* codes, int64_t count, float* out) noexcept;
+
+// best [kLanes]: the highest of every kLanes-th of x [count], tame; the highest of all.
+float best_of_lanes(const float* x, int64_t count, float* best) noexcept;
+
+// best [kLanes] from logits to scores, score + min(x - total, 0), and the highest of each four to few [kFew].
+void to_scores(float score, float total, float* best, float* few) noexcept;
+
+// The first of x [count], a multiple of kLanes, from `first` on that is at least `floor`; else `count`.
+int64_t find_at_least(const float* x, int64_t first, int64_t count, float floor) noexcept;
+
+// A number that at least `wanted` of x [count] reach, close to the highest that they do; -inf where none is
+// found.
+float floor_of_best(const float* x, int64_t count, int64_t wanted) noexcept;
+
+}  // namespace cemg
