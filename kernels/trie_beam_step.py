@@ -126,12 +126,14 @@ def _native(
 
 def empty_step(scores: Tensor, width: int) -> BeamStep:
     """Room for a step of the users of ``scores`` [B, W], each tensor its own."""
-    shape = scores.shape[0], width
+    users, device = scores.shape[0], scores.device
     return BeamStep(
-        scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.int64),
-        scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape, dtype=torch.int32),
-        scores.new_empty(shape[:1], dtype=torch.float32),
-    )  # fmt: skip
+        torch.empty(users, width, dtype=torch.float32, device=device),
+        torch.empty(users, width, dtype=torch.int64, device=device),
+        torch.empty(users, width, dtype=torch.int64, device=device),
+        torch.empty(users, width, dtype=torch.int32, device=device),
+        torch.empty(users, dtype=torch.float32, device=device),
+    )
 
 
 def _candidates(log_prob: Tensor, scores: Tensor) -> Tensor:
