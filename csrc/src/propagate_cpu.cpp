@@ -8,48 +8,51 @@ namespace cemg {
 namespace {
 
 constexpr int64_t kWidth = 16;              // floats of a vector
-constexpr int64_t kAhead = 8;               // neighbours whose rows are fetched before their turn
+constexpr int64_t kAhead = 48;              // neighbours whose rows are fetched before their turn
 constexpr int64_t kChunks = 64;             // parts of the graph, of equally many edges
 constexpr int64_t kParallelWork = 1 << 15;  // additions worth the waking of a thread
 
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
 
-// sums [16 * N] = the sum of rows[neighbour] over `count` neighbours, from column `column` on; what is
-// fetched ahead may be the next vertex's, up to neighbours[last]
+// One round for one vertex: out = (x + scale * the sum of rows[neighbour]) * factor, all but `rows` being its
+// own row. `last`: what is fetched ahead may be the next vertex's, up to neighbours[last].
+struct VertexRound {
+  const float* rows;
+  int64_t dim;
+  const int64_t* neighbours;
+  int64_t count, last;
+  const float* x;
+  float scale, factor;
+  float* out;
+};
+
+// Columns [column, column + 16 * N), whose sums never leave the registers.
 template <int N>
-[[gnu::always_inline]] inline void sum_columns(const float* rows, int64_t dim, const int64_t* neighbours,
-                                               int64_t count, int64_t last, int64_t column,
-                                               float* sums) noexcept {
+[[gnu::always_inline]] inline void round_columns(const VertexRound& round, int64_t column) noexcept {
   Vector total[N] = {};
-  for (int64_t e = 0; e < count; ++e) {
-    const float* const ahead = rows + neighbours[std::min(e + kAhead, last)] * dim + column;
+  for (int64_t e = 0; e < round.count; ++e) {
+    const int64_t later = round.neighbours[std::min(e + kAhead, round.last)];
+    const float* const ahead = round.rows + later * round.dim + column;
     for (int64_t n = 0; n < N; ++n) __builtin_prefetch(ahead + n * kWidth);
-    const float* const row = rows + neighbours[e] * dim + column;
+    const float* const row = round.rows + round.neighbours[e] * round.dim + column;
     for (int n = 0; n < N; ++n) total[n] += *reinterpret_cast<const Vector*>(row + n * kWidth);
   }
-  for (int n = 0; n < N; ++n) *reinterpret_cast<Vector*>(sums + n * kWidth) = total[n];
+  for (int n = 0; n < N; ++n) {
+    const Vector x = *reinterpret_cast<const Vector*>(round.x + column + n * kWidth);
+    *reinterpret_cast<Vector*>(round.out + column + n * kWidth) = (x + round.scale * total[n]) * round.factor;
+  }
 }
 
-// sums [dim] = the sum of the neighbours' rows
-CEMG_CLONES void sum_rows(const float* rows, int64_t dim, const int64_t* neighbours, int64_t count,
-                          int64_t last, float* sums) noexcept {
+CEMG_CLONES void round_of_vertex(const VertexRound& round) noexcept {
   int64_t column = 0;
-  for (; column + 4 * kWidth <= dim; column += 4 * kWidth) {
-    sum_columns<4>(rows, dim, neighbours, count, last, column, sums + column);
-  }
-  for (; column + kWidth <= dim; column += kWidth) {
-    sum_columns<1>(rows, dim, neighbours, count, last, column, sums + column);
-  }
-  for (; column < dim; ++column) {
+  for (; column + 4 * kWidth <= round.dim; column += 4 * kWidth) round_columns<4>(round, column);
+  for (; column + 2 * kWidth <= round.dim; column += 2 * kWidth) round_columns<2>(round, column);
+  for (; column + kWidth <= round.dim; column += kWidth) round_columns<1>(round, column);
+  for (; column < round.dim; ++column) {
     float total = 0;
-    for (int64_t e = 0; e < count; ++e) total += rows[neighbours[e] * dim + column];
-    sums[column] = total;
+    for (int64_t e = 0; e < round.count; ++e) total += round.rows[round.neighbours[e] * round.dim + column];
+    round.out[column] = (round.x[column] + round.scale * total) * round.factor;
   }
-}
-
-// One round for one vertex, whose sums stand in `to`: (x + scale * sums) * factor.
-CEMG_CLONES void finish_row(const float* x, float scale, float factor, int64_t dim, float* to) noexcept {
-  for (int64_t d = 0; d < dim; ++d) to[d] = (x[d] + scale * to[d]) * factor;
 }
 
 // Runs work(first, last) over parts of the vertices that have equally many edges.
@@ -96,10 +99,9 @@ void lightgcn_propagate(const GraphView& graph, const float* x, int64_t dim, int
       for (int64_t v = first; v < last; ++v) {
         const float scale = graph.inv_sqrt_degree[v];
         const int64_t begin = graph.row_ptr[v];
-        float* const to = next + v * dim;
-        sum_rows(scaled, dim, graph.neighbours + begin, graph.row_ptr[v + 1] - begin,
-                 graph.row_ptr[graph.vertices] - 1 - begin, to);
-        finish_row(x + v * dim, scale, final ? mean : scale, dim, to);
+        round_of_vertex({scaled, dim, graph.neighbours + begin, graph.row_ptr[v + 1] - begin,
+                         graph.row_ptr[graph.vertices] - 1 - begin, x + v * dim, scale, final ? mean : scale,
+                         next + v * dim});
       }
     });
     std::swap(scaled, next);
