@@ -308,9 +308,9 @@ def start(run: Path, cache: Path, settings: list[str]) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def killed_at(process: subprocess.Popen, sign: Path) -> bool:
-    """Kill once ``sign`` is there; False where the process ended first."""
-    while not sign.is_file() and process.poll() is None:
+def killed_at(process: subprocess.Popen, *signs: Path) -> bool:
+    """Kill once one of ``signs`` is there; False where the process ended first."""
+    while not any(sign.exists() for sign in signs) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -339,6 +339,33 @@ def test_kill_9_in_two_stages_and_the_same_command_give_the_metrics_of_an_uninte
     one, other = (json.loads((run / "results" / name).read_text()) for run in (torn, whole))
     for key in ("metrics", "metrics_history_removed", "split", "cold"):
         assert one[key] == other[key]
+
+
+@pytest.mark.slow
+def test_kill_9_in_every_stage_and_the_same_command_give_the_metrics_of_an_uninterrupted_run(
+    tmp_path, tiny_settings, feature_cache
+):
+    """A stage that takes milliseconds may be whole before the kill arrives; the long ones may not."""
+    settings = [*tiny_settings, "graph.epochs=300", "tokenizer.epochs=400", "generator.epochs=40"]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    process = start(whole, feature_cache, settings)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output.decode()
+    inside = set()
+    for stage in ("data", "features", "graph", "tokenizer", "catalog", "generator"):
+        part, done = torn / f".{stage}.part", torn / stage
+        assert killed_at(start(torn, feature_cache, settings), part, done), stage
+        inside |= {stage} if part.exists() and not done.exists() else set()
+    assert inside >= {"graph", "tokenizer", "generator"}
+    assert killed_at(start(torn, feature_cache, settings), torn / "generator")  # in the test or the report
+    process = start(torn, feature_cache, settings)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output.decode()
+    assert_same_run(torn, whole)
+    one, other = (json.loads((r / "results" / "synthetic-cemg-test.json").read_text()) for r in (torn, whole))
+    for key in ("metrics", "metrics_history_removed", "split", "cold"):
+        assert one[key] == other[key]
+    assert (torn / "report" / "report.md").is_file()
 
 
 def test_the_split_of_a_run_is_that_of_its_data(tiny_run, pipeline):
