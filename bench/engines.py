@@ -13,9 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -172,7 +174,7 @@ class Bench:
 def cemg(cell: Cell) -> Runner:
     """Our engine."""
     bench = Bench(cell)
-    decoder = Decoder(bench.model, bench.catalog, bench.start, cell.normalize, fast=True)  # type: ignore[arg-type]
+    decoder = Decoder(bench.model, bench.catalog, bench.start, cell.normalize, backend=None)  # type: ignore[arg-type]
     if not decoder.path.startswith("fast"):
         raise Skip(decoder.path)
     RUNNING["decoder"], RUNNING["bench"] = decoder, bench
@@ -332,6 +334,7 @@ def need(package: str) -> None:
 def parts() -> dict[str, float]:
     """Where one run of our engine spends its time, in shares of it: encoder, decoder, selection, other."""
     from cemg.decoding import engine, t5
+    from cemg.decoding.native import NativeStepper
 
     decoder, bench = RUNNING["decoder"], RUNNING["bench"]
     spent = dict.fromkeys(("encoder", "start", "step", "selection", "all"), 0.0)
@@ -345,6 +348,12 @@ def parts() -> dict[str, float]:
 
         return run
 
+    def started(stepper: Any, *arguments: Any) -> Any:
+        found = stepper.start(*arguments)
+        if isinstance(stepper, NativeStepper):
+            spent["encoder"] += stepper.prompt_seconds
+        return found
+
     originals = engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin
     recorded, decoder.graphs = decoder.graphs, None  # a graph has no parts to time
     engine.trie_beam_step = timed("selection", engine.trie_beam_step)
@@ -352,8 +361,9 @@ def parts() -> dict[str, float]:
 
     def begin() -> Any:
         stepper = originals[2]()
-        stepper.start, stepper.step = timed("start", stepper.start), timed("step", stepper.step)
-        return stepper
+        return SimpleNamespace(
+            start=timed("start", partial(started, stepper)), step=timed("step", stepper.step)
+        )
 
     decoder.plan.begin = begin
     try:
@@ -382,13 +392,36 @@ def trace(path: str) -> None:
     from cemg_kernels.ranges import use_ranges
 
     decoder, bench = RUNNING["decoder"], RUNNING["bench"]
+    begin, laps = decoder.plan.begin, []
+
+    def begin_noted() -> Any:
+        stepper = begin()
+        laps.append(getattr(stepper, "laps", []))  # not the stepper: its room is for the next
+        return stepper
+
+    decoder.plan.begin = begin_noted
     use_ranges(True)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.cell.device != "cpu" else [])
     with profile(activities=activities) as profiler:
         for _ in range(3):
             decoder.decode(bench.ids, bench.mask, bench.cell.beams)
     use_ranges(False)
+    decoder.plan.begin = begin
     profiler.export_chrome_trace(path)
+    add_laps(Path(path), [lap for search in laps for lap in search])
+
+
+def add_laps(path: Path, laps: list[list[tuple[str, float]]]) -> None:
+    """Writes what each call of the C++ decoder did into the trace, below the range that the call is."""
+    trace = json.loads(path.read_text())
+    calls = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e["name"].startswith("decode: ")]
+    for call, parts in zip(sorted(calls, key=lambda e: e["ts"]), laps, strict=not laps):
+        ends = [0.0, *(end for _, end in parts)]
+        for (name, end), start in zip(parts, ends, strict=False):
+            trace["traceEvents"].append(
+                call | {"name": name, "ts": call["ts"] + start * 1e6, "dur": (end - start) * 1e6}
+            )
+    path.write_text(json.dumps(trace))
 
 
 def illegal(codes: Tensor, catalog: Catalog) -> int:

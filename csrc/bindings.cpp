@@ -12,11 +12,9 @@
 #include <variant>
 #include <vector>
 
-#include "cemg/attention_cpu.h"
-#include "cemg/decode_cpu.h"
 #include "cemg/propagate_cpu.h"
 #include "cemg/quantize_cpu.h"
-#include "cemg/row_math.h"
+#include "cemg/transformer_cpu.h"
 #include "cemg/trie_build.h"
 #include "cemg/trie_check.h"
 #include "cemg/trie_cpu.h"
@@ -214,47 +212,11 @@ void beam_step(const View& view, const Filter& fields, Address logits, Address l
       view.trie);
 }
 
-// steps: the addresses of keys and values and the distances of their rows, each; prefix: empty, or two
-// addresses each with the strides of user, query and head.
-void beam_attention(const std::array<int64_t, 5>& shape, Address query, int64_t query_stride,
-                    const std::vector<std::tuple<Address, Address, int64_t, int64_t>>& steps,
-                    Address ancestors, Address bias, float scale, const std::vector<int64_t>& prefix,
-                    Address out) {
-  std::vector<cemg::StepRows> rows;
-  for (const auto& [keys, values, key_stride, value_stride] : steps) {
-    rows.push_back({at<const float>(keys), at<const float>(values), key_stride, value_stride});
-  }
-  cemg::PrefixAttention merged;
-  if (prefix.size() == 8) {
-    merged = {at<const float>(static_cast<Address>(prefix[0])), prefix[1], prefix[2], prefix[3],
-              at<const float>(static_cast<Address>(prefix[4])), prefix[5], prefix[6], prefix[7]};
-  }
-  const py::gil_scoped_release release;
-  cemg::beam_attention({shape[0], shape[1], shape[2], shape[3], shape[4]}, at<const float>(query),
-                       query_stride, rows, at<const int32_t>(ancestors), at<const float>(bias), scale, merged,
-                       at<float>(out));
-}
-
 void lightgcn_propagate(int64_t vertices, const std::array<Address, 3>& graph, Address x, int64_t dim,
                         int64_t layers, Address out, Address room) {
   cemg::lightgcn_propagate(
       {vertices, at<const int64_t>(graph[0]), at<const int64_t>(graph[1]), at<const float>(graph[2])},
       at<const float>(x), dim, layers, at<float>(out), at<float>(room));
-}
-
-// operands: address and strides of user, head and row of query, keys, values and out.
-void prefix_attention(const std::array<int64_t, 6>& shape,
-                      const std::array<std::tuple<Address, int64_t, int64_t, int64_t>, 4>& operands,
-                      float scale, Address bias, Address padding, bool causal, Address lse) {
-  const auto read = [&operands](size_t i) {
-    const auto& [data, user, head, row] = operands[i];
-    return cemg::Strided<const float>{at<const float>(data), user, head, row};
-  };
-  const auto& [data, user, head, row] = operands[3];
-  const cemg::AttentionShape dims{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
-  const cemg::Strided<const float> terms{at<const float>(bias), 0, dims.queries * dims.keys, dims.keys};
-  cemg::prefix_attention(dims, read(0), read(1), read(2), {scale, terms, at<const float>(padding), causal},
-                         {at<float>(data), user, head, row}, at<float>(lse));
 }
 
 void residual_quantize(Address x, int64_t rows, const std::array<int64_t, 3>& shape, Address codebooks,
@@ -264,12 +226,66 @@ void residual_quantize(Address x, int64_t rows, const std::array<int64_t, 3>& sh
                           at<float>(quantized));
 }
 
-void rms_norm(Address x, Address weight, int64_t rows, int64_t width, float eps, Address out) {
-  cemg::rms_norm(at<const float>(x), at<const float>(weight), rows, width, eps, at<float>(out));
+using LinearFields = std::tuple<int64_t, int64_t, Address, Address>;  // in, out, panels, bias
+using NormFields = std::tuple<Address, Address, float>;               // weight, bias, eps
+using PlaceFields = std::array<Address, 4>;                           // embedding, cosine, sine, bias
+
+cemg::Linear linear_at(const LinearFields& fields) {
+  const auto& [in, out, panels, bias] = fields;
+  return {in, out, at<const float>(panels), at<const float>(bias)};
 }
 
-void row_logsumexp(Address logits, int64_t rows, int64_t width, int64_t stride, Address out) {
-  cemg::row_logsumexp(at<const float>(logits), rows, width, stride, at<float>(out));
+cemg::Norm norm_at(const NormFields& fields) {
+  const auto& [weight, bias, eps] = fields;
+  return {at<const float>(weight), at<const float>(bias), eps};
+}
+
+cemg::Places places_at(const PlaceFields& fields) {
+  return {at<const float>(fields[0]), at<const float>(fields[1]), at<const float>(fields[2]),
+          at<const float>(fields[3])};
+}
+
+// sizes: width, heads, key-value heads and their size.
+cemg::Transformer make_transformer(const std::array<int64_t, 4>& sizes, float scale, Address embedding,
+                                   int64_t vocabulary, const NormFields& last, float last_scale) {
+  return {sizes[0],   sizes[1], sizes[2],      sizes[3],  scale, at<const float>(embedding),
+          vocabulary, {},       norm_at(last), last_scale};
+}
+
+// norms: of the layer, of queries, keys, cross-attention and feed-forward. linears: qkv, out, the queries,
+// keys and values, and output of cross-attention, gate, up and down.
+void add_layer(cemg::Transformer& model, const std::array<NormFields, 5>& norms,
+               const std::array<LinearFields, 8>& linears, int activation) {
+  model.layers.push_back({norm_at(norms[0]), linear_at(linears[0]), norm_at(norms[1]), norm_at(norms[2]),
+                          linear_at(linears[1]), norm_at(norms[3]), linear_at(linears[2]),
+                          linear_at(linears[3]), linear_at(linears[4]), norm_at(norms[4]),
+                          linear_at(linears[5]), linear_at(linears[6]), linear_at(linears[7]),
+                          static_cast<cemg::Activation>(activation)});
+}
+
+// wanted: the columns' layer, that of the whole vocabulary (or one of no outputs), logits, total.
+using WantedFields = std::tuple<LinearFields, LinearFields, Address, Address>;
+
+cemg::Wanted wanted_at(const WantedFields& fields) {
+  const auto& [columns, all, logits, total] = fields;
+  return {linear_at(columns), linear_at(all), at<float>(logits), at<float>(total)};
+}
+
+double start_search(cemg::BeamDecoder& search, Address tokens, Address mask,
+                    const std::array<int64_t, 2>& shape, const PlaceFields& places, int64_t start_token,
+                    const PlaceFields& own_places, const WantedFields& wanted) {
+  const cemg::Prompts prompts{at<const int64_t>(tokens), at<const int64_t>(mask), shape[0], shape[1]};
+  if (const int64_t wrong = search.wrong_token(prompts); wrong >= 0) {
+    throw std::invalid_argument("prompt " + std::to_string(wrong / shape[1]) + " has token " +
+                                std::to_string(prompts.tokens[wrong]) + " outside the model's vocabulary");
+  }
+  return search.start(prompts, places_at(places), start_token, places_at(own_places), wanted_at(wanted));
+}
+
+void step_search(cemg::BeamDecoder& search, Address tokens, Address parents, int64_t beams,
+                 const PlaceFields& places, const WantedFields& wanted) {
+  search.step(at<const int64_t>(tokens), at<const int64_t>(parents), beams, places_at(places),
+              wanted_at(wanted));
 }
 
 py::dict build_info() {
@@ -307,12 +323,8 @@ PYBIND11_MODULE(_native, module) {
 #if defined(CEMG_CUDA)
   module.def("launch_trie_kernel", &launch_trie_kernel, release());
 #endif
-  module.def("beam_attention", &beam_attention);
   module.def("lightgcn_propagate", &lightgcn_propagate, release());
-  module.def("prefix_attention", &prefix_attention, release());
   module.def("residual_quantize", &residual_quantize, release());
-  module.def("rms_norm", &rms_norm, release());
-  module.def("row_logsumexp", &row_logsumexp, release());
   module.def("trie_problem", &trie_problem, release());
   module.def("wrong_id", &wrong_id, release());
   py::class_<cemg::TrieBuilder>(module, "TrieBuilder")
@@ -338,4 +350,22 @@ PYBIND11_MODULE(_native, module) {
       .def("interval", &interval, release())
       .def("softmax", &softmax, release())
       .def("beam_step", &beam_step, release());
+  py::class_<cemg::Transformer>(module, "Transformer")
+      .def(py::init(&make_transformer), py::arg("sizes"), py::arg("scale"), py::arg("embedding"),
+           py::arg("vocabulary"), py::arg("last"), py::arg("last_scale"))
+      .def("add_layer", &add_layer);
+  py::class_<cemg::BeamDecoder>(module, "BeamDecoder")
+      .def(py::init<const cemg::Transformer*, const cemg::Transformer&, int64_t>(), py::keep_alive<1, 2>(),
+           py::keep_alive<1, 3>())
+      .def_property_readonly("nbytes", &cemg::BeamDecoder::nbytes)
+      .def_property_readonly("threads", &cemg::BeamDecoder::threads)
+      .def("note_laps", &cemg::BeamDecoder::note_laps)
+      .def("laps",
+           [](const cemg::BeamDecoder& search) {
+             std::vector<std::pair<std::string, double>> laps;
+             for (const cemg::Lap& lap : search.laps()) laps.emplace_back(lap.part, lap.end);
+             return laps;
+           })
+      .def("start", &start_search, release())
+      .def("step", &step_search, release());
 }

@@ -6,16 +6,12 @@ any name of it raises.
 """
 
 if __name__ == "cemg_kernels":
-    from .beam_attention import beam_attention
     from .dispatch import backends, fast_kernels_enabled, use_fast_kernels
     from .item_filter import ItemFilter
     from .lightgcn_propagate import BipartiteGraph, lightgcn_propagate
     from .live_trie import LiveTrie
-    from .prefix_attention import prefix_attention
     from .request_filter import RequestFilter
     from .residual_quantize import residual_quantize
-    from .rms_norm import rms_norm
-    from .row_logsumexp import row_logsumexp
     from .trie import Trie
     from .trie_beam_step import trie_beam_step
     from .trie_softmax import trie_softmax
@@ -27,13 +23,9 @@ if __name__ == "cemg_kernels":
         "RequestFilter",
         "Trie",
         "backends",
-        "beam_attention",
         "fast_kernels_enabled",
         "lightgcn_propagate",
-        "prefix_attention",
         "residual_quantize",
-        "rms_norm",
-        "row_logsumexp",
         "trie_beam_step",
         "trie_softmax",
         "use_fast_kernels",

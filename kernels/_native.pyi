@@ -1,25 +1,19 @@
 Filter = tuple[int, int, int, int, int, int, int]  # FilterView of trie_view.h, field by field
+Linear = tuple[int, int, int, int]  # in, out, addresses of panels and bias
+Norm = tuple[int, int, float]  # addresses of weight and bias, epsilon
+Places = tuple[int, int, int, int]  # addresses of embedding, cosine, sine and bias
+Wanted = tuple[Linear, Linear, int, int]  # columns, all of the vocabulary, addresses of logits and total
 
 def build_info() -> dict[str, object]: ...
 def launch_trie_kernel(
     name: str, arguments: list[int], count: int, device: int, stream: int, /
 ) -> None: ...  # where build_info()["cuda"]
-def beam_attention(
-    shape: list[int], query: int, query_stride: int, steps: list[tuple[int, int, int, int]], ancestors: int,
-    bias: int, scale: float, prefix: list[int], out: int, /,
-) -> None: ...  # fmt: skip
 def lightgcn_propagate(
     vertices: int, graph: tuple[int, int, int], x: int, dim: int, layers: int, out: int, room: int, /
 ) -> None: ...
-def prefix_attention(
-    shape: tuple[int, int, int, int, int, int], operands: list[tuple[int, int, int, int]], scale: float,
-    bias: int, padding: int, causal: bool, lse: int, /,
-) -> None: ...  # fmt: skip
 def residual_quantize(
     x: int, rows: int, shape: tuple[int, int, int], codebooks: int, codes: int, quantized: int, /
 ) -> None: ...
-def rms_norm(x: int, weight: int, rows: int, width: int, eps: float, out: int, /) -> None: ...
-def row_logsumexp(logits: int, rows: int, width: int, stride: int, out: int, /) -> None: ...
 def trie_problem(
     code: int, code_bytes: int, first_child: int, rows: int, sizes: tuple[int, int, int], levels: int,
     codebook_size: int, /,
@@ -54,3 +48,24 @@ class TrieView:
         self, filter: Filter, logits: int, logsumexp: int, normalize: int, scores: int, nodes: int,
         shape: tuple[int, int, int], next: tuple[int, int, int, int, int], /,
     ) -> None: ...  # fmt: skip
+
+class Transformer:
+    def __init__(
+        self, sizes: tuple[int, int, int, int], scale: float, embedding: int, vocabulary: int, last: Norm,
+        last_scale: float,
+    ) -> None: ...  # fmt: skip
+    def add_layer(self, norms: list[Norm], linears: list[Linear], activation: int, /) -> None: ...
+
+class BeamDecoder:
+    def __init__(self, encoder: Transformer | None, decoder: Transformer, threads: int, /) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    def note_laps(self, wanted: bool, /) -> None: ...
+    def laps(self) -> list[tuple[str, float]]: ...  # of the last call: what was done, and its end in seconds
+    def start(
+        self, tokens: int, mask: int, shape: tuple[int, int], places: Places, start_token: int,
+        own_places: Places, wanted: Wanted, /,
+    ) -> float: ...  # fmt: skip
+    def step(self, tokens: int, parents: int, beams: int, places: Places, wanted: Wanted, /) -> None: ...

@@ -31,10 +31,7 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "trie_beam_step": ("triton", "native", "torch", "reference"),
     "trie": ("native", "reference"),
     "lightgcn_propagate": ("triton", "native", "torch", "reference"),
-    "beam_attention": ("native", "reference"),
-    "prefix_attention": ("native", "torch", "reference"),
-    "rms_norm": ("native", "reference"),
-    "row_logsumexp": ("native", "reference"),
+    "decoder": ("native", "torch", "reference"),
 }
 _override: bool | None = None
 

@@ -24,6 +24,10 @@ def use_ranges(enabled: bool) -> None:
     _enabled = enabled
 
 
+def ranges_enabled() -> bool:
+    return _enabled
+
+
 @contextmanager
 def named_range(name: str) -> Iterator[None]:
     """A range of this name while the block runs; nothing where ranges are off."""

@@ -16,22 +16,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.decoding.layers import (
-    Activation,
     Feed,
     Head,
     Logits,
     Norm,
     OwnTokens,
-    Packing,
     Projection,
     Unsupported,
     Wanted,
-    heads,
+    attention,
+    attention_with_lse,
+    padding_of,
     unwrapped,
     weight_of,
 )
-from cemg_kernels import prefix_attention
-from cemg_kernels.beam_attention import Prefix
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")  # one shape: RMSNorm, rotary, gated feed-forward
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
@@ -79,12 +77,12 @@ class CausalPlan:
         self.heads = self.kv_heads = config.num_attention_heads
         self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
         self.embedding, self.positions = weight_of(body.wte), weight_of(body.wpe)
-        self.head = Head.of(_norm(body.ln_f), source.lm_head, self.dtype)
+        self.head = Head(Norm.of(body.ln_f), Projection.of([source.lm_head], self.dtype))
         self.layers = [
             Layer(
-                _norm(block.ln_1), self._conv(block.attn.c_attn), None, None, self._conv(block.attn.c_proj),
-                Feed(_norm(block.ln_2), None, self._conv(block.mlp.c_fc), self._conv(block.mlp.c_proj),
-                     Activation.of(block.mlp.act)),
+                Norm.of(block.ln_1), self._conv(block.attn.c_attn), None, None, self._conv(block.attn.c_proj),
+                Feed(Norm.of(block.ln_2), None, self._conv(block.mlp.c_fc), self._conv(block.mlp.c_proj),
+                     block.mlp.act),
             )
             for block in body.h
         ]  # fmt: skip
@@ -101,18 +99,18 @@ class CausalPlan:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale, self.rotation = first.scaling, body.rotary_emb
         self.embedding = weight_of(body.embed_tokens)
-        self.head = Head.of(_norm(body.norm), source.lm_head, self.dtype)
+        self.head = Head(Norm.of(body.norm), Projection.of([source.lm_head], self.dtype))
         self.layers = [self._rotary_layer(layer) for layer in body.layers]
 
     def _rotary_layer(self, layer: Any) -> Layer:
         own, mlp = layer.self_attn, layer.mlp
         q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
         return Layer(
-            _norm(layer.input_layernorm), Projection.of([own.q_proj, own.k_proj, own.v_proj], self.dtype),
-            q_norm and _norm(q_norm), k_norm and _norm(k_norm), Projection.of([own.o_proj], self.dtype),
-            Feed(_norm(layer.post_attention_layernorm), Projection.of([mlp.gate_proj], self.dtype),
+            Norm.of(layer.input_layernorm), Projection.of([own.q_proj, own.k_proj, own.v_proj], self.dtype),
+            q_norm and Norm.of(q_norm), k_norm and Norm.of(k_norm), Projection.of([own.o_proj], self.dtype),
+            Feed(Norm.of(layer.post_attention_layernorm), Projection.of([mlp.gate_proj], self.dtype),
                  Projection.of([mlp.up_proj], self.dtype), Projection.of([mlp.down_proj], self.dtype),
-                 Activation.of(mlp.act_fn)),
+                 mlp.act_fn),
         )  # fmt: skip
 
     def _conv(self, module: Any) -> Projection:
@@ -163,35 +161,24 @@ class CausalStepper:
 
     def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
         plan = self.plan
-        batch = len(input_ids)
-        packing = Packing.of(attention_mask)
-        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)  # [B, S]
+        batch, length = input_ids.shape
+        positions = (attention_mask.cumsum(1) - 1).clamp_min(0).flatten()  # [B * S]
         self.next_position = attention_mask.sum(1)  # [B]
-        # [B, S]: 0 at a token, the lowest number at padding; None where nothing is padded
-        self.padding = None
-        if packing.index is not None or attention_mask.device.type != "cpu":
-            self.padding = (1 - attention_mask.to(plan.dtype)) * torch.finfo(plan.dtype).min
-        flat = packing.pack(positions)
-        rotary = plan.rotary(flat)
-        x = plan.embed(packing.pack(input_ids), flat)  # [T, d]
+        self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
+        later = torch.full((length, length), float("-inf"), dtype=plan.dtype, device=input_ids.device).triu(1)
+        mask = self.padding[:, None, None] + later  # [B, 1, S, S]
+        rotary = plan.rotary(positions)
+        x = plan.embed(input_ids.flatten(), positions)  # [B * S, d]
         self.prompt: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values [B, G, S, Dh]
         self.own = OwnTokens(batch, len(plan.layers), input_ids.device, shared_start=False)
         for layer in plan.layers:
             split = plan.split(layer, layer.qkv(layer.norm(x)), rotary)
-            wide, keys, values = (heads(packing.unpack(t.flatten(1)), t.shape[1]) for t in split)
+            wide, keys, values = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in split)
             self.prompt.append((keys, values))  # wide: [B, H, S, Dh]
             if layer is plan.layers[-1]:  # only what follows the last token is asked for
-                x = packing.unpack(x)[:, -1]  # [B, d]
-                attended, _ = prefix_attention(
-                    wide[:, :, -1:], keys, values, plan.scale, padding=self.padding
-                )
-                rows = attended.transpose(1, 2).reshape(batch, -1)
-            else:
-                attended, _ = prefix_attention(
-                    wide, keys, values, plan.scale, padding=self.padding, causal=True
-                )
-                rows = packing.pack(attended.transpose(1, 2).flatten(2))
-            x = layer.feed(layer.out.added_to(x, rows))
+                x, wide, mask = x.view(batch, length, -1)[:, -1], wide[:, :, -1:], mask[:, :, -1:]
+            seen = attention(wide, keys, values, plan.scale, mask)
+            x = layer.feed(layer.out.added_to(x, seen.transpose(1, 2).reshape(len(x), -1)))
         return plan.head(x, batch, wanted)
 
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
@@ -210,32 +197,15 @@ class CausalStepper:
                 qkv = layer.qkv(layer.norm(x))
             query, keys, values = plan.split(layer, qkv, rotary)
             self.own.add(number, keys, values)
-            seen = self.own.attend(number, query, plan.scale, prefix=self._prompt(number, query, batch))
+            prefix = attention_with_lse(
+                query.unflatten(0, (batch, beams)), *self.prompt[number], plan.scale, self.padding
+            )
+            seen = self.own.attend(number, query, plan.scale, prefix=prefix)
             x = layer.feed(layer.out.added_to(x, seen))
         return plan.head(x, batch, wanted)
-
-    def _prompt(self, number: int, query: Tensor, batch: int) -> Prefix:
-        """The attention of queries [R, H, Dh] over their user's prompt, with its log-sum-exp.
-
-        Beams, and the heads that share keys, are the rows of one product: no key is copied.
-        """
-        plan = self.plan
-        keys, values = self.prompt[number]  # [B, G, S, Dh]
-        shared, size = plan.heads // plan.kv_heads, query.shape[2]
-        folded = query.reshape(batch, -1, plan.kv_heads, shared, size).transpose(1, 2)
-        folded = folded.flatten(2, 3)  # [B, G, W * H / G, Dh]
-        out, lse = prefix_attention(folded, keys, values, plan.scale, padding=self.padding, with_lse=True)
-        assert lse is not None
-        return Prefix(out, lse)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of rows [R, heads, Dh]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def _norm(layer: Any) -> Norm:
-    bias = getattr(layer, "bias", None)
-    eps = layer.variance_epsilon if hasattr(layer, "variance_epsilon") else layer.eps
-    return Norm(layer.weight.detach(), None if bias is None else bias.detach(), eps)

@@ -9,58 +9,26 @@ B users, W beams, M levels, K codes a level, S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cemg.decoding.beams import MARGIN, Beams, Filter, Recommendations, check_prompts
 from cemg.decoding.causal import CausalPlan
 from cemg.decoding.generic import GenericPlan
 from cemg.decoding.graphs import Graphs
 from cemg.decoding.layers import Stepper, Unsupported, Wanted
+from cemg.decoding.native import NativePlan
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
-from cemg_kernels import ItemFilter, RequestFilter, Trie, fast_kernels_enabled, trie_beam_step
+from cemg_kernels import RequestFilter, trie_beam_step
+from cemg_kernels.dispatch import choose, pick
 from cemg_kernels.ranges import named_range
 
-Filter = ItemFilter | RequestFilter
 Normalize = Literal["vocab", "level", "valid"]
-MARGIN = 1e-4  # a result is certified where it beats everything pruned by this much
-
-
-@dataclass(frozen=True, slots=True)
-class Recommendations:
-    """Best first. ``items`` [B, top] int64 (−1: none), ``scores`` [B, top] float32 (−inf), ``codes``
-    [B, top, M] int64 (−1), ``certified`` [B]: how many leading results are proven to be the true top.
-    """
-
-    items: Tensor
-    scores: Tensor
-    codes: Tensor
-    certified: Tensor
-
-    def top(self, count: int) -> Recommendations:
-        """The first ``count`` results of each row."""
-        first = (self.items[:, :count], self.scores[:, :count], self.codes[:, :count])
-        return Recommendations(*first, self.certified.clamp_max(count))
-
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four tensors, in their order."""
-        return self.items, self.scores, self.codes, self.certified
-
-    def cpu(self) -> Recommendations:
-        """The same on the CPU."""
-        return Recommendations(*(part.cpu() for part in self.parts()))
-
-    def padded(self, count: int) -> Recommendations:
-        """At least ``count`` places a row, the last ones without an item."""
-        more = max(count - self.items.shape[1], 0)
-        pad = torch.nn.functional.pad
-        items, scores = pad(self.items, (0, more), value=-1), pad(self.scores, (0, more), value=float("-inf"))
-        return Recommendations(items, scores, pad(self.codes, (0, 0, 0, more), value=-1), self.certified)
 
 
 def check_fit(model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: str) -> None:
@@ -84,15 +52,6 @@ def check_tokens(tokens: int, catalog: Catalog, code_token_start: int, normalize
         )
 
 
-def ranked(trie: Trie, scores: Tensor, nodes: Tensor, codes: Tensor, pruned: Tensor) -> Recommendations:
-    """The results of a search, from its last beams [B, W] and the best score [B] that it pruned; where
-    they lie."""
-    proven = (scores > pruned[:, None] + MARGIN) & (nodes >= 0)  # sorted, so the proven ones lead
-    items = trie.items(nodes.flatten()).reshape(nodes.shape)
-    codes = codes.masked_fill((nodes < 0)[:, :, None], -1)
-    return Recommendations(items, scores, codes, proven.sum(1))
-
-
 class Plan(Protocol):
     """A model, arranged for decoding."""
 
@@ -101,16 +60,29 @@ class Plan(Protocol):
         ...
 
 
-def make_plan(model: PreTrainedModel, code_tokens: range, fast: bool) -> tuple[Plan, str]:
-    """The plan of a model and the path it takes, in words."""
-    if not fast:
-        return GenericPlan(model), "the model's own forward: fast kernels are off"
+def make_plan(model: PreTrainedModel, code_tokens: range, backend: str | None) -> tuple[Plan, str]:
+    """The plan of a model and the path it takes, in words.
+
+    Raises UserError where ``backend`` is asked for and does not serve the model.
+    """
+    wanted = pick("decoder", model.device, backend)
     try:
-        if model.config.is_encoder_decoder:
-            return T5Plan(model, code_tokens), "fast T5"
-        return CausalPlan(model, code_tokens), "fast decoder-only"
+        if wanted == "reference":
+            raise Unsupported(choose("decoder", model.device).why if backend is None else "asked for")
+        seq2seq = model.config.is_encoder_decoder
+        plan = T5Plan(model, code_tokens) if seq2seq else CausalPlan(model, code_tokens)
+        kind = "T5" if seq2seq else "decoder-only"
     except Unsupported as reason:
+        if backend in ("native", "torch"):
+            raise UserError(f"the {backend} decoder does not serve this model: {reason}") from None
         return GenericPlan(model), f"the model's own forward: {reason}"
+    try:
+        if wanted == "native":
+            return NativePlan(plan), f"fast {kind} in C++"
+    except Unsupported as reason:
+        if backend == "native":
+            raise UserError(f"the native decoder does not serve this model: {reason}") from None
+    return plan, f"fast {kind}"
 
 
 class Decoder:
@@ -119,24 +91,25 @@ class Decoder:
     Any Hugging Face T5 or decoder-only model whose token ``code_token_start + m·K + c`` is code c of level m.
     ``normalize`` says over which tokens the log-softmax runs: the whole vocabulary, the level's K codes, or
     the valid ones, those that pass the filter where there is one (SPEC §4). Scores are sums of
-    log-probabilities (paper equation 6). ``fast=False`` runs the model's own forward; by default the fast
-    kernels' switch decides. ``graphs``: record a CUDA graph a bucket of prompts (None: on a GPU, yes).
-    ``path`` says what runs and why. The fast paths read the weights here: after
+    log-probabilities (paper equation 6). ``backend``: "native" (C++, float32 on the CPU), "torch" (the same
+    steps in PyTorch, on any device), "reference" (the model's own forward), or None for the dispatcher's;
+    UserError where it does not serve the model. ``graphs``: record a CUDA graph a bucket of prompts (None:
+    on a GPU, yes). ``path`` says what runs and why. The fast paths read the weights here: after
     further training, make a new Decoder.
     """
 
     def __init__(
         self, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Normalize = "vocab",
-        *, fast: bool | None = None, graphs: bool | None = None,
+        *, backend: str | None = None, graphs: bool | None = None,
     ) -> None:  # fmt: skip
         check_fit(model, catalog, code_token_start, normalize)
         self.model, self.catalog = model, catalog
         self.code_token_start, self.normalize = code_token_start, normalize
         self.trie = catalog.trie.to(model.device)
         codes = range(code_token_start, code_token_start + catalog.levels * catalog.codebook_size)
-        self.plan, self.path = make_plan(model, codes, fast_kernels_enabled() if fast is None else fast)
+        self.plan, self.path = make_plan(model, codes, backend)
         self.graphs: Graphs | None = None
-        own_stepper = not isinstance(self.plan, GenericPlan)
+        own_stepper = isinstance(self.plan, (T5Plan, CausalPlan))
         if own_stepper and (model.device.type == "cuda" if graphs is None else graphs):
             pad_left = not model.config.is_encoder_decoder
             self.graphs = Graphs(pad_left=pad_left, device=self.trie.device)
@@ -154,7 +127,7 @@ class Decoder:
         what it is without; "vocab" and "level" scores are. Rows hold fewer items where fewer are legal: the
         rest is −1. Raises UserError for fewer beams than one, and for shapes that differ.
         """
-        self._check(input_ids, attention_mask, beams, filter)
+        check_prompts(input_ids, attention_mask, beams, filter)
         if self.graphs is None or isinstance(filter, RequestFilter):
             return self._search(input_ids, attention_mask, beams, filter)
 
@@ -189,15 +162,6 @@ class Decoder:
                 kept[row] = new[0]
         return found
 
-    def _check(self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None) -> None:
-        if beams < 1:
-            raise UserError(f"beams must be at least 1, got {beams}")
-        if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
-            shapes = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
-            raise UserError(f"input_ids and attention_mask must be [B, S] alike, got {shapes}")
-        if isinstance(filter, RequestFilter) and filter.num_requests != len(input_ids):
-            raise UserError(f"a filter of {filter.num_requests} requests for {len(input_ids)} prompts")
-
     def _search(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
         floor: Tensor | None = None,
@@ -211,40 +175,27 @@ class Decoder:
     ) -> Recommendations:  # fmt: skip
         """Beam search, its results on the device; without ``floor`` it never waits for
         the device. With ``floor`` [B], only prefixes that score at least as much live on."""
-        device = self.trie.device
         stepper = self.plan.begin()
         with named_range("decode: prompt and first code"):
             logits = stepper.start(input_ids, attention_mask, self._wanted(0))
-        batch = len(input_ids)
-        scores = torch.zeros(batch, 1, device=device)
-        nodes = torch.zeros(batch, 1, dtype=torch.int32, device=device)  # the root
-        codes = torch.zeros(batch, 1, 0, dtype=torch.int64, device=device)
-        pruned = torch.full((batch,), float("-inf"), device=device)
-        parents = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        found = Beams.at_the_root(len(input_ids), self.trie.device)
         for level in range(self.catalog.levels):
-            if level > 0 and self._decided(nodes):
-                codes, nodes = self._to_the_leaves(codes, nodes)
+            if level > 0 and self._decided(found.nodes):
+                self._to_the_leaves(found)
                 break
             if level > 0:
-                tokens = self._tokens(codes[:, :, -1], level - 1)
+                tokens = found.codes[:, :, -1] + self._wanted(level - 1).first
                 with named_range(f"decode: code {level}"):
-                    logits = stepper.step(tokens, parents.clamp_min(0), self._wanted(level))
-            scores, parents, chosen, nodes, cut = trie_beam_step(
-                logits.columns, scores, nodes, self.trie, beams, self.normalize, logits.total, filter
-            )
-            grown_from = parents.clamp_min(0)[:, :, None].expand(-1, -1, level)
-            codes = torch.cat(
-                (codes.gather(1, grown_from), chosen[:, :, None].long()), dim=2
-            )  # [B, W, level + 1]
-            pruned = torch.maximum(pruned, cut)
+                    logits = stepper.step(tokens, found.parents, self._wanted(level))
+            found.grow(
+                trie_beam_step(
+                    logits.columns, found.scores, found.nodes, self.trie, beams, self.normalize,
+                    logits.total, filter,
+                )
+            )  # fmt: skip
             if floor is not None:
-                alive = scores >= floor[:, None]  # the leading ones
-                below = scores.masked_fill(alive, float("-inf")).amax(1)
-                pruned = torch.maximum(pruned, below)
-                scores, nodes = scores.masked_fill(~alive, float("-inf")), nodes.masked_fill(~alive, -1)
-                count = max(int(alive.sum(1).max()), 1)
-                scores, parents, nodes, codes = (t[:, :count] for t in (scores, parents, nodes, codes))
-        return ranked(self.trie, scores, nodes, codes, pruned)
+                found.drop_below(floor)
+        return found.results(self.trie)
 
     def _decided(self, nodes: Tensor) -> bool:
         """Whether every beam [B, W] has one item below it, so that "valid" codes are certain from here on.
@@ -256,17 +207,13 @@ class Decoder:
         ranks = self.trie.interval(nodes.flatten())
         return bool((ranks[:, 1] - ranks[:, 0] <= 1).all())
 
-    def _to_the_leaves(self, codes: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [B, W, m] and nodes [B, W] with one item each below -> [B, W, M] and the leaves."""
-        for _ in range(codes.shape[2], self.catalog.levels):
-            own, below = self.trie.children(nodes.flatten())
-            codes = torch.cat((codes, own[:, 0].view(nodes.shape)[:, :, None].long()), dim=2)
-            nodes = below[:, 0].view(nodes.shape)
-        return codes, nodes
-
-    def _tokens(self, codes: Tensor, level: int) -> Tensor:
-        """Tokens of codes [B, W] of a level; a dead beam's −1 becomes code 0, which nothing reads."""
-        return self.code_token_start + level * self.catalog.codebook_size + codes.clamp_min(0)
+    def _to_the_leaves(self, found: Beams) -> None:
+        """Beams with one item each below them walk down to it."""
+        for _ in range(found.codes.shape[2], self.catalog.levels):
+            own, below = self.trie.children(found.nodes.flatten())
+            codes = own[:, 0].view(found.nodes.shape)
+            found.codes = torch.cat((found.codes, codes[:, :, None].long()), dim=2)
+            found.nodes = below[:, 0].view(found.nodes.shape)
 
     def _wanted(self, level: int) -> Wanted:
         size = self.catalog.codebook_size

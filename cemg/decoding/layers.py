@@ -1,24 +1,20 @@
 """The few layers that the fast steppers are made of: a model's own weights, arranged for few calls.
 
-R rows, d the width, V vocabulary, K codes a level, B users, S prompt tokens.
+R rows, d the width, V vocabulary, K codes a level, B users, W beams, S prompt tokens, H heads over G
+key-value heads of Dh, T tokens a beam was fed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cemg_kernels import beam_attention, rms_norm, row_logsumexp
-from cemg_kernels.beam_attention import Prefix, Step
-
-BLOCK_COLUMNS = 4096  # of the vocabulary, multiplied at once on a CPU
-BLOCK_CELLS = {"cpu": 2**21, "cuda": 2**26}  # logits held at once: 8 and 256 MB
-PACKED_ROWS = 4  # with fewer, a product is a pass over the weight, which MKL's kernel does faster
+BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
 
 
 class Wanted(NamedTuple):
@@ -86,51 +82,15 @@ def weight_of(module: Any) -> Tensor:
     return weight
 
 
-def packed(weight: Tensor) -> Tensor | None:
-    """A float32 weight of the CPU in oneDNN's own layout; None where it would not be used.
-
-    ``F.linear`` asks MKL, which takes AVX2 on an AMD processor that has AVX-512: there oneDNN is 2 to 2.5
-    times as fast (Zen 5, one core, 50 rows of 128 x 1024: 0.064 against 0.129 ms).
-    """
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype != torch.float32
-        or not torch.backends.mkldnn.is_available()
-    ):
-        return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
-
-
-ONEDNN = {"ReLU": ("relu", ""), "SiLU": ("swish", ""), "SiLUActivation": ("swish", ""),
-          "GELUActivation": ("gelu", "none"), "NewGELUActivation": ("gelu", "tanh"),
-          "GELUTanh": ("gelu", "tanh")}  # fmt: skip
-
-
-class Activation(NamedTuple):
-    """An activation, and what oneDNN calls it; an empty ``name`` where it knows none."""
-
-    function: Callable[[Tensor], Tensor]
-    name: str
-    algorithm: str
-
-    @classmethod
-    def of(cls, module: Any) -> Activation:
-        """Of a module of torch or transformers."""
-        return cls(module, *ONEDNN.get(type(module).__name__, ("", "")))
-
-
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """``x @ weight.T + bias``; ``weight`` [out, in], and in ``packed`` as the CPU multiplies it fastest."""
+    """``x @ weight.T + bias``; ``weight`` [out, in]."""
 
     weight: Tensor
     bias: Tensor | None = None
-    packed: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, modules: Sequence[Any], dtype: torch.dtype, transposed: bool = False, pack: bool = True
-    ) -> Projection:
+    def of(cls, modules: Sequence[Any], dtype: torch.dtype, transposed: bool = False) -> Projection:
         """Several linear layers over one input as one; ``transposed`` for GPT-2's Conv1D."""
         weights = [weight_of(m).t() if transposed else weight_of(m) for m in modules]
         biases = [m.bias for m in modules]
@@ -138,30 +98,17 @@ class Projection:
             raise Unsupported("some projections of a layer have a bias and some have none")
         weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).contiguous()
         bias = None if biases[0] is None else torch.cat([b.detach() for b in biases]).to(dtype)
-        return cls(weight, bias, packed(weight) if pack else None)
+        return cls(weight, bias)
 
     def part(self, begin: int, end: int) -> Projection:
         """The columns ``begin`` ... ``end`` of what it gives, as a projection of its own."""
-        weight, bias = self.weight[begin:end], None if self.bias is None else self.bias[begin:end]
-        return Projection(weight, bias, packed(weight))
+        return Projection(self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
 
-    def __call__(self, x: Tensor, activation: Activation | None = None) -> Tensor:
-        if self.packed is not None and x.shape[0] >= PACKED_ROWS and (activation is None or activation.name):
-            name, algorithm = ("none", "") if activation is None else (activation.name, activation.algorithm)
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
-        out = F.linear(x, self.weight, self.bias)
-        return out if activation is None else activation.function(out)
-
-    def times(self, factor: Tensor, x: Tensor) -> Tensor:
-        """``factor * self(x)`` [R, out]."""
-        if self.packed is not None and x.shape[0] >= PACKED_ROWS:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.packed, self.bias, "mul")
-        return factor * F.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual + self(x)`` [R, out], in one product."""
-        if self.packed is not None and x.shape[0] >= PACKED_ROWS:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
         if self.bias is not None:
             residual = residual + self.bias
         return torch.addmm(residual, x, self.weight.t())
@@ -175,10 +122,17 @@ class Norm:
     bias: Tensor | None
     eps: float
 
+    @classmethod
+    def of(cls, layer: Any) -> Norm:
+        """Of a norm of torch or transformers."""
+        bias = getattr(layer, "bias", None)
+        eps = layer.variance_epsilon if hasattr(layer, "variance_epsilon") else layer.eps
+        return cls(layer.weight.detach(), None if bias is None else bias.detach(), eps)
+
     def __call__(self, x: Tensor) -> Tensor:
         if self.bias is None:
-            return rms_norm(x, self.weight, self.eps)
-        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,86 +144,41 @@ class Feed:
     gate: Projection | None
     up: Projection
     down: Projection
-    activation: Activation
+    activation: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
         seen = self.norm(x)
         if self.gate is None:
-            hidden = self.up(seen, self.activation)
-        else:
-            hidden = self.up.times(self.gate(seen, self.activation), seen)
-        return self.down.added_to(x, hidden)
+            return self.down.added_to(x, self.activation(self.up(seen)))
+        return self.down.added_to(x, self.activation(self.gate(seen)) * self.up(seen))
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The language-model head: the K columns of a level, and the log-sum-exp of all, block by block.
-
-    The logits of a block of columns stay in the cache until they are summed; the vocabulary's never lie in
-    memory at once.
-    """
+    """The language-model head: the K columns of a level, and the log-sum-exp of all, some rows at a time."""
 
     norm: Norm
-    whole: Projection  # [V, d], not packed
-    blocks: tuple[Projection, ...]  # its columns, in turn
-    scale: float = 1.0
-    levels: dict[int, Projection] = field(default_factory=dict)  # by first token, made when first wanted
-
-    @classmethod
-    def of(cls, norm: Norm, module: Any, dtype: torch.dtype, scale: float = 1.0) -> Head:
-        """Of a linear layer over the last norm, whose output is scaled before."""
-        whole = Projection.of([module], dtype, pack=False)
-        size = whole.weight.shape[0]
-        width = BLOCK_COLUMNS if whole.weight.device.type == "cpu" else size
-        blocks = tuple(whole.part(begin, begin + width) for begin in range(0, size, width))
-        return cls(norm, whole, blocks, scale)
+    whole: Projection  # [V, d]
+    scale: float = 1.0  # of what the norm gives
 
     def __call__(self, x: Tensor, batch: int, wanted: Wanted) -> Logits:
         """``x`` [B * W, d] before the last norm."""
         hidden = self.norm(x)
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        if wanted.first not in self.levels:
-            self.levels[wanted.first] = self.whole.part(wanted.first, wanted.first + wanted.size)
-        columns = self.levels[wanted.first](hidden).float().view(batch, -1, wanted.size)
-        return Logits(columns, self._total(hidden).view(batch, -1) if wanted.total else None)
-
-    def _total(self, hidden: Tensor) -> Tensor:
-        """The log-sum-exp over the vocabulary, [R]."""
-        totals, cells = [], BLOCK_CELLS[hidden.device.type]
-        for block in self.blocks:
-            parts = hidden.split(max(1, cells // block.weight.shape[0]))
-            totals.append(torch.cat([row_logsumexp(block(part)) for part in parts]))
-        return totals[0] if len(totals) == 1 else torch.stack(totals).logsumexp(0)
+        own = self.whole.part(wanted.first, wanted.first + wanted.size)
+        columns = own(hidden).float().view(batch, -1, wanted.size)
+        if not wanted.total:
+            return Logits(columns, None)
+        parts = hidden.split(max(1, BLOCK_CELLS // self.whole.weight.shape[0]))
+        total = torch.cat([self.whole(part).float().logsumexp(1) for part in parts])
+        return Logits(columns, total.view(batch, -1))
 
 
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """Which places of a padded [B, S] hold tokens, so that row-wise layers compute nothing for padding."""
-
-    batch: int
-    length: int
-    index: Tensor | None  # [T] places in B * S; None where all are tokens
-
-    @classmethod
-    def of(cls, mask: Tensor) -> Packing:
-        """Of a mask [B, S]. On a GPU everything stays padded: counting would wait for the device."""
-        batch, length = mask.shape
-        if mask.device.type != "cpu" or bool(mask.all()):
-            return cls(batch, length, None)
-        return cls(batch, length, mask.flatten().nonzero()[:, 0])
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """[B, S, ...] -> [T, ...]."""
-        rows = padded.reshape(self.batch * self.length, *padded.shape[2:])
-        return rows if self.index is None else rows.index_select(0, self.index)
-
-    def unpack(self, rows: Tensor) -> Tensor:
-        """[T, c] -> [B, S, c], zero where there is no token."""
-        if self.index is not None:
-            padded = rows.new_zeros(self.batch * self.length, rows.shape[1])
-            rows = padded.index_copy_(0, self.index, rows)
-        return rows.view(self.batch, self.length, -1)
+def padding_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What hides padding when it is added to scores, [B, S]: 0 at a token, elsewhere a number so low that its
+    exponential is 0, and so far from the lowest that a score can be added to it."""
+    return (1 - mask.to(dtype)) * (torch.finfo(dtype).min / 2)
 
 
 def heads(rows: Tensor, count: int) -> Tensor:
@@ -277,21 +186,57 @@ def heads(rows: Tensor, count: int) -> Tensor:
     return rows.unflatten(2, (count, -1)).transpose(1, 2)
 
 
+def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Softmax of ``scale * query . keys + mask``, times the values: [B, H, Q, Dh].
+
+    ``query`` [B, H, Q, Dh], ``keys`` and ``values`` [B, G, S, Dh], ``mask`` broadcasts to [B, H, Q, S].
+    """
+    return F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
+    )
+
+
+class Seen(NamedTuple):
+    """Attention over some keys: what it gave, ``out`` [R, H, Dh], and the log-sum-exp [R, H] of its scores,
+    by which it is merged with attention over others."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def attention_with_lse(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor) -> Seen:
+    """Beams over the prompt of their user: ``query`` [B, W, H, Dh], ``keys`` and ``values`` [B, G, S, Dh],
+    ``mask`` [B, S]. Beams, and the heads that share keys, are the rows of one product: no key is copied.
+    """
+    users, beams, count = query.shape[:3]
+    folded = query.unflatten(2, (keys.shape[1], -1)).transpose(1, 2).flatten(2, 3)  # [B, G, W * H / G, Dh]
+    scores = folded @ (keys * scale).transpose(2, 3) + mask[:, None, None]  # [B, G, W * H / G, S]
+    scores = scores.float()
+    out = scores.softmax(3).to(values.dtype) @ values
+    lse = scores.logsumexp(3, keepdim=True)
+    apart = (t.unflatten(2, (beams, -1)).transpose(1, 2) for t in (out, lse))  # [B, W, G, H / G, c]
+    out, lse = (t.reshape(users * beams, count, -1) for t in apart)
+    return Seen(out, lse[:, :, 0])
+
+
 class OwnTokens:
-    """What the beams have been fed: keys and values a layer and step, and who descends from whom."""
+    """What the beams have been fed: keys and values a layer and step, and who descends from whom.
+
+    No cache is copied or re-ordered: a table of ancestors [T, R] says which row of each step a row has.
+    """
 
     def __init__(self, batch: int, layers: int, device: torch.device, shared_start: bool) -> None:
         """``shared_start``: step 0 is one row a user, whose keys and values follow by ``add``."""
-        self.steps: list[list[Step]] = [[] for _ in range(layers)]
-        first = torch.arange(batch, dtype=torch.int32, device=device)[None]
-        self.ancestors = first if shared_start else first[:0]  # [T, R]
+        self.steps: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
+        first = torch.arange(batch, device=device)[None]
+        self.ancestors = first if shared_start else first[:0]
         self.beams = 1
 
     def grow(self, parents: Tensor) -> None:
         """Beams [B, W] grown from ``parents``, each fed one more token."""
         batch, beams = parents.shape
         users = torch.arange(batch, device=parents.device)[:, None] * self.beams
-        rows = torch.arange(batch * beams, dtype=torch.int32, device=parents.device)[None]
+        rows = torch.arange(batch * beams, device=parents.device)[None]
         self.ancestors = torch.cat((self.ancestors[:, (users + parents).flatten()], rows))
         self.beams = beams
 
@@ -300,13 +245,23 @@ class OwnTokens:
         self.steps[layer].append((keys, values))
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        scale: float,
-        bias: Tensor | None = None,
-        prefix: Prefix | None = None,
+        self, layer: int, query: Tensor, scale: float, bias: Tensor | None = None, prefix: Seen | None = None
     ) -> Tensor:
-        """``query`` [R, H, Dh] over all of it -> [R, H * Dh]."""
-        shaped = query.view(-1, self.beams, *query.shape[1:])
-        return beam_attention(shaped, self.steps[layer], self.ancestors, scale, bias, prefix)
+        """``query`` [R, H, Dh] over all of it, merged with ``prefix`` -> [R, H * Dh]; ``bias`` [T, H] is
+        added to the scores."""
+        steps = self.steps[layer]
+        keys, values = (
+            torch.stack([step[which][row] for step, row in zip(steps, self.ancestors, strict=True)], dim=1)
+            for which in (0, 1)
+        )  # [R, T, G, Dh]
+        grouped = query.unflatten(1, (keys.shape[2], -1))[:, None]  # [R, 1, G, H / G, Dh]
+        scores = (grouped * keys[:, :, :, None]).sum(-1).flatten(2) * scale  # [R, T, H]
+        scores = (scores if bias is None else scores + bias).float()
+        if prefix is not None:
+            scores = torch.cat((scores, prefix.lse[:, None]), dim=1)  # [R, T + 1, H]
+        weights = scores.softmax(1).to(query.dtype)
+        own = weights[:, : len(steps)].unflatten(2, (keys.shape[2], -1))[..., None] * values[:, :, :, None]
+        out = own.sum(1).flatten(1, 2)  # [R, H, Dh]
+        if prefix is not None:
+            out = out + weights[:, -1, :, None] * prefix.out
+        return out.flatten(1)

@@ -15,24 +15,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.decoding.layers import (
-    Activation,
     Feed,
     Head,
     Logits,
     Norm,
     OwnTokens,
-    Packing,
     Projection,
     Unsupported,
     Wanted,
+    attention,
     heads,
+    padding_of,
     unwrapped,
     weight_of,
 )
-from cemg_kernels import prefix_attention
 from cemg_kernels.ranges import named_range
 
-MOST_LENGTHS = 64  # encoder biases kept on a CPU
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
 
@@ -73,12 +71,13 @@ class T5Plan:
         self.embedding = weight_of(source.decoder.embed_tokens)  # the same tensor, some adapters aside
         self.encoder = [self._encoder_layer(block) for block in source.encoder.block]
         self.decoder = [self._decoder_layer(block) for block in source.decoder.block]
-        self.encoder_norm = _norm(source.encoder.final_layer_norm)
+        self.encoder_norm = Norm.of(source.encoder.final_layer_norm)
         scaled = config.model_type == "t5" and getattr(
             config, "scale_decoder_outputs", config.tie_word_embeddings
         )
-        self.head = Head.of(_norm(source.decoder.final_layer_norm), source.lm_head, self.dtype,
-                            config.d_model**-0.5 if scaled else 1.0)  # fmt: skip
+        whole = Projection.of([source.lm_head], self.dtype)
+        scale = config.d_model**-0.5 if scaled else 1.0
+        self.head = Head(Norm.of(source.decoder.final_layer_norm), whole, scale)
         crosses = [block.layer[1].EncDecAttention for block in source.decoder.block]
         self.cross_kv = Projection.of([p for cross in crosses for p in (cross.k, cross.v)], self.dtype)
         self.encoder_attention = source.encoder.block[0].layer[0].SelfAttention
@@ -109,15 +108,15 @@ class T5Plan:
         own = block.layer[0]
         out = Projection.of([own.SelfAttention.o], self.dtype)
         return EncoderLayer(
-            _norm(own.layer_norm), self._qkv(own.SelfAttention), out, self._feed(block.layer[1])
+            Norm.of(own.layer_norm), self._qkv(own.SelfAttention), out, self._feed(block.layer[1])
         )
 
     def _decoder_layer(self, block: Any) -> DecoderLayer:
         own, cross = block.layer[0], block.layer[1]
         qkv = self._qkv(own.SelfAttention)
         return DecoderLayer(
-            _norm(own.layer_norm), qkv, qkv.part(qkv.weight.shape[0] // 3, qkv.weight.shape[0]),
-            Projection.of([own.SelfAttention.o], self.dtype), _norm(cross.layer_norm),
+            Norm.of(own.layer_norm), qkv, qkv.part(qkv.weight.shape[0] // 3, qkv.weight.shape[0]),
+            Projection.of([own.SelfAttention.o], self.dtype), Norm.of(cross.layer_norm),
             Projection.of([cross.EncDecAttention.q], self.dtype),
             Projection.of([cross.EncDecAttention.o], self.dtype), self._feed(block.layer[2]),
         )  # fmt: skip
@@ -131,19 +130,16 @@ class T5Plan:
         gate = Projection.of([dense.wi_0], self.dtype) if gated else None
         up = Projection.of([dense.wi_1 if gated else dense.wi], self.dtype)
         down = Projection.of([dense.wo], self.dtype)
-        return Feed(_norm(layer.layer_norm), gate, up, down, Activation.of(dense.act))
+        return Feed(Norm.of(layer.layer_norm), gate, up, down, dense.act)
 
     def encoder_bias(self, length: int) -> Tensor:
-        """The encoder's position bias [H, S, S], of the model's dtype; made once a length.
+        """The encoder's position bias by distance, [H, 2 * length - 1]: key minus query, -(length - 1) first.
 
-        None is dropped on a GPU: a recorded graph reads it where it is.
+        Made once a length and never dropped: a recorded graph reads it where it is.
         """
         if length not in self._encoder_bias:
-            if self.device.type == "cpu" and len(self._encoder_bias) >= MOST_LENGTHS:
-                self._encoder_bias.clear()
-            place = torch.arange(length, device=self.device)
-            bias = _bias(self.encoder_attention, place[None] - place[:, None])  # [S, S, H]
-            self._encoder_bias[length] = bias.permute(2, 0, 1).contiguous()
+            distance = torch.arange(1 - length, length, device=self.device)
+            self._encoder_bias[length] = _bias(self.encoder_attention, distance).t().contiguous()
         return self._encoder_bias[length]
 
     def decoder_bias(self, position: int) -> Tensor:
@@ -162,16 +158,11 @@ class T5Stepper:
 
     def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
         plan = self.plan
-        packing = Packing.of(attention_mask)
         batch = input_ids.shape[0]
-        # [B, S]: 0 at a token, the lowest number at padding; None where nothing is padded
-        self.padding = None
-        if packing.index is not None or attention_mask.device.type != "cpu":
-            lowest = torch.finfo(plan.dtype).min
-            self.padding = (1 - attention_mask.to(plan.dtype)) * lowest
+        self.padding = padding_of(attention_mask, plan.dtype)[:, None, None]  # [B, 1, 1, S]
         with named_range("decode: encoder"):
-            encoded = self._encode(input_ids, packing)
-        crosses = packing.unpack(plan.cross_kv(encoded)).chunk(2 * len(plan.decoder), dim=2)
+            encoded = self._encode(input_ids)
+        crosses = plan.cross_kv(encoded).chunk(2 * len(plan.decoder), dim=2)
         views = [heads(part, plan.heads) for part in crosses]  # each [B, H, S, Dh]
         self.cross = list(zip(views[::2], views[1::2], strict=True))
         self.position = 0
@@ -205,30 +196,28 @@ class T5Stepper:
             x = layer.feed(self._cross_attend(number, x, batch))
         return plan.head(x, batch, wanted)
 
-    def _encode(self, input_ids: Tensor, packing: Packing) -> Tensor:
-        """The encoder's output for the tokens alone, [T, d]."""
+    def _encode(self, input_ids: Tensor) -> Tensor:
+        """The encoder's output, [B, S, d]."""
         plan = self.plan
-        bias = plan.encoder_bias(packing.length)  # [H, S, S]
-        x = F.embedding(packing.pack(input_ids), plan.encoder_embedding)
+        batch, length = input_ids.shape
+        place = torch.arange(length, device=input_ids.device)
+        distance = place[None] - place[:, None] + length - 1  # [S, S], of keys from queries
+        mask = plan.encoder_bias(length)[:, distance] + self.padding  # [B, H, S, S]
+        x = F.embedding(input_ids.flatten(), plan.encoder_embedding)  # [B * S, d]
         for layer in plan.encoder:
-            qkv = packing.unpack(layer.qkv(layer.norm(x)))
+            qkv = layer.qkv(layer.norm(x)).view(batch, length, -1)
             q, k, v = (heads(part, plan.heads) for part in qkv.chunk(3, dim=2))
-            seen, _ = prefix_attention(q, k, v, bias=bias, padding=self.padding)
-            x = layer.feed(layer.out.added_to(x, packing.pack(seen.transpose(1, 2).flatten(2))))
-        return plan.encoder_norm(x)
+            seen = attention(q, k, v, 1.0, mask)
+            x = layer.feed(layer.out.added_to(x, seen.transpose(1, 2).reshape(len(x), -1)))
+        return plan.encoder_norm(x).view(batch, length, -1)
 
     def _cross_attend(self, number: int, x: Tensor, batch: int) -> Tensor:
         """x plus what its beams see of their user's prompt; [R, d]."""
         layer = self.plan.decoder[number]
         query = heads(layer.cross_q(layer.cross_norm(x)).view(batch, -1, layer.cross_q.weight.shape[0]),
                       self.plan.heads)  # fmt: skip
-        keys, values = self.cross[number]
-        seen, _ = prefix_attention(query, keys, values, padding=self.padding)
+        seen = attention(query, *self.cross[number], 1.0, self.padding)
         return layer.cross_out.added_to(x, seen.transpose(1, 2).reshape(x.shape[0], -1))
-
-
-def _norm(layer: Any) -> Norm:
-    return Norm(layer.weight.detach(), None, layer.variance_epsilon)
 
 
 def _bias(attention: Any, distance: Tensor) -> Tensor:

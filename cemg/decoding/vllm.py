@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from cemg.decoding.engine import Normalize, Recommendations, check_tokens, ranked
+from cemg.decoding.beams import Beams, Recommendations, check_prompts
+from cemg.decoding.engine import Normalize, check_tokens
 from cemg.decoding.vllm_processor import PROMPT, SETTINGS
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
@@ -72,27 +73,17 @@ class VllmDecoder:
 
     def decode(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
         """As ``Decoder.decode``, without a filter: prompts [B, S] -> the ``beams`` best items of each."""
-        if beams < 1:
-            raise UserError(f"beams must be at least 1, got {beams}")
-        if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
-            shapes = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
-            raise UserError(f"input_ids and attention_mask must be [B, S] alike, got {shapes}")
+        check_prompts(input_ids, attention_mask, beams)
         rows = zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)
         prompts = [ids[mask].tolist() for ids, mask in rows]
-        batch = len(prompts)
-        scores = torch.zeros(batch, 1)
-        nodes = torch.zeros(batch, 1, dtype=torch.int32)  # the root
-        codes = torch.zeros(batch, 1, 0, dtype=torch.int64)
-        pruned = torch.full((batch,), float("-inf"))
-        for level in range(self.catalog.levels):
-            log_probs = self._next_codes(prompts, nodes, codes, beams + 1)  # [B, W, K]
-            scores, parents, chosen, nodes, cut = trie_beam_step(
-                log_probs, scores, nodes, self.trie, beams, "vocab", torch.zeros_like(scores)
+        found = Beams.at_the_root(len(prompts), torch.device("cpu"))
+        for _ in range(self.catalog.levels):
+            log_probs = self._next_codes(prompts, found.nodes, found.codes, beams + 1)  # [B, W, K]
+            certain = torch.zeros_like(found.scores)  # what is normalised already sums to one
+            found.grow(
+                trie_beam_step(log_probs, found.scores, found.nodes, self.trie, beams, "vocab", certain)
             )
-            grown_from = parents.clamp_min(0)[:, :, None].expand(-1, -1, level)
-            codes = torch.cat((codes.gather(1, grown_from), chosen[:, :, None].long()), dim=2)
-            pruned = torch.maximum(pruned, cut)
-        return ranked(self.trie, scores, nodes, codes, pruned).cpu()
+        return found.results(self.trie).cpu()
 
     def close(self) -> None:
         """End the engine and free its memory; the decoder is of no use afterwards."""

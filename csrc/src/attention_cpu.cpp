@@ -2,171 +2,132 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
+#include "cemg/gemm_cpu.h"
 #include "cemg/row_math.h"
 
 namespace cemg {
 namespace {
 
-constexpr int64_t kRows = 6;                // queries multiplied at once, each with two vectors of sums
-constexpr int64_t kWidth = 16;              // floats of a vector
-constexpr int64_t kColumns = 2 * kWidth;    // columns multiplied at once
-constexpr int64_t kChunk = 64;              // queries of a task, at most
-constexpr int64_t kParallelWork = 1 << 16;  // multiply-adds worth the waking of a thread
+constexpr int64_t kMostSteps = 256;  // a semantic ID has at most 255 levels
 
-typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
-
-constexpr int64_t padded(int64_t count) noexcept {
-  return (count + kColumns - 1) / kColumns * kColumns;
-}
-
-// c [R, 32] = a [R, depth] . b [depth, 32]
-template <int R>
-[[gnu::always_inline]] inline void product_of(const float* a, int64_t stride_a, const float* b,
-                                              int64_t stride_b, int64_t depth, float* c,
-                                              int64_t stride_c) noexcept {
-  Vector sums[R][2] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vector first = *reinterpret_cast<const Vector*>(b + k * stride_b);
-    const Vector second = *reinterpret_cast<const Vector*>(b + k * stride_b + kWidth);
-    for (int r = 0; r < R; ++r) {
-      const float factor = a[r * stride_a + k];
-      sums[r][0] += factor * first;
-      sums[r][1] += factor * second;
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    *reinterpret_cast<Vector*>(c + r * stride_c) = sums[r][0];
-    *reinterpret_cast<Vector*>(c + r * stride_c + kWidth) = sums[r][1];
-  }
-}
-
-// c [rows, columns] = a [rows, depth] . b [depth, columns]; rows up to kRows, columns a multiple of 32.
-CEMG_CLONES void multiply(int64_t rows, const float* a, int64_t stride_a, const float* b, int64_t columns,
-                          int64_t depth, float* c) noexcept {
-  for (int64_t j = 0; j < columns; j += kColumns) {
-    switch (rows) {
-      case 1:
-        product_of<1>(a, stride_a, b + j, columns, depth, c + j, columns);
-        break;
-      case 2:
-        product_of<2>(a, stride_a, b + j, columns, depth, c + j, columns);
-        break;
-      case 3:
-        product_of<3>(a, stride_a, b + j, columns, depth, c + j, columns);
-        break;
-      case 4:
-        product_of<4>(a, stride_a, b + j, columns, depth, c + j, columns);
-        break;
-      case 5:
-        product_of<5>(a, stride_a, b + j, columns, depth, c + j, columns);
-        break;
-      default:
-        product_of<6>(a, stride_a, b + j, columns, depth, c + j, columns);
-        break;
-    }
-  }
-}
-
-// scores [count] in place: their terms added, then exp(score - highest). Returns highest and the sum.
+// scores [wide] in place, of which the first `count` are seen: exp(score - highest), 0 elsewhere. Returns
+// highest and the sum.
 struct RowSum {
   float highest, sum;
 };
 
-CEMG_CLONES RowSum exponentials(float* scores, int64_t count, float scale, const float* bias,
-                                const float* padding) noexcept {
+CEMG_CLONES RowSum exponentials(float* scores, int64_t count, int64_t wide, float scale, const float* bias,
+                                const int32_t* place) noexcept {
   for (int64_t s = 0; s < count; ++s) scores[s] *= scale;
   if (bias) {
-    for (int64_t s = 0; s < count; ++s) scores[s] += bias[s];
+    for (int64_t s = 0; s < count; ++s) scores[s] += bias[place[s]];
   }
-  if (padding) {
-    for (int64_t s = 0; s < count; ++s) scores[s] += padding[s];
+  for (int64_t s = count; s < wide; ++s) scores[s] = kNever;
+  float lanes[kPanel];
+  std::fill(lanes, lanes + kPanel, kNever);
+  for (int64_t s = 0; s < wide; s += kPanel) {
+    for (int64_t c = 0; c < kPanel; ++c) lanes[c] = larger(lanes[c], scores[s + c]);
   }
-  const float highest = highest_of(scores, count);
-  for (int64_t s = 0; s < count; ++s) scores[s] = exp_of_negative(scores[s] - highest);
-  float lanes[kLanes] = {};
-  const int64_t whole = count - count % kLanes;
-  for (int64_t s = 0; s < whole; s += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += scores[s + lane];
+  float highest = kNever;
+  for (const float lane : lanes) highest = larger(highest, lane);
+  std::fill(lanes, lanes + kPanel, 0.0f);
+  for (int64_t s = 0; s < wide; s += kPanel) {
+    for (int64_t c = 0; c < kPanel; ++c) {
+      scores[s + c] = exp_of_negative(scores[s + c] - highest);
+      lanes[c] += scores[s + c];
+    }
   }
   float sum = 0;
   for (const float lane : lanes) sum += lane;
-  for (int64_t s = whole; s < count; ++s) sum += scores[s];
+  for (int64_t s = count; s < wide; ++s) scores[s] = 0.0f;
   return {highest, sum};
 }
 
-// What a thread works with; kept for its life, so that a call allocates nothing once it has grown.
-struct Room {
-  std::vector<float> keys;    // [Dh, S padded], transposed
-  std::vector<float> values;  // [S, Dh padded]
-  std::vector<float> scores;  // [kRows, S padded]
-  std::vector<float> sums;    // [kRows, Dh padded]
-
-  static Room& of_thread() {
-    thread_local Room room;
-    return room;
-  }
-
-  void read(const AttentionShape& shape, const float* key_rows, int64_t key_stride, const float* value_rows,
-            int64_t value_stride) {
-    const int64_t size = shape.head_dim, wide = padded(shape.keys), deep = padded(size);
-    keys.assign(static_cast<size_t>(size * wide), 0.0f);
-    values.assign(static_cast<size_t>(shape.keys * deep), 0.0f);
-    scores.resize(static_cast<size_t>(kRows * wide));
-    sums.resize(static_cast<size_t>(kRows * deep));
-    for (int64_t s = 0; s < shape.keys; ++s) {
-      for (int64_t d = 0; d < size; ++d) keys[d * wide + s] = key_rows[s * key_stride + d];
-      std::copy(value_rows + s * value_stride, value_rows + s * value_stride + size, &values[s * deep]);
-    }
-  }
-};
-
-// The queries begin ... end of one user's head.
-void attend(const AttentionShape& shape, Strided<const float> query, const ScoreTerms& terms,
-            Strided<float> out, float* lse, int64_t b, int64_t h, int64_t begin, int64_t end, Room& room) {
-  const int64_t size = shape.head_dim, wide = padded(shape.keys), deep = padded(size);
-  const float* const padding = terms.padding ? terms.padding + b * shape.keys : nullptr;
-  for (int64_t i = begin; i < end; i += kRows) {
-    const int64_t rows = std::min(kRows, end - i);
-    multiply(rows, query.at(b, h, i), query.row, room.keys.data(), wide, size, room.scores.data());
-    float total[kRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      float* const scores = room.scores.data() + r * wide;
-      const int64_t hidden = terms.causal ? shape.queries - 1 - (i + r) : 0;
-      const int64_t seen = shape.keys - hidden;
-      const float* const bias = terms.bias.data ? terms.bias.at(b, h, i + r) : nullptr;
-      const auto [highest, sum] = exponentials(scores, seen, terms.scale, bias, padding);
-      std::fill(scores + seen, scores + shape.keys, 0.0f);
-      total[r] = sum;
-      if (lse) lse[(b * shape.heads + h) * shape.queries + i + r] = highest + std::log(sum);
-    }
-    multiply(rows, room.scores.data(), wide, room.values.data(), deep, shape.keys, room.sums.data());
-    for (int64_t r = 0; r < rows; ++r) {
-      float* const to = out.at(b, h, i + r);
-      for (int64_t d = 0; d < size; ++d) to[d] = room.sums[r * deep + d] / total[r];
-    }
-  }
+CEMG_CLONES void divide(const float* x, float by, int64_t size, float* out) noexcept {
+  const float factor = 1.0f / by;
+  for (int64_t i = 0; i < size; ++i) out[i] = factor * x[i];
 }
 
 }  // namespace
 
-void prefix_attention(const AttentionShape& shape, Strided<const float> query, Strided<const float> keys,
-                      Strided<const float> values, const ScoreTerms& terms, Strided<float> out,
-                      float* lse) noexcept {
-  const int64_t chunks = (shape.queries + kChunk - 1) / kChunk;
-  const int64_t tasks = shape.users * shape.heads * chunks;
-  [[maybe_unused]] const int64_t work =
-      tasks / std::max<int64_t>(chunks, 1) * shape.queries * shape.keys * shape.head_dim;
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1 && work >= kParallelWork)
-  for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t chunk = task % chunks, head = task / chunks % shape.heads,
-                  user = task / chunks / shape.heads;
-    const int64_t group = head * shape.kv_heads / shape.heads;
-    Room& room = Room::of_thread();
-    room.read(shape, keys.at(user, group, 0), keys.row, values.at(user, group, 0), values.row);
-    attend(shape, query, terms, out, lse, user, head, shape.queries * chunk / chunks,
-           shape.queries * (chunk + 1) / chunks, room);
+void pack_head(const float* keys, const float* values, int64_t stride, int64_t count, int64_t head_dim,
+               float* packed_keys, float* packed_values) noexcept {
+  const int64_t wide = padded(count), deep = padded(head_dim);
+  for (int64_t d = 0; d < head_dim; ++d) {
+    float* const to = packed_keys + d * wide;
+    for (int64_t s = 0; s < count; ++s) to[s] = keys[s * stride + d];
+    std::fill(to + count, to + wide, 0.0f);
+  }
+  for (int64_t s = 0; s < count; ++s) {
+    float* const to = packed_values + s * deep;
+    std::copy(values + s * stride, values + s * stride + head_dim, to);
+    std::fill(to + head_dim, to + deep, 0.0f);
+  }
+}
+
+void attend(const Queries& queries, const PackedHead& head, float scale, const Sight& sight, float* out,
+            int64_t out_stride, float* lse, int64_t lse_stride, AttentionRoom& room) noexcept {
+  const int64_t size = queries.head_dim, deep = padded(size);
+  room.scores.resize(static_cast<size_t>(kMostRows * padded(head.count)));
+  room.sums.resize(static_cast<size_t>(kMostRows * deep));
+  const RowBlocks blocks(queries.count);
+  for (int64_t block = 0; block < blocks.count; ++block) {
+    const auto [begin, end] = blocks.of(block);
+    const int64_t wide = padded(head.count);
+    multiply(end - begin, queries.data + begin * queries.stride, queries.stride, head.keys, wide, size,
+             room.scores.data());
+    float totals[kMostRows];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t seen = sight.seen < 0 ? head.count : std::min(head.count, sight.seen + i + 1);
+      const float* const bias = sight.bias ? sight.bias - sight.own[i] : nullptr;
+      const auto [highest, sum] =
+          exponentials(room.scores.data() + (i - begin) * wide, seen, wide, scale, bias, sight.place);
+      totals[i - begin] = sum;
+      if (lse) lse[i * lse_stride] = highest + std::log(sum);
+    }
+    multiply(end - begin, room.scores.data(), wide, head.values, deep, head.count, room.sums.data());
+    for (int64_t i = begin; i < end; ++i) {
+      divide(room.sums.data() + (i - begin) * deep, totals[i - begin], size, out + i * out_stride);
+    }
+  }
+}
+
+CEMG_CLONES void attend_own(const OwnTokens& tokens, const float* query, int64_t row, int64_t head,
+                            float scale, const float* prefix_lse, float* out) noexcept {
+  constexpr int64_t kLanes = 16;
+  const int64_t size = tokens.head_dim, group = head * tokens.kv_heads / tokens.heads,
+                whole = size - size % kLanes;
+  const auto count = static_cast<int64_t>(tokens.steps.size());
+  float scores[kMostSteps];
+  float highest = prefix_lse ? *prefix_lse : kNever;
+  for (int64_t t = 0; t < count; ++t) {
+    const StepRows& step = tokens.steps[static_cast<size_t>(t)];
+    const float* const key = step.keys + tokens.ancestors[t * tokens.rows + row] * step.stride + group * size;
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      for (int64_t c = 0; c < kLanes; ++c) lanes[c] += query[i + c] * key[i + c];
+    }
+    float sum = 0;
+    for (const float lane : lanes) sum += lane;
+    for (int64_t i = whole; i < size; ++i) sum += query[i] * key[i];
+    scores[t] = sum * scale + (tokens.bias ? tokens.bias[t * tokens.heads + head] : 0.0f);
+    highest = larger(highest, scores[t]);
+  }
+  float total = prefix_lse ? exp_of_negative(*prefix_lse - highest) : 0.0f;
+  for (int64_t t = 0; t < count; ++t) total += scores[t] = exp_of_negative(scores[t] - highest);
+  const float before = prefix_lse ? exp_of_negative(*prefix_lse - highest) / total : 0.0f;
+  if (prefix_lse) {
+    for (int64_t i = 0; i < size; ++i) out[i] *= before;
+  } else {
+    std::fill(out, out + size, 0.0f);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const StepRows& step = tokens.steps[static_cast<size_t>(t)];
+    const float* const value =
+        step.values + tokens.ancestors[t * tokens.rows + row] * step.stride + group * size;
+    const float weight = scores[t] / total;
+    for (int64_t i = 0; i < size; ++i) out[i] += weight * value[i];
   }
 }
 

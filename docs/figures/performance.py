@@ -20,10 +20,11 @@ import matplotlib.pyplot as plt
 
 LANES = {  # a lane of the timeline, and the names of the events in it
     "steps": r"decode: ",
-    "matrix products": r"mkldnn::_linear|aten::(mm|addmm|linear)$",
-    "attention": r"(prefix|beam)_attention",
-    "norms": r"rms_norm",
-    "log-sum-exp": r"row_logsumexp",
+    "projections": r"projection$",
+    "feed-forward": r"feed-forward$",
+    "attention": r"attention$|packing$",
+    "head": r"head$",
+    "norms, rotation, embedding": r"norm$|rotation$|embedding$",
     "selection": r"trie_beam_step",
 }
 AXES = {"items": r" N(1e\+\d+)", "beams": r" W(\d+)", "batch": r" B(\d+)", "history": r" H(\d+)"}

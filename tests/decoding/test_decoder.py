@@ -248,7 +248,7 @@ def test_beams_with_one_item_each_below_end_the_search_with_the_same_lists(
     codes = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE))
     catalog = Catalog.from_codes(torch.cat((codes, codes.flip(1)[:, :1]), dim=1), SIZE)
     prompts = Bench(model, catalog).prompts([4, 2])
-    decoder = Decoder(model, catalog, START, "valid", fast=True)
+    decoder = Decoder(model, catalog, START, "valid", backend="native")
     allowed = ItemFilter.from_mask(catalog.trie, torch.arange(36) % 2 > 0)
     stepper = type(decoder.plan.begin())
     step, asked = stepper.step, []

@@ -27,15 +27,15 @@ def test_every_items_score_is_that_of_brute_force(bench, family, normalize, rows
         torch.testing.assert_close(scores[row], expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("items", [1, 2, 30, 216])
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_they_are_the_scores_of_a_search_with_a_beam_for_every_item(bench, family, normalize, items, fast):
+def test_they_are_the_scores_of_a_search_with_a_beam_for_every_item(bench, family, normalize, items, backend):
     """A lone item, few, and a trie that is full."""
     made = bench(family, items)
     prompts = made.prompts([5, 3])
-    decoder = Decoder(made.model, made.catalog, START, normalize, fast=fast)
+    decoder = Decoder(made.model, made.catalog, START, normalize, backend=backend)
     found = decoder.decode(*prompts, items)
     scores = score_all(decoder, *prompts)
     torch.testing.assert_close(scores.gather(1, found.items), found.scores, rtol=0, atol=1e-4)
@@ -43,12 +43,12 @@ def test_they_are_the_scores_of_a_search_with_a_beam_for_every_item(bench, famil
 
 def test_a_valid_prefix_of_one_item_is_not_fed(bench, monkeypatch):
     """60 of 216 items: fewer rows than prefixes for "valid", all of them for "level"."""
-    from cemg.decoding.causal import CausalStepper
+    from cemg.decoding.native import NativeStepper
 
     made, fed = bench("llama"), []
-    step = CausalStepper.step
+    step = NativeStepper.step
     monkeypatch.setattr(
-        CausalStepper,
+        NativeStepper,
         "step",
         lambda self, tokens, *rest: fed.append(tokens.shape[1]) or step(self, tokens, *rest),
     )

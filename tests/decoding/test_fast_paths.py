@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -58,14 +59,15 @@ def build(kind: str, settings: dict[str, Any]) -> transformers.PreTrainedModel:
     return model
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_fast_path_returns_what_the_models_own_forward_returns(shape, normalize, same_lists):
+def test_a_fast_path_returns_what_the_models_own_forward_returns(shape, normalize, backend, same_lists):
     """Prompts of equal and of mixed lengths, more beams than items of a first code, and a single beam."""
     model = build(*SHAPES[shape])
     catalog = random_catalog(60, 1)
-    fast = Decoder(model, catalog, START, normalize, fast=True)
-    slow = Decoder(model, catalog, START, normalize, fast=False)
+    fast = Decoder(model, catalog, START, normalize, backend=backend)
+    slow = Decoder(model, catalog, START, normalize, backend="reference")
     assert fast.path.startswith("fast") and slow.path.startswith("the model's own forward")
     for lengths in ([5, 5], [7, 2, 4]):
         for beams in (1, 4, 80):
@@ -102,16 +104,19 @@ def with_adapters(model: transformers.PreTrainedModel, **options: Any) -> Any:
     return adapted
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("shape", ["t5 tied", "t5 gated, uneven stacks", "gpt2", "qwen3, normed heads"])
-def test_lora_adapters_are_part_of_the_fast_paths_weights(shape, same_lists):
+def test_lora_adapters_are_part_of_the_fast_paths_weights(shape, backend, same_lists):
     model = build(*SHAPES[shape])
     prompts = Bench(model, random_catalog(60, 1)).prompts([5, 3])
-    before = Decoder(model, random_catalog(60, 1), START, fast=True).decode(*prompts, 80)
+    before = Decoder(model, random_catalog(60, 1), START, backend=backend).decode(*prompts, 80)
     adapted = with_adapters(model)
-    fast = Decoder(adapted, random_catalog(60, 1), START, fast=True)
+    fast = Decoder(adapted, random_catalog(60, 1), START, backend=backend)
     assert fast.path.startswith("fast")
     found = fast.decode(*prompts, 80)
-    same_lists(found, Decoder(adapted, random_catalog(60, 1), START, fast=False).decode(*prompts, 80))
+    same_lists(
+        found, Decoder(adapted, random_catalog(60, 1), START, backend="reference").decode(*prompts, 80)
+    )
     assert (found.scores - before.scores).nan_to_num().abs().max() > 0.1  # they do something
     with adapted.disable_adapter():
         off = Decoder(adapted, random_catalog(60, 1), START)
@@ -127,11 +132,11 @@ def test_a_copy_of_the_embeddings_that_trains_beside_adapters_is_what_the_fast_p
             if "modules_to_save" in name:
                 weight.add_(torch.randn_like(weight) * 0.2)
     prompts = Bench(adapted, random_catalog(60, 1)).prompts([5, 3])
-    fast = Decoder(adapted, random_catalog(60, 1), START, fast=True)
+    fast = Decoder(adapted, random_catalog(60, 1), START, backend="native")
     assert fast.path.startswith("fast")
     same_lists(
         fast.decode(*prompts, 80),
-        Decoder(adapted, random_catalog(60, 1), START, fast=False).decode(*prompts, 80),
+        Decoder(adapted, random_catalog(60, 1), START, backend="reference").decode(*prompts, 80),
     )
 
 
@@ -168,16 +173,76 @@ def by_item(found: Any) -> dict[tuple[int, int], float]:
     }
 
 
-def test_the_head_by_blocks_of_columns_and_rows_equals_the_head_at_once(monkeypatch, same_lists):
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("shape", ["t5 gated, uneven stacks", "gpt2", "llama, as many key heads"])
+def test_however_many_threads_share_a_step_it_gives_the_same(shape, threads, same_lists):
+    model = build(*SHAPES[shape])
+    decoder = Decoder(model, random_catalog(60, 1), START, backend="native")
+    prompts = Bench(model, decoder.catalog).prompts([7, 2, 4])
+    alone = decoder.decode(*prompts, 30)
+    torch.set_num_threads(threads)  # the conftest sets it back
+    same_lists(decoder.decode(*prompts, 30), alone)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh"])
+def test_every_activation_of_the_cpp_is_that_of_transformers(activation, same_lists):
+    kind, settings = SHAPES["gpt2"]
+    model = build(kind, settings | {"activation_function": activation})
+    prompts = Bench(model, random_catalog(60, 1)).prompts([5, 3])
+    fast = Decoder(model, random_catalog(60, 1), START, backend="native")
+    slow = Decoder(model, random_catalog(60, 1), START, backend="reference")
+    same_lists(fast.decode(*prompts, 80), slow.decode(*prompts, 80))
+
+
+def test_what_the_cpp_does_not_serve_runs_in_torch_or_is_refused():
+    kind, settings = SHAPES["gpt2"]
+    model = build(kind, settings | {"activation_function": "quick_gelu"})
+    assert Decoder(model, random_catalog(60, 1), START).path == "fast decoder-only"
+    with pytest.raises(UserError, match="knows no activation QuickGELU"):
+        Decoder(model, random_catalog(60, 1), START, backend="native")
+    half = build(kind, settings).to(torch.bfloat16)
+    assert Decoder(half, random_catalog(60, 1), START).path == "fast decoder-only"
+    with pytest.raises(UserError, match="bfloat16"):
+        Decoder(half, random_catalog(60, 1), START, backend="native")
+
+
+def test_tokens_and_places_outside_the_models_tables_are_refused():
+    model = build(*SHAPES["gpt2"])
+    decoder = Decoder(model, random_catalog(60, 1), START, backend="native")
+    with pytest.raises(ValueError, match="prompt 1 has token 24 outside the model's vocabulary"):
+        decoder.decode(torch.tensor([[5, 6], [5, VOCABULARY]]), torch.ones(2, 2).long(), 3)
+    with pytest.raises(UserError, match="65 tokens do not fit the model's 64 positions"):
+        decoder.decode(torch.full((1, 64), 5), torch.ones(1, 64).long(), 3)
+
+
+@pytest.mark.parametrize("shape", ["t5 tied", "gpt2", "llama, as many key heads"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_padding_hides_itself_whatever_the_size_of_scores(shape, dtype):
+    """The lowest float16 plus a score of -16 would be -inf, and a row of those NaN."""
+    model = build(*SHAPES[shape]).to(dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if any(part in name for part in (".q.", "q_proj", "c_attn", ".k.", "k_proj")):
+                weight.mul_(30)
+    decoder = Decoder(model, random_catalog(60, 1), START, backend="torch")
+    ids, mask = Bench(model, decoder.catalog).prompts([7, 3])
+    together = by_item(decoder.decode(ids, mask, 80))
+    own = mask[1].bool()
+    alone = by_item(decoder.decode(ids[1:, own], mask[1:, own], 80))
+    assert len(alone) == 60 and all(math.isfinite(score) for score in alone.values())
+    for (_, item), score in alone.items():
+        assert abs(together[1, item] - score) <= 0.05 * abs(score)  # roundings of another batch
+
+
+def test_the_head_some_rows_at_a_time_equals_the_head_at_once(monkeypatch, same_lists):
     from cemg.decoding import layers
 
     model = build(*SHAPES["gpt2"])
     catalog = random_catalog(60, 1)
     prompts = Bench(model, catalog).prompts([4, 4, 4])
-    whole = Decoder(model, catalog, START).decode(*prompts, 9)
-    monkeypatch.setattr(layers, "BLOCK_COLUMNS", 7)
-    monkeypatch.setattr(layers, "BLOCK_CELLS", {"cpu": 3 * 7})
-    same_lists(Decoder(model, catalog, START).decode(*prompts, 9), whole)
+    whole = Decoder(model, catalog, START, backend="torch").decode(*prompts, 9)
+    monkeypatch.setattr(layers, "BLOCK_CELLS", 3 * VOCABULARY)
+    same_lists(Decoder(model, catalog, START, backend="torch").decode(*prompts, 9), whole)
 
 
 def test_codes_too_many_for_the_table_are_projected_each_time(monkeypatch, same_lists):
@@ -186,6 +251,7 @@ def test_codes_too_many_for_the_table_are_projected_each_time(monkeypatch, same_
     for shape, module in (("t5 tied", t5), ("qwen3, normed heads", causal)):
         model = build(*SHAPES[shape])
         prompts: tuple[Tensor, Tensor] = Bench(model, random_catalog(60, 1)).prompts([4, 2])
-        with_table = Decoder(model, random_catalog(60, 1), START).decode(*prompts, 9)
+        with_table = Decoder(model, random_catalog(60, 1), START, backend="torch").decode(*prompts, 9)
         monkeypatch.setattr(module, "TABLE_ROWS", LEVELS * SIZE - 1)
-        same_lists(Decoder(model, random_catalog(60, 1), START).decode(*prompts, 9), with_table)
+        without = Decoder(model, random_catalog(60, 1), START, backend="torch").decode(*prompts, 9)
+        same_lists(without, with_table)

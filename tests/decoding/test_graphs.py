@@ -38,8 +38,8 @@ def test_a_bucket_is_a_power_of_two_of_users_and_a_multiple_of_16_tokens(shape, 
 @pytest.mark.parametrize("normalize", ["vocab", "valid"])
 def test_a_replayed_search_gives_what_the_search_gives(family, normalize, bench, same_lists):
     made = bench(family)
-    plain = Decoder(made.model, made.catalog, START, normalize, fast=True, graphs=False)
-    recorded = Decoder(made.model, made.catalog, START, normalize, fast=True, graphs=True)
+    plain = Decoder(made.model, made.catalog, START, normalize, backend="torch", graphs=False)
+    recorded = Decoder(made.model, made.catalog, START, normalize, backend="torch", graphs=True)
     assert recorded.path == plain.path + ", CUDA graphs"
     recorder = Recorder()
     recorded.graphs = Graphs(pad_left=not made.seq2seq, device=CPU, capture=recorder)
@@ -58,7 +58,7 @@ def test_a_replayed_search_gives_what_the_search_gives(family, normalize, bench,
 
 def test_what_a_call_returned_outlives_the_next_call(bench):
     made = bench("t5")
-    decoder = Decoder(made.model, made.catalog, START, fast=True, graphs=True)
+    decoder = Decoder(made.model, made.catalog, START, backend="torch", graphs=True)
     decoder.graphs = Graphs(pad_left=False, device=CPU, capture=Recorder())
     first = decoder.decode(*made.prompts([5]), 4)
     kept = first.scores.clone()
@@ -79,4 +79,4 @@ def test_the_least_recently_used_recording_goes_first(monkeypatch):
 
 def test_a_model_without_a_stepper_of_our_own_is_never_recorded(bench):
     made = bench("t5")
-    assert Decoder(made.model, made.catalog, START, fast=False, graphs=True).graphs is None
+    assert Decoder(made.model, made.catalog, START, backend="reference", graphs=True).graphs is None

@@ -9,7 +9,6 @@
 #include <set>
 #include <vector>
 
-#include "cemg/attention_cpu.h"
 #include "cemg/trie_build.h"
 #include "cemg/trie_cells.h"
 #include "cemg/trie_check.h"
@@ -224,38 +223,6 @@ void check_ids() {
   require(wrong({1, -1}) == 1 && wrong({4, 2, 4}) == 2 && wrong({kFar, 0, kFar}) == 2, "wrong ids are found");
 }
 
-// One user's head of attention against sums in double, every size exactly as long as it must be.
-void check_attention(std::mt19937& random, int64_t queries, int64_t keys, int64_t size) {
-  std::normal_distribution<float> normal;
-  const auto draw = [&](int64_t count) {
-    std::vector<float> values(static_cast<size_t>(count));
-    std::generate(values.begin(), values.end(), [&] { return normal(random); });
-    return values;
-  };
-  const auto query = draw(queries * size), key = draw(keys * size), value = draw(keys * size);
-  const auto bias = draw(queries * keys), padding = draw(keys);
-  std::vector<float> out(query.size()), lse(static_cast<size_t>(queries));
-  const bool causal = queries <= keys;
-  cemg::prefix_attention({1, 1, 1, queries, keys, size}, {query.data(), 0, 0, size}, {key.data(), 0, 0, size},
-                         {value.data(), 0, 0, size},
-                         {0.5f, {bias.data(), 0, 0, keys}, padding.data(), causal}, {out.data(), 0, 0, size},
-                         lse.data());
-  for (int64_t q = 0; q < queries; ++q) {
-    std::vector<double> wanted(static_cast<size_t>(size));
-    double total = 0;
-    for (int64_t k = 0; k < keys - (causal ? queries - 1 - q : 0); ++k) {
-      double score = bias[q * keys + k] + padding[k];
-      for (int64_t d = 0; d < size; ++d) score += 0.5 * query[q * size + d] * key[k * size + d];
-      total += std::exp(score);
-      for (int64_t d = 0; d < size; ++d) wanted[d] += std::exp(score) * value[k * size + d];
-    }
-    require(std::abs(std::log(total) - lse[q]) < 1e-3, "a log-sum-exp");
-    for (int64_t d = 0; d < size; ++d) {
-      require(std::abs(wanted[d] / total - out[q * size + d]) < 1e-3, "a row of attention");
-    }
-  }
-}
-
 template <class Code>
 void check_trie(std::mt19937& random, int items, int levels, int size) {
   const std::vector<Row> rows = draw_rows(random, items, levels, size);
@@ -346,9 +313,6 @@ int main() {
   }
   check_refusals();
   check_ids();
-  for (int64_t queries : {1, 6, 7, 70}) {
-    for (int64_t keys : {1, 5, 32, 71}) check_attention(random, queries, keys, 1 + (queries + keys) % 40);
-  }
   std::printf("%d tries\n", tries);
   return 0;
 }

@@ -1,36 +1,76 @@
-// Attention of many queries over the same keys, on the CPU in float32: beams are queries.
+// Attention on the CPU in float32: many queries over the same keys, and beams over their own tokens.
 #pragma once
 
 #include <cstdint>
+#include <span>
+#include <vector>
 
 namespace cemg {
 
-// Component d of row i of head h of user b is at data + b * user + h * head + i * row + d.
-template <class Float>
-struct Strided {
-  Float* data = nullptr;
-  int64_t user = 0, head = 0, row = 0;
-
-  Float* at(int64_t b, int64_t h, int64_t i) const noexcept { return data + b * user + h * head + i * row; }
+// Keys and values of one head, as the products read them: keys [head_dim, padded(count)], values
+// [count, padded(head_dim)], zero where there is nothing.
+struct PackedHead {
+  const float* keys;
+  const float* values;
+  int64_t count;
 };
 
-struct AttentionShape {
-  int64_t users, heads, kv_heads, queries, keys, head_dim;
+// `count` rows of keys and of values, `stride` floats apart, into the room of a PackedHead.
+void pack_head(const float* keys, const float* values, int64_t stride, int64_t count, int64_t head_dim,
+               float* packed_keys, float* packed_values) noexcept;
+
+// What bounds and biases the scores of queries i = 0, 1 ... over keys j: query i sees the keys up to
+// `seen + i`, or all where `seen` is negative; `bias`, unless null, is a table by distance, and to the score
+// of query i, at place own[i], it adds bias[place[j] - own[i]].
+struct Sight {
+  int64_t seen = -1;
+  const float* bias = nullptr;
+  const int32_t* own = nullptr;
+  const int32_t* place = nullptr;
 };
 
-// What is added to the scores: `bias` [users, heads, queries, keys] (strides of 0 repeat it) and `padding`
-// [users, keys], each may be null; `causal` hides the keys after a query's own place, counted from the end.
-struct ScoreTerms {
-  float scale;
-  Strided<const float> bias;
-  const float* padding;
-  bool causal;
+struct Queries {
+  const float* data;  // row i at data + i * stride
+  int64_t stride;
+  int64_t count;
+  int64_t head_dim;
 };
 
-// out = softmax(scale * query . keys + bias + padding) . values; `lse` [users, heads, queries], or null, gets
-// the log-sum-exp of each row. Query head h reads key head h * kv_heads / heads.
-void prefix_attention(const AttentionShape& shape, Strided<const float> query, Strided<const float> keys,
-                      Strided<const float> values, const ScoreTerms& terms, Strided<float> out,
-                      float* lse) noexcept;
+// What a thread works with; kept for its life, so that a call allocates nothing once it has grown.
+struct AttentionRoom {
+  std::vector<float> scores, sums;
+
+  static AttentionRoom& of_thread() {
+    thread_local AttentionRoom room;
+    return room;
+  }
+};
+
+// out row i = softmax(scale * query_i . keys + bias) . values; `lse`, or null, gets the log-sum-exp of each
+// row's scores, `lse_stride` floats apart.
+void attend(const Queries& queries, const PackedHead& head, float scale, const Sight& sight, float* out,
+            int64_t out_stride, float* lse, int64_t lse_stride, AttentionRoom& room) noexcept;
+
+// Keys and values of the tokens fed at one step: row r, head g, component d of the keys is at
+// keys + r * stride + g * head_dim + d, of the values likewise.
+struct StepRows {
+  const float* keys;
+  const float* values;
+  int64_t stride;
+};
+
+// The tokens that rows have been fed: row r descends from row ancestors[t * rows + r] of steps[t]. `bias`
+// [steps, heads], or null, is added to the scores.
+struct OwnTokens {
+  std::span<const StepRows> steps;
+  const int32_t* ancestors;
+  int64_t rows, heads, kv_heads, head_dim;
+  const float* bias;
+};
+
+// One row's head over its own tokens, to out [head_dim]. Where `prefix_lse` is not null, `out` holds what the
+// head saw elsewhere, with that log-sum-exp, and the two are merged.
+void attend_own(const OwnTokens& tokens, const float* query, int64_t row, int64_t head, float scale,
+                const float* prefix_lse, float* out) noexcept;
 
 }  // namespace cemg

@@ -50,10 +50,4 @@ float highest_of(const float* x, int64_t count) noexcept;
 // sum(exp(x - highest)) over x [count], none of them above `highest`, which is finite; NaN where one is.
 float sum_exp(const float* x, int64_t count, float highest) noexcept;
 
-// log(sum(exp(x))) over x [count], as torch has it: -inf for nothing, NaN where one is.
-float log_sum_exp(const float* x, int64_t count) noexcept;
-
-// The same of each row of logits [rows, width], `stride` floats apart, to out [rows].
-void row_logsumexp(const float* logits, int64_t rows, int64_t width, int64_t stride, float* out) noexcept;
-
 }  // namespace cemg

@@ -1,0 +1,115 @@
+"""What a search goes through and what it returns: prompts, beams, recommendations.
+
+B users, W beams, S prompt tokens, M levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cemg.errors import UserError
+from cemg_kernels import ItemFilter, RequestFilter, Trie
+from cemg_kernels.trie_beam_step import BeamStep
+
+Filter = ItemFilter | RequestFilter
+MARGIN = 1e-4  # a result is certified where it beats everything pruned by this much
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendations:
+    """Best first. ``items`` [B, top] int64 (−1: none), ``scores`` [B, top] float32 (−inf), ``codes``
+    [B, top, M] int64 (−1), ``certified`` [B]: how many leading results are proven to be the true top.
+    """
+
+    items: Tensor
+    scores: Tensor
+    codes: Tensor
+    certified: Tensor
+
+    def top(self, count: int) -> Recommendations:
+        """The first ``count`` results of each row."""
+        first = (self.items[:, :count], self.scores[:, :count], self.codes[:, :count])
+        return Recommendations(*first, self.certified.clamp_max(count))
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four tensors, in their order."""
+        return self.items, self.scores, self.codes, self.certified
+
+    def cpu(self) -> Recommendations:
+        """The same on the CPU."""
+        return Recommendations(*(part.cpu() for part in self.parts()))
+
+    def padded(self, count: int) -> Recommendations:
+        """At least ``count`` places a row, the last ones without an item."""
+        more = max(count - self.items.shape[1], 0)
+        pad = torch.nn.functional.pad
+        items, scores = pad(self.items, (0, more), value=-1), pad(self.scores, (0, more), value=float("-inf"))
+        return Recommendations(items, scores, pad(self.codes, (0, 0, 0, more), value=-1), self.certified)
+
+
+@dataclass(slots=True)
+class Beams:
+    """The living prefixes of a search, best first: ``scores`` [B, W], ``nodes`` [B, W] of the trie (-1:
+    none), ``codes`` [B, W, m] so far, ``parents`` [B, W] that they grew from, ``pruned`` [B] the best score
+    that was cut."""
+
+    scores: Tensor
+    nodes: Tensor
+    codes: Tensor
+    parents: Tensor
+    pruned: Tensor
+
+    @classmethod
+    def at_the_root(cls, batch: int, device: torch.device) -> Beams:
+        """One empty prefix a user."""
+        return cls(
+            torch.zeros(batch, 1, device=device),
+            torch.zeros(batch, 1, dtype=torch.int32, device=device),  # the root
+            torch.empty(batch, 1, 0, dtype=torch.int64, device=device),
+            torch.zeros(batch, 1, dtype=torch.int64, device=device),
+            torch.full((batch,), float("-inf"), device=device),
+        )
+
+    def grow(self, step: BeamStep) -> None:
+        """By one code."""
+        self.scores, self.parents, codes, self.nodes, cut = step
+        grown_from = self.parents[:, :, None].expand(-1, -1, self.codes.shape[2])
+        self.codes = torch.cat((self.codes.gather(1, grown_from), codes[:, :, None]), dim=2)
+        self.pruned = torch.maximum(self.pruned, cut)
+
+    def drop_below(self, floor: Tensor) -> None:
+        """Only prefixes that score ``floor`` [B] or more live on."""
+        alive = self.scores >= floor[:, None]  # the leading ones
+        below = self.scores.masked_fill(alive, float("-inf")).amax(1)
+        self.pruned = torch.maximum(self.pruned, below)
+        count = max(int(alive.sum(1).max()), 1)
+        self.scores = self.scores.masked_fill(~alive, float("-inf"))[:, :count]
+        self.nodes = self.nodes.masked_fill(~alive, -1)[:, :count]
+        self.parents, self.codes = self.parents[:, :count], self.codes[:, :count]
+
+    def results(self, trie: Trie) -> Recommendations:
+        """The items at the leaves that the search ended on; where they lie."""
+        proven = (self.scores > self.pruned[:, None] + MARGIN) & (self.nodes >= 0)  # sorted: they lead
+        items = trie.items(self.nodes.flatten()).reshape(self.nodes.shape)
+        codes = self.codes.masked_fill((self.nodes < 0)[:, :, None], -1)
+        return Recommendations(items, self.scores, codes, proven.sum(1))
+
+
+def check_prompts(
+    input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None = None
+) -> None:
+    """UserError for fewer beams than one, for shapes that differ, for a filter of other requests, and on the
+    CPU for a prompt without a token."""
+    if beams < 1:
+        raise UserError(f"beams must be at least 1, got {beams}")
+    if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
+        shapes = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
+        raise UserError(f"input_ids and attention_mask must be [B, S] alike, got {shapes}")
+    if isinstance(filter, RequestFilter) and filter.num_requests != len(input_ids):
+        raise UserError(f"a filter of {filter.num_requests} requests for {len(input_ids)} prompts")
+    if attention_mask.device.type == "cpu" and not bool(attention_mask.any(1).all()):
+        row = int((~attention_mask.bool().any(1)).nonzero()[0])
+        raise UserError(f"prompt {row} holds no token", fix="leave it out, or give it a history")

@@ -1,0 +1,242 @@
+"""The fast stepper of the CPU: a T5 or decoder-only model as one C++ call a step, in float32.
+
+B users, W beams, S prompt tokens, K codes a level, d the width, H heads over G key-value heads of Dh,
+P places of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cemg.decoding.causal import CausalPlan
+from cemg.decoding.layers import Feed, Logits, Norm, Projection, Unsupported, Wanted
+from cemg.decoding.t5 import T5Plan
+from cemg.errors import UserError
+from cemg_kernels.dispatch import native
+from cemg_kernels.ranges import ranges_enabled
+
+if TYPE_CHECKING:
+    from cemg_kernels._native import BeamDecoder, Transformer
+
+PANEL = 32  # columns that the C++ multiplies at once: kPanel of gemm_cpu.h
+PLACES_STEP = 256  # places that the tables of rotations grow by
+MOST_KEPT = 2**28  # bytes of a finished search's room that are kept for the next
+ACTIVATIONS = {"ReLU": 1, "SiLU": 2, "SiLUActivation": 2, "GELUActivation": 3, "NewGELUActivation": 4,
+               "GELUTanh": 4}  # fmt: skip  # Activation of gemm_cpu.h
+
+LinearFields = tuple[int, int, int, int]  # in, out, addresses of panels and bias
+NormFields = tuple[int, int, float]  # addresses of weight and bias, epsilon
+WantedFields = tuple[LinearFields, LinearFields, int, int]  # columns, all, addresses of the answers
+
+
+class Places(NamedTuple):
+    """Tables by place in a sequence: embeddings [P, d], cosines and sines [P, Dh] of the rotation, a bias."""
+
+    embedding: Tensor | None = None
+    cosine: Tensor | None = None
+    sine: Tensor | None = None
+    bias: Tensor | None = None
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """0 where there is none."""
+        one, two, three, four = (0 if table is None else table.data_ptr() for table in self)
+        return one, two, three, four
+
+
+class NativePlan:
+    """The weights of a plan as the C++ reads them, copied once: make a new one after training.
+
+    Raises Unsupported where the C++ is not built, for other weights than float32 on the CPU, and for
+    activations that it does not know.
+    """
+
+    def __init__(self, plan: T5Plan | CausalPlan) -> None:
+        if plan.dtype != torch.float32 or plan.embedding.device.type != "cpu":
+            raise Unsupported(f"its weights are {plan.dtype} on {plan.embedding.device}")
+        self.plan = plan
+        self.start_token = plan.start_token if isinstance(plan, T5Plan) else 0
+        self._kept: list[Tensor] = []  # what the C++ has the addresses of
+        self._columns: dict[int, LinearFields] = {}  # of the head, by first token
+        self._whole: LinearFields | None = None  # the head
+        self._rotation: tuple[Tensor, Tensor] | None = None
+        self._idle: list[BeamDecoder] = []  # finished searches, whose room the next ones take
+        self.encoder = self._t5_encoder(plan) if isinstance(plan, T5Plan) else None
+        self.decoder = self._t5_decoder(plan) if isinstance(plan, T5Plan) else self._causal(plan)
+
+    def begin(self) -> NativeStepper:
+        """A stepper for one batch."""
+        return NativeStepper(self)
+
+    def search(self, threads: int) -> BeamDecoder:
+        """Room for a search on so many threads; give it back by ``finished``."""
+        try:
+            found = self._idle.pop()
+        except IndexError:
+            found = None
+        if found is None or found.threads != threads:
+            found = native().BeamDecoder(self.encoder, self.decoder, threads)
+        return found
+
+    def finished(self, search: BeamDecoder) -> None:
+        """Keeps the room of a search, unless it is large."""
+        if search.nbytes <= MOST_KEPT:
+            self._idle.append(search)
+
+    def linears(self, wanted: Wanted) -> tuple[LinearFields, LinearFields]:
+        """The columns of the head that are wanted, and the whole head or nothing."""
+        head = self.plan.head.whole
+        if wanted.first not in self._columns:
+            own = head.part(wanted.first, wanted.first + wanted.size)
+            self._columns[wanted.first] = self._linear(own)
+        if not wanted.total:
+            return self._columns[wanted.first], self._linear(None)
+        if self._whole is None:
+            self._whole = self._linear(head)
+        return self._columns[wanted.first], self._whole
+
+    def prompt_places(self, length: int) -> Places:
+        """What places 0 ... ``length`` - 1 of prompts add."""
+        if isinstance(self.plan, T5Plan):
+            return Places(bias=self.plan.encoder_bias(length))
+        return self._causal_places(self.plan, length)
+
+    def own_places(self, step: int, length: int) -> Places:
+        """The same of the token that step ``step`` feeds, the ``step``-th after a prompt of ``length``."""
+        if isinstance(self.plan, T5Plan):
+            return Places(bias=self.plan.decoder_bias(step))
+        return self._causal_places(self.plan, length + step)
+
+    def _causal_places(self, plan: CausalPlan, count: int) -> Places:
+        if plan.positions is not None:
+            if count > len(plan.positions):
+                raise UserError(f"{count} tokens do not fit the model's {len(plan.positions)} positions",
+                                fix="cut the histories")  # fmt: skip
+            return Places(embedding=plan.positions)
+        if self._rotation is None or len(self._rotation[0]) < count:
+            rounded = -(-count // PLACES_STEP) * PLACES_STEP
+            cosine, sine = plan.rotary(torch.arange(rounded)) or (None, None)
+            assert cosine is not None and sine is not None
+            self._rotation = cosine[:, 0].contiguous(), sine[:, 0].contiguous()  # [P, Dh]
+        return Places(cosine=self._rotation[0], sine=self._rotation[1])
+
+    def _t5_encoder(self, plan: T5Plan) -> Transformer:
+        model = self._stack(plan, plan.heads, 1.0, plan.encoder_embedding, plan.encoder_norm, 1.0)
+        for layer in plan.encoder:
+            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed)
+        return model
+
+    def _t5_decoder(self, plan: T5Plan) -> Transformer:
+        model = self._stack(plan, plan.heads, 1.0, plan.embedding, plan.head.norm, plan.head.scale)
+        both = plan.cross_kv.weight.shape[0] // len(plan.decoder)
+        for number, layer in enumerate(plan.decoder):
+            key_value = plan.cross_kv.part(number * both, (number + 1) * both)
+            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed, cross_norm=layer.cross_norm,
+                      cross=(layer.cross_q, key_value, layer.cross_out))  # fmt: skip
+        return model
+
+    def _causal(self, plan: CausalPlan) -> Transformer:
+        model = self._stack(plan, plan.kv_heads, plan.scale, plan.embedding, plan.head.norm, plan.head.scale)
+        for layer in plan.layers:
+            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed,
+                      head_norms=(layer.q_norm, layer.k_norm))  # fmt: skip
+        return model
+
+    def _stack(
+        self, plan: T5Plan | CausalPlan, kv_heads: int, scale: float, embedding: Tensor, last: Norm,
+        last_scale: float,
+    ) -> Transformer:  # fmt: skip
+        """A stack without its layers; all of a model's have the same sizes."""
+        qkv = (plan.decoder if isinstance(plan, T5Plan) else plan.layers)[0].qkv.weight
+        sizes = (embedding.shape[1], plan.heads, kv_heads, qkv.shape[0] // (plan.heads + 2 * kv_heads))
+        return native().Transformer(
+            sizes, scale, self._address(embedding), len(embedding), self._norm(last), last_scale
+        )
+
+    def _add(
+        self, model: Transformer, norm: Norm, qkv: Projection, out: Projection, feed: Feed, *,
+        head_norms: Sequence[Norm | None] = (None, None), cross_norm: Norm | None = None,
+        cross: Sequence[Projection | None] = (None, None, None),
+    ) -> None:  # fmt: skip
+        name = type(feed.activation).__name__
+        if name not in ACTIVATIONS:
+            raise Unsupported(f"its C++ knows no activation {name}")
+        norms = (norm, *head_norms, cross_norm, feed.norm)
+        linears = (qkv, out, *cross, feed.gate, feed.up, feed.down)
+        model.add_layer([self._norm(n) for n in norms], [self._linear(p) for p in linears], ACTIVATIONS[name])
+
+    def _linear(self, projection: Projection | None) -> LinearFields:
+        """A projection [out, in] in panels [ceil(out / PANEL), in, PANEL], zero past ``out``."""
+        if projection is None:
+            return 0, 0, 0, 0
+        out, width = projection.weight.shape
+        padded = F.pad(projection.weight, (0, 0, 0, -out % PANEL))
+        panels = padded.view(-1, PANEL, width).transpose(1, 2)
+        return width, out, self._address(panels), self._address(projection.bias)
+
+    def _norm(self, norm: Norm | None) -> NormFields:
+        if norm is None:
+            return 0, 0, 0.0
+        return self._address(norm.weight), self._address(norm.bias), norm.eps
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self._kept.append(tensor.float().contiguous())
+        return self._kept[-1].data_ptr()
+
+
+class NativeStepper:
+    """The search's state lies in C++.
+
+    ``prompt_seconds``: what the prompts took. ``laps``: of each call, what was done and the seconds after its
+    begin at which it ended; noted where ranges are on (``cemg_kernels.ranges``).
+    """
+
+    def __init__(self, plan: NativePlan) -> None:
+        self.plan = plan
+        self.search = plan.search(torch.get_num_threads())
+        self.step_number = 0  # of the first code
+        self.prompt_seconds = 0.0
+        self.laps: list[list[tuple[str, float]]] = []
+        self.search.note_laps(ranges_enabled())
+
+    def __del__(self) -> None:
+        self.plan.finished(self.search)
+
+    def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
+        self.length = input_ids.shape[1]
+        tokens, mask = (t.to(torch.int64).contiguous() for t in (input_ids, attention_mask))
+        batch = len(tokens)
+        places, own = self.plan.prompt_places(self.length), self.plan.own_places(0, self.length)
+        logits, room = self._room(batch, 1, wanted)
+        self.prompt_seconds = self.search.start(
+            tokens.data_ptr(), mask.data_ptr(), (batch, self.length), places.addresses(),
+            self.plan.start_token, own.addresses(), room,
+        )  # fmt: skip
+        self._note_laps()
+        return logits
+
+    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+        self.step_number += 1
+        fed, parents = tokens.contiguous(), parents.contiguous()
+        places = self.plan.own_places(self.step_number, self.length)
+        logits, room = self._room(fed.shape[0], fed.shape[1], wanted)
+        self.search.step(fed.data_ptr(), parents.data_ptr(), fed.shape[1], places.addresses(), room)
+        self._note_laps()
+        return logits
+
+    def _note_laps(self) -> None:
+        if ranges_enabled():
+            self.laps.append(self.search.laps())
+
+    def _room(self, batch: int, beams: int, wanted: Wanted) -> tuple[Logits, WantedFields]:
+        """Room for the answer, and what the C++ is told of it."""
+        columns = torch.empty(batch, beams, wanted.size)
+        total = torch.empty(batch, beams) if wanted.total else None
+        room = (*self.plan.linears(wanted), columns.data_ptr(), 0 if total is None else total.data_ptr())
+        return Logits(columns, total), room

@@ -1,0 +1,248 @@
+#include "cemg/gemm_cpu.h"
+
+#include <cmath>
+
+#include "cemg/row_math.h"
+
+namespace cemg {
+namespace {
+
+constexpr int64_t kWidth = 16;  // floats of a vector
+
+typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
+
+// Rows that fit the registers: of 32 with AVX-512, of 16 half as wide without.
+int64_t rows_at_once() noexcept {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const int64_t rows = __builtin_cpu_supports("avx512f") ? kMostRows : 3;
+  return rows;
+#else
+  return 3;
+#endif
+}
+
+// c [R, kPanel] = a [R, depth] . b [depth, kPanel]
+template <int R>
+[[gnu::always_inline]] inline void product_of(const float* a, int64_t stride_a, const float* b,
+                                              int64_t stride_b, int64_t depth, float* c,
+                                              int64_t stride_c) noexcept {
+  Vector sums[R][2] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vector first = *reinterpret_cast<const Vector*>(b + k * stride_b);
+    const Vector second = *reinterpret_cast<const Vector*>(b + k * stride_b + kWidth);
+    for (int r = 0; r < R; ++r) {
+      const float factor = a[r * stride_a + k];
+      sums[r][0] += factor * first;
+      sums[r][1] += factor * second;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    *reinterpret_cast<Vector*>(c + r * stride_c) = sums[r][0];
+    *reinterpret_cast<Vector*>(c + r * stride_c + kWidth) = sums[r][1];
+  }
+}
+
+[[gnu::always_inline]] inline void product(int64_t rows, const float* a, int64_t stride_a, const float* b,
+                                           int64_t stride_b, int64_t depth, float* c,
+                                           int64_t stride_c) noexcept {
+  switch (rows) {
+#define CEMG_ROWS(R)                                             \
+  case R:                                                        \
+    product_of<R>(a, stride_a, b, stride_b, depth, c, stride_c); \
+    break
+    CEMG_ROWS(1);
+    CEMG_ROWS(2);
+    CEMG_ROWS(3);
+    CEMG_ROWS(4);
+    CEMG_ROWS(5);
+    CEMG_ROWS(6);
+    CEMG_ROWS(7);
+    CEMG_ROWS(8);
+    CEMG_ROWS(9);
+    CEMG_ROWS(10);
+    CEMG_ROWS(11);
+    CEMG_ROWS(12);
+    CEMG_ROWS(13);
+#undef CEMG_ROWS
+    default:
+      break;
+  }
+}
+
+// 1 / (1 + e^-x)
+[[gnu::always_inline]] inline float sigmoid(float x) noexcept {
+  const float small = exp_of_negative(-std::fabs(x));
+  return (x < 0 ? small : 1.0f) / (1.0f + small);
+}
+
+// erfc(x) for x >= 0 within 1.2e-7 of itself: Chebyshev fitting of Numerical Recipes, 6.2
+[[gnu::always_inline]] inline float erfc_of_positive(float x) noexcept {
+  const float t = 1.0f / (1.0f + 0.5f * x);
+  float sum = 0.17087277f;
+  sum = sum * t - 0.82215223f;
+  sum = sum * t + 1.48851587f;
+  sum = sum * t - 1.13520398f;
+  sum = sum * t + 0.27886807f;
+  sum = sum * t - 0.18628806f;
+  sum = sum * t + 0.09678418f;
+  sum = sum * t + 0.37409196f;
+  sum = sum * t + 1.00002368f;
+  sum = sum * t - 1.26551223f;
+  return t * exp_of_negative(sum - x * x);
+}
+
+[[gnu::always_inline]] inline float gelu(float x) noexcept {
+  const float tail = 0.5f * erfc_of_positive(std::fabs(x) * 0.70710678f);
+  return x * (x < 0 ? tail : 1.0f - tail);
+}
+
+// x/2 (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+[[gnu::always_inline]] inline float gelu_tanh(float x) noexcept {
+  return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+}
+
+[[gnu::always_inline]] inline void activate(Activation activation, float* x) noexcept {
+  switch (activation) {
+    case Activation::kNone:
+      break;
+    case Activation::kRelu:
+      for (int64_t c = 0; c < kPanel; ++c) x[c] = larger(x[c], 0.0f);
+      break;
+    case Activation::kSilu:
+      for (int64_t c = 0; c < kPanel; ++c) x[c] *= sigmoid(x[c]);
+      break;
+    case Activation::kGelu:
+      for (int64_t c = 0; c < kPanel; ++c) x[c] = gelu(x[c]);
+      break;
+    case Activation::kGeluTanh:
+      for (int64_t c = 0; c < kPanel; ++c) x[c] = gelu_tanh(x[c]);
+      break;
+  }
+}
+
+// One row of a tile, `width` columns of it that there are, to `out`.
+[[gnu::always_inline]] inline void finish_row(float* sums, int64_t width, const float* bias,
+                                              Activation activation, const float* factor,
+                                              const float* residual, float* out) noexcept {
+  if (bias) {
+    for (int64_t c = 0; c < width; ++c) sums[c] += bias[c];
+  }
+  activate(activation, sums);
+  if (factor) {
+    for (int64_t c = 0; c < width; ++c) sums[c] *= factor[c];
+  }
+  if (residual) {
+    for (int64_t c = 0; c < width; ++c) sums[c] += residual[c];
+  }
+  for (int64_t c = 0; c < width; ++c) out[c] = sums[c];
+}
+
+// Some rows of x against one panel, to the columns of out that are its own.
+CEMG_CLONES void linear_tile(const Linear& weights, int64_t panel, Rows<const float> x, Share which,
+                             const Finish& finish, Rows<float> out) noexcept {
+  const int64_t rows = which.end - which.begin;
+  float sums[kMostRows][kPanel];
+  product(rows, x.at(which.begin), x.stride, weights.panels + panel * weights.in * kPanel, kPanel, weights.in,
+          sums[0], kPanel);
+  const int64_t column = panel * kPanel, width = std::min(kPanel, weights.out - column);
+  const float* const bias = weights.bias ? weights.bias + column : nullptr;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const to = out.at(which.begin + r) + column;
+    const float* const factor = finish.times_out ? to : nullptr;
+    const float* const residual = finish.plus_out ? to : nullptr;
+    if (width == kPanel) {
+      finish_row(sums[r], kPanel, bias, finish.activation, factor, residual, to);
+    } else {
+      finish_row(sums[r], width, bias, finish.activation, factor, residual, to);
+    }
+  }
+}
+
+// Adds the columns of a panel to the running sums of some rows.
+CEMG_CLONES void total_tile(const Linear& weights, int64_t panel, Rows<const float> x, Share which,
+                            float* highest, float* sums) noexcept {
+  const int64_t rows = which.end - which.begin;
+  float tile[kMostRows][kPanel];
+  product(rows, x.at(which.begin), x.stride, weights.panels + panel * weights.in * kPanel, kPanel, weights.in,
+          tile[0], kPanel);
+  const int64_t column = panel * kPanel, width = std::min(kPanel, weights.out - column);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const logits = tile[r];
+    if (weights.bias) {
+      for (int64_t c = 0; c < width; ++c) logits[c] += weights.bias[column + c];
+    }
+    for (int64_t c = width; c < kPanel; ++c) logits[c] = kNever;
+    float lanes[kWidth], most = highest[r];
+    for (int64_t c = 0; c < kWidth; ++c) lanes[c] = larger(logits[c], logits[c + kWidth]);
+    for (int64_t c = 0; c < kWidth; ++c) most = larger(most, lanes[c]);
+    float* const sum = sums + r * kPanel;
+    if (most > highest[r]) {
+      const float shrink = exp_of_negative(highest[r] - most);
+      for (int64_t c = 0; c < kPanel; ++c) sum[c] *= shrink;
+      highest[r] = most;
+    }
+    for (int64_t c = 0; c < kPanel; ++c) sum[c] += exp_of_negative(logits[c] - most);
+  }
+}
+
+constexpr int64_t panels_of(const Linear& weights) noexcept {
+  return padded(weights.out) / kPanel;
+}
+
+}  // namespace
+
+RowBlocks::RowBlocks(int64_t rows) noexcept
+    : rows(rows), count(std::max<int64_t>((rows + rows_at_once() - 1) / rows_at_once(), 1)) {}
+
+CEMG_CLONES void multiply(int64_t rows, const float* a, int64_t stride_a, const float* b, int64_t columns,
+                          int64_t depth, float* c) noexcept {
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    product(rows, a, stride_a, b + j, columns, depth, c + j, columns);
+  }
+}
+
+void linear(const Linear& weights, Rows<const float> x, int64_t rows, const Finish& finish, Rows<float> out,
+            const Worker& worker) noexcept {
+  const RowBlocks blocks(rows);
+  const auto [begin, end] = worker.share(panels_of(weights) * blocks.count);
+  for (int64_t task = begin; task < end; ++task) {
+    linear_tile(weights, task / blocks.count, x, blocks.of(task % blocks.count), finish, out);
+  }
+}
+
+RowTotals::RowTotals(int64_t rows, int64_t workers)
+    : rows_(rows),
+      workers_(workers),
+      highest_(static_cast<size_t>(rows * workers), kNever),
+      sums_(static_cast<size_t>(rows * workers * kPanel), 0.0f) {}
+
+void RowTotals::add(const Linear& weights, Rows<const float> x, const Worker& worker) noexcept {
+  const RowBlocks blocks(rows_);
+  float* const highest = highest_.data() + worker.index * rows_;
+  float* const sums = sums_.data() + worker.index * rows_ * kPanel;
+  const auto [begin, end] = worker.share(panels_of(weights));
+  for (int64_t panel = begin; panel < end; ++panel) {
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const Share which = blocks.of(block);
+      total_tile(weights, panel, x, which, highest + which.begin, sums + which.begin * kPanel);
+    }
+  }
+}
+
+void RowTotals::write(float* out, const Worker& worker) const noexcept {
+  const auto [begin, end] = worker.share(rows_);
+  for (int64_t row = begin; row < end; ++row) {
+    float most = kNever;
+    for (int64_t w = 0; w < workers_; ++w) most = larger(most, highest_[w * rows_ + row]);
+    float sum = 0;
+    for (int64_t w = 0; w < workers_; ++w) {
+      const int64_t at = w * rows_ + row;
+      float own = 0;
+      for (int64_t c = 0; c < kPanel; ++c) own += sums_[at * kPanel + c];
+      sum += own * std::exp(highest_[at] - most);
+    }
+    out[row] = most + std::log(sum);
+  }
+}
+
+}  // namespace cemg

@@ -1,0 +1,246 @@
+// The decoder in C++ under sanitizers: its products and attention against sums in double, and searches over
+// random models of every shape, each user alone against all together. Prints what it checked.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <random>
+#include <vector>
+
+#include "cemg/transformer_cpu.h"
+
+namespace {
+
+void require(bool ok, const char* what) {
+  if (ok) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+std::vector<float> draw(std::mt19937& random, int64_t count, float size = 1.0f) {
+  std::normal_distribution<float> normal(0.0f, size);
+  std::vector<float> values(static_cast<size_t>(count));
+  std::generate(values.begin(), values.end(), [&] { return normal(random); });
+  return values;
+}
+
+// Every array exactly as long as it must be, so that a step beyond it is seen.
+struct Weights {
+  std::mt19937 random{7};
+  std::deque<std::vector<float>> kept;
+
+  const float* some(int64_t count, float size = 1.0f) {
+    kept.push_back(draw(random, count, size));
+    return kept.back().data();
+  }
+  cemg::Linear linear(int64_t in, int64_t out, bool bias = false) {
+    std::vector<float> panels = draw(random, cemg::padded(out) * in, 0.4f);
+    for (int64_t k = 0; k < in; ++k) {
+      for (int64_t c = out; c < cemg::padded(out); ++c) panels[(c / 32 * in + k) * 32 + c % 32] = 0;
+    }
+    kept.push_back(std::move(panels));
+    return {in, out, kept.back().data(), bias ? some(out) : nullptr};
+  }
+  cemg::Norm norm(int64_t width, bool bias = false) {
+    return {some(width), bias ? some(width) : nullptr, 1e-6f};
+  }
+};
+
+void check_linear(int64_t rows, int64_t in, int64_t out, bool bias) {
+  Weights weights;
+  const cemg::Linear linear = weights.linear(in, out, bias);
+  const int64_t stride = cemg::stride_of(in);
+  const auto x = draw(weights.random, (rows - 1) * stride + in), before = draw(weights.random, rows * out);
+  auto result = before;
+  cemg::Finish finish;
+  finish.plus_out = true;
+  std::vector<float> totals(static_cast<size_t>(rows));
+  cemg::RowTotals sums(rows, 1);
+  cemg::run_team(1, [&](const cemg::Worker& worker) {
+    cemg::linear(linear, {x.data(), stride}, rows, finish, {result.data(), out}, worker);
+    sums.add(linear, {x.data(), stride}, worker);
+    worker.wait();
+    sums.write(totals.data(), worker);
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    double total = 0;
+    for (int64_t c = 0; c < out; ++c) {
+      double sum = bias ? linear.bias[c] : 0;
+      for (int64_t k = 0; k < in; ++k) {
+        sum += static_cast<double>(x[r * stride + k]) * linear.panels[(c / 32 * in + k) * 32 + c % 32];
+      }
+      total += std::exp(sum);
+      require(std::abs(sum + before[r * out + c] - result[r * out + c]) < 1e-3, "a product");
+    }
+    require(std::abs(std::log(total) - totals[r]) < 1e-3, "the log-sum-exp of a product");
+  }
+}
+
+void check_attention(std::mt19937& random, int64_t queries, int64_t keys, int64_t size) {
+  const auto query = draw(random, queries * size), key = draw(random, keys * size),
+             value = draw(random, keys * size), bias = draw(random, 2 * (queries + keys));
+  std::vector<float> out(query.size()), lse(static_cast<size_t>(queries));
+  std::vector<float> packed_keys(static_cast<size_t>(size * cemg::padded(keys))),
+      packed_values(static_cast<size_t>(keys * cemg::padded(size)));
+  cemg::pack_head(key.data(), value.data(), size, keys, size, packed_keys.data(), packed_values.data());
+  std::vector<int32_t> place(static_cast<size_t>(std::max(queries, keys)));
+  for (size_t i = 0; i < place.size(); ++i) place[i] = static_cast<int32_t>(i);
+  const int64_t seen = queries <= keys ? keys - queries : -1;
+  const float* const middle = bias.data() + queries + keys;
+  cemg::attend({query.data(), size, queries, size}, {packed_keys.data(), packed_values.data(), keys}, 0.5f,
+               {seen, middle, place.data(), place.data()}, out.data(), size, lse.data(), 1,
+               cemg::AttentionRoom::of_thread());
+  for (int64_t q = 0; q < queries; ++q) {
+    std::vector<double> wanted(static_cast<size_t>(size));
+    double total = 0;
+    for (int64_t k = 0; k < (seen < 0 ? keys : seen + q + 1); ++k) {
+      double score = middle[k - q];
+      for (int64_t d = 0; d < size; ++d) score += 0.5 * query[q * size + d] * key[k * size + d];
+      total += std::exp(score);
+      for (int64_t d = 0; d < size; ++d) wanted[d] += std::exp(score) * value[k * size + d];
+    }
+    require(std::abs(std::log(total) - lse[q]) < 1e-3, "a log-sum-exp");
+    for (int64_t d = 0; d < size; ++d) {
+      require(std::abs(wanted[d] / total - out[q * size + d]) < 1e-3, "a row of attention");
+    }
+  }
+}
+
+constexpr int64_t kVocabulary = 37, kCodes = 9, kPlaces = 16, kLength = 5;
+
+// A stack of two layers; `cross` for the decoder of an encoder.
+cemg::Transformer make_stack(Weights& weights, int64_t width, int64_t heads, int64_t groups, int64_t size,
+                             bool gated, bool biased, bool normed, bool cross) {
+  cemg::Transformer model{width,       heads, groups,
+                          size,        0.3f,  weights.some(kVocabulary * width),
+                          kVocabulary, {},    weights.norm(width, biased),
+                          0.7f};
+  const int64_t inner = heads * size, hidden = 2 * width + 1;
+  for (int number = 0; number < 2; ++number) {
+    cemg::TransformerLayer layer{};
+    layer.norm = weights.norm(width, biased);
+    layer.qkv = weights.linear(width, (heads + 2 * groups) * size, biased);
+    if (normed) {
+      layer.query_norm = weights.norm(size);
+      layer.key_norm = weights.norm(size);
+    }
+    layer.out = weights.linear(inner, width, biased);
+    if (cross) {
+      layer.cross_norm = weights.norm(width);
+      layer.cross_query = weights.linear(width, inner);
+      layer.cross_key_value = weights.linear(width, 2 * inner);
+      layer.cross_out = weights.linear(inner, width);
+    }
+    layer.feed_norm = weights.norm(width, biased);
+    if (gated) layer.gate = weights.linear(width, hidden);
+    layer.up = weights.linear(width, hidden, biased);
+    layer.down = weights.linear(hidden, width, biased);
+    layer.activation = gated ? cemg::Activation::kSilu : cemg::Activation::kGeluTanh;
+    model.layers.push_back(layer);
+  }
+  return model;
+}
+
+struct Answers {
+  std::vector<float> logits, totals;
+};
+
+// Three steps for these users: one row, then three beams, then five.
+std::vector<Answers> run(cemg::BeamDecoder& search, const std::vector<int64_t>& tokens,
+                         const std::vector<int64_t>& mask, const cemg::Places& places,
+                         const cemg::Places& own, const cemg::Linear& columns, const cemg::Linear& all) {
+  const auto batch = static_cast<int64_t>(tokens.size()) / kLength;
+  const cemg::Prompts prompts{tokens.data(), mask.data(), batch, kLength};
+  std::vector<Answers> answers;
+  int64_t before = 1;
+  for (const int64_t beams : {int64_t{1}, int64_t{3}, int64_t{5}}) {
+    const int64_t rows = batch * beams;
+    Answers& now = answers.emplace_back(
+        Answers{std::vector<float>(rows * kCodes), std::vector<float>(static_cast<size_t>(rows))});
+    const cemg::Wanted wanted{columns, all, now.logits.data(), now.totals.data()};
+    if (beams == 1) {
+      require(search.wrong_token(prompts) == -1, "tokens are in the vocabulary");
+      search.start(prompts, places, 1, own, wanted);
+    } else {
+      std::vector<int64_t> fed, parents;
+      for (int64_t row = 0; row < rows; ++row) {
+        fed.push_back((row % beams * 5 + beams) % kVocabulary);
+        parents.push_back(row % beams % before);
+      }
+      search.step(fed.data(), parents.data(), beams, own, wanted);
+    }
+    before = beams;
+  }
+  return answers;
+}
+
+void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotated, int64_t width,
+                  int64_t heads, int64_t groups, int64_t size, int64_t threads) {
+  Weights weights;
+  const cemg::Transformer decoder =
+      make_stack(weights, width, heads, groups, size, gated, biased, normed, encoder);
+  const cemg::Transformer reader =
+      make_stack(weights, width, heads, groups, size, gated, biased, normed, false);
+  const cemg::Linear columns = weights.linear(width, kCodes), all = weights.linear(width, kVocabulary);
+  cemg::Places places, own;
+  if (encoder) {
+    places.bias = weights.some(heads * (2 * kLength - 1));
+    own.bias = weights.some(3 * heads);
+  } else if (rotated) {
+    places.cosine = weights.some(kPlaces * size);
+    places.sine = weights.some(kPlaces * size);
+    own = places;
+  } else {
+    places.embedding = weights.some(kPlaces * width);
+    own = places;
+  }
+  const std::vector<int64_t> tokens{3, 4, 5, 6, 7, 9, 9, 8, 1, 2}, mask{1, 1, 1, 1, 1, 0, 0, 1, 1, 0};
+  cemg::BeamDecoder search(encoder ? &reader : nullptr, decoder, threads);
+  const auto both = run(search, tokens, mask, places, own, columns, all);
+  for (int64_t user = 0; user < 2; ++user) {
+    const auto begin = user * kLength, end = begin + kLength;
+    const auto alone = run(search, {tokens.begin() + begin, tokens.begin() + end},
+                           {mask.begin() + begin, mask.begin() + end}, places, own, columns, all);
+    for (size_t step = 0; step < alone.size(); ++step) {
+      const size_t rows = alone[step].totals.size();
+      for (size_t i = 0; i < rows; ++i) {
+        require(std::abs(alone[step].totals[i] - both[step].totals[user * rows + i]) < 1e-3,
+                "a user's totals are its own");
+      }
+      for (size_t i = 0; i < rows * kCodes; ++i) {
+        require(std::isfinite(alone[step].logits[i]), "logits are finite");
+        require(std::abs(alone[step].logits[i] - both[step].logits[user * rows * kCodes + i]) < 1e-3,
+                "a user's logits are its own");
+      }
+    }
+  }
+  const std::vector<int64_t> wrong{3, 4, kVocabulary, 6, 7};
+  require(search.wrong_token({wrong.data(), mask.data(), 1, kLength}) == 2, "a wrong token is found");
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  int searches = 0;
+  for (int64_t rows : {1, 3, 14, 40}) {
+    for (int64_t in : {1, 7, 64}) check_linear(rows, in, 1 + (rows * in) % 70, in > 1);
+  }
+  check_linear(5, 1024, 33, false);
+  for (int64_t queries : {1, 6, 7, 70}) {
+    for (int64_t keys : {1, 5, 32, 71}) check_attention(random, queries, keys, 1 + (queries + keys) % 40);
+  }
+  for (int64_t threads : {1, 3}) {
+    for (bool gated : {false, true}) {
+      for (bool biased : {false, true}) {
+        check_search(true, gated, biased, false, false, 12, 3, 3, 5, threads);
+        check_search(false, gated, biased, false, false, 33, 2, 1, 17, threads);
+        check_search(false, gated, biased, true, true, 16, 4, 2, 8, threads);
+        searches += 3;
+      }
+    }
+  }
+  std::printf("%d searches\n", searches);
+  return 0;
+}
