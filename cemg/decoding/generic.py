@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import cast
+from inspect import signature
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from cemg.decoding.layers import Logits, Stepper, Wanted
 from cemg.errors import UserError
 
 LEVELS_AHEAD = 8  # codes that may follow a prompt
+
+
+def cached(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """The cache under the name that the model's forward takes it by: transformers renamed it in 5.24."""
+    plain = cast(Any, model).get_base_model() if hasattr(model, "peft_config") else model
+    name = "cache" if "cache" in signature(plain.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 class GenericPlan:
@@ -46,7 +54,7 @@ class GenericCausal:
         positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+            use_cache=True, logits_to_keep=1, **cached(self.model, self.cache),
         )  # fmt: skip
         self.prompt = attention_mask.bool()  # [B, S]
         self.position = attention_mask.sum(1)  # [B], of the next token
@@ -69,8 +77,8 @@ class GenericCausal:
             ~seen, torch.finfo(dtype).min
         )
         out = self.model(
-            input_ids=tokens, attention_mask=mask[:, None], past_key_values=self.cache, use_cache=True,
-            position_ids=self.position[:, None].expand(-1, beams),
+            input_ids=tokens, attention_mask=mask[:, None], use_cache=True,
+            position_ids=self.position[:, None].expand(-1, beams), **cached(self.model, self.cache),
         )  # fmt: skip
         self.position = self.position + 1
         return Logits.of(out.logits, wanted)
@@ -104,6 +112,6 @@ class GenericSeq2Seq:
     def _forward(self, tokens: Tensor) -> Tensor:
         out = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=self.encoded), attention_mask=self.mask,
-            decoder_input_ids=tokens, past_key_values=self.cache, use_cache=True,
+            decoder_input_ids=tokens, use_cache=True, **cached(self.model, self.cache),
         )  # fmt: skip
         return out.logits
