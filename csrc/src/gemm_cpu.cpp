@@ -7,66 +7,82 @@
 namespace cemg {
 namespace {
 
-constexpr int64_t kWidth = 16;  // floats of a vector
+// Vectors of the width that the machine has: GCC splits wider ones into single floats.
+template <int kWidth>
+struct Vectors {
+  typedef float One __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
+};
 
-typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
-
-// Rows that fit the registers: of 32 with AVX-512, of 16 half as wide without.
-int64_t rows_at_once() noexcept {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const int64_t rows = __builtin_cpu_supports("avx512f") ? kMostRows : 3;
-  return rows;
+#if defined(__x86_64__)
+constexpr int kNarrow = 8;  // AVX2
 #else
-  return 3;
+constexpr int kNarrow = 4;  // NEON
+#endif
+constexpr int kWide = 16;               // AVX-512
+constexpr int64_t kMostNarrowRows = 3;  // whose sums fit 16 registers of AVX2, or 32 of NEON
+
+bool has_wide_vectors() noexcept {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool wide = __builtin_cpu_supports("avx512f");
+  return wide;
+#else
+  return false;
 #endif
 }
 
 // c [R, kPanel] = a [R, depth] . b [depth, kPanel]
-template <int R>
+template <int kWidth, int R>
 [[gnu::always_inline]] inline void product_of(const float* a, int64_t stride_a, const float* b,
                                               int64_t stride_b, int64_t depth, float* c,
                                               int64_t stride_c) noexcept {
-  Vector sums[R][2] = {};
+  using Vector = typename Vectors<kWidth>::One;
+  constexpr int kCount = kPanel / kWidth;
+  Vector sums[R][kCount] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const Vector first = *reinterpret_cast<const Vector*>(b + k * stride_b);
-    const Vector second = *reinterpret_cast<const Vector*>(b + k * stride_b + kWidth);
+    Vector row[kCount];
+    for (int v = 0; v < kCount; ++v) row[v] = *reinterpret_cast<const Vector*>(b + k * stride_b + v * kWidth);
     for (int r = 0; r < R; ++r) {
       const float factor = a[r * stride_a + k];
-      sums[r][0] += factor * first;
-      sums[r][1] += factor * second;
+      for (int v = 0; v < kCount; ++v) sums[r][v] += factor * row[v];
     }
   }
   for (int r = 0; r < R; ++r) {
-    *reinterpret_cast<Vector*>(c + r * stride_c) = sums[r][0];
-    *reinterpret_cast<Vector*>(c + r * stride_c + kWidth) = sums[r][1];
+    for (int v = 0; v < kCount; ++v) {
+      *reinterpret_cast<Vector*>(c + r * stride_c + v * kWidth) = sums[r][v];
+    }
   }
 }
 
 [[gnu::always_inline]] inline void product(int64_t rows, const float* a, int64_t stride_a, const float* b,
                                            int64_t stride_b, int64_t depth, float* c,
                                            int64_t stride_c) noexcept {
-  switch (rows) {
-#define CEMG_ROWS(R)                                             \
-  case R:                                                        \
-    product_of<R>(a, stride_a, b, stride_b, depth, c, stride_c); \
-    break
-    CEMG_ROWS(1);
-    CEMG_ROWS(2);
-    CEMG_ROWS(3);
-    CEMG_ROWS(4);
-    CEMG_ROWS(5);
-    CEMG_ROWS(6);
-    CEMG_ROWS(7);
-    CEMG_ROWS(8);
-    CEMG_ROWS(9);
-    CEMG_ROWS(10);
-    CEMG_ROWS(11);
-    CEMG_ROWS(12);
-    CEMG_ROWS(13);
-#undef CEMG_ROWS
-    default:
-      break;
+#define CEMG_ROWS(WIDTH, R) \
+  case R:                   \
+    return product_of<WIDTH, R>(a, stride_a, b, stride_b, depth, c, stride_c)
+  if (!has_wide_vectors()) {
+    switch (rows) {
+      CEMG_ROWS(kNarrow, 1);
+      CEMG_ROWS(kNarrow, 2);
+      CEMG_ROWS(kNarrow, 3);
+    }
+    return;
   }
+  switch (rows) {
+    CEMG_ROWS(kWide, 1);
+    CEMG_ROWS(kWide, 2);
+    CEMG_ROWS(kWide, 3);
+    CEMG_ROWS(kWide, 4);
+    CEMG_ROWS(kWide, 5);
+    CEMG_ROWS(kWide, 6);
+    CEMG_ROWS(kWide, 7);
+    CEMG_ROWS(kWide, 8);
+    CEMG_ROWS(kWide, 9);
+    CEMG_ROWS(kWide, 10);
+    CEMG_ROWS(kWide, 11);
+    CEMG_ROWS(kWide, 12);
+    CEMG_ROWS(kWide, 13);
+  }
+#undef CEMG_ROWS
 }
 
 // 1 / (1 + e^-x)
@@ -172,9 +188,8 @@ CEMG_CLONES void total_tile(const Linear& weights, int64_t panel, Rows<const flo
       for (int64_t c = 0; c < width; ++c) logits[c] += weights.bias[column + c];
     }
     for (int64_t c = width; c < kPanel; ++c) logits[c] = kNever;
-    float lanes[kWidth], most = highest[r];
-    for (int64_t c = 0; c < kWidth; ++c) lanes[c] = larger(logits[c], logits[c + kWidth]);
-    for (int64_t c = 0; c < kWidth; ++c) most = larger(most, lanes[c]);
+    float most = highest[r];
+    for (int64_t c = 0; c < kPanel; ++c) most = larger(most, logits[c]);
     float* const sum = sums + r * kPanel;
     if (most > highest[r]) {
       const float shrink = exp_of_negative(highest[r] - most);
@@ -190,6 +205,10 @@ constexpr int64_t panels_of(const Linear& weights) noexcept {
 }
 
 }  // namespace
+
+int64_t rows_at_once() noexcept {
+  return has_wide_vectors() ? kMostRows : kMostNarrowRows;
+}
 
 RowBlocks::RowBlocks(int64_t rows) noexcept
     : rows(rows), count(std::max<int64_t>((rows + rows_at_once() - 1) / rows_at_once(), 1)) {}

@@ -6,12 +6,12 @@
 #include <limits>
 #include <vector>
 
+#include "cemg/gemm_cpu.h"
 #include "cemg/row_math.h"
 
 namespace cemg {
 namespace {
 
-constexpr int64_t kRows = 8;  // of x at a time, and kLanes codes: 8 x 32 sums fit the registers of AVX-512
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kMayOverflow = 1e38;  // a partial sum this large may not fit a float
 
@@ -46,44 +46,43 @@ struct Packed {
   }
 };
 
+static_assert(kPanel == kLanes);
+
 // The two best scores of each row, lane by lane.
 struct Best {
-  float best[kRows][kLanes];
-  float second[kRows][kLanes];
-  int32_t code[kRows][kLanes];
+  float best[kMostRows][kLanes];
+  float second[kMostRows][kLanes];
+  int32_t code[kMostRows][kLanes];
 };
 
-// Scores |c|^2 / 2 - r.c of kRows residuals against every code of a level.
-CEMG_CLONES void score_level(const float* residual, int64_t dim, const float* vectors, const float* half_norm,
-                             int64_t blocks, Best& out) {
-  for (int64_t r = 0; r < kRows; ++r) {
+// Scores |c|^2 / 2 - r.c of a block of codes from `first` on, given their products [rows, kLanes].
+CEMG_CLONES void keep_best(const float* products, int64_t rows, const float* half_norm, int32_t first,
+                           Best& out) noexcept {
+  for (int64_t r = 0; r < rows; ++r) {
     for (int64_t l = 0; l < kLanes; ++l) {
-      out.best[r][l] = out.second[r][l] = kInfinity;
-      out.code[r][l] = 0;
+      const float score = half_norm[l] - products[r * kLanes + l];
+      const float before = out.best[r][l];
+      const bool better = score < before;
+      const float runner_up = better ? before : score;
+      out.second[r][l] = runner_up < out.second[r][l] ? runner_up : out.second[r][l];
+      out.best[r][l] = better ? score : before;
+      out.code[r][l] = better ? first + static_cast<int32_t>(l) : out.code[r][l];
     }
   }
+}
+
+// The best of all codes of a level for a tile of residuals [rows, dim].
+void score_level(const float* residual, int64_t rows, int64_t dim, const float* vectors,
+                 const float* half_norm, int64_t blocks, Best& out) noexcept {
+  for (int64_t r = 0; r < rows; ++r) {
+    std::fill(out.best[r], out.best[r] + kLanes, kInfinity);
+    std::fill(out.second[r], out.second[r] + kLanes, kInfinity);
+    std::fill(out.code[r], out.code[r] + kLanes, 0);
+  }
+  float products[kMostRows * kLanes];
   for (int64_t block = 0; block < blocks; ++block) {
-    float sum[kRows][kLanes] = {};
-    const float* const from = vectors + block * dim * kLanes;
-    for (int64_t d = 0; d < dim; ++d) {
-      for (int64_t r = 0; r < kRows; ++r) {
-        const float value = residual[r * dim + d];
-        for (int64_t l = 0; l < kLanes; ++l) sum[r][l] += value * from[d * kLanes + l];
-      }
-    }
-    const float* const half = half_norm + block * kLanes;
-    const auto first = static_cast<int32_t>(block * kLanes);
-    for (int64_t r = 0; r < kRows; ++r) {
-      for (int64_t l = 0; l < kLanes; ++l) {
-        const float score = half[l] - sum[r][l];
-        const float before = out.best[r][l];
-        const bool better = score < before;
-        const float runner_up = better ? before : score;
-        out.second[r][l] = runner_up < out.second[r][l] ? runner_up : out.second[r][l];
-        out.best[r][l] = better ? score : before;
-        out.code[r][l] = better ? first + static_cast<int32_t>(l) : out.code[r][l];
-      }
-    }
+    multiply(rows, residual, dim, vectors + block * dim * kLanes, kLanes, dim, products);
+    keep_best(products, rows, half_norm + block * kLanes, static_cast<int32_t>(block * kLanes), out);
   }
 }
 
@@ -139,19 +138,20 @@ int64_t decide(const Best& found, int64_t row, const float* residual, const Code
 void residual_quantize(const float* x, int64_t rows, const Codebooks& books, int64_t* codes,
                        float* quantized) {
   const Packed packed(books);
-  const int64_t dim = books.dim, tiles = (rows + kRows - 1) / kRows;
+  const int64_t dim = books.dim;
+  const RowBlocks tiles(rows);
 #pragma omp parallel if (rows * books.levels * books.size * dim >= (1 << 18))
   {
-    std::vector<float> residual(static_cast<size_t>(kRows * dim));
+    std::vector<float> residual(static_cast<size_t>(kMostRows * dim));
     Best best;
 #pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t begin = tile * kRows, count = std::min(kRows, rows - begin);
-      std::fill(residual.begin(), residual.end(), 0.0f);
-      std::copy(x + begin * dim, x + (begin + count) * dim, residual.begin());
-      std::fill(quantized + begin * dim, quantized + (begin + count) * dim, 0.0f);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const auto [begin, end] = tiles.of(tile);
+      const int64_t count = end - begin;
+      std::copy(x + begin * dim, x + end * dim, residual.begin());
+      std::fill(quantized + begin * dim, quantized + end * dim, 0.0f);
       for (int64_t m = 0; m < books.levels; ++m) {
-        score_level(residual.data(), dim, packed.vectors.data() + m * packed.blocks * dim * kLanes,
+        score_level(residual.data(), count, dim, packed.vectors.data() + m * packed.blocks * dim * kLanes,
                     packed.half_norm.data() + m * packed.blocks * kLanes, packed.blocks, best);
         for (int64_t r = 0; r < count; ++r) {
           float* const own = residual.data() + r * dim;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cemg.decoding import Decoder
 from cemg.errors import UserError
+from cemg_kernels.ranges import use_ranges
 
 from .conftest import LEVELS, SIZE, START, VOCABULARY, Bench, random_catalog
 
@@ -182,6 +184,54 @@ def test_however_many_threads_share_a_step_it_gives_the_same(shape, threads, sam
     alone = decoder.decode(*prompts, 30)
     torch.set_num_threads(threads)  # the conftest sets it back
     same_lists(decoder.decode(*prompts, 30), alone)
+
+
+def test_searches_side_by_side_do_not_disturb_each_other_and_leave_their_room(same_lists):
+    model = build(*SHAPES["t5 tied"])
+    decoder = Decoder(model, random_catalog(60, 1), START, backend="native")
+    asked = [Bench(model, decoder.catalog).prompts([2 + seed % 5, 4], seed) for seed in range(12)]
+    alone = [decoder.decode(*prompts, 20) for prompts in asked]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda prompts: decoder.decode(*prompts, 20), asked))
+    for one, other in zip(together, alone, strict=True):
+        same_lists(one, other)
+    assert 1 <= len(decoder.plan._idle) <= 5  # one before, one a thread
+
+
+def test_a_search_whose_room_is_large_does_not_keep_it(monkeypatch):
+    from cemg.decoding import native
+
+    monkeypatch.setattr(native, "MOST_KEPT", 0)
+    made = Bench(build(*SHAPES["gpt2"]), random_catalog(60, 1))
+    decoder = Decoder(made.model, made.catalog, START, backend="native")
+    assert (decoder.decode(*made.prompts([4]), 5).items >= 0).all() and not decoder.plan._idle
+
+
+@pytest.mark.parametrize("shape", ["t5 tied", "qwen3, normed heads"])
+def test_with_ranges_on_each_call_notes_what_it_did(shape):
+    made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
+    decoder = Decoder(made.model, made.catalog, START, backend="native")
+    begin, laps = decoder.plan.begin, []
+
+    def noted() -> Any:
+        stepper = begin()
+        laps.append(stepper.laps)
+        return stepper
+
+    decoder.plan.begin = noted
+    decoder.decode(*made.prompts([4]), 5)
+    assert laps == [[]]
+    use_ranges(True)
+    try:
+        decoder.decode(*made.prompts([4]), 5)
+    finally:
+        use_ranges(False)
+    calls = laps[1]
+    assert len(calls) == LEVELS and all(call[-1][0] == "head" for call in calls)
+    for call in calls:
+        ends = [end for _, end in call]
+        assert ends == sorted(ends) and ends[0] > 0
+        assert {"projection", "attention", "feed-forward", "norm"} <= {part for part, _ in call}
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh"])

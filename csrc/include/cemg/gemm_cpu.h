@@ -16,7 +16,10 @@ constexpr int64_t padded(int64_t columns) noexcept {
   return (columns + kPanel - 1) / kPanel * kPanel;
 }
 
-// Some rows, cut into as few blocks as this machine's registers allow, of nearly equal size.
+// As many as this machine's registers allow.
+int64_t rows_at_once() noexcept;
+
+// Some rows, cut into as few blocks of no more than rows_at_once() as there can be, of nearly equal size.
 struct RowBlocks {
   int64_t rows, count;
 
@@ -25,7 +28,7 @@ struct RowBlocks {
 };
 
 // c [rows, columns] = a [rows, depth] . b [depth, columns], contiguous but for the rows of a; rows no more
-// than a RowBlocks has in a block, columns a multiple of kPanel.
+// than rows_at_once(), columns a multiple of kPanel.
 void multiply(int64_t rows, const float* a, int64_t stride_a, const float* b, int64_t columns, int64_t depth,
               float* c) noexcept;
 
