@@ -110,8 +110,8 @@ MODELS = {
 }
 
 
-def random_catalog(items: int, levels: int, codes: int) -> Catalog:
-    """``items`` different semantic IDs drawn from all of them, with seed 0."""
+def random_codes(items: int, levels: int, codes: int) -> Tensor:
+    """``items`` different semantic IDs drawn from all of them, with seed 0: [N, levels] int32."""
     generator = torch.Generator().manual_seed(0)
     if codes**levels >= 2**62:
         raise Skip(f"{codes} ** {levels} keys do not fit an int64")
@@ -120,8 +120,15 @@ def random_catalog(items: int, levels: int, codes: int) -> Catalog:
         more = torch.randint(0, codes**levels, (items + items // 8 + 8,), generator=generator)
         drawn = torch.unique(torch.cat((drawn, more)))
     drawn = drawn[torch.randperm(drawn.numel(), generator=generator)[:items]]
-    digits = [drawn // codes ** (levels - 1 - level) % codes for level in range(levels)]
-    return Catalog.from_codes(torch.stack(digits, dim=1), codes)
+    found = torch.empty(items, levels, dtype=torch.int32)
+    for level in range(levels):
+        found[:, level] = drawn // codes ** (levels - 1 - level) % codes
+    return found
+
+
+def random_catalog(items: int, levels: int, codes: int) -> Catalog:
+    """The catalog of ``random_codes``."""
+    return Catalog.from_codes(random_codes(items, levels, codes), codes)
 
 
 class Bench:

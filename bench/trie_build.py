@@ -1,20 +1,21 @@
 """Building the trie from codes: shuffled, sorting included, and from codes that are sorted already.
 
-    python bench/trie_build.py [--items 1000000 10000000] [--device cuda] [--json PATH] [--plot PATH]
+    python bench/trie_build.py [--items 1000000 100000000] [--device cuda] [--json PATH] [--plot PATH]
 
 Peers get what they need ready made: nested dicts the rows as lists, marisa-trie the codes as strings. Before
 time is taken, a sample is looked up in each. "floor": the codes read and the trie written once, at the
 machine's copy bandwidth. ``bytes_an_item`` holds what a trie takes, without item ids (nested dicts: of at
-most 1e5 items, as tracemalloc counts them).
+most 1e5 items, as tracemalloc counts them), ``peak_gib`` the most that the process had held by then.
 """
 
 from __future__ import annotations
 
+import resource
 import tracemalloc
 from typing import Any
 
 import torch
-from engines import random_catalog
+from engines import random_codes
 from harness import Report, Work, arguments, copy_bandwidth, optional, start
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from cemg_kernels import Trie
 
 LEVELS = 4
 SAMPLE = 1000
-MOST_FOR_DICT, MOST_FOR_TRACE = 10**6, 10**5
+MOST_FOR_DICT, MOST_FOR_TRACE, MOST_FOR_WORDS = 10**6, 10**5, 10**7
 SHIFT = 0x100  # a code as a character, clear of the control characters
 
 
@@ -66,13 +67,13 @@ def dict_bytes(codes: Tensor) -> float:
 
 def build(report: Report, items: int, size: int, bandwidth: float) -> None:
     """Both cases of one catalog."""
-    codes = random_catalog(items, LEVELS, size).codes.to(torch.int32)
+    codes = random_codes(items, LEVELS, size)
     trie = Trie.from_codes(codes, size)
     assert torch.equal(trie.items(trie.lookup(codes[:SAMPLE])), torch.arange(min(items, SAMPLE)))
     by_item: dict[str, float] = {"cemg": trie.nbytes / items, "nested dicts": dict_bytes(codes)}
     peers: dict[str, Work | str] = {
         "nested dicts": f"more than {MOST_FOR_DICT:.0e} items" if items > MOST_FOR_DICT else "",
-        "marisa-trie": optional(["marisa-trie"]),
+        "marisa-trie": optional(["marisa-trie"]) if items <= MOST_FOR_WORDS else "its words do not fit",
     }
     if not peers["nested dicts"]:
         assert in_dicts(dict_trie(codes), codes)
@@ -90,7 +91,8 @@ def build(report: Report, items: int, size: int, bandwidth: float) -> None:
         backend = "native" if report.device.type == "cpu" else "torch"
         ours: dict[str, Work] = {backend: lambda: Trie.from_codes(there, size, device=report.device)}  # noqa: B023
         report.case(f"N {items:.0e} K {size}, {name}", ours, against, f"{SAMPLE} rows looked up",
-                    moved / bandwidth * 1e3, nbytes=moved, bytes_an_item=by_item)  # fmt: skip
+                    moved / bandwidth * 1e3, nbytes=moved, bytes_an_item=by_item,
+                    peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""One constrained step of beam search: mask, softmax, the best W, advance; and building the trie.
+"""One constrained step of beam search: mask, softmax, the best W, advance.
 
     python bench/trie_step.py [--items 10000 1000000] [--device cuda] [--json PATH] [--plot PATH]
 
-Scores and logits are random; every beam stands on a random node of level 1. "floor": the bytes of the logits
-and of the children's codes at the machine's copy bandwidth.
+Scores and logits are random, of one user and of eight; every beam stands on a random node of level 1.
+"floor": the bytes of the logits and of the children's codes at the machine's copy bandwidth.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from cemg_kernels import Trie, dispatch, trie_beam_step
 
 WIDTH, LEVELS = 50, 4
 MOST_FOR_DICT = 10**6
+MOST_FOR_GRAMMAR = 10**4  # two seconds to compile, ten times the items two hundred times as long
 
 
 class Step:
-    """One user's W beams after the first code, and the logits of the second."""
+    """W beams of each user after the first code, and the logits of the second."""
 
-    def __init__(self, codes: Tensor, size: int, device: torch.device) -> None:
+    def __init__(self, codes: Tensor, size: int, device: torch.device, users: int) -> None:
         self.codes, self.size, self.trie = codes, size, Trie.from_codes(codes, size).to(device)
+        self.users, self.rows = users, users * WIDTH
         generator = torch.Generator().manual_seed(0)
         first = codes[:, 0].unique()
-        first = first[torch.randperm(len(first), generator=generator)[:WIDTH]]
-        self.first = first.repeat(WIDTH // len(first) + 1)[:WIDTH]  # [W]
-        self.nodes = self.trie.lookup(self.first[:, None].to(device))[None].contiguous()
-        self.logits = torch.randn(1, WIDTH, size, generator=generator).to(device)
-        self.scores = -torch.rand(1, WIDTH, generator=generator).sort().values.to(device)
+        first = first[torch.randperm(len(first), generator=generator)[: self.rows]]
+        self.first = first.repeat(self.rows // len(first) + 1)[: self.rows]  # [B * W]
+        self.nodes = self.trie.lookup(self.first[:, None].to(device)).view(users, WIDTH)
+        self.logits = torch.randn(users, WIDTH, size, generator=generator).to(device)
+        self.flat = self.logits.flatten(0, 1)  # [B * W, K]
+        self.scores = -torch.rand(users, WIDTH, generator=generator).sort().values.to(device)
 
     def ours(self, backend: str) -> Work:
         return lambda: trie_beam_step(
@@ -40,9 +43,9 @@ class Step:
         )
 
     def finish(self, masked: Tensor) -> Tensor:
-        """What every peer does after its mask [W, K]: log-softmax, add, the best W. Their scores."""
-        total = self.scores[0, :, None] + masked.log_softmax(1).nan_to_num(nan=float("-inf"))
-        return total.flatten().topk(WIDTH).values
+        """What every peer does after its mask [B * W, K]: log-softmax, add, the best W. Their scores."""
+        total = self.scores.flatten()[:, None] + masked.log_softmax(1).nan_to_num(nan=float("-inf"))
+        return total.view(self.users, -1).topk(WIDTH).values
 
     def dict_trie(self) -> Work | str:
         """``PrefixConstrainedLogitsProcessor`` of transformers over nested dicts."""
@@ -54,7 +57,7 @@ class Step:
 
         root = dict_trie(self.codes)
         process = PrefixConstrainedLogitsProcessor(lambda _, tokens: list(root[int(tokens[-1])]), WIDTH)
-        logits, tokens = self.logits[0].cpu(), self.first[:, None]
+        logits, tokens = self.flat.cpu(), self.first[:, None]
         return lambda: self.finish(process(tokens, logits).to(self.logits.device))
 
     def marisa(self) -> Work | str:
@@ -69,12 +72,12 @@ class Step:
         trie = marisa_trie.Trie(words)
 
         def run() -> Tensor:
-            mask = torch.full((WIDTH, self.size), float("-inf"))
+            mask = torch.full((self.rows, self.size), float("-inf"))
             for beam, first in enumerate(self.first.tolist()):
                 legal = {ord(word[1]) - shift for word in trie.iterkeys(chr(shift + first))}
                 places = list(legal)
                 mask[beam, places] = 0
-            return self.finish(self.logits[0] + mask.to(self.logits.device))
+            return self.finish(self.flat + mask.to(self.logits.device))
 
         return run
 
@@ -94,9 +97,9 @@ class Step:
         trie.finalize_index(token_base=0, vocab_size=self.size)
         device = self.logits.device
         prefixes = self.first[:, None].long().to(device)
-        nodes = trie.bootstrap_node_ids(prefixes, WIDTH, 1, device)
-        tokens = torch.arange(self.size, device=device).repeat(WIDTH, 1)  # [W, K]: every code a candidate
-        return lambda: self.finish(trie.mask_candidates(prefixes, tokens, self.logits[0], 1, nodes))
+        nodes = trie.bootstrap_node_ids(prefixes, self.rows, 1, device)
+        tokens = torch.arange(self.size, device=device).repeat(self.rows, 1)  # every code a candidate
+        return lambda: self.finish(trie.mask_candidates(prefixes, tokens, self.flat, 1, nodes))
 
     def bitmask(self) -> Work | str:
         """xgrammar's kernel that applies a ready bitmask: the mask's computation is not counted."""
@@ -105,38 +108,79 @@ class Step:
             return missing
         import xgrammar
 
-        mask = xgrammar.allocate_token_bitmask(WIDTH, self.size)
-        allowed = self.trie.mask(self.nodes[0]).cpu()
-        for beam in range(WIDTH):
-            for word in range(mask.shape[1]):
-                bits = allowed[beam, word * 32 : word * 32 + 32].tolist()
-                value = sum(1 << i for i, bit in enumerate(bits) if bit)
-                mask[beam, word] = value - (1 << 32) if value >= 1 << 31 else value
-        mask = mask.to(self.logits.device)
+        allowed = self.trie.mask(self.nodes.flatten()).cpu()
+        bits = torch.nn.functional.pad(allowed, (0, -self.size % 32)).view(self.rows, -1, 32).long()
+        mask = (bits << torch.arange(32)).sum(2).to(torch.int32).to(self.logits.device)
 
         def run() -> Tensor:
-            logits = self.logits[0].clone()
+            logits = self.flat.clone()
             xgrammar.apply_token_bitmask_inplace(logits, mask)
             return self.finish(logits)
 
         return run
 
+    def grammar(self) -> Work | str:
+        """xgrammar as a beam search has to use it: a rule a prefix of the catalog, a matcher a beam, which is
+        forked from its parent's, takes the code that was chosen, and fills in the mask of the next."""
+        missing = optional(["xgrammar"])
+        if missing or len(self.codes) > MOST_FOR_GRAMMAR:
+            return missing or f"a grammar of more than {MOST_FOR_GRAMMAR:.0e} items"
+        import xgrammar
 
-def one_step(report: Report, items: int, size: int, bandwidth: float) -> None:
+        words = [chr(0x4E00 + code) for code in range(self.size)]  # a character a code
+        below: dict[tuple[int, ...], set[int]] = {}
+        for row in self.codes.tolist():
+            for level in range(LEVELS):
+                below.setdefault(tuple(row[:level]), set()).add(row[level])
+
+        def name(prefix: tuple[int, ...]) -> str:
+            return "x".join(["root", *map(str, prefix)])
+
+        def goes_on(prefix: tuple[int, ...], code: int) -> str:
+            more = len(prefix) + 1 < LEVELS
+            return f'"{words[code]}"' + (f" {name((*prefix, code))}" if more else "")
+
+        rules = [
+            f"{name(prefix)} ::= " + " | ".join(goes_on(prefix, code) for code in sorted(codes))
+            for prefix, codes in below.items()
+        ]
+        vocabulary = [*words, "</s>"]
+        info = xgrammar.TokenizerInfo(
+            vocabulary, vocab_type=xgrammar.VocabType.RAW, stop_token_ids=[self.size]
+        )
+        compiled = xgrammar.GrammarCompiler(info).compile_grammar("\n".join(rules))
+        parents = [xgrammar.GrammarMatcher(compiled) for _ in range(self.rows)]
+        mask = xgrammar.allocate_token_bitmask(self.rows, len(vocabulary))
+        chosen = self.first.tolist()
+
+        def run() -> Tensor:
+            for row, (parent, code) in enumerate(zip(parents, chosen, strict=True)):
+                beam = parent.fork()
+                beam.accept_token(code)
+                beam.fill_next_token_bitmask(mask, row)
+            logits = self.flat.clone()
+            xgrammar.apply_token_bitmask_inplace(logits, mask[:, : -(-self.size // 32)].contiguous())
+            return self.finish(logits)
+
+        return run
+
+
+def one_step(report: Report, items: int, size: int, users: int, bandwidth: float) -> None:
     codes = random_catalog(items, LEVELS, size).codes
-    step = Step(codes, size, report.device)
+    step = Step(codes, size, report.device, users)
     backends = [dispatch.choose("trie_beam_step", report.device).backend]
     wanted = trie_beam_step(step.logits, step.scores, step.nodes, step.trie, WIDTH, "valid",
-                            backend="reference").scores[0]  # fmt: skip
+                            backend="reference").scores  # fmt: skip
     ours = {backend: step.ours(backend) for backend in backends}
     peers: dict[str, Work | str] = {
         "dict trie + transformers' processor": step.dict_trie(),
         "marisa-trie": step.marisa(),
-        "xgrammar bitmask (mask given)": step.bitmask(),
+        "xgrammar, a matcher a beam": step.grammar(),
+        "xgrammar's bitmask, the mask given": step.bitmask(),
         "flashrec's dense table": step.flashrec(),
     }
     for run in ours.values():
-        torch.testing.assert_close(run().scores[0], wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run().scores, wanted, rtol=0, atol=1e-5)
     for name, peer in peers.items():
         if not isinstance(peer, str):
             try:
@@ -144,44 +188,26 @@ def one_step(report: Report, items: int, size: int, bandwidth: float) -> None:
                 torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
             except (AssertionError, RuntimeError, TypeError) as error:
                 peers[name] = f"failed: {str(error).splitlines()[0][:80]}"
-    children = int(step.trie.mask(step.nodes[0]).sum())
+    children = int(step.trie.mask(step.nodes.flatten()).sum())
     moved = step.logits.nbytes + children * step.trie.arrays.code.element_size()
-    report.case(f"K {size} N {items:.0e}", ours, peers, "reference, scores within 1e-5",
+    label = f"K {size} N {items:.0e}" + (f" B {users}" if users > 1 else "")
+    report.case(label, ours, peers, "reference, scores within 1e-5",
                 moved / bandwidth * 1e3, nbytes=moved,
                 bytes_an_item=step.trie.nbytes / items)  # fmt: skip
-
-
-def build(report: Report, items: int, size: int) -> None:
-    """From shuffled codes to a trie, sorting included."""
-    codes = random_catalog(items, LEVELS, size).codes.to(torch.int32).to(report.device)
-    ours: dict[str, Work] = {"native": lambda: Trie.from_codes(codes, size, device=report.device)}
-    peers: dict[str, Work | str] = {"nested dicts": f"more than {MOST_FOR_DICT:.0e} items"}
-    if items <= MOST_FOR_DICT:
-        from cemg.decoding import dict_trie
-
-        rows = codes.cpu()
-        root = dict_trie(rows)
-        sample = rows[:1000].long()
-        assert all(int(row[3]) in root[int(row[0])][int(row[1])][int(row[2])] for row in sample)
-        trie = Trie.from_codes(codes, size)
-        assert torch.equal(trie.items(trie.lookup(sample)).cpu(), torch.arange(len(sample)))
-        peers["nested dicts"] = lambda: dict_trie(rows)
-    report.case(f"build K {size} N {items:.0e}", ours, peers, "1,000 rows looked up", nbytes=codes.nbytes)
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], rounds=15, seconds=6.0)
     parser.add_argument("--items", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7])
+    parser.add_argument("--users", type=int, nargs="+", default=[1, 8])
     options = parser.parse_args()
     device = start(options)
     report = Report("trie_step", options, device)
     bandwidth = copy_bandwidth(device)
     for size in (256, 2048):
         for items in options.items:
-            one_step(report, items, size, bandwidth)
-    for items in options.items:
-        if items >= 10**6:
-            build(report, items, 256)
+            for users in options.users:
+                one_step(report, items, size, users, bandwidth)
     report.finish()
 
 

@@ -196,14 +196,13 @@ void softmax(const View& view, const Filter& fields, Address logits, Address log
              view.trie);
 }
 
-// next: the addresses of scores, parents, codes, nodes and pruned.
 void beam_step(const View& view, const Filter& fields, Address logits, Address logsumexp, int normalize,
-               Address scores, Address nodes, const std::array<int64_t, 3>& shape,
-               const std::array<Address, 5>& next) {
+               Address scores, Address nodes, const std::array<int64_t, 3>& shape, Address next_scores,
+               Address parents, Address codes, Address next_nodes, Address pruned) {
   const auto filter = filter_at(fields);
   const auto step = step_logits(logits, logsumexp, normalize);
-  const cemg::NextBeams beams = {at<float>(next[0]), at<int64_t>(next[1]), at<int64_t>(next[2]),
-                                 at<int32_t>(next[3]), at<float>(next[4])};
+  const cemg::NextBeams beams = {at<float>(next_scores), at<int64_t>(parents), at<int64_t>(codes),
+                                 at<int32_t>(next_nodes), at<float>(pruned)};
   std::visit(
       [&](auto trie) {
         cemg::beam_step(trie, filter, step, at<const float>(scores), at<const int32_t>(nodes), shape[0],

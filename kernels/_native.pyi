@@ -46,7 +46,8 @@ class TrieView:
     ) -> None: ...  # fmt: skip
     def beam_step(
         self, filter: Filter, logits: int, logsumexp: int, normalize: int, scores: int, nodes: int,
-        shape: tuple[int, int, int], next: tuple[int, int, int, int, int], /,
+        shape: tuple[int, int, int], next_scores: int, parents: int, codes: int, next_nodes: int, pruned: int,
+        /,
     ) -> None: ...  # fmt: skip
 
 class Transformer:

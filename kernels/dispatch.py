@@ -33,6 +33,7 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "lightgcn_propagate": ("triton", "native", "torch", "reference"),
     "decoder": ("native", "torch", "reference"),
 }
+_environment = os.environ.get(ENVIRONMENT, "1")  # read once: a look costs a microsecond, an operation few
 _override: bool | None = None
 
 
@@ -47,23 +48,23 @@ class Choice:
 def use_fast_kernels(enabled: bool | None) -> None:
     """Turn every backend but the references on or off, for this process; outranks the environment.
 
-    None gives the word back to the environment.
+    None gives the word back to the environment, which is read again.
     """
-    global _override
-    _override = enabled
+    global _override, _environment
+    _override, _environment = enabled, os.environ.get(ENVIRONMENT, "1")
+    _choose.cache_clear()
 
 
 def fast_kernels_enabled() -> bool:
-    """What ``use_fast_kernels`` said last, else ``CEMG_FAST_KERNELS`` (0 or 1), else True.
+    """What ``use_fast_kernels`` said last, else what ``CEMG_FAST_KERNELS`` (0 or 1) was then, else True.
 
     Raises ValueError where the variable holds anything else.
     """
     if _override is not None:
         return _override
-    value = os.environ.get(ENVIRONMENT, "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"{ENVIRONMENT} must be 0 or 1, got {value!r}; unset it for the default, 1")
-    return value == "1"
+    if _environment not in ("0", "1"):
+        raise ValueError(f"{ENVIRONMENT} must be 0 or 1, got {_environment!r}; unset it for the default, 1")
+    return _environment == "1"
 
 
 def native() -> ModuleType:
@@ -79,15 +80,20 @@ def native_available() -> bool:
 
 def choose(op: str, device: torch.device) -> Choice:
     """The backend that ``op`` runs on tensors of ``device``."""
+    return _choose(op, device.type)
+
+
+@cache
+def _choose(op: str, device: str) -> Choice:
     if not fast_kernels_enabled():
         return Choice("reference", f"fast kernels are off ({ENVIRONMENT}=0 or --no-fast-kernels)")
     refused: list[str] = []
     for backend in OPS[op]:
         problem = _problem(op, backend, device)
-        if not problem and backend == "triton" and device.type == "cpu":
+        if not problem and backend == "triton" and device == "cpu":
             problem = "interpreted on the CPU, so only when asked for"
         if not problem:
-            return Choice(backend, "; ".join(refused) or f"the fastest built for {device.type}")
+            return Choice(backend, "; ".join(refused) or f"the fastest built for {device}")
         refused.append(f"{backend}: {problem}")
     raise RuntimeError(f"{op} has no backend for {device}: {'; '.join(refused)}")
 
@@ -101,7 +107,7 @@ def pick(op: str, device: torch.device, backend: str | None = None) -> str:
         return choose(op, device).backend
     if backend not in OPS[op]:
         raise ValueError(f"{op} has no backend {backend!r}; choose from {', '.join(OPS[op])}")
-    problem = _problem(op, backend, device)
+    problem = _problem(op, backend, device.type)
     if problem:
         raise ValueError(f"{op}: backend {backend!r} cannot run on {device}: {problem}")
     return backend
@@ -112,18 +118,18 @@ def backends(device: str | torch.device = "cpu") -> dict[str, Choice]:
     return {op: choose(op, torch.device(device)) for op in OPS}
 
 
-def _problem(op: str, backend: str, device: torch.device) -> str:
+def _problem(op: str, backend: str, device: str) -> str:
     """Why ``backend`` of ``op`` cannot serve ``device``; empty where it can."""
     if backend == "triton":
         return _triton_problem(device)
     if backend != "native":
         return ""
-    if op == "trie" and device.type == "cuda":
+    if op == "trie" and device == "cuda":
         from . import trie_cuda
 
         return trie_cuda.problem()
-    if device.type != "cpu":
-        return f"the C++ of this operation is built for the CPU, not for {device.type}"
+    if device != "cpu":
+        return f"the C++ of this operation is built for the CPU, not for {device}"
     return "" if _native is not None else f"not built ({NATIVE_ERROR})"
 
 
@@ -132,10 +138,10 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton_problem(device: torch.device) -> str:
+def _triton_problem(device: str) -> str:
     if not _has_triton():
         return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if device.type == "cuda":
+    if device == "cuda":
         return ""
-    return "" if interpreted else f"no kernels for {device.type} (TRITON_INTERPRET=1 interprets them)"
+    return "" if interpreted else f"no kernels for {device} (TRITON_INTERPRET=1 interprets them)"

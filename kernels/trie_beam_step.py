@@ -9,7 +9,7 @@ B users, W beams, K codes a level.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,13 @@ from .trie import Filter, Trie
 from .trie_arrays import TrieArrays
 from .trie_softmax import (
     NEVER,
+    OVER,
     Normalize,
     check_logits,
     check_normalize,
+    dense,
     flat,
     masked_log_prob,
-    native_logits,
 )
 
 
@@ -79,14 +80,13 @@ def trie_beam_step(
         )
     if scores.device != logits.device:
         raise ValueError(f"scores are on {scores.device}, logits on {logits.device}; move one with .to()")
-    allowed, over = trie.filter_tensors(filter, nodes.numel()), get_args(Normalize).index(normalize)
-    operands = logits, scores, nodes.to(torch.int32).contiguous(), width, over, logsumexp, backend
+    allowed = trie.filter_tensors(filter, nodes.numel())
+    operands = logits, scores, dense(nodes, torch.int32), width, OVER[normalize], logsumexp, backend
     if torch.compiler.is_compiling():
         return BeamStep(*torch.ops.cemg.trie_beam_step(*flat(trie.arrays, allowed), *operands))
     return _step(trie.arrays, allowed, *operands)
 
 
-@torch.no_grad()
 def _step(
     trie: TrieArrays, filter: FilterTensors | None, logits: Tensor, scores: Tensor, nodes: Tensor, width: int,
     normalize: int, logsumexp: Tensor | None, backend: str | None,
@@ -101,11 +101,12 @@ def _step(
             return BeamStep(*found)
     if chosen == "native":
         return _native(trie, filter, logits, scores, nodes, width, normalize, logsumexp)
-    allowed = trie_ops.mask(trie, filter, nodes.flatten()).view(logits.shape)
-    log_prob = masked_log_prob(logits, allowed, normalize, logsumexp)
-    candidates = _candidates(log_prob, scores)  # [B, W * K]
-    select = _select_reference if chosen == "reference" else _select
-    return _walk_on(*select(candidates, width), nodes, trie, width)
+    with torch.no_grad():
+        allowed = trie_ops.mask(trie, filter, nodes.flatten()).view(logits.shape)
+        log_prob = masked_log_prob(logits, allowed, normalize, logsumexp)
+        candidates = _candidates(log_prob, scores)  # [B, W * K]
+        select = _select_reference if chosen == "reference" else _select
+        return _walk_on(*select(candidates, width), nodes, trie, width)
 
 
 def _native(
@@ -113,13 +114,13 @@ def _native(
     normalize: int, logsumexp: Tensor | None,
 ) -> BeamStep:  # fmt: skip
     users, beams = nodes.shape
-    logits, total = native_logits(logits, logsumexp)
-    scores = scores.float().contiguous()
-    step = empty_step(scores, width)
+    logits, scores, total = dense(logits), dense(scores), None if logsumexp is None else dense(logsumexp)
+    step = best, parents, codes, grown, pruned = empty_step(scores, width)
     trie.view.beam_step(
         trie_ops.NO_FILTER if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),
         0 if total is None else total.data_ptr(), normalize, scores.data_ptr(), nodes.data_ptr(),
-        (users, beams, width), tuple(part.data_ptr() for part in step),
+        (users, beams, width), best.data_ptr(), parents.data_ptr(), codes.data_ptr(), grown.data_ptr(),
+        pruned.data_ptr(),
     )  # fmt: skip
     return step
 
@@ -127,10 +128,11 @@ def _native(
 def empty_step(scores: Tensor, width: int) -> BeamStep:
     """Room for a step of the users of ``scores`` [B, W], each tensor its own."""
     users, device = scores.shape[0], scores.device
+    parents = torch.empty(users, width, dtype=torch.int64, device=device)
     return BeamStep(
         torch.empty(users, width, dtype=torch.float32, device=device),
-        torch.empty(users, width, dtype=torch.int64, device=device),
-        torch.empty(users, width, dtype=torch.int64, device=device),
+        parents,
+        torch.empty_like(parents),
         torch.empty(users, width, dtype=torch.int32, device=device),
         torch.empty(users, dtype=torch.float32, device=device),
     )

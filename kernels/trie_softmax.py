@@ -19,7 +19,8 @@ from .trie import Filter, Trie
 from .trie_arrays import TrieArrays
 
 Normalize = Literal["vocab", "level", "valid"]
-LEVEL = get_args(Normalize).index("level")
+OVER = {name: number for number, name in enumerate(get_args(Normalize))}  # as the kernels count them
+LEVEL = OVER["level"]
 NEVER = float("-inf")
 
 
@@ -46,8 +47,8 @@ def trie_softmax(
     """
     check_normalize(normalize, logsumexp, nodes.shape)
     check_logits(logits, nodes, trie, 2)
-    allowed, over = trie.filter_tensors(filter, nodes.numel()), get_args(Normalize).index(normalize)
-    operands = logits, nodes.to(torch.int32).contiguous(), over, logsumexp, backend
+    allowed = trie.filter_tensors(filter, nodes.numel())
+    operands = logits, dense(nodes, torch.int32), OVER[normalize], logsumexp, backend
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.cemg.trie_softmax(*flat(trie.arrays, allowed), *operands)
         return out
@@ -74,7 +75,7 @@ def _native(
     trie: TrieArrays, filter: FilterTensors | None, logits: Tensor, nodes: Tensor, normalize: int,
     logsumexp: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    logits, total = native_logits(logits, logsumexp)
+    logits, total = dense(logits), None if logsumexp is None else dense(logsumexp)
     out = torch.empty_like(logits)
     trie.view.softmax(
         trie_ops.NO_FILTER if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),
@@ -83,9 +84,11 @@ def _native(
     return out
 
 
-def native_logits(logits: Tensor, logsumexp: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The same as the C++ reads them: contiguous float32."""
-    return logits.float().contiguous(), None if logsumexp is None else logsumexp.float().contiguous()
+def dense(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same contiguous and of a dtype, as the kernels read it; itself where it is so already."""
+    if tensor.dtype is dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def masked_log_prob(logits: Tensor, allowed: Tensor, normalize: int, logsumexp: Tensor | None) -> Tensor:
@@ -111,8 +114,8 @@ def tame(logits: Tensor) -> Tensor:
 
 def check_normalize(normalize: str, logsumexp: Tensor | None, shape: torch.Size) -> None:
     """ValueError where ``normalize`` is unknown or ``logsumexp`` does not go with it."""
-    if normalize not in get_args(Normalize):
-        raise ValueError(f"normalize must be one of {', '.join(get_args(Normalize))}, got {normalize!r}")
+    if normalize not in OVER:
+        raise ValueError(f"normalize must be one of {', '.join(OVER)}, got {normalize!r}")
     if (normalize == "vocab") != (logsumexp is not None):
         needs = (
             "needs logsumexp, of the logits of the whole vocabulary"
@@ -126,15 +129,16 @@ def check_normalize(normalize: str, logsumexp: Tensor | None, shape: torch.Size)
 
 def check_logits(logits: Tensor, nodes: Tensor, trie: Trie, dim: int) -> None:
     """ValueError where ``logits`` [..., K] do not fit ``nodes`` [...] and the trie."""
-    wanted = (*nodes.shape, trie.codebook_size)
-    if logits.dim() != dim or logits.shape != wanted:
-        raise ValueError(f"logits must be {list(wanted)}: nodes and codebook_size; got {list(logits.shape)}")
+    shape, device = logits.shape, logits.device
+    if len(shape) != dim or shape[:-1] != nodes.shape or shape[-1] != trie.codebook_size:
+        wanted = [*nodes.shape, trie.codebook_size]
+        raise ValueError(f"logits must be {wanted}: nodes and codebook_size; got {list(shape)}")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
-    if nodes.device != logits.device:
-        raise ValueError(f"nodes are on {nodes.device}, logits on {logits.device}; move one with .to()")
-    if logits.device != trie.device:
-        raise ValueError(f"logits are on {logits.device}, the trie on {trie.device}; move one with .to()")
+    if nodes.device != device:
+        raise ValueError(f"nodes are on {nodes.device}, logits on {device}; move one with .to()")
+    if device != trie.device:
+        raise ValueError(f"logits are on {device}, the trie on {trie.device}; move one with .to()")
 
 
 def flat(trie: TrieArrays, filter: FilterTensors | None) -> tuple[Tensor | int | list[Tensor], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def no_override(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_override", None)
-    monkeypatch.delenv("CEMG_FAST_KERNELS", raising=False)
+def no_override() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CEMG_FAST_KERNELS", raising=False)
+        use_fast_kernels(None)
+        yield
+    use_fast_kernels(None)
 
 
 def test_the_native_trie_serves_the_cpu_and_every_op_says_why():
@@ -29,6 +33,7 @@ def test_the_native_trie_serves_the_cpu_and_every_op_says_why():
 def test_the_environment_and_the_function_turn_fast_kernels_off(monkeypatch):
     assert fast_kernels_enabled()
     monkeypatch.setenv("CEMG_FAST_KERNELS", "0")
+    use_fast_kernels(None)
     assert {choice.backend for choice in backends().values()} == {"reference"}
     use_fast_kernels(True)
     assert backends()["trie"].backend == "native"
@@ -36,6 +41,7 @@ def test_the_environment_and_the_function_turn_fast_kernels_off(monkeypatch):
 
 def test_an_unknown_value_in_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv("CEMG_FAST_KERNELS", "yes")
+    use_fast_kernels(None)
     with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
         fast_kernels_enabled()
 
@@ -49,6 +55,7 @@ def test_a_backend_that_cannot_serve_a_device_says_so():
 def test_without_the_native_module_the_reference_serves_and_says_why(monkeypatch):
     monkeypatch.setattr(dispatch, "_native", None)
     monkeypatch.setattr(dispatch, "NATIVE_ERROR", "no such file")
+    use_fast_kernels(None)
     choice = backends()["trie"]
     assert choice.backend == "reference" and "no such file" in choice.why
     with pytest.raises(RuntimeError, match="pip install -e"):

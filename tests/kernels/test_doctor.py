@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from cemg.commands.doctor import app
-from cemg_kernels import backends, dispatch
+from cemg_kernels import backends, dispatch, use_fast_kernels
 
 
 def test_json_holds_the_versions_and_every_operations_backend():
@@ -24,8 +24,11 @@ def test_json_holds_the_versions_and_every_operations_backend():
 
 def test_a_missing_native_module_is_reported_with_its_remedy(monkeypatch):
     monkeypatch.delenv("CEMG_FAST_KERNELS", raising=False)
-    monkeypatch.setattr(dispatch, "_native", None)
-    result = CliRunner().invoke(app, ["--device", "cpu"])
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "_native", None)
+        use_fast_kernels(None)
+        result = CliRunner().invoke(app, ["--device", "cpu"])
+    use_fast_kernels(None)
     assert result.exit_code == 0
     assert "pip install -e ." in result.output and "not built" in result.output
 
