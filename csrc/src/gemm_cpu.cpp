@@ -7,28 +7,7 @@
 namespace cemg {
 namespace {
 
-// Vectors of the width that the machine has: GCC splits wider ones into single floats.
-template <int kWidth>
-struct Vectors {
-  typedef float One __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
-};
-
-#if defined(__x86_64__)
-constexpr int kNarrow = 8;  // AVX2
-#else
-constexpr int kNarrow = 4;  // NEON
-#endif
-constexpr int kWide = 16;               // AVX-512
 constexpr int64_t kMostNarrowRows = 3;  // whose sums fit 16 registers of AVX2, or 32 of NEON
-
-bool has_wide_vectors() noexcept {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const bool wide = __builtin_cpu_supports("avx512f");
-  return wide;
-#else
-  return false;
-#endif
-}
 
 // c [R, kPanel] = a [R, depth] . b [depth, kPanel]
 template <int kWidth, int R>

@@ -7,12 +7,10 @@
 namespace cemg {
 namespace {
 
-constexpr int64_t kWidth = 16;              // floats of a vector
+constexpr int64_t kLine = 16;               // floats of a line of the cache
 constexpr int64_t kAhead = 48;              // neighbours whose rows are fetched before their turn
 constexpr int64_t kChunks = 64;             // parts of the graph, of equally many edges
 constexpr int64_t kParallelWork = 1 << 15;  // additions worth the waking of a thread
-
-typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
 
 // One round for one vertex: out = (x + scale * the sum of rows[neighbour]) * factor, all but `rows` being its
 // own row. `last`: what is fetched ahead may be the next vertex's, up to neighbours[last].
@@ -24,31 +22,60 @@ struct VertexRound {
   const float* x;
   float scale, factor;
   float* out;
+  bool wide;  // whether there are vectors of kWide floats, and a row holds one
 };
 
-// Columns [column, column + 16 * N), whose sums never leave the registers.
-template <int N>
-[[gnu::always_inline]] inline void round_columns(const VertexRound& round, int64_t column) noexcept {
+// The columns of N vectors from `column` on, the last of them from `tail` on; their sums stay in the
+// registers.
+template <int kWidth, int N>
+[[gnu::always_inline]] inline void round_columns(const VertexRound& round, int64_t column,
+                                                 int64_t tail) noexcept {
+  using Vector = typename Vectors<kWidth>::One;
+  const auto at = [&](int n) { return n + 1 < N ? column + n * kWidth : tail; };
   Vector total[N] = {};
   for (int64_t e = 0; e < round.count; ++e) {
     const int64_t later = round.neighbours[std::min(e + kAhead, round.last)];
     const float* const ahead = round.rows + later * round.dim + column;
-    for (int64_t n = 0; n < N; ++n) __builtin_prefetch(ahead + n * kWidth);
-    const float* const row = round.rows + round.neighbours[e] * round.dim + column;
-    for (int n = 0; n < N; ++n) total[n] += *reinterpret_cast<const Vector*>(row + n * kWidth);
+    for (int64_t i = 0; i < N * kWidth; i += kLine) __builtin_prefetch(ahead + i);
+    const float* const row = round.rows + round.neighbours[e] * round.dim;
+    for (int n = 0; n < N; ++n) total[n] += *reinterpret_cast<const Vector*>(row + at(n));
   }
   for (int n = 0; n < N; ++n) {
-    const Vector x = *reinterpret_cast<const Vector*>(round.x + column + n * kWidth);
-    *reinterpret_cast<Vector*>(round.out + column + n * kWidth) = (x + round.scale * total[n]) * round.factor;
+    const Vector x = *reinterpret_cast<const Vector*>(round.x + at(n));
+    *reinterpret_cast<Vector*>(round.out + at(n)) = (x + round.scale * total[n]) * round.factor;
+  }
+}
+
+// All columns, of which there is a vector at least: 64 or so at a time, then what is left in one more pass,
+// whose last vector may overlap the one before.
+template <int kWidth>
+[[gnu::always_inline]] inline void round_in_vectors(const VertexRound& round) noexcept {
+  constexpr int64_t kTogether = std::min<int64_t>(8 * kWidth, 64);
+  int64_t column = 0;
+  for (; column + kTogether <= round.dim; column += kTogether) {
+    round_columns<kWidth, kTogether / kWidth>(round, column, column + kTogether - kWidth);
+  }
+  const int64_t tail = round.dim - kWidth;
+  switch ((round.dim - column + kWidth - 1) / kWidth) {
+#define CEMG_VECTORS(N) \
+  case N:               \
+    return round_columns<kWidth, N>(round, column, tail)
+    CEMG_VECTORS(1);
+    CEMG_VECTORS(2);
+    CEMG_VECTORS(3);
+    CEMG_VECTORS(4);
+    CEMG_VECTORS(5);
+    CEMG_VECTORS(6);
+    CEMG_VECTORS(7);
+    CEMG_VECTORS(8);
+#undef CEMG_VECTORS
   }
 }
 
 CEMG_CLONES void round_of_vertex(const VertexRound& round) noexcept {
-  int64_t column = 0;
-  for (; column + 4 * kWidth <= round.dim; column += 4 * kWidth) round_columns<4>(round, column);
-  for (; column + 2 * kWidth <= round.dim; column += 2 * kWidth) round_columns<2>(round, column);
-  for (; column + kWidth <= round.dim; column += kWidth) round_columns<1>(round, column);
-  for (; column < round.dim; ++column) {
+  if (round.wide) return round_in_vectors<kWide>(round);
+  if (round.dim >= kNarrow) return round_in_vectors<kNarrow>(round);
+  for (int64_t column = 0; column < round.dim; ++column) {
     float total = 0;
     for (int64_t e = 0; e < round.count; ++e) total += round.rows[round.neighbours[e] * round.dim + column];
     round.out[column] = (round.x[column] + round.scale * total) * round.factor;
@@ -57,7 +84,7 @@ CEMG_CLONES void round_of_vertex(const VertexRound& round) noexcept {
 
 // Runs work(first, last) over parts of the vertices that have equally many edges.
 template <class Work>
-void in_parts(const GraphView& graph, int64_t dim, Work work) noexcept {
+void in_parts(const GraphView& graph, [[maybe_unused]] int64_t dim, Work work) noexcept {
   const int64_t edges = graph.row_ptr[graph.vertices];
   const auto begin_of = [&](int64_t chunk) {
     if (chunk == kChunks) return graph.vertices;
@@ -84,6 +111,7 @@ void in_parts(const GraphView& graph, int64_t dim, Work work) noexcept {
 void lightgcn_propagate(const GraphView& graph, const float* x, int64_t dim, int64_t layers, float* out,
                         float* room) noexcept {
   const float mean = 1.0f / static_cast<float>(layers + 1);
+  const bool wide = has_wide_vectors() && dim >= kWide;
   float* scaled = layers % 2 == 1 ? room : out;  // the rounds take turns, so that the last one writes out
   float* next = layers % 2 == 1 ? out : room;
   in_parts(graph, dim, [&](int64_t first, int64_t last) {
@@ -101,7 +129,7 @@ void lightgcn_propagate(const GraphView& graph, const float* x, int64_t dim, int
         const int64_t begin = graph.row_ptr[v];
         round_of_vertex({scaled, dim, graph.neighbours + begin, graph.row_ptr[v + 1] - begin,
                          graph.row_ptr[graph.vertices] - 1 - begin, x + v * dim, scale, final ? mean : scale,
-                         next + v * dim});
+                         next + v * dim, wide});
       }
     });
     std::swap(scaled, next);

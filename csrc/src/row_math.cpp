@@ -3,6 +3,15 @@
 #include <algorithm>
 
 namespace cemg {
+bool has_wide_vectors() noexcept {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(CEMG_NARROW)  // which tests define
+  static const bool wide = __builtin_cpu_supports("avx512f");
+  return wide;
+#else
+  return false;
+#endif
+}
+
 CEMG_CLONES float highest_of(const float* x, int64_t count) noexcept {
   const int64_t whole = count - count % kLanes;
   float lanes[kLanes];

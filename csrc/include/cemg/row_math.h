@@ -18,6 +18,22 @@ namespace cemg {
 inline constexpr float kNever = -std::numeric_limits<float>::infinity();
 inline constexpr int64_t kLanes = 32;  // values side by side, so that the compiler may use vectors
 
+// Vectors of so many floats, to be used as wide as the machine has them: GCC splits wider ones into single
+// floats.
+template <int kWidth>
+struct Vectors {
+  typedef float One __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
+};
+
+inline constexpr int kWide = 16;  // AVX-512
+#if defined(__x86_64__)
+inline constexpr int kNarrow = 8;  // AVX2
+#else
+inline constexpr int kNarrow = 4;  // NEON
+#endif
+
+bool has_wide_vectors() noexcept;
+
 // By value, unlike std::min and std::max, so that loops of them have no branches.
 constexpr float smaller(float a, float b) noexcept {
   return b < a ? b : a;

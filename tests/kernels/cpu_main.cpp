@@ -1,5 +1,6 @@
-// The decoder in C++ under sanitizers: its products and attention against sums in double, and searches over
-// random models of every shape, each user alone against all together. Prints what it checked.
+// What runs on the CPU besides the trie, under sanitizers: products, attention, quantization and propagation
+// against sums in double, and searches over random models of every shape, each user alone against all
+// together. Prints what it checked.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -8,6 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "cemg/propagate_cpu.h"
+#include "cemg/quantize_cpu.h"
 #include "cemg/transformer_cpu.h"
 
 namespace {
@@ -104,6 +107,69 @@ void check_attention(std::mt19937& random, int64_t queries, int64_t keys, int64_
     for (int64_t d = 0; d < size; ++d) {
       require(std::abs(wanted[d] / total - out[q * size + d]) < 1e-3, "a row of attention");
     }
+  }
+}
+
+void check_quantize(std::mt19937& random, int64_t rows, int64_t levels, int64_t size, int64_t dim) {
+  const auto x = draw(random, rows * dim), vectors = draw(random, levels * size * dim);
+  std::vector<int64_t> codes(static_cast<size_t>(rows * levels));
+  std::vector<float> quantized(x.size());
+  cemg::residual_quantize(x.data(), rows, {levels, size, dim, vectors.data()}, codes.data(),
+                          quantized.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    std::vector<float> residual(x.begin() + r * dim, x.begin() + (r + 1) * dim);
+    for (int64_t m = 0; m < levels; ++m) {
+      int64_t nearest = 0;
+      double least = 1e300;
+      for (int64_t k = 0; k < size; ++k) {
+        double distance = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          const double off = static_cast<double>(residual[d]) - vectors[(m * size + k) * dim + d];
+          distance += off * off;
+        }
+        if (distance < least) nearest = k;
+        least = std::min(least, distance);
+      }
+      require(codes[r * levels + m] == nearest, "the nearest code");
+      for (int64_t d = 0; d < dim; ++d) residual[d] -= vectors[(m * size + nearest) * dim + d];
+    }
+  }
+}
+
+// A ring with a chord from every third vertex to the first, and a vertex without neighbours.
+void check_propagate(std::mt19937& random, int64_t vertices, int64_t dim, int64_t layers) {
+  std::vector<std::vector<int64_t>> near(static_cast<size_t>(vertices));
+  const auto join = [&](int64_t a, int64_t b) {
+    near[a].push_back(b);
+    near[b].push_back(a);
+  };
+  for (int64_t v = 0; v + 2 < vertices; ++v) join(v, v + 1);
+  for (int64_t v = 3; v + 1 < vertices; v += 3) join(v, 0);
+  std::vector<int64_t> row_ptr{0}, neighbours;
+  std::vector<float> scale;
+  for (const auto& own : near) {
+    neighbours.insert(neighbours.end(), own.begin(), own.end());
+    row_ptr.push_back(static_cast<int64_t>(neighbours.size()));
+    scale.push_back(own.empty() ? 0.0f : 1.0f / std::sqrt(static_cast<float>(own.size())));
+  }
+  const auto x = draw(random, vertices * dim);
+  std::vector<float> out(x.size()), room(x.size());
+  cemg::lightgcn_propagate({vertices, row_ptr.data(), neighbours.data(), scale.data()}, x.data(), dim, layers,
+                           out.data(), room.data());
+  std::vector<double> now(x.begin(), x.end()), sum = now;
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    std::vector<double> next(now.size());
+    for (int64_t v = 0; v < vertices; ++v) {
+      for (const int64_t w : near[v]) {
+        const double weight = static_cast<double>(scale[v]) * scale[w];
+        for (int64_t d = 0; d < dim; ++d) next[v * dim + d] += weight * now[w * dim + d];
+      }
+    }
+    now = next;
+    for (size_t i = 0; i < sum.size(); ++i) sum[i] += now[i];
+  }
+  for (size_t i = 0; i < sum.size(); ++i) {
+    require(std::abs(sum[i] / static_cast<double>(layers + 1) - out[i]) < 1e-4, "a propagated value");
   }
 }
 
@@ -230,6 +296,10 @@ int main() {
   check_linear(5, 1024, 33, false);
   for (int64_t queries : {1, 6, 7, 70}) {
     for (int64_t keys : {1, 5, 32, 71}) check_attention(random, queries, keys, 1 + (queries + keys) % 40);
+  }
+  for (int64_t dim : {1, 7, 8, 17, 31, 33, 64, 100, 200}) {
+    check_quantize(random, 1 + dim % 30, 3, 1 + dim, dim);
+    check_propagate(random, 2 + dim % 50, dim, dim % 4);
   }
   for (int64_t threads : {1, 3}) {
     for (bool gated : {false, true}) {
