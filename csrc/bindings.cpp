@@ -352,7 +352,12 @@ PYBIND11_MODULE(_native, module) {
   py::class_<cemg::Transformer>(module, "Transformer")
       .def(py::init(&make_transformer), py::arg("sizes"), py::arg("scale"), py::arg("embedding"),
            py::arg("vocabulary"), py::arg("last"), py::arg("last_scale"))
-      .def("add_layer", &add_layer);
+      .def("add_layer", &add_layer)
+      .def("set_code_table", [](cemg::Transformer& model, Address table, int64_t first, int64_t count) {
+        model.code_table = at<const float>(table);
+        model.first_code = first;
+        model.num_codes = count;
+      });
   py::class_<cemg::BeamDecoder>(module, "BeamDecoder")
       .def(py::init<const cemg::Transformer*, const cemg::Transformer&, int64_t>(), py::keep_alive<1, 2>(),
            py::keep_alive<1, 3>())

@@ -67,6 +67,8 @@ class NativePlan:
         self._idle: list[BeamDecoder] = []  # finished searches, whose room the next ones take
         self.encoder = self._t5_encoder(plan) if isinstance(plan, T5Plan) else None
         self.decoder = self._t5_decoder(plan) if isinstance(plan, T5Plan) else self._causal(plan)
+        if plan.table is not None:
+            self.decoder.set_code_table(self._address(plan.table), plan.first_code, len(plan.table))
 
     def begin(self) -> NativeStepper:
         """A stepper for one batch."""

@@ -363,6 +363,9 @@ void BeamDecoder::feed(const TransformerLayer& layer, int64_t rows, const Worker
 void BeamDecoder::own_step(const Places& places, const Wanted& wanted) {
   const auto rows = static_cast<int64_t>(tokens_.size());
   make_room(decoder_, rows);
+  codes_ = decoder_.code_table && std::all_of(tokens_.begin(), tokens_.end(), [this](int64_t token) {
+             return token >= decoder_.first_code && token < decoder_.first_code + decoder_.num_codes;
+           });
   if (++steps_ > own_.size()) own_.emplace_back(decoder_.layers.size());
   for (size_t number = 0; number < decoder_.layers.size(); ++number) {
     own_[steps_ - 1][number].room(rows * decoder_.layers[number].qkv.out);
@@ -375,15 +378,31 @@ void BeamDecoder::own_step(const Places& places, const Wanted& wanted) {
   });
 }
 
+// Queries, keys and values of the rows, from x_ or, in the first layer, from the table.
+void BeamDecoder::project(size_t number, Rows<float> qkv, const Worker& worker) const {
+  const Transformer& model = decoder_;
+  const Linear& weights = model.layers[number].qkv;
+  const int64_t rows = batch_ * beams_;
+  if (number == 0 && codes_) {
+    const auto [begin, end] = worker.share(rows);
+    for (int64_t row = begin; row < end; ++row) {
+      const float* const from = model.code_table + (tokens_[row] - model.first_code) * weights.out;
+      std::copy(from, from + weights.out, qkv.at(row));
+    }
+  } else {
+    norm_rows(model.layers[number].norm, x(), rows, model.width, 1.0f, seen(), worker);
+    done("norm", worker);
+    linear(weights, seen(), rows, {}, qkv, worker);
+  }
+  done("projection", worker);
+}
+
 void BeamDecoder::own_layer(size_t number, const Places& places, const Worker& worker) const {
   const Transformer& model = decoder_;
   const TransformerLayer& layer = model.layers[number];
   const int64_t rows = batch_ * beams_, size = model.head_dim, stride = layer.qkv.out;
   float* const qkv = own_[steps_ - 1][number].data();
-  norm_rows(layer.norm, x(), rows, model.width, 1.0f, seen(), worker);
-  done("norm", worker);
-  linear(layer.qkv, seen(), rows, {}, Rows<float>{qkv, stride}, worker);
-  done("projection", worker);
+  project(number, {qkv, stride}, worker);
   if (turns(layer, places)) {
     turn(model, layer, places, places_, qkv, worker);
     done("rotation", worker);

@@ -45,6 +45,9 @@ struct Transformer {
   std::vector<TransformerLayer> layers;
   Norm last;
   float last_scale;  // of what the last norm gives
+  // What the first layer's qkv gives for tokens from `first_code` on, [num_codes, qkv.out]; may be null.
+  const float* code_table = nullptr;
+  int64_t first_code = 0, num_codes = 0;
 };
 
 // What depends on the place of a token; each may be null.
@@ -151,6 +154,7 @@ class BeamDecoder {
   void feed(const TransformerLayer& layer, int64_t rows, const Worker& worker) const;
   void own_step(const Places& places, const Wanted& wanted);
   void own_layer(size_t number, const Places& places, const Worker& worker) const;
+  void project(size_t number, Rows<float> qkv, const Worker& worker) const;
   Rows<float> x() const noexcept { return {x_.data(), decoder_.width}; }
   Rows<float> seen() const noexcept { return {seen_.data(), stride_of(decoder_.width)}; }
   Rows<float> attended() const noexcept {
@@ -162,6 +166,7 @@ class BeamDecoder {
   const Transformer& decoder_;
   int64_t threads_;
   int64_t batch_ = 0, length_ = 0, beams_ = 1;
+  bool codes_ = false;                    // whether the rows' tokens are all in the decoder's table
   size_t steps_ = 0;                      // own tokens of each row
   std::vector<int64_t> tokens_;           // of the prompts [T], later of the rows [R]
   std::vector<int32_t> places_;           // of each in its prompt, later in its sequence
