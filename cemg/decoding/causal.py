@@ -96,6 +96,8 @@ class CausalPlan:
             raise Unsupported(f"rotary embeddings of the type {source.model.rotary_emb.rope_type}")
         body = source.model
         first = body.layers[0].self_attn
+        if 2 * body.rotary_emb.inv_freq.numel() != first.head_dim:
+            raise Unsupported("rotary embeddings of a part of each head")
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale, self.rotation = first.scaling, body.rotary_emb
         self.embedding = weight_of(body.embed_tokens)

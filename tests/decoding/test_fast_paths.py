@@ -93,6 +93,13 @@ def test_a_model_of_another_shape_runs_on_its_own_forward_and_says_why(kind, set
     assert (decoder.decode(torch.tensor([[5, 6]]), torch.ones(1, 2).long(), 3).items >= 0).all()
 
 
+def test_a_rotation_of_a_part_of_each_head_has_no_fast_path():
+    model: Any = build(*SHAPES["llama, as many key heads"])
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:2]
+    with pytest.raises(UserError, match="a part of each head"):
+        Decoder(model, random_catalog(60, 1), START, backend="native")
+
+
 def with_adapters(model: transformers.PreTrainedModel, **options: Any) -> Any:
     """The model under LoRA, its adapters far from where they start."""
     from peft import LoraConfig, get_peft_model
