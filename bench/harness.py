@@ -162,11 +162,18 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    """As the kernel has it, with family and model: a rented processor may say no more than its brand."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    said = {
+        key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)
+    }
+    known = [
+        f"{part} {said[key]}" for part, key in (("family", "cpu family"), ("model", "model")) if key in said
+    ]
+    return ", ".join([said.get("model name", platform.processor()), *known])
 
 
 def commit() -> str:
