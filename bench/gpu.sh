@@ -34,7 +34,7 @@ sanitizer() {
 }
 ops() {
   for name in trie_step quantize propagate; do
-    bounded 150 "ops-$name" "$PYTHON" "bench/$name.py" --device cuda --json "$OUT/$name-gpu.json" --plot "$OUT/$name-gpu.png"
+    bounded 150 "ops-$name" "$PYTHON" "bench/$name.py" --device cuda --seconds 2 --json "$OUT/$name-gpu.json" --plot "$OUT/$name-gpu.png"
   done
 }
 latency() {
