@@ -160,7 +160,7 @@ def test_a_lora_model_is_saved_and_loaded_whole(tiny_llama, tmp_path):
     expected = Decoder(model.eval(), CATALOG, start).decode(*prompts, 9)
     again = Decoder(other.eval(), CATALOG, start)
     found = again.decode(*prompts, 9)
-    assert again.path == "fast decoder-only"
+    assert again.path == "fast decoder-only in C++"
     assert torch.equal(found.items, expected.items) and torch.equal(found.scores, expected.scores)
     theirs = TransformersDecoder(other, CATALOG, start).decode(*prompts, 9)
     torch.testing.assert_close(theirs.scores, found.scores, rtol=0, atol=1e-4)
