@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from cemg.decoding import Decoder
+from cemg.decoding.layers import padding_of
 from cemg.errors import UserError
 from cemg_kernels.ranges import use_ranges
 
@@ -272,10 +273,17 @@ def test_tokens_and_places_outside_the_models_tables_are_refused():
         decoder.decode(torch.full((1, 64), 5), torch.ones(1, 64).long(), 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_score_added_to_padding_stays_a_number(dtype):
+    """The lowest float16 plus a score below -16 is -inf, and a softmax over a row of those NaN."""
+    padding = padding_of(torch.tensor([[1, 0]]), dtype)
+    assert (padding - 1000.0).isfinite().all() and padding[0, 0] == 0
+    assert padding.float().softmax(1).tolist() == [[1.0, 0.0]]
+
+
 @pytest.mark.parametrize("shape", ["t5 tied", "gpt2", "llama, as many key heads"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_padding_hides_itself_whatever_the_size_of_scores(shape, dtype):
-    """The lowest float16 plus a score of -16 would be -inf, and a row of those NaN."""
+def test_padding_changes_nothing_in_half_precision(shape, dtype):
     model = build(*SHAPES[shape]).to(dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
