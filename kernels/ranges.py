@@ -25,6 +25,7 @@ def use_ranges(enabled: bool) -> None:
 
 
 def ranges_enabled() -> bool:
+    """What ``use_ranges`` said last, else what ``CEMG_NVTX`` was at import."""
     return _enabled
 
 

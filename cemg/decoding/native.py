@@ -51,8 +51,8 @@ class Places(NamedTuple):
 class NativePlan:
     """The weights of a plan as the C++ reads them, copied once: make a new one after training.
 
-    Raises Unsupported where the C++ is not built, for other weights than float32 on the CPU, and for
-    activations that it does not know.
+    Raises Unsupported for other weights than float32 on the CPU, and for activations that the C++ does not
+    know.
     """
 
     def __init__(self, plan: T5Plan | CausalPlan) -> None:

@@ -24,14 +24,8 @@ CEMG_CLONES RowSum exponentials(float* scores, int64_t count, int64_t wide, floa
     for (int64_t s = 0; s < count; ++s) scores[s] += bias[place[s]];
   }
   for (int64_t s = count; s < wide; ++s) scores[s] = kNever;
-  float lanes[kPanel];
-  std::fill(lanes, lanes + kPanel, kNever);
-  for (int64_t s = 0; s < wide; s += kPanel) {
-    for (int64_t c = 0; c < kPanel; ++c) lanes[c] = larger(lanes[c], scores[s + c]);
-  }
-  float highest = kNever;
-  for (const float lane : lanes) highest = larger(highest, lane);
-  std::fill(lanes, lanes + kPanel, 0.0f);
+  const float highest = highest_of(scores, wide);
+  float lanes[kPanel] = {};
   for (int64_t s = 0; s < wide; s += kPanel) {
     for (int64_t c = 0; c < kPanel; ++c) {
       scores[s + c] = exp_of_negative(scores[s + c] - highest);
@@ -51,16 +45,16 @@ CEMG_CLONES void divide(const float* x, float by, int64_t size, float* out) noex
 
 }  // namespace
 
-void pack_head(const float* keys, const float* values, int64_t stride, int64_t count, int64_t head_dim,
-               float* packed_keys, float* packed_values) noexcept {
-  const int64_t wide = padded(count), deep = padded(head_dim);
+void pack_head(const float* keys, const float* values, int64_t stride, int64_t head_dim,
+               const PackedHead& head) noexcept {
+  const int64_t count = head.count, wide = padded(count), deep = padded(head_dim);
   for (int64_t d = 0; d < head_dim; ++d) {
-    float* const to = packed_keys + d * wide;
+    float* const to = head.keys + d * wide;
     for (int64_t s = 0; s < count; ++s) to[s] = keys[s * stride + d];
     std::fill(to + count, to + wide, 0.0f);
   }
   for (int64_t s = 0; s < count; ++s) {
-    float* const to = packed_values + s * deep;
+    float* const to = head.values + s * deep;
     std::copy(values + s * stride, values + s * stride + head_dim, to);
     std::fill(to + head_dim, to + deep, 0.0f);
   }
@@ -114,11 +108,11 @@ CEMG_CLONES void attend_own(const OwnTokens& tokens, const float* query, int64_t
     scores[t] = sum * scale + (tokens.bias ? tokens.bias[t * tokens.heads + head] : 0.0f);
     highest = larger(highest, scores[t]);
   }
-  float total = prefix_lse ? exp_of_negative(*prefix_lse - highest) : 0.0f;
+  const float prefix = prefix_lse ? exp_of_negative(*prefix_lse - highest) : 0.0f;
+  float total = prefix;
   for (int64_t t = 0; t < count; ++t) total += scores[t] = exp_of_negative(scores[t] - highest);
-  const float before = prefix_lse ? exp_of_negative(*prefix_lse - highest) / total : 0.0f;
   if (prefix_lse) {
-    for (int64_t i = 0; i < size; ++i) out[i] *= before;
+    for (int64_t i = 0; i < size; ++i) out[i] *= prefix / total;
   } else {
     std::fill(out, out + size, 0.0f);
   }

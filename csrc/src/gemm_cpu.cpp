@@ -117,17 +117,16 @@ template <int kWidth, int R>
 
 // One row of a tile, `width` columns of it that there are, to `out`.
 [[gnu::always_inline]] inline void finish_row(float* sums, int64_t width, const float* bias,
-                                              Activation activation, const float* factor,
-                                              const float* residual, float* out) noexcept {
+                                              const Finish& finish, float* out) noexcept {
   if (bias) {
     for (int64_t c = 0; c < width; ++c) sums[c] += bias[c];
   }
-  activate(activation, sums);
-  if (factor) {
-    for (int64_t c = 0; c < width; ++c) sums[c] *= factor[c];
+  activate(finish.activation, sums);
+  if (finish.times_out) {
+    for (int64_t c = 0; c < width; ++c) sums[c] *= out[c];
   }
-  if (residual) {
-    for (int64_t c = 0; c < width; ++c) sums[c] += residual[c];
+  if (finish.plus_out) {
+    for (int64_t c = 0; c < width; ++c) sums[c] += out[c];
   }
   for (int64_t c = 0; c < width; ++c) out[c] = sums[c];
 }
@@ -143,12 +142,10 @@ CEMG_CLONES void linear_tile(const Linear& weights, int64_t panel, Rows<const fl
   const float* const bias = weights.bias ? weights.bias + column : nullptr;
   for (int64_t r = 0; r < rows; ++r) {
     float* const to = out.at(which.begin + r) + column;
-    const float* const factor = finish.times_out ? to : nullptr;
-    const float* const residual = finish.plus_out ? to : nullptr;
-    if (width == kPanel) {
-      finish_row(sums[r], kPanel, bias, finish.activation, factor, residual, to);
+    if (width == kPanel) {  // whose number the compiler knows
+      finish_row(sums[r], kPanel, bias, finish, to);
     } else {
-      finish_row(sums[r], width, bias, finish.activation, factor, residual, to);
+      finish_row(sums[r], width, bias, finish, to);
     }
   }
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 namespace cemg {
+
 bool has_wide_vectors() noexcept {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(CEMG_NARROW)  // which tests define
   static const bool wide = __builtin_cpu_supports("avx512f");

@@ -265,8 +265,7 @@ void BeamDecoder::pack_prompt(const Transformer& model, const float* keys, const
     const int64_t user = task / model.kv_heads, group = task % model.kv_heads;
     const PackedHead head = prompt_head(model, to, user, group);
     const int64_t at = first_[user] * stride + group * model.head_dim;
-    pack_head(keys + at, values + at, stride, head.count, model.head_dim, const_cast<float*>(head.keys),
-              const_cast<float*>(head.values));
+    pack_head(keys + at, values + at, stride, model.head_dim, head);
   }
 }
 
@@ -363,9 +362,9 @@ void BeamDecoder::feed(const TransformerLayer& layer, int64_t rows, const Worker
 void BeamDecoder::own_step(const Places& places, const Wanted& wanted) {
   const auto rows = static_cast<int64_t>(tokens_.size());
   make_room(decoder_, rows);
-  codes_ = decoder_.code_table && std::all_of(tokens_.begin(), tokens_.end(), [this](int64_t token) {
-             return token >= decoder_.first_code && token < decoder_.first_code + decoder_.num_codes;
-           });
+  tabled_ = decoder_.code_table && std::all_of(tokens_.begin(), tokens_.end(), [this](int64_t token) {
+              return token >= decoder_.first_code && token < decoder_.first_code + decoder_.num_codes;
+            });
   if (++steps_ > own_.size()) own_.emplace_back(decoder_.layers.size());
   for (size_t number = 0; number < decoder_.layers.size(); ++number) {
     own_[steps_ - 1][number].room(rows * decoder_.layers[number].qkv.out);
@@ -383,7 +382,7 @@ void BeamDecoder::project(size_t number, Rows<float> qkv, const Worker& worker) 
   const Transformer& model = decoder_;
   const Linear& weights = model.layers[number].qkv;
   const int64_t rows = batch_ * beams_;
-  if (number == 0 && codes_) {
+  if (number == 0 && tabled_) {
     const auto [begin, end] = worker.share(rows);
     for (int64_t row = begin; row < end; ++row) {
       const float* const from = model.code_table + (tokens_[row] - model.first_code) * weights.out;

@@ -86,14 +86,14 @@ void check_attention(std::mt19937& random, int64_t queries, int64_t keys, int64_
   std::vector<float> out(query.size()), lse(static_cast<size_t>(queries));
   std::vector<float> packed_keys(static_cast<size_t>(size * cemg::padded(keys))),
       packed_values(static_cast<size_t>(keys * cemg::padded(size)));
-  cemg::pack_head(key.data(), value.data(), size, keys, size, packed_keys.data(), packed_values.data());
+  const cemg::PackedHead head{packed_keys.data(), packed_values.data(), keys};
+  cemg::pack_head(key.data(), value.data(), size, size, head);
   std::vector<int32_t> place(static_cast<size_t>(std::max(queries, keys)));
   for (size_t i = 0; i < place.size(); ++i) place[i] = static_cast<int32_t>(i);
   const int64_t seen = queries <= keys ? keys - queries : -1;
   const float* const middle = bias.data() + queries + keys;
-  cemg::attend({query.data(), size, queries, size}, {packed_keys.data(), packed_values.data(), keys}, 0.5f,
-               {seen, middle, place.data(), place.data()}, out.data(), size, lse.data(), 1,
-               cemg::AttentionRoom::of_thread());
+  cemg::attend({query.data(), size, queries, size}, head, 0.5f, {seen, middle, place.data(), place.data()},
+               out.data(), size, lse.data(), 1, cemg::AttentionRoom::of_thread());
   for (int64_t q = 0; q < queries; ++q) {
     std::vector<double> wanted(static_cast<size_t>(size));
     double total = 0;

@@ -10,14 +10,14 @@ namespace cemg {
 // Keys and values of one head, as the products read them: keys [head_dim, padded(count)], values
 // [count, padded(head_dim)], zero where there is nothing.
 struct PackedHead {
-  const float* keys;
-  const float* values;
+  float* keys;
+  float* values;
   int64_t count;
 };
 
-// `count` rows of keys and of values, `stride` floats apart, into the room of a PackedHead.
-void pack_head(const float* keys, const float* values, int64_t stride, int64_t count, int64_t head_dim,
-               float* packed_keys, float* packed_values) noexcept;
+// Fills in a head from its rows of keys and of values, `stride` floats apart.
+void pack_head(const float* keys, const float* values, int64_t stride, int64_t head_dim,
+               const PackedHead& head) noexcept;
 
 // What bounds and biases the scores of queries i = 0, 1 ... over keys j: query i sees the keys up to
 // `seen + i`, or all where `seen` is negative; `bias`, unless null, is a table by distance, and to the score

@@ -166,7 +166,7 @@ class BeamDecoder {
   const Transformer& decoder_;
   int64_t threads_;
   int64_t batch_ = 0, length_ = 0, beams_ = 1;
-  bool codes_ = false;                    // whether the rows' tokens are all in the decoder's table
+  bool tabled_ = false;                   // whether the rows' tokens are all in the decoder's table
   size_t steps_ = 0;                      // own tokens of each row
   std::vector<int64_t> tokens_;           // of the prompts [T], later of the rows [R]
   std::vector<int32_t> places_;           // of each in its prompt, later in its sequence
