@@ -29,6 +29,13 @@ class Recommendations:
     codes: Tensor
     certified: Tensor
 
+    @classmethod
+    def of_nobody(cls, top: int, levels: int) -> Recommendations:
+        """For no user at all."""
+        whole = torch.empty(0, top, dtype=torch.int64)
+        codes = torch.empty(0, top, levels, dtype=torch.int64)
+        return cls(whole, whole.float(), codes, torch.empty(0, dtype=torch.int64))
+
     def top(self, count: int) -> Recommendations:
         """The first ``count`` results of each row."""
         first = (self.items[:, :count], self.scores[:, :count], self.codes[:, :count])

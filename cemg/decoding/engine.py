@@ -128,6 +128,8 @@ class Decoder:
         rest is −1. Raises UserError for fewer beams than one, and for shapes that differ.
         """
         check_prompts(input_ids, attention_mask, beams, filter)
+        if len(input_ids) == 0:
+            return Recommendations.of_nobody(beams, self.catalog.levels)
         if self.graphs is None or isinstance(filter, RequestFilter):
             return self._search(input_ids, attention_mask, beams, filter)
 

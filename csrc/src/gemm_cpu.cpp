@@ -153,13 +153,21 @@ constexpr int64_t panels_of(const Linear& weights) noexcept {
   return padded(weights.out) / kPanel;
 }
 
-// What a tile of a panel fetches of the next one, where that measured faster (6 % for T5-small and one user):
-// with large panels that few tiles share. Two tiles leave no time for it, many hardly need it.
-Ahead ahead_of(const Linear& weights, int64_t panel, int64_t block, int64_t blocks) noexcept {
+// What a tile fetches of the panels to come, where that measured faster (6 % for T5-small and one user): with
+// large panels that few tiles share. Two tiles leave no time for it, many hardly need it. This is tile `tile`
+// of all those of `panels` panels from `first` on.
+Ahead ahead_of(const Linear& weights, int64_t first, int64_t panels, int64_t tile, int64_t blocks) noexcept {
   constexpr int64_t kLarge = 512 * kPanel, kLeast = 3, kMost = 6;
   const int64_t size = weights.in * kPanel;
-  if (size < kLarge || blocks < kLeast || blocks > kMost || panel + 1 == panels_of(weights)) return {};
-  return {weights.panels + (panel + 1) * size + size * block / blocks, kPanel / blocks};
+  if (size < kLarge || blocks < kLeast || blocks > kMost || first + 2 * panels > panels_of(weights))
+    return {};
+  return {weights.panels + (first + panels) * size + size * tile / blocks, kPanel / blocks};
+}
+
+// Operations; reading the panel costs as much as those of a few rows.
+int64_t tile_cost(const Linear& weights, const RowBlocks& blocks) noexcept {
+  constexpr int64_t kReading = 4;
+  return 2 * kPanel * weights.in * std::max(kReading, blocks.rows / blocks.count);
 }
 
 // tile [rows, kPanel] of some rows of x against one panel.
@@ -189,15 +197,12 @@ CEMG_CLONES void linear_tile(const Linear& weights, int64_t panel, Rows<const fl
   }
 }
 
-// Adds the columns of a panel to the running sums of some rows.
-CEMG_CLONES void total_tile(const Linear& weights, int64_t panel, Rows<const float> x, Share which,
-                            float* highest, float* sums, Ahead ahead) noexcept {
-  const int64_t rows = which.end - which.begin;
-  float tile[kMostRows][kPanel];
-  panel_product(weights, panel, x, which, tile[0], ahead);
+// Adds the logits of a panel to the running sums of some rows.
+CEMG_CLONES void add_logits(const Linear& weights, int64_t panel, int64_t rows, float* tile, float* highest,
+                            float* sums) noexcept {
   const int64_t column = panel * kPanel, width = std::min(kPanel, weights.out - column);
   for (int64_t r = 0; r < rows; ++r) {
-    float* const logits = tile[r];
+    float* const logits = tile + r * kPanel;
     if (weights.bias) {
       for (int64_t c = 0; c < width; ++c) logits[c] += weights.bias[column + c];
     }
@@ -213,6 +218,22 @@ CEMG_CLONES void total_tile(const Linear& weights, int64_t panel, Rows<const flo
     }
     for (int64_t c = 0; c < kPanel; ++c) sum[c] += exp_of_negative(logits[c] - most);
   }
+}
+
+// The sum of x [kPanel], which is overwritten.
+CEMG_CLONES float sum_of(float* x) noexcept {
+  for (int64_t half = kPanel / 2; half > 0; half /= 2) {
+    for (int64_t c = 0; c < half; ++c) x[c] += x[c + half];
+  }
+  return x[0];
+}
+
+// The log-sum-exp of groups of numbers, each by its highest and its sum.
+CEMG_CLONES float merge(const float* highest, const float* sums, int64_t groups) noexcept {
+  const float most = highest_of(highest, groups);
+  float sum = 0;
+  for (int64_t g = 0; g < groups; ++g) sum += sums[g] * exp_of_negative(highest[g] - most);
+  return most + std::log(sum);
 }
 
 }  // namespace
@@ -232,49 +253,51 @@ CEMG_CLONES void multiply(int64_t rows, const float* a, int64_t stride_a, const 
 }
 
 void linear(const Linear& weights, Rows<const float> x, int64_t rows, const Finish& finish, Rows<float> out,
-            const Worker& worker) noexcept {
+            Team& team) noexcept {
   const RowBlocks blocks(rows);
-  const auto [begin, end] = worker.share(panels_of(weights) * blocks.count);
-  for (int64_t task = begin; task < end; ++task) {
-    linear_tile(weights, task / blocks.count, x, blocks.of(task % blocks.count), finish, out,
-                ahead_of(weights, task / blocks.count, task % blocks.count, blocks.count));
-  }
+  const int64_t cost = tile_cost(weights, blocks);
+  team.each(panels_of(weights) * blocks.count, cost, [&](Share tasks) {
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t panel = task / blocks.count, block = task % blocks.count;
+      linear_tile(weights, panel, x, blocks.of(block), finish, out,
+                  ahead_of(weights, panel, 1, block, blocks.count));
+    }
+  });
 }
 
-RowTotals::RowTotals(int64_t rows, int64_t workers)
-    : rows_(rows),
-      workers_(workers),
-      highest_(static_cast<size_t>(rows * workers), kNever),
-      sums_(static_cast<size_t>(rows * workers * kPanel), 0.0f) {}
-
-void RowTotals::add(const Linear& weights, Rows<const float> x, const Worker& worker) noexcept {
-  const RowBlocks blocks(rows_);
-  float* const highest = highest_.data() + worker.index * rows_;
-  float* const sums = sums_.data() + worker.index * rows_ * kPanel;
-  const auto [begin, end] = worker.share(panels_of(weights));
-  for (int64_t panel = begin; panel < end; ++panel) {
-    for (int64_t block = 0; block < blocks.count; ++block) {
+void RowTotals::write(const Linear& weights, Rows<const float> x, int64_t rows, float* totals, Team& team) {
+  // panels that stay in the second cache while all rows pass, and are worth the end of a group
+  const int64_t together = std::clamp<int64_t>(2048 / weights.in, 4, 16);
+  const RowBlocks blocks(rows);
+  const int64_t panels = panels_of(weights), groups = (panels + together - 1) / together;
+  highest_.resize(static_cast<size_t>(rows * groups));
+  sums_.resize(static_cast<size_t>(rows * groups));
+  const int64_t cost = together * tile_cost(weights, blocks);
+  team.each(groups * blocks.count, cost, [&](Share tasks) {
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t group = task / blocks.count, block = task % blocks.count;
+      const int64_t first = group * together, count = std::min(together, panels - first);
       const Share which = blocks.of(block);
-      total_tile(weights, panel, x, which, highest + which.begin, sums + which.begin * kPanel,
-                 ahead_of(weights, panel, block, blocks.count));
+      const int64_t some = which.end - which.begin;
+      float tile[kMostRows * kPanel], sums[kMostRows * kPanel] = {}, highest[kMostRows];
+      std::fill(highest, highest + kMostRows, kNever);
+      for (int64_t p = 0; p < count; ++p) {
+        panel_product(weights, first + p, x, which, tile,
+                      ahead_of(weights, first, together, block * together + p, blocks.count));
+        add_logits(weights, first + p, some, tile, highest, sums);
+      }
+      for (int64_t r = 0; r < some; ++r) {
+        const auto at = static_cast<size_t>((which.begin + r) * groups + group);
+        highest_[at] = highest[r];
+        sums_[at] = sum_of(sums + r * kPanel);
+      }
     }
-  }
-}
-
-void RowTotals::write(float* out, const Worker& worker) const noexcept {
-  const auto [begin, end] = worker.share(rows_);
-  for (int64_t row = begin; row < end; ++row) {
-    float most = kNever;
-    for (int64_t w = 0; w < workers_; ++w) most = larger(most, highest_[w * rows_ + row]);
-    float sum = 0;
-    for (int64_t w = 0; w < workers_; ++w) {
-      const int64_t at = w * rows_ + row;
-      float own = 0;
-      for (int64_t c = 0; c < kPanel; ++c) own += sums_[at * kPanel + c];
-      sum += own * std::exp(highest_[at] - most);
+  });
+  team.each(rows, 16 * groups, [&](Share some) {
+    for (int64_t row = some.begin; row < some.end; ++row) {
+      totals[row] = merge(highest_.data() + row * groups, sums_.data() + row * groups, groups);
     }
-    out[row] = most + std::log(sum);
-  }
+  });
 }
 
 }  // namespace cemg

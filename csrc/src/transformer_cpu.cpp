@@ -8,7 +8,8 @@
 namespace cemg {
 namespace {
 
-constexpr int64_t kTasksEach = 4;  // of a worker at least, so that all end at about the same time
+constexpr int64_t kTasksEach = 4;  // of a thread at least, so that all end at about the same time
+constexpr int64_t kScalar = 32;    // operations of products in the time that one number takes elsewhere
 
 CEMG_CLONES void norm_row(const Norm& norm, const float* x, int64_t width, float scale, float* out) noexcept {
   constexpr int64_t kLanes = 16;
@@ -39,9 +40,12 @@ CEMG_CLONES void norm_row(const Norm& norm, const float* x, int64_t width, float
 }
 
 void norm_rows(const Norm& norm, Rows<const float> x, int64_t rows, int64_t width, float scale,
-               Rows<float> out, const Worker& worker) noexcept {
-  const auto [begin, end] = worker.share(rows);
-  for (int64_t row = begin; row < end; ++row) norm_row(norm, x.at(row), width, scale, out.at(row));
+               Rows<float> out, Team& team) noexcept {
+  team.each(rows, kScalar * width, [&](Share some) {
+    for (int64_t row = some.begin; row < some.end; ++row) {
+      norm_row(norm, x.at(row), width, scale, out.at(row));
+    }
+  });
 }
 
 CEMG_CLONES void rotate(float* x, const float* cosine, const float* sine, int64_t size) noexcept {
@@ -55,18 +59,20 @@ CEMG_CLONES void rotate(float* x, const float* cosine, const float* sine, int64_
 
 // The queries and keys of some rows, normed and rotated in place where the layer does so.
 void turn(const Transformer& model, const TransformerLayer& layer, const Places& places,
-          const std::vector<int32_t>& place, float* qkv, const Worker& worker) noexcept {
+          const std::vector<int32_t>& place, float* qkv, Team& team) noexcept {
   const int64_t size = model.head_dim, stride = layer.qkv.out;
-  const auto [begin, end] = worker.share(static_cast<int64_t>(place.size()));
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t at = place[static_cast<size_t>(row)] * size;
-    for (int64_t head = 0; head < model.heads + model.kv_heads; ++head) {
-      float* const x = qkv + row * stride + head * size;
-      const Norm& norm = head < model.heads ? layer.query_norm : layer.key_norm;
-      if (norm) norm_row(norm, x, size, 1.0f, x);
-      if (places.cosine) rotate(x, places.cosine + at, places.sine + at, size);
+  const int64_t turned = model.heads + model.kv_heads;
+  team.each(static_cast<int64_t>(place.size()), kScalar * turned * size, [&](Share some) {
+    for (int64_t row = some.begin; row < some.end; ++row) {
+      const int64_t at = place[static_cast<size_t>(row)] * size;
+      for (int64_t head = 0; head < turned; ++head) {
+        float* const x = qkv + row * stride + head * size;
+        const Norm& norm = head < model.heads ? layer.query_norm : layer.key_norm;
+        if (norm) norm_row(norm, x, size, 1.0f, x);
+        if (places.cosine) rotate(x, places.cosine + at, places.sine + at, size);
+      }
     }
-  }
+  });
 }
 
 bool turns(const TransformerLayer& layer, const Places& places) noexcept {
@@ -76,7 +82,7 @@ bool turns(const TransformerLayer& layer, const Places& places) noexcept {
 }  // namespace
 
 BeamDecoder::BeamDecoder(const Transformer* encoder, const Transformer& decoder, int64_t threads)
-    : encoder_(encoder), decoder_(decoder), threads_(threads), prompt_(decoder.layers.size()) {}
+    : encoder_(encoder), decoder_(decoder), team_(threads), prompt_(decoder.layers.size()) {}
 
 void BeamDecoder::begin_laps() {
   begun_ = Clock::now();
@@ -87,9 +93,8 @@ double BeamDecoder::seconds() const {
   return std::chrono::duration<double>(Clock::now() - begun_).count();
 }
 
-void BeamDecoder::done(const char* part, const Worker& worker) const {
-  worker.wait();
-  if (noting_ && worker.index == 0) laps_.push_back({part, seconds()});
+void BeamDecoder::done(const char* part) {
+  if (noting_) laps_.push_back({part, seconds()});
 }
 
 int64_t BeamDecoder::nbytes() const noexcept {
@@ -119,7 +124,7 @@ double BeamDecoder::start(const Prompts& prompts, const Places& places, int64_t 
   const auto count = static_cast<int64_t>(tokens_.size());
   make_room(reader, count);
   make_room(decoder_, count);
-  run_team(threads_, [&](const Worker& worker) { read_prompt(reader, places, worker); });
+  run_team(team_, [&] { read_prompt(reader, places); });
   const double spent = seconds();
   if (encoder_) {
     tokens_.assign(static_cast<size_t>(batch_), start_token);
@@ -127,8 +132,7 @@ double BeamDecoder::start(const Prompts& prompts, const Places& places, int64_t 
     for (int32_t user = 0; user < batch_; ++user) ancestors_.push_back(user);
     own_step(own_places, wanted);
   } else {
-    RowTotals totals(wanted.all ? batch_ : 0, threads_);
-    run_team(threads_, [&](const Worker& worker) { answer(wanted, totals, worker); });
+    run_team(team_, [&] { answer(wanted); });
   }
   return spent;
 }
@@ -198,75 +202,77 @@ void BeamDecoder::make_room(const Transformer& model, int64_t rows) {
   }
 }
 
-void BeamDecoder::embed(const Transformer& model, const Places& places, int64_t rows, const Worker& worker) {
+void BeamDecoder::embed(const Transformer& model, const Places& places, int64_t rows) {
   const int64_t width = model.width;
-  const auto [begin, end] = worker.share(rows);
-  for (int64_t row = begin; row < end; ++row) {
-    const float* const from = model.embedding + tokens_[row] * width;
-    float* const to = x_.data() + row * width;
-    std::copy(from, from + width, to);
-    if (!places.embedding) continue;
-    const float* const place = places.embedding + places_[row] * width;
-    for (int64_t i = 0; i < width; ++i) to[i] += place[i];
-  }
-  done("embedding", worker);
+  team_.each(rows, kScalar * width, [&](Share some) {
+    for (int64_t row = some.begin; row < some.end; ++row) {
+      const float* const from = model.embedding + tokens_[row] * width;
+      float* const to = x_.data() + row * width;
+      std::copy(from, from + width, to);
+      if (!places.embedding) continue;
+      const float* const place = places.embedding + places_[row] * width;
+      for (int64_t i = 0; i < width; ++i) to[i] += place[i];
+    }
+  });
+  done("embedding");
 }
 
 // The prompts through all layers. Of a decoder, what the last token of each gives comes to the first rows of
 // x_; of an encoder, its output becomes the keys and values of cross-attention.
-void BeamDecoder::read_prompt(const Transformer& model, const Places& places, const Worker& worker) {
+void BeamDecoder::read_prompt(const Transformer& model, const Places& places) {
   const auto rows = static_cast<int64_t>(tokens_.size());
-  embed(model, places, rows, worker);
+  embed(model, places, rows);
   for (size_t number = 0; number < model.layers.size(); ++number) {
     const TransformerLayer& layer = model.layers[number];
     const PromptHeads& heads = encoder_ ? prompt_[0] : prompt_[number];
     const bool last = !encoder_ && number + 1 == model.layers.size();
-    norm_rows(layer.norm, x(), rows, model.width, 1.0f, seen(), worker);
-    done("norm", worker);
-    linear(layer.qkv, seen(), rows, {}, Rows<float>{query_.data(), layer.qkv.out}, worker);
-    done("projection", worker);
+    norm_rows(layer.norm, x(), rows, model.width, 1.0f, seen(), team_);
+    done("norm");
+    linear(layer.qkv, seen(), rows, {}, Rows<float>{query_.data(), layer.qkv.out}, team_);
+    done("projection");
     if (turns(layer, places)) {
-      turn(model, layer, places, places_, query_.data(), worker);
-      done("rotation", worker);
+      turn(model, layer, places, places_, query_.data(), team_);
+      done("rotation");
     }
     const float* const keys = query_.data() + model.heads * model.head_dim;
-    pack_prompt(model, keys, keys + model.kv_heads * model.head_dim, layer.qkv.out, heads, worker);
-    done("packing", worker);
-    attend_in_prompt(model, heads, places, last, worker);
-    done("attention", worker);
-    if (last && worker.index == 0) {
+    pack_prompt(model, keys, keys + model.kv_heads * model.head_dim, layer.qkv.out, heads);
+    done("packing");
+    attend_in_prompt(model, heads, places, last);
+    done("attention");
+    if (last) {
       for (int64_t user = 0; user < batch_; ++user) {
         const float* const from = x_.data() + (first_[user + 1] - 1) * model.width;
         std::copy(from, from + model.width, x_.data() + user * model.width);
       }
     }
-    worker.wait();
-    add(layer.out, attended(), last ? batch_ : rows, worker);
-    done("projection", worker);
-    feed(layer, last ? batch_ : rows, worker);
+    add(layer.out, attended(), last ? batch_ : rows);
+    done("projection");
+    feed(layer, last ? batch_ : rows);
   }
   if (!encoder_) return;
-  norm_rows(model.last, x(), rows, model.width, model.last_scale, seen(), worker);
-  done("norm", worker);
+  norm_rows(model.last, x(), rows, model.width, model.last_scale, seen(), team_);
+  done("norm");
   for (size_t number = 0; number < decoder_.layers.size(); ++number) {
     const Linear& weights = decoder_.layers[number].cross_key_value;
-    linear(weights, seen(), rows, {}, Rows<float>{query_.data(), weights.out}, worker);
-    done("projection", worker);
+    linear(weights, seen(), rows, {}, Rows<float>{query_.data(), weights.out}, team_);
+    done("projection");
     const float* const keys = query_.data();
-    pack_prompt(decoder_, keys, keys + weights.out / 2, weights.out, prompt_[number], worker);
-    done("packing", worker);
+    pack_prompt(decoder_, keys, keys + weights.out / 2, weights.out, prompt_[number]);
+    done("packing");
   }
 }
 
 void BeamDecoder::pack_prompt(const Transformer& model, const float* keys, const float* values,
-                              int64_t stride, const PromptHeads& to, const Worker& worker) const {
-  const auto [begin, end] = worker.share(batch_ * model.kv_heads);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t user = task / model.kv_heads, group = task % model.kv_heads;
-    const PackedHead head = prompt_head(model, to, user, group);
-    const int64_t at = first_[user] * stride + group * model.head_dim;
-    pack_head(keys + at, values + at, stride, model.head_dim, head);
-  }
+                              int64_t stride, const PromptHeads& to) {
+  const int64_t numbers = first_[batch_] / batch_ * model.head_dim;
+  team_.each(batch_ * model.kv_heads, kScalar * numbers, [&](Share tasks) {
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t user = task / model.kv_heads, group = task % model.kv_heads;
+      const PackedHead head = prompt_head(model, to, user, group);
+      const int64_t at = first_[user] * stride + group * model.head_dim;
+      pack_head(keys + at, values + at, stride, model.head_dim, head);
+    }
+  });
 }
 
 PackedHead BeamDecoder::prompt_head(const Transformer& model, const PromptHeads& heads, int64_t user,
@@ -279,83 +285,86 @@ PackedHead BeamDecoder::prompt_head(const Transformer& model, const PromptHeads&
 // The tokens of each prompt over each other, or over all before in a decoder; there in the last layer the
 // last token alone.
 void BeamDecoder::attend_in_prompt(const Transformer& model, const PromptHeads& heads, const Places& places,
-                                   bool last, const Worker& worker) const {
+                                   bool last) {
   const int64_t size = model.head_dim, stride = model.layers[0].qkv.out;
   const int64_t distances = 2 * length_ - 1;
-  const int64_t chunks = std::max<int64_t>(1, kTasksEach * worker.count / (batch_ * model.heads));
-  const auto [begin, end] = worker.share(batch_ * model.heads * chunks);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task % chunks, head = task / chunks % model.heads,
-                  user = task / chunks / model.heads;
-    const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
-    const int64_t from = last ? keys.count - 1 : keys.count * chunk / chunks;
-    const int64_t to = last ? keys.count : keys.count * (chunk + 1) / chunks;
-    if (last && chunk > 0) continue;
-    Sight sight;
-    if (encoder_) {
-      sight.own = places_.data() + first_[user] + from;
-      sight.place = places_.data() + first_[user];
-      if (places.bias) sight.bias = places.bias + head * distances + distances / 2;
-    } else {
-      sight.seen = from;
+  const int64_t chunks = std::max<int64_t>(1, kTasksEach * team_.threads() / (batch_ * model.heads));
+  const int64_t tokens = first_[batch_] / batch_;
+  team_.each(batch_ * model.heads * chunks, 4 * tokens * tokens * size / chunks, [&](Share tasks) {
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t chunk = task % chunks, head = task / chunks % model.heads,
+                    user = task / chunks / model.heads;
+      const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
+      const int64_t from = last ? keys.count - 1 : keys.count * chunk / chunks;
+      const int64_t to = last ? keys.count : keys.count * (chunk + 1) / chunks;
+      if (last && chunk > 0) continue;
+      Sight sight;
+      if (encoder_) {
+        sight.own = places_.data() + first_[user] + from;
+        sight.place = places_.data() + first_[user];
+        if (places.bias) sight.bias = places.bias + head * distances + distances / 2;
+      } else {
+        sight.seen = from;
+      }
+      const int64_t row = last ? user : first_[user] + from;
+      attend({query_.data() + (first_[user] + from) * stride + head * size, stride, to - from, size}, keys,
+             model.scale, sight, attended().at(row) + head * size, attended().stride, nullptr, 0,
+             AttentionRoom::of_thread());
     }
-    const int64_t row = last ? user : first_[user] + from;
-    attend({query_.data() + (first_[user] + from) * stride + head * size, stride, to - from, size}, keys,
-           model.scale, sight, attended().at(row) + head * size, attended().stride, nullptr, 0,
-           AttentionRoom::of_thread());
-  }
+  });
 }
 
 // Beams over the prompt of their user, and over their own tokens too where there are some.
-void BeamDecoder::attend_to_prompt(Rows<const float> queries, const PromptHeads& heads, const OwnTokens* own,
-                                   const Worker& worker) const {
+void BeamDecoder::attend_to_prompt(Rows<const float> queries, const PromptHeads& heads,
+                                   const OwnTokens* own) {
   const Transformer& model = decoder_;
   const int64_t size = model.head_dim;
-  const int64_t chunks = std::max<int64_t>(1, kTasksEach * worker.count / (batch_ * model.heads));
-  const auto [begin, end] = worker.share(batch_ * model.heads * chunks);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task % chunks, head = task / chunks % model.heads,
-                  user = task / chunks / model.heads;
-    const int64_t from = user * beams_ + beams_ * chunk / chunks;
-    const int64_t to = user * beams_ + beams_ * (chunk + 1) / chunks;
-    if (from == to) continue;
-    const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
-    float* const lse = own ? lse_.data() + head : nullptr;
-    attend({queries.at(from) + head * size, queries.stride, to - from, size}, keys, model.scale, {},
-           attended().at(from) + head * size, attended().stride, own ? lse + from * model.heads : nullptr,
-           model.heads, AttentionRoom::of_thread());
-    if (!own) continue;
-    for (int64_t row = from; row < to; ++row) {
-      attend_own(*own, queries.at(row) + head * size, row, head, model.scale, lse + row * model.heads,
-                 attended().at(row) + head * size);
+  const int64_t chunks = std::max<int64_t>(1, kTasksEach * team_.threads() / (batch_ * model.heads));
+  const int64_t tokens = first_[batch_] / batch_;
+  team_.each(batch_ * model.heads * chunks, 4 * beams_ * tokens * size / chunks, [&](Share tasks) {
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t chunk = task % chunks, head = task / chunks % model.heads,
+                    user = task / chunks / model.heads;
+      const int64_t from = user * beams_ + beams_ * chunk / chunks;
+      const int64_t to = user * beams_ + beams_ * (chunk + 1) / chunks;
+      if (from == to) continue;
+      const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
+      float* const lse = own ? lse_.data() + head : nullptr;
+      attend({queries.at(from) + head * size, queries.stride, to - from, size}, keys, model.scale, {},
+             attended().at(from) + head * size, attended().stride, own ? lse + from * model.heads : nullptr,
+             model.heads, AttentionRoom::of_thread());
+      if (!own) continue;
+      for (int64_t row = from; row < to; ++row) {
+        attend_own(*own, queries.at(row) + head * size, row, head, model.scale, lse + row * model.heads,
+                   attended().at(row) + head * size);
+      }
     }
-  }
+  });
 }
 
 // x_ += weights(from)
-void BeamDecoder::add(const Linear& weights, Rows<const float> from, int64_t rows,
-                      const Worker& worker) const {
+void BeamDecoder::add(const Linear& weights, Rows<const float> from, int64_t rows) {
   Finish finish;
   finish.plus_out = true;
-  linear(weights, from, rows, finish, x(), worker);
+  linear(weights, from, rows, finish, x(), team_);
 }
 
-void BeamDecoder::feed(const TransformerLayer& layer, int64_t rows, const Worker& worker) const {
+void BeamDecoder::feed(const TransformerLayer& layer, int64_t rows) {
   const Rows<float> hidden{hidden_.data(), stride_of(layer.up.out)};
-  norm_rows(layer.feed_norm, x(), rows, layer.up.in, 1.0f, seen(), worker);
-  done("norm", worker);
+  norm_rows(layer.feed_norm, x(), rows, layer.up.in, 1.0f, seen(), team_);
+  done("norm");
   Finish finish;
   finish.activation = layer.activation;
   if (layer.gate) {
-    linear(layer.gate, seen(), rows, finish, hidden, worker);
-    done("feed-forward", worker);
+    linear(layer.gate, seen(), rows, finish, hidden, team_);
+    done("feed-forward");
     finish = {};
     finish.times_out = true;
   }
-  linear(layer.up, seen(), rows, finish, hidden, worker);
-  done("feed-forward", worker);
-  add(layer.down, hidden, rows, worker);
-  done("feed-forward", worker);
+  linear(layer.up, seen(), rows, finish, hidden, team_);
+  done("feed-forward");
+  add(layer.down, hidden, rows);
+  done("feed-forward");
 }
 
 // The tokens_ of all rows through the decoder.
@@ -369,42 +378,42 @@ void BeamDecoder::own_step(const Places& places, const Wanted& wanted) {
   for (size_t number = 0; number < decoder_.layers.size(); ++number) {
     own_[steps_ - 1][number].room(rows * decoder_.layers[number].qkv.out);
   }
-  RowTotals totals(wanted.all ? rows : 0, threads_);
-  run_team(threads_, [&](const Worker& worker) {
-    embed(decoder_, places, rows, worker);
-    for (size_t number = 0; number < decoder_.layers.size(); ++number) own_layer(number, places, worker);
-    answer(wanted, totals, worker);
+  run_team(team_, [&] {
+    embed(decoder_, places, rows);
+    for (size_t number = 0; number < decoder_.layers.size(); ++number) own_layer(number, places);
+    answer(wanted);
   });
 }
 
 // Queries, keys and values of the rows, from x_ or, in the first layer, from the table.
-void BeamDecoder::project(size_t number, Rows<float> qkv, const Worker& worker) const {
+void BeamDecoder::project(size_t number, Rows<float> qkv) {
   const Transformer& model = decoder_;
   const Linear& weights = model.layers[number].qkv;
   const int64_t rows = batch_ * beams_;
   if (number == 0 && tabled_) {
-    const auto [begin, end] = worker.share(rows);
-    for (int64_t row = begin; row < end; ++row) {
-      const float* const from = model.code_table + (tokens_[row] - model.first_code) * weights.out;
-      std::copy(from, from + weights.out, qkv.at(row));
-    }
+    team_.each(rows, kScalar * weights.out, [&](Share some) {
+      for (int64_t row = some.begin; row < some.end; ++row) {
+        const float* const from = model.code_table + (tokens_[row] - model.first_code) * weights.out;
+        std::copy(from, from + weights.out, qkv.at(row));
+      }
+    });
   } else {
-    norm_rows(model.layers[number].norm, x(), rows, model.width, 1.0f, seen(), worker);
-    done("norm", worker);
-    linear(weights, seen(), rows, {}, qkv, worker);
+    norm_rows(model.layers[number].norm, x(), rows, model.width, 1.0f, seen(), team_);
+    done("norm");
+    linear(weights, seen(), rows, {}, qkv, team_);
   }
-  done("projection", worker);
+  done("projection");
 }
 
-void BeamDecoder::own_layer(size_t number, const Places& places, const Worker& worker) const {
+void BeamDecoder::own_layer(size_t number, const Places& places) {
   const Transformer& model = decoder_;
   const TransformerLayer& layer = model.layers[number];
   const int64_t rows = batch_ * beams_, size = model.head_dim, stride = layer.qkv.out;
   float* const qkv = own_[steps_ - 1][number].data();
-  project(number, {qkv, stride}, worker);
+  project(number, {qkv, stride});
   if (turns(layer, places)) {
-    turn(model, layer, places, places_, qkv, worker);
-    done("rotation", worker);
+    turn(model, layer, places, places_, qkv, team_);
+    done("rotation");
   }
   std::vector<StepRows> steps;
   for (size_t t = 0; t < steps_; ++t) {
@@ -413,44 +422,42 @@ void BeamDecoder::own_layer(size_t number, const Places& places, const Worker& w
   }
   const OwnTokens own{steps, ancestors_.data(), rows, model.heads, model.kv_heads, size, places.bias};
   if (encoder_) {
-    const auto [begin, end] = worker.share(rows);
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t head = 0; head < model.heads; ++head) {
-        attend_own(own, qkv + row * stride + head * size, row, head, model.scale, nullptr,
-                   attended().at(row) + head * size);
+    const auto numbers = 2 * static_cast<int64_t>(steps_) * model.heads * size;
+    team_.each(rows, kScalar * numbers, [&](Share some) {
+      for (int64_t row = some.begin; row < some.end; ++row) {
+        for (int64_t head = 0; head < model.heads; ++head) {
+          attend_own(own, qkv + row * stride + head * size, row, head, model.scale, nullptr,
+                     attended().at(row) + head * size);
+        }
       }
-    }
+    });
   } else {
-    attend_to_prompt({qkv, stride}, prompt_[number], &own, worker);
+    attend_to_prompt({qkv, stride}, prompt_[number], &own);
   }
-  done("attention", worker);
-  add(layer.out, attended(), rows, worker);
-  done("projection", worker);
+  done("attention");
+  add(layer.out, attended(), rows);
+  done("projection");
   if (encoder_) {
-    norm_rows(layer.cross_norm, x(), rows, model.width, 1.0f, seen(), worker);
-    done("norm", worker);
+    norm_rows(layer.cross_norm, x(), rows, model.width, 1.0f, seen(), team_);
+    done("norm");
     const Rows<float> queries{query_.data(), layer.cross_query.out};
-    linear(layer.cross_query, seen(), rows, {}, queries, worker);
-    done("projection", worker);
-    attend_to_prompt(queries, prompt_[number], nullptr, worker);
-    done("attention", worker);
-    add(layer.cross_out, attended(), rows, worker);
-    done("projection", worker);
+    linear(layer.cross_query, seen(), rows, {}, queries, team_);
+    done("projection");
+    attend_to_prompt(queries, prompt_[number], nullptr);
+    done("attention");
+    add(layer.cross_out, attended(), rows);
+    done("projection");
   }
-  feed(layer, rows, worker);
+  feed(layer, rows);
 }
 
-void BeamDecoder::answer(const Wanted& wanted, RowTotals& totals, const Worker& worker) const {
+void BeamDecoder::answer(const Wanted& wanted) {
   const int64_t rows = batch_ * beams_;
-  norm_rows(decoder_.last, x(), rows, decoder_.width, decoder_.last_scale, seen(), worker);
-  done("norm", worker);
-  linear(wanted.columns, seen(), rows, {}, Rows<float>{wanted.logits, wanted.columns.out}, worker);
-  if (wanted.all) {
-    totals.add(wanted.all, seen(), worker);
-    worker.wait();
-    totals.write(wanted.total, worker);
-  }
-  done("head", worker);
+  norm_rows(decoder_.last, x(), rows, decoder_.width, decoder_.last_scale, seen(), team_);
+  done("norm");
+  linear(wanted.columns, seen(), rows, {}, Rows<float>{wanted.logits, wanted.columns.out}, team_);
+  if (wanted.all) totals_.write(wanted.all, seen(), rows, wanted.total, team_);
+  done("head");
 }
 
 }  // namespace cemg

@@ -185,13 +185,26 @@ def by_item(found: Any) -> dict[tuple[int, int], float]:
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("shape", ["t5 gated, uneven stacks", "gpt2", "llama, as many key heads"])
-def test_however_many_threads_share_a_step_it_gives_the_same(shape, threads, same_lists):
+def test_however_many_threads_share_a_step_it_gives_the_same_bits(shape, threads):
     model = build(*SHAPES[shape])
     decoder = Decoder(model, random_catalog(60, 1), START, backend="native")
     prompts = Bench(model, decoder.catalog).prompts([7, 2, 4])
+    torch.set_num_threads(1)  # the conftest sets it back
     alone = decoder.decode(*prompts, 30)
-    torch.set_num_threads(threads)  # the conftest sets it back
-    same_lists(decoder.decode(*prompts, 30), alone)
+    torch.set_num_threads(threads)
+    shared = decoder.decode(*prompts, 30)
+    assert torch.equal(shared.items, alone.items) and torch.equal(shared.scores, alone.scores)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+@pytest.mark.parametrize("shape", ["t5 tied", "gpt2"])
+def test_for_no_user_there_is_nothing(shape, backend):
+    made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
+    decoder = Decoder(made.model, made.catalog, START, backend=backend)
+    ids, mask = made.prompts([4])
+    found = decoder.decode(ids[:0], mask[:0], 5)
+    assert [list(part.shape) for part in found.parts()] == [[0, 5], [0, 5], [0, 5, found.codes.shape[2]], [0]]
+    assert decoder.decode_exact(ids[:0], mask[:0], 3, 5).items.shape == (0, 3)
 
 
 def test_searches_side_by_side_do_not_disturb_each_other_and_leave_their_room(same_lists):

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <deque>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "cemg/propagate_cpu.h"
@@ -50,7 +51,7 @@ struct Weights {
   }
 };
 
-void check_linear(int64_t rows, int64_t in, int64_t out, bool bias) {
+void check_linear(int64_t rows, int64_t in, int64_t out, bool bias, int64_t threads) {
   Weights weights;
   const cemg::Linear linear = weights.linear(in, out, bias);
   const int64_t stride = cemg::stride_of(in);
@@ -59,12 +60,11 @@ void check_linear(int64_t rows, int64_t in, int64_t out, bool bias) {
   cemg::Finish finish;
   finish.plus_out = true;
   std::vector<float> totals(static_cast<size_t>(rows));
-  cemg::RowTotals sums(rows, 1);
-  cemg::run_team(1, [&](const cemg::Worker& worker) {
-    cemg::linear(linear, {x.data(), stride}, rows, finish, {result.data(), out}, worker);
-    sums.add(linear, {x.data(), stride}, worker);
-    worker.wait();
-    sums.write(totals.data(), worker);
+  cemg::RowTotals sums;
+  cemg::Team team(threads);
+  cemg::run_team(team, [&] {
+    cemg::linear(linear, {x.data(), stride}, rows, finish, {result.data(), out}, team);
+    sums.write(linear, {x.data(), stride}, rows, totals.data(), team);
   });
   for (int64_t r = 0; r < rows; ++r) {
     double total = 0;
@@ -78,6 +78,27 @@ void check_linear(int64_t rows, int64_t in, int64_t out, bool bias) {
     }
     require(std::abs(std::log(total) - totals[r]) < 1e-3, "the log-sum-exp of a product");
   }
+}
+
+// Jobs one after the other, some large enough to be shared: every task is done once, before the next job.
+void check_team(int64_t threads, int jobs) {
+  cemg::Team team(threads);
+  std::vector<std::thread> helpers;
+  for (int64_t t = 1; t < threads; ++t) helpers.emplace_back([&, t] { team.help(t); });
+  std::mt19937 random(3);
+  std::vector<int> done(100);
+  for (int job = 1; job <= jobs; ++job) {
+    const auto tasks = static_cast<int64_t>(random() % done.size());
+    team.each(tasks, int64_t{1} << random() % 20, [&](cemg::Share some) {
+      for (int64_t task = some.begin; task < some.end; ++task) ++done[task];
+    });
+    for (auto& count : done) {
+      require(count == (&count < done.data() + tasks ? 1 : 0), "each task is done once");
+      count = 0;
+    }
+  }
+  team.dismiss();
+  for (std::thread& helper : helpers) helper.join();
 }
 
 void check_attention(std::mt19937& random, int64_t queries, int64_t keys, int64_t size) {
@@ -295,9 +316,11 @@ int main() {
   std::mt19937 random(1);
   int searches = 0;
   for (int64_t rows : {1, 3, 14, 40}) {
-    for (int64_t in : {1, 7, 64}) check_linear(rows, in, 1 + (rows * in) % 70, in > 1);
+    for (int64_t in : {1, 7, 64}) check_linear(rows, in, 1 + (rows * in) % 70, in > 1, 1 + in % 2);
   }
-  check_linear(5, 1024, 33, false);
+  check_linear(5, 1024, 33, false, 1);
+  check_linear(50, 600, 500, true, 3);  // tiles that fetch what is to come
+  check_team(3, 20000);
   for (int64_t queries : {1, 6, 7, 70}) {
     for (int64_t keys : {1, 5, 32, 71}) check_attention(random, queries, keys, 1 + (queries + keys) % 40);
   }

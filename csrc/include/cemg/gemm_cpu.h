@@ -66,23 +66,18 @@ struct Finish {
   bool plus_out = false;
 };
 
-// out [rows, linear.out] of x [rows, linear.in]: this worker's share.
+// out [rows, linear.out] of x [rows, linear.in].
 void linear(const Linear& weights, Rows<const float> x, int64_t rows, const Finish& finish, Rows<float> out,
-            const Worker& worker) noexcept;
+            Team& team) noexcept;
 
-// The log-sum-exp of each row of a product, which is never stored.
+// The log-sum-exp of each row of a product, which is never stored; the same bits on any number of threads.
 class RowTotals {
  public:
-  RowTotals(int64_t rows, int64_t workers);
-
-  // This worker's share of the columns of linear(x); then, after all have waited, of the rows' totals.
-  void add(const Linear& weights, Rows<const float> x, const Worker& worker) noexcept;
-  void write(float* out, const Worker& worker) const noexcept;
+  // totals [rows] of linear(x).
+  void write(const Linear& weights, Rows<const float> x, int64_t rows, float* totals, Team& team);
 
  private:
-  int64_t rows_, workers_;
-  std::vector<float> highest_;  // [workers, rows]
-  std::vector<float> sums_;     // [workers, rows, kPanel], of exp(logit - highest)
+  std::vector<float> highest_, sums_;  // [rows, groups of panels], the sum of exp(logit - highest)
 };
 
 }  // namespace cemg

@@ -1,5 +1,5 @@
 // A transformer in the middle of a beam search, on the CPU in float32: T5, GPT-2 and the Llama family. One
-// call a step; all of its threads go through the layers side by side.
+// call a step, whose threads share each product.
 //
 // B users, W beams, R = B * W rows, T tokens of all prompts, H heads over G key-value heads of Dh, d the
 // width.
@@ -104,9 +104,9 @@ class BeamDecoder {
  public:
   BeamDecoder(const Transformer* encoder, const Transformer& decoder, int64_t threads);
 
-  int64_t threads() const noexcept { return threads_; }
+  int64_t threads() const noexcept { return team_.threads(); }
 
-  // Whether calls from now on note their laps, as one of their threads saw them; those of the last call.
+  // Whether calls from now on note their laps, those of the last call.
   void note_laps(bool wanted) noexcept { noting_ = wanted; }
   const std::vector<Lap>& laps() const noexcept { return laps_; }
 
@@ -135,36 +135,33 @@ class BeamDecoder {
   using Clock = std::chrono::steady_clock;
 
   void begin_laps();
-  double seconds() const;  // since then
-  // Waits for all, then ends a lap.
-  void done(const char* part, const Worker& worker) const;
+  double seconds() const;       // since then
+  void done(const char* part);  // ends a lap
   void read(const Prompts& prompts);
   void make_room(const Transformer& model, int64_t rows);
-  void embed(const Transformer& model, const Places& places, int64_t rows, const Worker& worker);
-  void read_prompt(const Transformer& model, const Places& places, const Worker& worker);
+  void embed(const Transformer& model, const Places& places, int64_t rows);
+  void read_prompt(const Transformer& model, const Places& places);
   void pack_prompt(const Transformer& model, const float* keys, const float* values, int64_t stride,
-                   const PromptHeads& to, const Worker& worker) const;
+                   const PromptHeads& to);
   PackedHead prompt_head(const Transformer& model, const PromptHeads& heads, int64_t user,
                          int64_t group) const;
-  void attend_in_prompt(const Transformer& model, const PromptHeads& heads, const Places& places, bool last,
-                        const Worker& worker) const;
-  void attend_to_prompt(Rows<const float> queries, const PromptHeads& heads, const OwnTokens* own,
-                        const Worker& worker) const;
-  void add(const Linear& weights, Rows<const float> from, int64_t rows, const Worker& worker) const;
-  void feed(const TransformerLayer& layer, int64_t rows, const Worker& worker) const;
+  void attend_in_prompt(const Transformer& model, const PromptHeads& heads, const Places& places, bool last);
+  void attend_to_prompt(Rows<const float> queries, const PromptHeads& heads, const OwnTokens* own);
+  void add(const Linear& weights, Rows<const float> from, int64_t rows);
+  void feed(const TransformerLayer& layer, int64_t rows);
   void own_step(const Places& places, const Wanted& wanted);
-  void own_layer(size_t number, const Places& places, const Worker& worker) const;
-  void project(size_t number, Rows<float> qkv, const Worker& worker) const;
+  void own_layer(size_t number, const Places& places);
+  void project(size_t number, Rows<float> qkv);
   Rows<float> x() const noexcept { return {x_.data(), decoder_.width}; }
   Rows<float> seen() const noexcept { return {seen_.data(), stride_of(decoder_.width)}; }
   Rows<float> attended() const noexcept {
     return {attended_.data(), stride_of(decoder_.heads * decoder_.head_dim)};
   }
-  void answer(const Wanted& wanted, RowTotals& totals, const Worker& worker) const;
+  void answer(const Wanted& wanted);
 
   const Transformer* encoder_;
   const Transformer& decoder_;
-  int64_t threads_;
+  Team team_;
   int64_t batch_ = 0, length_ = 0, beams_ = 1;
   bool tabled_ = false;                   // whether the rows' tokens are all in the decoder's table
   size_t steps_ = 0;                      // own tokens of each row
@@ -178,7 +175,8 @@ class BeamDecoder {
   std::vector<int32_t> ancestors_;        // [steps, R]
   bool noting_ = false;
   Clock::time_point begun_;
-  mutable std::vector<Lap> laps_;
+  std::vector<Lap> laps_;
+  RowTotals totals_;
   Floats x_, seen_, attended_, query_, hidden_, lse_;
 };
 
