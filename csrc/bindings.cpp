@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -57,9 +58,11 @@ struct View {
 };
 
 // Addresses of words, before, filter_of and excluded, then blocks, most_excluded and rows_per_request.
-using Filter = std::array<int64_t, 7>;
+using Filter = std::optional<std::array<int64_t, 7>>;  // None: everything is allowed
 
-cemg::FilterView filter_at(const Filter& f) {
+cemg::FilterView filter_at(const Filter& filter) {
+  if (!filter) return {};
+  const auto& f = *filter;
   return {at<const uint64_t>(static_cast<Address>(f[0])),
           at<const int32_t>(static_cast<Address>(f[1])),
           at<const int32_t>(static_cast<Address>(f[2])),
@@ -274,6 +277,10 @@ double start_search(cemg::BeamDecoder& search, Address tokens, Address mask,
                     const std::array<int64_t, 2>& shape, const PlaceFields& places, int64_t start_token,
                     const PlaceFields& own_places, const WantedFields& wanted) {
   const cemg::Prompts prompts{at<const int64_t>(tokens), at<const int64_t>(mask), shape[0], shape[1]};
+  if (prompts.batch < 1) throw std::invalid_argument("there is no prompt");
+  if (const int64_t empty = search.empty_prompt(prompts); empty >= 0) {
+    throw std::invalid_argument("prompt " + std::to_string(empty) + " holds no token");
+  }
   if (const int64_t wrong = search.wrong_token(prompts); wrong >= 0) {
     throw std::invalid_argument("prompt " + std::to_string(wrong / shape[1]) + " has token " +
                                 std::to_string(prompts.tokens[wrong]) + " outside the model's vocabulary");
@@ -283,6 +290,9 @@ double start_search(cemg::BeamDecoder& search, Address tokens, Address mask,
 
 void step_search(cemg::BeamDecoder& search, Address tokens, Address parents, int64_t beams,
                  const PlaceFields& places, const WantedFields& wanted) {
+  if (search.steps() >= cemg::kMostSteps) {
+    throw std::invalid_argument("a search has no more than " + std::to_string(cemg::kMostSteps) + " steps");
+  }
   search.step(at<const int64_t>(tokens), at<const int64_t>(parents), beams, places_at(places),
               wanted_at(wanted));
 }

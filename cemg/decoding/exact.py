@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cemg.decoding.beams import check_prompts
 from cemg.decoding.engine import Decoder
 from cemg.decoding.generic import GenericPlan
 from cemg.decoding.layers import Logits, Wanted
@@ -46,17 +47,18 @@ def score_all(
     The sums of log-probabilities that ``decoder.decode`` would give them with a beam for every item, up to
     rounding. ``rows`` bounds the prefixes times users that are held at once: a user's items are cut in
     chunks only where they are more. With normalize="valid" a prefix of one item is not fed: what follows it
-    is certain. Raises UserError for fewer rows than one.
+    is certain. Raises UserError for fewer rows than one, and as ``decode`` does for prompts.
     """
     if rows is None:
         rows = GENERIC_ROWS if isinstance(decoder.plan, GenericPlan) else ROWS
     if rows < 1:
         raise UserError(f"rows must be at least 1, got {rows}")
+    check_prompts(input_ids, attention_mask, 1)
     trie = decoder.trie
     users = max(1, rows // trie.num_items)
     codes = trie.codes_by_rank().long()  # [N, levels]
     scores = torch.empty(len(input_ids), len(codes), device=trie.device)
-    for group in torch.arange(len(input_ids)).split(users):
+    for group in torch.arange(len(input_ids)).split(users) if len(input_ids) else ():
         ids, mask = input_ids[group], attention_mask[group]
         used = mask.bool().any(0)  # without the padding of longer prompts
         prompts = ids[:, used].to(trie.device), mask[:, used].to(trie.device)

@@ -7,6 +7,7 @@ P places of a sequence.
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,7 +55,9 @@ class Places(NamedTuple):
 def large_pages(count: int) -> Tensor:
     """Floats [count], zero, in pages of 2 MB where the system has them: products of few rows read every
     weight once, and looking up pages of 4 KB takes a tenth of their time."""
-    room = mmap.mmap(-1, 4 * count)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if hasattr(mmap, "MAP_PRIVATE") else None
+    # shared ones, the default, are the pages of a file in memory, which stay small
+    room = mmap.mmap(-1, 4 * count) if private is None else mmap.mmap(-1, 4 * count, private)
     with suppress(AttributeError, OSError):  # no Linux, or no such pages
         room.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(room, dtype=torch.float32)
@@ -74,7 +77,8 @@ class NativePlan:
         self.start_token = plan.start_token if isinstance(plan, T5Plan) else 0
         self._kept: list[Tensor] = []  # what the C++ has the addresses of
         self._room = torch.empty(0)  # for weights to come
-        self._columns: dict[int, LinearFields] = {}  # of the head, by first token
+        self._columns: dict[tuple[int, int], LinearFields] = {}  # of the head, by first token and count
+        self._lock = threading.Lock()  # of what is packed late
         self._whole: LinearFields | None = None  # the head
         self._rotation: tuple[Tensor, Tensor] | None = None
         self._idle: list[BeamDecoder] = []  # finished searches, whose room the next ones take
@@ -104,27 +108,26 @@ class NativePlan:
 
     def linears(self, wanted: Wanted) -> tuple[LinearFields, LinearFields]:
         """The columns of the head that are wanted, and the whole head or nothing."""
-        head = self.plan.head.whole
-        if wanted.first not in self._columns:
-            own = head.part(wanted.first, wanted.first + wanted.size)
-            self._columns[wanted.first] = self._linear(own)
-        if not wanted.total:
-            return self._columns[wanted.first], self._linear(None)
-        if self._whole is None:
-            self._whole = self._linear(head)
-        return self._columns[wanted.first], self._whole
+        head, key = self.plan.head.whole, (wanted.first, wanted.size)
+        with self._lock:
+            if key not in self._columns:
+                self._columns[key] = self._linear(head.part(wanted.first, wanted.first + wanted.size))
+            if wanted.total and self._whole is None:
+                self._whole = self._linear(head)
+            whole = self._whole if wanted.total else None
+        return self._columns[key], whole or self._linear(None)
 
-    def prompt_places(self, length: int) -> Places:
-        """What places 0 ... ``length`` - 1 of prompts add."""
+    def prompt_places(self, length: int, longest: int) -> Places:
+        """What the places of prompts add: ``length`` with their padding, of which ``longest`` hold tokens."""
         if isinstance(self.plan, T5Plan):
             return Places(bias=self.plan.encoder_bias(length))
-        return self._causal_places(self.plan, length)
+        return self._causal_places(self.plan, longest)
 
-    def own_places(self, step: int, length: int) -> Places:
-        """The same of the token that step ``step`` feeds, the ``step``-th after a prompt of ``length``."""
+    def own_places(self, step: int, longest: int) -> Places:
+        """The same of the token that step ``step`` feeds, the ``step``-th after prompts of no more tokens."""
         if isinstance(self.plan, T5Plan):
             return Places(bias=self.plan.decoder_bias(step))
-        return self._causal_places(self.plan, length + step)
+        return self._causal_places(self.plan, longest + step)
 
     def _causal_places(self, plan: CausalPlan, count: int) -> Places:
         if plan.positions is not None:
@@ -233,13 +236,13 @@ class NativeStepper:
         self.plan.finished(self.search)
 
     def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
-        self.length = input_ids.shape[1]
-        tokens, mask = (t.to(torch.int64).contiguous() for t in (input_ids, attention_mask))
-        batch = len(tokens)
-        places, own = self.plan.prompt_places(self.length), self.plan.own_places(0, self.length)
+        batch, length = input_ids.shape
+        tokens, mask = (t.to(torch.int64).contiguous() for t in (input_ids, attention_mask != 0))
+        self.longest = int(mask.sum(1).max())
+        places, own = self.plan.prompt_places(length, self.longest), self.plan.own_places(0, self.longest)
         logits, room = self._room(batch, 1, wanted)
         self.prompt_seconds = self.search.start(
-            tokens.data_ptr(), mask.data_ptr(), (batch, self.length), places.addresses(),
+            tokens.data_ptr(), mask.data_ptr(), (batch, length), places.addresses(),
             self.plan.start_token, own.addresses(), room,
         )  # fmt: skip
         self._note_laps()
@@ -248,7 +251,7 @@ class NativeStepper:
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
         self.step_number += 1
         fed, parents = tokens.contiguous(), parents.contiguous()
-        places = self.plan.own_places(self.step_number, self.length)
+        places = self.plan.own_places(self.step_number, self.longest)
         logits, room = self._room(fed.shape[0], fed.shape[1], wanted)
         self.search.step(fed.data_ptr(), parents.data_ptr(), fed.shape[1], places.addresses(), room)
         self._note_laps()

@@ -9,8 +9,6 @@
 namespace cemg {
 namespace {
 
-constexpr int64_t kMostSteps = 256;  // a semantic ID has at most 255 levels
-
 // scores [wide] in place, of which the first `count` are seen: exp(score - highest), 0 elsewhere. Returns
 // highest and the sum.
 struct RowSum {
@@ -32,10 +30,8 @@ CEMG_CLONES RowSum exponentials(float* scores, int64_t count, int64_t wide, floa
       lanes[c] += scores[s + c];
     }
   }
-  float sum = 0;
-  for (const float lane : lanes) sum += lane;
   for (int64_t s = count; s < wide; ++s) scores[s] = 0.0f;
-  return {highest, sum};
+  return {highest, sum_of_lanes(lanes)};
 }
 
 CEMG_CLONES void divide(const float* x, float by, int64_t size, float* out) noexcept {
@@ -102,8 +98,7 @@ CEMG_CLONES void attend_own(const OwnTokens& tokens, const float* query, int64_t
     for (int64_t i = 0; i < whole; i += kLanes) {
       for (int64_t c = 0; c < kLanes; ++c) lanes[c] += query[i + c] * key[i + c];
     }
-    float sum = 0;
-    for (const float lane : lanes) sum += lane;
+    float sum = sum_of_lanes(lanes);
     for (int64_t i = whole; i < size; ++i) sum += query[i] * key[i];
     scores[t] = sum * scale + (tokens.bias ? tokens.bias[t * tokens.heads + head] : 0.0f);
     highest = larger(highest, scores[t]);

@@ -211,29 +211,36 @@ CEMG_CLONES void add_logits(const Linear& weights, int64_t panel, int64_t rows, 
     int32_t above = 0;
     for (int64_t c = 0; c < kPanel; ++c) above |= logits[c] > highest[r] ? 1 : 0;
     const float most = above ? highest_of(logits, kPanel) : highest[r];
+    const float least = larger(most, -kLargest);  // a number even where all so far are -inf
     if (above) {
       const float shrink = exp_of_negative(highest[r] - most);
       for (int64_t c = 0; c < kPanel; ++c) sum[c] *= shrink;
       highest[r] = most;
     }
-    for (int64_t c = 0; c < kPanel; ++c) sum[c] += exp_of_negative(logits[c] - most);
+    for (int64_t c = 0; c < kPanel; ++c) sum[c] += exp_of_negative(logits[c] - least);
   }
 }
 
-// The sum of x [kPanel], which is overwritten.
-CEMG_CLONES float sum_of(float* x) noexcept {
-  for (int64_t half = kPanel / 2; half > 0; half /= 2) {
-    for (int64_t c = 0; c < half; ++c) x[c] += x[c + half];
+// highest and sum of each row's lanes, `stride` floats apart.
+CEMG_CLONES void end_group(int64_t rows, const float* highest, float (*sums)[kPanel], int64_t stride,
+                           float* highest_out, float* sums_out) noexcept {
+  for (int64_t r = 0; r < rows; ++r) {
+    highest_out[r * stride] = highest[r];
+    sums_out[r * stride] = sum_of_lanes(sums[r]);
   }
-  return x[0];
 }
 
 // The log-sum-exp of groups of numbers, each by its highest and its sum.
 CEMG_CLONES float merge(const float* highest, const float* sums, int64_t groups) noexcept {
   const float most = highest_of(highest, groups);
-  float sum = 0;
-  for (int64_t g = 0; g < groups; ++g) sum += sums[g] * exp_of_negative(highest[g] - most);
-  return most + std::log(sum);
+  if (std::isinf(most)) return most;
+  float lanes[kPanel] = {};
+  int64_t g = 0;
+  for (; g + kPanel <= groups; g += kPanel) {
+    for (int64_t c = 0; c < kPanel; ++c) lanes[c] += sums[g + c] * exp_of_negative(highest[g + c] - most);
+  }
+  for (; g < groups; ++g) lanes[g % kPanel] += sums[g] * exp_of_negative(highest[g] - most);
+  return most + std::log(sum_of_lanes(lanes));
 }
 
 }  // namespace
@@ -279,18 +286,15 @@ void RowTotals::write(const Linear& weights, Rows<const float> x, int64_t rows, 
       const int64_t first = group * together, count = std::min(together, panels - first);
       const Share which = blocks.of(block);
       const int64_t some = which.end - which.begin;
-      float tile[kMostRows * kPanel], sums[kMostRows * kPanel] = {}, highest[kMostRows];
+      float tile[kMostRows * kPanel], sums[kMostRows][kPanel] = {}, highest[kMostRows];
       std::fill(highest, highest + kMostRows, kNever);
       for (int64_t p = 0; p < count; ++p) {
         panel_product(weights, first + p, x, which, tile,
                       ahead_of(weights, first, together, block * together + p, blocks.count));
-        add_logits(weights, first + p, some, tile, highest, sums);
+        add_logits(weights, first + p, some, tile, highest, sums[0]);
       }
-      for (int64_t r = 0; r < some; ++r) {
-        const auto at = static_cast<size_t>((which.begin + r) * groups + group);
-        highest_[at] = highest[r];
-        sums_[at] = sum_of(sums + r * kPanel);
-      }
+      const int64_t at = which.begin * groups + group;
+      end_group(some, highest, sums, groups, highest_.data() + at, sums_.data() + at);
     }
   });
   team.each(rows, 16 * groups, [&](Share some) {

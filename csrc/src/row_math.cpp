@@ -20,8 +20,7 @@ CEMG_CLONES float highest_of(const float* x, int64_t count) noexcept {
   for (int64_t i = 0; i < whole; i += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = larger(lanes[lane], x[i + lane]);
   }
-  float highest = kNever;
-  for (const float lane : lanes) highest = larger(highest, lane);
+  float highest = highest_of_lanes(lanes);
   for (int64_t i = whole; i < count; ++i) highest = larger(highest, x[i]);
   return highest;
 }
@@ -32,11 +31,12 @@ CEMG_CLONES float sum_exp(const float* x, int64_t count, float highest) noexcept
   for (int64_t i = 0; i < whole; i += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += exp_of_negative(x[i + lane] - highest);
   }
-  float last[kLanes] = {};
-  for (int64_t i = whole; i < count; ++i) last[i - whole] = exp_of_negative(x[i] - highest);
-  float sum = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane] + last[lane];
-  return sum;
+  if (whole < count) {
+    float last[kLanes] = {};
+    for (int64_t i = whole; i < count; ++i) last[i - whole] = exp_of_negative(x[i] - highest);
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += last[lane];
+  }
+  return sum_of_lanes(lanes);
 }
 
 }  // namespace cemg

@@ -19,8 +19,7 @@ CEMG_CLONES void norm_row(const Norm& norm, const float* x, int64_t width, float
     for (int64_t i = 0; i < whole; i += kLanes) {
       for (int64_t c = 0; c < kLanes; ++c) lanes[c] += term(x[i + c]);
     }
-    float sum = 0;
-    for (const float lane : lanes) sum += lane;
+    float sum = sum_of_lanes(lanes);
     for (int64_t i = whole; i < width; ++i) sum += term(x[i]);
     return sum;
   };
@@ -105,6 +104,14 @@ int64_t BeamDecoder::nbytes() const noexcept {
     for (const Floats& rows : step) total += rows.nbytes();
   }
   return total;
+}
+
+int64_t BeamDecoder::empty_prompt(const Prompts& prompts) noexcept {
+  for (int64_t user = 0; user < prompts.batch; ++user) {
+    const int64_t* const own = prompts.mask + user * prompts.length;
+    if (std::all_of(own, own + prompts.length, [](int64_t there) { return there == 0; })) return user;
+  }
+  return -1;
 }
 
 int64_t BeamDecoder::wrong_token(const Prompts& prompts) const noexcept {

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from cemg.decoding import Decoder
+from cemg.decoding import Decoder, score_all
 from cemg.decoding.layers import padding_of
 from cemg.errors import UserError
 from cemg_kernels.ranges import use_ranges
@@ -284,6 +284,39 @@ def test_tokens_and_places_outside_the_models_tables_are_refused():
         decoder.decode(torch.tensor([[5, 6], [5, VOCABULARY]]), torch.ones(2, 2).long(), 3)
     with pytest.raises(UserError, match="65 tokens do not fit the model's 64 positions"):
         decoder.decode(torch.full((1, 64), 5), torch.ones(1, 64).long(), 3)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama, as many key heads"])
+def test_padding_takes_no_places(shape, same_lists):
+    """Ten places, four tokens and two codes fed: seven more of padding change nothing."""
+    model = build(*SHAPES[shape])
+    if shape == "gpt2":
+        model = build("GPT2", SHAPES["gpt2"][1] | {"n_positions": 10})
+    catalog = random_catalog(60, 1)
+    ids, mask = Bench(model, catalog).prompts([4])
+    pad = (7, 0)
+    wide = torch.nn.functional.pad(ids, pad), torch.nn.functional.pad(mask, pad)
+    for backend in ("native", "torch"):
+        decoder = Decoder(model, catalog, START, backend=backend)
+        same_lists(decoder.decode(*wide, 9), decoder.decode(ids, mask, 9))
+
+
+def test_what_is_no_prompt_is_refused_before_it_is_read():
+    made = Bench(build(*SHAPES["gpt2"]), random_catalog(60, 1))
+    decoder = Decoder(made.model, made.catalog, START, backend="native")
+    ids, mask = made.prompts([4, 3])
+    none = mask.clone()
+    none[1] = 0
+    with pytest.raises(UserError, match="prompt 1 holds no token"):
+        score_all(decoder, ids, none)
+    with pytest.raises(ValueError, match="prompt 1 holds no token"):
+        decoder.plan.begin().start(ids, none, decoder._wanted(0))
+    with pytest.raises(ValueError, match="there is no prompt"):
+        decoder.plan.begin().search.start(0, 0, (0, 4), (0,) * 4, 0, (0,) * 4, ((0,) * 4, (0,) * 4, 0, 0))
+    assert score_all(decoder, ids[:0], mask[:0]).shape == (0, 60)
+    whole = decoder.decode(ids, mask, 5)
+    half = decoder.decode(ids, mask * 0.5, 5)  # whatever is not 0 is a token
+    assert torch.equal(half.scores, whole.scores)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -6,12 +6,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "cemg/propagate_cpu.h"
 #include "cemg/quantize_cpu.h"
+#include "cemg/row_math.h"
 #include "cemg/transformer_cpu.h"
 
 namespace {
@@ -78,6 +80,49 @@ void check_linear(int64_t rows, int64_t in, int64_t out, bool bias, int64_t thre
     }
     require(std::abs(std::log(total) - totals[r]) < 1e-3, "the log-sum-exp of a product");
   }
+}
+
+// Logits that a bias makes -inf, the first ones too, add nothing; where all are, so is the total.
+void check_totals_of_nothing() {
+  Weights weights;
+  const int64_t rows = 3, in = 5, out = 300;
+  cemg::Linear linear = weights.linear(in, out);
+  const auto x = draw(weights.random, rows * in);
+  cemg::Team team(1);
+  cemg::RowTotals sums;
+  const auto total = [&](int64_t first) {  // of row 1, with the logits before `first` at -inf
+    std::vector<float> bias(static_cast<size_t>(out), 0.0f), totals(static_cast<size_t>(rows));
+    std::fill(bias.begin(), bias.begin() + first, cemg::kNever);
+    linear.bias = bias.data();
+    sums.write(linear, {x.data(), in}, rows, totals.data(), team);
+    return totals[1];
+  };
+  for (int64_t first : {1, 32, 200, 299}) {
+    double sum = 0;
+    for (int64_t c = first; c < out; ++c) {
+      double logit = 0;
+      for (int64_t k = 0; k < in; ++k) {
+        logit += static_cast<double>(x[in + k]) * linear.panels[(c / 32 * in + k) * 32 + c % 32];
+      }
+      sum += std::exp(logit);
+    }
+    require(std::abs(std::log(sum) - total(first)) < 1e-3, "logits of -inf add nothing");
+  }
+  require(total(out) == cemg::kNever, "no logits, no total");
+}
+
+// What is thrown while helpers wait comes out, and the team goes on.
+void check_throwing(int64_t threads) {
+  cemg::Team team(threads);
+  bool caught = false;
+  try {
+    cemg::run_team(team, [] { throw std::bad_alloc(); });
+  } catch (const std::bad_alloc&) {
+    caught = true;
+  }
+  int64_t done = 0;
+  cemg::run_team(team, [&] { team.each(1, 1, [&](cemg::Share) { ++done; }); });
+  require(caught && done == 1, "an exception leaves the team");
 }
 
 // Jobs one after the other, some large enough to be shared: every task is done once, before the next job.
@@ -320,7 +365,9 @@ int main() {
   }
   check_linear(5, 1024, 33, false, 1);
   check_linear(50, 600, 500, true, 3);  // tiles that fetch what is to come
+  check_totals_of_nothing();
   check_team(3, 20000);
+  check_throwing(3);
   for (int64_t queries : {1, 6, 7, 70}) {
     for (int64_t keys : {1, 5, 32, 71}) check_attention(random, queries, keys, 1 + (queries + keys) % 40);
   }

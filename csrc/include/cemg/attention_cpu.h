@@ -7,6 +7,8 @@
 
 namespace cemg {
 
+inline constexpr int64_t kMostSteps = 256;  // own tokens of a row: a semantic ID has at most 255 levels
+
 // Keys and values of one head, as the products read them: keys [head_dim, padded(count)], values
 // [count, padded(head_dim)], zero where there is nothing.
 struct PackedHead {

@@ -16,6 +16,7 @@
 namespace cemg {
 
 inline constexpr float kNever = -std::numeric_limits<float>::infinity();
+inline constexpr float kLargest = std::numeric_limits<float>::max();
 inline constexpr int64_t kLanes = 32;  // values side by side, so that the compiler may use vectors
 
 // Vectors of so many floats, to be used as wide as the machine has them: GCC splits wider ones into single
@@ -40,6 +41,24 @@ constexpr float smaller(float a, float b) noexcept {
 }
 constexpr float larger(float a, float b) noexcept {
   return a < b ? b : a;
+}
+
+// The sum of x [kCount], a power of two, halved again and again; x is overwritten.
+template <int64_t kCount>
+[[gnu::always_inline]] inline float sum_of_lanes(float (&x)[kCount]) noexcept {
+  for (int64_t half = kCount / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  return x[0];
+}
+
+// Its highest, likewise; NaN in the lower half is passed over.
+template <int64_t kCount>
+[[gnu::always_inline]] inline float highest_of_lanes(float (&x)[kCount]) noexcept {
+  for (int64_t half = kCount / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) x[i] = larger(x[i], x[i + half]);
+  }
+  return x[0];
 }
 
 // e^x for x <= 0, within 2^-22 + |x| 2^-24 of it, and 1 for 0; below -87, where a float ends, e^-87; NaN for

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <vector>
 #if defined(_OPENMP)
@@ -145,14 +146,20 @@ class Team {
 template <class Work>
 void run_team([[maybe_unused]] Team& team, const Work& work) {
 #if defined(_OPENMP)
+  std::exception_ptr thrown;  // must not leave the region
   team.dismiss(false);
 #pragma omp parallel num_threads(static_cast<int>(team.threads())) if (team.threads() > 1)
   if (omp_get_thread_num() == 0) {
-    work();
+    try {
+      work();
+    } catch (...) {
+      thrown = std::current_exception();
+    }
     team.dismiss();
   } else {
     team.help(omp_get_thread_num());
   }
+  if (thrown) std::rethrow_exception(thrown);
 #else
   work();
 #endif

@@ -113,12 +113,18 @@ class BeamDecoder {
   // What it works with, in bytes.
   int64_t nbytes() const noexcept;
 
+  // Own tokens of each row so far, no more than kMostSteps.
+  int64_t steps() const noexcept { return static_cast<int64_t>(steps_); }
+
+  // The first prompt without a token; -1 where each has one.
+  static int64_t empty_prompt(const Prompts& prompts) noexcept;
+
   // The place in [B, S] of a token outside the vocabulary; -1 where there is none.
   int64_t wrong_token(const Prompts& prompts) const noexcept;
 
-  // Reads prompts, each of a token or more, and answers for one row a user. After an encoder the decoder is
-  // fed `start_token`. `places` are the encoder's, or the prompt's; `own_places` those of the start token.
-  // Returns the seconds that the prompts took.
+  // Reads prompts, one or more, each of a token or more, and answers for one row a user. After an encoder the
+  // decoder is fed `start_token`. `places` are the encoder's, or the prompt's; `own_places` those of the
+  // start token. Returns the seconds that the prompts took.
   double start(const Prompts& prompts, const Places& places, int64_t start_token, const Places& own_places,
                const Wanted& wanted);
 

@@ -2,13 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "cemg/row_math.h"
 
 namespace cemg {
 
-inline constexpr float kLargest = std::numeric_limits<float>::max();
 inline constexpr int64_t kFew = kLanes / 4;
 
 // NaN counts as -inf, +inf as the largest finite number.
