@@ -42,10 +42,12 @@ class Step:
             self.logits, self.scores, self.nodes, self.trie, WIDTH, "valid", backend=backend
         )
 
-    def finish(self, masked: Tensor) -> Tensor:
-        """What every peer does after its mask [B * W, K]: log-softmax, add, the best W. Their scores."""
+    def finish(self, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What every peer does after its mask [B * W, K]: log-softmax, add, the best W. Their scores, parents
+        and codes [B, W]."""
         total = self.scores.flatten()[:, None] + masked.log_softmax(1).nan_to_num(nan=float("-inf"))
-        return total.view(self.users, -1).topk(WIDTH).values
+        scores, places = total.view(self.users, -1).topk(WIDTH)
+        return scores, places // self.size, places % self.size
 
     def dict_trie(self) -> Work | str:
         """``PrefixConstrainedLogitsProcessor`` of transformers over nested dicts."""
@@ -71,7 +73,7 @@ class Step:
         words = ["".join(chr(shift + c) for c in row) for row in self.codes.tolist()]
         trie = marisa_trie.Trie(words)
 
-        def run() -> Tensor:
+        def run() -> tuple[Tensor, ...]:
             mask = torch.full((self.rows, self.size), float("-inf"))
             for beam, first in enumerate(self.first.tolist()):
                 legal = {ord(word[1]) - shift for word in trie.iterkeys(chr(shift + first))}
@@ -99,7 +101,14 @@ class Step:
         prefixes = self.first[:, None].long().to(device)
         nodes = trie.bootstrap_node_ids(prefixes, self.rows, 1, device)
         tokens = torch.arange(self.size, device=device).repeat(self.rows, 1)  # every code a candidate
-        return lambda: self.finish(trie.mask_candidates(prefixes, tokens, self.flat, 1, nodes))
+        begins = torch.arange(self.users, device=device)[:, None] * WIDTH  # of a user's beams
+
+        def run() -> tuple[Tensor, ...]:
+            scores, parents, codes = self.finish(trie.mask_candidates(prefixes, tokens, self.flat, 1, nodes))
+            grown = trie.advance_node_ids(nodes, (parents + begins).flatten(), codes.flatten())
+            return scores, parents, codes, grown
+
+        return run
 
     def bitmask(self) -> Work | str:
         """xgrammar's kernel that applies a ready bitmask: the mask's computation is not counted."""
@@ -112,7 +121,7 @@ class Step:
         bits = torch.nn.functional.pad(allowed, (0, -self.size % 32)).view(self.rows, -1, 32).long()
         mask = (bits << torch.arange(32)).sum(2).to(torch.int32).to(self.logits.device)
 
-        def run() -> Tensor:
+        def run() -> tuple[Tensor, ...]:
             logits = self.flat.clone()
             xgrammar.apply_token_bitmask_inplace(logits, mask)
             return self.finish(logits)
@@ -153,7 +162,7 @@ class Step:
         mask = xgrammar.allocate_token_bitmask(self.rows, len(vocabulary))
         chosen = self.first.tolist()
 
-        def run() -> Tensor:
+        def run() -> tuple[Tensor, ...]:
             for row, (parent, code) in enumerate(zip(parents, chosen, strict=True)):
                 beam = parent.fork()
                 beam.accept_token(code)
@@ -170,7 +179,7 @@ def one_step(report: Report, items: int, size: int, users: int, bandwidth: float
     step = Step(codes, size, report.device, users)
     backends = [dispatch.choose("trie_beam_step", report.device).backend]
     wanted = trie_beam_step(step.logits, step.scores, step.nodes, step.trie, WIDTH, "valid",
-                            backend="reference").scores  # fmt: skip
+                            backend="reference")  # fmt: skip
     ours = {backend: step.ours(backend) for backend in backends}
     peers: dict[str, Work | str] = {
         "dict trie + transformers' processor": step.dict_trie(),
@@ -180,12 +189,12 @@ def one_step(report: Report, items: int, size: int, users: int, bandwidth: float
         "flashrec's dense table": step.flashrec(),
     }
     for run in ours.values():
-        torch.testing.assert_close(run().scores, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run().scores, wanted.scores, rtol=0, atol=1e-5)
     for name, peer in peers.items():
         if not isinstance(peer, str):
             try:
                 found: Any = peer()
-                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+                torch.testing.assert_close(found[0], wanted.scores, rtol=0, atol=1e-5)
             except (AssertionError, RuntimeError, TypeError) as error:
                 peers[name] = f"failed: {str(error).splitlines()[0][:80]}"
     children = int(step.trie.mask(step.nodes.flatten()).sum())

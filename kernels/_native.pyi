@@ -1,4 +1,4 @@
-Filter = tuple[int, int, int, int, int, int, int]  # FilterView of trie_view.h, field by field
+Filter = tuple[int, int, int, int, int, int, int] | None  # FilterView of trie_view.h, field by field
 Linear = tuple[int, int, int, int]  # in, out, addresses of panels and bias
 Norm = tuple[int, int, float]  # addresses of weight and bias, epsilon
 Places = tuple[int, int, int, int]  # addresses of embedding, cosine, sine and bias

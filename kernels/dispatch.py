@@ -104,7 +104,7 @@ def pick(op: str, device: torch.device, backend: str | None = None) -> str:
     Raises ValueError where ``op`` has no such backend, or where it cannot serve ``device``.
     """
     if backend is None:
-        return choose(op, device).backend
+        return _choose(op, device.type).backend
     if backend not in OPS[op]:
         raise ValueError(f"{op} has no backend {backend!r}; choose from {', '.join(OPS[op])}")
     problem = _problem(op, backend, device.type)

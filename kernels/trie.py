@@ -34,6 +34,8 @@ class Trie:
     def __init__(self, arrays: TrieArrays, ids: Tensor | None) -> None:
         """Internal: ``ids`` [N] int64 by rank, None where an item's id is its row."""
         self.arrays, self._ids = arrays, ids
+        # attributes, since properties cost a step of decoding half a microsecond
+        self.codebook_size, self.device = arrays.codebook_size, arrays.code.device
 
     @classmethod
     def from_codes(
@@ -72,14 +74,6 @@ class Trie:
     @property
     def levels(self) -> int:
         return self.arrays.levels
-
-    @property
-    def codebook_size(self) -> int:
-        return self.arrays.codebook_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.arrays.code.device
 
     @property
     def nbytes(self) -> int:

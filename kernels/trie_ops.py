@@ -122,12 +122,12 @@ def _launch(
     name: str, trie: TrieArrays, filter: Filter, arguments: tuple[Tensor | int, ...], rows: int
 ) -> None:
     """The C++ or CUDA operation of this name over ``rows`` rows; its outputs come last in ``arguments``."""
-    fields = NO_FILTER if filter is None else filter.fields(rows)
+    fields = None if filter is None else filter.fields(rows)
     if trie.code.device.type == "cuda":
         from . import trie_cuda
 
         cells = rows * trie.codebook_size if name == "mask" else rows
-        trie_cuda.launch(name, trie, fields, arguments, cells)
+        trie_cuda.launch(name, trie, fields or NO_FILTER, arguments, cells)
         return
     addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     getattr(trie.view, name)(fields, *addresses, rows)

@@ -78,7 +78,7 @@ def _native(
     logits, total = dense(logits), None if logsumexp is None else dense(logsumexp)
     out = torch.empty_like(logits)
     trie.view.softmax(
-        trie_ops.NO_FILTER if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),
+        None if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),
         0 if total is None else total.data_ptr(), normalize, nodes.data_ptr(), nodes.numel(), out.data_ptr(),
     )  # fmt: skip
     return out
@@ -130,7 +130,7 @@ def check_normalize(normalize: str, logsumexp: Tensor | None, shape: torch.Size)
 def check_logits(logits: Tensor, nodes: Tensor, trie: Trie, dim: int) -> None:
     """ValueError where ``logits`` [..., K] do not fit ``nodes`` [...] and the trie."""
     shape, device = logits.shape, logits.device
-    if len(shape) != dim or shape[:-1] != nodes.shape or shape[-1] != trie.codebook_size:
+    if len(shape) != dim or shape != (*nodes.shape, trie.codebook_size):
         wanted = [*nodes.shape, trie.codebook_size]
         raise ValueError(f"logits must be {wanted}: nodes and codebook_size; got {list(shape)}")
     if not logits.is_floating_point():

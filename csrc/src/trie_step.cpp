@@ -1,18 +1,23 @@
 #include "cemg/trie_step.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "cemg/row_math.h"
 #include "cemg/trie_row.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace cemg {
 namespace {
 
 constexpr int64_t kParallelWork = 1 << 14;   // logits worth the waking of a thread
 constexpr int64_t kParallelBeams = 1 << 16;  // children of one user's beams worth sharing these out
+constexpr uint64_t kLastPlace = 0xffffffff;
 
 // log(sum(exp(x))) over the tame values of x [count], whose highest is `highest`; -inf where all are. They
 // are written out, to `room`, only where x has others.
@@ -81,17 +86,26 @@ float row_total(const StepLogits& step, int64_t row, int64_t size, const Childre
   return tame_log_sum_exp(children.logits(), children.count(), children.highest(), room);
 }
 
+// A score and a place, parent * K + code, in one number: the higher is better, and of equal scores the one of
+// the lower place.
+uint64_t key_of(float score, int64_t place) noexcept {
+  const auto bits = std::bit_cast<int32_t>(score + 0.0f);  // one zero, not two
+  const auto ordered = static_cast<uint32_t>(bits < 0 ? bits ^ 0x7fffffff : bits) ^ 0x80000000u;
+  return uint64_t{ordered} << 32 | (kLastPlace - static_cast<uint64_t>(place));
+}
+
 struct Candidate {
-  float score;
-  int64_t place;  // parent * K + code: the lower wins a tie
+  uint64_t key;
   int32_t node;
 
-  friend bool better(const Candidate& a, const Candidate& b) noexcept {
-    return a.score > b.score || (a.score == b.score && a.place < b.place);
+  int64_t place() const noexcept { return static_cast<int64_t>(kLastPlace - (key & kLastPlace)); }
+  float score() const noexcept {
+    const auto ordered = static_cast<int32_t>(static_cast<uint32_t>(key >> 32) ^ 0x80000000u);
+    return std::bit_cast<float>(ordered < 0 ? ordered ^ 0x7fffffff : ordered);
   }
 };
 
-// The best `limit` candidates of those offered, in any order.
+// The best `limit` candidates of those offered.
 class Best {
  public:
   void clear(size_t limit, float floor) {
@@ -103,25 +117,26 @@ class Best {
   // A candidate below this score is not among the best.
   float floor() const noexcept { return floor_; }
 
-  void offer(const Candidate& candidate) {
-    if (candidate.score < floor_) return;
-    kept_.push_back(candidate);
+  void offer(float score, int64_t place, int32_t node) {
+    if (score < floor_) return;
+    kept_.push_back({key_of(score, place), node});
     if (kept_.size() >= 4 * limit_) trim();
   }
 
+  // Best first.
   const std::vector<Candidate>& sorted() {
     if (kept_.size() > limit_) trim();
-    std::sort(kept_.begin(), kept_.end(), first_is_better);
+    std::sort(kept_.begin(), kept_.end(), better);
     return kept_;
   }
 
  private:
-  static bool first_is_better(const Candidate& a, const Candidate& b) noexcept { return better(a, b); }
+  static bool better(const Candidate& a, const Candidate& b) noexcept { return a.key > b.key; }
 
   void trim() {
     const auto worst = kept_.begin() + static_cast<std::ptrdiff_t>(limit_) - 1;
-    std::nth_element(kept_.begin(), worst, kept_.end(), first_is_better);
-    floor_ = worst->score;
+    std::nth_element(kept_.begin(), worst, kept_.end(), better);
+    floor_ = worst->score();
     kept_.resize(limit_);
   }
 
@@ -168,19 +183,22 @@ class UserStep {
     space_.total.resize(static_cast<size_t>(beams));
   }
 
-  const std::vector<Candidate>& run([[maybe_unused]] bool parallel) {
-#pragma omp parallel if (parallel)
+  const std::vector<Candidate>& run() {
+    survey(0, beams_);
+    collect();
+    return space_.kept.sorted();
+  }
+
+  // The same on several threads.
+  const std::vector<Candidate>& run_shared() {
+#pragma omp parallel
     {
-      int64_t begin = -1;  // of this thread's beams
-      float highest = kNever, floor = kNever;
-#pragma omp for schedule(static)
-      for (int64_t beam = 0; beam < beams_; ++beam) {
-        if (begin < 0) begin = beam;
-        const int64_t seen = beam - begin;
-        const bool look = seen >= 4 && (seen & (seen - 1)) == 0 && tame(scores_[beam]) < highest;
-        if (look) floor = floor_of(begin, seen);
-        highest = larger(highest, survey(beam, floor));
-      }
+#if defined(_OPENMP)
+      const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+      const int64_t thread = 0, threads = 1;
+#endif
+      survey(beams_ * thread / threads, beams_ * (thread + 1) / threads);
     }
     collect();
     return space_.kept.sorted();
@@ -195,9 +213,20 @@ class UserStep {
     return floor_of_best(space_.best.data() + begin * kLanes, beams * kLanes, limit_);
   }
 
+  // Some beams, one after the other; what they hold bounds what the next must reach.
+  void survey(int64_t begin, int64_t end) const {
+    float highest = kNever, floor = kNever;
+    for (int64_t beam = begin; beam < end; ++beam) {
+      const int64_t seen = beam - begin;
+      const bool look = seen >= 4 && (seen & (seen - 1)) == 0 && tame(scores_[beam]) < highest;
+      if (look) floor = floor_of(begin, seen);
+      highest = larger(highest, survey_one(beam, floor));
+    }
+  }
+
   // Fills in the total and the groups' best scores of a beam; the best of all. A log-probability is at most
   // 0, so a beam below `floor` has nothing to give.
-  float survey(int64_t beam, float floor) const {
+  float survey_one(int64_t beam, float floor) const {
     float* const best = space_.best.data() + beam * kLanes;
     float* const few = space_.few.data() + beam * kFew;
     float& total = space_.total[static_cast<size_t>(beam)] = kNever;
@@ -240,7 +269,7 @@ class UserStep {
       if (!(sum >= kept.floor())) continue;  // nor is NaN
       const auto child = static_cast<int32_t>(node);
       if (!mine.everything() && !mine.allows(trie_.interval(child))) continue;
-      kept.offer({sum, beam * trie_.codebook_size + code, child});
+      kept.offer(sum, beam * trie_.codebook_size + code, child);
     }
   }
 
@@ -262,14 +291,15 @@ void write(const std::vector<Candidate>& best, int64_t user, int64_t width, int6
   const auto found = static_cast<int64_t>(best.size());
   for (int64_t i = 0; i < width; ++i) {
     const bool alive = i < found;
-    const Candidate one = alive ? best[static_cast<size_t>(i)] : Candidate{kNever, 0, kNone};
     const int64_t at = user * width + i;
-    next.scores[at] = one.score;
-    next.parents[at] = one.place / size;
-    next.codes[at] = one.place % size;
+    const Candidate one = alive ? best[static_cast<size_t>(i)] : Candidate{key_of(kNever, 0), kNone};
+    const auto place = static_cast<uint32_t>(one.place()), codes = static_cast<uint32_t>(size);
+    next.scores[at] = one.score();
+    next.parents[at] = place / codes;
+    next.codes[at] = place % codes;
     next.nodes[at] = one.node;
   }
-  next.pruned[user] = found > width ? best[static_cast<size_t>(width)].score : kNever;
+  next.pruned[user] = found > width ? best[static_cast<size_t>(width)].score() : kNever;
 }
 
 template <class Code>
@@ -313,13 +343,13 @@ void beam_step(TrieView<Code> trie, FilterView filter, const StepLogits& step, c
   const int64_t work = users * beams * size;
   const bool share =
       users == 1 && work >= kParallelBeams && count_children(trie, nodes, beams) >= kParallelBeams;
-  const auto run = [&](int64_t user, bool parallel) {
+  const auto run = [&](int64_t user) {
     UserStep<Code> own(trie, filter, step, scores, nodes, user, beams, limit);
-    write(own.run(parallel), user, width, size, next);
+    write(share ? own.run_shared() : own.run(), user, width, size, next);
   };
-  if (share) return run(0, true);  // outside the region below: threads of a nested one are made anew
-#pragma omp parallel for if (users > 1 && work >= kParallelWork)
-  for (int64_t user = 0; user < users; ++user) run(user, false);
+  if (users == 1) return run(0);  // no region: to enter one takes a microsecond
+#pragma omp parallel for if (work >= kParallelWork)
+  for (int64_t user = 0; user < users; ++user) run(user);
 }
 
 #define CEMG_INSTANTIATE(Code)                                                                           \
