@@ -208,6 +208,10 @@ void beam_step(const View& view, const Filter& fields, Address logits, Address l
                                  at<int32_t>(next_nodes), at<float>(pruned)};
   std::visit(
       [&](auto trie) {
+        if (shape[1] > cemg::kMostCandidates / trie.codebook_size) {
+          throw std::invalid_argument(std::to_string(shape[1]) + " beams of " +
+                                      std::to_string(trie.codebook_size) + " codes are more than 2^32");
+        }
         cemg::beam_step(trie, filter, step, at<const float>(scores), at<const int32_t>(nodes), shape[0],
                         shape[1], shape[2], beams);
       },

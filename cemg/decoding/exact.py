@@ -58,7 +58,8 @@ def score_all(
     users = max(1, rows // trie.num_items)
     codes = trie.codes_by_rank().long()  # [N, levels]
     scores = torch.empty(len(input_ids), len(codes), device=trie.device)
-    for group in torch.arange(len(input_ids)).split(users) if len(input_ids) else ():
+    for begin in range(0, len(input_ids), users):
+        group = torch.arange(begin, min(begin + users, len(input_ids)))
         ids, mask = input_ids[group], attention_mask[group]
         used = mask.bool().any(0)  # without the padding of longer prompts
         prompts = ids[:, used].to(trie.device), mask[:, used].to(trie.device)

@@ -55,9 +55,9 @@ class Places(NamedTuple):
 def large_pages(count: int) -> Tensor:
     """Floats [count], zero, in pages of 2 MB where the system has them: products of few rows read every
     weight once, and looking up pages of 4 KB takes a tenth of their time."""
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if hasattr(mmap, "MAP_PRIVATE") else None
-    # shared ones, the default, are the pages of a file in memory, which stay small
-    room = mmap.mmap(-1, 4 * count) if private is None else mmap.mmap(-1, 4 * count, private)
+    # shared pages, the default, are those of a file in memory, which stay small; Windows knows no others
+    private = (mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,) if hasattr(mmap, "MAP_PRIVATE") else ()
+    room = mmap.mmap(-1, 4 * count, *private)
     with suppress(AttributeError, OSError):  # no Linux, or no such pages
         room.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(room, dtype=torch.float32)

@@ -289,35 +289,42 @@ PackedHead BeamDecoder::prompt_head(const Transformer& model, const PromptHeads&
           heads.values.data() + deep * (model.kv_heads * first_[user] + group * count), count};
 }
 
+// Calls work(user, head, part) on parts of the queries of each head of each user, who has rows(user) of them.
+template <class Count, class Work>
+void BeamDecoder::each_head(const Transformer& model, const Count& rows, const Work& work) {
+  const int64_t chunks = std::max<int64_t>(1, kTasksEach * team_.threads() / (batch_ * model.heads));
+  const int64_t cost = 4 * (first_[batch_] / batch_) * model.head_dim * rows(0) / chunks;
+  team_.each(batch_ * model.heads * chunks, cost, [&](Share tasks) {
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t chunk = task % chunks, user = task / chunks / model.heads, count = rows(user);
+      const Share part{count * chunk / chunks, count * (chunk + 1) / chunks};
+      if (part.begin < part.end) work(user, task / chunks % model.heads, part);
+    }
+  });
+}
+
 // The tokens of each prompt over each other, or over all before in a decoder; there in the last layer the
 // last token alone.
 void BeamDecoder::attend_in_prompt(const Transformer& model, const PromptHeads& heads, const Places& places,
                                    bool last) {
   const int64_t size = model.head_dim, stride = model.layers[0].qkv.out;
   const int64_t distances = 2 * length_ - 1;
-  const int64_t chunks = std::max<int64_t>(1, kTasksEach * team_.threads() / (batch_ * model.heads));
-  const int64_t tokens = first_[batch_] / batch_;
-  team_.each(batch_ * model.heads * chunks, 4 * tokens * tokens * size / chunks, [&](Share tasks) {
-    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t chunk = task % chunks, head = task / chunks % model.heads,
-                    user = task / chunks / model.heads;
-      const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
-      const int64_t from = last ? keys.count - 1 : keys.count * chunk / chunks;
-      const int64_t to = last ? keys.count : keys.count * (chunk + 1) / chunks;
-      if (last && chunk > 0) continue;
-      Sight sight;
-      if (encoder_) {
-        sight.own = places_.data() + first_[user] + from;
-        sight.place = places_.data() + first_[user];
-        if (places.bias) sight.bias = places.bias + head * distances + distances / 2;
-      } else {
-        sight.seen = from;
-      }
-      const int64_t row = last ? user : first_[user] + from;
-      attend({query_.data() + (first_[user] + from) * stride + head * size, stride, to - from, size}, keys,
-             model.scale, sight, attended().at(row) + head * size, attended().stride, nullptr, 0,
-             AttentionRoom::of_thread());
+  const auto rows = [&](int64_t user) { return last ? 1 : first_[user + 1] - first_[user]; };
+  each_head(model, rows, [&](int64_t user, int64_t head, Share part) {
+    const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
+    const int64_t from = last ? keys.count - 1 : part.begin;
+    Sight sight;
+    if (encoder_) {
+      sight.own = places_.data() + first_[user] + from;
+      sight.place = places_.data() + first_[user];
+      if (places.bias) sight.bias = places.bias + head * distances + distances / 2;
+    } else {
+      sight.seen = from;
     }
+    const float* const queries = query_.data() + (first_[user] + from) * stride + head * size;
+    const int64_t row = last ? user : first_[user] + from;
+    attend({queries, stride, part.end - part.begin, size}, keys, model.scale, sight,
+           attended().at(row) + head * size, attended().stride, nullptr, 0, AttentionRoom::of_thread());
   });
 }
 
@@ -326,27 +333,21 @@ void BeamDecoder::attend_to_prompt(Rows<const float> queries, const PromptHeads&
                                    const OwnTokens* own) {
   const Transformer& model = decoder_;
   const int64_t size = model.head_dim;
-  const int64_t chunks = std::max<int64_t>(1, kTasksEach * team_.threads() / (batch_ * model.heads));
-  const int64_t tokens = first_[batch_] / batch_;
-  team_.each(batch_ * model.heads * chunks, 4 * beams_ * tokens * size / chunks, [&](Share tasks) {
-    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t chunk = task % chunks, head = task / chunks % model.heads,
-                    user = task / chunks / model.heads;
-      const int64_t from = user * beams_ + beams_ * chunk / chunks;
-      const int64_t to = user * beams_ + beams_ * (chunk + 1) / chunks;
-      if (from == to) continue;
-      const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
-      float* const lse = own ? lse_.data() + head : nullptr;
-      attend({queries.at(from) + head * size, queries.stride, to - from, size}, keys, model.scale, {},
-             attended().at(from) + head * size, attended().stride, own ? lse + from * model.heads : nullptr,
-             model.heads, AttentionRoom::of_thread());
-      if (!own) continue;
-      for (int64_t row = from; row < to; ++row) {
-        attend_own(*own, queries.at(row) + head * size, row, head, model.scale, lse + row * model.heads,
-                   attended().at(row) + head * size);
-      }
-    }
-  });
+  each_head(
+      model, [&](int64_t) { return beams_; },
+      [&](int64_t user, int64_t head, Share part) {
+        const int64_t from = user * beams_ + part.begin, to = user * beams_ + part.end;
+        const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
+        float* const lse = own ? lse_.data() + head : nullptr;
+        attend({queries.at(from) + head * size, queries.stride, to - from, size}, keys, model.scale, {},
+               attended().at(from) + head * size, attended().stride, own ? lse + from * model.heads : nullptr,
+               model.heads, AttentionRoom::of_thread());
+        if (!own) return;
+        for (int64_t row = from; row < to; ++row) {
+          attend_own(*own, queries.at(row) + head * size, row, head, model.scale, lse + row * model.heads,
+                     attended().at(row) + head * size);
+        }
+      });
 }
 
 // x_ += weights(from)

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kParallelWork = 1 << 14;   // logits worth the waking of a thread
 constexpr int64_t kParallelBeams = 1 << 16;  // children of one user's beams worth sharing these out
-constexpr uint64_t kLastPlace = 0xffffffff;
+constexpr uint64_t kLastPlace = kMostCandidates - 1;
 
 // log(sum(exp(x))) over the tame values of x [count], whose highest is `highest`; -inf where all are. They
 // are written out, to `room`, only where x has others.
@@ -183,22 +183,11 @@ class UserStep {
     space_.total.resize(static_cast<size_t>(beams));
   }
 
-  const std::vector<Candidate>& run() {
-    survey(0, beams_);
-    collect();
-    return space_.kept.sorted();
-  }
-
-  // The same on several threads.
-  const std::vector<Candidate>& run_shared() {
-#pragma omp parallel
-    {
-#if defined(_OPENMP)
-      const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#else
-      const int64_t thread = 0, threads = 1;
-#endif
-      survey(beams_ * thread / threads, beams_ * (thread + 1) / threads);
+  const std::vector<Candidate>& run(bool share) {
+    if (share) {
+      survey_on_all_threads();
+    } else {
+      survey(0, beams_);
     }
     collect();
     return space_.kept.sorted();
@@ -211,6 +200,18 @@ class UserStep {
       return floor_of_best(space_.few.data() + begin * kFew, beams * kFew, limit_);
     }
     return floor_of_best(space_.best.data() + begin * kLanes, beams * kLanes, limit_);
+  }
+
+  void survey_on_all_threads() const {
+#if defined(_OPENMP)
+#pragma omp parallel
+    {
+      const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+      survey(beams_ * thread / threads, beams_ * (thread + 1) / threads);
+    }
+#else
+    survey(0, beams_);
+#endif
   }
 
   // Some beams, one after the other; what they hold bounds what the next must reach.
@@ -345,7 +346,7 @@ void beam_step(TrieView<Code> trie, FilterView filter, const StepLogits& step, c
       users == 1 && work >= kParallelBeams && count_children(trie, nodes, beams) >= kParallelBeams;
   const auto run = [&](int64_t user) {
     UserStep<Code> own(trie, filter, step, scores, nodes, user, beams, limit);
-    write(share ? own.run_shared() : own.run(), user, width, size, next);
+    write(own.run(share), user, width, size, next);
   };
   if (users == 1) return run(0);  // no region: to enter one takes a microsecond
 #pragma omp parallel for if (work >= kParallelWork)

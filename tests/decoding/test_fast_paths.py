@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cemg.decoding import Decoder, score_all
 from cemg.decoding.layers import padding_of
+from cemg.decoding.native import large_pages
 from cemg.errors import UserError
 from cemg_kernels.ranges import use_ranges
 
@@ -194,6 +196,19 @@ def test_however_many_threads_share_a_step_it_gives_the_same_bits(shape, threads
     torch.set_num_threads(threads)
     shared = decoder.decode(*prompts, 30)
     assert torch.equal(shared.items, alone.items) and torch.equal(shared.scores, alone.scores)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no Linux")
+def test_large_pages_are_private_to_the_process():
+    """Shared ones stay small, and a forked child would write into its parent's weights."""
+    room = large_pages(2**20)
+    assert room.shape == (2**20,) and not room.any()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(place, 16) for place in line.split()[0].split("-"))
+        if begin <= room.data_ptr() < end:
+            assert line.split()[1] == "rw-p"
+            return
+    raise AssertionError("the room lies in no mapping")
 
 
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
+from cemg_kernels import ItemFilter, Trie, dispatch, trie_beam_step, trie_softmax
 from cemg_kernels.trie_softmax import flat, tame
 
 INF = float("inf")
@@ -234,3 +234,10 @@ def test_a_step_compiles_whole(engine, filtered):
     compiled = torch.compile(two_steps, fullgraph=True, backend=engine)
     for ours, wanted in zip(compiled(logits, scores, nodes), two_steps(logits, scores, nodes), strict=True):
         assert torch.equal(ours, wanted)
+
+
+@pytest.mark.skipif(not dispatch.native_available(), reason="the C++ is not built")
+def test_more_candidates_than_the_cpp_can_number_are_refused():
+    trie = Trie.from_codes(torch.tensor([[0], [32767]]), 32768)
+    with pytest.raises(ValueError, match="131073 beams of 32768 codes are more than 2\\^32"):
+        trie.arrays.view.beam_step(None, 0, 0, 2, 0, 0, (1, 2**17 + 1, 1), 0, 0, 0, 0, 0)

@@ -106,7 +106,7 @@ class BeamDecoder {
 
   int64_t threads() const noexcept { return team_.threads(); }
 
-  // Whether calls from now on note their laps, those of the last call.
+  // Whether calls from now on note their laps; those of the last call.
   void note_laps(bool wanted) noexcept { noting_ = wanted; }
   const std::vector<Lap>& laps() const noexcept { return laps_; }
 
@@ -151,6 +151,8 @@ class BeamDecoder {
                    const PromptHeads& to);
   PackedHead prompt_head(const Transformer& model, const PromptHeads& heads, int64_t user,
                          int64_t group) const;
+  template <class Count, class Work>
+  void each_head(const Transformer& model, const Count& rows, const Work& work);
   void attend_in_prompt(const Transformer& model, const PromptHeads& heads, const Places& places, bool last);
   void attend_to_prompt(Rows<const float> queries, const PromptHeads& heads, const OwnTokens* own);
   void add(const Linear& weights, Rows<const float> from, int64_t rows);

@@ -8,6 +8,8 @@
 
 namespace cemg {
 
+inline constexpr int64_t kMostCandidates = int64_t{1} << 32;  // of a user: beams times K
+
 // Over which logits the softmax runs: the caller's log-sum-exp, a row's K codes, or the codes that continue.
 enum class Normalize : int32_t { kVocab, kLevel, kValid };
 
@@ -30,7 +32,8 @@ template <class Code>
 void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, const int32_t* nodes,
              int64_t rows, float* out);
 
-// The `width` best continuations of each user's beams: scores and nodes [users, beams].
+// The `width` best continuations of each user's beams, no more than kMostCandidates: scores and nodes
+// [users, beams].
 template <class Code>
 void beam_step(TrieView<Code> trie, FilterView filter, const StepLogits& step, const float* scores,
                const int32_t* nodes, int64_t users, int64_t beams, int64_t width, const NextBeams& next);
