@@ -105,10 +105,12 @@ class Projection:
         return Projection(self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """``residual + self(x)`` [R, out], in one product."""
+        """``residual + self(x)`` [R, out], in one product where all have one dtype, else in the wider one."""
+        if not residual.dtype == x.dtype == self.weight.dtype:
+            return residual + self(x)
         if self.bias is not None:
             residual = residual + self.bias
         return torch.addmm(residual, x, self.weight.t())
@@ -130,9 +132,10 @@ class Norm:
         return cls(layer.weight.detach(), None if bias is None else bias.detach(), eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if bias is None:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,9 @@ class T5Plan:
         gated = hasattr(dense, "wi_0")
         gate = Projection.of([dense.wi_0], self.dtype) if gated else None
         up = Projection.of([dense.wi_1 if gated else dense.wi], self.dtype)
-        down = Projection.of([dense.wo], self.dtype)
+        # What the feed-forward block adds leaves the range of float16, as transformers knows: it keeps this
+        # weight in float32, and so the hidden states from there on.
+        down = Projection.of([dense.wo], torch.float32 if self.dtype == torch.float16 else self.dtype)
         return Feed(Norm.of(layer.layer_norm), gate, up, down, dense.act)
 
     def encoder_bias(self, length: int) -> Tensor:

@@ -176,6 +176,22 @@ def test_in_bfloat16_the_scores_stay_within_its_rounding(shape):
     assert 0 < worst < 0.15 * max(abs(score) for score in exact.values())
 
 
+@pytest.mark.parametrize("shape", ["t5 tied", "t5 gated, uneven stacks"])
+def test_in_float16_a_t5_whose_hidden_states_leave_its_range_gives_the_scores_of_float32(shape):
+    model = build(*SHAPES[shape])
+    with torch.no_grad():
+        for stack in (model.encoder, model.decoder):
+            for block in stack.block:
+                block.layer[-1].DenseReluDense.wo.weight.mul_(1e6).clamp_(-6e4, 6e4)
+    catalog = random_catalog(60, 1)
+    prompts = Bench(model, catalog).prompts([5, 3])
+    exact = by_item(Decoder(model, catalog, START).decode(*prompts, 80))
+    half = by_item(Decoder(model.to(torch.float16), catalog, START, backend="torch").decode(*prompts, 80))
+    assert half.keys() == exact.keys()
+    worst = max(abs(half[place] - exact[place]) for place in exact)
+    assert 0 < worst < 0.02 * max(abs(score) for score in exact.values())
+
+
 def by_item(found: Any) -> dict[tuple[int, int], float]:
     return {
         (row, item): score
