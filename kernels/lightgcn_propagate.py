@@ -17,6 +17,8 @@ from torch import Tensor
 from .dispatch import fast_kernels_enabled, native, pick
 from .ranges import ranged
 
+MOST_TRITON_DIMENSIONS = 1024
+
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class BipartiteGraph:
@@ -84,7 +86,7 @@ def lightgcn_propagate(
     keeps x / (layers + 1). Differentiable in x: A_hat is symmetric, so backward is the same operator.
     float32 and float64 as they are; sums of narrower types in float32.
     ``backend``: "triton", "native" (C++ on the CPU; sums in float32), "torch", "reference", or None for the
-    dispatcher's, by which float64 goes to "torch".
+    dispatcher's, by which float64, and on a GPU more than 1,024 dimensions, go to "torch".
     Raises ValueError where shape, dtype or device do not fit, or layers < 0.
     """
     _check(graph, x, layers)
@@ -99,6 +101,8 @@ def _propagate(graph: BipartiteGraph, x: Tensor, layers: int, backend: str | Non
     if backend is None and x.dtype == torch.float64 and fast_kernels_enabled():
         backend = "torch"
     chosen = pick("lightgcn_propagate", x.device, backend)
+    if backend is None and chosen == "triton" and x.shape[1] > MOST_TRITON_DIMENSIONS:
+        chosen = "torch"
     if chosen == "reference":
         return lightgcn_propagate_reference(graph, x, layers)
     return _Propagate.apply(graph, x, layers, chosen)

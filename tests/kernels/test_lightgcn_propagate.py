@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,8 +102,21 @@ def test_tuned_equals_reference_forward_and_backward(num_users, num_items, edges
     # scales are float32 numbers held in float64 on both sides: only the order of sums differs
     for ours, theirs in zip(out_and_gradient(graph, start, layers, "torch"), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    for ours, theirs in zip(out_and_gradient(graph, start.float(), layers, "triton"), wanted, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6)
+    for backend in ("native", "triton"):
+        found = out_and_gradient(graph, start.float(), layers, backend)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6)
+
+
+def test_what_is_too_wide_for_triton_goes_to_torch(monkeypatch):
+    module = sys.modules["cemg_kernels.lightgcn_propagate"]
+    monkeypatch.setattr(module, "pick", lambda op, device, backend: backend or "triton")  # as on a GPU
+    graph = BipartiteGraph.from_edges(torch.tensor([0]), torch.tensor([0]), 1, 1)
+    x = torch.randn(2, 1025)
+    wanted = lightgcn_propagate(graph, x, 2, backend="reference")
+    torch.testing.assert_close(lightgcn_propagate(graph, x, 2), wanted, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="up to 1024 dimensions"):
+        lightgcn_propagate(graph, x, 2, backend="triton")
 
 
 def out_and_gradient(
