@@ -5,6 +5,7 @@ Started by ``latency.py`` as ``python engines.py NAME``; takes one JSON request 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -29,6 +30,7 @@ from cemg.tokenizer import Catalog
 
 ANSWER = "@@ "  # begins each line that is an answer; libraries print what they like between
 MEMORY_LIMIT = 20 * 2**30
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux
 SPECIAL = 3  # tokens before the text of a model that has none
 
 
@@ -407,13 +409,14 @@ def trace(path: str) -> None:
         return stepper
 
     decoder.plan.begin = begin_noted
+    recorded, decoder.graphs = decoder.graphs, None  # a replayed graph has no names
     use_ranges(True)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.cell.device != "cpu" else [])
     with profile(activities=activities) as profiler:
         for _ in range(3):
             decoder.decode(bench.ids, bench.mask, bench.cell.beams)
     use_ranges(False)
-    decoder.plan.begin = begin
+    decoder.plan.begin, decoder.graphs = begin, recorded
     profiler.export_chrome_trace(path)
     add_laps(Path(path), [lap for search in laps for lap in search])
 
@@ -438,16 +441,39 @@ def illegal(codes: Tensor, catalog: Catalog) -> int:
     return int((~inside | (nodes < 0)).sum())
 
 
+def forget_peak() -> None:
+    """Count the most memory held from here on: not what a worker's parent held, an earlier cell, or the
+    building of a catalog."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")
+
+
+def peak_mib() -> float:
+    """The most held since, in MiB: by torch on the GPU where there is one, else by the process, with its
+    libraries and the model."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if CLEAR_REFS.exists():
+        status = CLEAR_REFS.with_name("status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 def answer(request: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     """Serve one request of ``latency.py``."""
     do = request["do"]
     if do == "prepare":
         RUNNING.clear()
+        state.pop("run", None)
         cell = Cell(**request["cell"])
         state["run"] = ENGINES[state["engine"]](cell)
         with torch.inference_mode():
             codes, scores = state["run"]()
         wrong = illegal(codes, random_catalog(cell.items, cell.levels, cell.codes))
+        forget_peak()
         return {"scores": scores.tolist(), "illegal": wrong}
     if do == "sample":
         if torch.cuda.is_available():
@@ -462,9 +488,7 @@ def answer(request: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         trace(request["path"])
         return {}
     if do == "memory":
-        if torch.cuda.is_available():
-            return {"mib": torch.cuda.max_memory_allocated() / 2**20}
-        return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+        return {"mib": peak_mib()}
     raise ValueError(f"unknown request {do!r}")
 
 

@@ -198,6 +198,7 @@ class Report:
     options: argparse.Namespace
     device: torch.device
     rows: list[dict[str, Any]] = field(default_factory=list)
+    begun: float = field(default_factory=time.monotonic)
 
     def case(
         self,
@@ -249,7 +250,8 @@ class Report:
         if not self.options.json:
             return
         said = {"machine": machine(self.device), "commit": commit(),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"), "rows": self.rows}  # fmt: skip
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - self.begun), "rows": self.rows}  # fmt: skip
         self.options.json.parent.mkdir(parents=True, exist_ok=True)
         partial = self.options.json.with_suffix(".part")
         partial.write_text(json.dumps(said, indent=1) + "\n")
