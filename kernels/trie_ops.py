@@ -17,6 +17,7 @@ from torch import Tensor
 from . import trie_walk
 from .dispatch import pick
 from .filter_tensors import FilterTensors
+from .ranges import named_range, ranges_enabled
 from .trie_arrays import TrieArrays
 
 Filter = FilterTensors | None
@@ -25,6 +26,13 @@ NO_FILTER = (0, 0, 0, 0, 0, 0, 1)  # the fields of a filter that allows everythi
 
 def run(name: str, trie: TrieArrays, filter: Filter, *operands: Tensor) -> Any:
     """The operation of this name; inside ``torch.compile`` through its custom op."""
+    if ranges_enabled():
+        with named_range(f"trie_{name}"):
+            return _run(name, trie, filter, *operands)
+    return _run(name, trie, filter, *operands)
+
+
+def _run(name: str, trie: TrieArrays, filter: Filter, *operands: Tensor) -> Any:
     if torch.compiler.is_compiling():
         flat = (trie.code, trie.first_child, trie.rows, trie.levels, trie.codebook_size, list(filter or ()))
         return getattr(torch.ops.cemg, f"trie_{name}")(*flat, *operands)
