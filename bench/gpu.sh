@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Everything a borrowed GPU should do, worth most first, each step bounded in time and safe to kill:
-#   bash bench/gpu.sh [STEP ...]      steps: build tests sanitizer ops latency ncu train; default: all of them
-# Results go to $OUT (default: runs/gpu), one JSON a step. Needs Python 3.11+, torch, Triton, CuPy or nvcc, and
-# no network. DATA (default: ../shared/data) holds beauty/ for the last step; it is skipped where that is not.
+# Everything a borrowed GPU should do, worth most first, each step under nine minutes and safe to kill:
+#   bash bench/gpu.sh [STEP ...]      steps: build tests ops latency sanitizer ncu train; default: all of them
+# $OUT (default: runs/gpu) gets STEP.json (what ran, its exit codes, the rows it measured) and logs.tgz (logs,
+# plots, profiles). Ends with 1 if a command failed. Needs Python 3.11+, torch, Triton, CuPy or nvcc, and no
+# network. What the machine lacks can come along as wheels in $WHEELS (default: .whl): training needs polars and
+# pydantic, peers need theirs; the other steps need nothing that comes with torch, transformers and pytest.
+# DATA (default: ../shared/data) holds beauty/ for the last step; it is skipped where that is not.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-runs/gpu}
@@ -13,50 +16,82 @@ SITE=${SITE:-/tmp/cemg-site}
 export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
+WORK=$(mktemp -d)  # apart from $OUT, of which few files may come back
+FAILED=0
 
 bounded() {  # seconds, name, command: its log, and one line of how it went
   local seconds=$1 name=$2 began=$SECONDS; shift 2
-  timeout --signal=INT --kill-after=20 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+  timeout --signal=INT --kill-after=15 "$seconds" "$@" >"$WORK/$name.log" 2>&1
   local code=$?
-  printf '{"step": "%s", "exit": %d, "seconds": %d}\n' "$name" "$code" "$((SECONDS - began))" | tee -a "$OUT/steps.jsonl"
-  [ $code -eq 0 ] || tail -n 15 "$OUT/$name.log"
+  printf '{"command": "%s", "exit": %d, "seconds": %d}\n' "$name" "$code" "$((SECONDS - began))" | tee -a "$WORK/$STEP.jsonl"
+  [ $code -eq 0 ] || { FAILED=1; tail -n 15 "$WORK/$name.log"; }
+}
+
+report() {  # STEP.json from the lines of `bounded` and the JSON files named STEP-*, and all else in one archive
+  "$PYTHON" - "$WORK" "$STEP" "$OUT/$STEP.json" <<'PYTHON'
+import json, sys
+from pathlib import Path
+
+work, step, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+ran = [json.loads(line) for line in (work / f"{step}.jsonl").read_text().splitlines()]
+results = {}
+for path in sorted(work.glob(f"{step}-*.json")):
+    try:
+        results[path.stem] = json.loads(path.read_text())
+    except ValueError as error:  # killed while writing
+        results[path.stem] = f"unreadable: {error}"
+out.write_text(json.dumps({"step": step, "ran": ran, "results": results}, indent=1) + "\n")
+PYTHON
+  tar -czf "$OUT/logs.tgz" -C "$WORK" .
 }
 
 build() {
-  if [ -d "$WHEELS" ]; then  # packages the machine lacks (polars, pydantic, typer, pytest, ...), brought along
+  if [ -d "$WHEELS" ]; then
     bounded 120 wheels "$PYTHON" -m pip install -q --no-index --no-deps --upgrade --target "$SITE" "$WHEELS"/*.whl
   fi
-  bounded 240 build "$PYTHON" -m pip install -e . --no-build-isolation --no-deps
+  bounded 300 build "$PYTHON" -m pip install -e . --no-build-isolation --no-deps
+  bounded 60 device nvidia-smi
 }
-tests() { bounded 420 tests "$PYTHON" -m pytest -q -m gpu tests --maxfail=5; }
-sanitizer() {
-  bounded 240 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py -k trie
+tests() {
+  CEMG_NO_SKIPS=1 bounded 480 tests "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py tests/kernels --maxfail=8 \
+    --junitxml "$WORK/tests.xml"
 }
 ops() {
-  for name in trie_step quantize propagate; do
-    bounded 150 "ops-$name" "$PYTHON" "bench/$name.py" --device cuda --seconds 2 --json "$OUT/$name-gpu.json" --plot "$OUT/$name-gpu.png"
+  for name in trie_step quantize propagate trie_build; do
+    bounded 120 "ops-$name" "$PYTHON" "bench/$name.py" --device cuda --seconds 2 \
+      --json "$WORK/ops-$name.json" --plot "$WORK/ops-$name.png"
   done
 }
 latency() {
-  bounded 480 latency "$PYTHON" bench/latency.py --device cuda --seconds 2 --json "$OUT/latency-gpu.json" --plot "$OUT/latency-gpu.png"
-  bounded 240 latency-bf16 "$PYTHON" bench/latency.py --device cuda --dtype bfloat16 --seconds 2 --engines cemg \
-    --json "$OUT/latency-gpu-bf16.json" --plot "$OUT/latency-gpu-bf16.png"
+  bounded 330 latency "$PYTHON" bench/latency.py --device cuda --seconds 1 \
+    --json "$WORK/latency-float32.json" --plot "$WORK/latency-float32.png"
+  bounded 150 latency-bf16 "$PYTHON" bench/latency.py --device cuda --dtype bfloat16 --seconds 1 --engines cemg \
+    --json "$WORK/latency-bfloat16.json" --plot "$WORK/latency-bfloat16.png"
+}
+sanitizer() {
+  bounded 200 sanitizer-trie compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
+    -k "every_trie_operation"
+  bounded 300 sanitizer-triton compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
+    -k "beam_step or softmax or propagation"
 }
 ncu() {
-  bounded 240 ncu command ncu --set basic --launch-count 40 --csv --log-file "$OUT/ncu.csv" \
-    "$PYTHON" -m pytest -q bench/test_ops.py --benchmark-disable
+  local kernels="softmax_kernel|beam_step_kernel|merge_kernel|layer_kernel|chunk_kernel|prepare_kernel"
+  kernels="regex:$kernels|residual_quantize_kernel|lookup|advance|children|mask_|interval|keep"
+  bounded 480 ncu "$(type -P ncu || echo ncu)" --set basic --kernel-name "$kernels" --launch-count 300 --csv \
+    --log-file "$WORK/ncu.csv" "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
+    -k "trie or softmax or codes or propagation"
 }
 train() {
   if [ ! -d "$DATA/beauty" ]; then echo "no $DATA/beauty: train skipped"; return; fi
-  bounded 540 train "$PYTHON" -c 'from cemg.commands.train import main; main()' --data "$DATA/beauty" --config configs/beauty.yaml --device cuda \
-    --run "$OUT/beauty" --result "$OUT/beauty-gpu.json"
+  bounded 500 train "$PYTHON" -c 'from cemg.commands.train import main; main()' --data "$DATA/beauty" --config configs/beauty.yaml --device cuda \
+    --run "$WORK/beauty" --result "$WORK/train-beauty.json"
+  rm -rf "$WORK/beauty"  # the weights; $OUT takes small files
 }
 
-for step in "${@:-build tests sanitizer ops latency ncu train}"; do
-  for one in $step; do
-    case $one in
-      build | tests | sanitizer | ops | latency | ncu | train) "$one" ;;
-      *) echo "unknown step $one; see the head of this file"; exit 2 ;;
-    esac
-  done
+for STEP in ${@:-build tests ops latency sanitizer ncu train}; do
+  case $STEP in
+    build | tests | ops | latency | sanitizer | ncu | train) "$STEP"; [ ! -f "$WORK/$STEP.jsonl" ] || report ;;
+    *) echo "unknown step $STEP; see the head of this file"; exit 2 ;;
+  esac
 done
+exit $FAILED

@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # read where a Triton kernel is decorated, so before any is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _no_skips(report: Any) -> None:
+    """With CEMG_NO_SKIPS (CI, bench/gpu.sh) a kernel's test that is skipped fails: it proves nothing."""
+    own = "tests/kernels/" in report.nodeid or report.nodeid.startswith("tests/test_gpu.py")
+    if os.environ.get("CEMG_NO_SKIPS") and report.skipped and own:
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"a kernel's test must run here, but: {why}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    report = yield
+    _no_skips(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    report = yield
+    _no_skips(report)
+    return report
+
 
 WORDS = ["plain", "sturdy", "garden", "kitchen", "music", "office", "telescope", "rudder", "a", "for", "to"]
 

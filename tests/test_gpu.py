@@ -73,25 +73,70 @@ def test_every_trie_operation_equals_the_cpus(items, levels, size, filtered):
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
-def test_softmax_and_beam_step_equal_the_reference(normalize):
-    host = Trie.from_codes(codes_of(4000, 3, 64), 64)
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize(
+    ("users", "beams", "size", "width"),
+    [(6, 20, 64, 20), (1, 50, 256, 50), (3, 50, 2048, 50), (2, 7, 4096, 256), (2, 256, 300, 256)],
+)
+def test_softmax_and_beam_step_equal_the_reference(normalize, filtered, users, beams, size, width):
+    host = Trie.from_codes(codes_of(4000, 3, size), size)
     device = host.to(GPU)
     generator = torch.Generator().manual_seed(2)
-    nodes = torch.randint(0, host.arrays.num_inner, (6, 20), generator=generator).to(torch.int32)
-    logits, scores = torch.randn(6, 20, 64, generator=generator), -torch.rand(6, 20, generator=generator)
+    allowed = torch.rand(host.num_items, generator=generator) < 0.3
+    mine = ItemFilter.from_mask(host, allowed) if filtered else None
+    theirs = ItemFilter.from_mask(device, allowed.to(GPU)) if filtered else None
+    nodes = torch.randint(0, host.arrays.num_inner, (users, beams), generator=generator).to(torch.int32)
+    logits = torch.randn(users, beams, size, generator=generator)
+    scores = -torch.rand(users, beams, generator=generator)
     total = logits.logsumexp(2) + 1 if normalize == "vocab" else None
     on_gpu = None if total is None else total.to(GPU)
-    wanted = trie_beam_step(logits, scores, nodes, host, 20, normalize, total, backend="reference")
-    found = trie_beam_step(logits.to(GPU), scores.to(GPU), nodes.to(GPU), device, 20, normalize, on_gpu)
+    wanted = trie_beam_step(logits, scores, nodes, host, width, normalize, total, mine, backend="reference")
+    found = trie_beam_step(
+        logits.to(GPU), scores.to(GPU), nodes.to(GPU), device, width, normalize, on_gpu, theirs,
+        backend="triton",
+    )  # fmt: skip
     torch.testing.assert_close(found.scores.cpu(), wanted.scores, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.pruned.cpu(), wanted.pruned, rtol=0, atol=1e-5)
+    if normalize == "vocab":  # the same bits, so the same order
+        for name in ("parents", "codes", "nodes"):
+            assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
+    alive = found.nodes >= 0
+    walked = device.advance(nodes.to(GPU).gather(1, found.parents)[alive], found.codes[alive], filter=theirs)
+    assert torch.equal(walked, found.nodes[alive])
     rows = logits.flatten(0, 1), nodes.flatten()
     flat = None if total is None else total.flatten()
-    mine = trie_softmax(*rows, host, normalize, flat, backend="reference")
-    theirs = trie_softmax(
-        *(r.to(GPU) for r in rows), device, normalize, None if flat is None else flat.to(GPU)
+    log_prob = trie_softmax(*rows, host, normalize, flat, mine, backend="reference")
+    on_device = trie_softmax(
+        *(r.to(GPU) for r in rows), device, normalize, None if flat is None else flat.to(GPU), theirs,
+        backend="triton",
+    )  # fmt: skip
+    torch.testing.assert_close(on_device.cpu(), log_prob, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_of_narrow_logits_equals_the_references(dtype):
+    host = Trie.from_codes(codes_of(4000, 3, 256), 256)
+    nodes = torch.arange(1, 101, dtype=torch.int32).view(2, 50)
+    logits = torch.randn(2, 50, 256, generator=torch.Generator().manual_seed(6)).to(dtype)
+    scores = torch.zeros(2, 50)
+    total = logits.float().logsumexp(2)
+    wanted = trie_beam_step(logits, scores, nodes, host, 50, "vocab", total, backend="reference")
+    found = trie_beam_step(
+        logits.to(GPU), scores.to(GPU), nodes.to(GPU), host.to(GPU), 50, "vocab", total.to(GPU)
     )
-    torch.testing.assert_close(theirs.cpu(), mine, rtol=0, atol=1e-5)
+    for name in wanted._fields:
+        assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
+
+
+def test_a_compiled_function_calls_the_kernels():
+    trie = Trie.from_codes(codes_of(4000, 3, 64), 64).to(GPU)
+    nodes = torch.arange(1, 41, dtype=torch.int32, device=GPU).view(2, 20)
+    logits, scores = torch.randn(2, 20, 64, device=GPU), torch.zeros(2, 20, device=GPU)
+
+    def step(logits: torch.Tensor) -> torch.Tensor:
+        return trie_beam_step(logits * 2, scores, nodes, trie, 20, "valid").scores + 1
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(logits), step(logits), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

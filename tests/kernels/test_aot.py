@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -22,7 +23,11 @@ def test_every_configuration_compiles_for_both_architectures_and_none_spills(tmp
     assert ran.returncode == 0, ran.stdout + ran.stderr
     rows = json.loads(table.read_text())
     names = {case.name for case in aot.triton_cases()}
-    assert names <= {row["kernel"] for row in rows}
+    compiled = {row["kernel"] for row in rows}
+    assert names <= compiled
+    if shutil.which("nvcc"):
+        operations = ("lookup", "advance", "children", "mask", "interval", "keep")
+        assert all(any(operation in name for name in compiled - names) for operation in operations)
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
     assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 for row in rows)
 
@@ -51,3 +56,17 @@ def test_triton_kernels_are_interpreted_here_and_none_is_skipped():
     assert find_spec("triton") is not None
     assert torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
     assert dispatch.pick("lightgcn_propagate", torch.device("cpu"), "triton") == "triton"
+
+
+@pytest.mark.parametrize(("variable", "code"), [({"CEMG_NO_SKIPS": "1"}, 1), ({}, 0)])
+def test_a_kernels_test_that_is_skipped_fails_where_none_may_be(variable, code):
+    """What CI and bench/gpu.sh rely on, shown on a test that a machine without a GPU has to skip."""
+    root = Path(__file__).parents[2]
+    inherited = {name: value for name, value in os.environ.items() if name != "CEMG_NO_SKIPS"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "tests/test_gpu.py::test_the_native_trie_runs_here"], cwd=root, capture_output=True,
+        text=True, check=False, env=inherited | variable | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("a kernel's test must run here, but: " in done.stdout) == bool(code)
