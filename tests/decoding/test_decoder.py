@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cemg.decoding import Decoder, TransformersDecoder
 from cemg.errors import UserError
@@ -119,6 +120,36 @@ def test_an_exact_search_proves_what_a_narrow_beam_could_not(bench):
     assert bool((found.scores >= narrow.scores - 1e-5).all())
     spent = decoder.decode_exact(*prompts, 4, 4, budget=4)
     assert torch.equal(spent.certified, narrow.certified)
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level"])
+def test_of_5000_items_256_beams_and_the_exact_search_are_brute_forces(normalize):
+    size, levels = 20, 3
+    chosen = torch.randperm(size**levels, generator=torch.Generator().manual_seed(7))[:5000]
+    codes = torch.stack([chosen // size**2, chosen // size % size, chosen % size], dim=1)
+    torch.manual_seed(7)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=START + levels * size, n_positions=16, n_embd=32, n_layer=2, n_head=4,
+                   initializer_range=0.2, bos_token_id=1, eos_token_id=1)
+    ).eval()  # fmt: skip
+    decoder = Decoder(model, Catalog.from_codes(codes, size), START, normalize)
+    ids, mask = torch.randint(START, START + levels * size, (3, 6)), torch.ones(3, 6, dtype=torch.int64)
+    wide, exact = decoder.decode(ids, mask, 256), decoder.decode_exact(ids, mask, 10, 20)
+    tokens = codes + START + size * torch.arange(levels)
+    for row in range(3):
+        with torch.no_grad():
+            prompts = torch.cat((ids[row].expand(5000, -1), tokens[:, :-1]), dim=1)
+            logits = model(prompts).logits[:, -levels:]  # [5000, 3, V]
+        if normalize == "level":
+            logits = logits[:, :, START:].unflatten(2, (levels, size)).diagonal(dim1=1, dim2=2).mT
+        places = codes if normalize == "level" else tokens
+        expected = logits.log_softmax(2).gather(2, places[:, :, None]).sum((1, 2))  # [5000]
+        assert wide.items[row].unique().numel() == 256
+        torch.testing.assert_close(wide.scores[row], expected[wide.items[row]], rtol=0, atol=1e-4)
+        proven = int(wide.certified[row])
+        torch.testing.assert_close(wide.scores[row, :proven], expected.topk(proven).values, rtol=0, atol=1e-4)
+        assert exact.certified[row] == 10
+        torch.testing.assert_close(exact.scores[row], expected.topk(10).values, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("top", "beams", "budget"), [(0, 4, 9), (5, 4, 9), (4, 10, 9)])
