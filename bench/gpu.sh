@@ -58,9 +58,11 @@ tests() {
 }
 ops() {
   for name in trie_step quantize propagate trie_build; do
-    bounded 120 "ops-$name" "$PYTHON" "bench/$name.py" --device cuda --seconds 2 \
+    bounded 100 "ops-$name" "$PYTHON" "bench/$name.py" --device cuda --seconds 1 \
       --json "$WORK/ops-$name.json" --plot "$WORK/ops-$name.png"
   done
+  bounded 130 ops-trie_step-1e8 "$PYTHON" bench/trie_step.py --device cuda --seconds 1 --users 1 \
+    --items 100000000 --json "$WORK/ops-trie_step-1e8.json"
 }
 latency() {
   bounded 330 latency "$PYTHON" bench/latency.py --device cuda --seconds 1 \
