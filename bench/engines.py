@@ -5,10 +5,8 @@ Started by ``latency.py`` as ``python engines.py NAME``; takes one JSON request 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from harness import forget_peak, peak_mib
 from torch import Tensor
 
 from cemg.decoding import Decoder, Recommendations, TransformersDecoder, TrieLogitsProcessor, VllmDecoder
@@ -30,7 +29,6 @@ from cemg.tokenizer import Catalog
 
 ANSWER = "@@ "  # begins each line that is an answer; libraries print what they like between
 MEMORY_LIMIT = 20 * 2**30
-CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux
 SPECIAL = 3  # tokens before the text of a model that has none
 
 
@@ -439,27 +437,6 @@ def illegal(codes: Tensor, catalog: Catalog) -> int:
     inside = (codes >= 0).all(-1)
     nodes = catalog.trie.lookup(codes.clamp_min(0).flatten(0, 1)).view(inside.shape)
     return int((~inside | (nodes < 0)).sum())
-
-
-def forget_peak() -> None:
-    """Count the most memory held from here on: not what a worker's parent held, an earlier cell, or the
-    building of a catalog."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    if CLEAR_REFS.exists():
-        CLEAR_REFS.write_text("5")
-
-
-def peak_mib() -> float:
-    """The most held since, in MiB: by torch on the GPU where there is one, else by the process, with its
-    libraries and the model."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    if CLEAR_REFS.exists():
-        status = CLEAR_REFS.with_name("status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def answer(request: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import platform
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ import torch
 Work = Callable[[], object]
 MIN_SAMPLE_S = 2e-4  # shorter work is repeated within a sample until it lasts as long
 NOT_INSTALLED = "not installed"
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,9 +278,7 @@ class Report:
             lines.append(
                 (row["case"], row["backend"], f"{row['p50_ms']:.3f}", row["peer"], peer_ms, ratio, floor)
             )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-                         for line in lines)  # fmt: skip
+        return in_columns(lines)
 
     def plot(self, path: Path) -> None:
         """Median times as bars, a group a case, logarithmic, the floor as a line."""
@@ -311,9 +311,37 @@ class Report:
         plt.close(figure)
 
 
+def in_columns(lines: Sequence[Sequence[str]]) -> str:
+    """The cells of each line under each other."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+                     for line in lines)  # fmt: skip
+
+
 def _title(device: torch.device) -> str:
     said = machine(device)
     return said["device"] if device.type == "cuda" else f"{said['cpu']}, {said['threads']} threads"
+
+
+def forget_peak() -> None:
+    """Count the most memory held from here on: not what a worker's parent held, an earlier cell, or the
+    building of a catalog."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")
+
+
+def peak_mib() -> float:
+    """The most held since, in MiB: by torch on the GPU where there is one, else by the process, with its
+    libraries and the model."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if CLEAR_REFS.exists():
+        status = CLEAR_REFS.with_name("status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def optional(names: Sequence[str]) -> str:

@@ -23,7 +23,16 @@ from typing import Any
 
 import torch
 from engines import ANSWER, ENGINES, MODELS, Cell, as_request
-from harness import Report, Times, arguments, copy_bandwidth, gemm_rate, machine, start
+from harness import (
+    Report,
+    Times,
+    arguments,
+    copy_bandwidth,
+    gemm_rate,
+    in_columns,
+    machine,
+    start,
+)
 
 PATIENCE_S = 120.0  # a single answer that takes longer ends the engine's part in this cell
 PREPARE_S = 300.0  # reading libraries, building the model and the catalog, one run
@@ -154,9 +163,7 @@ def cell_table(report: Report) -> str:
         memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         lines.append((row["case"], f"{row['p50_ms']:.1f}", *high, f"{row['users_per_second']:.0f}",
                       f"{row['floor_ms']:.1f}", *parts, memory, str(row["illegal"])))  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-                     for line in lines)  # fmt: skip
+    return in_columns(lines)
 
 
 def floor_ms(cell: Cell, flops: float, bandwidth: float) -> float:

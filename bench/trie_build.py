@@ -5,18 +5,18 @@
 Peers get what they need ready made: nested dicts the rows as lists, marisa-trie the codes as strings. Before
 time is taken, a sample is looked up in each. "floor": the codes read and the trie written once, at the
 machine's copy bandwidth. ``bytes_an_item`` holds what a trie takes, without item ids (nested dicts: of at
-most 1e5 items, as tracemalloc counts them), ``peak_gib`` the most that the process had held by then.
+most 1e5 items, as tracemalloc counts them), ``peak_gib`` the most held by then, by the
+process or, on a GPU, by torch.
 """
 
 from __future__ import annotations
 
-import resource
 import tracemalloc
 from typing import Any
 
 import torch
 from engines import random_codes
-from harness import Report, Work, arguments, copy_bandwidth, optional, start
+from harness import Report, Work, arguments, copy_bandwidth, optional, peak_mib, start
 from torch import Tensor
 
 from cemg.decoding import dict_trie
@@ -92,7 +92,7 @@ def build(report: Report, items: int, size: int, bandwidth: float) -> None:
         ours: dict[str, Work] = {backend: lambda: Trie.from_codes(there, size, device=report.device)}  # noqa: B023
         report.case(f"N {items:.0e} K {size}, {name}", ours, against, f"{SAMPLE} rows looked up",
                     moved / bandwidth * 1e3, nbytes=moved, bytes_an_item=by_item,
-                    peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
+                    peak_gib=peak_mib() / 2**10)  # fmt: skip
 
 
 def main() -> None:

@@ -17,8 +17,6 @@ from torch import Tensor
 from .dispatch import fast_kernels_enabled, native, pick
 from .ranges import ranged
 
-MOST_TRITON_DIMENSIONS = 1024
-
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class BipartiteGraph:
@@ -101,11 +99,17 @@ def _propagate(graph: BipartiteGraph, x: Tensor, layers: int, backend: str | Non
     if backend is None and x.dtype == torch.float64 and fast_kernels_enabled():
         backend = "torch"
     chosen = pick("lightgcn_propagate", x.device, backend)
-    if backend is None and chosen == "triton" and x.shape[1] > MOST_TRITON_DIMENSIONS:
+    if backend is None and chosen == "triton" and not _fits_triton(x):
         chosen = "torch"
     if chosen == "reference":
         return lightgcn_propagate_reference(graph, x, layers)
     return _Propagate.apply(graph, x, layers, chosen)
+
+
+def _fits_triton(x: Tensor) -> bool:
+    from .lightgcn_propagate_triton import MAX_DIM
+
+    return x.shape[1] <= MAX_DIM
 
 
 def lightgcn_propagate_reference(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:

@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .lightgcn_propagate import MOST_TRITON_DIMENSIONS as MAX_DIM
 from .lightgcn_propagate import BipartiteGraph
 
+MAX_DIM = 1024
 FEW = 32  # up to so many neighbours, several vertices share a program
 CHUNK = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
