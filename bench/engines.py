@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from cells import MODELS, Cell, Skip, check_memory, random_catalog
 from harness import forget_peak, peak_mib
 from torch import Tensor
 
@@ -28,107 +29,7 @@ from cemg.decoding import Decoder, Recommendations, TransformersDecoder, TrieLog
 from cemg.tokenizer import Catalog
 
 ANSWER = "@@ "  # begins each line that is an answer; libraries print what they like between
-MEMORY_LIMIT = 20 * 2**30
-SPECIAL = 3  # tokens before the text of a model that has none
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One place of the grid: B users of ``history`` items each, W beams, N items of ``levels`` codes."""
-
-    model: str
-    batch: int
-    beams: int
-    history: int = 20
-    items: int = 12_101
-    levels: int = 4
-    codes: int = 256
-    normalize: str = "vocab"
-    device: str = "cpu"
-    dtype: str = "float32"
-    label: str = ""
-
-    @property
-    def prompt(self) -> int:
-        """Tokens of a prompt."""
-        return self.history * self.levels
-
-    def name(self) -> str:
-        shape = f"{self.label}{self.model} B{self.batch} W{self.beams}"
-        extra = [f"H{self.history}"] if self.history != 20 else []
-        extra += [f"N{self.items:.0e}"] if self.items != 12_101 else []
-        extra += [f"{self.levels}x{self.codes}"] if (self.levels, self.codes) != (4, 256) else []
-        return " ".join([shape, *extra])
-
-
 Runner = Callable[[], tuple[Tensor, Tensor]]  # -> codes [B, W, levels] and scores [B, W]
-
-
-class Skip(Exception):
-    """This engine cannot serve this cell, for this reason."""
-
-
-def t5(dim: int, layers: int, heads: int, ff: int, text: int, head: int = 64) -> Callable[[int], Any]:
-    def build(codes: int) -> Any:
-        config = transformers.T5Config(
-            vocab_size=text + codes, d_model=dim, d_kv=head, d_ff=ff, num_layers=layers, num_heads=heads,
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
-        )  # fmt: skip
-        return transformers.T5ForConditionalGeneration(config)
-
-    return build
-
-
-def llama(dim: int, layers: int, heads: int, groups: int, ff: int, text: int) -> Callable[[int], Any]:
-    def build(codes: int) -> Any:
-        config = transformers.LlamaConfig(
-            vocab_size=text + codes, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=groups, intermediate_size=ff, max_position_embeddings=2048,
-            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )  # fmt: skip
-        return transformers.LlamaForCausalLM(config)
-
-    return build
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A model with random weights: how many tokens come before the codes, its family, its builder."""
-
-    text: int
-    seq2seq: bool
-    build: Callable[[int], Any]
-
-
-MODELS = {
-    "tiger": Shape(SPECIAL + 2000, True, t5(128, 4, 6, 1024, SPECIAL + 2000)),  # its paper: 2,000 user tokens
-    "t5-small": Shape(32_128, True, t5(512, 6, 8, 2048, 32_128)),
-    "t5-base": Shape(32_128, True, t5(768, 12, 12, 3072, 32_128)),
-    "mmgrec": Shape(SPECIAL, True, t5(64, 2, 4, 256, SPECIAL, head=16)),
-    "decoder-4": Shape(SPECIAL, False, llama(128, 4, 4, 4, 344, SPECIAL)),
-    "smollm2-135m": Shape(49_152, False, llama(576, 30, 9, 3, 1536, 49_152)),
-}
-
-
-def random_codes(items: int, levels: int, codes: int) -> Tensor:
-    """``items`` different semantic IDs drawn from all of them, with seed 0: [N, levels] int32."""
-    generator = torch.Generator().manual_seed(0)
-    if codes**levels >= 2**62:
-        raise Skip(f"{codes} ** {levels} keys do not fit an int64")
-    drawn = torch.empty(0, dtype=torch.int64)
-    while drawn.numel() < items:
-        more = torch.randint(0, codes**levels, (items + items // 8 + 8,), generator=generator)
-        drawn = torch.unique(torch.cat((drawn, more)))
-    drawn = drawn[torch.randperm(drawn.numel(), generator=generator)[:items]]
-    found = torch.empty(items, levels, dtype=torch.int32)
-    for level in range(levels):
-        found[:, level] = drawn // codes ** (levels - 1 - level) % codes
-    return found
-
-
-def random_catalog(items: int, levels: int, codes: int) -> Catalog:
-    """The catalog of ``random_codes``."""
-    return Catalog.from_codes(random_codes(items, levels, codes), codes)
 
 
 class Bench:
@@ -180,6 +81,7 @@ class Bench:
 
 def cemg(cell: Cell) -> Runner:
     """Our engine."""
+    check_memory(cell)
     bench = Bench(cell)
     decoder = Decoder(bench.model, bench.catalog, bench.start, cell.normalize, backend=None)  # type: ignore[arg-type]
     if not decoder.path.startswith("fast"):
@@ -196,7 +98,7 @@ def transformers_trie(cell: Cell) -> Runner:
     """``generate`` with ``prefix_allowed_tokens_fn`` over nested dicts, what most people run."""
     if cell.items > 10**6:
         raise Skip("nested dicts of more than 1e6 items")
-    check_memory(cell)
+    check_memory(cell, generate=True)
     bench = Bench(cell)
     decoder = TransformersDecoder(bench.model, bench.catalog, bench.start, cell.normalize)  # type: ignore[arg-type]
     return lambda: codes_and_scores(decoder.decode(bench.ids, bench.mask, cell.beams))
@@ -206,7 +108,7 @@ def transformers_processor(cell: Cell) -> Runner:
     """``generate`` with our ``TrieLogitsProcessor``."""
     if cell.normalize == "level":
         raise Skip("a logits processor masks; it cannot normalise over a level")
-    check_memory(cell)
+    check_memory(cell, generate=True)
     bench = Bench(cell)
     return lambda: bench.generate(
         logits_processor=[TrieLogitsProcessor(bench.catalog.trie, bench.start)],
@@ -216,17 +118,9 @@ def transformers_processor(cell: Cell) -> Runner:
 
 def transformers_unconstrained(cell: Cell) -> Runner:
     """``generate`` as it is: what it returns need not exist."""
-    check_memory(cell)
+    check_memory(cell, generate=True)
     bench = Bench(cell)
     return lambda: bench.generate()
-
-
-def check_memory(cell: Cell) -> None:
-    """``generate`` holds some six copies of the logits of all beams, with float32 scores of each step."""
-    rows = cell.batch * cell.beams
-    needs = rows * (MODELS[cell.model].text + cell.levels * cell.codes) * 4 * (6 + cell.levels)
-    if needs > MEMORY_LIMIT:
-        raise Skip(f"would need about {needs / 2**30:.0f} GiB")
 
 
 def ctranslate2(cell: Cell, compute_type: str = "float32") -> Runner:
@@ -234,6 +128,7 @@ def ctranslate2(cell: Cell, compute_type: str = "float32") -> Runner:
     need("ctranslate2")
     import ctranslate2 as ct2
 
+    check_memory(cell)
     bench = Bench(cell)
     folder = Path(TEMPORARY.name, f"{cell.model}-{cell.levels}x{cell.codes}")
     if not folder.exists():
@@ -309,11 +204,11 @@ def check_vllm(cell: Cell) -> None:
 
 
 def flashrec(cell: Cell) -> Runner:
-    """Needs a GPU for its decoder."""
+    """Its engine runs Qwen3 alone, with normed queries and keys; its step is a peer in ``trie_step.py``."""
     if cell.device == "cpu":
         raise Skip("runs on a GPU only")
     need("flashrec")
-    raise Skip("installed, but no adapter was written yet: no GPU has run it")
+    raise Skip("serves Qwen3 alone, no T5 and no Llama; its step: trie_step.py")
 
 
 ENGINES: dict[str, Callable[[Cell], Runner]] = {
@@ -451,7 +346,7 @@ def answer(request: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
             codes, scores = state["run"]()
         wrong = illegal(codes, random_catalog(cell.items, cell.levels, cell.codes))
         forget_peak()
-        return {"scores": scores.tolist(), "illegal": wrong}
+        return {"scores": scores.tolist(), "codes": codes.tolist(), "illegal": wrong}
     if do == "sample":
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -28,6 +28,8 @@ Work = Callable[[], object]
 MIN_SAMPLE_S = 2e-4  # shorter work is repeated within a sample until it lasts as long
 NOT_INSTALLED = "not installed"
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux
+CPUS = Path("/sys/devices/system/cpu")
+NOT_ASKED = "not asked: "  # begins the status of a peer left out on purpose
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,16 @@ def _sample(work: Work, repeats: int, device: torch.device) -> float:
     return (time.perf_counter() - begun) / repeats
 
 
+def apart(scores: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """Which of scores [B, W], best first, lie more than ``tolerance`` from both neighbours: bool [B, W].
+
+    What stands there has to be the same for everyone; the last may tie with what was cut.
+    """
+    gap = (scores[:, :-1] - scores[:, 1:]) > tolerance
+    ends = torch.ones_like(scores[:, :1], dtype=torch.bool)
+    return torch.cat((ends, gap), 1) & torch.cat((gap, ~ends), 1)
+
+
 def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 0) -> float:
     """Floating-point operations a second of a square matrix product: the best of several, a limit.
 
@@ -143,6 +155,18 @@ def copy_bandwidth(device: torch.device, megabytes: int = 0) -> float:
     target = torch.empty_like(source)
     taken = measure({"copy": lambda: target.copy_(source)}, device, rounds=9, seconds=5)
     return 2 * source.nbytes / (min(taken["copy"].samples) / 1e3)
+
+
+def last_cache(device: torch.device) -> float:
+    """Bytes of the last cache before memory, all its slices; inf where the system does not say, so that no
+    floor counts what may have been there."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).L2_cache_size)
+    slices = {}
+    for index in CPUS.glob("cpu[0-9]*/cache/index3"):
+        kibibytes = (index / "size").read_text().strip().removesuffix("K")
+        slices[(index / "shared_cpu_list").read_text()] = float(kibibytes) * 2**10
+    return sum(slices.values()) or float("inf")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -211,41 +235,54 @@ class Report:
         floor_ms: float | None = None,
         nbytes: int | None = None,
         **more: Any,
-    ) -> None:
-        """Time our backends and the peers together, and add a row a pair.
+    ) -> list[dict[str, Any]]:
+        """Time our backends and the peers together, and add a row a pair; returns these rows.
 
         A peer that is a string could not run, for that reason. ``equal_to`` says what the outputs were
-        compared with before; the comparison is the caller's. ``floor_ms`` is the physical limit.
+        compared with before; the comparison is the caller's. ``floor_ms`` is the physical limit, ``nbytes``
+        what it has to move.
         """
         print(f"{self.op} {name}", flush=True)
         runnable = {peer: work for peer, work in peers.items() if not isinstance(work, str)}
         taken = measure({**ours, **runnable}, self.device, self.options.rounds, self.options.seconds)
+        found = {peer: work if isinstance(work, str) else taken[peer] for peer, work in peers.items()}
+        rows = []
         for backend in ours:
-            found = {peer: work if isinstance(work, str) else taken[peer] for peer, work in peers.items()}
-            self.add(name, backend, taken[backend], found, equal_to, floor_ms, bytes=nbytes, **more)
+            rows += self.add(name, backend, taken[backend], found, equal_to, floor_ms, nbytes, **more)
         self.write()
+        return rows
 
     def add(
         self,
         name: str,
         backend: str,
-        times: Times,
+        times: Times | str,
         peers: Mapping[str, Times | str],
         equal_to: str,
         floor_ms: float | None = None,
+        nbytes: int | None = None,
         **more: Any,
-    ) -> None:
-        """The rows of one backend that was timed already: one a peer, or one without."""
-        shared = {"op": self.op, "case": name, "backend": backend, "equal_to": equal_to, "floor_ms": floor_ms,
-                  **times.row(), **more}  # fmt: skip
+    ) -> list[dict[str, Any]]:
+        """Add and return the rows of one backend: one a peer, or one without. A string in place of times is
+        the reason why there are none."""
+        own: dict[str, Any] = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"))
+        own |= {"samples": 0} if isinstance(times, str) else times.row()
+        shared = {"op": self.op, "case": name, "backend": backend, "equal_to": equal_to, **own,
+                  "bytes": nbytes, "floor_ms": floor_ms, **more}  # fmt: skip
+        rows = []
         for peer, found in peers.items() or {"none": "no peer"}.items():
             row = {**shared, "peer": peer, "status": "ok", "peer_p50_ms": None, "ratio": None}
             if isinstance(found, str):
                 row["status"] = found
             else:
                 row["peer_p50_ms"] = found.p50
+            if isinstance(times, str):
+                row["status"] = f"ours skipped: {times}"
+            elif isinstance(found, Times):
                 row["ratio"] = found.p50 / times.p50
-            self.rows.append(row)
+            rows.append(row)
+        self.rows += rows
+        return rows
 
     def write(self) -> None:
         """The JSON of all rows so far, whole or not at all, where --json asks for it."""
@@ -272,12 +309,13 @@ class Report:
         head = ("case", "backend", "ms", "peer", "peer ms", "ratio", "x floor")
         lines = [head]
         for row in self.rows:
-            floor = f"{row['p50_ms'] / row['floor_ms']:.2f}" if row["floor_ms"] else ""
-            peer_ms = f"{row['peer_p50_ms']:.3f}" if row["peer_p50_ms"] is not None else row["status"]
-            ratio = f"{row['ratio']:.2f}" if row["ratio"] is not None else ""
-            lines.append(
-                (row["case"], row["backend"], f"{row['p50_ms']:.3f}", row["peer"], peer_ms, ratio, floor)
-            )
+            ours, floor, ratio = row["p50_ms"], row["floor_ms"], row["ratio"]
+            theirs = row["peer_p50_ms"]
+            lines.append((
+                row["case"], row["backend"], row["status"] if ours is None else f"{ours:.3f}", row["peer"],
+                f"{theirs:.3f}" if theirs is not None else "" if ours is None else row["status"],
+                f"{ratio:.2f}" if ratio else "", f"{ours / floor:.2f}" if ours and floor else "",
+            ))  # fmt: skip
         return in_columns(lines)
 
     def plot(self, path: Path) -> None:
@@ -287,9 +325,10 @@ class Report:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        cases = list(dict.fromkeys(row["case"] for row in self.rows))
+        rows = [row for row in self.rows if row["p50_ms"] is not None]
+        cases = list(dict.fromkeys(row["case"] for row in rows))
         names: dict[str, dict[str, float]] = {}
-        for row in self.rows:
+        for row in rows:
             names.setdefault(f"cemg {row['backend']}", {})[row["case"]] = row["p50_ms"]
             if row["peer_p50_ms"] is not None:
                 names.setdefault(row["peer"], {})[row["case"]] = row["peer_p50_ms"]
@@ -298,7 +337,7 @@ class Report:
         for i, (name, medians) in enumerate(names.items()):
             places = [cases.index(case) + i * width - 0.4 + width / 2 for case in medians]
             axes.bar(places, list(medians.values()), width, label=name)
-        floors = {row["case"]: row["floor_ms"] for row in self.rows if row["floor_ms"]}
+        floors = {row["case"]: row["floor_ms"] for row in rows if row["floor_ms"]}
         for i, case in enumerate(cases):
             if case in floors:
                 axes.hlines(floors[case], i - 0.42, i + 0.42, colors="black", linestyles="dashed",

@@ -5,12 +5,13 @@
     python bench/latency.py --profile runs/profile --models tiger
 
 Weights are random (seed 0): their beams are near-uniform, which costs as much as trained ones. A peer that
-is not installed, or cannot serve a cell, is listed with the reason.
+is not installed, cannot serve a cell or is not asked there is listed with the reason, and so are we.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -22,21 +23,26 @@ from queue import Empty, Queue
 from typing import Any
 
 import torch
-from engines import ANSWER, ENGINES, MODELS, Cell, as_request
+from cells import ITEMS, MODELS, Cell, floor_ms, read_bytes
+from engines import ANSWER, ENGINES, as_request
 from harness import (
+    NOT_ASKED,
     Report,
     Times,
+    apart,
     arguments,
     copy_bandwidth,
     gemm_rate,
     in_columns,
+    last_cache,
     machine,
     start,
 )
 
 PATIENCE_S = 120.0  # a single answer that takes longer ends the engine's part in this cell
 PREPARE_S = 300.0  # reading libraries, building the model and the catalog, one run
-TOLERANCE = 1e-4
+MOST_LOGIT = 8  # of the random models here
+NOTHING = "nothing: no constrained peer ran"
 
 
 class Worker:
@@ -121,21 +127,35 @@ def full_grid(models: list[str], on_gpu: bool) -> Iterator[Cell]:
 
 RQ3 = "RQ3 "  # begins the label of a cell of this table
 CONSTRAINED, FREE = "transformers + dict trie", "transformers, unconstrained"
+PUBLISHED = {"CEMG": CONSTRAINED, "LETTER": CONSTRAINED, "TIGER": FREE, "MMGRec": FREE}  # the method's search
+SAME_SEARCH = (CONSTRAINED, "transformers + our processor", "vLLM + our trie")  # their scores equal ours
 
 
-def rq3_grid() -> Iterator[tuple[Cell, str]]:
-    """The methods of the paper's RQ3 by the shape of their decoding, and the search they are published with.
+def rq3_grid() -> Iterator[Cell]:
+    """The methods of the paper's RQ3 by the shape of their decoding.
 
     CEMG and LETTER: 4 codes of 256 under a trie, the same shape. TIGER: 3 codes and one that tells equal ones
     apart, beams free. MMGRec: 3 codes of 128 and one that tells equal ones apart, a smaller model, 10 beams,
     free. Prompts hold 20 items in each; a free beam may name no item at all.
     """
-    tiger = Cell("tiger", 1, 20)
     for batch in (1, 8):
-        yield replace(tiger, batch=batch, label=RQ3 + "CEMG: "), CONSTRAINED
-        yield replace(tiger, batch=batch, label=RQ3 + "LETTER: "), CONSTRAINED
-        yield replace(tiger, batch=batch, label=RQ3 + "TIGER: "), FREE
-        yield Cell("mmgrec", batch, 10, codes=128, label=RQ3 + "MMGRec: "), FREE
+        for method in ("CEMG", "LETTER", "TIGER"):
+            yield Cell("tiger", batch, 20, label=f"{RQ3}{method}: ")
+        yield Cell("mmgrec", batch, 10, codes=128, label=f"{RQ3}MMGRec: ")
+
+
+def not_asked(cell: Cell, peer: str, full: bool) -> str:
+    """Why a peer is left out of this cell; empty where it is asked.
+
+    RQ3 has the search that each method is published with. Of catalogs apart from the default size, --full
+    asks the peers that search one; to the others its size is nothing.
+    """
+    if cell.label:
+        published = PUBLISHED[cell.label.removeprefix(RQ3).removesuffix(": ")]
+        return "" if peer == published else f"{NOT_ASKED}not the method's published search"
+    if cell.items == ITEMS or (full and "unconstrained" not in peer):
+        return ""
+    return NOT_ASKED + ("it knows no catalog" if "unconstrained" in peer else "--full asks it")
 
 
 def rq3_table(report: Report) -> str:
@@ -144,10 +164,11 @@ def rq3_table(report: Report) -> str:
         f"{'RQ3, one batch':34}{'published search':>30}{'its ms':>10}{'its illegal':>13}{'CEMG engine':>13}"
     ]
     for row in report.rows:
-        if row["case"].startswith(RQ3):
+        if row["case"].startswith(RQ3) and not row["status"].startswith(NOT_ASKED):
             method, illegal = row["case"][len(RQ3) :], row.get("peer_illegal", "")
             theirs = "skipped" if row["peer_p50_ms"] is None else f"{row['peer_p50_ms']:.1f}"
-            lines.append(f"{method:34}{row['peer']:>30}{theirs:>10}{illegal:>13}{row['p50_ms']:>13.1f}")
+            ours = "skipped" if row["p50_ms"] is None else f"{row['p50_ms']:.1f}"
+            lines.append(f"{method:34}{row['peer']:>30}{theirs:>10}{illegal:>13}{ours:>13}")
     lines.append("LETTER's shape is CEMG's own at 4 codes of 256: the difference between them is noise.")
     return "\n".join(lines)
 
@@ -158,45 +179,15 @@ def cell_table(report: Report) -> str:
             "MiB", "illegal")  # fmt: skip
     lines = [head]
     for row in {row["case"]: row for row in report.rows}.values():
+        if row["p50_ms"] is None:
+            lines.append((row["case"], row["status"], *[""] * (len(head) - 2)))
+            continue
         high = [f"{row[name]:.1f}" if name in row else "-" for name in ("p95_ms", "p99_ms")]
         parts = [f"{row['parts'].get(name, 0):.0%}" for name in head[6:10]]
         memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         lines.append((row["case"], f"{row['p50_ms']:.1f}", *high, f"{row['users_per_second']:.0f}",
                       f"{row['floor_ms']:.1f}", *parts, memory, str(row["illegal"])))  # fmt: skip
     return in_columns(lines)
-
-
-def floor_ms(cell: Cell, flops: float, bandwidth: float) -> float:
-    """The least time for this cell: needed operations at the measured matrix rate, or weights once a pass.
-
-    Needed: the prompt once a user, one row a user for the first code, W rows for each further one; of a
-    decoder's last layer, the prompt's last place alone; the head's K columns, or all where it normalises
-    over the vocabulary. Layer 0 of a code is a table, its projections are not counted.
-    """
-    torch.manual_seed(0)
-    config = MODELS[cell.model].build(cell.levels * cell.codes).config
-    users, steps, s = cell.batch, cell.levels - 1, cell.prompt
-    late = steps * cell.beams  # rows fed a user
-    if MODELS[cell.model].seq2seq:
-        d, inner, ff, layers = config.d_model, config.num_heads * config.d_kv, config.d_ff, config.num_layers
-        block = 4 * d * inner + 2 * d * ff
-        prompt = layers * s * (block + 2 * s * inner) + layers * s * 2 * d * inner
-        rows = 1 + late
-        decode = layers * rows * (block + 2 * d * inner + 2 * s * inner) - late * 3 * d * inner
-        weights = layers * (2 * block + 4 * d * inner)
-    else:
-        d, layers, ff = config.hidden_size, config.num_hidden_layers, config.intermediate_size
-        inner = d
-        qkv = d * (inner + 2 * config.num_key_value_heads * (d // config.num_attention_heads))
-        rest = d * inner + 3 * d * ff
-        prompt = layers * s * (qkv + s * inner) + ((layers - 1) * s + 1) * rest  # causal: half of 2 s
-        rows = 1 + late
-        decode = layers * late * (qkv + rest + 2 * s * inner) - late * qkv
-        weights = layers * (qkv + rest)
-    columns = config.vocab_size if cell.normalize == "vocab" else cell.codes
-    needed = 2 * users * (prompt + decode + rows * d * columns)
-    moved = (1 + steps) * 4 * (weights + d * columns)
-    return max(needed / flops, moved / bandwidth) * 1e3
 
 
 def run_cell(cell: Cell, workers: dict[str, Worker], rounds: int, seconds: float) -> dict[str, Any]:
@@ -227,18 +218,46 @@ def run_cell(cell: Cell, workers: dict[str, Worker], rounds: int, seconds: float
     return {"times": taken, "reasons": reasons, "first": first, "memory": memory}
 
 
-def compare(first: dict[str, dict[str, Any]]) -> str:
-    """What our scores were compared with; raises SystemExit where they differ."""
-    equal = []
-    for peer in ("transformers + dict trie", "transformers + our processor", "vLLM + our trie"):
-        if peer not in first:
+def tolerance(cell: Cell) -> float:
+    """How far two engines' scores of one list may lie apart.
+
+    float32: 1e-4. Narrower: each of a score's ``levels`` logits is rounded once by each engine, and what
+    comes before it differs by as much; a logit is taken to be no larger than MOST_LOGIT.
+    """
+    if cell.dtype == "float32":
+        return 1e-4
+    return 2 * cell.levels * MOST_LOGIT * torch.finfo(getattr(torch, cell.dtype)).eps
+
+
+def compare(cell: Cell, first: dict[str, dict[str, Any]]) -> str:
+    """What our lists were compared with, and how closely; raises SystemExit where they differ.
+
+    Scores in order, and the codes of each beam whose score lies apart from its neighbours' by more than both
+    could err.
+    """
+    allowed, equal = tolerance(cell), []
+    for peer in SAME_SEARCH:
+        if peer not in first or "cemg" not in first:
             continue
         mine, other = (torch.tensor(first[name]["scores"]) for name in ("cemg", peer))
-        worst = float((mine.sort().values - other.sort().values).abs().max())
-        if worst > TOLERANCE:
-            raise SystemExit(f"our scores differ from {peer}'s by {worst:.1e}; run pytest tests/decoding")
-        equal.append(peer)
-    return ", ".join(equal) or "nothing: no constrained peer ran"
+        codes, others = (torch.tensor(first[name]["codes"]) for name in ("cemg", peer))
+        (mine, order), (other, places) = mine.sort(descending=True), other.sort(descending=True)
+        worst = float((mine - other).abs().max())
+        alone = apart(mine, 2 * allowed)
+        same = (rows_of(codes, order) == rows_of(others, places)).all(2)
+        other_codes = int((~same & alone).sum())
+        if worst > allowed or other_codes:
+            raise SystemExit(
+                f"our lists differ from {peer}'s: scores by {worst:.1e}, {other_codes} codes, ties aside; "
+                "run pytest tests/decoding"
+            )
+        equal.append(f"{peer} (worst {worst:.0e})")
+    return f"{', '.join(equal)}: scores within {allowed:.0e}, codes" if equal else NOTHING
+
+
+def rows_of(codes: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """``codes`` [B, W, levels] in the ``order`` [B, W] of each user."""
+    return codes.gather(1, order[..., None].expand_as(codes))
 
 
 def latency_plot(report: Report, path: Path) -> None:
@@ -248,13 +267,13 @@ def latency_plot(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in report.rows if not row["case"].startswith(RQ3)]
+    rows = [row for row in report.rows if not row["case"].startswith(RQ3) and row["p50_ms"] is not None]
     sized = [row for row in rows if " N1e" in row["case"]]
     cells = list(dict.fromkeys(row["case"] for row in rows if " N1e" not in row["case"]))
     names: dict[str, dict[str, float]] = {"CEMG (exact, constrained)": {}}
     for row in rows:
         names["CEMG (exact, constrained)"][row["case"]] = row["p50_ms"]
-        if row["peer_p50_ms"] is not None:
+        if row["peer_p50_ms"] is not None and row not in sized:
             names.setdefault(row["peer"], {})[row["case"]] = row["peer_p50_ms"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(3, 1), layout="constrained")
     width = 0.85 / len(names)
@@ -289,6 +308,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the whole grid, T5-base included")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, help="only these, and always cemg")
+    parser.add_argument("--cells", default="", help='only cells whose name has this pattern, as "B1 W50$"')
     parser.add_argument("--normalize", choices=("vocab", "level", "valid"), default="vocab")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--profile", type=Path, help="write a Chrome trace a cell into this folder")
@@ -298,21 +318,21 @@ def main() -> None:
         name for name in MODELS if name != "mmgrec" and (options.full or name != "t5-base")
     ]
     cells = full_grid(models, device.type == "cuda") if options.full else default_grid(models)
+    cells = [*cells, *([] if options.models else rq3_grid())]
     names = ["cemg", *(name for name in options.engines or ENGINES if name != "cemg")]
     flops, bandwidth = gemm_rate(device, getattr(torch, options.dtype)), copy_bandwidth(device)
+    cache = last_cache(device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"matrix product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; random weights")
     report = Report("latency", options, device)
     workers = {name: Worker(name, torch.get_num_threads()) for name in names}
     try:
         for cell in cells:
-            cell = replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
-            asked = {"cemg": workers["cemg"]} if cell.items != 12_101 else workers
-            one_cell(cell, asked, report, floor_ms(cell, flops, bandwidth))
-        for cell, search in [] if options.models else rq3_grid():
-            asked = {name: worker for name, worker in workers.items() if name in ("cemg", search)}
-            cell = replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
-            one_cell(cell, asked, report, floor_ms(cell, flops, bandwidth))
+            if re.search(options.cells, cell.name()):
+                cell = replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
+                one_cell(
+                    cell, workers, report, floor_ms(cell, flops, bandwidth, cache), read_bytes(cell, cache)
+                )
     except KeyboardInterrupt:
         print("interrupted: what was measured so far follows")
     finally:
@@ -326,37 +346,43 @@ def main() -> None:
     print(f"{time.monotonic() - report.begun:.0f} s; rows in {options.json}, plot in {options.plot}")
 
 
-def one_cell(cell: Cell, workers: dict[str, Worker], report: Report, floor: float) -> None:
-    """Measure a cell and add its rows."""
+def one_cell(cell: Cell, workers: dict[str, Worker], report: Report, floor: float, nbytes: int) -> None:
+    """Measure a cell and add its rows: one a peer, whether it ran, could not, or was not asked."""
     options = report.options
     print(f"{cell.name()} ...", flush=True)
-    found = run_cell(cell, workers, options.rounds, options.seconds)
-    if "cemg" not in found["times"]:
-        print(f"  cemg: {found['reasons'].get('cemg', 'nothing measured')}")
-        return
-    equal = compare(found["first"])
-    parts = workers["cemg"].ask({"do": "parts"}, PATIENCE_S).get("parts", {})
-    if options.profile:
+    left_out = {name: not_asked(cell, name, options.full) for name in workers if name != "cemg"}
+    asked = {name: worker for name, worker in workers.items() if not left_out.get(name)}
+    found = run_cell(cell, asked, options.rounds, options.seconds)
+    peers: dict[str, Times | str] = {
+        name: reason or found["reasons"].get(name) or found["times"].get(name, "nothing measured")
+        for name, reason in left_out.items()
+    }
+    more: dict[str, Any] = {
+        "normalize": cell.normalize,
+        "dtype": cell.dtype,
+        "weights": "random",
+        "exact": True,
+    }
+    mine = found["times"].get("cemg") or found["reasons"].get("cemg", "nothing measured")
+    if isinstance(mine, Times):
+        parts = workers["cemg"].ask({"do": "parts"}, PATIENCE_S).get("parts", {})
+        more |= {"users_per_second": cell.batch / mine.p50 * 1e3, "parts": parts}
+        more |= {"illegal": found["first"]["cemg"]["illegal"], "peak_mib": found["memory"].get("cemg")}
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
+        print(f"  {mine.p50:.1f} ms, floor {floor:.1f} ms; {shares}")
+    else:
+        print(f"  cemg: {mine}")
+    if options.profile and isinstance(mine, Times):
         options.profile.mkdir(parents=True, exist_ok=True)
         path = options.profile / f"{cell.name().replace(' ', '-')}.json"
         workers["cemg"].ask({"do": "trace", "path": str(path.resolve())}, PATIENCE_S)
-    mine = found["times"]["cemg"]
-    peers: dict[str, Times | str] = {
-        name: found["reasons"].get(name) or found["times"].get(name, "nothing measured")
-        for name in workers if name != "cemg"
-    }  # fmt: skip
-    before = len(report.rows)
-    report.add(cell.name(), "cemg", mine, peers, equal, floor, users_per_second=cell.batch / mine.p50 * 1e3,
-               parts=parts, normalize=cell.normalize, weights="random", exact=True,
-               illegal=found["first"]["cemg"]["illegal"], peak_mib=found["memory"].get("cemg"))  # fmt: skip
-    for row in report.rows[before:]:
+    equal = compare(cell, found["first"])
+    for row in report.add(cell.name(), "cemg", mine, peers, equal, floor, nbytes, **more):
         if row["peer"] in found["times"]:
             row["peer_times"] = found["times"][row["peer"]].row()
             row["peer_illegal"] = found["first"][row["peer"]]["illegal"]
             row["peer_peak_mib"] = found["memory"].get(row["peer"])
     report.write()
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
-    print(f"  {mine.p50:.1f} ms, floor {floor:.1f} ms; {shares}")
 
 
 if __name__ == "__main__":

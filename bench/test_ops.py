@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import random_catalog
+from cells import random_catalog
 
 from cemg_kernels import (
     BipartiteGraph,

@@ -15,7 +15,7 @@ import tracemalloc
 from typing import Any
 
 import torch
-from engines import random_codes
+from cells import random_codes
 from harness import Report, Work, arguments, copy_bandwidth, optional, peak_mib, start
 from torch import Tensor
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from engines import random_catalog
+from cells import random_catalog
 from harness import Report, Work, arguments, copy_bandwidth, optional, start
 from torch import Tensor
 
