@@ -3,21 +3,31 @@
     python bench/trie_step.py [--items 10000 1000000] [--device cuda] [--json PATH] [--plot PATH]
 
 Scores and logits are random, of one user and of eight; every beam stands on a random node of level 1.
-"floor": the bytes of the logits and of the children's codes at the machine's copy bandwidth.
+"floor": at the machine's copy bandwidth, the codes of the beams' children, the logits that count
+(theirs, or the level's) and for the softmax its result; from a cache they take less. A step "over the level"
+normalises as flashrec does, whose fused step is the peer. On a GPU our step is timed once more in a CUDA
+graph, as the decoder runs it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from cells import random_catalog
-from harness import Report, Work, arguments, copy_bandwidth, optional, start
+from harness import Report, Times, Work, apart, arguments, copy_bandwidth, measure, optional, start
 from torch import Tensor
 
-from cemg_kernels import Trie, dispatch, trie_beam_step
+from cemg_kernels import Trie, dispatch, trie_beam_step, trie_softmax
+from cemg_kernels.trie_beam_step import BeamStep
+from cemg_kernels.trie_softmax import Normalize
 
 WIDTH, LEVELS = 50, 4
+SIZES, ITEMS, USERS = (256, 2048), (10**4, 10**5, 10**6, 10**7), (1, 8)  # K, N and B of the cases
+TOLERANCE = 1e-5  # of a score
+IN_GRAPH = 20  # steps of one CUDA graph, so that its launch is no part of a step
 MOST_FOR_DICT = 10**6
 MOST_FOR_GRAMMAR = 10**4  # two seconds to compile, ten times the items two hundred times as long
 
@@ -37,10 +47,16 @@ class Step:
         self.flat = self.logits.flatten(0, 1)  # [B * W, K]
         self.scores = -torch.rand(users, WIDTH, generator=generator).sort().values.to(device)
 
-    def ours(self, backend: str) -> Work:
-        return lambda: trie_beam_step(
-            self.logits, self.scores, self.nodes, self.trie, WIDTH, "valid", backend=backend
+    def run(self, backend: str, normalize: Normalize = "valid") -> BeamStep:
+        return trie_beam_step(
+            self.logits, self.scores, self.nodes, self.trie, WIDTH, normalize, backend=backend
         )
+
+    def needed_bytes(self, normalize: Normalize = "valid") -> int:
+        """The codes of the beams' children, and their logits or the whole level's."""
+        children = int(self.trie.mask(self.nodes.flatten()).sum())
+        logits = children * self.logits.element_size() if normalize == "valid" else self.logits.nbytes
+        return logits + children * self.trie.arrays.code.element_size()
 
     def finish(self, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What every peer does after its mask [B * W, K]: log-softmax, add, the best W. Their scores, parents
@@ -83,21 +99,26 @@ class Step:
 
         return run
 
-    def flashrec(self) -> Work | str:
+    @cached_property
+    def flashrec_trie(self) -> Any:
         """flashrec's trie: a dense table of what may follow each node, looked up for every candidate.
 
         The table holds the first two levels alone, all that this step asks about: deeper ones would make it
-        larger, not faster. Without CUDA its PyTorch code runs.
+        larger, not faster.
         """
-        missing = optional(["flashrec"])
-        if missing:
-            return missing
         from flashrec.search.trie import build_trie_from_sequences
 
         pairs = self.codes[:, 0].long() * self.size + self.codes[:, 1]
         trie = build_trie_from_sequences([divmod(pair, self.size) for pair in pairs.unique().tolist()])
         trie.finalize_index(token_base=0, vocab_size=self.size)
-        device = self.logits.device
+        return trie
+
+    def flashrec(self) -> Work | str:
+        """A mask by that trie, then an advance. Without CUDA its PyTorch code runs."""
+        missing = optional(["flashrec"])
+        if missing:
+            return missing
+        trie, device = self.flashrec_trie, self.logits.device
         prefixes = self.first[:, None].long().to(device)
         nodes = trie.bootstrap_node_ids(prefixes, self.rows, 1, device)
         tokens = torch.arange(self.size, device=device).repeat(self.rows, 1)  # every code a candidate
@@ -107,6 +128,32 @@ class Step:
             scores, parents, codes = self.finish(trie.mask_candidates(prefixes, tokens, self.flat, 1, nodes))
             grown = trie.advance_node_ids(nodes, (parents + begins).flatten(), codes.flatten())
             return scores, parents, codes, grown
+
+        return run
+
+    def flashrec_fused(self) -> Work | str:
+        """Log-softmax over the level, then its kernel of mask, the best W, histories and advance in one.
+
+        Without CUDA, or where its kernel does not build, its PyTorch code runs.
+        """
+        missing = optional(["flashrec"])
+        if missing:
+            return missing
+        from flashrec.kernel import GenrecFusedWorkspace, genrec_mask_topk_expand
+
+        trie, device, workspace = self.flashrec_trie, self.logits.device, GenrecFusedWorkspace()
+        prefixes = self.first[:, None].long().to(device)
+        nodes = trie.bootstrap_node_ids(prefixes, self.rows, 1, device).long().view(self.users, WIDTH)
+        tokens = torch.arange(self.size, device=device).expand(*self.logits.shape).contiguous()
+        history = torch.zeros(self.users, WIDTH, LEVELS, dtype=torch.int64, device=device)
+        tables = {"allow_table": trie._allow_table, "next_node": trie._next_node.long()}
+
+        def run() -> tuple[Tensor, ...]:
+            found = genrec_mask_topk_expand(
+                self.scores, self.logits.log_softmax(2), tokens, select_k=WIDTH, node_ids=nodes, col=1,
+                token_ids=history, invalid_node=trie._invalid_node, workspace=workspace, **tables,
+            )  # fmt: skip
+            return found.vals, found.parents, found.tokens, found.node_ids
 
         return run
 
@@ -174,13 +221,46 @@ class Step:
         return run
 
 
-def one_step(report: Report, items: int, size: int, users: int, bandwidth: float) -> None:
-    codes = random_catalog(items, LEVELS, size).codes
-    step = Step(codes, size, report.device, users)
-    backends = [dispatch.choose("trie_beam_step", report.device).backend]
-    wanted = trie_beam_step(step.logits, step.scores, step.nodes, step.trie, WIDTH, "valid",
-                            backend="reference")  # fmt: skip
-    ours = {backend: step.ours(backend) for backend in backends}
+def check(found: Sequence[Tensor], wanted: BeamStep) -> None:
+    """AssertionError where scores differ, or parents and codes where a score is no tie."""
+    scores, parents, codes = (part.to(wanted.scores.device) for part in found[:3])
+    torch.testing.assert_close(scores, wanted.scores, rtol=0, atol=TOLERANCE)
+    alone = apart(wanted.scores, 2 * TOLERANCE)
+    for name, mine, theirs in (("parents", parents, wanted.parents), ("codes", codes, wanted.codes)):
+        assert torch.equal(mine[alone].long(), theirs[alone].long()), f"other {name}"
+
+
+def checked(peers: dict[str, Work | str], wanted: BeamStep) -> dict[str, Work | str]:
+    """The peers, with a reason in place of those that fail or return something else."""
+    said = dict(peers)
+    for name, peer in peers.items():
+        if not isinstance(peer, str):
+            try:
+                found: Any = peer()
+                check(found, wanted)
+            except (AssertionError, RuntimeError, TypeError) as error:
+                said[name] = f"failed: {str(error).splitlines()[0][:80]}"
+    return said
+
+
+def in_a_graph(run: Work, report: Report) -> Times | str:
+    """A step among ``IN_GRAPH`` of one CUDA graph, or why there is none."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(IN_GRAPH):
+                run()
+    except RuntimeError as error:
+        return f"failed: {str(error).splitlines()[0][:80]}"
+    taken = measure({"graph": graph.replay}, report.device, report.options.rounds, report.options.seconds)
+    return Times(tuple(ms / IN_GRAPH for ms in taken["graph"].samples))
+
+
+def one_step(report: Report, step: Step, label: str, bandwidth: float) -> None:
+    """The step under "valid", against all peers."""
+    backend = dispatch.choose("trie_beam_step", report.device).backend
+    wanted = step.run("reference")
+    check(step.run(backend), wanted)
     peers: dict[str, Work | str] = {
         "dict trie + transformers' processor": step.dict_trie(),
         "marisa-trie": step.marisa(),
@@ -188,35 +268,67 @@ def one_step(report: Report, items: int, size: int, users: int, bandwidth: float
         "xgrammar's bitmask, the mask given": step.bitmask(),
         "flashrec's dense table": step.flashrec(),
     }
-    for run in ours.values():
-        torch.testing.assert_close(run().scores, wanted.scores, rtol=0, atol=1e-5)
-    for name, peer in peers.items():
-        if not isinstance(peer, str):
-            try:
-                found: Any = peer()
-                torch.testing.assert_close(found[0], wanted.scores, rtol=0, atol=1e-5)
-            except (AssertionError, RuntimeError, TypeError) as error:
-                peers[name] = f"failed: {str(error).splitlines()[0][:80]}"
-    children = int(step.trie.mask(step.nodes.flatten()).sum())
-    moved = step.logits.nbytes + children * step.trie.arrays.code.element_size()
-    label = f"K {size} N {items:.0e}" + (f" B {users}" if users > 1 else "")
-    report.case(label, ours, peers, "reference, scores within 1e-5",
-                moved / bandwidth * 1e3, nbytes=moved,
-                bytes_an_item=step.trie.nbytes / items)  # fmt: skip
+    moved = step.needed_bytes()
+    floor, equal = moved / bandwidth * 1e3, f"reference: scores within {TOLERANCE:.0e}, parents, codes"
+    report.case(label, {backend: lambda: step.run(backend)}, checked(peers, wanted), equal, floor,
+                nbytes=moved, bytes_an_item=step.trie.nbytes / len(step.codes))  # fmt: skip
+    if report.device.type == "cuda":
+        times = in_a_graph(lambda: step.run(backend), report)
+        report.add(label, f"{backend}, in a CUDA graph", times, {}, equal, floor, moved)
+
+
+def over_the_level(report: Report, step: Step, label: str, bandwidth: float) -> None:
+    """The step as flashrec normalises it, against its fused kernel."""
+    backend = dispatch.choose("trie_beam_step", report.device).backend
+    wanted = step.run("reference", "level")
+    check(step.run(backend, "level"), wanted)
+    peers = checked({"flashrec's fused step": step.flashrec_fused()}, wanted)
+    moved = step.needed_bytes("level")
+    report.case(f"{label}, over the level", {backend: lambda: step.run(backend, "level")}, peers,
+                f"reference: scores within {TOLERANCE:.0e}, parents, codes", moved / bandwidth * 1e3,
+                nbytes=moved)  # fmt: skip
+
+
+def softmax(report: Report, step: Step, label: str, bandwidth: float) -> None:
+    """The log-probabilities alone, against torch over a mask."""
+    backend, nodes = dispatch.choose("trie_softmax", report.device).backend, step.nodes.flatten()
+    allowed = step.trie.mask(nodes)
+
+    def masked(mask: Tensor) -> Tensor:
+        return step.flat.masked_fill(~mask, float("-inf")).log_softmax(1)
+
+    def ours(name: str) -> Tensor:
+        return trie_softmax(step.flat, nodes, step.trie, "valid", backend=name)
+
+    wanted = ours("reference")
+    for found in (ours(backend), masked(allowed)):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+    peers: dict[str, Work | str] = {
+        "torch, the mask given": lambda: masked(allowed),
+        "torch, the trie's mask": lambda: masked(step.trie.mask(nodes)),
+    }
+    moved = step.needed_bytes() + wanted.nbytes
+    report.case(f"softmax, {label}", {backend: lambda: ours(backend)}, peers,
+                f"reference within {TOLERANCE:.0e}", moved / bandwidth * 1e3, nbytes=moved,
+                op="trie_softmax")  # fmt: skip
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], rounds=15, seconds=6.0)
-    parser.add_argument("--items", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7])
-    parser.add_argument("--users", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--items", type=int, nargs="+", default=ITEMS)
+    parser.add_argument("--users", type=int, nargs="+", default=USERS)
     options = parser.parse_args()
     device = start(options)
     report = Report("trie_step", options, device)
     bandwidth = copy_bandwidth(device)
-    for size in (256, 2048):
+    for size in SIZES:
         for items in options.items:
+            codes = random_catalog(items, LEVELS, size).codes
             for users in options.users:
-                one_step(report, items, size, users, bandwidth)
+                step = Step(codes, size, device, users)
+                label = f"K {size} N {items:.0e}" + (f" B {users}" if users > 1 else "")
+                for case in (one_step, over_the_level, softmax):
+                    case(report, step, label, bandwidth)
     report.finish()
 
 
