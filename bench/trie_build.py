@@ -1,29 +1,33 @@
-"""Building the trie from codes: shuffled, sorting included, and from codes that are sorted already.
+"""Building the trie from codes, shuffled (sorting included) and sorted already, and asking it.
 
     python bench/trie_build.py [--items 1000000 100000000] [--device cuda] [--json PATH] [--plot PATH]
 
 Peers get what they need ready made: nested dicts the rows as lists, marisa-trie the codes as strings. Before
-time is taken, a sample is looked up in each. "floor": the codes read and the trie written once, at the
-machine's copy bandwidth. ``bytes_an_item`` holds what a trie takes, without item ids (nested dicts: of at
-most 1e5 items, as tracemalloc counts them), ``peak_gib`` the most held by then, by the
-process or, on a GPU, by torch.
+time is taken, a sample is looked up in each, and every answer compared. "floor": the codes read and the trie
+written once, of a question what goes in and out, at the machine's copy bandwidth. ``bytes_an_item`` holds
+what a trie takes, without item ids (nested dicts: of at most 1e5 items, as tracemalloc counts them),
+``peak_gib`` the most held by then, by the process or, on a GPU, by torch.
 """
 
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from cells import random_codes
-from harness import Report, Work, arguments, copy_bandwidth, optional, peak_mib, start
+from harness import NOT_ASKED, Report, Work, arguments, copy_bandwidth, optional, peak_mib, start
 from torch import Tensor
 
 from cemg.decoding import dict_trie
-from cemg_kernels import Trie
+from cemg_kernels import Trie, dispatch
 
 LEVELS = 4
+ITEMS, SIZES = (10**6, 10**7), (256,)  # N and K of the cases
 SAMPLE = 1000
+QUESTIONS = ("lookup", "advance", "mask", "children")
+ASKED = 400  # prefixes or nodes a call: eight users of 50 beams
 MOST_FOR_DICT, MOST_FOR_TRACE, MOST_FOR_WORDS = 10**6, 10**5, 10**7
 SHIFT = 0x100  # a code as a character, clear of the control characters
 
@@ -32,7 +36,7 @@ class Marisa:
     """``marisa_trie.Trie`` over the codes as characters; the strings are made before."""
 
     def __init__(self, codes: Tensor) -> None:
-        self.words = ["".join(chr(SHIFT + code) for code in row) for row in codes.tolist()]
+        self.words = words_of(codes)
 
     def build(self) -> Any:
         import marisa_trie
@@ -41,6 +45,10 @@ class Marisa:
 
     def holds(self, trie: Any) -> bool:
         return len(trie) == len(self.words) and all(word in trie for word in self.words[:SAMPLE])
+
+
+def words_of(codes: Tensor) -> list[str]:
+    return ["".join(chr(SHIFT + code) for code in row) for row in codes.tolist()]
 
 
 def in_dicts(root: Any, codes: Tensor) -> bool:
@@ -66,23 +74,26 @@ def dict_bytes(codes: Tensor) -> float:
 
 
 def build(report: Report, items: int, size: int, bandwidth: float) -> None:
-    """Both cases of one catalog."""
+    """Both cases of one catalog, then its questions."""
     codes = random_codes(items, LEVELS, size)
     trie = Trie.from_codes(codes, size)
     assert torch.equal(trie.items(trie.lookup(codes[:SAMPLE])), torch.arange(min(items, SAMPLE)))
     by_item: dict[str, float] = {"cemg": trie.nbytes / items, "nested dicts": dict_bytes(codes)}
-    peers: dict[str, Work | str] = {
-        "nested dicts": f"more than {MOST_FOR_DICT:.0e} items" if items > MOST_FOR_DICT else "",
-        "marisa-trie": optional(["marisa-trie"]) if items <= MOST_FOR_WORDS else "its words do not fit",
-    }
-    if not peers["nested dicts"]:
-        assert in_dicts(dict_trie(codes), codes)
+    would_take = f"they would take about {by_item['nested dicts'] * items / 2**30:.0f} GiB"
+    dicts: Any = f"{NOT_ASKED}above {MOST_FOR_DICT:.0e} items; {would_take}"
+    words: Any = f"{NOT_ASKED}above {MOST_FOR_WORDS:.0e} items; its words do not fit"
+    peers: dict[str, Work | str] = {"nested dicts": dicts, "marisa-trie": words}
+    if items <= MOST_FOR_DICT:
+        dicts = dict_trie(codes)
+        assert in_dicts(dicts, codes)
         peers["nested dicts"] = lambda: dict_trie(codes)
-    if not peers["marisa-trie"]:
+    if items <= MOST_FOR_WORDS:
+        words = peers["marisa-trie"] = optional(["marisa-trie"])
+    if not words:
         marisa = Marisa(codes)
-        built = marisa.build()
-        assert marisa.holds(built)
-        by_item["marisa-trie"] = len(built.tobytes()) / items
+        words = marisa.build()
+        assert marisa.holds(words)
+        by_item["marisa-trie"] = len(words.tobytes()) / items
         peers["marisa-trie"] = marisa.build
     moved = codes.nbytes + trie.nbytes + trie.arrays.rows.nbytes
     ordered = codes[trie.rows.long()]
@@ -93,12 +104,106 @@ def build(report: Report, items: int, size: int, bandwidth: float) -> None:
         report.case(f"N {items:.0e} K {size}, {name}", ours, against, f"{SAMPLE} rows looked up",
                     moved / bandwidth * 1e3, nbytes=moved, bytes_an_item=by_item,
                     peak_gib=peak_mib() / 2**10)  # fmt: skip
+    ask(report, Questions(codes, trie.to(report.device)), f"N {items:.0e} K {size}", dicts, words, bandwidth)
+
+
+class Questions:
+    """What is asked of a trie, in one call: half of the prefixes are items, of the rest hardly any."""
+
+    def __init__(self, codes: Tensor, trie: Trie) -> None:
+        generator = torch.Generator().manual_seed(2)
+        chosen = torch.randint(len(codes), (ASKED,), generator=generator)
+        drawn = torch.randint(trie.codebook_size, (ASKED, LEVELS), generator=generator, dtype=codes.dtype)
+        self.prefixes = torch.where(torch.arange(ASKED)[:, None] % 2 == 0, codes[chosen], drawn)  # [B, L]
+        self.trie, self.there = trie, self.prefixes.to(trie.device)
+        self.firsts = codes[chosen, :1]  # of nodes of the first level, one a beam
+        self.nodes, self.next = trie.lookup(self.firsts.to(trie.device)), self.there[:, 1]
+
+    def ours(self) -> dict[str, Callable[[], Tensor]]:
+        return {
+            "lookup": lambda: self.trie.lookup(self.there),
+            "advance": lambda: self.trie.advance(self.nodes, self.next),
+            "mask": lambda: self.trie.mask(self.nodes),
+            "children": lambda: self.trie.children(self.nodes)[0],
+        }
+
+    def of_dicts(self, root: Any) -> dict[str, Callable[[], Any]]:
+        """Nested dicts, whose nodes are the inner dicts."""
+        rows, nexts = self.prefixes.tolist(), self.prefixes[:, 1].tolist()
+        nodes = [root[code] for code in self.firsts[:, 0].tolist()]
+
+        def walk(row: list[int]) -> bool:
+            node = root
+            for code in row:
+                node = node.get(code)
+                if node is None:
+                    return False
+            return True
+
+        return {
+            "lookup": lambda: [walk(row) for row in rows],
+            "advance": lambda: [node.get(code) is not None for node, code in zip(nodes, nexts, strict=True)],
+            "mask": lambda: self.as_mask(nodes),
+            "children": lambda: [sorted(node) for node in nodes],
+        }
+
+    def of_words(self, trie: Any) -> dict[str, Callable[[], Any]]:
+        """marisa-trie, which has no nodes: their prefixes stand for them."""
+        words = words_of(self.prefixes)
+        nodes = words_of(self.firsts)
+        grown = words_of(torch.cat((self.firsts, self.prefixes[:, 1:2]), 1))
+
+        def below(node: str) -> set[int]:
+            return {ord(word[1]) - SHIFT for word in trie.iterkeys(node)}
+
+        return {
+            "lookup": lambda: [word in trie for word in words],
+            "advance": lambda: [next(trie.iterkeys(word), None) is not None for word in grown],
+            "mask": lambda: self.as_mask([below(node) for node in nodes]),
+            "children": lambda: [sorted(below(node)) for node in nodes],
+        }
+
+    def as_mask(self, codes: Sequence[Collection[int]]) -> Tensor:
+        """bool [B, K] of the codes of each row."""
+        mask = torch.zeros(len(codes), self.trie.codebook_size, dtype=torch.bool)
+        for row, own in enumerate(codes):
+            mask[row, list(own)] = True
+        return mask
+
+
+def same_answer(name: str, ours: Tensor, theirs: Any) -> bool:
+    """Nodes against whether there is one, masks bit for bit, lists of children against padded rows."""
+    if name in ("lookup", "advance"):
+        return bool(((ours >= 0).cpu() == torch.tensor(theirs)).all())
+    if name == "mask":
+        return torch.equal(ours.cpu(), theirs)
+    return [[code for code in row if code >= 0] for row in ours.tolist()] == theirs
+
+
+def ask(report: Report, asked: Questions, label: str, dicts: Any, words: Any, bandwidth: float) -> None:
+    """A case a question; a peer that is a string is the reason why it is not there."""
+    backend = dispatch.choose("trie", report.device).backend
+    peers = {"nested dicts": dicts if isinstance(dicts, str) else asked.of_dicts(dicts),
+             "marisa-trie": words if isinstance(words, str) else asked.of_words(words)}  # fmt: skip
+    ours = asked.ours()
+    for name in QUESTIONS:
+        run = ours[name]
+        theirs: dict[str, Work | str] = {
+            p: had if isinstance(had, str) else had[name] for p, had in peers.items()
+        }
+        found = run()
+        for peer, work in theirs.items():
+            if not isinstance(work, str):
+                assert same_answer(name, found, work()), f"{name}: {peer} answers otherwise"
+        moved = found.nbytes + (asked.there.nbytes if name == "lookup" else asked.nodes.nbytes)
+        report.case(f"{name} of {ASKED}, {label}", {backend: run}, theirs, "each peer's answer",
+                    moved / bandwidth * 1e3, nbytes=moved, op="trie_query")  # fmt: skip
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], rounds=9, seconds=12.0)
-    parser.add_argument("--items", type=int, nargs="+", default=[10**6, 10**7])
-    parser.add_argument("--codes", type=int, nargs="+", default=[256], help="codes a level, K")
+    parser.add_argument("--items", type=int, nargs="+", default=ITEMS)
+    parser.add_argument("--codes", type=int, nargs="+", default=SIZES, help="codes a level, K")
     options = parser.parse_args()
     device = start(options)
     report = Report("trie_build", options, device)
