@@ -1,57 +1,90 @@
-"""The cases of the benchmarks under pytest-benchmark: ``pytest bench/test_ops.py`` (extra ``bench``)."""
+"""The cases of the scripts under pytest-benchmark: ``pytest bench/test_ops.py`` (extra ``bench``).
+
+Each on the backend that dispatch picks, compared with the reference on what the script compares.
+"""
 
 from __future__ import annotations
 
-import pytest
-import torch
-from cells import random_catalog
+from functools import cache
 
-from cemg_kernels import (
-    BipartiteGraph,
-    Trie,
-    dispatch,
-    lightgcn_propagate,
-    residual_quantize,
-    trie_beam_step,
-)
+import propagate
+import pytest
+import quantize
+import torch
+import trie_build
+import trie_step
+from cells import random_codes
+
+from cemg_kernels import BipartiteGraph, Trie, dispatch, lightgcn_propagate, residual_quantize, trie_softmax
 
 pytest.importorskip("pytest_benchmark")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STEPS = [(size, items, users) for size in trie_step.SIZES for items in trie_step.ITEMS
+         for users in trie_step.USERS]  # fmt: skip
+BUILDS = [(size, items) for size in trie_build.SIZES for items in trie_build.ITEMS]
 
 
-def backends(op: str) -> list[str]:
-    """What can run here, the interpreter left out: its time says nothing."""
-    names = [b for b in dispatch.OPS[op] if b != "triton" or DEVICE.type == "cuda"]
-    return [b for b in names if not dispatch._problem(op, b, DEVICE.type)]
+@cache
+def codes_of(items, size):
+    return random_codes(items, trie_step.LEVELS, size)
 
 
-@pytest.mark.parametrize("backend", backends("residual_quantize"))
-def test_residual_quantize(benchmark, backend):
-    x, codebooks = torch.randn(10_000, 64, device=DEVICE), torch.randn(4, 256, 64, device=DEVICE)
-    codes, _ = benchmark(residual_quantize, x, codebooks, backend=backend)
-    assert torch.equal(codes[:500], residual_quantize(x[:500], codebooks, backend="reference")[0])
+@pytest.mark.parametrize("size", quantize.SIZES)
+def test_residual_quantize(benchmark, size):
+    x, codebooks = quantize.draw(quantize.ITEMS, size, DEVICE)
+    codes, _ = benchmark(residual_quantize, x, codebooks)
+    assert quantize.not_nearest(x, codebooks, codes) == 0
 
 
-@pytest.mark.parametrize("backend", backends("lightgcn_propagate"))
-def test_lightgcn_propagate(benchmark, backend):
-    users, items = torch.randint(2_000, (20_000,)), torch.randint(1_000, (20_000,))
-    graph = BipartiteGraph.from_edges(users, items, 2_000, 1_000).to(DEVICE)
-    x = torch.randn(3_000, 64, device=DEVICE)
-    out = benchmark(lightgcn_propagate, graph, x, 3, backend=backend)
-    torch.testing.assert_close(out, lightgcn_propagate(graph, x, 3, backend="reference"), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("name", propagate.SHAPES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_lightgcn_propagate(benchmark, name, direction):
+    users, items, edges = propagate.SHAPES[name]
+    graph = BipartiteGraph.from_edges(*propagate.draw(users, items, edges), users, items).to(DEVICE)
+    x, gradient = (torch.randn(users + items, propagate.DIM, device=DEVICE) for _ in range(2))
+
+    def work(x, gradient, backend=None):
+        def run(y):
+            return lightgcn_propagate(graph, y, propagate.LAYERS, backend=backend)
+
+        return run(x) if direction == "forward" else propagate.backward(run, x, gradient)()
+
+    out = benchmark(work, x, gradient)
+    wanted = work(x.double(), gradient.double(), "reference").float()
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", backends("trie_beam_step"))
-@pytest.mark.parametrize("items", [10**4, 10**6])
-def test_trie_beam_step(benchmark, backend, items):
-    trie = random_catalog(items, 4, 256).trie.to(DEVICE)
-    nodes = torch.randint(1, 257, (1, 50), dtype=torch.int32, device=DEVICE)
-    logits, scores = torch.randn(1, 50, 256, device=DEVICE), -torch.rand(1, 50, device=DEVICE)
-    step = benchmark(trie_beam_step, logits, scores, nodes, trie, 50, "valid", backend=backend)
-    wanted = trie_beam_step(logits, scores, nodes, trie, 50, "valid", backend="reference")
-    torch.testing.assert_close(step.scores, wanted.scores, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("size, items, users", STEPS)
+def test_trie_beam_step(benchmark, size, items, users):
+    step = trie_step.Step(codes_of(items, size), size, DEVICE, users)
+    trie_step.check(benchmark(step.run, None), step.run("reference"))
 
 
-def test_trie_build(benchmark):
-    codes = random_catalog(10**5, 4, 256).codes
-    assert benchmark(Trie.from_codes, codes, 256).num_items == 10**5
+@pytest.mark.parametrize("size, items, users", STEPS)
+def test_trie_softmax(benchmark, size, items, users):
+    step = trie_step.Step(codes_of(items, size), size, DEVICE, users)
+    operands = step.flat, step.nodes.flatten(), step.trie, "valid"
+    found = benchmark(trie_softmax, *operands)
+    wanted = trie_softmax(*operands, backend="reference")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=trie_step.TOLERANCE)
+
+
+@pytest.mark.parametrize("size, items", BUILDS)
+def test_trie_build(benchmark, size, items):
+    codes = codes_of(items, size).to(DEVICE)
+    trie = benchmark(Trie.from_codes, codes, size, device=DEVICE)
+    rows = torch.arange(0, items, max(1, items // trie_build.SAMPLE), device=DEVICE)
+    assert torch.equal(trie.items(trie.lookup(codes[rows])), rows)
+
+
+@pytest.mark.parametrize("question", trie_build.QUESTIONS)
+@pytest.mark.parametrize("size, items", BUILDS)
+def test_trie_query(benchmark, size, items, question):
+    codes = codes_of(items, size)
+    asked = trie_build.Questions(codes, Trie.from_codes(codes, size).to(DEVICE))
+    found = benchmark(asked.ours()[question])
+    dispatch.use_fast_kernels(False)
+    try:
+        assert torch.equal(found, asked.ours()[question]())
+    finally:
+        dispatch.use_fast_kernels(None)
