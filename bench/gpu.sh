@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything a borrowed GPU should do, worth most first, each step under nine minutes and safe to kill:
 #   bash bench/gpu.sh [STEP ...]      steps: build tests ops latency sanitizer ncu train; default: all of them
-# $OUT (default: runs/gpu) gets STEP.json (what ran, its exit codes, the rows it measured) and logs.tgz (logs,
-# plots, profiles). Ends with 1 if a command failed. Needs Python 3.11+, torch, Triton, CuPy or nvcc, and no
+# $OUT (default: runs/gpu) gets STEP.json (what ran, its exit codes, the rows it measured, the targets they meet or
+# miss) and logs.tgz (logs, plots, profiles). Ends with 1 if a command failed. Needs Python 3.11+, torch, Triton, CuPy or nvcc, and no
 # network. What the machine lacks can come along as wheels in $WHEELS (default: .whl): training needs polars and
 # pydantic, peers need theirs; the other steps need nothing that comes with torch, transformers and pytest.
 # DATA (default: ../shared/data) holds beauty/ for the last step; it is skipped where that is not.
@@ -32,6 +32,9 @@ report() {  # STEP.json from the lines of `bounded` and the JSON files named STE
 import json, sys
 from pathlib import Path
 
+sys.path.insert(0, "bench")
+from targets import read, targets
+
 work, step, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 ran = [json.loads(line) for line in (work / f"{step}.jsonl").read_text().splitlines()]
 results = {}
@@ -40,7 +43,10 @@ for path in sorted(work.glob(f"{step}-*.json")):
         results[path.stem] = json.loads(path.read_text())
     except ValueError as error:  # killed while writing
         results[path.stem] = f"unreadable: {error}"
-out.write_text(json.dumps({"step": step, "ran": ran, "results": results}, indent=1) + "\n")
+met = targets(read(sorted(work.glob(f"{step}-*.json"))))
+for name, found in met.items():
+    print(f"{name}: {found['measured']:.4g} of {found['goal']:.4g}, {'met' if found['met'] else 'missed'}")
+out.write_text(json.dumps({"step": step, "ran": ran, "targets": met, "results": results}, indent=1) + "\n")
 PYTHON
   tar -czf "$OUT/logs.tgz" -C "$WORK" .
 }

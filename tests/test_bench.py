@@ -1,0 +1,196 @@
+"""The benchmarks' own arithmetic: equality before time, rows that say why, floors, memory, targets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cells
+import latency
+import propagate
+import pytest
+import quantize
+import targets
+import torch
+import trie_build
+import trie_step
+from cells import Cell
+from harness import NOT_ASKED, Report, Times, apart
+
+from cemg_kernels import BipartiteGraph, Trie, residual_quantize
+
+FIELDS = {"op", "case", "backend", "peer", "status", "ratio", "peer_p50_ms", "equal_to", "p20_ms", "p50_ms",
+          "p80_ms", "bytes", "floor_ms"}  # fmt: skip
+CELL = Cell("tiger", 1, 3)
+
+
+def a_report(tmp_path: Path) -> Report:
+    options = argparse.Namespace(json=tmp_path / "rows.json", rounds=2, seconds=1.0, full=False, profile=None)
+    return Report("op", options, torch.device("cpu"))
+
+
+def test_a_row_has_every_field_whether_it_was_timed_or_not(tmp_path: Path) -> None:
+    report, own = a_report(tmp_path), Times((1.0, 2.0, 3.0))
+    report.add("timed", "native", own, {"slow": Times((8.0,)), "away": "not installed"}, "reference", 0.5, 64)
+    report.add("skipped", "native", "over 120 s", {"slow": Times((8.0,))}, "nothing")
+    timed, away, skipped = report.rows
+    assert all(row.keys() >= FIELDS for row in report.rows)
+    assert (timed["ratio"], timed["bytes"], away["status"]) == (4.0, 64, "not installed")
+    assert skipped["status"] == "ours skipped: over 120 s"
+    assert (skipped["p50_ms"], skipped["ratio"], skipped["peer_p50_ms"]) == (None, None, 8.0)
+    assert "ours skipped: over 120 s" in report.table()
+
+
+class Answers:
+    """A worker that needs no process."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        self.found = found
+
+    def ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
+        return (
+            self.found if request["do"] == "prepare" else {"ms": 5.0, "mib": 1.0, "parts": {"encoder": 1.0}}
+        )
+
+
+def test_a_cell_that_we_skip_and_a_peer_that_is_not_asked_have_rows(tmp_path: Path) -> None:
+    report = a_report(tmp_path)
+    workers = {"cemg": Answers({"skip": "would need 30 GiB"}), latency.FREE: Answers({})}
+    latency.one_cell(replace(CELL, items=10**4), workers, report, 1.0, 8)  # type: ignore[arg-type]
+    (row,) = json.loads(report.options.json.read_text())["rows"]
+    assert (row["status"], row["p50_ms"]) == ("ours skipped: would need 30 GiB", None)
+    assert "ours skipped: would need 30 GiB" in latency.cell_table(report)
+    workers["cemg"] = Answers({"scores": [[0.0]], "codes": [[[1]]], "illegal": 0})
+    latency.one_cell(replace(CELL, items=10**4), workers, report, 1.0, 8)  # type: ignore[arg-type]
+    row = report.rows[-1]
+    assert (row["status"], row["p50_ms"]) == (f"{NOT_ASKED}it knows no catalog", 5.0)
+
+
+@pytest.mark.parametrize("items, label, peer, full, asked", [
+    (cells.ITEMS, "", latency.FREE, False, True),
+    (10**4, "", latency.CONSTRAINED, False, False),
+    (10**4, "", latency.CONSTRAINED, True, True),
+    (10**4, "", latency.FREE, True, False),
+    (cells.ITEMS, "RQ3 TIGER: ", latency.FREE, False, True),
+    (cells.ITEMS, "RQ3 LETTER: ", latency.FREE, False, False),
+])  # fmt: skip
+def test_who_is_asked(items: int, label: str, peer: str, full: bool, asked: bool) -> None:
+    said = latency.not_asked(replace(CELL, items=items, label=label), peer, full)
+    assert said == "" if asked else said.startswith(NOT_ASKED)
+
+
+def lists(scores: list[float], codes: list[int]) -> dict[str, Any]:
+    return {"scores": [scores], "codes": [[[code] for code in codes]]}
+
+
+def test_lists_are_compared_by_scores_and_by_codes_apart_from_ties() -> None:
+    ours = lists([-1.0, -2.0, -3.0, -3.00001], [5, 6, 7, 8])
+
+    def against(scores: list[float], codes: list[int], dtype: str = "float32") -> str:
+        first = {"cemg": ours, latency.CONSTRAINED: lists(scores, codes)}
+        return latency.compare(replace(CELL, dtype=dtype), first)
+
+    tied = against([-1.0, -2.0, -3.0, -3.00001], [5, 6, 8, 7])
+    assert tied.startswith(latency.CONSTRAINED) and "within 1e-04" in tied
+    with pytest.raises(SystemExit, match="1 codes"):
+        against([-1.0, -2.0, -3.0, -3.00001], [5, 9, 7, 8])
+    with pytest.raises(SystemExit, match=r"scores by 1\.0e-02"):
+        against([-1.0, -2.01, -3.0, -3.00001], [5, 6, 7, 8])
+    assert "within 5e-01" in against([-1.0, -2.01, -3.0, -3.00001], [5, 6, 7, 8], "bfloat16")
+    assert latency.compare(CELL, {"cemg": ours}) == latency.NOTHING
+
+
+def test_the_last_score_may_tie_with_what_was_cut() -> None:
+    assert apart(torch.tensor([[0.0, -1.0, -1.1, -2.0]]), 0.5).tolist() == [[True, False, False, False]]
+    assert apart(torch.tensor([[0.0, -1.0, -2.0]]), 0.5).tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("model", ["tiger", "decoder-4", "smollm2-135m"])
+def test_a_search_reads_no_weight_twice_that_a_cache_holds(model: str) -> None:
+    cell = Cell(model, 1, 10)
+    shape = cells.MODELS[model]
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in shape.build(1024).parameters())
+    prompt = cells.matrices_of(cell).cache * cell.prompt
+    once = cells.read_bytes(cell, float("inf"))
+    assert 0.8 * 4 * weights < once < 4 * (weights + prompt)  # all but embeddings, norms and biases
+    assert once < cells.read_bytes(cell, once / 4) < cells.read_bytes(cell, 0) < cell.levels * once
+    assert cells.read_bytes(replace(cell, dtype="bfloat16"), float("inf")) * 2 == once
+
+
+def test_a_cell_beyond_the_limit_or_beyond_what_is_free_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = Cell("t5-base", 64, 50)
+    assert cells.needed_bytes(large) < cells.MEMORY_LIMIT < cells.needed_bytes(large, generate=True)
+    assert cells.needed_bytes(replace(CELL, items=10**7)) > cells.needed_bytes(CELL) + 64 * 10**7 - 10**6
+    monkeypatch.setattr(cells, "free_bytes", lambda device: 2.0**36)
+    cells.check_memory(large)
+    with pytest.raises(cells.Skip, match="the limit is 20"):
+        cells.check_memory(large, generate=True)
+    monkeypatch.setattr(cells, "free_bytes", lambda device: 2.0**20)
+    with pytest.raises(cells.Skip, match="0 are free"):
+        cells.check_memory(large)
+
+
+def test_the_floor_of_propagation_counts_what_no_cache_saves() -> None:
+    users, items = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0])
+    graph = BipartiteGraph.from_edges(users, items, 3, 3)  # 6 vertices, of degrees 3 1 0 2 1 1
+    once = 8 * 8 + 7 * 8 + 2 * 6 * 100
+    assert propagate.unavoidable(graph, 100, float("inf")) == once
+    assert propagate.unavoidable(graph, 100, 0) == propagate.LAYERS * (once + (2 + 1) * 100)
+    kept = propagate.LAYERS * (1 * 100) + once + (propagate.LAYERS - 1) * (once - 100)
+    assert propagate.unavoidable(graph, 100, 100) == kept  # the row of degree 3 stays
+
+
+def test_one_wrong_code_of_a_hundred_rows_is_found() -> None:
+    x, codebooks = quantize.draw(100, 16, torch.device("cpu"))
+    codes, _ = residual_quantize(x, codebooks)
+    assert quantize.not_nearest(x, codebooks, codes) == 0
+    codes[70, 3] = (codes[70, 3] + 1) % 16
+    assert quantize.not_nearest(x, codebooks, codes) == 1
+
+
+def test_a_step_with_another_parent_or_code_is_refused() -> None:
+    step = trie_step.Step(cells.random_codes(500, 4, 8), 8, torch.device("cpu"), users=2)
+    wanted = step.run("reference")
+    trie_step.check(step.run("reference"), wanted)
+    for name in ("parents", "codes"):
+        other = wanted._replace(**{name: getattr(wanted, name) + 1})
+        with pytest.raises(AssertionError, match=f"other {name}"):
+            trie_step.check(other, wanted)
+    peers = trie_step.checked({"wrong": lambda: wanted._replace(scores=wanted.scores - 1)}, wanted)
+    assert str(peers["wrong"]).startswith("failed: Tensor-likes are not close")
+
+
+def test_dicts_answer_as_the_trie_does_and_a_wrong_answer_is_seen() -> None:
+    from cemg.decoding import dict_trie
+
+    codes = cells.random_codes(300, trie_build.LEVELS, 8)
+    asked = trie_build.Questions(codes, Trie.from_codes(codes, 8))
+    ours, theirs = asked.ours(), asked.of_dicts(dict_trie(codes))
+    for name in trie_build.QUESTIONS:
+        assert trie_build.same_answer(name, ours[name](), theirs[name]())
+    assert not trie_build.same_answer("mask", ~ours["mask"](), theirs["mask"]())
+    assert not trie_build.same_answer("lookup", ours["lookup"]().flip(0), theirs["lookup"]())
+
+
+def test_targets_are_judged_by_the_best_median_and_left_out_without_rows(
+    tmp_path: Path,
+) -> None:
+    def row(op: str, case: str, ms: float | None) -> dict[str, Any]:
+        return {"op": op, "case": case, "p50_ms": ms}
+
+    rows = [row("trie_step", "K 256 N 1e+04", 0.02), row("trie_step", "K 256 N 1e+04", 0.006),
+            row("trie_step", "K 256 N 1e+08", 0.012), row("trie_step", "K 2048 N 1e+04", 9.0),
+            row("trie_step", "K 256 N 1e+04 B 8", 9.0), row("latency", "tiger B1 W50", 0.3),
+            row("latency", "t5-small B1 W50", None)]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "killed.json").write_text('{"rows": [')
+    found = targets.targets(targets.read(sorted(tmp_path.glob("*.json"))))
+    assert found == {
+        targets.SELECTION: {"goal": 0.008, "measured": 0.012, "met": False},
+        "TIGER's size, B 1, W 50": {"goal": 0.4, "measured": 0.3, "met": True},
+        "selection, flat from 1e+04 to 1e+08 items": {"goal": 1.2, "measured": 2.0, "met": False},
+    }
