@@ -79,7 +79,7 @@ def build(report: Report, items: int, size: int, bandwidth: float) -> None:
     trie = Trie.from_codes(codes, size)
     assert torch.equal(trie.items(trie.lookup(codes[:SAMPLE])), torch.arange(min(items, SAMPLE)))
     by_item: dict[str, float] = {"cemg": trie.nbytes / items, "nested dicts": dict_bytes(codes)}
-    would_take = f"they would take about {by_item['nested dicts'] * items / 2**30:.0f} GiB"
+    would_take = f"they would take about {by_item['nested dicts'] * items / 2**30:.1f} GiB"
     dicts: Any = f"{NOT_ASKED}above {MOST_FOR_DICT:.0e} items; {would_take}"
     words: Any = f"{NOT_ASKED}above {MOST_FOR_WORDS:.0e} items; its words do not fit"
     peers: dict[str, Work | str] = {"nested dicts": dicts, "marisa-trie": words}
@@ -126,6 +126,14 @@ class Questions:
             "mask": lambda: self.trie.mask(self.nodes),
             "children": lambda: self.trie.children(self.nodes)[0],
         }
+
+    def reference(self, name: str) -> Tensor:
+        """The answer of plain PyTorch."""
+        dispatch.use_fast_kernels(False)
+        try:
+            return self.ours()[name]()
+        finally:
+            dispatch.use_fast_kernels(None)
 
     def of_dicts(self, root: Any) -> dict[str, Callable[[], Any]]:
         """Nested dicts, whose nodes are the inner dicts."""
@@ -183,20 +191,25 @@ def same_answer(name: str, ours: Tensor, theirs: Any) -> bool:
 def ask(report: Report, asked: Questions, label: str, dicts: Any, words: Any, bandwidth: float) -> None:
     """A case a question; a peer that is a string is the reason why it is not there."""
     backend = dispatch.choose("trie", report.device).backend
+    ours = asked.ours()
     peers = {"nested dicts": dicts if isinstance(dicts, str) else asked.of_dicts(dicts),
              "marisa-trie": words if isinstance(words, str) else asked.of_words(words)}  # fmt: skip
-    ours = asked.ours()
     for name in QUESTIONS:
         run = ours[name]
         theirs: dict[str, Work | str] = {
-            p: had if isinstance(had, str) else had[name] for p, had in peers.items()
+            peer: had if isinstance(had, str) else had[name] for peer, had in peers.items()
         }
+        lists = name in ("mask", "children") and asked.trie.num_items > MOST_FOR_DICT
+        if lists and not isinstance(words, str):
+            theirs["marisa-trie"] = f"{NOT_ASKED}above {MOST_FOR_DICT:.0e} items; it lists all below a node"
         found = run()
+        if not torch.equal(found, asked.reference(name)):
+            raise SystemExit(f"{name} differs from the reference: run pytest tests/kernels")
         for peer, work in theirs.items():
             if not isinstance(work, str):
                 assert same_answer(name, found, work()), f"{name}: {peer} answers otherwise"
         moved = found.nbytes + (asked.there.nbytes if name == "lookup" else asked.nodes.nbytes)
-        report.case(f"{name} of {ASKED}, {label}", {backend: run}, theirs, "each peer's answer",
+        report.case(f"{name} of {ASKED}, {label}", {backend: run}, theirs, "reference; each peer's answer",
                     moved / bandwidth * 1e3, nbytes=moved, op="trie_query")  # fmt: skip
 
 

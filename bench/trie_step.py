@@ -114,7 +114,7 @@ class Step:
         return trie
 
     def flashrec(self) -> Work | str:
-        """A mask by that trie, then an advance. Without CUDA its PyTorch code runs."""
+        """A mask by that trie, then an advance."""
         missing = optional(["flashrec"])
         if missing:
             return missing
@@ -132,10 +132,7 @@ class Step:
         return run
 
     def flashrec_fused(self) -> Work | str:
-        """Log-softmax over the level, then its kernel of mask, the best W, histories and advance in one.
-
-        Without CUDA, or where its kernel does not build, its PyTorch code runs.
-        """
+        """Log-softmax over the level, then its kernel of mask, the best W, histories and advance in one."""
         missing = optional(["flashrec"])
         if missing:
             return missing
@@ -221,6 +218,15 @@ class Step:
         return run
 
 
+def of_flashrec(what: str) -> str:
+    """A peer's name: without CUDA, or where its kernels do not build, its PyTorch code runs instead."""
+    if optional(["flashrec"]):
+        return f"flashrec's {what}"
+    from flashrec.kernel import try_load_beam_trie
+
+    return f"flashrec's {what}" + ("" if try_load_beam_trie() else ", PyTorch")
+
+
 def check(found: Sequence[Tensor], wanted: BeamStep) -> None:
     """AssertionError where scores differ, or parents and codes where a score is no tie."""
     scores, parents, codes = (part.to(wanted.scores.device) for part in found[:3])
@@ -266,7 +272,7 @@ def one_step(report: Report, step: Step, label: str, bandwidth: float) -> None:
         "marisa-trie": step.marisa(),
         "xgrammar, a matcher a beam": step.grammar(),
         "xgrammar's bitmask, the mask given": step.bitmask(),
-        "flashrec's dense table": step.flashrec(),
+        of_flashrec("dense table"): step.flashrec(),
     }
     moved = step.needed_bytes()
     floor, equal = moved / bandwidth * 1e3, f"reference: scores within {TOLERANCE:.0e}, parents, codes"
@@ -282,7 +288,7 @@ def over_the_level(report: Report, step: Step, label: str, bandwidth: float) -> 
     backend = dispatch.choose("trie_beam_step", report.device).backend
     wanted = step.run("reference", "level")
     check(step.run(backend, "level"), wanted)
-    peers = checked({"flashrec's fused step": step.flashrec_fused()}, wanted)
+    peers = checked({of_flashrec("fused step"): step.flashrec_fused()}, wanted)
     moved = step.needed_bytes("level")
     report.case(f"{label}, over the level", {backend: lambda: step.run(backend, "level")}, peers,
                 f"reference: scores within {TOLERANCE:.0e}, parents, codes", moved / bandwidth * 1e3,
