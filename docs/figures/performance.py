@@ -1,8 +1,9 @@
-"""Draws the figures of docs/performance.md from what ``bench/latency.py`` wrote.
+"""Draws the figures of docs/performance.md from what the scripts of ``bench/`` wrote.
 
 python bench/latency.py --models tiger --profile runs/profile
 python docs/figures/performance.py trace runs/profile/tiger-B1-W50.json docs/figures/trace.png
 python docs/figures/performance.py growth bench/results/latency-growth-cpu.json docs/figures/growth.png
+python docs/figures/performance.py operations bench/results docs/figures/operations.png
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ LANES = {  # a lane of the timeline, and the names of the events in it
     "selection": r"trie_beam_step",
 }
 AXES = {"items": r" N(1e\+\d+)", "beams": r" W(\d+)", "batch": r" B(\d+)", "history": r" H(\d+)"}
+
+OPERATIONS = {  # a file of results, and the case of it that is drawn
+    "quantize-cpu.json": "N 100,000 D 64 K 256 M 4",
+    "trie-step-cpu.json": "K 256 N 1e+06",
+    "propagate-cpu.json": "Gowalla-shaped, forward",
+    "trie-build-cpu.json": "N 1e+06 K 256, sorting included",
+}
 
 
 def last_run(events: list[dict[str, Any]]) -> tuple[float, float]:
@@ -58,7 +66,7 @@ def draw_trace(source: Path, target: Path) -> None:
 
 def draw_growth(source: Path, target: Path) -> None:
     """Our median over one thing at a time, from one user, 50 beams, 20 items of history, 12,101 items."""
-    rows = {row["case"]: row["p50_ms"] for row in json.loads(source.read_text())["rows"]}
+    rows = {row["case"]: row["p50_ms"] for row in rows_of(source) if row["p50_ms"] is not None}
     figure, panels = plt.subplots(1, len(AXES), figsize=(12, 3.2), layout="constrained")
     for panel, (axis, pattern) in zip(panels, AXES.items(), strict=True):
         for model in dict.fromkeys(case.split()[0] for case in rows):
@@ -69,6 +77,38 @@ def draw_growth(source: Path, target: Path) -> None:
             panel.set_xscale("log")
     panels[0].legend(fontsize=8)
     figure.savefig(target, dpi=150)
+
+
+def rows_of(source: Path) -> list[dict[str, Any]]:
+    return json.loads(source.read_text())["rows"]
+
+
+def draw_operations(folder: Path, target: Path) -> None:
+    """A panel an operation: medians of backends and peers as multiples of our fastest, and the floor."""
+    figure, panels = plt.subplots(2, 2, figsize=(11, 5), layout="constrained")
+    for panel, (name, case) in zip(panels.flat, OPERATIONS.items(), strict=True):
+        rows = [row for row in rows_of(folder / name) if row["case"] == case and row["p50_ms"] is not None]
+        ours = {f"CEMG, {row['backend']}": row["p50_ms"] for row in rows}
+        peers = {row["peer"]: row["peer_p50_ms"] for row in rows if row["peer_p50_ms"] is not None}
+        best, floor = min(ours.values()), rows[0]["floor_ms"]
+        shown = sorted((ours | peers).items(), key=lambda pair: pair[1], reverse=True)
+        for place, (who, median) in enumerate(shown):
+            said = f" {brief(median)} ms, {brief(median / best)} ×"
+            panel.barh(place, median / best, color="C0" if who in ours else "0.7")
+            panel.text(median / best, place, said, va="center", fontsize=7)
+        panel.axvline(floor / best, color="black", linestyle="dashed", label="floor")
+        panel.set_yticks(range(len(shown)), [who for who, _ in shown], fontsize=7)
+        panel.set_title(f"{rows[0]['op']}: {case}", fontsize=9)
+        left, right = 0.8 * min(floor, best) / best, shown[0][1] / best
+        panel.set(xscale="log", xlim=(left, right * (right / left) ** 0.4))  # room for what is written there
+        panel.tick_params(axis="x", labelsize=7)
+    panels.flat[0].legend(fontsize=7, loc="upper right")
+    figure.supxlabel("median, as a multiple of our fastest", fontsize=8)
+    figure.savefig(target, dpi=150)
+
+
+def brief(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def points_of(rows: dict[str, float], model: str, axis: str, pattern: str) -> list[tuple[float, float]]:
@@ -84,5 +124,7 @@ def points_of(rows: dict[str, float], model: str, axis: str, pattern: str) -> li
     return found
 
 
+DRAWINGS = {"trace": draw_trace, "growth": draw_growth, "operations": draw_operations}
+
 if __name__ == "__main__":
-    {"trace": draw_trace, "growth": draw_growth}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    DRAWINGS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
