@@ -17,7 +17,18 @@ from typing import Any
 
 import torch
 from cells import random_catalog
-from harness import Report, Times, Work, apart, arguments, copy_bandwidth, measure, optional, start
+from harness import (
+    NOT_ASKED,
+    Report,
+    Times,
+    Work,
+    apart,
+    arguments,
+    copy_bandwidth,
+    measure,
+    optional,
+    start,
+)
 from torch import Tensor
 
 from cemg_kernels import Trie, dispatch, trie_beam_step, trie_softmax
@@ -68,7 +79,7 @@ class Step:
     def dict_trie(self) -> Work | str:
         """``PrefixConstrainedLogitsProcessor`` of transformers over nested dicts."""
         if len(self.codes) > MOST_FOR_DICT:
-            return f"nested dicts of more than {MOST_FOR_DICT:.0e} items"
+            return f"{NOT_ASKED}nested dicts of more than {MOST_FOR_DICT:.0e} items"
         from transformers import PrefixConstrainedLogitsProcessor
 
         from cemg.decoding import dict_trie
@@ -82,7 +93,7 @@ class Step:
         """``marisa_trie.Trie`` over the codes as characters, asked for each beam's continuations."""
         missing = optional(["marisa-trie"])
         if missing or len(self.codes) > MOST_FOR_DICT:
-            return missing or f"more than {MOST_FOR_DICT:.0e} items"
+            return missing or f"{NOT_ASKED}more than {MOST_FOR_DICT:.0e} items"
         import marisa_trie
 
         shift = 0x100  # clear of the control characters
@@ -177,7 +188,7 @@ class Step:
         forked from its parent's, takes the code that was chosen, and fills in the mask of the next."""
         missing = optional(["xgrammar"])
         if missing or len(self.codes) > MOST_FOR_GRAMMAR:
-            return missing or f"a grammar of more than {MOST_FOR_GRAMMAR:.0e} items"
+            return missing or f"{NOT_ASKED}a grammar of more than {MOST_FOR_GRAMMAR:.0e} items"
         import xgrammar
 
         words = [chr(0x4E00 + code) for code in range(self.size)]  # a character a code
