@@ -320,7 +320,8 @@ def main() -> None:
     cells = full_grid(models, device.type == "cuda") if options.full else default_grid(models)
     cells = [*cells, *([] if options.models else rq3_grid())]
     names = ["cemg", *(name for name in options.engines or ENGINES if name != "cemg")]
-    flops, bandwidth = gemm_rate(device, getattr(torch, options.dtype)), copy_bandwidth(device)
+    dtypes = {torch.float32, getattr(torch, options.dtype)}  # a CPU may be slow at the narrower one
+    flops, bandwidth = max(gemm_rate(device, dtype) for dtype in dtypes), copy_bandwidth(device)
     cache = last_cache(device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"matrix product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; random weights")
