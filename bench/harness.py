@@ -305,14 +305,21 @@ class Report:
             print(f"rows in {self.options.json}")
 
     def table(self) -> str:
-        """One line a row: ours, the peer, how many times faster, and the distance to the floor."""
+        """One line a row: ours, the peer, how many times faster, and the distance to the floor.
+
+        Peers that were not asked, for one reason, share a line.
+        """
         head = ("case", "backend", "ms", "peer", "peer ms", "ratio", "x floor")
         lines = [head]
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in self.rows:
+            own = "" if row["status"].startswith(NOT_ASKED) else row["peer"]
+            groups.setdefault((row["case"], row["backend"], row["status"], own), []).append(row)
+        for row, *others in groups.values():
             ours, floor, ratio = row["p50_ms"], row["floor_ms"], row["ratio"]
-            theirs = row["peer_p50_ms"]
+            theirs, peer = row["peer_p50_ms"], f"{len(others) + 1} peers" if others else row["peer"]
             lines.append((
-                row["case"], row["backend"], row["status"] if ours is None else f"{ours:.3f}", row["peer"],
+                row["case"], row["backend"], row["status"] if ours is None else f"{ours:.3f}", peer,
                 f"{theirs:.3f}" if theirs is not None else "" if ours is None else row["status"],
                 f"{ratio:.2f}" if ratio else "", f"{ours / floor:.2f}" if ours and floor else "",
             ))  # fmt: skip

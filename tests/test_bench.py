@@ -42,6 +42,11 @@ def test_a_row_has_every_field_whether_it_was_timed_or_not(tmp_path: Path) -> No
     assert skipped["status"] == "ours skipped: over 120 s"
     assert (skipped["p50_ms"], skipped["ratio"], skipped["peer_p50_ms"]) == (None, None, 8.0)
     assert "ours skipped: over 120 s" in report.table()
+    peers: dict[str, Times | str] = dict.fromkeys(("a", "b"), f"{NOT_ASKED}it knows no catalog")
+    report.add("sized", "native", own, {**peers, "slow": Times((8.0,))}, "nothing")
+    assert [row["peer"] for row in report.rows[-3:]] == ["a", "b", "slow"]
+    shared, slow = report.table().splitlines()[-2:]
+    assert "2 peers" in shared and f"{NOT_ASKED}it knows no catalog" in shared and "8.000" in slow
 
 
 class Answers:
