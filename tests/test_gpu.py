@@ -11,6 +11,7 @@ from cemg.tokenizer import Catalog
 from cemg_kernels import (
     BipartiteGraph,
     ItemFilter,
+    RequestFilter,
     Trie,
     dispatch,
     lightgcn_propagate,
@@ -218,3 +219,23 @@ def test_a_replayed_graph_gives_the_searchs_own_lists(build):
         torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-4)
         assert (found.items == wanted.items).float().mean() > 0.95
     assert recorded.graphs is not None and len(recorded.graphs.recorded) == 3
+
+
+@pytest.mark.parametrize("build", [t5, llama])
+def test_a_replayed_graph_obeys_each_calls_own_filter(build):
+    torch.manual_seed(5)
+    model = build().eval().to(GPU)
+    catalog = Catalog.from_codes(codes_of(900, 3, 32), 32)
+    recorded, plain = (Decoder(model, catalog, 3, graphs=graphs) for graphs in (True, False))
+    trie, generator = plain.trie, torch.Generator().manual_seed(6)
+    for users, most in [(4, 30), (3, 17), (4, 20)]:
+        ids, mask = torch.randint(3, 99, (users, 12)), torch.ones(users, 12, dtype=torch.int64)
+        left_out = RequestFilter.excluding(trie, torch.randint(900, (users, most), generator=generator))
+        allowed = [torch.rand(900, generator=generator) < 0.3 for _ in range(users)]
+        own = [ItemFilter.from_mask(trie, rows.to(GPU)) for rows in allowed]
+        for filter in (own[0], left_out, RequestFilter.stack(own), RequestFilter.stack(own) & left_out):
+            found, wanted = (d.decode(ids, mask, 20, filter=filter) for d in (recorded, plain))
+            torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-4)
+            assert (found.items == wanted.items).float().mean() > 0.95
+        assert all(bool(rows[items].all()) for rows, items in zip(allowed, found.items, strict=True))
+    assert recorded.graphs is not None and len(recorded.graphs.recorded) == 4  # a kind each

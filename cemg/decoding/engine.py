@@ -130,13 +130,14 @@ class Decoder:
         check_prompts(input_ids, attention_mask, beams, filter)
         if len(input_ids) == 0:
             return Recommendations.of_nobody(beams, self.catalog.levels)
-        if self.graphs is None or isinstance(filter, RequestFilter):
+        if self.graphs is None:
             return self._search(input_ids, attention_mask, beams, filter)
+        self.trie.filter_tensors(filter, len(input_ids))  # a replay asks no questions
 
-        def search(ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-            return self._found(ids, mask, beams, filter).parts()
+        def search(ids: Tensor, mask: Tensor, allowed: Filter | None) -> tuple[Tensor, ...]:
+            return self._found(ids, mask, beams, allowed).parts()
 
-        found = self.graphs.run(search, (beams, id(filter)), input_ids, attention_mask)
+        found = self.graphs.run(search, beams, input_ids, attention_mask, filter)
         return Recommendations(*found).cpu()
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""One CUDA graph per (batch, length, beams) bucket: a whole search replayed without a launch from Python.
+"""One CUDA graph per bucket of prompts, beams and kind of filter: a whole search replayed by one launch.
 
 B users, S prompt tokens; a bucket holds prompts of at most its own B and S.
 """
@@ -6,40 +6,60 @@ B users, S prompt tokens; a bucket holds prompts of at most its own B and S.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cemg.decoding.beams import Filter
+from cemg_kernels import RequestFilter
+from cemg_kernels.filter_tensors import NO_RANK, FilterTensors
+
 Outputs = tuple[Tensor, ...]  # each [B, ...], on the device
-Search = Callable[[Tensor, Tensor], Outputs]  # prompts and mask [B, S]; neither waits for the device
-Capture = Callable[[Search, Tensor, Tensor], Callable[[], Outputs]]
+Search = Callable[[Tensor, Tensor, Filter | None], Outputs]  # of Inputs; never waits for the device
+Capture = Callable[[Callable[[], Outputs], torch.device], Callable[[], Outputs]]
 LENGTH_STEP = 16  # prompts are padded to the next multiple
+FEWEST_EXCLUDED = 16  # places for excluded ranks, where there are any
 MOST_GRAPHS = 16  # the least recently used goes when there are more
+BLANK = (0, 0, -1, NO_RANK)  # what a filter's tensors hold where it has nothing to say
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is no less than ``count``; 0 for 0."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def bucket_of(batch: int, length: int) -> tuple[int, int]:
     """The bucket of prompts [batch, length]: a power of two, and the next multiple of LENGTH_STEP."""
-    return 1 << max(batch - 1, 0).bit_length(), -(-length // LENGTH_STEP) * LENGTH_STEP
+    return power_of_two(batch), -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
-def capture_cuda(search: Search, input_ids: Tensor, attention_mask: Tensor) -> Callable[[], Outputs]:
-    """Record ``search`` over these two static tensors; what comes back replays it and gives its outputs.
+def filter_shapes(filter: Filter | None, users: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a filter's tensors in a bucket of ``users``: its kind. () for none."""
+    if filter is None:
+        return ()
+    words, before, filter_of, excluded = filter.tensors
+    bitmaps, most = power_of_two(len(words)), power_of_two(excluded.shape[1])
+    lists = (users if len(excluded) else 0, max(most, FEWEST_EXCLUDED) if most else 0)
+    return (bitmaps, words.shape[1]), (bitmaps, before.shape[1]), (users if len(filter_of) else 0,), lists
+
+
+def capture_cuda(search: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:
+    """Record a search of static tensors; what comes back replays it and gives its outputs.
 
     It runs twice before, so that kernels are compiled and tables are made outside the recording.
     """
-    device = input_ids.device
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(2):
-            search(input_ids, attention_mask)
+            search()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = search(input_ids, attention_mask)
+        outputs = search()
 
     def replay() -> Outputs:
         graph.replay()
@@ -48,16 +68,46 @@ def capture_cuda(search: Search, input_ids: Tensor, attention_mask: Tensor) -> C
     return replay
 
 
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """A bucket's static input tensors, and what replays the search over them.
+@dataclass(slots=True)
+class Inputs:
+    """What a recording reads, always in the same place: prompts and mask [B, S], a filter or none.
 
-    ``search`` is kept because the recording reads its tensors where they were: a filter's, say.
+    ``taken``: the filter that was written there last. Filters never change, so it need not be again.
     """
 
-    search: Search
     input_ids: Tensor
     attention_mask: Tensor
+    filter: RequestFilter | None
+    taken: Filter | None = None
+
+    @classmethod
+    def room_for(cls, ids: Tensor, mask: Tensor, filter: Filter | None, device: torch.device) -> Inputs:
+        """Of these shapes on ``device``, not yet written; a filter's by ``filter_shapes``."""
+        room = None
+        if filter is not None:
+            pairs = zip(filter.tensors, filter_shapes(filter, len(ids)), strict=True)
+            tensors = FilterTensors(*(tensor.new_empty(shape) for tensor, shape in pairs))
+            room = RequestFilter(tensors, max(1, tensors.num_requests), filter.num_items, filter.fingerprint)
+        return cls(torch.empty_like(ids, device=device), torch.empty_like(mask, device=device), room)
+
+    def take(self, ids: Tensor, mask: Tensor, filter: Filter | None) -> None:
+        """Write them there: prompts of the very shape, a filter of the same kind."""
+        self.input_ids.copy_(ids, non_blocking=True)
+        self.attention_mask.copy_(mask, non_blocking=True)
+        if filter is None or self.filter is None or filter is self.taken:
+            return
+        for place, own, blank in zip(self.filter.tensors, filter.tensors, BLANK, strict=True):
+            place.fill_(blank)
+            place[tuple(slice(size) for size in own.shape)].copy_(own)
+        self.taken = filter
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A recording and all it reads: its inputs, and by ``search`` the trie and the weights."""
+
+    search: Search
+    inputs: Inputs
     replay: Callable[[], Outputs]
 
 
@@ -66,29 +116,40 @@ class Graphs:
 
     def __init__(self, *, pad_left: bool, device: torch.device, capture: Capture = capture_cuda) -> None:
         self.pad_left, self.device, self.capture = pad_left, device, capture
-        self.recorded: OrderedDict[tuple[object, ...], Recorded] = OrderedDict()
+        self.recorded: OrderedDict[Hashable, Recorded] = OrderedDict()
 
     def run(
-        self, search: Search, key: tuple[object, ...], input_ids: Tensor, attention_mask: Tensor
-    ) -> Outputs:
+        self, search: Search, key: Hashable, input_ids: Tensor, attention_mask: Tensor,
+        filter: Filter | None = None,
+    ) -> Outputs:  # fmt: skip
         """``search`` over prompts [B, S]: its outputs' first B rows, overwritten by the next call.
 
-        ``key`` is what else the recording depends on: beams, filter.
+        ``key`` is what else the recording depends on: beams. ``filter`` lies on the device and belongs to the
+        trie that ``search`` walks: one recording serves all of a kind, whatever they allow.
         """
         batch, length = input_ids.shape
         bucket = bucket_of(batch, length)
-        recorded = self.recorded.pop((*bucket, *key), None)
         ids, mask = self._padded(input_ids, attention_mask, bucket)
+        whole = key, bucket, filter_shapes(filter, len(ids))
+        recorded = self.recorded.pop(whole, None)
         if recorded is None:
-            ids, mask = ids.to(self.device, copy=True), mask.to(self.device, copy=True)
-            recorded = Recorded(search, ids, mask, self.capture(search, ids, mask))
-            while len(self.recorded) >= MOST_GRAPHS:
-                self.recorded.popitem(last=False)
+            recorded = self._record(search, ids, mask, filter)
         else:
-            recorded.input_ids.copy_(ids, non_blocking=True)
-            recorded.attention_mask.copy_(mask, non_blocking=True)
-        self.recorded[(*bucket, *key)] = recorded  # now the most recently used
+            recorded.inputs.take(ids, mask, filter)
+        self.recorded[whole] = recorded  # now the most recently used
         return tuple(out[:batch] for out in recorded.replay())
+
+    def _record(self, search: Search, ids: Tensor, mask: Tensor, filter: Filter | None) -> Recorded:
+        inputs = Inputs.room_for(ids, mask, filter, self.device)
+        inputs.take(ids, mask, filter)
+
+        def search_inputs() -> Outputs:
+            return search(inputs.input_ids, inputs.attention_mask, inputs.filter)
+
+        recorded = Recorded(search, inputs, self.capture(search_inputs, self.device))
+        while len(self.recorded) >= MOST_GRAPHS:
+            self.recorded.popitem(last=False)
+        return recorded
 
     def _padded(self, input_ids: Tensor, mask: Tensor, bucket: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Prompts and mask of the bucket's shape; the users added are copies of the last."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
 
-from cemg.decoding import Decoder, graphs
-from cemg.decoding.graphs import Graphs, Search, bucket_of
+from cemg.decoding import Decoder, Normalize, graphs
+from cemg.decoding.graphs import Graphs, Outputs, bucket_of
 from cemg_kernels import ItemFilter, RequestFilter
 
-from .conftest import FAMILIES, START
+from .conftest import FAMILIES, START, Bench
 
 CPU = torch.device("cpu")
 
@@ -19,11 +20,22 @@ class Recorder:
     """Stands in for the GPU: what it records runs over the static tensors at each replay."""
 
     def __init__(self) -> None:
-        self.shapes: list[tuple[int, ...]] = []
+        self.times = 0
 
-    def __call__(self, search: Search, input_ids: Tensor, attention_mask: Tensor):
-        self.shapes.append(tuple(input_ids.shape))
-        return lambda: search(input_ids, attention_mask)
+    def __call__(self, search: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:
+        self.times += 1
+        return search
+
+
+def decoders(made: Bench, normalize: Normalize = "vocab") -> tuple[Decoder, Decoder, Recorder]:
+    """A decoder that records, one that does not, and what the first records with."""
+    recorded, plain = (
+        Decoder(made.model, made.catalog, START, normalize, backend="torch", graphs=graphs)
+        for graphs in (True, False)
+    )
+    recorder = Recorder()
+    recorded.graphs = Graphs(pad_left=not made.seq2seq, device=CPU, capture=recorder)
+    return recorded, plain, recorder
 
 
 @pytest.mark.parametrize(
@@ -38,31 +50,59 @@ def test_a_bucket_is_a_power_of_two_of_users_and_a_multiple_of_16_tokens(shape, 
 @pytest.mark.parametrize("normalize", ["vocab", "valid"])
 def test_a_replayed_search_gives_what_the_search_gives(family, normalize, bench, same_lists):
     made = bench(family)
-    plain = Decoder(made.model, made.catalog, START, normalize, backend="torch", graphs=False)
-    recorded = Decoder(made.model, made.catalog, START, normalize, backend="torch", graphs=True)
+    recorded, plain, recorder = decoders(made, normalize)
     assert recorded.path == plain.path + ", CUDA graphs"
-    recorder = Recorder()
-    recorded.graphs = Graphs(pad_left=not made.seq2seq, device=CPU, capture=recorder)
-    allowed = ItemFilter.from_mask(made.catalog.trie, torch.arange(60) % 3 > 0)
-    own = RequestFilter.excluding(made.catalog.trie, [[3], [4, 5], []])
     for lengths in ([5, 5], [7, 2, 4], [3], [11, 1, 2]):
         prompts = made.prompts(lengths, seed=len(lengths))
-        for beams, filter in ((4, None), (4, allowed), (9, None), *([(4, own)] if len(lengths) == 3 else [])):
-            same_lists(
-                recorded.decode(*prompts, beams, filter=filter), plain.decode(*prompts, beams, filter=filter)
-            )
-    assert sorted(recorder.shapes) == sorted(
-        3 * [(1, 16), (2, 16), (4, 16)]
-    )  # each once a key, own filters never
+        for beams in (4, 9):
+            same_lists(recorded.decode(*prompts, beams), plain.decode(*prompts, beams))
+    assert recorder.times == 3 * 2  # buckets of 1, 2 and 4 users
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "valid"])
+def test_a_recording_serves_every_filter_of_its_kind(normalize, bench, same_lists):
+    """Drawn anew each time and dropped, so that a later one may stand where an earlier one stood."""
+    made = bench("llama")
+    recorded, plain, recorder = decoders(made, normalize)
+    trie, generator = plain.trie, torch.Generator().manual_seed(0)
+
+    def some() -> ItemFilter:
+        return ItemFilter.from_mask(trie, torch.rand(60, generator=generator) < 0.4)
+
+    def left_out(users: int, most: int) -> RequestFilter:
+        return RequestFilter.excluding(trie, torch.randint(-1, 60, (users, most), generator=generator))
+
+    def stacked(users: int) -> RequestFilter:
+        own = [some() for _ in range(3)]
+        return RequestFilter.stack([*own, None][:users])
+
+    for users, most in ((3, 5), (4, 16), (4, 1), (3, 9)):
+        prompts = made.prompts([4, 7, 1, 3][:users], seed=most)
+        both = stacked(users) & left_out(users, most)
+        for filter in (some(), left_out(users, most), stacked(users), both, None):
+            for _ in range(2):  # the same one again is not written again
+                found = recorded.decode(*prompts, 6, filter=filter)
+                same_lists(found, plain.decode(*prompts, 6, filter=filter))
+    assert recorder.times == 5  # a kind each
+    recorded.decode(*made.prompts([1, 1, 1]), 6, filter=left_out(3, 17))
+    assert recorder.times == 6  # longer lists are another kind
+
+
+def test_a_replay_refuses_a_filter_of_another_trie(bench):
+    made, other = bench("t5", 60), bench("t5", 60, 1)
+    recorded, *_ = decoders(made)
+    prompts = made.prompts([3])
+    recorded.decode(*prompts, 4, filter=ItemFilter.everything(made.catalog.trie))
+    with pytest.raises(ValueError, match="the filter belongs to another trie"):
+        recorded.decode(*prompts, 4, filter=ItemFilter.everything(other.catalog.trie))
 
 
 def test_what_a_call_returned_outlives_the_next_call(bench):
     made = bench("t5")
-    decoder = Decoder(made.model, made.catalog, START, backend="torch", graphs=True)
-    decoder.graphs = Graphs(pad_left=False, device=CPU, capture=Recorder())
-    first = decoder.decode(*made.prompts([5]), 4)
+    recorded, *_ = decoders(made)
+    first = recorded.decode(*made.prompts([5]), 4)
     kept = first.scores.clone()
-    decoder.decode(*made.prompts([5], seed=1), 4)
+    recorded.decode(*made.prompts([5], seed=1), 4)
     assert torch.equal(first.scores, kept)
 
 
@@ -73,8 +113,8 @@ def test_the_least_recently_used_recording_goes_first(monkeypatch):
     prompts = torch.ones(1, 4, dtype=torch.int64)
     for key in "ab", "a", "c", "a", "b":  # "b" was last used before "a", so "c" drives it out
         for one in key:
-            kept.run(lambda ids, mask: (ids + mask,), (one,), prompts, prompts)
-    assert len(recorder.shapes) == 4 and len(kept.recorded) == 2
+            kept.run(lambda ids, mask, _: (ids + mask,), one, prompts, prompts)
+    assert recorder.times == 4 and len(kept.recorded) == 2
 
 
 def test_a_model_without_a_stepper_of_our_own_is_never_recorded(bench):
