@@ -165,7 +165,7 @@ class CausalStepper:
         plan = self.plan
         batch, length = input_ids.shape
         positions = (attention_mask.cumsum(1) - 1).clamp_min(0).flatten()  # [B * S]
-        self.next_position = attention_mask.sum(1)  # [B]
+        self.lengths = attention_mask.sum(1)  # [B]
         self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
         later = torch.full((length, length), float("-inf"), dtype=plan.dtype, device=input_ids.device).triu(1)
         mask = self.padding[:, None, None] + later  # [B, 1, S, S]
@@ -187,8 +187,7 @@ class CausalStepper:
         plan = self.plan
         batch, beams = tokens.shape
         flat = tokens.flatten()
-        positions = self.next_position.repeat_interleave(beams)  # [R]
-        self.next_position = self.next_position + 1
+        positions = (self.lengths + self.own.length).repeat_interleave(beams)  # [R]
         rotary = plan.rotary(positions)
         self.own.grow(parents)
         x = plan.embed(flat, positions)
@@ -205,6 +204,9 @@ class CausalStepper:
             seen = self.own.attend(number, query, plan.scale, prefix=prefix)
             x = layer.feed(layer.out.added_to(x, seen))
         return plan.head(x, batch, wanted)
+
+    def rewind(self) -> None:
+        self.own.rewind()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

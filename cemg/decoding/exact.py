@@ -8,6 +8,7 @@ B users, N items, n ranks of a chunk, P prefixes of a level in it, F of them fed
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from cemg.decoding.beams import check_prompts
 from cemg.decoding.engine import Decoder
 from cemg.decoding.generic import GenericPlan
-from cemg.decoding.layers import Logits, Wanted
+from cemg.decoding.layers import Logits, Stepper, Wanted
 from cemg.errors import UserError
 from cemg_kernels import trie_softmax
 
@@ -63,18 +64,29 @@ def score_all(
         ids, mask = input_ids[group], attention_mask[group]
         used = mask.bool().any(0)  # without the padding of longer prompts
         prompts = ids[:, used].to(trie.device), mask[:, used].to(trie.device)
-        parts = [_score_run(decoder, prompts, part) for part in codes.split(max(1, rows // len(group)))]
+        parts = list(_score_runs(decoder, prompts, codes.split(max(1, rows // len(group)))))
         scores[group[:, None].to(trie.device), trie.rows.long()] = torch.cat(parts, dim=1)
     return scores.cpu()
 
 
-def _score_run(decoder: Decoder, prompts: tuple[Tensor, Tensor], codes: Tensor) -> Tensor:
-    """Scores [B, n] of the consecutive ranks with ``codes`` [n, levels]."""
+def _score_runs(
+    decoder: Decoder, prompts: tuple[Tensor, Tensor], chunks: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Scores [B, n] of each chunk's consecutive ranks, their codes [n, levels]; the prompts are read once."""
     stepper = decoder.plan.begin()
-    logits: Logits | None = stepper.start(*prompts, _wanted(decoder, 0))
+    first = stepper.start(*prompts, _wanted(decoder, 0))
+    for number, codes in enumerate(chunks):
+        if number > 0:
+            stepper.rewind()
+        yield _score_run(decoder, stepper, first, codes)
+
+
+def _score_run(decoder: Decoder, stepper: Stepper, first: Logits, codes: Tensor) -> Tensor:
+    """Scores [B, n] of the consecutive ranks with ``codes`` [n, levels]; ``first`` follow the prompts."""
+    logits: Logits | None = first
     before = _prefixes(decoder, codes, 0, None)
     row = before.of_rank[:1]  # [P] the row of each prefix before, −1 where it was not fed
-    scores = torch.zeros(len(prompts[0]), 1, device=codes.device)  # [B, P]
+    scores = torch.zeros(len(first.columns), 1, device=codes.device)  # [B, P]
     for level in range(1, codes.shape[1] + 1):
         after = _prefixes(decoder, codes, level, before)
         scores = scores[:, after.parents]

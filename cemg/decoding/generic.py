@@ -58,8 +58,13 @@ class GenericCausal:
         )  # fmt: skip
         self.prompt = attention_mask.bool()  # [B, S]
         self.position = attention_mask.sum(1)  # [B], of the next token
-        self.ancestors: Tensor | None = None  # [B, W, steps × W] bool: which fed tokens a beam descends from
+        self.ancestors: Tensor | None = None  # [B, W, fed] bool: which of the tokens fed a beam descends from
         return Logits.of(out.logits, wanted)
+
+    def rewind(self) -> None:
+        if self.ancestors is not None:
+            self.cache.crop(-self.ancestors.shape[2])
+        self.position, self.ancestors = self.prompt.sum(1), None
 
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
         batch, beams = tokens.shape
@@ -89,15 +94,23 @@ class GenericSeq2Seq:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
         encoded = self.model.get_encoder()(
             input_ids=input_ids, attention_mask=attention_mask
         ).last_hidden_state
-        self.encoded, self.mask = encoded, attention_mask
-        first = torch.full_like(input_ids[:, :1], self.model.config.decoder_start_token_id)
-        return Logits.of(self._forward(first), wanted)
+        self.prompt = encoded, attention_mask
+        return Logits.of(self._first(), wanted)
+
+    def rewind(self) -> None:
+        self._first()  # again, not the encoder: the cache of before was re-ordered and has grown
+
+    def _first(self) -> Tensor:
+        """Logits [B, 1, V] after the start token, by a new cache."""
+        self.encoded, self.mask = self.prompt
+        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        start = self.model.config.decoder_start_token_id
+        return self._forward(torch.full_like(self.mask[:, :1], start))
 
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
         batch, beams = tokens.shape

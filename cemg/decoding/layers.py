@@ -49,6 +49,10 @@ class Stepper(Protocol):
         """After ``tokens`` [B, W], grown from the beams ``parents`` [B, W] before."""
         ...
 
+    def rewind(self) -> None:
+        """Forget all steps: what comes next is the first step after the same prompts."""
+        ...
+
 
 class Unsupported(Exception):
     """This model's shape is not one that a fast stepper knows; the message says what."""
@@ -232,8 +236,19 @@ class OwnTokens:
         """``shared_start``: step 0 is one row a user, whose keys and values follow by ``add``."""
         self.steps: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
         first = torch.arange(batch, device=device)[None]
-        self.ancestors = first if shared_start else first[:0]
+        self.start = self.ancestors = first if shared_start else first[:0]
         self.beams = 1
+
+    def rewind(self) -> None:
+        """Forget all but the shared start."""
+        self.ancestors, self.beams = self.start, 1
+        for steps in self.steps:
+            del steps[len(self.start) :]
+
+    @property
+    def length(self) -> int:
+        """T: how many tokens each beam was fed."""
+        return len(self.ancestors)
 
     def grow(self, parents: Tensor) -> None:
         """Beams [B, W] grown from ``parents``, each fed one more token."""

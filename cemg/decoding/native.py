@@ -227,7 +227,6 @@ class NativeStepper:
     def __init__(self, plan: NativePlan) -> None:
         self.plan = plan
         self.search = plan.search(torch.get_num_threads())
-        self.step_number = 0  # of the first code
         self.prompt_seconds = 0.0
         self.laps: list[list[tuple[str, float]]] = []
         self.search.note_laps(ranges_enabled())
@@ -237,6 +236,8 @@ class NativeStepper:
 
     def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
         batch, length = input_ids.shape
+        self.step_number = 0  # of the first code
+        self.started = input_ids, attention_mask, wanted
         tokens, mask = (t.to(torch.int64).contiguous() for t in (input_ids, attention_mask != 0))
         self.longest = int(mask.sum(1).max())
         places, own = self.plan.prompt_places(length, self.longest), self.plan.own_places(0, self.longest)
@@ -256,6 +257,9 @@ class NativeStepper:
         self.search.step(fed.data_ptr(), parents.data_ptr(), fed.shape[1], places.addresses(), room)
         self._note_laps()
         return logits
+
+    def rewind(self) -> None:
+        self.start(*self.started)  # the C++ keeps the prompt, and has no way back to it
 
     def _note_laps(self) -> None:
         if ranges_enabled():

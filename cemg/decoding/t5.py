@@ -167,7 +167,6 @@ class T5Stepper:
         crosses = plan.cross_kv(encoded).chunk(2 * len(plan.decoder), dim=2)
         views = [heads(part, plan.heads) for part in crosses]  # each [B, H, S, Dh]
         self.cross = list(zip(views[::2], views[1::2], strict=True))
-        self.position = 0
         self.own = OwnTokens(batch, len(plan.decoder), input_ids.device, shared_start=True)
         x = plan.start_hidden.expand(batch, -1)
         for number, layer in enumerate(plan.decoder):
@@ -182,9 +181,8 @@ class T5Stepper:
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
         plan = self.plan
         batch = tokens.shape[0]
-        self.position += 1
         self.own.grow(parents)
-        bias = plan.decoder_bias(self.position)  # [T, H]
+        bias = plan.decoder_bias(self.own.length - 1)  # [T, H]
         flat = tokens.flatten()
         x = F.embedding(flat, plan.embedding)  # [R, d]
         for number, layer in enumerate(plan.decoder):
@@ -197,6 +195,9 @@ class T5Stepper:
             x = layer.out.added_to(x, self.own.attend(number, query, 1.0, bias))
             x = layer.feed(self._cross_attend(number, x, batch))
         return plan.head(x, batch, wanted)
+
+    def rewind(self) -> None:
+        self.own.rewind()
 
     def _encode(self, input_ids: Tensor) -> Tensor:
         """The encoder's output, [B, S, d]."""

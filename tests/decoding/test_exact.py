@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from cemg.decoding import Decoder, score_all
+from cemg.decoding.layers import Logits, Stepper, Wanted
+from cemg.decoding.t5 import T5Stepper
 from cemg.errors import UserError
 
-from .conftest import FAMILIES, START
+from .conftest import FAMILIES, SIZE, START
 
 NORMALIZE = ("vocab", "level", "valid")
 
@@ -64,3 +66,39 @@ def test_no_rows_are_refused(bench):
     made = bench("gpt2")
     with pytest.raises(UserError, match="rows must be at least 1, got 0"):
         score_all(Decoder(made.model, made.catalog, START), *made.prompts([3, 3, 3]), rows=0)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stepper_that_is_rewound_answers_as_a_new_one_does(bench, family, backend):
+    """After steps of other widths, and again right after the prompt."""
+    made = bench(family)
+    plan = Decoder(made.model, made.catalog, START, backend=backend).plan
+    wanted = [Wanted(START + level * SIZE, SIZE, total=True) for level in range(3)]
+    prompts = made.prompts([7, 2])
+
+    def feed(stepper: Stepper, beams: int) -> list[Logits]:
+        codes = torch.arange(2 * beams).view(2, beams) % SIZE
+        first = stepper.step(codes + START, torch.zeros_like(codes), wanted[1])
+        return [first, stepper.step(codes + START + SIZE, codes.flip(1) % beams, wanted[2])]
+
+    used, fresh = plan.begin(), plan.begin()
+    with torch.inference_mode():
+        used.start(*prompts, wanted[0])
+        fresh.start(*prompts, wanted[0])
+        feed(used, 5)
+        used.rewind()
+        used.rewind()
+        for mine, other in zip(feed(used, 3), feed(fresh, 3), strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_the_encoder_reads_a_prompt_once_for_all_chunks(bench, backend, monkeypatch):
+    made, calls = bench("t5"), []
+    encode = T5Stepper._encode
+    monkeypatch.setattr(T5Stepper, "_encode", lambda self, ids: calls.append(1) or encode(self, ids))
+    hook = made.model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    score_all(Decoder(made.model, made.catalog, START, backend=backend), *made.prompts([4, 6]), rows=7)
+    hook.remove()
+    assert len(calls) == 2  # a user each
