@@ -120,3 +120,13 @@ def check_prompts(
     if attention_mask.device.type == "cpu" and not bool(attention_mask.any(1).all()):
         row = int((~attention_mask.bool().any(1)).nonzero()[0])
         raise UserError(f"prompt {row} holds no token", fix="leave it out, or give it a history")
+
+
+def trimmed(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts [B, S] without the columns before and behind all tokens; as they are where they lie on a GPU,
+    which would have to be waited for."""
+    if attention_mask.device.type != "cpu":
+        return input_ids, attention_mask
+    used = attention_mask.any(0).nonzero()
+    held = slice(int(used[0]), int(used[-1]) + 1)
+    return input_ids[:, held], attention_mask[:, held]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cemg.decoding.beams import MARGIN, Beams, Filter, Recommendations, check_prompts
+from cemg.decoding.beams import MARGIN, Beams, Filter, Recommendations, check_prompts, trimmed
 from cemg.decoding.causal import CausalPlan
 from cemg.decoding.generic import GenericPlan
 from cemg.decoding.graphs import Graphs
@@ -130,6 +130,7 @@ class Decoder:
         check_prompts(input_ids, attention_mask, beams, filter)
         if len(input_ids) == 0:
             return Recommendations.of_nobody(beams, self.catalog.levels)
+        input_ids, attention_mask = trimmed(input_ids, attention_mask)
         if self.graphs is None:
             return self._search(input_ids, attention_mask, beams, filter)
         self.trie.filter_tensors(filter, len(input_ids))  # a replay asks no questions
@@ -160,7 +161,8 @@ class Decoder:
             own = slice(row, row + 1)
             allowed = filter.select(torch.tensor([row])) if isinstance(filter, RequestFilter) else filter
             floor = found.scores[own, -1].to(self.model.device) - 2 * MARGIN
-            better = self._search(input_ids[own], attention_mask[own], budget, allowed, floor).top(top)
+            prompt = trimmed(input_ids[own], attention_mask[own])
+            better = self._search(*prompt, budget, allowed, floor).top(top)
             for kept, new in zip(found.parts(), better.padded(top).parts(), strict=True):
                 kept[row] = new[0]
         return found

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cemg.decoding.beams import check_prompts
+from cemg.decoding.beams import check_prompts, trimmed
 from cemg.decoding.engine import Decoder
 from cemg.decoding.generic import GenericPlan
 from cemg.decoding.layers import Logits, Stepper, Wanted
@@ -61,9 +61,8 @@ def score_all(
     scores = torch.empty(len(input_ids), len(codes), device=trie.device)
     for begin in range(0, len(input_ids), users):
         group = torch.arange(begin, min(begin + users, len(input_ids)))
-        ids, mask = input_ids[group], attention_mask[group]
-        used = mask.bool().any(0)  # without the padding of longer prompts
-        prompts = ids[:, used].to(trie.device), mask[:, used].to(trie.device)
+        ids, mask = trimmed(input_ids[group], attention_mask[group])
+        prompts = ids.to(trie.device), mask.to(trie.device)
         parts = list(_score_runs(decoder, prompts, codes.split(max(1, rows // len(group)))))
         scores[group[:, None].to(trie.device), trie.rows.long()] = torch.cat(parts, dim=1)
     return scores.cpu()

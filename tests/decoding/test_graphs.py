@@ -88,6 +88,17 @@ def test_a_recording_serves_every_filter_of_its_kind(normalize, bench, same_list
     assert recorder.times == 6  # longer lists are another kind
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_columns_without_a_token_are_no_part_of_the_bucket(family, bench, same_lists):
+    made = bench(family)
+    recorded, plain, recorder = decoders(made)
+    ids, mask = made.prompts([5, 9])
+    wide = [torch.nn.functional.pad(part, (20, 20)) for part in (ids, mask)]
+    same_lists(recorded.decode(*wide, 4), plain.decode(ids, mask, 4))
+    recorded.decode(ids, mask, 4)
+    assert recorder.times == 1
+
+
 def test_a_replay_refuses_a_filter_of_another_trie(bench):
     made, other = bench("t5", 60), bench("t5", 60, 1)
     recorded, *_ = decoders(made)
