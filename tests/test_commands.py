@@ -60,7 +60,8 @@ def test_the_studies_of_the_search_are_printed_and_kept(tiny_run, tmp_path, comm
         "exact, history removed",
         "of the first 10",
         "transformers",
-        "0 of all",
+        "wrong among all that are: 0",
+        "normalize=vocab",
     ):
         assert part in printed, part
     found = json.loads((tmp_path / "r.json").read_text())
@@ -115,6 +116,9 @@ def test_recommend_prints_titles_scores_and_codes(tiny_run, command, capsys):
     for item in answer["items"]:
         line = next(line for line in table.splitlines() if item["item"] in line)
         assert all(part in line for part in (item["title"], f"{item['score']:.3f}", *item["codes"]))
+    assert "the first 5 of 5 are proven" in table  # 50 beams for 50 items
+    assert command(recommend.main, *arguments, "--beams", 5) == 0
+    assert "; --exact searches on" in capsys.readouterr().out
 
 
 def test_history_is_left_out_where_asked(tiny_run, command, capsys):
@@ -165,7 +169,10 @@ def refusal(command, capsys, main, *arguments: object) -> str:
 
 def test_an_unknown_item_is_refused(tiny_run, command, capsys):
     err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--history", "item-0001 item-77")
-    assert err == "error: item 'item-77' is not in the catalog of 50 items\n"
+    assert err == (
+        "error: item 'item-77' is not in the catalog of 50 items\n"
+        "  fix:   its ids are written like 'item-0001'\n"
+    )
 
 
 def test_an_empty_history_is_refused(tiny_run, command, capsys):
@@ -197,13 +204,33 @@ def test_a_bad_value_is_refused_by_its_field(tmp_path, command, capsys):
     assert err.splitlines()[-1] == "error: generator.batch_size must be at least 1, got 0"
 
 
-def test_a_device_that_is_not_there_is_refused(tmp_path, command, capsys, monkeypatch):
+@pytest.mark.parametrize("main", [train.main, recommend.main, evaluate.main])
+def test_a_device_that_is_not_there_is_refused(tmp_path, command, capsys, monkeypatch, main):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    err = refusal(command, capsys, train.main, "--run", tmp_path / "run", "--device", "cuda")
+    extra = ("--history", "1") if main is recommend.main else ()
+    err = refusal(command, capsys, main, "--run", tmp_path / "run", "--device", "cuda", *extra)
     assert err == (
         f"error: --device cuda: torch {torch.__version__} sees no GPU\n"
         "  fix:   cemg-doctor tells why; or --device cpu\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("--users", 0), "error: --users must be at least 1, got 0\n"),
+        (("--users", -3), "error: --users must be at least 1, got -3\n"),
+        (("--beams", 0), "error: --beams must be at least 1, got 0\n"),
+        (
+            ("--normalize", "level"),
+            "error: --normalize level is for the studies, and none is asked for\n"
+            "  fix:   add --exact, --certified or --compare\n",
+        ),
+        (("--result", "."), "error: --result . is a folder\n  fix:   name a file: --result beauty.json\n"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(tiny_run, command, capsys, arguments, error):
+    assert refusal(command, capsys, evaluate.main, "--run", tiny_run, *arguments) == error
 
 
 def test_a_part_that_is_none_is_refused(tiny_run, command, capsys):

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import sys
 
+import torch
 import typer
 
 from cemg.errors import UserError
+
+
+def check_device(device: str) -> None:
+    """UserError for a GPU where torch sees none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device}: torch {torch.__version__} sees no GPU",
+            fix="cemg-doctor tells why; or --device cpu",
+        )
 
 
 def run(app: typer.Typer) -> None:

@@ -16,13 +16,14 @@ import typer
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from cemg import progress
 from cemg.baselines import PopularityRanker
 from cemg.commands import console as command
 from cemg.config import RunConfig
 from cemg.data.dataset import Split
 from cemg.decoding import Decoder, Normalize, TransformersDecoder
 from cemg.errors import UserError
-from cemg.evaluation import Evaluation, evaluate, hardware, result_table, seeded_sample, write_result
+from cemg.evaluation import CUTOFFS, Evaluation, evaluate, hardware, result_table, seeded_sample, write_result
 from cemg.evaluation.search import Search, certificate_study, engine_study, exact_study
 from cemg.evaluation.search_tables import search_tables
 from cemg.generator import Vocabulary
@@ -57,7 +58,7 @@ def run_evaluation(
 ) -> None:
     """Test a trained run on the whole catalog, next to popularity.
 
-    Studies of the search, on 1,000 seeded users: --exact, --certified and --compare, each a further table.
+    Studies of our own search, on 1,000 seeded users: --exact, --certified and --compare, a table each.
 
     Example: cemg-eval --run runs/beauty --beams 50
     """
@@ -67,8 +68,22 @@ def run_evaluation(
         raise UserError(f"--normalize must be vocab, level or valid, got {normalize!r}")
     if everyone and users is not None:
         raise UserError("--all and --users exclude each other", fix="leave one out")
+    for name, count in (("users", users), ("beams", beams)):
+        if count is not None and count < 1:
+            raise UserError(f"--{name} must be at least 1, got {count}")
+    if normalize is not None and not (exact or certified or compare):
+        raise UserError(
+            f"--normalize {normalize} is for the studies, and none is asked for",
+            fix="add --exact, --certified or --compare",
+        )
+    if result is not None and result.is_dir():
+        raise UserError(
+            f"--result {result} is a folder", fix=f"name a file: --result {result / 'beauty.json'}"
+        )
+    command.check_device(device)
     pipeline = Pipeline.open(run, device=device)
     config = pipeline.config
+    width = config.decoding.beams if beams is None else beams
     wanted = {"exact": exact, "certificate": certified, "engines": compare}
     studies = [name for name, asked in wanted.items() if asked]
     paths = score(
@@ -76,13 +91,15 @@ def run_evaluation(
         config,
         part=part,
         engine=engine,
-        beams=beams or config.decoding.beams,
+        beams=width,
         users=STUDY_USERS if studies and users is None and not everyone else users,
         copy=result,
         studies=studies,
         normalize=normalize,
     )
     out = Console()
+    if width < max(CUTOFFS):
+        progress.console.print(f"lists of {width} items: HR@k and NDCG@k of a larger k count these alone")
     for table in (result_table(paths), *search_tables(json.loads(paths[-1].read_text()))):
         out.print(table)
 

@@ -35,6 +35,9 @@ def recommend(
 
     Example: cemg-recommend --run runs/beauty --history "12 7 105" --top 10
     """
+    command.check_device(device)
+    if beams < 1:
+        raise UserError(f"--beams must be at least 1, got {beams}")
     items = history.replace(",", " ").split()
     if not items:
         raise UserError("--history names no item", fix='write it as --history "12 7 105"')
@@ -61,11 +64,16 @@ def recommend(
         )
         print()
     else:
-        Console().print(_table(rows))
+        table = _table(rows)
+        if engine != "transformers":  # which proves nothing
+            proven = int(found.certified[0])
+            table.caption = f"the first {proven} of {len(rows)} are proven to be the best"
+            table.caption += "; --exact searches on" if proven < len(rows) and not exact else ""
+        Console().print(table)
 
 
 def _table(rows: list[dict[str, object]]) -> Table:
-    table = Table("", "item", "title", "log-prob", "codes")
+    table = Table("", "item", "title", "log-prob", "codes", caption_justify="left")
     for place, row in enumerate(rows, start=1):
         codes = " ".join(row["codes"])  # type: ignore[arg-type]
         table.add_row(str(place), str(row["item"]), str(row["title"]), f"{row['score']:.3f}", codes)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 import yaml
 
 from cemg.commands import console as command
 from cemg.commands.evaluate import score
 from cemg.config import RunConfig, load_config
-from cemg.errors import UserError
 from cemg.evaluation import result_table
 from cemg.pipeline import Pipeline
 from cemg.progress import console
@@ -58,7 +56,7 @@ def train(
 
     Example: cemg-train --data data/beauty --run runs/beauty --set generator.epochs=40
     """
-    _check_device(device)
+    command.check_device(device)
     use_fast_kernels(fast_kernels)
     for op, choice in backends(device).items():
         console.print(f"{op}: {choice.backend} ({choice.why})", highlight=False)
@@ -78,14 +76,6 @@ def _settings(data: str, config: Path | None, settings: list[str]) -> list[str]:
         return [f"data.path={data}", *settings]
     named = config is not None or any(s.startswith("data.path=") for s in settings)
     return settings if named else [*SYNTHETIC, *settings]
-
-
-def _check_device(device: str) -> None:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {device}: torch {torch.__version__} sees no GPU",
-            fix="cemg-doctor tells why; or --device cpu",
-        )
 
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:

@@ -14,17 +14,18 @@ from cemg.evaluation.search import DEPTHS
 
 def search_tables(record: Mapping[str, Any]) -> list[Table]:
     """A table for each study that a result file holds."""
-    makers: dict[str, Callable[[Any], Table]] = {
+    makers: dict[str, Callable[[Any, str], Table]] = {
         "exact": _exact_table,
         "certificate": _certificate_table,
         "engines": _engine_table,
     }
-    return [make(record[name]) for name, make in makers.items() if name in record]
+    scored = f"normalize={record.get('studies_normalize')}"
+    return [make(record[name], scored) for name, make in makers.items() if name in record]
 
 
-def _exact_table(study: Mapping[str, Any]) -> Table:
+def _exact_table(study: Mapping[str, Any], scored: str) -> Table:
     names = list(study["metrics"])
-    table = _table(f"{study['users']:,} users, all items scored", ["ranking", *names])
+    table = _table(f"{study['users']:,} users, all items scored, {scored}", ["ranking", *names])
     for label, suffix in (("", ""), (", history removed", "_history_removed")):
         exact, beam = study[f"metrics{suffix}"], study[f"beam_metrics{suffix}"]
         _metric_row(table, f"exact{label}", exact)
@@ -34,29 +35,29 @@ def _exact_table(study: Mapping[str, Any]) -> Table:
         f"the first {k}: {study[f'equal@{k}']:.1%} of lists exact, mean overlap {study[f'overlap@{k}']:.4f}"
         for k in DEPTHS
     ]
-    certified = f"certified: {study['certified']:.1f} of {study['beams']} on average, "
-    certified += f"{study['certified_wrong']} of all wrong"
-    seconds, beam_seconds = (study[name] / study["users"] for name in ("seconds", "beam_seconds"))
-    cost = f"{seconds:.3f} s a user, {beam_seconds:.3f} s with beams; "
+    certified = f"certified: {study['certified']:.1f} of {study['beams']} results on average; "
+    certified += f"wrong among all that are: {study['certified_wrong']}"
+    each, beam_each = (1e3 * study[name] / study["users"] for name in ("seconds", "beam_seconds"))
+    cost = f"{each:.1f} ms a user, {beam_each:.1f} with beams; "
     cost += f"scores differ by {study['worst_score_difference']:.1e} at most"
     table.caption = "\n".join([*lists, certified, cost])
     return table
 
 
-def _certificate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(
-        f"proven, {rows[0]['users']:,} users", ["beams", "of the first 10", "of the list", "ms a user"]
-    )
+def _certificate_table(rows: Sequence[Mapping[str, Any]], scored: str) -> Table:
+    columns = ["beams", "of the first 10", "of the whole list", "ms a user"]
+    table = _table(f"share proven to be the best, {rows[0]['users']:,} users, {scored}", columns)
     for row in rows:
         each = 1e3 * row["seconds"] / row["users"]
         table.add_row(str(row["beams"]), f"{row['first_ten']:.1%}", f"{row['whole_list']:.1%}", f"{each:.1f}")
     return table
 
 
-def _engine_table(study: Mapping[str, Any]) -> Table:
+def _engine_table(study: Mapping[str, Any], scored: str) -> Table:
     engines = study["engines"]
     names = list(engines["cemg"]["metrics"])
-    table = _table(f"{study['users']:,} users, {study['beams']} beams", ["engine", *names, "seconds"])
+    title = f"{study['users']:,} users, {study['beams']} beams, {scored}"
+    table = _table(title, ["engine", *names, "seconds"])
     for name, engine in engines.items():
         _metric_row(table, name, engine["metrics"], f"{engine['seconds']:.1f}")
     table.caption = (

@@ -80,7 +80,10 @@ class Catalog:
         index = {item: row for row, item in enumerate(self.item_ids)}
         for item in item_ids:
             if item not in index:
-                raise UserError(f"item {item!r} is not in the catalog of {len(self)} items")
+                raise UserError(
+                    f"item {item!r} is not in the catalog of {len(self)} items",
+                    fix=f"its ids are written like {self.item_ids[0]!r}",
+                )
         return [index[item] for item in item_ids]
 
     def extended(self, codes: Tensor, item_ids: Sequence[str] | Sequence[int]) -> Catalog:
