@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -130,3 +132,21 @@ def test_a_prompt_length_that_is_none_is_refused(prompt):
 
 def test_it_never_leaves_the_best_token_as_it_was_for_certain(make):
     assert make().is_argmax_invariant() is False
+
+
+def test_the_plugin_says_what_to_do_under_the_second_model_runner(monkeypatch):
+    """With stand-ins for the kinds that either runner of vLLM 0.32 asks for."""
+    kinds = []
+    for name in ("vllm.v1.sample", "vllm.v1.worker.gpu.sample"):
+        kinds.append(type("LogitsProcessor", (), {}))
+        parts = f"{name}.logits_processor".split(".")
+        for end in range(1, len(parts) + 1):
+            whole = ".".join(parts[:end])
+            monkeypatch.setitem(sys.modules, whole, ModuleType(whole))
+        sys.modules[whole].LogitsProcessor = kinds[-1]
+    monkeypatch.delitem(sys.modules, "cemg.decoding.vllm_plugin", raising=False)
+    plugin = importlib.import_module("cemg.decoding.vllm_plugin").VllmTrieProcessor
+    monkeypatch.delitem(sys.modules, "cemg.decoding.vllm_plugin")
+    assert all(issubclass(plugin, kind) for kind in kinds)  # so that its own words are heard
+    with pytest.raises(ValueError, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
+        plugin(SimpleNamespace(), SimpleNamespace())
