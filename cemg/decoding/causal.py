@@ -26,13 +26,13 @@ from cemg.decoding.layers import (
     Wanted,
     attention,
     attention_with_lse,
+    code_table,
     padding_of,
     unwrapped,
     weight_of,
 )
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")  # one shape: RMSNorm, rotary, gated feed-forward
-TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +122,9 @@ class CausalPlan:
     def _precompute(self, code_tokens: range) -> None:
         """Layer 0's projections of each code; learned positions are added before them, so not for GPT-2."""
         self.first_code = code_tokens.start
-        self.table: Tensor | None = None
-        if self.positions is None and len(code_tokens) <= TABLE_ROWS:
-            first = self.layers[0]
-            codes = self.embedding[code_tokens.start : code_tokens.stop]
-            self.table = first.qkv(first.norm(codes))  # [codes, (H + 2 * G) * Dh]
+        first = self.layers[0]
+        known = self.positions is None
+        self.table = code_table(first.norm, first.qkv, self.embedding, code_tokens) if known else None
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens and their positions, both [R] -> [R, d]."""

@@ -167,6 +167,11 @@ class Decoder:
                 kept[row] = new[0]
         return found
 
+    def wanted(self, level: int) -> Wanted:
+        """What a stepper is asked for where codes of ``level`` come next."""
+        size = self.catalog.codebook_size
+        return Wanted(self.code_token_start + level * size, size, self.normalize == "vocab")
+
     def _search(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
         floor: Tensor | None = None,
@@ -182,16 +187,16 @@ class Decoder:
         the device. With ``floor`` [B], only prefixes that score at least as much live on."""
         stepper = self.plan.begin()
         with named_range("decode: prompt and first code"):
-            logits = stepper.start(input_ids, attention_mask, self._wanted(0))
+            logits = stepper.start(input_ids, attention_mask, self.wanted(0))
         found = Beams.at_the_root(len(input_ids), self.trie.device)
         for level in range(self.catalog.levels):
             if level > 0 and self._decided(found.nodes):
                 self._to_the_leaves(found)
                 break
             if level > 0:
-                tokens = found.codes[:, :, -1] + self._wanted(level - 1).first
+                tokens = found.codes[:, :, -1] + self.wanted(level - 1).first
                 with named_range(f"decode: code {level}"):
-                    logits = stepper.step(tokens, found.parents, self._wanted(level))
+                    logits = stepper.step(tokens, found.parents, self.wanted(level))
             found.grow(
                 trie_beam_step(
                     logits.columns, found.scores, found.nodes, self.trie, beams, self.normalize,
@@ -219,7 +224,3 @@ class Decoder:
             codes = own[:, 0].view(found.nodes.shape)
             found.codes = torch.cat((found.codes, codes[:, :, None].long()), dim=2)
             found.nodes = below[:, 0].view(found.nodes.shape)
-
-    def _wanted(self, level: int) -> Wanted:
-        size = self.catalog.codebook_size
-        return Wanted(self.code_token_start + level * size, size, self.normalize == "vocab")

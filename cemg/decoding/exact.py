@@ -17,7 +17,7 @@ from torch import Tensor
 from cemg.decoding.beams import check_prompts, trimmed
 from cemg.decoding.engine import Decoder
 from cemg.decoding.generic import GenericPlan
-from cemg.decoding.layers import Logits, Stepper, Wanted
+from cemg.decoding.layers import Logits, Stepper
 from cemg.errors import UserError
 from cemg_kernels import trie_softmax
 
@@ -73,7 +73,7 @@ def _score_runs(
 ) -> Iterator[Tensor]:
     """Scores [B, n] of each chunk's consecutive ranks, their codes [n, levels]; the prompts are read once."""
     stepper = decoder.plan.begin()
-    first = stepper.start(*prompts, _wanted(decoder, 0))
+    first = stepper.start(*prompts, decoder.wanted(0))
     for number, codes in enumerate(chunks):
         if number > 0:
             stepper.rewind()
@@ -95,9 +95,9 @@ def _score_run(decoder: Decoder, stepper: Stepper, first: Logits, codes: Tensor)
         parents, row = row[after.parents[fed]], torch.where(after.feeds, after.feeds.cumsum(0) - 1, -1)
         logits = None
         if level < codes.shape[1] and len(fed):
-            tokens = after.codes[fed] + _wanted(decoder, level - 1).first
+            tokens = after.codes[fed] + decoder.wanted(level - 1).first
             each = len(scores), len(fed)
-            logits = stepper.step(tokens.expand(each), parents.expand(each), _wanted(decoder, level))
+            logits = stepper.step(tokens.expand(each), parents.expand(each), decoder.wanted(level))
         before = after
     return scores
 
@@ -127,8 +127,3 @@ def _prefixes(decoder: Decoder, codes: Tensor, length: int, shorter: Prefixes | 
     last = codes[first, length - 1] if length else torch.zeros_like(first)
     parents = torch.zeros_like(first) if shorter is None else shorter.of_rank[first]
     return Prefixes(nodes, last, parents, new.cumsum(0) - 1, feeds)
-
-
-def _wanted(decoder: Decoder, level: int) -> Wanted:
-    size = decoder.catalog.codebook_size
-    return Wanted(decoder.code_token_start + level * size, size, decoder.normalize == "vocab")

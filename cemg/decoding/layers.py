@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
+TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
 
 class Wanted(NamedTuple):
@@ -140,6 +141,13 @@ class Norm:
         if bias is None:
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+
+def code_table(norm: Norm, qkv: Projection, embedding: Tensor, codes: range) -> Tensor | None:
+    """What layer 0 projects each code's embedding to, [codes, out]; None where there are too many codes."""
+    if len(codes) > TABLE_ROWS:
+        return None
+    return qkv(norm(embedding[codes.start : codes.stop]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,14 +24,13 @@ from cemg.decoding.layers import (
     Unsupported,
     Wanted,
     attention,
+    code_table,
     heads,
     padding_of,
     unwrapped,
     weight_of,
 )
 from cemg_kernels.ranges import named_range
-
-TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +98,7 @@ class T5Plan:
         self.start_kv = qkv[:, qkv.shape[1] // 3 :]  # [1, 2 * H * Dh]
         self.start_hidden = first.out.added_to(start, qkv[:, 2 * qkv.shape[1] // 3 :])
         self.first_code = code_tokens.start
-        self.table: Tensor | None = None
-        if len(code_tokens) <= TABLE_ROWS:
-            codes = self.embedding[code_tokens.start : code_tokens.stop]
-            self.table = first.qkv(first.norm(codes))  # [codes, 3 * H * Dh]
+        self.table = code_table(first.norm, first.qkv, self.embedding, code_tokens)
 
     def _encoder_layer(self, block: Any) -> EncoderLayer:
         own = block.layer[0]
