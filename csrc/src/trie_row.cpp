@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -15,30 +17,114 @@ namespace {
 
 #if defined(CEMG_AVX512)
 constexpr int64_t kWindow = 32;  // logits that two registers hold
+constexpr int64_t kTogether = 16;
+constexpr __mmask16 kAll = 0xffff;  // GCC 12 warns of its own header where there is no mask
 
 CEMG_AVX512 inline __m512i widen(const uint8_t* codes) noexcept {
-  return _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  return _mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
 }
 CEMG_AVX512 inline __m512i widen(const int16_t* codes) noexcept {
-  return _mm512_maskz_cvtepi16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  return _mm512_maskz_cvtepi16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
 }
 
-// Gathers 16 children at a time as long as each 16 lie within one window, where a permutation of two
-// registers takes a third of the time of 16 loads. How many were gathered.
+// The logits of 16 children. Where they lie within one window, as they do in a dense node, a permutation of
+// two registers takes a third of the time of 16 loads.
 template <class Code>
-CEMG_AVX512 int64_t gather_windows(const float* logits, int64_t size, const Code* codes, int64_t count,
-                                   float* out) noexcept {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    const int64_t first = codes[i];
-    if (codes[i + 15] - first >= kWindow || first + kWindow > size) break;
-    const __m512i place = _mm512_sub_epi32(widen(codes + i), _mm512_set1_epi32(static_cast<int>(first)));
-    const __m512 low = _mm512_loadu_ps(logits + first), high = _mm512_loadu_ps(logits + first + 16);
-    _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(low, place, high));
+CEMG_AVX512 inline __m512 gather_16(const float* logits, int64_t size, const Code* codes) noexcept {
+  const int64_t first = codes[0];
+  const __m512i at = widen(codes);
+  if (codes[kTogether - 1] - first >= kWindow || first + kWindow > size) {
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), kAll, at, logits, sizeof(float));
   }
-  return i;
+  const __m512i place = _mm512_sub_epi32(at, _mm512_set1_epi32(static_cast<int>(first)));
+  const __m512 low = _mm512_loadu_ps(logits + first), high = _mm512_loadu_ps(logits + first + 16);
+  return _mm512_permutex2var_ps(low, place, high);
+}
+
+CEMG_AVX512 inline __m512 larger_16(__m512 a, __m512 b) noexcept {  // b where one is NaN
+  return _mm512_maskz_max_ps(kAll, a, b);
+}
+
+// `exp_of_negative`, of numbers up to 80 too.
+CEMG_AVX512 inline __m512 exp_16(__m512 x) noexcept {
+  x = larger_16(_mm512_set1_ps(-87.0f), x);  // NaN stays
+  const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+  const __m512 whole = _mm512_maskz_roundscale_ps(kAll, t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_sub_ps(t, whole);
+  __m512 power = _mm512_set1_ps(0.00132647257f);
+  power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.00967151309f));
+  power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.0555073375f));
+  power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.240222421f));
+  power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.693146978f));
+  power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(1.0f));
+  return _mm512_maskz_scalef_ps(kAll, power, whole);
+}
+
+// The pass of `survey_row`: children 16 at a time, in turn to the lower and the upper half of the lanes.
+template <class Code, bool kFull>
+CEMG_AVX512 RowSurvey survey_all(const float* logits, int64_t size, const Code* codes, int64_t count,
+                                 float* best) noexcept {
+  static_assert(kLanes == 2 * kTogether);
+  constexpr float kFar = 60.0f;  // of the base of the sum: beyond, it may overflow or lose what it has
+  const __m512 never = _mm512_set1_ps(kNever);
+  const int64_t whole = count - count % kTogether;
+  const auto load = [=](int64_t i) CEMG_AVX512 {
+    return kFull ? _mm512_loadu_ps(logits + i) : gather_16(logits, size, codes + i);
+  };
+  float base = kNever;
+  if (whole > 0) {
+    float first[kTogether];
+    _mm512_storeu_ps(first, larger_16(load(0), never));
+    base = highest_of_lanes(first);
+  }
+  const __m512 below = _mm512_set1_ps(base);
+  __m512 top[2] = {never, never}, sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  const auto take = [&](int half, __m512 x) CEMG_AVX512 {
+    top[half] = larger_16(x, top[half]);  // the second where one is NaN
+    sums[half] = _mm512_add_ps(sums[half], exp_16(_mm512_sub_ps(x, below)));
+  };
+  float lanes[kLanes];
+  RowSurvey found{kNever, std::numeric_limits<float>::quiet_NaN()};
+  for (int64_t begin = 0; begin < count; begin += kPart, best += kLanes) {
+    top[0] = top[1] = never;
+    const int64_t end = std::min(begin + kPart, whole);
+    int64_t i = begin;
+    for (; i + 2 * kTogether <= end; i += 2 * kTogether) {
+      take(0, load(i));
+      take(1, load(i + kTogether));
+    }
+    if (i < end) take(0, load(i));
+    if (whole < count && whole < begin + kPart) {
+      float last[kTogether];
+      for (int64_t j = 0; j < kTogether; ++j) {
+        const int64_t at = whole + j;
+        last[j] = at < count ? logits[kFull ? at : static_cast<int64_t>(codes[at])] : kNever;
+      }
+      take(i < end ? 1 : 0, _mm512_loadu_ps(last));
+    }
+    for (int64_t half = 0; half < 2; ++half) _mm512_storeu_ps(best + half * kTogether, top[half]);
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = best[lane] = smaller(best[lane], kLargest);
+    found.highest = larger(found.highest, highest_of_lanes(lanes));
+  }
+  if (base > kNever && found.highest < kLargest && found.highest - base < kFar) {
+    for (int64_t half = 0; half < 2; ++half) _mm512_storeu_ps(lanes + half * kTogether, sums[half]);
+    found.log_sum_exp = base + std::log(sum_of_lanes(lanes));
+  }
+  return found;
 }
 #endif
+
+template <class Code>
+RowSurvey survey_any([[maybe_unused]] const float* logits, [[maybe_unused]] int64_t size,
+                     [[maybe_unused]] const Code* codes, [[maybe_unused]] int64_t count,
+                     [[maybe_unused]] float* best) noexcept {
+#if defined(CEMG_AVX512)
+  if (count == size) return survey_all<Code, true>(logits, size, codes, count, best);
+  return survey_all<Code, false>(logits, size, codes, count, best);
+#else
+  return {kNever, kNever};  // not asked for, see can_survey
+#endif
+}
 
 // One load a child; their codes come eight bytes at a time.
 template <class Code>
@@ -58,17 +144,23 @@ void gather_loads(const float* logits, const Code* codes, int64_t count, float* 
   for (; i < count; ++i) out[i] = logits[codes[i]];
 }
 
+#if defined(CEMG_AVX512)
+template <class Code>
+CEMG_AVX512 int64_t gather_dense(const float* logits, int64_t size, const Code* codes, int64_t count,
+                                 float* out) noexcept {
+  int64_t i = 0;
+  for (; i + kTogether <= count; i += kTogether) {
+    _mm512_storeu_ps(out + i, gather_16(logits, size, codes + i));
+  }
+  return i;
+}
+#endif
+
 template <class Code>
 void gather_any(const float* logits, int64_t size, const Code* codes, int64_t count, float* out) noexcept {
   int64_t i = 0;
 #if defined(CEMG_AVX512)
-  static const bool wide = __builtin_cpu_supports("avx512f");
-  while (wide && i < count && count * 2 >= size) {  // dense, so that most windows hold 16
-    i += gather_windows(logits, size, codes + i, count - i, out + i);
-    const int64_t here = std::min<int64_t>(16, count - i);
-    gather_loads(logits, codes + i, here, out + i);
-    i += here;
-  }
+  if (can_survey(size, count)) i = gather_dense(logits, size, codes, count, out);
 #endif
   gather_loads(logits, codes + i, count - i, out + i);
 }
@@ -94,6 +186,19 @@ CEMG_CLONES int64_t count_at_least(const float* x, int64_t count, float floor) n
 
 }  // namespace
 
+bool can_survey(int64_t size, int64_t count) noexcept {
+  return has_wide_vectors() && count * 2 >= size;  // so that most 16 children lie within one window
+}
+
+RowSurvey survey_row(const float* logits, int64_t size, const uint8_t* codes, int64_t count,
+                     float* best) noexcept {
+  return survey_any(logits, size, codes, count, best);
+}
+RowSurvey survey_row(const float* logits, int64_t size, const int16_t* codes, int64_t count,
+                     float* best) noexcept {
+  return survey_any(logits, size, codes, count, best);
+}
+
 void gather(const float* logits, int64_t size, const uint8_t* codes, int64_t count, float* out) noexcept {
   gather_any(logits, size, codes, count, out);
 }
@@ -101,7 +206,7 @@ void gather(const float* logits, int64_t size, const int16_t* codes, int64_t cou
   gather_any(logits, size, codes, count, out);
 }
 
-CEMG_CLONES float best_of_lanes(const float* x, int64_t count, float* best) noexcept {
+CEMG_CLONES float best_of_part(const float* x, int64_t count, float* best) noexcept {
   float lanes[kLanes], last[kLanes], few[kFew];
   for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = last[lane] = kNever;
   const int64_t whole = count - count % kLanes;
@@ -113,6 +218,14 @@ CEMG_CLONES float best_of_lanes(const float* x, int64_t count, float* best) noex
   for (int64_t lane = 0; lane < kLanes; ++lane) best[lane] = smaller(best[lane], kLargest);
   fold_lanes(best, few);
   return highest_of_few(few);
+}
+
+float best_of_groups(const float* x, int64_t count, float* best) noexcept {
+  float highest = kNever;
+  for (; count > 0; count -= kPart, x += kPart, best += kLanes) {
+    highest = larger(highest, best_of_part(x, std::min(count, kPart), best));
+  }
+  return highest;
 }
 
 CEMG_CLONES void to_scores(float score, float total, float* best, float* few) noexcept {

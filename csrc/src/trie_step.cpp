@@ -36,8 +36,9 @@ float tame_log_sum_exp(const float* x, int64_t count, float highest, std::vector
 template <class Code>
 class Children {
  public:
+  // `best`, unless null: as in best_of_groups.
   void read(const TrieView<Code>& trie, const FilterView& filter, int64_t row, int32_t node,
-            const float* logits) {
+            const float* logits, float* best) {
     const Range range = trie.children(node);
     begin_ = range.begin;
     count_ = range.end - range.begin;
@@ -51,12 +52,11 @@ class Children {
       if (!full) gather(logits, trie.codebook_size, trie.code + begin_ - 1, count_, gathered_.data());
       if (!mine.everything()) drop_forbidden(trie, mine);
     }
-    highest_ = best_of_lanes(logits_, count_, best_);
+    highest_ = best == nullptr ? tame(highest_of(logits_, count_)) : best_of_groups(logits_, count_, best);
   }
 
   int32_t count() const noexcept { return count_; }
   const float* logits() const noexcept { return logits_; }  // [count] as they are; -inf if forbidden
-  const float* best() const noexcept { return best_; }      // [kLanes] the highest of every kLanes-th, tame
   float highest() const noexcept { return highest_; }       // tame
   int32_t node(int64_t i) const noexcept { return begin_ + static_cast<int32_t>(i); }
 
@@ -69,7 +69,6 @@ class Children {
 
   int32_t begin_ = 0, count_ = 0;
   float highest_ = kNever;
-  float best_[kLanes];
   const float* logits_ = nullptr;  // of all codes, where all are children; else gathered_
   std::vector<float> gathered_;
 };
@@ -84,6 +83,22 @@ float row_total(const StepLogits& step, int64_t row, int64_t size, const Childre
     return tame_log_sum_exp(all, size, tame(highest_of(all, size)), room);
   }
   return tame_log_sum_exp(children.logits(), children.count(), children.highest(), room);
+}
+
+// In one pass where that can be: the children of a dense node, all allowed, whose own log-sum-exp is the
+// total.
+template <class Code>
+bool survey_dense(const TrieView<Code>& trie, const FilterView& filter, const StepLogits& step, int64_t row,
+                  int32_t node, float* best, float& highest, float& total) {
+  const Range range = trie.children(node);
+  const int64_t size = trie.codebook_size, count = range.end - range.begin;
+  if (step.normalize != Normalize::kValid || !can_survey(size, count)) return false;
+  if (!filter.of(row).everything()) return false;
+  const RowSurvey found =
+      survey_row(step.logits + row * size, size, trie.code + range.begin - 1, count, best);
+  highest = found.highest;
+  total = found.log_sum_exp;
+  return !std::isnan(total);
 }
 
 // A score and a place, parent * K + code, in one number: the higher is better, and of equal scores the one of
@@ -116,6 +131,8 @@ class Best {
 
   // A candidate below this score is not among the best.
   float floor() const noexcept { return floor_; }
+
+  size_t size() const noexcept { return kept_.size(); }
 
   void offer(float score, int64_t place, int32_t node) {
     if (score < floor_) return;
@@ -150,9 +167,12 @@ template <class Code>
 struct Workspace {
   Children<Code> children;
   std::vector<float> room;
-  std::vector<float> best;   // [beams, kLanes] the best score of each group of each beam's children
-  std::vector<float> few;    // [beams, kFew] the best of four groups each
-  std::vector<float> total;  // [beams] what is subtracted from the logits; -inf: no candidates
+  std::vector<float> best;          // [parts, kLanes] the best score of each group
+  std::vector<float> few;           // [parts, kFew] the best of four groups each
+  std::vector<int32_t> beam_of;     // [parts]
+  std::vector<int32_t> first_part;  // [beams + 1]
+  std::vector<float> total;         // [beams] what is subtracted from the logits; -inf: no candidates
+  std::vector<char> loose;          // [beams] whether its groups are of all codes, be they children or not
   Best kept;
 
   static Workspace& of_thread() {
@@ -163,7 +183,8 @@ struct Workspace {
 
 // One user's step. Beams are surveyed first: their log-sum-exps, and the best score of each group of their
 // children. What the best `limit` groups reach bounds what can be kept, so that few groups are looked at
-// again.
+// again. A dense node's row is surveyed as it lies, where its sum is given: the groups are then of all codes
+// and bound the children's scores from above, so that too few may reach the floor, which is lowered.
 template <class Code>
 class UserStep {
  public:
@@ -178,9 +199,26 @@ class UserStep {
         beams_(beams),
         limit_(limit),
         space_(Workspace<Code>::of_thread()) {
-    space_.best.resize(static_cast<size_t>(beams * kLanes));
-    space_.few.resize(static_cast<size_t>(beams * kFew));
     space_.total.resize(static_cast<size_t>(beams));
+    space_.loose.resize(static_cast<size_t>(beams));
+    space_.first_part.resize(static_cast<size_t>(beams) + 1);
+    const auto most = static_cast<size_t>(beams * parts_of(trie.codebook_size));
+    if (space_.beam_of.size() < most) {
+      space_.beam_of.resize(most);
+      space_.best.resize(most * kLanes);
+      space_.few.resize(most * kFew);
+    }
+    int32_t parts = 0;
+    for (int64_t beam = 0; beam < beams; ++beam) {
+      const Range range = trie_.children(nodes_[beam]);
+      const int32_t count = range.end - range.begin;
+      const bool loose = may_be_loose(beam, count);
+      space_.loose[static_cast<size_t>(beam)] = loose;
+      space_.first_part[static_cast<size_t>(beam)] = parts;
+      const int32_t end = parts + static_cast<int32_t>(parts_of(loose ? trie_.codebook_size : count));
+      while (parts < end) space_.beam_of[static_cast<size_t>(parts++)] = static_cast<int32_t>(beam);
+    }
+    space_.first_part[static_cast<size_t>(beams)] = parts;
   }
 
   const std::vector<Candidate>& run(bool share) {
@@ -194,12 +232,21 @@ class UserStep {
   }
 
  private:
-  // A score that the best `limit` candidates of some beams reach.
-  float floor_of(int64_t begin, int64_t beams) const {
-    if (beams * kFew >= 2 * limit_) {
-      return floor_of_best(space_.few.data() + begin * kFew, beams * kFew, limit_);
+  // Whether a beam's row is surveyed as it lies: where most codes are children, no bitmap forbids them and
+  // the sum does not depend on which they are.
+  bool may_be_loose(int64_t beam, int64_t count) const noexcept {
+    return 2 * count >= trie_.codebook_size && step_.normalize != Normalize::kValid &&
+           filter_.of(first_row_ + beam).words == nullptr;
+  }
+
+  // A score that `wanted` groups of some beams reach.
+  float floor_of(int64_t begin, int64_t end, int64_t wanted) const {
+    const int64_t first = space_.first_part[static_cast<size_t>(begin)];
+    const int64_t parts = space_.first_part[static_cast<size_t>(end)] - first;
+    if (parts * kFew >= 2 * wanted) {
+      return floor_of_best(space_.few.data() + first * kFew, parts * kFew, wanted);
     }
-    return floor_of_best(space_.best.data() + begin * kLanes, beams * kLanes, limit_);
+    return floor_of_best(space_.best.data() + first * kLanes, parts * kLanes, wanted);
   }
 
   void survey_on_all_threads() const {
@@ -217,61 +264,98 @@ class UserStep {
   // Some beams, one after the other; what they hold bounds what the next must reach.
   void survey(int64_t begin, int64_t end) const {
     float highest = kNever, floor = kNever;
+    bool loose = false;
     for (int64_t beam = begin; beam < end; ++beam) {
       const int64_t seen = beam - begin;
-      const bool look = seen >= 4 && (seen & (seen - 1)) == 0 && tame(scores_[beam]) < highest;
-      if (look) floor = floor_of(begin, seen);
+      const bool look = !loose && seen >= 4 && (seen & (seen - 1)) == 0 && tame(scores_[beam]) < highest;
+      if (look) floor = floor_of(begin, beam, limit_);
       highest = larger(highest, survey_one(beam, floor));
+      loose = loose || space_.loose[static_cast<size_t>(beam)];
     }
   }
 
   // Fills in the total and the groups' best scores of a beam; the best of all. A log-probability is at most
   // 0, so a beam below `floor` has nothing to give.
   float survey_one(int64_t beam, float floor) const {
-    float* const best = space_.best.data() + beam * kLanes;
-    float* const few = space_.few.data() + beam * kFew;
+    const int64_t part = space_.first_part[static_cast<size_t>(beam)];
+    const int64_t parts = space_.first_part[static_cast<size_t>(beam) + 1] - part;
+    float* const best = space_.best.data() + part * kLanes;
+    float* const few = space_.few.data() + part * kFew;
     float& total = space_.total[static_cast<size_t>(beam)] = kNever;
-    std::fill(best, best + kLanes, kNever);
-    std::fill(few, few + kFew, kNever);
     const float score = tame(scores_[beam]);
-    if (score == kNever || score < floor) return kNever;
+    const float highest = score == kNever || score < floor ? kNever : survey_row(beam, best, total);
+    if (highest == kNever || total == kNever) {
+      std::fill(best, best + parts * kLanes, kNever);
+      std::fill(few, few + parts * kFew, kNever);
+      return total = kNever;
+    }
+    for (int64_t i = 0; i < parts; ++i) to_scores(score, total, best + i * kLanes, few + i * kFew);
+    return score + smaller(highest - total, 0.0f);
+  }
+
+  // The highest logit of a row, the highest of its groups, and what is subtracted from them.
+  float survey_row(int64_t beam, float* best, float& total) const {
+    const int64_t size = trie_.codebook_size, row = first_row_ + beam;
+    const float* const own = logits(beam);
     auto& space = Workspace<Code>::of_thread();
+    if (space_.loose[static_cast<size_t>(beam)]) {
+      const float highest = best_of_groups(own, size, best);
+      total = step_.normalize == Normalize::kVocab ? tame(step_.logsumexp[row])
+                                                   : tame_log_sum_exp(own, size, highest, space.room);
+      return highest;
+    }
+    float highest;
+    if (survey_dense(trie_, filter_, step_, row, nodes_[beam], best, highest, total)) return highest;
     auto& children = space.children;
-    children.read(trie_, filter_, first_row_ + beam, nodes_[beam], logits(beam));
-    if (children.highest() == kNever) return kNever;
-    total = row_total(step_, first_row_ + beam, trie_.codebook_size, children, space.room);
-    if (total == kNever) return kNever;
-    std::copy(children.best(), children.best() + kLanes, best);
-    to_scores(score, total, best, few);
-    return score + smaller(children.highest() - total, 0.0f);
+    children.read(trie_, filter_, row, nodes_[beam], own, best);
+    total = row_total(step_, row, size, children, space.room);
+    return children.highest();
   }
 
   void collect() const {
-    const int64_t groups = beams_ * kLanes;
+    const int64_t groups = space_.first_part[static_cast<size_t>(beams_)] * kLanes;
     const float* const best = space_.best.data();
+    const auto limit = static_cast<size_t>(limit_);
     Best& kept = space_.kept;
-    const float floor = larger(floor_of(0, beams_), -kLargest);
-    kept.clear(static_cast<size_t>(limit_), floor);
-    for (int64_t at = find_at_least(best, 0, groups, floor); at < groups;
-         at = find_at_least(best, at + 1, groups, floor)) {
-      collect_group(at / kLanes, at % kLanes);
+    const auto end = space_.loose.begin() + beams_;
+    const bool loose = std::find(space_.loose.begin(), end, 1) != end;
+    for (int64_t wanted = loose ? limit_ + limit_ / 4 : limit_;; wanted *= 2) {
+      const float floor = floor_of(0, beams_, wanted);
+      kept.clear(limit, larger(floor, -kLargest));
+      for (int64_t at = find_at_least(best, 0, groups, kept.floor()); at < groups;
+           at = find_at_least(best, at + 1, groups, kept.floor())) {
+        collect_group(at / kLanes, at % kLanes);
+      }
+      if (!loose || kept.size() >= limit || floor == kNever) return;
     }
   }
 
-  void collect_group(int64_t beam, int64_t group) const {
+  void collect_group(int64_t part, int64_t lane) const {
+    const int64_t beam = space_.beam_of[static_cast<size_t>(part)];
+    const int64_t begin = (part - space_.first_part[static_cast<size_t>(beam)]) * kPart;
     const Range range = trie_.children(nodes_[beam]);
-    const RowFilter mine = filter_.of(first_row_ + beam);
-    const float score = tame(scores_[beam]), total = space_.total[static_cast<size_t>(beam)];
-    const float* const own = logits(beam);
-    Best& kept = space_.kept;
-    for (int64_t node = range.begin + group; node < range.end; node += kLanes) {
-      const int64_t code = trie_.code[node - 1];
-      const float sum = score + smaller(own[code] - total, 0.0f);
-      if (!(sum >= kept.floor())) continue;  // nor is NaN
-      const auto child = static_cast<int32_t>(node);
-      if (!mine.everything() && !mine.allows(trie_.interval(child))) continue;
-      kept.offer(sum, beam * trie_.codebook_size + code, child);
+    const bool loose = space_.loose[static_cast<size_t>(beam)];
+    const int64_t count = loose ? trie_.codebook_size : range.end - range.begin;
+    for (int64_t i = begin + lane; i < std::min(begin + kPart, count); i += kLanes) {
+      const int64_t node = range.begin + i;
+      if (loose) {
+        offer(beam, i, kNone);
+      } else {
+        offer(beam, trie_.code[node - 1], static_cast<int32_t>(node));
+      }
     }
+  }
+
+  // The child, looked for where it is not given, is kept where its score is high enough and it is allowed.
+  void offer(int64_t beam, int64_t code, int32_t child) const {
+    const float score = tame(scores_[beam]), total = space_.total[static_cast<size_t>(beam)];
+    const float sum = score + smaller(logits(beam)[code] - total, 0.0f);
+    if (!(sum >= space_.kept.floor())) return;  // nor is NaN
+    if (child == kNone) child = trie_.advance(nodes_[beam], code);
+    if (child == kNone) return;
+    const RowFilter mine = filter_.of(first_row_ + beam);
+    if (!mine.everything() && !mine.allows(trie_.interval(child))) return;
+    space_.kept.offer(sum, beam * trie_.codebook_size + code, child);
   }
 
   const float* logits(int64_t beam) const noexcept {
@@ -323,9 +407,12 @@ void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, con
   for (int64_t row = 0; row < rows; ++row) {
     auto& space = Workspace<Code>::of_thread();
     auto& children = space.children;
-    children.read(trie, filter, row, nodes[row], step.logits + row * size);
-    const bool any = children.highest() > kNever;
-    const float total = any ? row_total(step, row, size, children, space.room) : kNever;
+    children.read(trie, filter, row, nodes[row], step.logits + row * size, nullptr);
+    space.best.resize(std::max(space.best.size(), static_cast<size_t>(parts_of(size) * kLanes)));
+    float highest, total;
+    if (!survey_dense(trie, filter, step, row, nodes[row], space.best.data(), highest, total)) {
+      total = children.highest() > kNever ? row_total(step, row, size, children, space.room) : kNever;
+    }
     float* const log_prob = out + row * size;
     std::fill(log_prob, log_prob + size, kNever);
     if (total == kNever) continue;

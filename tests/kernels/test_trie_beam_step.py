@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels import ItemFilter, Trie, dispatch, trie_beam_step, trie_softmax
+from cemg_kernels import ItemFilter, RequestFilter, Trie, dispatch, trie_beam_step, trie_softmax
 from cemg_kernels.trie_softmax import flat, tame
 
 INF = float("inf")
@@ -92,8 +92,8 @@ def test_of_thousands_of_ties_the_lowest_parents_and_codes_stay(filtered, width)
 
 
 @pytest.mark.parametrize("size", [256, 2048])
-@pytest.mark.parametrize("tied", [False, True])
-def test_one_user_with_nodes_of_any_density_gets_what_the_definition_gives(size, tied):
+@pytest.mark.parametrize("kind", ["random", "tied", "best codes lead nowhere", "some excluded", "odd values"])
+def test_one_user_with_nodes_of_any_density_gets_what_the_definition_gives(size, kind):
     counts = [1, 2, 15, 17, 33, size // 4, size // 2 + 1, size * 2 // 3, size - 1, size] * 8
     generator = torch.Generator().manual_seed(3)
     rows = [
@@ -103,20 +103,31 @@ def test_one_user_with_nodes_of_any_density_gets_what_the_definition_gives(size,
     trie = Trie.from_codes(torch.cat(rows), size)
     nodes = trie.lookup(torch.arange(len(counts))[:, None])[None]  # [1, 80]
     logits = torch.randn(1, len(counts), size, generator=generator)
-    logits = logits.round() if tied else logits
     scores = -torch.rand(1, len(counts), generator=generator).sort().values
-    total = logits.logsumexp(2)
+    excluded = None
+    if kind == "tied":
+        logits = logits.round()
+    elif kind == "best codes lead nowhere":
+        logits += 20.0 * ~trie.mask(nodes[0])[None]
+    elif kind == "some excluded":
+        best = (logits + scores[..., None]).masked_fill(~trie.mask(nodes[0])[None], -INF)
+        children = trie.advance(nodes[0].repeat_interleave(size), torch.arange(size).repeat(len(counts)))
+        excluded = RequestFilter.excluding(trie, [trie.items(children[best.flatten().topk(60).indices])])
+    elif kind == "odd values":
+        logits[0, 8, 5], logits[0, 9, 7], logits[0, 18, ::3], logits[0, 19] = math.nan, INF, -INF, -INF
+    total = tame(logits).logsumexp(2)
     for width in (1, 50, 400):
-        ours, wanted = (
-            trie_beam_step(logits, scores, nodes, trie, width, "vocab", total, backend=backend)
-            for backend in ("native", "reference")
-        )
-        assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
-        valid, wanted = (
-            trie_beam_step(logits, scores, nodes, trie, width, "valid", backend=backend)
-            for backend in ("native", "reference")
-        )
-        torch.testing.assert_close(valid.scores, wanted.scores, rtol=0, atol=2**-19)  # of size < 16, twice
+        for normalize in ("vocab", "level", "valid"):
+            ours, wanted = (
+                trie_beam_step(logits, scores, nodes, trie, width, normalize,
+                               total if normalize == "vocab" else None, excluded, backend=backend)
+                for backend in ("native", "reference")
+            )  # fmt: skip
+            if normalize == "vocab":
+                assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+            else:  # of size < 32, twice
+                torch.testing.assert_close(ours.scores, wanted.scores, rtol=0, atol=2**-18)
+                torch.testing.assert_close(ours.pruned, wanted.pruned, rtol=0, atol=2**-18)
 
 
 @settings(max_examples=60, deadline=None)

@@ -130,17 +130,20 @@ struct TrieView {              // borrowed, trivially copyable, passed to kernel
     if (code_value < 0 || code_value >= codebook_size) return kNone;
     const Range range = children(node);
     if (range.end - range.begin == codebook_size) return range.begin + static_cast<int32_t>(code_value);
-    int32_t low = range.begin;
-    int32_t high = range.end;
+    const auto value = static_cast<int32_t>(code_value);
+    // no more than `value` codes lie below it, nor more than the others at or above it
+    int32_t low =
+        range.end - range.begin + value > codebook_size ? range.end + value - codebook_size : range.begin;
+    int32_t high = range.end - range.begin > value ? range.begin + value : range.end;
     while (low < high) {
       const int32_t middle = low + (high - low) / 2;
-      if (static_cast<int64_t>(code[middle - 1]) < code_value) {
+      if (static_cast<int32_t>(code[middle - 1]) < value) {
         low = middle + 1;
       } else {
         high = middle;
       }
     }
-    return low < range.end && static_cast<int64_t>(code[low - 1]) == code_value ? low : kNone;
+    return low < range.end && static_cast<int32_t>(code[low - 1]) == value ? low : kNone;
   }
 
   // The ranks below a node; the whole level moves one down at a time, so both ends stay on one level.
