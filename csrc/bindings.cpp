@@ -385,5 +385,6 @@ PYBIND11_MODULE(_native, module) {
              return laps;
            })
       .def("start", &start_search, release())
-      .def("step", &step_search, release());
+      .def("step", &step_search, release())
+      .def("rewind", &cemg::BeamDecoder::rewind, release());
 }

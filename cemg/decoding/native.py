@@ -237,7 +237,6 @@ class NativeStepper:
     def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
         batch, length = input_ids.shape
         self.step_number = 0  # of the first code
-        self.started = input_ids, attention_mask, wanted
         tokens, mask = (t.to(torch.int64).contiguous() for t in (input_ids, attention_mask != 0))
         self.longest = int(mask.sum(1).max())
         places, own = self.plan.prompt_places(length, self.longest), self.plan.own_places(0, self.longest)
@@ -259,7 +258,8 @@ class NativeStepper:
         return logits
 
     def rewind(self) -> None:
-        self.start(*self.started)  # the C++ keeps the prompt, and has no way back to it
+        self.step_number = 0
+        self.search.rewind()
 
     def _note_laps(self) -> None:
         if ranges_enabled():

@@ -164,6 +164,16 @@ void BeamDecoder::step(const int64_t* tokens, const int64_t* parents, int64_t be
   own_step(places, wanted);
 }
 
+void BeamDecoder::rewind() {
+  const size_t first = encoder_ ? 1 : 0;  // the start token's step
+  if (steps_ < first) return;
+  for (int32_t& length : lengths_) length -= static_cast<int32_t>(steps_ - first);
+  steps_ = first;
+  beams_ = 1;
+  ancestors_.clear();
+  for (int32_t user = 0; encoder_ && user < batch_; ++user) ancestors_.push_back(user);
+}
+
 void BeamDecoder::read(const Prompts& prompts) {
   batch_ = prompts.batch;
   length_ = prompts.length;

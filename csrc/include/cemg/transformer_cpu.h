@@ -132,6 +132,9 @@ class BeamDecoder {
   void step(const int64_t* tokens, const int64_t* parents, int64_t beams, const Places& places,
             const Wanted& wanted);
 
+  // Back to where `start` left it: the prompts stay read.
+  void rewind();
+
  private:
   // The keys and values of all prompts in one layer, by user and head.
   struct PromptHeads {
