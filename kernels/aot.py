@@ -1,10 +1,14 @@
 """Ahead-of-time compile of every kernel for sm_80 and sm_90: registers, shared memory, spills. No GPU needed.
 
-    python -m cemg_kernels.aot [--json PATH] [NAME ...]
+    python -m cemg_kernels.aot [--all] [--json PATH] [NAME ...]
 
-Every Triton kernel in every configuration that dispatch can pick, and ``trie_cuda.cu`` where ``nvcc`` is on
-PATH. Exits with 1 where one does not compile or spills a register. ``TRITON_INTERPRET`` must be unset: it
-is read when a kernel is decorated.
+Every Triton kernel, and ``trie_cuda.cu`` where ``nvcc`` is on PATH. Exits with 1 where one does not compile
+or spills a register. ``TRITON_INTERPRET`` must be unset: it is read when a kernel is decorated.
+
+The configurations come from the functions that plan a launch (``plan_of``, ``tiles_of``, ``layer_blocks``),
+over all they take. ``trie_beam_step`` alone has 50,000 of them, so a subset stands for all: any two choices
+(of sizes, dtype, normalisation, filter) meet in one of its cases. By default of the widest sizes, where a
+thread holds most: a minute on two cores. ``--all``: of every class of sizes. One process a core.
 """
 
 from __future__ import annotations
@@ -19,12 +23,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90)
-MODULES = ("lightgcn_propagate_triton", "residual_quantize_triton", "trie_step_triton")  # each: aot_cases()
+MODULES = (  # each: aot_cases()
+    "lightgcn_propagate_triton",
+    "residual_quantize_triton",
+    "trie_step_triton",
+)
 CUDA_SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "src" / "trie_cuda.cu"
 WARP = 32
 
@@ -35,7 +46,8 @@ class AotCase:
 
     ``signature`` gives every argument's type in order ("*fp32", "i32", "constexpr"), ``constants`` the
     constexprs' values, ``options`` what the launch passes (num_warps, num_stages). Arguments in
-    ``aligned`` are multiples of 16, as torch's pointers are.
+    ``aligned`` are multiples of 16, as torch's pointers are. Other sizes are compiled as any number, though
+    Triton makes a variant, no wider, for a 1 and for multiples of 16.
     """
 
     name: str
@@ -58,12 +70,38 @@ class Compiled:
     stack: int
 
 
-def triton_cases(names: Sequence[str] = ()) -> Iterator[AotCase]:
+def triton_cases(names: Sequence[str] = (), *, every: bool = False) -> Iterator[AotCase]:
     """The cases of all kernels, or of those whose name holds one of ``names``."""
     for module in MODULES:
-        for case in importlib.import_module(f"cemg_kernels.{module}").aot_cases():
+        for case in importlib.import_module(f"cemg_kernels.{module}").aot_cases(every):
             if not names or any(name in case.name for name in names):
                 yield case
+
+
+def powers_of_two(largest: int) -> list[int]:
+    """1, 2, 4 ... ``largest``: the classes of sizes that a kernel tells apart."""
+    return [1 << power for power in range(largest.bit_length())]
+
+
+def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows of one value an axis, such that any two values of two axes meet in one of them."""
+    open_pairs = {
+        (i, a, j, b) for i, j in combinations(range(len(axes)), 2) for a, b in product(axes[i], axes[j])
+    }
+    rows = []
+    for i, a, j, b in sorted(open_pairs, key=repr):
+        if (i, a, j, b) not in open_pairs:
+            continue
+        row = {i: a, j: b}
+        for k in set(range(len(axes))) - {i, j}:  # the value that meets most for the first time
+            row[k] = max(axes[k], key=lambda value: len(_pairs(row | {k: value}) & open_pairs))
+        open_pairs -= _pairs(row)
+        rows.append(tuple(row[k] for k in range(len(axes))))
+    return rows
+
+
+def _pairs(row: dict[int, Any]) -> set[tuple[int, Any, int, Any]]:
+    return {(i, row[i], j, row[j]) for i, j in combinations(sorted(row), 2)}
 
 
 def compile_triton(case: AotCase, capability: int) -> Compiled:
@@ -82,10 +120,31 @@ def compile_triton(case: AotCase, capability: int) -> Compiled:
         ptx.write_text(compiled.asm["ptx"])
         arch = re.search(r"\.target\s+(sm_\w+)", compiled.asm["ptx"])
         target_name = arch[1] if arch else f"sm_{capability}"
-        said = _run([_ptxas(capability), "-v", f"-arch={target_name}", str(ptx), "-o",
+        fusion = [] if case.options.get("enable_fp_fusion", True) else ["--fmad=false"]  # as Triton does
+        said = _run([_ptxas(capability), "-v", *fusion, f"-arch={target_name}", str(ptx), "-o",
                      str(Path(folder, "kernel.cubin"))])  # fmt: skip
     registers, _, spills, stack = next(_usages(said))
     return Compiled(case.name, f"sm_{capability}", registers, int(compiled.metadata.shared), spills, stack)
+
+
+def sweep(names: Sequence[str], *, every: bool) -> list[Compiled]:
+    """All cases on both architectures, a process a core."""
+    tasks = [(case.name, every, arch) for case in triton_cases(names, every=every) for arch in ARCHITECTURES]
+    if not tasks:
+        return []
+    processes = min(len(os.sched_getaffinity(0)), len(tasks))
+    with ProcessPoolExecutor(processes) as pool:
+        return list(pool.map(_compile_named, *zip(*tasks, strict=True), chunksize=2))
+
+
+def _compile_named(name: str, every: bool, capability: int) -> Compiled:
+    return compile_triton(_cases_by_name(every)[name], capability)
+
+
+@cache
+def _cases_by_name(every: bool) -> dict[str, AotCase]:
+    """Found anew in each process, since a kernel cannot be sent to one."""
+    return {case.name: case for case in triton_cases(every=every)}
 
 
 def compile_cuda(source: Path, capability: int) -> list[Compiled]:
@@ -118,11 +177,12 @@ def table(rows: Sequence[Compiled]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only kernels whose name holds one of these")
+    parser.add_argument("--all", action="store_true", help="every class of sizes; half an hour of one core")
     parser.add_argument("--json", type=Path, help="write the table there as well")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("TRITON_INTERPRET is set, so kernels are interpreted and cannot be compiled; unset it")
-    rows = [compile_triton(case, arch) for case in triton_cases(arguments.names) for arch in ARCHITECTURES]
+    rows = sweep(arguments.names, every=arguments.all)
     if not arguments.names or "trie_cuda" in arguments.names:
         if shutil.which("nvcc"):
             rows += [row for arch in ARCHITECTURES for row in compile_cuda(CUDA_SOURCE, arch)]
@@ -132,10 +192,21 @@ def main() -> None:
         sys.exit(f"no kernel's name holds {' or '.join(arguments.names)}")
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        arguments.json.write_text(_as_json(rows))
     spilled = [f"{row.kernel} ({row.arch})" for row in rows if row.spills]
     if spilled:
         sys.exit(f"registers spill in {', '.join(spilled)}; use smaller tiles or more warps")
+
+
+def _as_json(rows: Sequence[Compiled]) -> str:
+    """The versions that compiled, then a row a line."""
+    import torch
+    import triton
+
+    ptxas = re.search(r"V(\S+)", _run([_ptxas(ARCHITECTURES[0]), "--version"]))
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "ptxas": ptxas[1] if ptxas else ""}
+    head = json.dumps(versions).removesuffix("}")
+    return f'{head}, "rows": [\n' + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]}\n"
 
 
 def _usages(said: str) -> Iterator[tuple[int, int, int, int]]:

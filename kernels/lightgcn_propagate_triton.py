@@ -21,13 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase
+from .aot import AotCase, pairwise, powers_of_two
 from .lightgcn_propagate import BipartiteGraph
 
 MAX_DIM = 1024
 FEW = 32  # up to so many neighbours, several vertices share a program
 CHUNK = 1024
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TABLES = ("fp32", "bf16")
 
 
 # Gowalla-shaped (71k vertices, 2.1 M directed edges), D = 64, fp32: 526 MB of gathered rows a layer, of which
@@ -188,15 +189,15 @@ def chunk_blocks(dim: int) -> dict[str, int]:
     return {"BLOCK_E": max(4, 4096 // block), "BLOCK_D": block}
 
 
-def aot_cases() -> list[AotCase]:
-    """Each kind of vertex, in the middle layer and the last, at the dimensions and dtypes people use."""
-    cases = []
-    for dim, dtype, table in (
-        (64, "fp32", "fp32"), (64, "fp32", "bf16"), (64, "bf16", "fp32"), (64, "fp16", "fp32"),
-        (128, "fp32", "fp32"), (256, "fp32", "bf16"),
-    ):  # fmt: skip
-        cases += [_layer_case(dim, dtype, table, kind, final) for kind in range(3) for final in (False, True)]
-    return cases + [_chunk_case(dim, table) for dim in (64, 128, 256) for table in ("fp32", "bf16")]
+def aot_cases(every: bool = False) -> list[AotCase]:
+    """Each kind of vertex, in a middle layer and the last; classes of dimensions, full tiles and not."""
+    dims = [1, 64, 100, 256, MAX_DIM]
+    if every:
+        dims = sorted({d for block in powers_of_two(MAX_DIM) for d in (block, block // 2 + 1)})
+    axes = tuple(DTYPES.values()), TABLES, range(3), (False, True)
+    cases = [_layer_case(*choice) for choice in pairwise(dims, *axes)]
+    cases += [_chunk_case(dim, table) for dim in dims for table in TABLES]
+    return list({case.name: case for case in cases}.values())
 
 
 def _layer_case(dim: int, dtype: str, table: str, kind: int, final: bool) -> AotCase:
@@ -207,7 +208,9 @@ def _layer_case(dim: int, dtype: str, table: str, kind: int, final: bool) -> Aot
         "table_ptr": "*fp32" if kind == 2 else f"*{table}", "x_ptr": f"*{dtype}", "scale_ptr": "*fp32",
         "out_ptr": f"*{dtype if final else table}", "first": "i32", "last": "i32", "divisor": "fp32",
     }  # fmt: skip
-    name = f"lightgcn_propagate D={dim} {dtype} table {table} kind {kind}{' final' if final else ''}"
+    read = "sums" if kind == 2 else table  # and the last layer writes x's dtype, whatever the table's
+    name = f"lightgcn_propagate D={dim} {dtype} table {read} kind {kind}"
+    name += " final" if final else f" to {table}"
     pointers = [argument for argument in types if argument.endswith("_ptr")]
     types |= dict.fromkeys(constants, "constexpr")
     return AotCase(name, layer_kernel, types, constants, {"num_warps": warps}, pointers)

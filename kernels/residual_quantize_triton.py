@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase
+from .aot import AotCase, powers_of_two
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_DIM = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}  # more would spill registers
+CODES = ("i32", "i16", "u8")
 EXACT_CELLS = 1024  # float64 differences held at a time
 
 
@@ -222,14 +223,15 @@ def constants_of(dim: int, dtype: torch.dtype) -> dict[str, int]:
             "BLOCK_K": tiles.codes, "BLOCK_EXACT": EXACT_CELLS >> halvings}  # fmt: skip
 
 
-def aot_cases() -> list[AotCase]:
-    """Each dtype and tile; K and M are run-time numbers."""
+def aot_cases(every: bool = False) -> list[AotCase]:
+    """Each dtype; classes of dimensions, full tiles and not. K and M are run-time numbers."""
     cases = []
     for dtype, most in MAX_DIM.items():
-        for dim in (32, 64, 128, 256, 512):
-            if dim <= most:
-                cases += [_quantize_case(dim, dtype), _prepare_case(dim, DTYPES[dtype])]
-    return cases + [_quantize_case(64, torch.float32, codes) for codes in ("u8", "i16", "i32")]
+        dims = sorted({d for block in powers_of_two(most)[4:] for d in (block, block // 2 + 1)})
+        dims = dims if every else sorted({64, min(256, most), most})
+        cases += [_quantize_case(dim, dtype) for dim in dims]
+        cases += [_prepare_case(dim, DTYPES[dtype]) for dim in dims]
+    return cases + [_quantize_case(100, torch.float32, codes) for codes in CODES]
 
 
 def _quantize_case(dim: int, dtype: torch.dtype, codes: str = "i64") -> AotCase:
@@ -240,7 +242,8 @@ def _quantize_case(dim: int, dtype: torch.dtype, codes: str = "i64") -> AotCase:
         "N": "i32", "K": "i32", "M": "i32", "stride_x": "i32",
     }  # fmt: skip
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": False}
-    aligned = [argument for argument in types if argument.endswith("_ptr")] + ["stride_x"]
+    aligned = [argument for argument in types if argument.endswith("_ptr")]
+    aligned += ["stride_x"] * (dim % 16 == 0)
     types |= dict.fromkeys(constants, "constexpr")
     title = f"residual_quantize D={dim} {name}" + (f" codes {codes}" if codes != "i64" else "")
     return AotCase(title, residual_quantize_kernel, types, constants, options,

@@ -13,14 +13,16 @@ KEPT - width - 1 out. The first bound comes from the maxima of ``KEPT`` groups, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase
+from .aot import AotCase, pairwise, powers_of_two
 from .filter_tensors import FilterTensors
 from .trie_arrays import TrieArrays
 from .trie_filter_triton import allowed, filter_kinds, filter_operands, filter_types, finite, tame
@@ -380,18 +382,35 @@ def _total(logits: Tensor, logsumexp: Tensor | None) -> Tensor:
     return logits if logsumexp is None else logsumexp.float().contiguous()
 
 
-def aot_cases() -> list[AotCase]:
-    """Both kernels and the merge: shapes on either side of each limit, each normalisation and filter."""
-    shapes = {"one": (1, 256, 50), "whole": (64, 256, 64), "tiles": (50, 2048, 50), "most": (256, 4096, 256)}
-    kinds: list[tuple[str, int, str, int, bool]] = [
-        ("one", 0, "fp32", 0, False), ("whole", 0, "fp32", 0, False), ("whole", 1, "bf16", 0, False),
-        ("whole", 2, "fp16", 1, False), ("whole", 1, "fp32", 2, True), ("tiles", 0, "bf16", 2, False),
-        ("tiles", 2, "fp32", 0, True), ("most", 0, "fp32", 0, False), ("most", 1, "fp32", 2, True),
-    ]  # fmt: skip
-    cases = [_beam_step_case(*shapes[shape], n, t, b, e) for shape, n, t, b, e in kinds]
-    cases += [_merge_case(*shapes[shape]) for shape in ("tiles", "most")]
-    return cases + [_softmax_case(size, *kind) for size in (256, 4096) for kind in (
-        (0, "fp32", 0, False), (1, "bf16", 1, False), (2, "fp16", 2, True))]  # fmt: skip
+def aot_cases(every: bool = False) -> list[AotCase]:
+    """Any two of normalisation, dtype, filter and the widest cuts meet, or every class of sizes as well."""
+    kinds = range(3), tuple(DTYPES.values()), range(3), (False, True)
+    sizes, beams = powers_of_two(MAX_CODES), powers_of_two(MAX_BEAMS)
+    widths = [min(top - 1, MAX_WIDTH) for top in powers_of_two(2 * MAX_WIDTH)[1:]]
+    wide = _widest(product(beams, sizes, widths))
+    steps = [(*cut, *kind) for cut, *kind in pairwise(wide, *kinds)]
+    merges, rows = [(MAX_BEAMS, MAX_CODES, MAX_WIDTH)], [1, 256, SOFTMAX_BLOCK]
+    if every:
+        steps += pairwise(beams, sizes, widths, *kinds)
+        merges, rows = _merges(product(beams, sizes, widths)), powers_of_two(SOFTMAX_BLOCK)
+    cases = [_beam_step_case(*step) for step in steps] + [_merge_case(*cut) for cut in merges]
+    cases += [_softmax_case(*row) for row in pairwise(rows, *kinds)]
+    return list({case.name: case for case in cases}.values())
+
+
+def _merges(cuts: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """One of those (beams, size, width) that want the same merge; BLOCK_K is only a divisor there."""
+    return list({(*plan_of(*c).merge.values(),)[1:]: c for c in cuts if plan_of(*c).tiles > 1}.values())
+
+
+def _widest(cuts: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Of each number of warps, the (beams, size, width) whose threads hold most."""
+    fullest: dict[int, tuple[int, tuple[int, int, int]]] = {}
+    for cut in cuts:
+        plan = plan_of(*cut)
+        held = plan.rows * plan.block_k + plan.kept
+        fullest[plan.warps] = max(fullest.get(plan.warps, (0, cut)), (held, cut))
+    return [cut for _, cut in fullest.values()]
 
 
 def _code(size: int) -> str:
@@ -435,7 +454,7 @@ def _beam_step_case(
         "width": "i32",
     }  # fmt: skip
     constants = {"NORMALIZE": normalize, "BITMAPS": bitmaps, "EXCLUDED": excluded, **plan.constants}
-    name = f"trie_beam_step W={beams} K={size} {_name(normalize, dtype, bitmaps, excluded)}"
+    name = f"trie_beam_step W={beams} K={size} width={width} {_name(normalize, dtype, bitmaps, excluded)}"
     return _case(name, beam_step_kernel, types, constants, plan.warps)
 
 

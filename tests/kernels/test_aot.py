@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -11,23 +12,28 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from cemg_kernels import aot, dispatch
 
+CUDA_OPERATIONS = ("lookup", "advance", "children", "mask", "interval", "keep")
 
-def test_every_configuration_compiles_for_both_architectures_and_none_spills(tmp_path: Path):
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["widest", "all"])
+def test_every_configuration_compiles_for_both_architectures_and_none_spills(tmp_path: Path, every: bool):
     table = tmp_path / "aot.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "cemg_kernels.aot", "--json", str(table)]
+    command = [sys.executable, "-m", "cemg_kernels.aot", "--json", str(table), *["--all"] * every]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    rows = json.loads(table.read_text())
-    names = {case.name for case in aot.triton_cases()}
+    found = json.loads(table.read_text())
+    assert found["torch"] and found["triton"] and found["ptxas"]
+    rows = found["rows"]
+    names = {case.name for case in aot.triton_cases(every=every)}
     compiled = {row["kernel"] for row in rows}
     assert names <= compiled
     if shutil.which("nvcc"):
-        operations = ("lookup", "advance", "children", "mask", "interval", "keep")
-        assert all(any(operation in name for name in compiled - names) for operation in operations)
+        assert all(any(operation in name for name in compiled - names) for operation in CUDA_OPERATIONS)
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
     assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 for row in rows)
 
@@ -38,10 +44,41 @@ def test_every_op_with_a_triton_backend_brings_its_cases():
     assert with_triton == covered
 
 
+def test_the_cases_are_what_launches_can_pick():
+    """Every cut that a beam step of some shape gets is one whose tile and sort the widest cases hold."""
+    from cemg_kernels import trie_step_triton as step
+
+    cases = [case for case in aot.triton_cases(every=True) if case.kernel is step.beam_step_kernel]
+    assert len({case.name for case in cases}) == len(cases)
+    held = {}  # the most candidates of a thread, by warps
+    for case in cases:
+        warps, constants = case.options["num_warps"], case.constants
+        here = (constants["ROWS"] * constants["BLOCK_K"] + constants["KEPT"]) / warps
+        held[warps] = max(held.get(warps, 0), here)
+    for beams in (1, 2, 3, 7, 16, 33, 64, 100, 255, 256):
+        for size in (1, 2, 31, 256, 257, 300, 1000, 2048, 4095, 4096):
+            for width in (1, 2, 50, 127, 128, 255, 256):
+                plan = step.plan_of(beams, size, width)
+                assert (plan.rows * plan.block_k + plan.kept) / plan.warps <= held[plan.warps]
+    filtered = {
+        (case.constants["NORMALIZE"], case.constants["BITMAPS"]) for case in aot.triton_cases(["step W"])
+    }
+    assert len(filtered) == 9
+    tiles = {case.constants["BLOCK_D"] for case in aot.triton_cases(["lightgcn"], every=True)}
+    assert tiles == set(aot.powers_of_two(1024))
+
+
+def test_any_two_values_of_two_axes_meet():
+    axes = (1, 2, 3), "ab", (True, False), range(4)
+    rows = aot.pairwise(*axes)
+    assert len(rows) < 24  # of 48 combinations
+    for i, j in itertools.combinations(range(4), 2):
+        assert {(row[i], row[j]) for row in rows} == set(itertools.product(axes[i], axes[j]))
+
+
 def test_a_spill_ends_the_command_with_its_name(monkeypatch, capsys):
     spilling = aot.Compiled("some_kernel", "sm_80", 255, 0, 12, 16)
-    monkeypatch.setattr(aot, "triton_cases", lambda names=(): [None])
-    monkeypatch.setattr(aot, "compile_triton", lambda case, arch: spilling)
+    monkeypatch.setattr(aot, "sweep", lambda names, every: [spilling])
     monkeypatch.setattr(sys, "argv", ["aot", "some"])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit, match=r"registers spill in some_kernel \(sm_80\)"):
@@ -51,8 +88,6 @@ def test_a_spill_ends_the_command_with_its_name(monkeypatch, capsys):
 
 def test_triton_kernels_are_interpreted_here_and_none_is_skipped():
     """Fails where Triton is missing or not interpreted: then the kernels' own tests would prove nothing."""
-    import torch
-
     assert find_spec("triton") is not None
     assert torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
     assert dispatch.pick("lightgcn_propagate", torch.device("cpu"), "triton") == "triton"
