@@ -34,6 +34,7 @@ ARCHITECTURES = (80, 90)
 MODULES = (  # each: aot_cases()
     "lightgcn_propagate_triton",
     "residual_quantize_triton",
+    "trie_build_triton",
     "trie_step_triton",
 )
 CUDA_SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "src" / "trie_cuda.cu"

@@ -29,6 +29,7 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "residual_quantize": ("triton", "native", "torch", "reference"),
     "trie_softmax": ("triton", "native", "reference"),
     "trie_beam_step": ("triton", "native", "torch", "reference"),
+    "trie_build": ("triton", "native", "reference"),
     "trie": ("native", "reference"),
     "lightgcn_propagate": ("triton", "native", "torch", "reference"),
     "decoder": ("native", "torch", "reference"),

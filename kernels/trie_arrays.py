@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import native, pick
+from .ranges import named_range
 
 MAX_CODEBOOK_SIZE = 32768  # a code fits int16
 MAX_LEVELS = 255
@@ -90,28 +91,32 @@ def check_codes(codes: Tensor, codebook_size: int) -> None:
 def build(codes: Tensor, codebook_size: int, *, backend: str | None = None) -> TrieArrays:
     """The arrays of checked ``codes`` [N, L]; DuplicateCodes where two rows are equal.
 
-    Codes on a GPU are sorted and built there, by torch.
+    Codes on a GPU are sorted and built there.
     """
-    if codes.device.type == "cuda":
-        return build_reference(codes.detach(), codebook_size)
-    codes = codes.detach().cpu().contiguous()
-    if pick("trie", codes.device, backend) == "native":
-        return _build_native(codes, codebook_size)
-    return build_reference(codes, codebook_size)
+    codes = codes.detach()
+    chosen = pick("trie_build", codes.device, backend)
+    with named_range("trie_build"):
+        if chosen == "triton":
+            from .trie_build_triton import build as build_triton
+
+            return build_triton(codes, codebook_size)
+        if chosen == "native":
+            return _build_native(codes.contiguous(), codebook_size)
+        return build_reference(codes, codebook_size)
 
 
 def build_reference(codes: Tensor, codebook_size: int) -> TrieArrays:
     """The definition: sort the rows, start a node where a rank's leading codes differ from the last's."""
     num_items, levels = codes.shape
-    order = _sorted_order(codes, codebook_size)  # [N]
+    order = sorted_order(codes, codebook_size)  # [N]
     codes = codes[order]
     depth = _shared_depth(codes)  # [N], leading codes shared with the rank before
-    _refuse_duplicates(order, depth, levels)
+    refuse_duplicates(order, depth, levels)
     starts = [depth <= m for m in range(levels)]  # [N] bool: does a node of level m + 1 start here?
     code = torch.cat([codes[s, m] for m, s in enumerate(starts)])
     counts = [0, *(int(s.sum()) for s in starts)]
     begin = 1 + torch.tensor(counts, device=codes.device).cumsum(0)  # of levels 1, 2, ...
-    _check_nodes(int(begin[-1]), num_items)
+    check_nodes(int(begin[-1]), num_items)
     first_child = [begin[:1]]
     for m in range(levels - 1):
         index = starts[m + 1].cumsum(0) - 1  # of each rank's node within level m + 2
@@ -177,14 +182,14 @@ def _check_range(codes: Tensor, codebook_size: int) -> None:
         )
 
 
-def _check_nodes(num_nodes: int, num_items: int) -> None:
+def check_nodes(num_nodes: int, num_items: int) -> None:
     if num_nodes > MAX_NODES:
         raise ValueError(
             f"{num_items} items need {num_nodes} nodes, more than int32 counts; split the catalog"
         )
 
 
-def _sorted_order(codes: Tensor, codebook_size: int) -> Tensor:
+def sorted_order(codes: Tensor, codebook_size: int) -> Tensor:
     levels, bits = codes.shape[1], max((codebook_size - 1).bit_length(), 1)
     if levels * bits <= 63:  # one key holds all codes
         key = codes[:, 0].long()
@@ -206,7 +211,7 @@ def _shared_depth(codes: Tensor) -> Tensor:
     return depth
 
 
-def _refuse_duplicates(order: Tensor, depth: Tensor, levels: int) -> None:
+def refuse_duplicates(order: Tensor, depth: Tensor, levels: int) -> None:
     again = (depth == levels).nonzero()[:, 0]
     if again.numel():
         raise DuplicateCodes(list(zip(order[again - 1].tolist(), order[again].tolist(), strict=True)))

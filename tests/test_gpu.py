@@ -20,6 +20,7 @@ from cemg_kernels import (
     trie_cuda,
     trie_softmax,
 )
+from cemg_kernels.trie_arrays import DuplicateCodes, build
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,6 +72,23 @@ def test_every_trie_operation_equals_the_cpus(items, levels, size, filtered):
         host.children(nodes, filter=mine), device.children(nodes.to(GPU), filter=theirs), strict=True
     ):
         assert torch.equal(ours, other.cpu())
+
+
+@pytest.mark.parametrize(
+    ("items", "levels", "size"), [(1, 8, 4096), (4096, 1, 4096), (200_001, 4, 256), (200_001, 8, 4096)]
+)
+def test_the_trie_built_here_is_the_cpus(items, levels, size):
+    """One item, a full root, keys of 96 bits; and the same rows named where two are equal."""
+    codes = codes_of(items, levels, size) if levels > 1 else torch.randperm(size)[:, None]
+    assert dispatch.choose("trie_build", GPU).backend == "triton"
+    for dtype in (torch.int16, torch.int64):
+        ours, wanted = build(codes.to(GPU, dtype), size), build(codes, size)
+        for name in ("code", "first_child", "rows"):
+            assert torch.equal(getattr(ours, name).cpu(), getattr(wanted, name)), name
+    twice = torch.cat((codes, codes[-1:]))
+    with pytest.raises(DuplicateCodes) as error:
+        build(twice.to(GPU), size)
+    assert error.value.pairs == [(len(codes) - 1, len(codes))]
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
