@@ -17,6 +17,8 @@ from torch import Tensor
 from .trie_arrays import TrieArrays
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
+SOURCE = CSRC / "src" / "trie_cuda.cu"
+NVRTC_OPTIONS = ("--std=c++20", f"-I{CSRC / 'include'}")
 THREADS, MOST_BLOCKS = 256, 132 * 16
 
 
@@ -24,9 +26,13 @@ def problem() -> str:
     """Why the kernels cannot run on this machine; empty where they can."""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    if built_by_nvcc() or find_spec("cupy") is not None:
+    if built_by_nvcc():
         return ""
-    return "built without nvcc, and CuPy is not installed (pip install cupy-cuda13x)"
+    if find_spec("cupy") is None:
+        return "built without nvcc, and CuPy is not installed (pip install cupy-cuda13x)"
+    if not SOURCE.exists():
+        return f"built without nvcc, and CuPy finds no {SOURCE}; install from a checkout: pip install -e ."
+    return ""
 
 
 def built_by_nvcc() -> str:
@@ -69,7 +75,4 @@ def _compiled() -> Any:
     """The module that CuPy's NVRTC makes of trie_cuda.cu; kept for the process, on disk by CuPy."""
     import cupy
 
-    source = CSRC / "src" / "trie_cuda.cu"
-    if not source.exists():
-        raise RuntimeError(f"{source} is missing; install from a checkout: pip install -e .")
-    return cupy.RawModule(code=source.read_text(), options=("--std=c++20", f"-I{CSRC / 'include'}"))
+    return cupy.RawModule(code=SOURCE.read_text(), options=NVRTC_OPTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cemg_kernels import aot, dispatch
+from cemg_kernels import aot, dispatch, trie_cuda
 
 CUDA_OPERATIONS = ("lookup", "advance", "children", "mask", "interval", "keep")
 
@@ -36,6 +37,56 @@ def test_every_configuration_compiles_for_both_architectures_and_none_spills(tmp
         assert all(any(operation in name for name in compiled - names) for operation in CUDA_OPERATIONS)
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
     assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 for row in rows)
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_cupys_compiler_takes_the_cuda_source(architecture: int):
+    """NVRTC, which comes with torch, with the options that CuPy gets: no standard headers, no launcher."""
+    image = nvrtc_cubin(trie_cuda.SOURCE, (*trie_cuda.NVRTC_OPTIONS, f"--gpu-architecture=sm_{architecture}"))
+    for operation, code in itertools.product(CUDA_OPERATIONS, ("u8", "i16")):
+        assert f"{operation}_{code}".encode() in image
+
+
+def nvrtc_cubin(source: Path, options: tuple[str, ...]) -> bytes:
+    """What libnvrtc makes of a file; fails with its log."""
+    nvrtc = ctypes.CDLL(nvrtc_path())
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), None, 0, None, None)
+    arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert not failed, log.value.decode()
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    image = ctypes.create_string_buffer(size.value)
+    assert not nvrtc.nvrtcGetCUBIN(program, image)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return image.raw
+
+
+def nvrtc_path() -> str:
+    """libnvrtc among torch's own packages."""
+    nvidia = find_spec("nvidia")
+    folders = [] if nvidia is None else list(nvidia.submodule_search_locations or [])
+    found = [path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
+    if not found:
+        pytest.skip("no libnvrtc beside torch: this torch was built for the CPU alone")
+    return str(found[0])
+
+
+@pytest.mark.parametrize(
+    ("cupy", "source", "said"),
+    [(None, "csrc", "CuPy is not installed"), ("cupy", "nowhere", "from a checkout"), ("cupy", "csrc", "")],
+)
+def test_why_a_gpu_has_no_trie_is_said(monkeypatch, tmp_path, cupy, source, said):
+    (tmp_path / "csrc").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(trie_cuda, "built_by_nvcc", lambda: "")
+    monkeypatch.setattr(trie_cuda, "find_spec", lambda name: cupy)
+    monkeypatch.setattr(trie_cuda, "SOURCE", tmp_path / source)
+    problem = trie_cuda.problem()
+    assert said in problem and bool(problem) == bool(said)
 
 
 def test_every_op_with_a_triton_backend_brings_its_cases():
