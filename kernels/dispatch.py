@@ -1,8 +1,9 @@
 """Which backend of an operation runs: by device, by what is built, by one switch.
 
-An operation has up to four backends: ``reference`` (plain PyTorch, the definition), ``torch`` (tuned
-PyTorch), ``triton`` and ``native`` (C++). ``CEMG_FAST_KERNELS=0`` in the environment, or
-``use_fast_kernels(False)``, puts every operation on its reference; both are on by default.
+An operation has up to five backends: ``reference`` (plain PyTorch, the definition), ``torch`` (tuned
+PyTorch), ``sparse`` (its CSR product, cuSPARSE on a GPU), ``triton`` and ``native`` (C++).
+``CEMG_FAST_KERNELS=0`` in the environment, or ``use_fast_kernels(False)``, puts every operation on its
+reference; both are on by default.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "trie_beam_step": ("triton", "native", "torch", "reference"),
     "trie_build": ("triton", "native", "reference"),
     "trie": ("native", "reference"),
-    "lightgcn_propagate": ("triton", "native", "torch", "reference"),
+    "lightgcn_propagate": ("triton", "native", "sparse", "torch", "reference"),
     "decoder": ("native", "torch", "reference"),
+}
+ON_REQUEST = {  # backends that run on a CPU, but not unless asked for
+    "triton": "interpreted on the CPU, so only when asked for",
+    "sparse": "slower than torch's embedding_bag on the CPU, so only when asked for",
 }
 _environment = os.environ.get(ENVIRONMENT, "1")  # read once: a look costs a microsecond, an operation few
 _override: bool | None = None
@@ -91,8 +96,8 @@ def _choose(op: str, device: str) -> Choice:
     refused: list[str] = []
     for backend in OPS[op]:
         problem = _problem(op, backend, device)
-        if not problem and backend == "triton" and device == "cpu":
-            problem = "interpreted on the CPU, so only when asked for"
+        if not problem and device == "cpu":
+            problem = ON_REQUEST.get(backend, "")
         if not problem:
             return Choice(backend, "; ".join(refused) or f"the fastest built for {device}")
         refused.append(f"{backend}: {problem}")

@@ -128,8 +128,10 @@ def propagate(
 ) -> Tensor:
     """Checked input: ``x`` [V, D] -> the mean over the layers, of x's dtype.
 
-    ``table_dtype`` of the gathered tables: x's own by default (float32 where x is narrower), or bfloat16,
-    which halves what is read and rounds each summand to 8 bits (relative error up to 2^-9 a layer).
+    ``table_dtype`` of the gathered tables: float32 by default, or bfloat16, which halves what is read. It
+    rounds a table by u = 2^-9 at most: what the j-th layer from the end gathers is off by u |y|, and so the
+    sum by u A_hat^j |y|. There |y| <= the sum of A_hat^i |x| over i <= L - j; for all j that makes u times
+    the sum of k A_hat^k |x|, so the mean is off by u L * (the mean of A_hat^k |x|) to first order in u.
     """
     dim = x.shape[1]
     if dim > MAX_DIM or x.dtype not in DTYPES:

@@ -194,6 +194,21 @@ def test_propagation_and_its_gradient_equal_the_reference(dim):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
 
 
+def test_what_triton_does_not_take_goes_to_cusparse_and_a_bfloat16_table_keeps_its_bound():
+    generator = torch.Generator().manual_seed(7)
+    users, items = (torch.randint(200, (3000,), generator=generator) for _ in range(2))
+    graph = BipartiteGraph.from_edges(users, items, 200, 200).to(GPU)
+    for dim, dtype, atol in ((8, torch.float64, 1e-12), (1025, torch.float32, 1e-5)):
+        x = torch.randn(400, dim, generator=generator, dtype=dtype).to(GPU)
+        wanted = lightgcn_propagate(graph, x, 3, backend="reference")
+        torch.testing.assert_close(lightgcn_propagate(graph, x, 3), wanted, rtol=0, atol=atol)
+        assert torch.equal(lightgcn_propagate(graph, x, 3), lightgcn_propagate(graph, x, 3, backend="sparse"))
+    x = torch.randn(400, 64, generator=generator).to(GPU)
+    wanted, size = (lightgcn_propagate(graph, y, 3, backend="reference") for y in (x, x.abs()))
+    off = (lightgcn_propagate(graph, x, 3, table_dtype=torch.bfloat16) - wanted).abs()
+    assert (off <= 1.01 * 3 * 2**-9 * size + 1e-6).all()
+
+
 def t5() -> PreTrainedModel:
     shape = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
     return T5ForConditionalGeneration(

@@ -52,6 +52,16 @@ def test_a_backend_that_cannot_serve_a_device_says_so():
     assert dispatch.choose("trie", torch.device("cuda")).backend == "reference"
 
 
+def test_a_gpu_without_triton_propagates_by_cusparse_and_a_cpu_does_not(monkeypatch):
+    assert dispatch.choose("lightgcn_propagate", torch.device("cpu")).backend == "native"
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "_native", None)
+    use_fast_kernels(None)
+    assert dispatch.choose("lightgcn_propagate", torch.device("cuda")).backend == "sparse"
+    choice = dispatch.choose("lightgcn_propagate", torch.device("cpu"))
+    assert choice.backend == "torch" and "sparse: slower" in choice.why
+
+
 def test_without_the_native_module_the_reference_serves_and_says_why(monkeypatch):
     monkeypatch.setattr(dispatch, "_native", None)
     monkeypatch.setattr(dispatch, "NATIVE_ERROR", "no such file")

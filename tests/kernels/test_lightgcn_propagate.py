@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cemg_kernels import BipartiteGraph, lightgcn_propagate
 
-BACKENDS = ["reference", "torch", "native", "triton"]
+BACKENDS = ["reference", "torch", "sparse", "native", "triton"]
 
 
 def draw_edges(num_users: int, num_items: int, edges: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,9 @@ def test_a_vertex_without_edges_keeps_its_share_and_passes_nothing(backend):
     assert out[:, 0].tolist() == [(1 + 3 + 1 + 3) / 4, 2.0, (3 + 1 + 3 + 1) / 4, 4.0]
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])  # in float64, which Triton's does not take
+@pytest.mark.parametrize(
+    "backend", ["reference", "torch", "sparse"]
+)  # in float64, which Triton's does not take
 def test_the_gradient_passes_finite_differences_twice(backend):
     users, items = draw_edges(4, 3, 8)
     graph = BipartiteGraph.from_edges(users, items, 4, 3)
@@ -100,9 +102,10 @@ def test_tuned_equals_reference_forward_and_backward(num_users, num_items, edges
     )
     wanted = out_and_gradient(graph, start, layers, "reference")
     # scales are float32 numbers held in float64 on both sides: only the order of sums differs
-    for ours, theirs in zip(out_and_gradient(graph, start, layers, "torch"), wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    for backend in ("native", "triton"):
+    for backend in ("torch", "sparse"):
+        for ours, theirs in zip(out_and_gradient(graph, start, layers, backend), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for backend in ("native", "triton", "sparse"):
         found = out_and_gradient(graph, start.float(), layers, backend)
         for ours, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6)
@@ -120,13 +123,36 @@ def test_what_is_too_wide_for_triton_goes_to_torch(monkeypatch):
 
 
 def out_and_gradient(
-    graph: BipartiteGraph, start: Tensor, layers: int, backend: str
+    graph: BipartiteGraph, start: Tensor, layers: int, backend: str, table_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     x = start.clone().requires_grad_()
-    out = lightgcn_propagate(graph, x, layers, backend=backend)
+    out = lightgcn_propagate(graph, x, layers, backend=backend, table_dtype=table_dtype)
     (out * start.cos()).sum().backward()
     assert x.grad is not None
     return out.detach(), x.grad
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("backend", ["triton", "native", None])
+def test_a_bfloat16_table_keeps_the_bound_it_promises_forward_and_backward(backend, layers):
+    users, items = draw_edges(40, 30, 400)
+    graph = BipartiteGraph.from_edges(users, items, 40, 30)
+    start = torch.randn(70, 9, generator=torch.Generator().manual_seed(1))
+    found = out_and_gradient(graph, start, layers, backend, torch.bfloat16)
+    wanted = out_and_gradient(graph, start.double(), layers, "reference")
+    # Triton's interpreter cuts off, where a GPU rounds to nearest: 2^-8 in the place of 2^-9
+    rounding = 2**-8 if backend == "triton" else 2**-9
+    for ours, theirs, source in zip(found, wanted, (start, start.cos()), strict=True):
+        size = lightgcn_propagate(graph, source.abs(), layers, backend="reference")
+        off = (ours.double() - theirs).abs()
+        assert (off <= 1.01 * layers * rounding * size + 1e-6).all()
+        assert off.max() < 1e-6 if backend != "triton" else off.max() > 2**-12  # or it was not rounded
+
+
+def test_a_table_of_another_dtype_is_refused():
+    graph = BipartiteGraph.from_edges(torch.tensor([0]), torch.tensor([0]), 1, 1)
+    with pytest.raises(ValueError, match="table_dtype must be"):
+        lightgcn_propagate(graph, torch.zeros(2, 3), 1, table_dtype=torch.float16)
 
 
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
@@ -184,13 +210,14 @@ def test_edges_and_inputs_that_do_not_fit_are_refused():
         lightgcn_propagate(graph, torch.zeros(4, 2), -1)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", ["native", "torch", "sparse", "triton"])
 def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
     graph = BipartiteGraph.from_edges(*draw_edges(4, 5, 9), 4, 5)
     x = torch.randn(9, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
     arrays = graph.row_ptr, graph.neighbours, graph.inv_sqrt_degree
     for layers in (0, 2):
-        torch.library.opcheck(torch.ops.cemg.lightgcn_propagate.default, (*arrays, x, layers, backend))
+        operands = *arrays, x, layers, torch.bfloat16 if layers else None, backend
+        torch.library.opcheck(torch.ops.cemg.lightgcn_propagate.default, operands)
 
     def squared(rows: Tensor) -> Tensor:
         return lightgcn_propagate(graph, rows * 2, 3, backend=backend).square().sum()
