@@ -7,6 +7,7 @@ The CUDA half is built where ``nvcc`` is found (``CUDA_HOME`` or ``PATH``). ``CE
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from glob import glob
 from pathlib import Path
@@ -19,6 +20,21 @@ SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/src/*.cpp"))]
 HEADERS = sorted(glob("csrc/include/cemg/*.h"))
 CUDA_SOURCE = "csrc/src/trie_cuda.cu"
 ARCHITECTURES = ("80", "90")  # machine code for these, and PTX of the last for what comes later
+NVCC_FAILED = """
+******************************************************************************
+cemg: nvcc failed, so the module is built for the CPU alone. It was asked
+
+  {command}
+
+and said
+
+{said}
+To mend it, set CUDA_HOME to a toolkit that takes this machine's compiler (or
+NVCC_APPEND_FLAGS=-ccbin=... to one that it takes) and install again.
+CEMG_CUDA=1 makes this an error, CEMG_CUDA=0 leaves nvcc alone. Without it,
+CuPy compiles the kernels at first use: pip install cupy-cuda13x
+******************************************************************************
+"""
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
@@ -63,7 +79,9 @@ class build_native(build_ext):
                    CUDA_SOURCE, "-o", str(target)]  # fmt: skip
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
-            return f"{' '.join(command)} failed:\n{built.stdout}{built.stderr}"
+            said = built.stdout + built.stderr
+            print(NVCC_FAILED.format(command=" ".join(command), said=said), file=sys.stderr)
+            return "nvcc failed, as said above"
         for extension in self.extensions:
             extension.extra_objects.append(str(target))
             extension.define_macros.append(("CEMG_CUDA", f'"sm_{", sm_".join(ARCHITECTURES)}, PTX"'))
