@@ -170,7 +170,8 @@ class Tiles:
 def quantize(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
     """Checked input: ``x`` [N, D], ``codebooks`` [M, K, D] -> codes [N, M], quantized [N, D] float32.
 
-    Of one dtype, float32, bfloat16 or float16, they are read as they are; else as float32.
+    Of one dtype, float32, bfloat16 or float16, they are read as they are; else as float32. The codebooks are
+    prepared anew each call, one launch: their address and version do not tell that they are the same still.
     """
     levels, size, dim = codebooks.shape
     if x.dtype != codebooks.dtype or x.dtype not in DTYPES:

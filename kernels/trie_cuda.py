@@ -29,7 +29,7 @@ def problem() -> str:
     if built_by_nvcc():
         return ""
     if find_spec("cupy") is None:
-        return "built without nvcc, and CuPy is not installed (pip install cupy-cuda13x)"
+        return "built without nvcc (pip install -v -e . says why), and no CuPy (pip install cupy-cuda13x)"
     if not SOURCE.exists():
         return f"built without nvcc, and CuPy finds no {SOURCE}; install from a checkout: pip install -e ."
     return ""

@@ -77,7 +77,7 @@ def nvrtc_path() -> str:
 
 @pytest.mark.parametrize(
     ("cupy", "source", "said"),
-    [(None, "csrc", "CuPy is not installed"), ("cupy", "nowhere", "from a checkout"), ("cupy", "csrc", "")],
+    [(None, "csrc", "no CuPy"), ("cupy", "nowhere", "from a checkout"), ("cupy", "csrc", "")],
 )
 def test_why_a_gpu_has_no_trie_is_said(monkeypatch, tmp_path, cupy, source, said):
     (tmp_path / "csrc").touch()
