@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cemg_kernels import backends, dispatch, fast_kernels_enabled, use_fast_kernels
+from cemg_kernels import backends, dispatch, fast_kernels_enabled, ranges, residual_quantize, use_fast_kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +77,32 @@ def test_using_the_folder_by_its_own_name_names_the_right_one():
     command = [sys.executable, "-c", "from kernels import Trie"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode != 0 and "from cemg_kernels import Trie" in result.stderr
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_ranges_name_each_call_for_the_profilers_and_close_where_it_raises(monkeypatch, on_gpu):
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: said.append(f"push {name}"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: said.append("pop"))
+    monkeypatch.setattr(ranges, "_enabled", ranges.ranges_enabled())
+    x, codebooks = torch.zeros(2, 3), torch.zeros(1, 4, 3)
+    residual_quantize(x, codebooks)
+    assert said == []  # off by default
+    ranges.use_ranges(True)
+    with torch.profiler.profile() as profile:
+        residual_quantize(x, codebooks)
+    assert said == ["push residual_quantize", "pop"] * on_gpu
+    assert "residual_quantize" in {event.name for event in profile.events()}
+    with pytest.raises(ValueError, match="empty"):
+        residual_quantize(x, codebooks[:0])
+    assert said == ["push residual_quantize", "pop"] * 2 * on_gpu
+    ranges.use_ranges(False)
+    residual_quantize(x, codebooks)
+    assert len(said) == 4 * on_gpu
+
+
+def test_the_environment_turns_ranges_on(monkeypatch):
+    for value, enabled in (("1", True), ("0", False)):
+        monkeypatch.setenv("CEMG_NVTX", value)
+        assert importlib.reload(ranges).ranges_enabled() == enabled

@@ -16,9 +16,11 @@ def draw(n: int, m: int, k: int, d: int, *, seed: int = 0) -> tuple[Tensor, Tens
     return torch.randn(n, d, generator=generator), torch.randn(m, k, d, generator=generator)
 
 
-def assert_backends_agree(x: Tensor, codebooks: Tensor) -> None:
+def assert_backends_agree(
+    x: Tensor, codebooks: Tensor, backends: tuple[str, ...] = ("native", "torch", "triton")
+) -> None:
     wanted_codes, wanted = residual_quantize(x, codebooks, backend="reference")
-    for backend in ("native", "torch", "triton"):
+    for backend in backends:
         codes, quantized = residual_quantize(x, codebooks, backend=backend)
         assert torch.equal(codes, wanted_codes), backend
         assert torch.equal(quantized.nan_to_num(), wanted.nan_to_num())  # the same sums of the same rows
@@ -26,11 +28,19 @@ def assert_backends_agree(x: Tensor, codebooks: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("n", "m", "k", "d"), [(1, 1, 1, 1), (3, 2, 31, 5), (256, 4, 256, 64), (513, 3, 300, 33), (0, 2, 4, 3)]
-)
+    ("n", "m", "k", "d"), [(1, 1, 1, 1), (3, 2, 31, 5), (256, 4, 256, 64), (513, 3, 300, 33), (0, 2, 4, 3),
+     (5, 8, 40, 19)],
+)  # fmt: skip
 def test_tuned_codes_equal_the_reference(n, m, k, d, dtype):
     x, codebooks = draw(n, m, k, d)
     assert_backends_agree(x.to(dtype), codebooks.to(dtype))
+
+
+@pytest.mark.parametrize(("levels", "backends"), [(8, ("native", "torch")), (1, ("triton",))])
+def test_codes_of_the_largest_codebooks_equal_the_reference(levels, backends):
+    """One level where the kernel is interpreted: it takes a second."""
+    x, codebooks = draw(9, levels, 4096, 19)
+    assert_backends_agree(x, codebooks, backends)
 
 
 def test_the_reference_is_a_loop_over_rows():
@@ -164,7 +174,7 @@ def test_a_dtype_that_cannot_hold_the_codes_is_refused():
         residual_quantize(x, codebooks, code_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
 def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
     x, codebooks = torch.randn(7, 5), torch.randn(2, 6, 5)
     torch.library.opcheck(torch.ops.cemg.residual_quantize.default, (x, codebooks, torch.int16, backend))

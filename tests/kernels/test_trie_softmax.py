@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cemg_kernels import ItemFilter, Trie, trie_softmax
@@ -81,6 +83,32 @@ def test_a_logsumexp_that_is_not_finite_gives_no_nan(backend, total):
     root = torch.zeros(1, dtype=torch.int32)
     out = trie_softmax(torch.zeros(1, 4), root, trie, "vocab", torch.tensor([total]), backend=backend)
     assert not out.isnan().any() and (out < -1e38).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_trie_filter_and_logits_give_the_references_rows(data):
+    """Ties, NaN and infinities, nodes that are none or leaves, filters that leave nothing."""
+    levels, size = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
+    item = st.tuples(*[st.integers(0, size - 1)] * levels)
+    codes = torch.tensor(data.draw(st.lists(item, min_size=1, max_size=20, unique=True)))
+    trie = Trie.from_codes(codes, size)
+    allowed = data.draw(st.none() | st.lists(st.booleans(), min_size=len(codes), max_size=len(codes)))
+    chosen = None if allowed is None else ItemFilter.from_mask(trie, torch.tensor(allowed))
+    nodes = data.draw(st.lists(st.integers(-1, trie.num_nodes), min_size=1, max_size=5))
+    logit = st.sampled_from([-INF, -3.0, -0.5, 0.0, 0.5, 2.0, 40.0, INF, math.nan])
+    row = st.lists(logit, min_size=size, max_size=size)
+    logits = torch.tensor(data.draw(st.lists(row, min_size=len(nodes), max_size=len(nodes))))
+    normalize = data.draw(st.sampled_from(["vocab", "level", "valid"]))
+    total = data.draw(st.lists(logit, min_size=len(nodes), max_size=len(nodes)))
+    total = torch.tensor(total) if normalize == "vocab" else None
+    operands = logits, torch.tensor(nodes, dtype=torch.int32), trie, normalize, total, chosen
+    wanted = trie_softmax(*operands, backend="reference")
+    assert not wanted.isnan().any() and (wanted <= 0).all()
+    for backend in ("native", "triton"):
+        # as above; and where one logit is the largest float, the others' log-probabilities are as large
+        out = trie_softmax(*operands, backend=backend)
+        torch.testing.assert_close(out, wanted, rtol=2**-22, atol=3 * 2**-20)
 
 
 def test_arguments_that_do_not_fit_are_refused():
