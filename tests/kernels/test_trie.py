@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cemg_kernels
 from cemg_kernels import ItemFilter, Trie
-from cemg_kernels.trie_arrays import DuplicateCodes, TrieArrays, build, build_reference
+from cemg_kernels.trie_arrays import DuplicateCodes, build, build_reference
 
 SHAPES = [  # N, L, K
     (1, 1, 1),
@@ -97,22 +97,9 @@ def test_every_operation_equals_a_dict_of_prefixes(backend, num_items, levels, s
 
 
 @pytest.mark.parametrize(("num_items", "levels", "size"), SHAPES)
-@pytest.mark.parametrize("builder", ["native", "triton"])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_every_builder_gives_the_references_arrays(num_items, levels, size, builder, dtype):
-    codes = draw_codes(num_items, levels, size, seed=1).to(dtype)
-    assert_same_arrays(build(codes, size, backend=builder), build_reference(codes, size))
-
-
-@pytest.mark.parametrize(("levels", "size"), [(1, 4096), (3, 12), (8, 4096)])
-@pytest.mark.parametrize("num_items", [1023, 1024, 1025, 1700])
-def test_triton_builds_across_blocks_of_ranks(num_items, levels, size):
-    """A block is 1,024 ranks: what one starts the next goes on with, on every level."""
-    codes = draw_codes(num_items, levels, size, seed=2)
-    assert_same_arrays(build(codes, size, backend="triton"), build_reference(codes, size))
-
-
-def assert_same_arrays(ours: TrieArrays, reference: TrieArrays) -> None:
+def test_native_and_reference_build_the_same_arrays(num_items, levels, size):
+    codes = draw_codes(num_items, levels, size, seed=1).to(torch.int32)
+    ours, reference = build(codes, size, backend="native"), build_reference(codes, size)
     for name in ("code", "first_child", "rows"):
         assert torch.equal(getattr(ours, name), getattr(reference, name)), name
         assert getattr(ours, name).dtype == getattr(reference, name).dtype
@@ -125,20 +112,14 @@ def test_builds_that_all_cores_share_equal_the_reference(levels, size):
         torch.randint(size, (200_000, levels), generator=torch.Generator().manual_seed(4)) // 7, dim=0
     )
     codes = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(5))]
-    assert_same_arrays(build(codes, size, backend="native"), build_reference(codes, size))
+    ours, reference = build(codes, size, backend="native"), build_reference(codes, size)
+    for name in ("code", "first_child", "rows"):
+        assert torch.equal(getattr(ours, name), getattr(reference, name)), name
     twice = torch.cat((codes, codes[[5, 70_000]]))
     for backend in ("native", "reference"):
         with pytest.raises(DuplicateCodes) as error:
             build(twice, size, backend=backend)
         assert sorted(error.value.pairs) == [(5, len(codes)), (70_000, len(codes) + 1)]
-
-
-@pytest.mark.parametrize("builder", ["native", "reference", "triton"])
-def test_every_builder_names_the_same_duplicates(builder):
-    codes = torch.tensor([[2, 0], [1, 1], [2, 0], [0, 3], [1, 1], [2, 0]])
-    with pytest.raises(DuplicateCodes) as error:
-        build(codes, 4, backend=builder)
-    assert error.value.pairs == [(1, 4), (0, 2), (2, 5)]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "int64"])
@@ -157,7 +138,6 @@ def test_random_tries_and_filters_equal_a_dict_of_prefixes(data):
     size = data.draw(st.integers(1, 6))
     item = st.tuples(*[st.integers(0, size - 1)] * levels)
     codes = torch.tensor(data.draw(st.lists(item, min_size=1, max_size=25, unique=True)))
-    assert_same_arrays(build(codes, size, backend="triton"), build_reference(codes, size))
     allowed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(codes), max_size=len(codes))))
     brute = DictTrie(codes, set(allowed.nonzero()[:, 0].tolist()))
     for fast in (False, True):
