@@ -34,7 +34,7 @@ def residual_quantize(
     (residual - vector)^2) to that residual; ties go to the lowest index. A distance that is NaN counts as
     infinite; where no distance is finite the code is 0. No gradient flows: add the straight-through
     estimate around it. ``backend``: "triton", "native" (C++ on the CPU), "torch", "reference", or None for
-    the dispatcher's, by which on a GPU more than 128 dimensions (512, where both are bfloat16 or both
+    the dispatcher's, by which on a GPU more than 128 dimensions (256, where both are bfloat16 or both
     float16) go to "torch". ``code_dtype``: int64, int32, int16 or uint8.
     Raises ValueError where shapes, dtypes or devices do not fit, and for a ``code_dtype`` that cannot
     hold K - 1.

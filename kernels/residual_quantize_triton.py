@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """Residual quantization on a GPU: every level of a tile of rows in one launch, N x K never written.
 
-N rows, M levels, K codes a level, D dimensions. A program keeps the residual of its rows on chip through
-all levels. Codes are exact: a row whose winner is within rounding of another is decided again in float64,
-in the kernel, so nothing comes back to the host.
+N rows, M levels, K codes a level, D dimensions; codebooks are padded by zeros to 2**HALVINGS dimensions, so
+that their rows are aligned. A program keeps the residual of its rows on chip through all levels. Codes are
+exact: a row whose winner is within rounding of another is decided again in float64, in the kernel, so
+nothing comes back to the host.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from .aot import AotCase, powers_of_two
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-MAX_DIM = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}  # more would spill registers
+MAX_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # more would spill registers
 CODES = ("i32", "i16", "u8")
 EXACT_CELLS = 1024  # float64 differences held at a time
 
@@ -41,13 +43,12 @@ def _tf32_part(values):
 @triton.jit
 def prepare_kernel(
     codebooks_ptr, high_ptr, low_ptr, half_norm_ptr, norm_ptr, rows,
-    D: tl.constexpr, HALVINGS: tl.constexpr, BLOCK: tl.constexpr,
+    HALVINGS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each of the M * K vectors: its TF32 part, the rest, ||c||^2 / 2 and ||c||, rounded up."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, 2**HALVINGS)
-    place = row[:, None] * D + d
-    inside = (row < rows)[:, None] & (d < D)
+    place = row[:, None] * 2**HALVINGS + tl.arange(0, 2**HALVINGS)
+    inside = (row < rows)[:, None]
     vectors = tl.load(codebooks_ptr + place, mask=inside, other=0).to(tl.float32)
     high = _tf32_part(vectors)
     tl.store(high_ptr + place, high, mask=inside)
@@ -82,7 +83,7 @@ def _error_bound(residual, longest, D: tl.constexpr):
 
 
 @triton.jit
-def _nearest_exact(residual, codebook_ptr, K, D: tl.constexpr, HALVINGS: tl.constexpr, BLOCK: tl.constexpr):
+def _nearest_exact(residual, codebook_ptr, K, HALVINGS: tl.constexpr, BLOCK: tl.constexpr):
     """The definition, of one row: the code of the least float64 distance to ``residual`` [2**HALVINGS]."""
     d = tl.arange(0, 2**HALVINGS)
     wide = residual.to(tl.float64)
@@ -90,8 +91,8 @@ def _nearest_exact(residual, codebook_ptr, K, D: tl.constexpr, HALVINGS: tl.cons
     code = tl.full([], 0, tl.int32)
     for k0 in range(0, K, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
-        inside = (k < K)[:, None] & (d < D)
-        vectors = tl.load(codebook_ptr + k[:, None] * D + d, mask=inside, other=0).to(tl.float64)
+        place = k[:, None] * 2**HALVINGS + d
+        vectors = tl.load(codebook_ptr + place, mask=(k < K)[:, None], other=0).to(tl.float64)
         off = wide[None, :] - vectors
         distance = _sum_by_pairs(off * off, HALVINGS)
         distance = tl.where((k < K) & (distance == distance), distance, float("inf"))
@@ -121,8 +122,8 @@ def residual_quantize_kernel(
         code = tl.zeros([BLOCK_N], tl.int32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            place = (m * K + k)[:, None] * D + d
-            valid = (k < K)[:, None] & (d < D)
+            place = (m * K + k)[:, None] * 2**HALVINGS + d
+            valid = (k < K)[:, None]
             vectors = tl.load(high_ptr + place, mask=valid, other=0.0)
             dot = tl.dot(low, tl.trans(vectors), input_precision="tf32")
             if SPLIT:
@@ -142,18 +143,19 @@ def residual_quantize_kernel(
         for _ in range(tl.sum(doubtful.to(tl.int32), 0)):
             one = row == tl.max(tl.where(doubtful, row, -1), 0)
             its_residual = tl.sum(tl.where(one[:, None], residual, 0.0), 0)
-            exact = _nearest_exact(its_residual, codebooks_ptr + m * K * D, K, D, HALVINGS, BLOCK_EXACT)
+            codebook_ptr = codebooks_ptr + m * K * 2**HALVINGS
+            exact = _nearest_exact(its_residual, codebook_ptr, K, HALVINGS, BLOCK_EXACT)
             code = tl.where(one, exact, code)
             doubtful = doubtful & ~one
         tl.store(codes_ptr + wide_row * M + m, code.to(codes_ptr.dtype.element_ty), mask=row < N)
-        chosen = codebooks_ptr + (m * K + code)[:, None] * D + d
-        residual -= tl.load(chosen, mask=inside, other=0).to(tl.float32)
+        chosen = codebooks_ptr + (m * K + code)[:, None] * 2**HALVINGS + d
+        residual -= tl.load(chosen).to(tl.float32)
     tl.debug_barrier()  # the codes are read back, so that the sum takes no registers meanwhile
     quantized = tl.zeros([BLOCK_N, 2**HALVINGS], tl.float32)
     for m in range(M):
         code = tl.load(codes_ptr + wide_row * M + m, mask=row < N, other=0).to(tl.int32)
-        chosen = codebooks_ptr + (m * K + code)[:, None] * D + d
-        quantized += tl.load(chosen, mask=inside, other=0).to(tl.float32)
+        chosen = codebooks_ptr + (m * K + code)[:, None] * 2**HALVINGS + d
+        quantized += tl.load(chosen).to(tl.float32)
     tl.store(quantized_ptr + wide_row[:, None] * D + d, quantized, mask=inside)
 
 
@@ -181,17 +183,17 @@ def quantize(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype = torch.int64
             f"the Triton backend takes up to {MAX_DIM[x.dtype]} dimensions of {x.dtype}, got {dim}; "
             "use backend='torch'"
         )
-    x, codebooks = x.contiguous(), codebooks.contiguous()
+    halvings, vectors = halvings_of(dim), levels * size
+    x, codebooks = x.contiguous(), F.pad(codebooks, (0, 2**halvings - dim)).contiguous()
     codes = torch.empty(x.shape[0], levels, dtype=code_dtype, device=x.device)
     quantized = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if not x.shape[0]:
         return codes, quantized
     high, low = (torch.empty(codebooks.shape, dtype=torch.float32, device=x.device) for _ in range(2))
     half_norm, norm = torch.empty(2, levels, size, device=x.device)
-    halvings, vectors = halvings_of(dim), levels * size
     block = EXACT_CELLS >> halvings
     prepare_kernel[(triton.cdiv(vectors, block),)](
-        codebooks, high, low, half_norm, norm, vectors, D=dim, HALVINGS=halvings, BLOCK=block, num_warps=4
+        codebooks, high, low, half_norm, norm, vectors, HALVINGS=halvings, BLOCK=block, num_warps=4
     )
     tiles = tiles_of(dim, x.dtype)
     residual_quantize_kernel[(triton.cdiv(x.shape[0], tiles.rows),)](
@@ -203,14 +205,16 @@ def quantize(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype = torch.int64
 
 def tiles_of(dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles that keep the residual on chip without spilling, for D = ``dim``; float32 takes two dot products
-    more, and so more registers. Found by compiling with Triton 3.6, 3.8 and 3.9 (``python -m
-    cemg_kernels.aot``), not by timing; 3.6 spills all the same with 16 bits from D = 256 on.
+    more, and so more registers. Found by compiling with Triton 3.6 and 3.8 (``python -m cemg_kernels.aot``),
+    not by timing.
     """
+    if dim <= 32 or (dim <= 64 and dtype == torch.float32):
+        return Tiles(64, 32, 8, 1)
     if dtype == torch.float32:
-        return Tiles(64, 32, 8, 1) if dim <= 64 else Tiles(16, 64, 8, 1)
+        return Tiles(16, 64, 8, 1)
     if dim <= 64:
         return Tiles(32, 64, 8, 1)
-    return Tiles(16, 64, 4, 1) if dim <= 256 else Tiles(16, 32, 8, 1)
+    return Tiles(16, 64, 4, 1) if dim <= 128 else Tiles(16, 32, 4, 1)
 
 
 def halvings_of(dim: int) -> int:
@@ -255,7 +259,7 @@ def _prepare_case(dim: int, name: str) -> AotCase:
     types = {"codebooks_ptr": f"*{name}", "high_ptr": "*fp32", "low_ptr": "*fp32", "half_norm_ptr": "*fp32",
              "norm_ptr": "*fp32", "rows": "i32"}  # fmt: skip
     halvings = halvings_of(dim)
-    constants = {"D": dim, "HALVINGS": halvings, "BLOCK": EXACT_CELLS >> halvings}
+    constants = {"HALVINGS": halvings, "BLOCK": EXACT_CELLS >> halvings}
     aligned = [argument for argument in types if argument.endswith("_ptr")]
     types |= dict.fromkeys(constants, "constexpr")
     return AotCase(f"residual_quantize prepare D={dim} {name}", prepare_kernel, types, constants,

@@ -127,12 +127,16 @@ def test_any_two_values_of_two_axes_meet():
         assert {(row[i], row[j]) for row in rows} == set(itertools.product(axes[i], axes[j]))
 
 
-def test_a_spill_ends_the_command_with_its_name(monkeypatch, capsys):
-    spilling = aot.Compiled("some_kernel", "sm_80", 255, 0, 12, 16)
+@pytest.mark.parametrize(
+    ("shared", "spills", "said"),
+    [(0, 12, "registers spill in"), (163 * 1024 + 1, 0, "more shared memory than the GPU has in")],
+)
+def test_a_spill_or_too_much_shared_memory_ends_the_command(monkeypatch, capsys, shared, spills, said):
+    spilling = aot.Compiled("some_kernel", "sm_80", 255, shared, spills, 16)
     monkeypatch.setattr(aot, "sweep", lambda names, every: [spilling])
     monkeypatch.setattr(sys, "argv", ["aot", "some"])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(SystemExit, match=r"registers spill in some_kernel \(sm_80\)"):
+    with pytest.raises(SystemExit, match=said + r" some_kernel \(sm_80\)"):
         aot.main()
     assert "some_kernel" in capsys.readouterr().out
 
