@@ -27,6 +27,7 @@ from .lightgcn_propagate import BipartiteGraph
 MAX_DIM = 1024
 FEW = 32  # up to so many neighbours, several vertices share a program
 CHUNK = 1024
+CHUNK_WARPS = 8
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TABLES = ("fp32", "bf16")
 
@@ -162,7 +163,7 @@ def _layer(
     ends = (0, plan.few, plan.some, vertices)
     if len(plan.chunks):
         chunk_kernel[(len(plan.chunks),)](
-            plan.chunks, plan.neighbours, table, partial, D=dim, **chunk_blocks(dim)
+            plan.chunks, plan.neighbours, table, partial, D=dim, **chunk_blocks(dim), num_warps=CHUNK_WARPS
         )
     for kind in range(3):
         first, last = ends[kind], ends[kind + 1]
@@ -224,4 +225,4 @@ def _chunk_case(dim: int, table: str) -> AotCase:
     pointers = list(types)
     types |= dict.fromkeys(constants, "constexpr")
     name = f"lightgcn_propagate chunks D={dim} table {table}"
-    return AotCase(name, chunk_kernel, types, constants, {"num_warps": 4}, pointers)
+    return AotCase(name, chunk_kernel, types, constants, {"num_warps": CHUNK_WARPS}, pointers)

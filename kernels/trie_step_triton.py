@@ -282,6 +282,11 @@ class Plan:
     warps: int
 
     @property
+    def registers(self) -> int:
+        """All that a thread can have: left to itself, ptxas rounds down for occupancy and spills a few."""
+        return min(255, 65536 // (32 * self.warps))
+
+    @property
     def constants(self) -> dict[str, int]:
         return {"FINAL": self.tiles == 1, "P": self.parents, "ROWS": self.rows, "BLOCK_K": self.block_k,
                 "TOP": self.top, "KEPT": self.kept, "GROUP_ROWS": self.group_rows}  # fmt: skip
@@ -299,7 +304,7 @@ def plan_of(beams: int, size: int, width: int) -> Plan:
     if parents * block_k > WHOLE:
         parents = max(1, TILE // block_k)
     candidates = parents * block_k
-    warps = min(16, max(4, candidates // 256))
+    warps = min(16 if parents > 1 else 8, max(4, candidates // 256))
     rows = min(parents, max(1, warps * PER_WARP // block_k))
     kept = max(top, min(max(FIRST_ROUND, 2 * top), candidates))
     group_rows = min(rows, max(8, kept // block_k))
@@ -360,6 +365,7 @@ def beam_step(
         *filter_operands(filter, trie, users * beams), logits.stride(0), logits.stride(1), beams, size,
         trie.num_inner, trie.levels, plan.tiles, width,
         NORMALIZE=normalize, **filter_kinds(filter), **plan.constants, num_warps=plan.warps,
+        maxnreg=plan.registers,
     )  # fmt: skip
     if plan.tiles > 1:
         merge_kernel[(users,)](best, *arrays, *out, beams, plan.tiles, width, **plan.merge,
@@ -422,10 +428,12 @@ def _name(normalize: int, dtype: str, bitmaps: int, excluded: bool) -> str:
     return f"{('vocab', 'level', 'valid')[normalize]} {dtype}{filters}"
 
 
-def _case(name: str, kernel, types: dict[str, str], constants: dict[str, int], warps: int) -> AotCase:
+def _case(
+    name: str, kernel, types: dict[str, str], constants: dict[str, int], warps: int, **options: int
+) -> AotCase:
     pointers = [argument for argument in types if argument.endswith("_ptr")]
     types = types | dict.fromkeys(constants, "constexpr")
-    return AotCase(name, kernel, types, constants, {"num_warps": warps}, pointers)
+    return AotCase(name, kernel, types, constants, {"num_warps": warps, **options}, pointers)
 
 
 def _softmax_case(size: int, normalize: int, dtype: str, bitmaps: int, excluded: bool) -> AotCase:
@@ -455,7 +463,7 @@ def _beam_step_case(
     }  # fmt: skip
     constants = {"NORMALIZE": normalize, "BITMAPS": bitmaps, "EXCLUDED": excluded, **plan.constants}
     name = f"trie_beam_step W={beams} K={size} width={width} {_name(normalize, dtype, bitmaps, excluded)}"
-    return _case(name, beam_step_kernel, types, constants, plan.warps)
+    return _case(name, beam_step_kernel, types, constants, plan.warps, maxnreg=plan.registers)
 
 
 def _step_types() -> dict[str, str]:
