@@ -2,8 +2,9 @@
 
     python -m cemg_kernels.aot [--all] [--json PATH] [NAME ...]
 
-Every Triton kernel, and ``trie_cuda.cu`` where ``nvcc`` is on PATH. Exits with 1 where one does not compile
-or spills a register. ``TRITON_INTERPRET`` must be unset: it is read when a kernel is decorated.
+Every Triton kernel, and ``trie_cuda.cu`` where ``nvcc`` is on PATH. Exits with 1 where one does not compile,
+spills a register or wants more shared memory than there is. ``TRITON_INTERPRET`` must be unset: it is read
+when a kernel is decorated.
 
 The configurations come from the functions that plan a launch (``plan_of``, ``tiles_of``, ``layer_blocks``),
 over all they take. ``trie_beam_step`` alone has 50,000 of them, so a subset stands for all: any two choices
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90)
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one block may have
 MODULES = (  # each: aot_cases()
     "lightgcn_propagate_triton",
     "residual_quantize_triton",
@@ -197,6 +199,9 @@ def main() -> None:
     spilled = [f"{row.kernel} ({row.arch})" for row in rows if row.spills]
     if spilled:
         sys.exit(f"registers spill in {', '.join(spilled)}; use smaller tiles or more warps")
+    large = [f"{row.kernel} ({row.arch})" for row in rows if row.shared > SHARED[row.arch]]
+    if large:
+        sys.exit(f"more shared memory than the GPU has in {', '.join(large)}; use smaller tiles")
 
 
 def _as_json(rows: Sequence[Compiled]) -> str:
@@ -204,7 +209,7 @@ def _as_json(rows: Sequence[Compiled]) -> str:
     import torch
     import triton
 
-    ptxas = re.search(r"V(\S+)", _run([_ptxas(ARCHITECTURES[0]), "--version"]))
+    ptxas = re.search(r"V(\d\S*)", _run([_ptxas(ARCHITECTURES[0]), "--version"]))
     versions = {"torch": torch.__version__, "triton": triton.__version__, "ptxas": ptxas[1] if ptxas else ""}
     head = json.dumps(versions).removesuffix("}")
     return f'{head}, "rows": [\n' + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]}\n"
