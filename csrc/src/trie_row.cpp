@@ -233,6 +233,10 @@ CEMG_CLONES void to_scores(float score, float total, float* best, float* few) no
   fold_lanes(best, few);
 }
 
+CEMG_CLONES void log_probabilities(const float* x, int64_t count, float total, float* out) noexcept {
+  for (int64_t i = 0; i < count; ++i) out[i] = larger(kNever, smaller(x[i] - total, 0.0f));
+}
+
 CEMG_CLONES int64_t find_at_least(const float* x, int64_t first, int64_t count, float floor) noexcept {
   int64_t i = first;
   for (; i < count && i % kLanes; ++i) {

@@ -408,18 +408,22 @@ void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, con
     auto& space = Workspace<Code>::of_thread();
     auto& children = space.children;
     children.read(trie, filter, row, nodes[row], step.logits + row * size, nullptr);
+    space.room.resize(std::max(space.room.size(), static_cast<size_t>(size)));
     space.best.resize(std::max(space.best.size(), static_cast<size_t>(parts_of(size) * kLanes)));
     float highest, total;
     if (!survey_dense(trie, filter, step, row, nodes[row], space.best.data(), highest, total)) {
       total = children.highest() > kNever ? row_total(step, row, size, children, space.room) : kNever;
     }
     float* const log_prob = out + row * size;
+    if (children.count() == size && total > kNever) {  // whose codes are 0, 1, ...
+      log_probabilities(children.logits(), size, total, log_prob);
+      continue;
+    }
     std::fill(log_prob, log_prob + size, kNever);
     if (total == kNever) continue;
-    for (int32_t i = 0; i < children.count(); ++i) {
-      const float own = smaller(children.logits()[i] - total, 0.0f);
-      log_prob[trie.code[children.node(i) - 1]] = larger(kNever, own);  // -inf for NaN
-    }
+    log_probabilities(children.logits(), children.count(), total, space.room.data());
+    for (int32_t i = 0; i < children.count(); ++i)
+      log_prob[trie.code[children.node(i) - 1]] = space.room[static_cast<size_t>(i)];
   }
 }
 

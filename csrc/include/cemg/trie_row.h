@@ -30,6 +30,9 @@ float best_of_groups(const float* x, int64_t count, float* best) noexcept;
 // [kFew].
 void to_scores(float score, float total, float* best, float* few) noexcept;
 
+// out[i] = min(x[i] - total, 0) of x [count], -inf for NaN.
+void log_probabilities(const float* x, int64_t count, float total, float* out) noexcept;
+
 // What one pass over a node's children finds: the highest of their logits, tame, and their log-sum-exp, NaN
 // where it has to be computed another way.
 struct RowSurvey {
