@@ -48,7 +48,7 @@ class AotCase:
     """One configuration of a Triton kernel.
 
     ``signature`` gives every argument's type in order ("*fp32", "i32", "constexpr"), ``constants`` the
-    constexprs' values, ``options`` what the launch passes (num_warps, num_stages). Arguments in
+    constexprs' values, ``options`` what the launch passes (num_warps, num_stages, maxnreg). Arguments in
     ``aligned`` are multiples of 16, as torch's pointers are. Other sizes are compiled as any number, though
     Triton makes a variant, no wider, for a 1 and for multiples of 16.
     """
@@ -57,7 +57,7 @@ class AotCase:
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)
+    options: dict[str, int | None] = field(default_factory=dict)
     aligned: Sequence[str] = ()
 
 

@@ -33,6 +33,7 @@ TILE = 8192  # of a program, where a user's are more: then a second launch merge
 FIRST_ROUND = 256  # candidates sorted at once, at least
 PER_WARP = 256  # candidates at a time, so that none of a thread's registers spills
 SOFTMAX_BLOCK = 512
+FILTERED_REGISTERS = 255  # else ptxas keeps to 128 and spills a few
 MERGE_WARPS = 8
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -334,6 +335,7 @@ def softmax(
             logits, _total(logits, logsumexp), nodes, trie.code, trie.first_child, out,
             *filter_operands(filter, trie, rows), logits.stride(0), size, trie.num_inner, trie.levels,
             NORMALIZE=normalize, **filter_kinds(filter), BLOCK=softmax_block(size), num_warps=4,
+            maxnreg=None if filter is None else FILTERED_REGISTERS,
         )  # fmt: skip
     return out
 
@@ -389,18 +391,23 @@ def _total(logits: Tensor, logsumexp: Tensor | None) -> Tensor:
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
-    """Any two of normalisation, dtype, filter and the widest cuts meet, or every class of sizes as well."""
+    """Any two of normalisation, dtype, filter and the widest cuts meet, or every class of sizes as well;
+    of the softmax all that there are.
+    """
     kinds = range(3), tuple(DTYPES.values()), range(3), (False, True)
     sizes, beams = powers_of_two(MAX_CODES), powers_of_two(MAX_BEAMS)
     widths = [min(top - 1, MAX_WIDTH) for top in powers_of_two(2 * MAX_WIDTH)[1:]]
     wide = _widest(product(beams, sizes, widths))
     steps = [(*cut, *kind) for cut, *kind in pairwise(wide, *kinds)]
-    merges, rows = [(MAX_BEAMS, MAX_CODES, MAX_WIDTH)], [1, 256, SOFTMAX_BLOCK]
+    merges, rows = [(MAX_BEAMS, MAX_CODES, MAX_WIDTH)], pairwise((1, 256, SOFTMAX_BLOCK), *kinds)
     if every:
         steps += pairwise(beams, sizes, widths, *kinds)
-        merges, rows = _merges(product(beams, sizes, widths)), powers_of_two(SOFTMAX_BLOCK)
+        merges, rows = (
+            _merges(product(beams, sizes, widths)),
+            list(product(powers_of_two(SOFTMAX_BLOCK), *kinds)),
+        )
     cases = [_beam_step_case(*step) for step in steps] + [_merge_case(*cut) for cut in merges]
-    cases += [_softmax_case(*row) for row in pairwise(rows, *kinds)]
+    cases += [_softmax_case(*row) for row in rows]
     return list({case.name: case for case in cases}.values())
 
 
@@ -429,7 +436,7 @@ def _name(normalize: int, dtype: str, bitmaps: int, excluded: bool) -> str:
 
 
 def _case(
-    name: str, kernel, types: dict[str, str], constants: dict[str, int], warps: int, **options: int
+    name: str, kernel, types: dict[str, str], constants: dict[str, int], warps: int, **options: int | None
 ) -> AotCase:
     pointers = [argument for argument in types if argument.endswith("_ptr")]
     types = types | dict.fromkeys(constants, "constexpr")
@@ -446,7 +453,8 @@ def _softmax_case(size: int, normalize: int, dtype: str, bitmaps: int, excluded:
     constants = {"NORMALIZE": normalize, "BITMAPS": bitmaps, "EXCLUDED": excluded,
                  "BLOCK": softmax_block(size)}  # fmt: skip
     name = f"trie_softmax K={size} {_name(normalize, dtype, bitmaps, excluded)}"
-    return _case(name, softmax_kernel, types, constants, 4)
+    registers = FILTERED_REGISTERS if bitmaps or excluded else None
+    return _case(name, softmax_kernel, types, constants, 4, maxnreg=registers)
 
 
 def _beam_step_case(
