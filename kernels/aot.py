@@ -9,7 +9,7 @@ when a kernel is decorated.
 The configurations come from the functions that plan a launch (``plan_of``, ``tiles_of``, ``layer_blocks``),
 over all they take. ``trie_beam_step`` alone has 50,000 of them, so a subset stands for all: any two choices
 (of sizes, dtype, normalisation, filter) meet in one of its cases. By default of the widest sizes, where a
-thread holds most: a minute on two cores. ``--all``: of every class of sizes. One process a core.
+thread holds most: 150 seconds of one core. ``--all``: of every class of sizes. One process a core.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def table(rows: Sequence[Compiled]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only kernels whose name holds one of these")
-    parser.add_argument("--all", action="store_true", help="every class of sizes; half an hour of one core")
+    parser.add_argument("--all", action="store_true", help="every class of sizes; 40 minutes of one core")
     parser.add_argument("--json", type=Path, help="write the table there as well")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
