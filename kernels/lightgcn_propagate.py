@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dispatch import fast_kernels_enabled, native, pick
 from .ranges import ranged
@@ -184,20 +184,20 @@ def _sparse_sums(graph: BipartiteGraph, table: Tensor) -> Tensor:
     return _adjacency(graph, table.dtype) @ table
 
 
-_adjacencies: WeakKeyDictionary[BipartiteGraph, Tensor] = WeakKeyDictionary()
+_adjacencies = WeakTensorKeyDictionary()  # by neighbours, which compiled calls pass on as they are
 
 
 def _adjacency(graph: BipartiteGraph, dtype: torch.dtype) -> Tensor:
     """A as torch's CSR, its values ones; kept with the graph, in the dtype that was asked for last."""
-    kept = _adjacencies.get(graph)
+    kept: Tensor | None = _adjacencies.get(graph.neighbours)
     if kept is None or kept.dtype != dtype:
         index = torch.int32 if graph.neighbours.numel() < 2**31 else torch.int64
-        arrays = graph.row_ptr.to(index), graph.neighbours.to(index)
+        arrays = graph.row_ptr.to(index), graph.neighbours.to(index, copy=True)  # not the key itself
         ones = torch.ones(graph.neighbours.numel(), dtype=dtype, device=graph.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that CSR is in beta
             kept = torch.sparse_csr_tensor(*arrays, ones, (graph.inv_sqrt_degree.numel(),) * 2)
-        _adjacencies[graph] = kept
+        _adjacencies[graph.neighbours] = kept
     return kept
 
 

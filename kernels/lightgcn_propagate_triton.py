@@ -14,12 +14,12 @@ steps, chunks first, so that no program is long; sums are in a fixed order, so r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .aot import AotCase, pairwise, powers_of_two
 from .lightgcn_propagate import BipartiteGraph
@@ -101,12 +101,13 @@ class Schedule:
     chunk_begin: Tensor
 
 
-_schedules: WeakKeyDictionary[BipartiteGraph, Schedule] = WeakKeyDictionary()
+_schedules = WeakTensorKeyDictionary()  # by neighbours, which compiled calls pass on as they are
 
 
 def schedule_of(graph: BipartiteGraph) -> Schedule:
     """The graph's schedule, made at first use."""
-    if graph not in _schedules:
+    kept: Schedule | None = _schedules.get(graph.neighbours)
+    if kept is None:
         degree = graph.row_ptr.diff()
         order = degree.argsort(stable=True)
         few, some = int((degree <= FEW).sum()), int((degree <= CHUNK).sum())
@@ -117,11 +118,11 @@ def schedule_of(graph: BipartiteGraph) -> Schedule:
         index = torch.arange(owner.numel(), device=graph.device) - chunk_begin[owner]
         begin = graph.row_ptr[heavy][owner] + index * CHUNK
         end = torch.minimum(begin + CHUNK, graph.row_ptr[heavy + 1][owner])
-        _schedules[graph] = Schedule(
+        kept = _schedules[graph.neighbours] = Schedule(
             order.to(torch.int32), graph.neighbours.to(torch.int32), few, some,
             torch.stack((begin, end), dim=1).contiguous(), chunk_begin,
         )  # fmt: skip
-    return _schedules[graph]
+    return kept
 
 
 def propagate(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels import BipartiteGraph, lightgcn_propagate
+from cemg_kernels import BipartiteGraph, lightgcn_propagate, lightgcn_propagate_triton
 
 BACKENDS = ["reference", "torch", "sparse", "native", "triton"]
 
@@ -226,3 +226,26 @@ def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
     compiled = torch.compile(squared, fullgraph=True, backend="aot_eager")
     (ours,), (wanted,) = (torch.autograd.grad(run(x), x) for run in (compiled, squared))
     torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "maker"),
+    [("sparse", torch, "sparse_csr_tensor"), ("triton", lightgcn_propagate_triton, "Schedule")],
+)
+def test_what_is_made_of_a_graph_is_made_once_for_compiled_calls_too(monkeypatch, backend, module, maker):
+    graph = BipartiteGraph.from_edges(*draw_edges(4, 5, 9), 4, 5)
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+    def squared(rows: Tensor) -> Tensor:
+        return lightgcn_propagate(graph, rows, 2, backend=backend).square().sum()
+
+    def again(*_: object) -> None:
+        raise AssertionError(f"{maker} was called again")
+
+    (wanted,) = torch.autograd.grad(squared(x), x)
+    monkeypatch.setattr(module, maker, again)
+    torch._dynamo.reset()
+    compiled = torch.compile(squared, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        (ours,) = torch.autograd.grad(compiled(x), x)
+        torch.testing.assert_close(ours, wanted)
