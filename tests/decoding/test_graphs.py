@@ -56,7 +56,9 @@ def test_a_replayed_search_gives_what_the_search_gives(family, normalize, bench,
         prompts = made.prompts(lengths, seed=len(lengths))
         for beams in (4, 9):
             same_lists(recorded.decode(*prompts, beams), plain.decode(*prompts, beams))
-    assert recorder.times == 3 * 2  # buckets of 1, 2 and 4 users
+    assert recorder.times == 3 * 2
+    buckets = sorted(bucket for _, bucket, _ in recorded.graphs.recorded)
+    assert buckets == sorted(2 * [(1, 16), (2, 16), (4, 16)])
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "valid"])
