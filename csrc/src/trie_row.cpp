@@ -47,16 +47,12 @@ CEMG_AVX512 inline __m512 larger_16(__m512 a, __m512 b) noexcept {  // b where o
 
 // `exp_of_negative`, of numbers up to 80 too.
 CEMG_AVX512 inline __m512 exp_16(__m512 x) noexcept {
-  x = larger_16(_mm512_set1_ps(-87.0f), x);  // NaN stays
-  const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+  x = larger_16(_mm512_set1_ps(kLeastExponent), x);  // NaN stays
+  const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(kLog2E));
   const __m512 whole = _mm512_maskz_roundscale_ps(kAll, t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 r = _mm512_sub_ps(t, whole);
-  __m512 power = _mm512_set1_ps(0.00132647257f);
-  power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.00967151309f));
-  power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.0555073375f));
-  power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.240222421f));
-  power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.693146978f));
-  power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(1.0f));
+  __m512 power = _mm512_set1_ps(kPowerOfTwo[0]);
+  for (int i = 1; i < 6; ++i) power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(kPowerOfTwo[i]));
   return _mm512_maskz_scalef_ps(kAll, power, whole);
 }
 

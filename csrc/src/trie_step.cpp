@@ -283,7 +283,7 @@ class UserStep {
     float* const few = space_.few.data() + part * kFew;
     float& total = space_.total[static_cast<size_t>(beam)] = kNever;
     const float score = tame(scores_[beam]);
-    const float highest = score == kNever || score < floor ? kNever : survey_row(beam, best, total);
+    const float highest = score == kNever || score < floor ? kNever : survey_logits(beam, best, total);
     if (highest == kNever || total == kNever) {
       std::fill(best, best + parts * kLanes, kNever);
       std::fill(few, few + parts * kFew, kNever);
@@ -294,7 +294,7 @@ class UserStep {
   }
 
   // The highest logit of a row, the highest of its groups, and what is subtracted from them.
-  float survey_row(int64_t beam, float* best, float& total) const {
+  float survey_logits(int64_t beam, float* best, float& total) const {
     const int64_t size = trie_.codebook_size, row = first_row_ + beam;
     const float* const own = logits(beam);
     auto& space = Workspace<Code>::of_thread();
@@ -422,8 +422,9 @@ void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, con
     std::fill(log_prob, log_prob + size, kNever);
     if (total == kNever) continue;
     log_probabilities(children.logits(), children.count(), total, space.room.data());
-    for (int32_t i = 0; i < children.count(); ++i)
+    for (int32_t i = 0; i < children.count(); ++i) {
       log_prob[trie.code[children.node(i) - 1]] = space.room[static_cast<size_t>(i)];
+    }
   }
 }
 

@@ -61,21 +61,27 @@ template <int64_t kCount>
   return x[0];
 }
 
+inline constexpr float kLog2E = 1.44269504f;
+inline constexpr float kLeastExponent = -87.0f;  // of e, where a float ends
+
+// 2^r for |r| <= 1/2: coefficients of the polynomial of the least relative error of its degree (2^-23.4), the
+// highest first.
+inline constexpr float kPowerOfTwo[] = {0.00132647257f, 0.00967151309f, 0.0555073375f,
+                                        0.240222421f,   0.693146978f,   1.0f};
+
 // e^x for x <= 0, within 2^-22 + |x| 2^-24 of it, and 1 for 0; below -87, where a float ends, e^-87; NaN for
-// NaN. With x log2 e = n + r and |r| <= 1/2, 2^r is the polynomial of the least relative error of its degree
-// (2^-23.4), and 2^n the float of exponent n.
+// NaN. With x log2 e = n + r and |r| <= 1/2, it is 2^r times 2^n, the float of exponent n.
 inline float exp_of_negative(float x) noexcept {
-  constexpr float kLog2E = 1.44269504f;
   constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23: a sum with it ends in n + 127, as an integer
-  x = larger(x, -87.0f);
+  x = larger(x, kLeastExponent);
   const float shifted = x * kLog2E + kRound;
   const float r = x * kLog2E - (shifted - kRound);
-  float power = 0.00132647257f;
-  power = power * r + 0.00967151309f;
-  power = power * r + 0.0555073375f;
-  power = power * r + 0.240222421f;
-  power = power * r + 0.693146978f;
-  power = power * r + 1.0f;
+  float power = kPowerOfTwo[0];
+  power = power * r + kPowerOfTwo[1];
+  power = power * r + kPowerOfTwo[2];
+  power = power * r + kPowerOfTwo[3];
+  power = power * r + kPowerOfTwo[4];
+  power = power * r + kPowerOfTwo[5];
   return power * std::bit_cast<float>(std::bit_cast<uint32_t>(shifted) << 23);
 }
 
