@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "cemg/row_math.h"
 
@@ -136,7 +137,6 @@ double BeamDecoder::start(const Prompts& prompts, const Places& places, int64_t 
   if (encoder_) {
     tokens_.assign(static_cast<size_t>(batch_), start_token);
     places_.assign(static_cast<size_t>(batch_), 0);
-    for (int32_t user = 0; user < batch_; ++user) ancestors_.push_back(user);
     own_step(own_places, wanted);
   } else {
     run_team(team_, [&] { answer(wanted); });
@@ -169,20 +169,23 @@ void BeamDecoder::rewind() {
   if (steps_ < first) return;
   for (int32_t& length : lengths_) length -= static_cast<int32_t>(steps_ - first);
   steps_ = first;
+  stand_at_start();
+}
+
+void BeamDecoder::stand_at_start() {
   beams_ = 1;
-  ancestors_.clear();
-  for (int32_t user = 0; encoder_ && user < batch_; ++user) ancestors_.push_back(user);
+  ancestors_.resize(static_cast<size_t>(encoder_ ? batch_ : 0));  // of the start token, if there is one
+  std::iota(ancestors_.begin(), ancestors_.end(), 0);
 }
 
 void BeamDecoder::read(const Prompts& prompts) {
   batch_ = prompts.batch;
   length_ = prompts.length;
-  beams_ = 1;
   steps_ = 0;
+  stand_at_start();
   tokens_.clear();
   places_.clear();
   lengths_.clear();
-  ancestors_.clear();
   first_.assign(1, 0);
   wide_.assign(1, 0);
   for (int64_t user = 0; user < batch_; ++user) {

@@ -143,6 +143,7 @@ class BeamDecoder {
 
   using Clock = std::chrono::steady_clock;
 
+  void stand_at_start();  // a beam a user, without a step behind it
   void begin_laps();
   double seconds() const;       // since then
   void done(const char* part);  // ends a lap
