@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,11 +203,11 @@ def free_bytes(device: str) -> float:
 def needed_operations(cell: Cell) -> int:
     """Multiplications and additions that cannot be saved.
 
-    The prompt once a user, one row a user for the first code, W rows for each further one; of a decoder's
-    last layer, the prompt's last place alone; the head's K columns, or all where it normalises over the
-    vocabulary. Layer 0 of a code is a table, its projections are not counted.
+    The prompt once a user, one row a user for the first code, ``late_rows`` for the further ones; of a
+    decoder's last layer, the prompt's last place alone; the head's K columns, or all where it normalises
+    over the vocabulary. Layer 0 of a code is a table, its projections are not counted.
     """
-    m, s, late = matrices_of(cell), cell.prompt, (cell.levels - 1) * cell.beams
+    m, s, late = matrices_of(cell), cell.prompt, late_rows(cell)
     attention = m.layers * 2 * s * m.queries  # of one row to the whole prompt
     row = m.layers * (m.projections + m.rest) + attention
     if MODELS[cell.model].seq2seq:
@@ -218,6 +219,21 @@ def needed_operations(cell: Cell) -> int:
         prompt = causal + ((m.layers - 1) * s + 1) * m.rest
         codes = late * (row - m.projections)
     return 2 * cell.batch * (prompt + codes + (1 + late) * m.dim * head_columns(cell))
+
+
+def late_rows(cell: Cell) -> int:
+    """Beams of a user, all levels after the first together, for which the model has to run: all of them.
+
+    Under "valid" what follows a prefix of one item is certain. The items below a prefix of m random codes are
+    about Poisson with mean N / K^m, and beams near uniform choose among the prefixes that there are.
+    """
+    if cell.normalize != "valid":
+        return (cell.levels - 1) * cell.beams
+    rows = 0.0
+    for level in range(1, cell.levels):
+        mean = cell.items / cell.codes**level
+        rows += cell.beams * (1 - mean * math.exp(-mean) / -math.expm1(-mean))
+    return round(rows)
 
 
 def read_bytes(cell: Cell, cache: float) -> int:

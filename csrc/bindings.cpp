@@ -292,13 +292,18 @@ double start_search(cemg::BeamDecoder& search, Address tokens, Address mask,
   return search.start(prompts, places_at(places), start_token, places_at(own_places), wanted_at(wanted));
 }
 
-void step_search(cemg::BeamDecoder& search, Address tokens, Address parents, int64_t beams,
+void step_search(cemg::BeamDecoder& search, Address tokens, Address parents, Address asked, int64_t beams,
                  const PlaceFields& places, const WantedFields& wanted) {
   if (search.steps() >= cemg::kMostSteps) {
     throw std::invalid_argument("a search has no more than " + std::to_string(cemg::kMostSteps) + " steps");
   }
-  search.step(at<const int64_t>(tokens), at<const int64_t>(parents), beams, places_at(places),
-              wanted_at(wanted));
+  const cemg::Grown grown{at<const int64_t>(tokens), at<const int64_t>(parents), at<const bool>(asked),
+                          beams};
+  if (const int64_t orphan = search.orphan(grown); orphan >= 0) {
+    throw std::invalid_argument("beam " + std::to_string(orphan % beams) + " of user " +
+                                std::to_string(orphan / beams) + " grew from no beam that was asked for");
+  }
+  search.step(grown, places_at(places), wanted_at(wanted));
 }
 
 py::dict build_info() {

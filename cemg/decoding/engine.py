@@ -190,13 +190,14 @@ class Decoder:
             logits = stepper.start(input_ids, attention_mask, self.wanted(0))
         found = Beams.at_the_root(len(input_ids), self.trie.device)
         for level in range(self.catalog.levels):
-            if level > 0 and self._decided(found.nodes):
-                self._to_the_leaves(found)
-                break
             if level > 0:
+                open_beams = self._open(found.nodes)
+                if open_beams is not None and not bool(open_beams.any()):
+                    self._to_the_leaves(found)
+                    break
                 tokens = found.codes[:, :, -1] + self.wanted(level - 1).first
                 with named_range(f"decode: code {level}"):
-                    logits = stepper.step(tokens, found.parents, self.wanted(level))
+                    logits = stepper.step(tokens, found.parents, self.wanted(level)._replace(rows=open_beams))
             found.grow(
                 trie_beam_step(
                     logits.columns, found.scores, found.nodes, self.trie, beams, self.normalize,
@@ -207,18 +208,22 @@ class Decoder:
                 found.drop_below(floor)
         return found.results(self.trie)
 
-    def _decided(self, nodes: Tensor) -> bool:
-        """Whether every beam [B, W] has one item below it, so that "valid" codes are certain from here on.
+    def _open(self, nodes: Tensor) -> Tensor | None:
+        """The beams [B, W] for which the model has to run: those that live and, under "valid", have more than
+        one item below them, since what follows a sole one is certain, its log-probability 0. None: all.
 
         Not asked on a GPU, which would have to be waited for.
         """
-        if self.normalize != "valid" or nodes.device.type != "cpu":
-            return False
-        ranks = self.trie.interval(nodes.flatten())
-        return bool((ranks[:, 1] - ranks[:, 0] <= 1).all())
+        if nodes.device.type != "cpu":
+            return None
+        found = nodes >= 0
+        if self.normalize == "valid":
+            ranks = self.trie.interval(nodes.flatten())
+            found = (ranks[:, 1] - ranks[:, 0] > 1).view(nodes.shape)
+        return None if bool(found.all()) else found
 
     def _to_the_leaves(self, found: Beams) -> None:
-        """Beams with one item each below them walk down to it."""
+        """Beams that are dead or have one item below them, walked down to it."""
         for _ in range(found.codes.shape[2], self.catalog.levels):
             own, below = self.trie.children(found.nodes.flatten())
             codes = own[:, 0].view(found.nodes.shape)

@@ -19,11 +19,16 @@ TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there ar
 
 
 class Wanted(NamedTuple):
-    """Which logits a step returns: ``size`` columns from token ``first``; the log-sum-exp of all or not."""
+    """Which logits a step returns: ``size`` columns from token ``first``; the log-sum-exp of all or not.
+
+    ``rows`` [B, W] bool: the beams whose logits are asked for, all where it is None; the others' may be any
+    finite numbers, and nothing that is asked for later grows from them.
+    """
 
     first: int
     size: int
     total: bool
+    rows: Tensor | None = None
 
 
 class Logits(NamedTuple):
@@ -37,6 +42,16 @@ class Logits(NamedTuple):
         """The wanted part of logits [B, W, V]."""
         total = logits.float().logsumexp(-1) if wanted.total else None
         return cls(logits[..., wanted.first : wanted.first + wanted.size].float().contiguous(), total)
+
+    def spread(self, rows: Tensor) -> Logits:
+        """Logits of the rows that ``rows`` [B, W] names, at their places; 0 elsewhere."""
+
+        def spread(part: Tensor) -> Tensor:
+            return part.new_zeros(rows.shape + part.shape[1:]).masked_scatter_(
+                rows.view(rows.shape + (1,) * (part.ndim - 1)), part
+            )
+
+        return Logits(spread(self.columns), None if self.total is None else spread(self.total))
 
 
 class Stepper(Protocol):

@@ -240,7 +240,7 @@ class NativeStepper:
         tokens, mask = (t.to(torch.int64).contiguous() for t in (input_ids, attention_mask != 0))
         self.longest = int(mask.sum(1).max())
         places, own = self.plan.prompt_places(length, self.longest), self.plan.own_places(0, self.longest)
-        logits, room = self._room(batch, 1, wanted)
+        logits, room = self._room((batch, 1), wanted)
         self.prompt_seconds = self.search.start(
             tokens.data_ptr(), mask.data_ptr(), (batch, length), places.addresses(),
             self.plan.start_token, own.addresses(), room,
@@ -250,12 +250,14 @@ class NativeStepper:
 
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
         self.step_number += 1
-        fed, parents = tokens.contiguous(), parents.contiguous()
+        fed, parents, asked = tokens.contiguous(), parents.contiguous(), wanted.rows
         places = self.plan.own_places(self.step_number, self.longest)
-        logits, room = self._room(fed.shape[0], fed.shape[1], wanted)
-        self.search.step(fed.data_ptr(), parents.data_ptr(), fed.shape[1], places.addresses(), room)
+        shape = tuple(fed.shape) if asked is None else (int(asked.sum()),)
+        logits, room = self._room(shape, wanted)
+        mask = 0 if asked is None else asked.data_ptr()
+        self.search.step(fed.data_ptr(), parents.data_ptr(), mask, fed.shape[1], places.addresses(), room)
         self._note_laps()
-        return logits
+        return logits if asked is None else logits.spread(asked)
 
     def rewind(self) -> None:
         self.step_number = 0
@@ -265,9 +267,9 @@ class NativeStepper:
         if ranges_enabled():
             self.laps.append(self.search.laps())
 
-    def _room(self, batch: int, beams: int, wanted: Wanted) -> tuple[Logits, WantedFields]:
-        """Room for the answer, and what the C++ is told of it."""
-        columns = torch.empty(batch, beams, wanted.size)
-        total = torch.empty(batch, beams) if wanted.total else None
+    def _room(self, shape: tuple[int, ...], wanted: Wanted) -> tuple[Logits, WantedFields]:
+        """Room for the answer of rows in this shape, and what the C++ is told of it."""
+        columns = torch.empty(*shape, wanted.size)
+        total = torch.empty(shape) if wanted.total else None
         room = (*self.plan.linears(wanted), columns.data_ptr(), 0 if total is None else total.data_ptr())
         return Logits(columns, total), room

@@ -144,23 +144,42 @@ double BeamDecoder::start(const Prompts& prompts, const Places& places, int64_t 
   return spent;
 }
 
-void BeamDecoder::step(const int64_t* tokens, const int64_t* parents, int64_t beams, const Places& places,
-                       const Wanted& wanted) {
-  begin_laps();
-  const int64_t rows = batch_ * beams, before = batch_ * beams_;
-  const auto steps = static_cast<int64_t>(steps_);
-  std::vector<int32_t> grown(static_cast<size_t>((steps + 1) * rows));
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t parent = row / beams * beams_ + parents[row];
-    for (int64_t t = 0; t < steps; ++t) grown[t * rows + row] = ancestors_[t * before + parent];
-    grown[steps * rows + row] = static_cast<int32_t>(row);
+int64_t BeamDecoder::orphan(const Grown& grown) const noexcept {
+  for (int64_t beam = 0; beam < batch_ * grown.beams; ++beam) {
+    if (grown.asked && !grown.asked[beam]) continue;
+    const int64_t parent = grown.parents[beam];
+    if (parent < 0 || parent >= beams_ || row_of_[beam / grown.beams * beams_ + parent] < 0) return beam;
   }
-  ancestors_ = std::move(grown);
-  beams_ = beams;
-  tokens_.assign(tokens, tokens + rows);
-  places_.resize(static_cast<size_t>(rows));
-  for (int64_t row = 0; row < rows; ++row) places_[row] = lengths_[row / beams];
-  for (int32_t& length : lengths_) ++length;
+  return -1;
+}
+
+void BeamDecoder::step(const Grown& grown, const Places& places, const Wanted& wanted) {
+  begin_laps();
+  std::vector<int32_t> row_of(static_cast<size_t>(batch_ * grown.beams), -1), from;
+  tokens_.clear();
+  places_.clear();
+  begin_.assign(1, 0);
+  for (int64_t user = 0; user < batch_; ++user) {
+    for (int64_t beam = user * grown.beams; beam < (user + 1) * grown.beams; ++beam) {
+      if (grown.asked && !grown.asked[beam]) continue;
+      row_of[beam] = static_cast<int32_t>(tokens_.size());
+      from.push_back(row_of_[user * beams_ + grown.parents[beam]]);
+      tokens_.push_back(grown.tokens[beam]);
+      places_.push_back(lengths_[user]);
+    }
+    begin_.push_back(static_cast<int64_t>(tokens_.size()));
+    ++lengths_[user];
+  }
+  const auto rows = static_cast<int64_t>(from.size()), steps = static_cast<int64_t>(steps_);
+  const int64_t before = steps_ == 0 ? 0 : static_cast<int64_t>(ancestors_.size()) / steps;
+  std::vector<int32_t> ancestors(static_cast<size_t>((steps + 1) * rows));
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t t = 0; t < steps; ++t) ancestors[t * rows + row] = ancestors_[t * before + from[row]];
+    ancestors[steps * rows + row] = static_cast<int32_t>(row);
+  }
+  ancestors_ = std::move(ancestors);
+  row_of_ = std::move(row_of);
+  beams_ = grown.beams;
   own_step(places, wanted);
 }
 
@@ -174,6 +193,10 @@ void BeamDecoder::rewind() {
 
 void BeamDecoder::stand_at_start() {
   beams_ = 1;
+  row_of_.resize(static_cast<size_t>(batch_));
+  std::iota(row_of_.begin(), row_of_.end(), 0);
+  begin_.resize(static_cast<size_t>(batch_ + 1));
+  std::iota(begin_.begin(), begin_.end(), 0);
   ancestors_.resize(static_cast<size_t>(encoder_ ? batch_ : 0));  // of the start token, if there is one
   std::iota(ancestors_.begin(), ancestors_.end(), 0);
 }
@@ -306,7 +329,9 @@ PackedHead BeamDecoder::prompt_head(const Transformer& model, const PromptHeads&
 template <class Count, class Work>
 void BeamDecoder::each_head(const Transformer& model, const Count& rows, const Work& work) {
   const int64_t chunks = std::max<int64_t>(1, kTasksEach * team_.threads() / (batch_ * model.heads));
-  const int64_t cost = 4 * (first_[batch_] / batch_) * model.head_dim * rows(0) / chunks;
+  int64_t all = 0;
+  for (int64_t user = 0; user < batch_; ++user) all += rows(user);
+  const int64_t cost = 4 * (first_[batch_] / batch_) * model.head_dim * all / (batch_ * chunks);
   team_.each(batch_ * model.heads * chunks, cost, [&](Share tasks) {
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t chunk = task % chunks, user = task / chunks / model.heads, count = rows(user);
@@ -347,9 +372,9 @@ void BeamDecoder::attend_to_prompt(Rows<const float> queries, const PromptHeads&
   const Transformer& model = decoder_;
   const int64_t size = model.head_dim;
   each_head(
-      model, [&](int64_t) { return beams_; },
+      model, [&](int64_t user) { return begin_[user + 1] - begin_[user]; },
       [&](int64_t user, int64_t head, Share part) {
-        const int64_t from = user * beams_ + part.begin, to = user * beams_ + part.end;
+        const int64_t from = begin_[user] + part.begin, to = begin_[user] + part.end;
         const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
         float* const lse = own ? lse_.data() + head : nullptr;
         attend({queries.at(from) + head * size, queries.stride, to - from, size}, keys, model.scale, {},
@@ -410,7 +435,7 @@ void BeamDecoder::own_step(const Places& places, const Wanted& wanted) {
 void BeamDecoder::project(size_t number, Rows<float> qkv) {
   const Transformer& model = decoder_;
   const Linear& weights = model.layers[number].qkv;
-  const int64_t rows = batch_ * beams_;
+  const int64_t rows = begin_.back();
   if (number == 0 && tabled_) {
     team_.each(rows, kScalar * weights.out, [&](Share some) {
       for (int64_t row = some.begin; row < some.end; ++row) {
@@ -429,7 +454,7 @@ void BeamDecoder::project(size_t number, Rows<float> qkv) {
 void BeamDecoder::own_layer(size_t number, const Places& places) {
   const Transformer& model = decoder_;
   const TransformerLayer& layer = model.layers[number];
-  const int64_t rows = batch_ * beams_, size = model.head_dim, stride = layer.qkv.out;
+  const int64_t rows = begin_.back(), size = model.head_dim, stride = layer.qkv.out;
   float* const qkv = own_[steps_ - 1][number].data();
   project(number, {qkv, stride});
   if (turns(layer, places)) {
@@ -473,7 +498,7 @@ void BeamDecoder::own_layer(size_t number, const Places& places) {
 }
 
 void BeamDecoder::answer(const Wanted& wanted) {
-  const int64_t rows = batch_ * beams_;
+  const int64_t rows = begin_.back();
   norm_rows(decoder_.last, x(), rows, decoder_.width, decoder_.last_scale, seen(), team_);
   done("norm");
   linear(wanted.columns, seen(), rows, {}, Rows<float>{wanted.logits, wanted.columns.out}, team_);

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cemg.decoding import Decoder, TransformersDecoder
+from cemg.decoding.layers import Wanted
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter
@@ -289,7 +290,49 @@ def test_beams_with_one_item_each_below_end_the_search_with_the_same_lists(
         found = decoder.decode(*prompts, beams, filter=filter)
         assert len(asked) == 1
         with monkeypatch.context() as patch:
-            patch.setattr(Decoder, "_decided", lambda self, nodes: False)
+            patch.setattr(Decoder, "_open", lambda self, nodes: None)
             whole = decoder.decode(*prompts, beams, filter=filter)
         same_lists(found, whole)
         assert torch.equal(found.certified, whole.certified) and torch.equal(found.codes, whole.codes)
+
+
+@pytest.mark.parametrize("items", [20, 40, 90])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_valid_beams_with_one_item_below_are_not_fed_and_the_lists_stay_the_same(
+    family, items, bench, monkeypatch, same_lists
+):
+    """Users whose beams close at different steps."""
+    made = bench(family, items)
+    prompts = made.prompts([4, 7, 2])
+    decoder = Decoder(made.model, made.catalog, START, "valid", backend="native")
+    stepper = type(decoder.plan.begin())
+    step, fed = stepper.step, []
+
+    def spy(self, tokens, parents, wanted):
+        fed.append(tokens.numel() if wanted.rows is None else int(wanted.rows.sum()))
+        return step(self, tokens, parents, wanted)
+
+    monkeypatch.setattr(stepper, "step", spy)
+    some = ItemFilter.from_mask(made.catalog.trie, torch.arange(items) % 3 > 0)
+    for beams, filter in ((6, None), (20, None), (20, some)):
+        found, mine = decoder.decode(*prompts, beams, filter=filter), sum(fed)
+        fed.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "_open", lambda self, nodes: None)
+            whole = decoder.decode(*prompts, beams, filter=filter)
+        same_lists(found, whole)
+        assert torch.equal(found.certified, whole.certified)
+        assert mine < sum(fed) or beams == 6
+        fed.clear()
+
+
+def test_a_step_that_asks_for_what_grew_from_a_beam_left_out_is_refused(bench):
+    made = bench("llama")
+    stepper = Decoder(made.model, made.catalog, START, backend="native").plan.begin()
+    stepper.start(*made.prompts([4]), Wanted(START, SIZE, total=False))
+    codes = torch.tensor([[1, 2, 3]])
+    some = Wanted(START + SIZE, SIZE, total=False, rows=torch.tensor([[True, False, True]]))
+    logits = stepper.step(codes + START, torch.zeros_like(codes), some)
+    assert logits.columns[0].any(1).tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="beam 2 of user 0 grew from no beam that was asked for"):
+        stepper.step(codes + START + SIZE, torch.tensor([[0, 2, 1]]), some)

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <memory>
 #include <new>
 #include <random>
 #include <thread>
@@ -278,33 +279,59 @@ struct Answers {
   std::vector<float> logits, totals;
 };
 
-// Three steps for these users: one row, then three beams, then five.
+// Three steps for these users: one row, then three beams, then five. `some`: after the first, only beams of
+// the first user, those of even number and what grows from them: 0 and 2, then 0, 2 and 3.
 std::vector<Answers> run(cemg::BeamDecoder& search, const std::vector<int64_t>& tokens,
                          const std::vector<int64_t>& mask, const cemg::Places& places,
-                         const cemg::Places& own, const cemg::Linear& columns, const cemg::Linear& all) {
+                         const cemg::Places& own, const cemg::Linear& columns, const cemg::Linear& all,
+                         bool some = false) {
   const auto batch = static_cast<int64_t>(tokens.size()) / kLength;
   const cemg::Prompts prompts{tokens.data(), mask.data(), batch, kLength};
   std::vector<Answers> answers;
   int64_t before = 1;
   for (const int64_t beams : {int64_t{1}, int64_t{3}, int64_t{5}}) {
-    const int64_t rows = batch * beams;
+    const auto asked = std::make_unique<bool[]>(static_cast<size_t>(batch * beams));
+    std::vector<int64_t> fed, parents;
+    int64_t rows = 0;
+    for (int64_t row = 0; row < batch * beams; ++row) {
+      fed.push_back((row % beams * 5 + beams) % kVocabulary);
+      parents.push_back(row % beams % before);
+      asked[row] = !some || beams == 1 || (row < beams && (beams == 3 ? row : parents.back()) % 2 == 0);
+      rows += asked[row];
+    }
     Answers& now = answers.emplace_back(
         Answers{std::vector<float>(rows * kCodes), std::vector<float>(static_cast<size_t>(rows))});
     const cemg::Wanted wanted{columns, all, now.logits.data(), now.totals.data()};
+    const cemg::Grown grown{fed.data(), parents.data(), some ? asked.get() : nullptr, beams};
     if (beams == 1) {
       require(search.wrong_token(prompts) == -1, "tokens are in the vocabulary");
       search.start(prompts, places, 1, own, wanted);
     } else {
-      std::vector<int64_t> fed, parents;
-      for (int64_t row = 0; row < rows; ++row) {
-        fed.push_back((row % beams * 5 + beams) % kVocabulary);
-        parents.push_back(row % beams % before);
+      require(search.orphan(grown) == -1, "each beam grew from one that is there");
+      if (some && beams == 5) {
+        const cemg::Grown more{fed.data(), parents.data(), nullptr, beams};
+        require(search.orphan(more) == 1, "a beam that grew from none is found");
       }
-      search.step(fed.data(), parents.data(), beams, own, wanted);
+      search.step(grown, own, wanted);
     }
     before = beams;
   }
   return answers;
+}
+
+void check_some(const std::vector<Answers>& some, const std::vector<Answers>& whole) {
+  const std::vector<std::vector<size_t>> rows{{0, 1}, {0, 2}, {0, 2, 3}};
+  for (size_t step = 0; step < rows.size(); ++step) {
+    require(some[step].totals.size() == rows[step].size(), "only what is asked for is answered");
+    for (size_t i = 0; i < rows[step].size(); ++i) {
+      const size_t row = rows[step][i];
+      require(std::abs(some[step].totals[i] - whole[step].totals[row]) < 1e-3, "totals of some beams");
+      for (size_t code = 0; code < kCodes; ++code) {
+        const float mine = some[step].logits[i * kCodes + code];
+        require(std::abs(mine - whole[step].logits[row * kCodes + code]) < 1e-3, "logits of some beams");
+      }
+    }
+  }
 }
 
 void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotated, int64_t width,
@@ -334,6 +361,7 @@ void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotat
   const std::vector<int64_t> tokens{3, 4, 5, 6, 7, 9, 9, 8, 1, 2}, mask{1, 1, 1, 1, 1, 0, 0, 1, 1, 0};
   cemg::BeamDecoder search(encoder ? &reader : nullptr, decoder, threads);
   const auto both = run(search, tokens, mask, places, own, columns, all);
+  check_some(run(search, tokens, mask, places, own, columns, all, true), both);
   for (int64_t user = 0; user < 2; ++user) {
     const auto begin = user * kLength, end = begin + kLength;
     const auto alone = run(search, {tokens.begin() + begin, tokens.begin() + end},

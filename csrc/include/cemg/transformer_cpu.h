@@ -1,8 +1,8 @@
 // A transformer in the middle of a beam search, on the CPU in float32: T5, GPT-2 and the Llama family. One
 // call a step, whose threads share each product.
 //
-// B users, W beams, R = B * W rows, T tokens of all prompts, H heads over G key-value heads of Dh, d the
-// width.
+// B users, W beams, R rows, one a beam or fewer, T tokens of all prompts, H heads over G key-value heads of
+// Dh, d the width.
 #pragma once
 
 #include <chrono>
@@ -62,6 +62,15 @@ struct Prompts {
   const int64_t* tokens;  // [B, S]
   const int64_t* mask;    // [B, S], 0 where there is no token
   int64_t batch, length;
+};
+
+// The beams [B, W] that a step feeds, each with its token and the beam before that it grew from. Where
+// `asked` is not null, only the beams it is true for are rows; nothing grows from the others later.
+struct Grown {
+  const int64_t* tokens;
+  const int64_t* parents;
+  const bool* asked;
+  int64_t beams;
 };
 
 // The logits of `columns` to `logits` [R, columns.out]; of `all`, where it is there, the log-sum-exp to
@@ -128,9 +137,11 @@ class BeamDecoder {
   double start(const Prompts& prompts, const Places& places, int64_t start_token, const Places& own_places,
                const Wanted& wanted);
 
-  // Feeds `tokens` [B, W], grown from the beams `parents` [B, W] before, and answers for all rows.
-  void step(const int64_t* tokens, const int64_t* parents, int64_t beams, const Places& places,
-            const Wanted& wanted);
+  // The first beam that is asked for and grew from none that was; -1 where there is none.
+  int64_t orphan(const Grown& grown) const noexcept;
+
+  // Feeds one row or more and answers for them, in their order.
+  void step(const Grown& grown, const Places& places, const Wanted& wanted);
 
   // Back to where `start` left it: the prompts stay read.
   void rewind();
@@ -184,6 +195,8 @@ class BeamDecoder {
   std::vector<int64_t> wide_;             // [B + 1] the same with each prompt padded to whole panels
   std::vector<PromptHeads> prompt_;       // of each layer
   std::vector<std::vector<Floats>> own_;  // of each step and layer: queries, keys and values of its rows
+  std::vector<int64_t> begin_;            // [B + 1] the first row of each user
+  std::vector<int32_t> row_of_;           // [B, W] of each beam; -1 where it is none
   std::vector<int32_t> ancestors_;        // [steps, R]
   bool noting_ = false;
   Clock::time_point begun_;
