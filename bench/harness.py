@@ -296,6 +296,25 @@ class Report:
         partial.write_text(json.dumps(said, indent=1) + "\n")
         partial.replace(self.options.json)
 
+    def take_up(self, **same: Any) -> set[str]:
+        """The rows of an interrupted run, from the JSON; returns its cases. Nothing where there is no file.
+
+        Exits with a line where it was another commit or machine, or where a row differs in one of ``same``.
+        """
+        path = self.options.json
+        if not path.is_file():
+            return set()
+        before = json.loads(path.read_text())
+        now = {"machine": machine(self.device), "commit": commit()}
+        differs = [name for name, value in now.items() if before[name] != value]
+        differs += [name for name, value in same.items() if any(r[name] != value for r in before["rows"])]
+        if differs:
+            raise SystemExit(f"{path} cannot be taken up, it is of another {', '.join(differs)}: "
+                             "leave out --resume, or name another --json")  # fmt: skip
+        self.rows += before["rows"]
+        self.begun -= before["seconds"]
+        return {row["case"] for row in self.rows}
+
     def finish(self) -> None:
         """Print the table, draw the plot, say where the JSON is."""
         print(self.table())

@@ -2,6 +2,7 @@
 
     python bench/latency.py                    # about five minutes on two CPU cores
     python bench/latency.py --full             # the whole grid; hours on a CPU
+    python bench/latency.py --full --resume    # what is left of it
     python bench/latency.py --profile runs/profile --models tiger
 
 Weights are random (seed 0): their beams are near-uniform, which costs as much as trained ones. A peer that
@@ -306,6 +307,9 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], rounds=100, seconds=1.0)
     parser.set_defaults(json=Path("runs/latency.json"), plot=Path("runs/latency.png"))
     parser.add_argument("--full", action="store_true", help="the whole grid, T5-base included")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cells that --json has, measure the rest"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, help="only these, and always cemg")
     parser.add_argument("--cells", default="", help='only cells whose name has this pattern, as "B1 W50$"')
@@ -319,23 +323,25 @@ def main() -> None:
     ]
     cells = full_grid(models, device.type == "cuda") if options.full else default_grid(models)
     cells = [*cells, *([] if options.models else rq3_grid())]
+    cells = [replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
+             for cell in cells if re.search(options.cells, cell.name())]  # fmt: skip
+    report = Report("latency", options, device)
+    done = report.take_up(normalize=options.normalize, dtype=options.dtype) if options.resume else set()
     names = ["cemg", *(name for name in options.engines or ENGINES if name != "cemg")]
     dtypes = {torch.float32, getattr(torch, options.dtype)}  # a CPU may be slow at the narrower one
     flops, bandwidth = max(gemm_rate(device, dtype) for dtype in dtypes), copy_bandwidth(device)
     cache = last_cache(device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"matrix product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; random weights")
-    report = Report("latency", options, device)
     workers = {name: Worker(name, torch.get_num_threads()) for name in names}
     try:
-        for cell in cells:
-            if re.search(options.cells, cell.name()):
-                cell = replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
-                one_cell(
-                    cell, workers, report, floor_ms(cell, flops, bandwidth, cache), read_bytes(cell, cache)
-                )
+        for number, cell in enumerate(cells, 1):
+            if cell.name() not in done:
+                print(f"{number} of {len(cells)}: {cell.name()} ...", flush=True)
+                floor, nbytes = floor_ms(cell, flops, bandwidth, cache), read_bytes(cell, cache)
+                one_cell(cell, workers, report, floor, nbytes)
     except KeyboardInterrupt:
-        print("interrupted: what was measured so far follows")
+        print("interrupted: --resume goes on; what was measured so far follows")
     finally:
         for worker in workers.values():
             worker.stop()
@@ -350,7 +356,6 @@ def main() -> None:
 def one_cell(cell: Cell, workers: dict[str, Worker], report: Report, floor: float, nbytes: int) -> None:
     """Measure a cell and add its rows: one a peer, whether it ran, could not, or was not asked."""
     options = report.options
-    print(f"{cell.name()} ...", flush=True)
     left_out = {name: not_asked(cell, name, options.full) for name in workers if name != "cemg"}
     asked = {name: worker for name, worker in workers.items() if not left_out.get(name)}
     found = run_cell(cell, asked, options.rounds, options.seconds)

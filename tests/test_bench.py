@@ -49,6 +49,24 @@ def test_a_row_has_every_field_whether_it_was_timed_or_not(tmp_path: Path) -> No
     assert "2 peers" in shared and f"{NOT_ASKED}it knows no catalog" in shared and "8.000" in slow
 
 
+def test_an_interrupted_run_is_taken_up_by_the_same_commit_and_settings_alone(tmp_path: Path) -> None:
+    report = a_report(tmp_path)
+    assert report.take_up(dtype="float32") == set()  # there is no file yet
+    report.add("first", "native", Times((1.0,)), {}, "reference", dtype="float32")
+    report.write()
+    again = a_report(tmp_path)
+    assert again.take_up(dtype="float32") == {"first"} and again.rows == report.rows
+    again.add("second", "native", Times((1.0,)), {}, "reference", dtype="float32")
+    again.write()
+    assert a_report(tmp_path).take_up(dtype="float32") == {"first", "second"}
+    with pytest.raises(SystemExit, match=r"rows\.json .* of another dtype: leave out --resume"):
+        a_report(tmp_path).take_up(dtype="bfloat16")
+    said = json.loads(report.options.json.read_text()) | {"commit": "0123456789ab"}
+    report.options.json.write_text(json.dumps(said))
+    with pytest.raises(SystemExit, match="of another commit"):
+        a_report(tmp_path).take_up(dtype="float32")
+
+
 class Answers:
     """A worker that needs no process."""
 
