@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -234,9 +233,12 @@ def need(package: str) -> None:
 
 
 def parts() -> dict[str, float]:
-    """Where one run of our engine spends its time, in shares of it: encoder, decoder, selection, other."""
+    """Where our engine spends its time, in shares of five runs: encoder, decoder, selection, other.
+
+    The C++ says what its parts took; PyTorch's steps are timed from outside.
+    """
     from cemg.decoding import engine, t5
-    from cemg.decoding.native import NativeStepper
+    from cemg.decoding.native import NativePlan
 
     decoder, bench = RUNNING["decoder"], RUNNING["bench"]
     spent = dict.fromkeys(("encoder", "start", "step", "selection", "all"), 0.0)
@@ -250,33 +252,36 @@ def parts() -> dict[str, float]:
 
         return run
 
-    def started(stepper: Any, *arguments: Any) -> Any:
-        found = stepper.start(*arguments)
-        if isinstance(stepper, NativeStepper):
-            spent["encoder"] += stepper.prompt_seconds
-        return found
+    def begin() -> Any:
+        stepper = originals[2]()
+        return SimpleNamespace(start=timed("start", stepper.start), step=timed("step", stepper.step))
+
+    def searched(*arguments: Any) -> Any:
+        found, seconds = search(*arguments)
+        for name, more in zip(("encoder", "step", "selection"), seconds, strict=True):
+            spent[name] += more
+        return found, seconds
 
     originals = engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin
     recorded, decoder.graphs = decoder.graphs, None  # a graph has no parts to time
-    engine.trie_beam_step = timed("selection", engine.trie_beam_step)
-    t5.T5Stepper._encode = timed("encoder", t5.T5Stepper._encode)  # type: ignore[method-assign]
-
-    def begin() -> Any:
-        stepper = originals[2]()
-        return SimpleNamespace(
-            start=timed("start", partial(started, stepper)), step=timed("step", stepper.step)
-        )
-
-    decoder.plan.begin = begin
+    one_call = isinstance(decoder.plan, NativePlan)
+    if one_call:
+        search, decoder.plan.beam_search = decoder.plan.beam_search, searched
+    else:
+        engine.trie_beam_step = timed("selection", engine.trie_beam_step)
+        t5.T5Stepper._encode = timed("encoder", t5.T5Stepper._encode)  # type: ignore[method-assign]
+        decoder.plan.begin = begin
     try:
         for _ in range(5):
             timed("all", decoder.decode)(bench.ids, bench.mask, bench.cell.beams)
     finally:
         engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin = originals  # type: ignore[method-assign]
         decoder.graphs = recorded
-    encoder = spent["encoder"] if bench.seq2seq else spent["start"]
-    shares = {"encoder": encoder, "decoder": spent["start"] - encoder + spent["step"],
-              "selection": spent["selection"]}  # fmt: skip
+        if one_call:
+            decoder.plan.beam_search = search
+    whole = spent["encoder"] + spent["step"] if one_call else spent["start"] + spent["step"]
+    encoder = spent["encoder"] if one_call or bench.seq2seq else spent["start"]
+    shares = {"encoder": encoder, "decoder": whole - encoder, "selection": spent["selection"]}
     shares["other"] = spent["all"] - sum(shares.values())
     return {name: seconds / spent["all"] for name, seconds in shares.items()}
 

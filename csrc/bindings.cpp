@@ -15,7 +15,7 @@
 
 #include "cemg/propagate_cpu.h"
 #include "cemg/quantize_cpu.h"
-#include "cemg/transformer_cpu.h"
+#include "cemg/search_cpu.h"
 #include "cemg/trie_build.h"
 #include "cemg/trie_check.h"
 #include "cemg/trie_cpu.h"
@@ -199,6 +199,12 @@ void softmax(const View& view, const Filter& fields, Address logits, Address log
              view.trie);
 }
 
+void check_beams(int64_t beams, int64_t size) {
+  if (beams <= cemg::kMostCandidates / size) return;
+  throw std::invalid_argument(std::to_string(beams) + " beams of " + std::to_string(size) +
+                              " codes are more than 2^32");
+}
+
 void beam_step(const View& view, const Filter& fields, Address logits, Address logsumexp, int normalize,
                Address scores, Address nodes, const std::array<int64_t, 3>& shape, Address next_scores,
                Address parents, Address codes, Address next_nodes, Address pruned) {
@@ -208,10 +214,7 @@ void beam_step(const View& view, const Filter& fields, Address logits, Address l
                                  at<int32_t>(next_nodes), at<float>(pruned)};
   std::visit(
       [&](auto trie) {
-        if (shape[1] > cemg::kMostCandidates / trie.codebook_size) {
-          throw std::invalid_argument(std::to_string(shape[1]) + " beams of " +
-                                      std::to_string(trie.codebook_size) + " codes are more than 2^32");
-        }
+        check_beams(shape[1], trie.codebook_size);
         cemg::beam_step(trie, filter, step, at<const float>(scores), at<const int32_t>(nodes), shape[0],
                         shape[1], shape[2], beams);
       },
@@ -277,9 +280,9 @@ cemg::Wanted wanted_at(const WantedFields& fields) {
   return {linear_at(columns), linear_at(all), at<float>(logits), at<float>(total)};
 }
 
-double start_search(cemg::BeamDecoder& search, Address tokens, Address mask,
-                    const std::array<int64_t, 2>& shape, const PlaceFields& places, int64_t start_token,
-                    const PlaceFields& own_places, const WantedFields& wanted) {
+// Throws where a prompt holds no token or one that the model does not know.
+cemg::Prompts prompts_at(const cemg::BeamSearch& search, Address tokens, Address mask,
+                         const std::array<int64_t, 2>& shape) {
   const cemg::Prompts prompts{at<const int64_t>(tokens), at<const int64_t>(mask), shape[0], shape[1]};
   if (prompts.batch < 1) throw std::invalid_argument("there is no prompt");
   if (const int64_t empty = search.empty_prompt(prompts); empty >= 0) {
@@ -289,21 +292,59 @@ double start_search(cemg::BeamDecoder& search, Address tokens, Address mask,
     throw std::invalid_argument("prompt " + std::to_string(wrong / shape[1]) + " has token " +
                                 std::to_string(prompts.tokens[wrong]) + " outside the model's vocabulary");
   }
-  return search.start(prompts, places_at(places), start_token, places_at(own_places), wanted_at(wanted));
+  return prompts;
 }
 
-void step_search(cemg::BeamDecoder& search, Address tokens, Address parents, Address asked, int64_t beams,
+double start_search(cemg::BeamSearch& search, Address tokens, Address mask,
+                    const std::array<int64_t, 2>& shape, const PlaceFields& places, int64_t start_token,
+                    const PlaceFields& own_places, const WantedFields& wanted) {
+  return search.start(prompts_at(search, tokens, mask, shape), places_at(places), start_token,
+                      places_at(own_places), wanted_at(wanted));
+}
+
+void step_search(cemg::BeamSearch& search, Address tokens, Address parents, Address asked, int64_t beams,
                  const PlaceFields& places, const WantedFields& wanted) {
   if (search.steps() >= cemg::kMostSteps) {
     throw std::invalid_argument("a search has no more than " + std::to_string(cemg::kMostSteps) + " steps");
   }
-  const cemg::Grown grown{at<const int64_t>(tokens), at<const int64_t>(parents), at<const bool>(asked),
+  const cemg::Grown grown{at<const int64_t>(tokens), at<const int64_t>(parents), at<const uint8_t>(asked),
                           beams};
   if (const int64_t orphan = search.orphan(grown); orphan >= 0) {
     throw std::invalid_argument("beam " + std::to_string(orphan % beams) + " of user " +
                                 std::to_string(orphan / beams) + " grew from no beam that was asked for");
   }
   search.step(grown, places_at(places), wanted_at(wanted));
+}
+
+// numbers: normalize, width, first token, start token. level_fields: of each, the places of its step and the
+// columns of its codes. out: scores, leaves, codes and what was pruned.
+std::array<double, 3> run_search(cemg::BeamSearch& search, const View& view, const Filter& fields,
+                                 const std::array<Address, 2>& tokens_and_mask,
+                                 const std::array<int64_t, 2>& shape, const PlaceFields& prompt_places,
+                                 const std::vector<std::pair<PlaceFields, LinearFields>>& level_fields,
+                                 const LinearFields& all, const std::array<int64_t, 4>& numbers,
+                                 const std::array<Address, 4>& out) {
+  const auto prompts = prompts_at(search, tokens_and_mask[0], tokens_and_mask[1], shape);
+  cemg::Question question{static_cast<cemg::Normalize>(numbers[0]),
+                          numbers[1],
+                          numbers[2],
+                          numbers[3],
+                          places_at(prompt_places),
+                          {},
+                          {},
+                          linear_at(all)};
+  for (const auto& [places, columns] : level_fields) {
+    question.own_places.push_back(places_at(places));
+    question.columns.push_back(linear_at(columns));
+  }
+  const cemg::Found found{at<float>(out[0]), at<int32_t>(out[1]), at<int64_t>(out[2]), at<float>(out[3])};
+  return std::visit(
+      [&](auto trie) -> std::array<double, 3> {
+        check_beams(question.width, trie.codebook_size);
+        const auto spent = search.search(prompts, trie, filter_at(fields), question, found);
+        return {spent.prompt, spent.model, spent.selection};
+      },
+      view.trie);
 }
 
 py::dict build_info() {
@@ -377,19 +418,20 @@ PYBIND11_MODULE(_native, module) {
         model.first_code = first;
         model.num_codes = count;
       });
-  py::class_<cemg::BeamDecoder>(module, "BeamDecoder")
+  py::class_<cemg::BeamSearch>(module, "BeamSearch")
       .def(py::init<const cemg::Transformer*, const cemg::Transformer&, int64_t>(), py::keep_alive<1, 2>(),
            py::keep_alive<1, 3>())
-      .def_property_readonly("nbytes", &cemg::BeamDecoder::nbytes)
-      .def_property_readonly("threads", &cemg::BeamDecoder::threads)
-      .def("note_laps", &cemg::BeamDecoder::note_laps)
+      .def_property_readonly("nbytes", &cemg::BeamSearch::nbytes)
+      .def_property_readonly("threads", &cemg::BeamSearch::threads)
+      .def("note_laps", &cemg::BeamSearch::note_laps)
       .def("laps",
-           [](const cemg::BeamDecoder& search) {
+           [](const cemg::BeamSearch& search) {
              std::vector<std::pair<std::string, double>> laps;
              for (const cemg::Lap& lap : search.laps()) laps.emplace_back(lap.part, lap.end);
              return laps;
            })
       .def("start", &start_search, release())
       .def("step", &step_search, release())
-      .def("rewind", &cemg::BeamDecoder::rewind, release());
+      .def("search", &run_search, release())
+      .def("rewind", &cemg::BeamSearch::rewind, release());
 }

@@ -36,6 +36,17 @@ class Recommendations:
         codes = torch.empty(0, top, levels, dtype=torch.int64)
         return cls(whole, whole.float(), codes, torch.empty(0, dtype=torch.int64))
 
+    @classmethod
+    def of_leaves(
+        cls, trie: Trie, scores: Tensor, leaves: Tensor, codes: Tensor, pruned: Tensor
+    ) -> Recommendations:
+        """Of what a search ended on, best first: ``scores`` [B, W], ``leaves`` [B, W] of the trie (-1: none),
+        their ``codes`` [B, W, M], and the best score [B] that it ever cut; where they lie."""
+        live = leaves >= 0
+        proven = (scores > pruned[:, None] + MARGIN) & live  # sorted: they lead
+        items = trie.items(leaves.flatten()).reshape(leaves.shape)
+        return cls(items, scores, codes.masked_fill(~live[:, :, None], -1), proven.sum(1))
+
     def top(self, count: int) -> Recommendations:
         """The first ``count`` results of each row."""
         first = (self.items[:, :count], self.scores[:, :count], self.codes[:, :count])
@@ -98,11 +109,8 @@ class Beams:
         self.parents, self.codes = self.parents[:, :count], self.codes[:, :count]
 
     def results(self, trie: Trie) -> Recommendations:
-        """The items at the leaves that the search ended on; where they lie."""
-        proven = (self.scores > self.pruned[:, None] + MARGIN) & (self.nodes >= 0)  # sorted: they lead
-        items = trie.items(self.nodes.flatten()).reshape(self.nodes.shape)
-        codes = self.codes.masked_fill((self.nodes < 0)[:, :, None], -1)
-        return Recommendations(items, self.scores, codes, proven.sum(1))
+        """The items at the leaves that the search ended on."""
+        return Recommendations.of_leaves(trie, self.scores, self.nodes, self.codes, self.pruned)
 
 
 def check_prompts(

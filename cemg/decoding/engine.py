@@ -26,7 +26,7 @@ from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import RequestFilter, trie_beam_step
 from cemg_kernels.dispatch import choose, pick
-from cemg_kernels.ranges import named_range
+from cemg_kernels.ranges import named_range, ranges_enabled
 
 Normalize = Literal["vocab", "level", "valid"]
 
@@ -185,6 +185,12 @@ class Decoder:
     ) -> Recommendations:  # fmt: skip
         """Beam search, its results on the device; without ``floor`` it never waits for
         the device. With ``floor`` [B], only prefixes that score at least as much live on."""
+        if isinstance(self.plan, NativePlan) and floor is None and not ranges_enabled():
+            leaves, _ = self.plan.beam_search(
+                input_ids, attention_mask, beams, self.trie.arrays,
+                self.trie.filter_tensors(filter, len(input_ids)), self.normalize, self.code_token_start,
+            )  # fmt: skip
+            return Recommendations.of_leaves(self.trie, *leaves)
         stepper = self.plan.begin()
         with named_range("decode: prompt and first code"):
             logits = stepper.start(input_ids, attention_mask, self.wanted(0))

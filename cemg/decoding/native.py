@@ -21,10 +21,13 @@ from cemg.decoding.layers import Feed, Logits, Norm, Projection, Unsupported, Wa
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg_kernels.dispatch import native
+from cemg_kernels.filter_tensors import FilterTensors
 from cemg_kernels.ranges import ranges_enabled
+from cemg_kernels.trie_arrays import TrieArrays
+from cemg_kernels.trie_softmax import OVER, Normalize
 
 if TYPE_CHECKING:
-    from cemg_kernels._native import BeamDecoder, Transformer
+    from cemg_kernels._native import BeamSearch, Transformer
 
 PANEL = 32  # columns that the C++ multiplies at once: kPanel of gemm_cpu.h
 PLACES_STEP = 256  # places that the tables of rotations grow by
@@ -63,6 +66,11 @@ def large_pages(count: int) -> Tensor:
     return torch.frombuffer(room, dtype=torch.float32)
 
 
+def prompt_fields(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts [B, S] and which of their tokens there are, int64, as the C++ reads them."""
+    return input_ids.to(torch.int64).contiguous(), (attention_mask != 0).to(torch.int64).contiguous()
+
+
 class NativePlan:
     """The weights of a plan as the C++ reads them, copied once: make a new one after training.
 
@@ -81,7 +89,7 @@ class NativePlan:
         self._lock = threading.Lock()  # of what is packed late
         self._whole: LinearFields | None = None  # the head
         self._rotation: tuple[Tensor, Tensor] | None = None
-        self._idle: list[BeamDecoder] = []  # finished searches, whose room the next ones take
+        self._idle: list[BeamSearch] = []  # finished searches, whose room the next ones take
         self.encoder = self._t5_encoder(plan) if isinstance(plan, T5Plan) else None
         self.decoder = self._t5_decoder(plan) if isinstance(plan, T5Plan) else self._causal(plan)
         if plan.table is not None:
@@ -91,20 +99,53 @@ class NativePlan:
         """A stepper for one batch."""
         return NativeStepper(self)
 
-    def search(self, threads: int) -> BeamDecoder:
+    def search(self, threads: int) -> BeamSearch:
         """Room for a search on so many threads; give it back by ``finished``."""
         try:
             found = self._idle.pop()
         except IndexError:
             found = None
         if found is None or found.threads != threads:
-            found = native().BeamDecoder(self.encoder, self.decoder, threads)
+            found = native().BeamSearch(self.encoder, self.decoder, threads)
         return found
 
-    def finished(self, search: BeamDecoder) -> None:
+    def finished(self, search: BeamSearch) -> None:
         """Keeps the room of a search, unless it is large."""
         if search.nbytes <= MOST_KEPT:
             self._idle.append(search)
+
+    def beam_search(
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, trie: TrieArrays,
+        filter: FilterTensors | None, normalize: Normalize, code_token_start: int,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[float, float, float]]:  # fmt: skip
+        """A whole search in one call, with neither ranges nor a floor.
+
+        Scores [B, W], leaves [B, W], codes [B, W, M] and the best that was cut [B]; the seconds that the
+        prompts, the model's further steps and the selections took.
+        """
+        batch, length = input_ids.shape
+        tokens, mask = prompt_fields(input_ids, attention_mask)
+        longest, size = int(mask.sum(1).max()), trie.codebook_size
+        wanted = [Wanted(code_token_start + level * size, size, normalize == "vocab")
+                  for level in range(trie.levels)]  # fmt: skip
+        places = [self.own_places(level, longest) for level in range(trie.levels)]
+        linears = [self.linears(each) for each in wanted]
+        scores, pruned = torch.empty(batch, beams), torch.empty(batch)
+        leaves = torch.empty(batch, beams, dtype=torch.int32)
+        codes = torch.empty(batch, beams, trie.levels, dtype=torch.int64)
+        search = self.search(torch.get_num_threads())
+        try:
+            seconds = search.search(
+                trie.view, None if filter is None else filter.fields(batch),
+                (tokens.data_ptr(), mask.data_ptr()), (batch, length),
+                self.prompt_places(length, longest).addresses(),
+                [(own.addresses(), columns) for own, (columns, _) in zip(places, linears, strict=True)],
+                linears[0][1], (OVER[normalize], beams, code_token_start, self.start_token),
+                (scores.data_ptr(), leaves.data_ptr(), codes.data_ptr(), pruned.data_ptr()),
+            )  # fmt: skip
+        finally:
+            self.finished(search)
+        return (scores, leaves, codes, pruned), seconds
 
     def linears(self, wanted: Wanted) -> tuple[LinearFields, LinearFields]:
         """The columns of the head that are wanted, and the whole head or nothing."""
@@ -237,7 +278,7 @@ class NativeStepper:
     def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
         batch, length = input_ids.shape
         self.step_number = 0  # of the first code
-        tokens, mask = (t.to(torch.int64).contiguous() for t in (input_ids, attention_mask != 0))
+        tokens, mask = prompt_fields(input_ids, attention_mask)
         self.longest = int(mask.sum(1).max())
         places, own = self.plan.prompt_places(length, self.longest), self.plan.own_places(0, self.longest)
         logits, room = self._room((batch, 1), wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ from transformers import (
 
 from cemg.decoding import Recommendations
 from cemg.tokenizer import Catalog
+from cemg_kernels.ranges import use_ranges
 
 LEVELS, SIZE, START, VOCABULARY = 3, 6, 3, 24  # tokens 0 … 2 are special, 3 … 20 codes, 21 … 23 nothing
 Family = Literal["t5", "gpt2", "llama"]
@@ -126,6 +128,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Searches go through the engine's own loop, as they do where ranges are on, not through one C++ call."""
+    use_ranges(True)
+    try:
+        yield
+    finally:
+        use_ranges(False)
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from cemg.decoding import Decoder, TransformersDecoder
-from cemg.decoding.beams import Beams
+from cemg.decoding import Decoder, Recommendations, TransformersDecoder
 from cemg.tokenizer import Catalog
 from cemg_kernels import RequestFilter
 
@@ -106,8 +105,8 @@ def test_the_table_is_one_of_probabilities():
 def test_lists_scores_what_was_pruned_and_what_is_certified(
     family, backend, normalize, beams, items, products, pruned, certified, monkeypatch
 ):
-    cut, results = [], Beams.results
-    monkeypatch.setattr(Beams, "results", lambda self, trie: cut.append(self.pruned) or results(self, trie))
+    cut, of_leaves = [], Recommendations.of_leaves
+    monkeypatch.setattr(Recommendations, "of_leaves", lambda *of: cut.append(of[-1]) or of_leaves(*of))
     found = Decoder(MODELS[family], CATALOG, 1, normalize, backend=backend).decode(*PROMPT, beams)
     assert found.items.tolist() == [items]
     assert found.codes.tolist() == [[CATALOG.codes[i].tolist() if i >= 0 else [-1, -1] for i in items]]

@@ -14,7 +14,7 @@ from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter
 
-from .conftest import Bench
+from .conftest import Bench, step_by_step
 
 FAMILIES = ("t5", "gpt2", "llama")
 NORMALIZE = ("vocab", "level", "valid")
@@ -288,12 +288,15 @@ def test_beams_with_one_item_each_below_end_the_search_with_the_same_lists(
     for beams, filter in ((1, None), (7, None), (60, None), (60, allowed)):
         asked.clear()
         found = decoder.decode(*prompts, beams, filter=filter)
-        assert len(asked) == 1
-        with monkeypatch.context() as patch:
-            patch.setattr(Decoder, "_open", lambda self, nodes: None)
-            whole = decoder.decode(*prompts, beams, filter=filter)
-        same_lists(found, whole)
-        assert torch.equal(found.certified, whole.certified) and torch.equal(found.codes, whole.codes)
+        with step_by_step():
+            stepped = decoder.decode(*prompts, beams, filter=filter)
+            assert len(asked) == 1
+            with monkeypatch.context() as patch:
+                patch.setattr(Decoder, "_open", lambda self, nodes: None)
+                whole = decoder.decode(*prompts, beams, filter=filter)
+        for one in (found, stepped):
+            same_lists(one, whole)
+            assert torch.equal(one.certified, whole.certified) and torch.equal(one.codes, whole.codes)
 
 
 @pytest.mark.parametrize("items", [20, 40, 90])
@@ -315,13 +318,16 @@ def test_valid_beams_with_one_item_below_are_not_fed_and_the_lists_stay_the_same
     monkeypatch.setattr(stepper, "step", spy)
     some = ItemFilter.from_mask(made.catalog.trie, torch.arange(items) % 3 > 0)
     for beams, filter in ((6, None), (20, None), (20, some)):
-        found, mine = decoder.decode(*prompts, beams, filter=filter), sum(fed)
-        fed.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(Decoder, "_open", lambda self, nodes: None)
-            whole = decoder.decode(*prompts, beams, filter=filter)
-        same_lists(found, whole)
-        assert torch.equal(found.certified, whole.certified)
+        found = decoder.decode(*prompts, beams, filter=filter)
+        with step_by_step():
+            stepped, mine = decoder.decode(*prompts, beams, filter=filter), sum(fed)
+            fed.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(Decoder, "_open", lambda self, nodes: None)
+                whole = decoder.decode(*prompts, beams, filter=filter)
+        for one in (found, stepped):
+            same_lists(one, whole)
+            assert torch.equal(one.certified, whole.certified)
         assert mine < sum(fed) or beams == 6
         fed.clear()
 

@@ -16,9 +16,9 @@ from cemg.decoding import Decoder, score_all
 from cemg.decoding.layers import padding_of
 from cemg.decoding.native import large_pages
 from cemg.errors import UserError
-from cemg_kernels.ranges import use_ranges
+from cemg_kernels import ItemFilter, RequestFilter
 
-from .conftest import LEVELS, SIZE, START, VOCABULARY, Bench, random_catalog
+from .conftest import LEVELS, SIZE, START, VOCABULARY, Bench, random_catalog, step_by_step
 
 ROTARY: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -272,13 +272,10 @@ def test_with_ranges_on_each_call_notes_what_it_did(shape):
 
     decoder.plan.begin = noted
     decoder.decode(*made.prompts([4]), 5)
-    assert laps == [[]]
-    use_ranges(True)
-    try:
+    assert laps == []
+    with step_by_step():
         decoder.decode(*made.prompts([4]), 5)
-    finally:
-        use_ranges(False)
-    calls = laps[1]
+    (calls,) = laps
     assert len(calls) == LEVELS and all(call[-1][0] == "head" for call in calls)
     for call in calls:
         ends = [end for _, end in call]
@@ -399,3 +396,23 @@ def test_codes_too_many_for_the_table_are_projected_each_time(monkeypatch, same_
             without = Decoder(model, random_catalog(60, 1), START, backend="torch")
         assert with_table.plan.table is not None and without.plan.table is None
         same_lists(without.decode(*prompts, 9), with_table.decode(*prompts, 9))
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+@pytest.mark.parametrize("shape", ["t5 gated, uneven stacks", "gpt2", "llama, as many key heads"])
+def test_a_search_in_one_call_gives_the_bits_of_one_step_by_step(shape, normalize):
+    """Some users, filters of each kind (one request is left nothing), more and fewer beams than items."""
+    model = build(*SHAPES[shape])
+    for items in (1, 25, 90):
+        made = Bench(model, random_catalog(items, items))
+        decoder, trie = Decoder(model, made.catalog, START, normalize, backend="native"), made.catalog.trie
+        some = ItemFilter.from_mask(trie, torch.arange(items) % 3 > 0)
+        none = ItemFilter.from_mask(trie, torch.zeros(items, dtype=torch.bool))
+        requests = RequestFilter.stack([some, none, None]) & RequestFilter.excluding(trie, [[0], [], [0]])
+        for filter in (None, some, none, requests):
+            for beams in (1, 20, 100):
+                whole = decoder.decode(*made.prompts([7, 2, 4]), beams, filter=filter)
+                with step_by_step():
+                    stepped = decoder.decode(*made.prompts([7, 2, 4]), beams, filter=filter)
+                for mine, other in zip(whole.parts(), stepped.parts(), strict=True):
+                    assert torch.equal(mine, other)

@@ -6,16 +6,18 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
-#include <memory>
 #include <new>
 #include <random>
+#include <set>
 #include <thread>
+#include <variant>
 #include <vector>
 
 #include "cemg/propagate_cpu.h"
 #include "cemg/quantize_cpu.h"
 #include "cemg/row_math.h"
-#include "cemg/transformer_cpu.h"
+#include "cemg/search_cpu.h"
+#include "cemg/trie_build.h"
 
 namespace {
 
@@ -281,7 +283,7 @@ struct Answers {
 
 // Three steps for these users: one row, then three beams, then five. `some`: after the first, only beams of
 // the first user, those of even number and what grows from them: 0 and 2, then 0, 2 and 3.
-std::vector<Answers> run(cemg::BeamDecoder& search, const std::vector<int64_t>& tokens,
+std::vector<Answers> run(cemg::BeamSearch& search, const std::vector<int64_t>& tokens,
                          const std::vector<int64_t>& mask, const cemg::Places& places,
                          const cemg::Places& own, const cemg::Linear& columns, const cemg::Linear& all,
                          bool some = false) {
@@ -290,19 +292,19 @@ std::vector<Answers> run(cemg::BeamDecoder& search, const std::vector<int64_t>& 
   std::vector<Answers> answers;
   int64_t before = 1;
   for (const int64_t beams : {int64_t{1}, int64_t{3}, int64_t{5}}) {
-    const auto asked = std::make_unique<bool[]>(static_cast<size_t>(batch * beams));
+    std::vector<uint8_t> asked;
     std::vector<int64_t> fed, parents;
     int64_t rows = 0;
     for (int64_t row = 0; row < batch * beams; ++row) {
       fed.push_back((row % beams * 5 + beams) % kVocabulary);
       parents.push_back(row % beams % before);
-      asked[row] = !some || beams == 1 || (row < beams && (beams == 3 ? row : parents.back()) % 2 == 0);
-      rows += asked[row];
+      asked.push_back(!some || beams == 1 || (row < beams && (beams == 3 ? row : parents.back()) % 2 == 0));
+      rows += asked.back();
     }
     Answers& now = answers.emplace_back(
         Answers{std::vector<float>(rows * kCodes), std::vector<float>(static_cast<size_t>(rows))});
     const cemg::Wanted wanted{columns, all, now.logits.data(), now.totals.data()};
-    const cemg::Grown grown{fed.data(), parents.data(), some ? asked.get() : nullptr, beams};
+    const cemg::Grown grown{fed.data(), parents.data(), some ? asked.data() : nullptr, beams};
     if (beams == 1) {
       require(search.wrong_token(prompts) == -1, "tokens are in the vocabulary");
       search.start(prompts, places, 1, own, wanted);
@@ -334,6 +336,64 @@ void check_some(const std::vector<Answers>& some, const std::vector<Answers>& wh
   }
 }
 
+// 30 items of three codes.
+struct Items {
+  std::vector<uint8_t> code;
+  std::vector<int32_t> first_child, rows;
+  cemg::TrieView<uint8_t> trie;
+
+  Items() : rows(30) {
+    std::vector<int32_t> codes;
+    for (int item = 0; item < 30; ++item) {
+      codes.insert(codes.end(), {item % 4, item * 5 % 9, item / 4});
+    }
+    const auto built = cemg::TrieBuilder::sort<int32_t>(codes, 3, kCodes);
+    const auto& builder = std::get<cemg::TrieBuilder>(built);
+    code.resize(builder.num_nodes() - 1);
+    first_child.resize(builder.num_inner() + 1);
+    builder.write(code.data(), first_child.data(), rows.data());
+    trie = {code.data(), first_child.data(), builder.num_inner(), builder.num_nodes(), kCodes};
+  }
+};
+
+// Whole searches: as many different items as there is room for, best first, each with its codes.
+void check_whole(cemg::BeamSearch& search, const cemg::Prompts& prompts, const cemg::Places& places,
+                 const cemg::Places& own, const cemg::Linear& columns, const cemg::Linear& all) {
+  const Items items;
+  for (const auto normalize : {cemg::Normalize::kVocab, cemg::Normalize::kLevel, cemg::Normalize::kValid}) {
+    for (const int64_t width : {1, 7, 40}) {
+      const auto places_of = static_cast<size_t>(prompts.batch * width);
+      const cemg::Question question{normalize,
+                                    width,
+                                    4,
+                                    1,
+                                    places,
+                                    {own, own, own},
+                                    {columns, columns, columns},
+                                    normalize == cemg::Normalize::kVocab ? all : cemg::Linear{}};
+      std::vector<float> scores(places_of), pruned(static_cast<size_t>(prompts.batch));
+      std::vector<int32_t> leaves(places_of);
+      std::vector<int64_t> codes(places_of * 3);
+      search.search(prompts, items.trie, {}, question,
+                    {scores.data(), leaves.data(), codes.data(), pruned.data()});
+      for (int64_t user = 0; user < prompts.batch; ++user) {
+        std::set<int32_t> different;
+        for (int64_t place = user * width; place < (user + 1) * width; ++place) {
+          if (leaves[place] < 0) continue;
+          int32_t node = cemg::kRoot;
+          for (int64_t level = 0; level < 3; ++level)
+            node = items.trie.advance(node, codes[place * 3 + level]);
+          require(node == leaves[place] && node >= items.trie.num_inner, "codes lead to their leaf");
+          require(place == user * width || scores[place] <= scores[place - 1], "the best come first");
+          different.insert(node);
+        }
+        require(static_cast<int64_t>(different.size()) == std::min<int64_t>(width, 30), "the list is full");
+        require((width == 40) == std::isinf(pruned[user]), "what was cut");
+      }
+    }
+  }
+}
+
 void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotated, int64_t width,
                   int64_t heads, int64_t groups, int64_t size, int64_t threads) {
   Weights weights;
@@ -359,7 +419,7 @@ void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotat
     own = places;
   }
   const std::vector<int64_t> tokens{3, 4, 5, 6, 7, 9, 9, 8, 1, 2}, mask{1, 1, 1, 1, 1, 0, 0, 1, 1, 0};
-  cemg::BeamDecoder search(encoder ? &reader : nullptr, decoder, threads);
+  cemg::BeamSearch search(encoder ? &reader : nullptr, decoder, threads);
   const auto both = run(search, tokens, mask, places, own, columns, all);
   check_some(run(search, tokens, mask, places, own, columns, all, true), both);
   for (int64_t user = 0; user < 2; ++user) {
@@ -379,6 +439,7 @@ void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotat
       }
     }
   }
+  check_whole(search, {tokens.data(), mask.data(), 2, kLength}, places, own, columns, all);
   const std::vector<int64_t> wrong{3, 4, kVocabulary, 6, 7};
   require(search.wrong_token({wrong.data(), mask.data(), 1, kLength}) == 2, "a wrong token is found");
 }

@@ -16,7 +16,8 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 CPU = ["attention_cpu.cpp", "gemm_cpu.cpp", "propagate_cpu.cpp", "quantize_cpu.cpp", "row_math.cpp",
-       "transformer_cpu.cpp"]  # fmt: skip
+       "search_cpu.cpp", "transformer_cpu.cpp", "trie_build.cpp", "trie_row.cpp",
+       "trie_step.cpp"]  # fmt: skip
 PROGRAMS = {  # the program, its sources, and what it prints
     "the trie": ("trie_main", ["trie_*.cpp", "row_math.cpp"], [], "240 tries\n"),
     "the rest": ("cpu_main", CPU, [], "24 searches\n"),

@@ -69,7 +69,7 @@ struct Prompts {
 struct Grown {
   const int64_t* tokens;
   const int64_t* parents;
-  const bool* asked;
+  const uint8_t* asked;
   int64_t beams;
 };
 
