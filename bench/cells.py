@@ -218,22 +218,36 @@ def needed_operations(cell: Cell) -> int:
         causal = s * (m.layers * m.projections + attention // 2)
         prompt = causal + ((m.layers - 1) * s + 1) * m.rest
         codes = late * (row - m.projections)
-    return 2 * cell.batch * (prompt + codes + (1 + late) * m.dim * head_columns(cell))
+    return round(2 * cell.batch * (prompt + codes + (1 + late) * m.dim * head_columns(cell)))
 
 
-def late_rows(cell: Cell) -> int:
-    """Beams of a user, all levels after the first together, for which the model has to run: all of them.
+def sole(cell: Cell, level: int) -> float:
+    """The share of prefixes of ``level`` codes with one item below them, expected of a random catalog.
 
-    Under "valid" what follows a prefix of one item is certain. The items below a prefix of m random codes are
-    about Poisson with mean N / K^m, and beams near uniform choose among the prefixes that there are.
+    The items below a prefix are about Poisson with mean N / K^level, given that there is one.
     """
+    mean = cell.items / cell.codes**level
+    return mean * math.exp(-mean) / -math.expm1(-mean)
+
+
+def late_rows(cell: Cell) -> float:
+    """Beams of a user, all levels after the first together, for which the model has to run.
+
+    All of them; under "valid", where what follows a prefix of one item is certain, as many as are expected
+    of beams near uniform, which choose among the prefixes that there are.
+    """
+    prefixes = [min(cell.beams, cell.codes**level) for level in range(1, cell.levels)]
     if cell.normalize != "valid":
-        return (cell.levels - 1) * cell.beams
-    rows = 0.0
-    for level in range(1, cell.levels):
-        mean = cell.items / cell.codes**level
-        rows += cell.beams * (1 - mean * math.exp(-mean) / -math.expm1(-mean))
-    return round(rows)
+        return sum(prefixes)
+    return sum(rows * (1 - sole(cell, level)) for level, rows in enumerate(prefixes, 1))
+
+
+def late_passes(cell: Cell) -> float:
+    """Levels after the first at which any beam of the batch needs the model, expected as in ``late_rows``."""
+    if cell.normalize != "valid":
+        return cell.levels - 1
+    beams = cell.batch * cell.beams
+    return sum(1 - sole(cell, level) ** beams for level in range(1, cell.levels))
 
 
 def read_bytes(cell: Cell, cache: float) -> int:
@@ -246,8 +260,8 @@ def read_bytes(cell: Cell, cache: float) -> int:
     once = layers + across if seq2seq else m.projections
     again = layers - m.projections + (across if seq2seq else 0) + m.dim * head_columns(cell)
     again = cell.itemsize * (again + cell.batch * cell.prompt * m.cache)
-    beyond = int(max(0.0, again - cache))
-    return cell.itemsize * once + again + (cell.levels - 1) * beyond
+    beyond = max(0.0, again - cache)
+    return round(cell.itemsize * once + again + late_passes(cell) * beyond)
 
 
 def head_columns(cell: Cell) -> int:

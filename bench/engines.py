@@ -239,6 +239,7 @@ def parts() -> dict[str, float]:
     """
     from cemg.decoding import engine, t5
     from cemg.decoding.native import NativePlan
+    from cemg_kernels.ranges import use_ranges
 
     decoder, bench = RUNNING["decoder"], RUNNING["bench"]
     spent = dict.fromkeys(("encoder", "start", "step", "selection", "all"), 0.0)
@@ -256,14 +257,15 @@ def parts() -> dict[str, float]:
         stepper = originals[2]()
         return SimpleNamespace(start=timed("start", stepper.start), step=timed("step", stepper.step))
 
-    def searched(*arguments: Any) -> Any:
-        found, seconds = search(*arguments)
-        for name, more in zip(("encoder", "step", "selection"), seconds, strict=True):
+    def searched(*arguments: Any, **options: Any) -> Any:
+        found, said = search(*arguments, **options)
+        for name, more in (("encoder", said.prompts), ("step", said.model), ("selection", said.selection)):
             spent[name] += more
-        return found, seconds
+        return found, said
 
     originals = engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin
     recorded, decoder.graphs = decoder.graphs, None  # a graph has no parts to time
+    use_ranges(False)  # with them the C++ is called step by step
     one_call = isinstance(decoder.plan, NativePlan)
     if one_call:
         search, decoder.plan.beam_search = decoder.plan.beam_search, searched

@@ -284,36 +284,47 @@ class Report:
         self.rows += rows
         return rows
 
+    def said(self) -> dict[str, Any]:
+        """What the JSON says besides the rows."""
+        options = {name: value for name, value in vars(self.options).items() if not isinstance(value, Path)}
+        return {"op": self.op, "machine": machine(self.device), "commit": commit(),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - self.begun), "options": options}  # fmt: skip
+
     def write(self) -> None:
         """The JSON of all rows so far, whole or not at all, where --json asks for it."""
         if not self.options.json:
             return
-        said = {"machine": machine(self.device), "commit": commit(),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seconds": round(time.monotonic() - self.begun), "rows": self.rows}  # fmt: skip
+        said = self.said() | {"rows": self.rows}
         self.options.json.parent.mkdir(parents=True, exist_ok=True)
         partial = self.options.json.with_suffix(".part")
         partial.write_text(json.dumps(said, indent=1) + "\n")
         partial.replace(self.options.json)
 
-    def take_up(self, **same: Any) -> set[str]:
-        """The rows of an interrupted run, from the JSON; returns its cases. Nothing where there is no file.
+    def take_up(self, options: Sequence[str]) -> set[str]:
+        """The rows of an interrupted run, from the JSON; returns the cases that it has a time of ours for.
 
-        Exits with a line where it was another commit or machine, or where a row differs in one of ``same``.
+        Nothing where there is no file. Exits with a line where it is of another benchmark, machine, commit
+        (or one with changes) or value of one of ``options``.
         """
         path = self.options.json
-        if not path.is_file():
+        if not path or not path.is_file():
             return set()
         before = json.loads(path.read_text())
-        now = {"machine": machine(self.device), "commit": commit()}
-        differs = [name for name, value in now.items() if before[name] != value]
-        differs += [name for name, value in same.items() if any(r[name] != value for r in before["rows"])]
+        now = self.said()
+        differs = [name for name in ("op", "machine", "commit") if before.get(name) != now[name]]
+        differs += [
+            f"--{name}" for name in options if before.get("options", {}).get(name) != now["options"][name]
+        ]
+        if now["commit"].endswith("+") or now["commit"] == "unknown":
+            differs.append("state of the code, for all that is known")
         if differs:
             raise SystemExit(f"{path} cannot be taken up, it is of another {', '.join(differs)}: "
                              "leave out --resume, or name another --json")  # fmt: skip
-        self.rows += before["rows"]
+        done = {row["case"] for row in before["rows"] if row["p50_ms"] is not None}
+        self.rows += [row for row in before["rows"] if row["case"] in done]
         self.begun -= before["seconds"]
-        return {row["case"] for row in self.rows}
+        return done
 
     def finish(self) -> None:
         """Print the table, draw the plot, say where the JSON is."""

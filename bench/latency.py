@@ -44,6 +44,7 @@ PATIENCE_S = 120.0  # a single answer that takes longer ends the engine's part i
 PREPARE_S = 300.0  # reading libraries, building the model and the catalog, one run
 MOST_LOGIT = 8  # of the random models here
 NOTHING = "nothing: no constrained peer ran"
+ALIKE = ("engines", "full", "normalize", "dtype", "rounds", "seconds", "threads")  # of a run that goes on
 
 
 class Worker:
@@ -271,9 +272,9 @@ def latency_plot(report: Report, path: Path) -> None:
     rows = [row for row in report.rows if not row["case"].startswith(RQ3) and row["p50_ms"] is not None]
     sized = [row for row in rows if " N1e" in row["case"]]
     cells = list(dict.fromkeys(row["case"] for row in rows if " N1e" not in row["case"]))
-    names: dict[str, dict[str, float]] = {"CEMG (exact, constrained)": {}}
+    names: dict[str, dict[str, float]] = {"CEMG (constrained)": {}}
     for row in rows:
-        names["CEMG (exact, constrained)"][row["case"]] = row["p50_ms"]
+        names["CEMG (constrained)"][row["case"]] = row["p50_ms"]
         if row["peer_p50_ms"] is not None and row not in sized:
             names.setdefault(row["peer"], {})[row["case"]] = row["peer_p50_ms"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(3, 1), layout="constrained")
@@ -326,7 +327,7 @@ def main() -> None:
     cells = [replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
              for cell in cells if re.search(options.cells, cell.name())]  # fmt: skip
     report = Report("latency", options, device)
-    done = report.take_up(normalize=options.normalize, dtype=options.dtype) if options.resume else set()
+    done = report.take_up(ALIKE) if options.resume else set()
     names = ["cemg", *(name for name in options.engines or ENGINES if name != "cemg")]
     dtypes = {torch.float32, getattr(torch, options.dtype)}  # a CPU may be slow at the narrower one
     flops, bandwidth = max(gemm_rate(device, dtype) for dtype in dtypes), copy_bandwidth(device)

@@ -295,11 +295,11 @@ cemg::Prompts prompts_at(const cemg::BeamSearch& search, Address tokens, Address
   return prompts;
 }
 
-double start_search(cemg::BeamSearch& search, Address tokens, Address mask,
-                    const std::array<int64_t, 2>& shape, const PlaceFields& places, int64_t start_token,
-                    const PlaceFields& own_places, const WantedFields& wanted) {
-  return search.start(prompts_at(search, tokens, mask, shape), places_at(places), start_token,
-                      places_at(own_places), wanted_at(wanted));
+void start_search(cemg::BeamSearch& search, Address tokens, Address mask, const std::array<int64_t, 2>& shape,
+                  const PlaceFields& places, int64_t start_token, const PlaceFields& own_places,
+                  const WantedFields& wanted) {
+  search.start(prompts_at(search, tokens, mask, shape), places_at(places), start_token, places_at(own_places),
+               wanted_at(wanted));
 }
 
 void step_search(cemg::BeamSearch& search, Address tokens, Address parents, Address asked, int64_t beams,
@@ -318,12 +318,15 @@ void step_search(cemg::BeamSearch& search, Address tokens, Address parents, Addr
 
 // numbers: normalize, width, first token, start token. level_fields: of each, the places of its step and the
 // columns of its codes. out: scores, leaves, codes and what was pruned.
-std::array<double, 3> run_search(cemg::BeamSearch& search, const View& view, const Filter& fields,
-                                 const std::array<Address, 2>& tokens_and_mask,
-                                 const std::array<int64_t, 2>& shape, const PlaceFields& prompt_places,
-                                 const std::vector<std::pair<PlaceFields, LinearFields>>& level_fields,
-                                 const LinearFields& all, const std::array<int64_t, 4>& numbers,
-                                 const std::array<Address, 4>& out) {
+using SpentFields = std::tuple<double, double, double, int64_t>;  // prompt, model, selection; rows
+
+SpentFields run_search(cemg::BeamSearch& search, const View& view, const Filter& fields,
+                       const std::array<Address, 2>& tokens_and_mask, const std::array<int64_t, 2>& shape,
+                       const PlaceFields& prompt_places,
+                       const std::vector<std::pair<PlaceFields, LinearFields>>& level_fields,
+                       const LinearFields& all, const std::array<int64_t, 4>& numbers,
+                       const std::array<Address, 4>& out) {
+  if (numbers[1] < 1 || level_fields.empty()) throw std::invalid_argument("a search has a beam and a level");
   const auto prompts = prompts_at(search, tokens_and_mask[0], tokens_and_mask[1], shape);
   cemg::Question question{static_cast<cemg::Normalize>(numbers[0]),
                           numbers[1],
@@ -339,10 +342,10 @@ std::array<double, 3> run_search(cemg::BeamSearch& search, const View& view, con
   }
   const cemg::Found found{at<float>(out[0]), at<int32_t>(out[1]), at<int64_t>(out[2]), at<float>(out[3])};
   return std::visit(
-      [&](auto trie) -> std::array<double, 3> {
+      [&](auto trie) -> SpentFields {
         check_beams(question.width, trie.codebook_size);
         const auto spent = search.search(prompts, trie, filter_at(fields), question, found);
-        return {spent.prompt, spent.model, spent.selection};
+        return {spent.prompt, spent.model, spent.selection, spent.rows};
       },
       view.trie);
 }

@@ -69,7 +69,7 @@ class BeamSearch:
     def start(
         self, tokens: int, mask: int, shape: tuple[int, int], places: Places, start_token: int,
         own_places: Places, wanted: Wanted, /,
-    ) -> float: ...  # fmt: skip
+    ) -> None: ...  # fmt: skip
     def step(
         self, tokens: int, parents: int, asked: int, beams: int, places: Places, wanted: Wanted, /
     ) -> None: ...
@@ -78,4 +78,4 @@ class BeamSearch:
         self, view: TrieView, filter: Filter, tokens_and_mask: tuple[int, int], shape: tuple[int, int],
         prompt_places: Places, levels: list[tuple[Places, Linear]], all: Linear,
         numbers: tuple[int, int, int, int], out: tuple[int, int, int, int], /,
-    ) -> tuple[float, float, float]: ...  # fmt: skip  # seconds of prompts, model and selection
+    ) -> tuple[float, float, float, int]: ...  # fmt: skip  # seconds: prompts, model, selection; rows

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cells
+import harness
 import latency
 import propagate
 import pytest
@@ -49,22 +50,46 @@ def test_a_row_has_every_field_whether_it_was_timed_or_not(tmp_path: Path) -> No
     assert "2 peers" in shared and f"{NOT_ASKED}it knows no catalog" in shared and "8.000" in slow
 
 
-def test_an_interrupted_run_is_taken_up_by_the_same_commit_and_settings_alone(tmp_path: Path) -> None:
+def test_an_interrupted_run_is_taken_up_by_the_same_code_and_settings_alone(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
     report = a_report(tmp_path)
-    assert report.take_up(dtype="float32") == set()  # there is no file yet
-    report.add("first", "native", Times((1.0,)), {}, "reference", dtype="float32")
+    assert report.take_up(["rounds"]) == set()  # there is no file yet
+    report.add("first", "native", Times((1.0,)), {}, "reference")
+    report.add("crashed", "native", "its process ended", {}, "nothing")
     report.write()
     again = a_report(tmp_path)
-    assert again.take_up(dtype="float32") == {"first"} and again.rows == report.rows
-    again.add("second", "native", Times((1.0,)), {}, "reference", dtype="float32")
+    assert again.take_up(["rounds"]) == {"first"} and again.rows == report.rows[:1]
+    again.add("crashed", "native", Times((1.0,)), {}, "reference")
     again.write()
-    assert a_report(tmp_path).take_up(dtype="float32") == {"first", "second"}
-    with pytest.raises(SystemExit, match=r"rows\.json .* of another dtype: leave out --resume"):
-        a_report(tmp_path).take_up(dtype="bfloat16")
-    said = json.loads(report.options.json.read_text()) | {"commit": "0123456789ab"}
-    report.options.json.write_text(json.dumps(said))
-    with pytest.raises(SystemExit, match="of another commit"):
-        a_report(tmp_path).take_up(dtype="float32")
+    assert a_report(tmp_path).take_up(["rounds"]) == {"first", "crashed"}
+    other = a_report(tmp_path)
+    other.options.rounds = 3
+    with pytest.raises(SystemExit, match=r"rows\.json .* of another --rounds: leave out --resume"):
+        other.take_up(["rounds"])
+    other.op = "trie_step"
+    with pytest.raises(SystemExit, match="of another op:"):
+        other.take_up([])
+    for now, said in (("ba9876543210", "of another commit:"), ("0123456789ab+", "state of the code")):
+        monkeypatch.setattr(harness, "commit", lambda now=now: now)
+        with pytest.raises(SystemExit, match=said):
+            a_report(tmp_path).take_up([])
+
+
+def test_what_valid_saves_is_between_nothing_and_all_but_the_first_code() -> None:
+    whole = replace(CELL, beams=50)
+    valid = replace(whole, normalize="valid")
+    assert cells.late_rows(whole) == 3 * 50 and cells.late_passes(whole) == 3
+    crowded, sparse = replace(valid, items=10**14), replace(valid, items=10)
+    assert cells.late_rows(crowded) == pytest.approx(3 * 50) and cells.late_passes(crowded) == pytest.approx(
+        3
+    )
+    assert cells.late_rows(sparse) < 2 and cells.late_passes(sparse) < 1
+    assert 50 < cells.late_rows(valid) < 60  # 47 items below a first code, one or two below a second
+    level = replace(whole, normalize="level")
+    assert cells.needed_operations(valid) < cells.needed_operations(level)
+    assert cells.read_bytes(valid, 0.0) < cells.read_bytes(level, 0.0)
 
 
 class Answers:

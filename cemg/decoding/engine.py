@@ -185,12 +185,13 @@ class Decoder:
     ) -> Recommendations:  # fmt: skip
         """Beam search, its results on the device; without ``floor`` it never waits for
         the device. With ``floor`` [B], only prefixes that score at least as much live on."""
-        if isinstance(self.plan, NativePlan) and floor is None and not ranges_enabled():
-            leaves, _ = self.plan.beam_search(
-                input_ids, attention_mask, beams, self.trie.arrays,
-                self.trie.filter_tensors(filter, len(input_ids)), self.normalize, self.code_token_start,
+        if isinstance(self.plan, NativePlan) and floor is None and self._in_one_call(self.plan, input_ids):
+            ended, _ = self.plan.beam_search(
+                input_ids, attention_mask, beams=beams, trie=self.trie.arrays,
+                filter=self.trie.filter_tensors(filter, len(input_ids)), normalize=self.normalize,
+                wanted=[self.wanted(level) for level in range(self.catalog.levels)],
             )  # fmt: skip
-            return Recommendations.of_leaves(self.trie, *leaves)
+            return Recommendations.of_leaves(self.trie, *ended)
         stepper = self.plan.begin()
         with named_range("decode: prompt and first code"):
             logits = stepper.start(input_ids, attention_mask, self.wanted(0))
@@ -213,6 +214,13 @@ class Decoder:
             if floor is not None:
                 found.drop_below(floor)
         return found.results(self.trie)
+
+    def _in_one_call(self, plan: NativePlan, prompts: Tensor) -> bool:
+        """Whether C++ may go through the whole search: its selection is the chosen one, no ranges are to be
+        named, and no step, taken or not, would lack a position."""
+        selects = choose("trie_beam_step", self.trie.device).backend == "native"
+        last = prompts.shape[1] + self.catalog.levels - 1
+        return selects and not ranges_enabled() and plan.has_places(last)
 
     def _open(self, nodes: Tensor) -> Tensor | None:
         """The beams [B, W] for which the model has to run: those that live and, under "valid", have more than

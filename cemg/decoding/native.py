@@ -1,4 +1,4 @@
-"""The fast stepper of the CPU: a T5 or decoder-only model as one C++ call a step, in float32.
+"""The fast decoder of the CPU: a T5 or decoder-only model in C++, a call a step or a search, in float32.
 
 B users, W beams, S prompt tokens, K codes a level, d the width, H heads over G key-value heads of Dh,
 P places of a sequence.
@@ -55,6 +55,15 @@ class Places(NamedTuple):
         return one, two, three, four
 
 
+class Spent(NamedTuple):
+    """Seconds of the prompts, of the model's further steps and of the selections; the rows of these steps."""
+
+    prompts: float
+    model: float
+    selection: float
+    rows: int
+
+
 def large_pages(count: int) -> Tensor:
     """Floats [count], zero, in pages of 2 MB where the system has them: products of few rows read every
     weight once, and looking up pages of 4 KB takes a tenth of their time."""
@@ -86,7 +95,7 @@ class NativePlan:
         self._kept: list[Tensor] = []  # what the C++ has the addresses of
         self._room = torch.empty(0)  # for weights to come
         self._columns: dict[tuple[int, int], LinearFields] = {}  # of the head, by first token and count
-        self._lock = threading.Lock()  # of what is packed late
+        self._lock = threading.Lock()  # of what is made late
         self._whole: LinearFields | None = None  # the head
         self._rotation: tuple[Tensor, Tensor] | None = None
         self._idle: list[BeamSearch] = []  # finished searches, whose room the next ones take
@@ -94,6 +103,11 @@ class NativePlan:
         self.decoder = self._t5_decoder(plan) if isinstance(plan, T5Plan) else self._causal(plan)
         if plan.table is not None:
             self.decoder.set_code_table(self._address(plan.table), plan.first_code, len(plan.table))
+
+    def has_places(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens surely fits the model's table of positions, if it has one."""
+        positions = None if isinstance(self.plan, T5Plan) else self.plan.positions
+        return positions is None or tokens <= len(positions)
 
     def begin(self) -> NativeStepper:
         """A stepper for one batch."""
@@ -115,37 +129,36 @@ class NativePlan:
             self._idle.append(search)
 
     def beam_search(
-        self, input_ids: Tensor, attention_mask: Tensor, beams: int, trie: TrieArrays,
-        filter: FilterTensors | None, normalize: Normalize, code_token_start: int,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[float, float, float]]:  # fmt: skip
-        """A whole search in one call, with neither ranges nor a floor.
+        self, input_ids: Tensor, attention_mask: Tensor, *, beams: int, trie: TrieArrays,
+        filter: FilterTensors | None, normalize: Normalize, wanted: Sequence[Wanted],
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Spent]:  # fmt: skip
+        """A whole search in one call; ``wanted`` of each level.
 
-        Scores [B, W], leaves [B, W], codes [B, W, M] and the best that was cut [B]; the seconds that the
-        prompts, the model's further steps and the selections took.
+        Scores [B, W], leaves [B, W], codes [B, W, M] and the best that was cut [B].
         """
         batch, length = input_ids.shape
         tokens, mask = prompt_fields(input_ids, attention_mask)
-        longest, size = int(mask.sum(1).max()), trie.codebook_size
-        wanted = [Wanted(code_token_start + level * size, size, normalize == "vocab")
-                  for level in range(trie.levels)]  # fmt: skip
+        longest = int(mask.sum(1).max())
+        prompt_places = self.prompt_places(length, longest)  # kept until the C++ has read it
         places = [self.own_places(level, longest) for level in range(trie.levels)]
         linears = [self.linears(each) for each in wanted]
         scores, pruned = torch.empty(batch, beams), torch.empty(batch)
         leaves = torch.empty(batch, beams, dtype=torch.int32)
         codes = torch.empty(batch, beams, trie.levels, dtype=torch.int64)
-        search = self.search(torch.get_num_threads())
+        room = self.search(torch.get_num_threads())
+        room.note_laps(False)
         try:
-            seconds = search.search(
+            spent = room.search(
                 trie.view, None if filter is None else filter.fields(batch),
                 (tokens.data_ptr(), mask.data_ptr()), (batch, length),
-                self.prompt_places(length, longest).addresses(),
+                prompt_places.addresses(),
                 [(own.addresses(), columns) for own, (columns, _) in zip(places, linears, strict=True)],
-                linears[0][1], (OVER[normalize], beams, code_token_start, self.start_token),
+                linears[0][1], (OVER[normalize], beams, wanted[0].first, self.start_token),
                 (scores.data_ptr(), leaves.data_ptr(), codes.data_ptr(), pruned.data_ptr()),
             )  # fmt: skip
         finally:
-            self.finished(search)
-        return (scores, leaves, codes, pruned), seconds
+            self.finished(room)
+        return (scores, leaves, codes, pruned), Spent(*spent)
 
     def linears(self, wanted: Wanted) -> tuple[LinearFields, LinearFields]:
         """The columns of the head that are wanted, and the whole head or nothing."""
@@ -176,12 +189,14 @@ class NativePlan:
                 raise UserError(f"{count} tokens do not fit the model's {len(plan.positions)} positions",
                                 fix="cut the histories")  # fmt: skip
             return Places(embedding=plan.positions)
-        if self._rotation is None or len(self._rotation[0]) < count:
-            rounded = -(-count // PLACES_STEP) * PLACES_STEP
-            cosine, sine = plan.rotary(torch.arange(rounded)) or (None, None)
-            assert cosine is not None and sine is not None
-            self._rotation = cosine[:, 0].contiguous(), sine[:, 0].contiguous()  # [P, Dh]
-        return Places(cosine=self._rotation[0], sine=self._rotation[1])
+        with self._lock:
+            if self._rotation is None or len(self._rotation[0]) < count:
+                rounded = -(-count // PLACES_STEP) * PLACES_STEP
+                cosine, sine = plan.rotary(torch.arange(rounded)) or (None, None)
+                assert cosine is not None and sine is not None
+                self._rotation = cosine[:, 0].contiguous(), sine[:, 0].contiguous()  # [P, Dh]
+            cosine, sine = self._rotation
+        return Places(cosine=cosine, sine=sine)
 
     def _t5_encoder(self, plan: T5Plan) -> Transformer:
         model = self._stack(plan, plan.heads, 1.0, plan.encoder_embedding, plan.encoder_norm, 1.0)
@@ -261,14 +276,13 @@ class NativePlan:
 class NativeStepper:
     """The search's state lies in C++.
 
-    ``prompt_seconds``: what the prompts took. ``laps``: of each call, what was done and the seconds after its
+    ``laps``: of each call, what was done and the seconds after its
     begin at which it ended; noted where ranges are on (``cemg_kernels.ranges``).
     """
 
     def __init__(self, plan: NativePlan) -> None:
         self.plan = plan
         self.search = plan.search(torch.get_num_threads())
-        self.prompt_seconds = 0.0
         self.laps: list[list[tuple[str, float]]] = []
         self.search.note_laps(ranges_enabled())
 
@@ -282,7 +296,7 @@ class NativeStepper:
         self.longest = int(mask.sum(1).max())
         places, own = self.plan.prompt_places(length, self.longest), self.plan.own_places(0, self.longest)
         logits, room = self._room((batch, 1), wanted)
-        self.prompt_seconds = self.search.start(
+        self.search.start(
             tokens.data_ptr(), mask.data_ptr(), (batch, length), places.addresses(),
             self.plan.start_token, own.addresses(), room,
         )  # fmt: skip
@@ -291,7 +305,8 @@ class NativeStepper:
 
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
         self.step_number += 1
-        fed, parents, asked = tokens.contiguous(), parents.contiguous(), wanted.rows
+        fed, parents = tokens.contiguous(), parents.contiguous()
+        asked = None if wanted.rows is None else wanted.rows.contiguous()
         places = self.plan.own_places(self.step_number, self.longest)
         shape = tuple(fed.shape) if asked is None else (int(asked.sum()),)
         logits, room = self._room(shape, wanted)

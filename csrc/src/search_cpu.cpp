@@ -49,12 +49,12 @@ void BeamSearch::spread(int64_t size, bool with_totals) {
     float* const to = logits_.data() + beam * size;
     if (!asked_[beam]) {
       std::fill(to, to + size, 0.0f);
-      if (with_totals) totals_.data()[beam] = 0;
+      if (with_totals) row_totals_.data()[beam] = 0;
       continue;
     }
     if (--from == beam) return;  // so are all before
     std::copy_n(logits_.data() + from * size, size, to);
-    if (with_totals) totals_.data()[beam] = totals_.data()[from];
+    if (with_totals) row_totals_.data()[beam] = row_totals_.data()[from];
   }
 }
 
@@ -100,8 +100,8 @@ Spent BeamSearch::search(const Prompts& prompts, TrieView<Code> trie, FilterView
   Watch watch;
   Spent spent;
   logits_.room(users * width * size);
-  totals_.room(users * width);
-  float* const total = totals ? totals_.data() : nullptr;
+  row_totals_.room(users * width);
+  float* const total = totals ? row_totals_.data() : nullptr;
   const auto wanted = [&](int64_t level) {
     return Wanted{question.columns[level], question.all, logits_.data(), total};
   };
@@ -126,6 +126,7 @@ Spent BeamSearch::search(const Prompts& prompts, TrieView<Code> trie, FilterView
       step({fed_.data(), parents_.data(), whole ? nullptr : asked_.data(), width}, question.own_places[level],
            wanted(level));
       if (!whole) spread(size, totals);
+      spent.rows += count_;
       spent.model += watch.lap();
     }
     const int64_t before = level == 0 ? 1 : width;

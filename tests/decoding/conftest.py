@@ -22,7 +22,7 @@ from transformers import (
 
 from cemg.decoding import Recommendations
 from cemg.tokenizer import Catalog
-from cemg_kernels.ranges import use_ranges
+from cemg_kernels.ranges import ranges_enabled, use_ranges
 
 LEVELS, SIZE, START, VOCABULARY = 3, 6, 3, 24  # tokens 0 … 2 are special, 3 … 20 codes, 21 … 23 nothing
 Family = Literal["t5", "gpt2", "llama"]
@@ -133,11 +133,12 @@ def _one_thread() -> Iterator[None]:
 @contextmanager
 def step_by_step() -> Iterator[None]:
     """Searches go through the engine's own loop, as they do where ranges are on, not through one C++ call."""
+    before = ranges_enabled()
     use_ranges(True)
     try:
         yield
     finally:
-        use_ranges(False)
+        use_ranges(before)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from cemg.decoding import Decoder, score_all
 from cemg.decoding.layers import padding_of
 from cemg.decoding.native import large_pages
 from cemg.errors import UserError
-from cemg_kernels import ItemFilter, RequestFilter
+from cemg.tokenizer import Catalog
+from cemg_kernels import ItemFilter, RequestFilter, use_fast_kernels
 
 from .conftest import LEVELS, SIZE, START, VOCABULARY, Bench, random_catalog, step_by_step
 
@@ -401,18 +402,43 @@ def test_codes_too_many_for_the_table_are_projected_each_time(monkeypatch, same_
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize("shape", ["t5 gated, uneven stacks", "gpt2", "llama, as many key heads"])
 def test_a_search_in_one_call_gives_the_bits_of_one_step_by_step(shape, normalize):
-    """Some users, filters of each kind (one request is left nothing), more and fewer beams than items."""
+    """Filters of each kind (one request is left nothing), more and fewer beams than items, one code each."""
     model = build(*SHAPES[shape])
-    for items in (1, 25, 90):
-        made = Bench(model, random_catalog(items, items))
-        decoder, trie = Decoder(model, made.catalog, START, normalize, backend="native"), made.catalog.trie
+    catalogs = [random_catalog(items, items) for items in (1, 25, 90)]
+    for catalog in (*catalogs, Catalog.from_codes(torch.arange(SIZE)[:, None], SIZE)):
+        items, trie = len(catalog), catalog.trie
+        decoder = Decoder(model, catalog, START, normalize, backend="native")
+        prompts = Bench(model, catalog).prompts([7, 2, 4])
         some = ItemFilter.from_mask(trie, torch.arange(items) % 3 > 0)
         none = ItemFilter.from_mask(trie, torch.zeros(items, dtype=torch.bool))
         requests = RequestFilter.stack([some, none, None]) & RequestFilter.excluding(trie, [[0], [], [0]])
         for filter in (None, some, none, requests):
             for beams in (1, 20, 100):
-                whole = decoder.decode(*made.prompts([7, 2, 4]), beams, filter=filter)
+                whole = decoder.decode(*prompts, beams, filter=filter)
                 with step_by_step():
-                    stepped = decoder.decode(*made.prompts([7, 2, 4]), beams, filter=filter)
+                    stepped = decoder.decode(*prompts, beams, filter=filter)
                 for mine, other in zip(whole.parts(), stepped.parts(), strict=True):
                     assert torch.equal(mine, other)
+
+
+def test_a_prompt_that_fills_the_positions_is_served_where_its_codes_need_no_more():
+    """The first code names the item, so under "valid" no token is fed after the prompt's."""
+    model = build(*SHAPES["gpt2"])
+    catalog = Catalog.from_codes(torch.arange(SIZE)[:, None].expand(-1, LEVELS), SIZE)
+    prompts = Bench(model, catalog).prompts([model.config.n_positions])
+    found = Decoder(model, catalog, START, "valid", backend="native").decode(*prompts, SIZE)
+    assert sorted(found.items[0].tolist()) == list(range(SIZE))
+    with pytest.raises(UserError, match="do not fit the model's"):
+        Decoder(model, catalog, START, "vocab", backend="native").decode(*prompts, SIZE)
+
+
+def test_without_the_fast_kernels_the_selection_is_the_references(monkeypatch, same_lists):
+    made = Bench(build(*SHAPES["gpt2"]), random_catalog(60, 1))
+    decoder = Decoder(made.model, made.catalog, START, backend="native")
+    whole = decoder.decode(*made.prompts([4]), 5)
+    monkeypatch.setattr(decoder.plan, "beam_search", None)
+    use_fast_kernels(False)
+    try:
+        same_lists(decoder.decode(*made.prompts([4]), 5), whole)
+    finally:
+        use_fast_kernels(True)

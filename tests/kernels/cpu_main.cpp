@@ -336,11 +336,12 @@ void check_some(const std::vector<Answers>& some, const std::vector<Answers>& wh
   }
 }
 
-// 30 items of three codes.
+// 30 items of three codes, the first two of which are different already.
+template <class Code>
 struct Items {
-  std::vector<uint8_t> code;
+  std::vector<Code> code;
   std::vector<int32_t> first_child, rows;
-  cemg::TrieView<uint8_t> trie;
+  cemg::TrieView<Code> trie;
 
   Items() : rows(30) {
     std::vector<int32_t> codes;
@@ -357,9 +358,11 @@ struct Items {
 };
 
 // Whole searches: as many different items as there is room for, best first, each with its codes.
-void check_whole(cemg::BeamSearch& search, const cemg::Prompts& prompts, const cemg::Places& places,
-                 const cemg::Places& own, const cemg::Linear& columns, const cemg::Linear& all) {
-  const Items items;
+template <class Code>
+void check_whole(cemg::BeamSearch& search, int64_t start_steps, const cemg::Prompts& prompts,
+                 const cemg::Places& places, const cemg::Places& own, const cemg::Linear& columns,
+                 const cemg::Linear& all) {
+  const Items<Code> items;
   for (const auto normalize : {cemg::Normalize::kVocab, cemg::Normalize::kLevel, cemg::Normalize::kValid}) {
     for (const int64_t width : {1, 7, 40}) {
       const auto places_of = static_cast<size_t>(prompts.batch * width);
@@ -374,8 +377,14 @@ void check_whole(cemg::BeamSearch& search, const cemg::Prompts& prompts, const c
       std::vector<float> scores(places_of), pruned(static_cast<size_t>(prompts.batch));
       std::vector<int32_t> leaves(places_of);
       std::vector<int64_t> codes(places_of * 3);
-      search.search(prompts, items.trie, {}, question,
-                    {scores.data(), leaves.data(), codes.data(), pruned.data()});
+      const auto spent = search.search(prompts, items.trie, {}, question,
+                                       {scores.data(), leaves.data(), codes.data(), pruned.data()});
+      const bool valid = normalize == cemg::Normalize::kValid;
+      require(search.steps() == start_steps + (valid ? 1 : 2), "what is certain is not asked for");
+      // four first codes, seven or eight items each; a dead beam is not asked for
+      require(spent.rows ==
+                  prompts.batch * (std::min<int64_t>(width, 4) + (valid ? 0 : std::min<int64_t>(width, 30))),
+              "the rows that were fed");
       for (int64_t user = 0; user < prompts.batch; ++user) {
         std::set<int32_t> different;
         for (int64_t place = user * width; place < (user + 1) * width; ++place) {
@@ -439,7 +448,9 @@ void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotat
       }
     }
   }
-  check_whole(search, {tokens.data(), mask.data(), 2, kLength}, places, own, columns, all);
+  const cemg::Prompts prompts{tokens.data(), mask.data(), 2, kLength};
+  check_whole<uint8_t>(search, encoder, prompts, places, own, columns, all);
+  check_whole<int16_t>(search, encoder, prompts, places, own, columns, all);
   const std::vector<int64_t> wrong{3, 4, kVocabulary, 6, 7};
   require(search.wrong_token({wrong.data(), mask.data(), 1, kLength}) == 2, "a wrong token is found");
 }

@@ -29,20 +29,22 @@ struct Found {      // best first; a dead place is -inf and -1, its codes anythi
   float* pruned;    // [B] the best that was cut at any step, -inf where nothing was
 };
 
-struct Spent {  // seconds
-  double prompt = 0, model = 0, selection = 0;
+struct Spent {
+  double prompt = 0, model = 0, selection = 0;  // seconds
+  int64_t rows = 0;                             // that the model ran for after the prompts
 };
 
 class BeamSearch : public BeamDecoder {
  public:
   using BeamDecoder::BeamDecoder;
 
-  // The prompts are as `start` wants them, the levels no more than kMostSteps.
+  // The prompts are as `start` wants them, the width and the levels 1 or more, the levels no more than
+  // kMostSteps and than the trie has.
   template <class Code>
   Spent search(const Prompts& prompts, TrieView<Code> trie, FilterView filter, const Question& question,
                const Found& found);
 
-  int64_t nbytes() const noexcept { return BeamDecoder::nbytes() + logits_.nbytes() + totals_.nbytes(); }
+  int64_t nbytes() const noexcept { return BeamDecoder::nbytes() + logits_.nbytes() + row_totals_.nbytes(); }
 
  private:
   template <class Code>
@@ -52,7 +54,7 @@ class BeamSearch : public BeamDecoder {
   void spread(int64_t size, bool with_totals);
   void grow(int64_t users, int64_t width, int64_t level, const Found& found);
 
-  Floats logits_, totals_;
+  Floats logits_, row_totals_;
   std::vector<float> scores_, pruned_;
   std::vector<int64_t> parents_, codes_, earlier_;
   std::vector<int64_t> fed_;  // the codes of a step, then their tokens
