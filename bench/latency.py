@@ -305,7 +305,7 @@ def latency_plot(report: Report, path: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0], rounds=100, seconds=1.0)
+    parser = arguments(__doc__.splitlines()[0], rounds=100, seconds=0.7)
     parser.set_defaults(json=Path("runs/latency.json"), plot=Path("runs/latency.png"))
     parser.add_argument("--full", action="store_true", help="the whole grid, T5-base included")
     parser.add_argument(

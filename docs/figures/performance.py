@@ -2,7 +2,7 @@
 
 python bench/latency.py --models tiger --profile runs/profile
 python docs/figures/performance.py trace runs/profile/tiger-B1-W50.json docs/figures/trace.png
-python docs/figures/performance.py growth bench/results/latency-growth-cpu.json docs/figures/growth.png
+python docs/figures/performance.py growth bench/results/latency-full-cpu.json docs/figures/growth.png
 python docs/figures/performance.py operations bench/results docs/figures/operations.png
 """
 
@@ -28,6 +28,7 @@ LANES = {  # a lane of the timeline, and the names of the events in it
     "norms, rotation, embedding": r"norm$|rotation$|embedding$",
     "selection": r"trie_beam_step",
 }
+DICT_TRIE = "transformers + dict trie"
 AXES = {"items": r" N(1e\+\d+)", "beams": r" W(\d+)", "batch": r" B(\d+)", "history": r" H(\d+)"}
 
 OPERATIONS = {  # a file of results, and the case of it that is drawn
@@ -65,17 +66,24 @@ def draw_trace(source: Path, target: Path) -> None:
 
 
 def draw_growth(source: Path, target: Path) -> None:
-    """Our median over one thing at a time, from one user, 50 beams, 20 items of history, 12,101 items."""
-    rows = {row["case"]: row["p50_ms"] for row in rows_of(source) if row["p50_ms"] is not None}
-    figure, panels = plt.subplots(1, len(AXES), figsize=(12, 3.2), layout="constrained")
+    """Medians over one thing at a time, from one user, 50 beams, 20 items of history, 12,101 items: ours, and
+    ``generate`` with a dict trie where it was measured."""
+    rows = [row for row in rows_of(source) if row["p50_ms"] is not None]
+    ours = {row["case"]: row["p50_ms"] for row in rows}
+    theirs = {row["case"]: row["peer_p50_ms"] for row in rows if row["peer"] == DICT_TRIE and row["ratio"]}
+    figure, panels = plt.subplots(1, len(AXES), figsize=(12, 3.6), layout="constrained", sharey=True)
     for panel, (axis, pattern) in zip(panels, AXES.items(), strict=True):
-        for model in dict.fromkeys(case.split()[0] for case in rows):
-            points = sorted(points_of(rows, model, axis, pattern))
-            panel.plot([x for x, _ in points], [y for _, y in points], "o-", label=model)
-        panel.set(xlabel=axis, ylim=(0, None), ylabel="milliseconds a batch" if axis == "items" else "")
-        if axis == "items":
+        for number, model in enumerate(dict.fromkeys(case.split()[0] for case in ours)):
+            for medians, line, who in ((ours, "o-", "CEMG"), (theirs, "x:", DICT_TRIE)):
+                points = sorted(points_of(medians, model, axis, pattern))
+                if len(points) > 1:
+                    panel.plot([x for x, _ in points], [y for _, y in points], line, color=f"C{number}",
+                               label=f"{model}, {who}", markersize=4)  # fmt: skip
+        panel.set(xlabel=axis, yscale="log", ylabel="milliseconds a batch" if axis == "items" else "")
+        if axis in ("items", "batch"):
             panel.set_xscale("log")
-    panels[0].legend(fontsize=8)
+    drawn = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    figure.legend(handles=list(drawn.values()), fontsize=7, ncols=5, loc="outside lower center")
     figure.savefig(target, dpi=150)
 
 
