@@ -130,6 +130,11 @@ def check_prompts(
         raise UserError(f"prompt {row} holds no token", fix="leave it out, or give it a history")
 
 
+def token_count(mask: Tensor) -> int | None:
+    """How many tokens a mask [B, S] has; None where it lies on a GPU, which would have to be waited for."""
+    return int((mask != 0).sum()) if mask.device.type == "cpu" else None
+
+
 def trimmed(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Prompts [B, S] without the columns before and behind all tokens; as they are where they lie on a GPU,
     which would have to be waited for."""

@@ -1,6 +1,7 @@
 """The fast decoder-only stepper: the prompt once a user, its keys and values shared by the beams.
 
-B users, W beams, R = B * W rows, S prompt tokens, H heads over G key-value heads of Dh, d the width.
+B users, W beams, R = B * W rows, S cells of a prompt, T tokens of all, H heads over G key-value heads of Dh,
+d the width.
 Equal to the Hugging Face model up to rounding.
 """
 
@@ -21,6 +22,7 @@ from cemg.decoding.layers import (
     Logits,
     Norm,
     OwnTokens,
+    Packing,
     Projection,
     Unsupported,
     Wanted,
@@ -159,26 +161,30 @@ class CausalStepper:
     def __init__(self, plan: CausalPlan) -> None:
         self.plan = plan
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    ) -> Logits:
         plan = self.plan
         batch, length = input_ids.shape
-        positions = (attention_mask.cumsum(1) - 1).clamp_min(0).flatten()  # [B * S]
+        packing = Packing.of(attention_mask, num_tokens)
+        positions = packing.tokens((attention_mask.cumsum(1) - 1).clamp_min(0).flatten())  # [T]
         self.lengths = attention_mask.sum(1)  # [B]
         self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
         later = torch.full((length, length), float("-inf"), dtype=plan.dtype, device=input_ids.device).triu(1)
         mask = self.padding[:, None, None] + later  # [B, 1, S, S]
         rotary = plan.rotary(positions)
-        x = plan.embed(input_ids.flatten(), positions)  # [B * S, d]
+        x = plan.embed(packing.tokens(input_ids.flatten()), positions)  # [T, d]
         self.prompt: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values [B, G, S, Dh]
         self.own = OwnTokens(batch, len(plan.layers), input_ids.device, shared_start=False)
         for layer in plan.layers:
             split = plan.split(layer, layer.qkv(layer.norm(x)), rotary)
-            wide, keys, values = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in split)
+            wide, keys, values = (packing.cells(part).transpose(1, 2) for part in split)
             self.prompt.append((keys, values))  # wide: [B, H, S, Dh]
             if layer is plan.layers[-1]:  # only what follows the last token is asked for
-                x, wide, mask = x.view(batch, length, -1)[:, -1], wide[:, :, -1:], mask[:, :, -1:]
-            seen = attention(wide, keys, values, plan.scale, mask)
-            x = layer.feed(layer.out.added_to(x, seen.transpose(1, 2).reshape(len(x), -1)))
+                x, wide, mask = packing.last(x), wide[:, :, -1:], mask[:, :, -1:]
+            seen = attention(wide, keys, values, plan.scale, mask).transpose(1, 2).flatten(0, 1).flatten(1)
+            rows = seen if len(seen) == len(x) else packing.tokens(seen)
+            x = layer.feed(layer.out.added_to(x, rows))
         return plan.head(x, batch, wanted)
 
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cemg.decoding.beams import MARGIN, Beams, Filter, Recommendations, check_prompts, trimmed
+from cemg.decoding.beams import (
+    MARGIN,
+    Beams,
+    Filter,
+    Recommendations,
+    check_prompts,
+    token_count,
+    trimmed,
+)
 from cemg.decoding.causal import CausalPlan
 from cemg.decoding.generic import GenericPlan
 from cemg.decoding.graphs import Graphs
@@ -135,8 +143,10 @@ class Decoder:
             return self._search(input_ids, attention_mask, beams, filter)
         self.trie.filter_tensors(filter, len(input_ids))  # a replay asks no questions
 
-        def search(ids: Tensor, mask: Tensor, allowed: Filter | None) -> tuple[Tensor, ...]:
-            return self._found(ids, mask, beams, allowed).parts()
+        def search(
+            ids: Tensor, mask: Tensor, allowed: Filter | None, num_tokens: int | None
+        ) -> tuple[Tensor, ...]:
+            return self._found(ids, mask, beams, allowed, num_tokens=num_tokens).parts()
 
         found = self.graphs.run(search, beams, input_ids, attention_mask, filter)
         return Recommendations(*found).cpu()
@@ -177,14 +187,17 @@ class Decoder:
         floor: Tensor | None = None,
     ) -> Recommendations:  # fmt: skip
         device = self.trie.device
-        return self._found(input_ids.to(device), attention_mask.to(device), beams, filter, floor).cpu()
+        num_tokens = None if isinstance(self.plan, NativePlan) else token_count(attention_mask)
+        prompts = input_ids.to(device), attention_mask.to(device)
+        return self._found(*prompts, beams, filter, floor, num_tokens).cpu()
 
     def _found(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
-        floor: Tensor | None = None,
+        floor: Tensor | None = None, num_tokens: int | None = None,
     ) -> Recommendations:  # fmt: skip
         """Beam search, its results on the device; without ``floor`` it never waits for
-        the device. With ``floor`` [B], only prefixes that score at least as much live on."""
+        the device. With ``floor`` [B], only prefixes that score at least as much live on. ``num_tokens``:
+        at least those of all prompts, as a stepper takes it."""
         if isinstance(self.plan, NativePlan) and floor is None and self._in_one_call(self.plan, input_ids):
             ended, _ = self.plan.beam_search(
                 input_ids, attention_mask, beams=beams, trie=self.trie.arrays,
@@ -194,7 +207,7 @@ class Decoder:
             return Recommendations.of_leaves(self.trie, *ended)
         stepper = self.plan.begin()
         with named_range("decode: prompt and first code"):
-            logits = stepper.start(input_ids, attention_mask, self.wanted(0))
+            logits = stepper.start(input_ids, attention_mask, self.wanted(0), num_tokens)
         found = Beams.at_the_root(len(input_ids), self.trie.device)
         for level in range(self.catalog.levels):
             if level > 0:

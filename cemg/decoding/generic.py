@@ -44,7 +44,9 @@ class GenericCausal:
         self.cache = DynamicCache()  # whole in every layer: the masks of ``step`` say who sees what
         self.window = getattr(model.config, "sliding_window", None)
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    ) -> Logits:
         longest = int(attention_mask.sum(1).max()) if self.window else 0
         if self.window and longest + LEVELS_AHEAD > self.window:
             raise UserError(
@@ -95,7 +97,9 @@ class GenericSeq2Seq:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    ) -> Logits:
         encoded = self.model.get_encoder()(
             input_ids=input_ids, attention_mask=attention_mask
         ).last_hidden_state

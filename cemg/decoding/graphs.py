@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cemg.decoding.beams import Filter
+from cemg.decoding.beams import Filter, token_count
 from cemg_kernels import RequestFilter
 from cemg_kernels.filter_tensors import NO_RANK, FilterTensors
 
 Outputs = tuple[Tensor, ...]  # each [B, ...], on the device
-Search = Callable[[Tensor, Tensor, Filter | None], Outputs]  # of Inputs; never waits for the device
+Search = Callable[[Tensor, Tensor, Filter | None, int | None], Outputs]  # of Inputs, and of how many tokens
 Capture = Callable[[Callable[[], Outputs], torch.device], Callable[[], Outputs]]
 LENGTH_STEP = 16  # prompts are padded to the next multiple
+TOKEN_STEPS = 4  # the tokens of a bucket are rounded up to a quarter of its cells
 FEWEST_EXCLUDED = 16  # places for excluded ranks, where there are any
 MOST_GRAPHS = 16  # the least recently used goes when there are more
 BLANK = (0, 0, -1, NO_RANK)  # what a filter's tensors hold where it has nothing to say
@@ -34,6 +35,13 @@ def power_of_two(count: int) -> int:
 def bucket_of(batch: int, length: int) -> tuple[int, int]:
     """The bucket of prompts [batch, length]: a power of two, and the next multiple of LENGTH_STEP."""
     return power_of_two(batch), -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def rounded_tokens(mask: Tensor) -> int | None:
+    """The tokens of a bucket's mask [B, S], rounded up; None: unknown, or no fewer than there are cells."""
+    tokens, step = token_count(mask), -(-mask.numel() // TOKEN_STEPS)
+    rounded = mask.numel() if tokens is None else -(-tokens // step) * step
+    return rounded if rounded < mask.numel() else None
 
 
 def filter_shapes(filter: Filter | None, users: int) -> tuple[tuple[int, ...], ...]:
@@ -130,21 +138,24 @@ class Graphs:
         batch, length = input_ids.shape
         bucket = bucket_of(batch, length)
         ids, mask = self._padded(input_ids, attention_mask, bucket)
-        whole = key, bucket, filter_shapes(filter, len(ids))
+        tokens = rounded_tokens(mask)
+        whole = key, bucket, tokens, filter_shapes(filter, len(ids))
         recorded = self.recorded.pop(whole, None)
         if recorded is None:
-            recorded = self._record(search, ids, mask, filter)
+            recorded = self._record(search, ids, mask, filter, tokens)
         else:
             recorded.inputs.take(ids, mask, filter)
         self.recorded[whole] = recorded  # now the most recently used
         return tuple(out[:batch] for out in recorded.replay())
 
-    def _record(self, search: Search, ids: Tensor, mask: Tensor, filter: Filter | None) -> Recorded:
+    def _record(
+        self, search: Search, ids: Tensor, mask: Tensor, filter: Filter | None, tokens: int | None
+    ) -> Recorded:
         inputs = Inputs.room_for(ids, mask, filter, self.device)
         inputs.take(ids, mask, filter)
 
         def search_inputs() -> Outputs:
-            return search(inputs.input_ids, inputs.attention_mask, inputs.filter)
+            return search(inputs.input_ids, inputs.attention_mask, inputs.filter, tokens)
 
         recorded = Recorded(search, inputs, self.capture(search_inputs, self.device))
         while len(self.recorded) >= MOST_GRAPHS:
@@ -152,9 +163,12 @@ class Graphs:
         return recorded
 
     def _padded(self, input_ids: Tensor, mask: Tensor, bucket: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Prompts and mask of the bucket's shape; the users added are copies of the last."""
+        """Prompts and mask of the bucket's shape; the users added have one token of the last one's."""
         users, length = bucket
         more = length - input_ids.shape[1]
         sides = (more, 0) if self.pad_left else (0, more)
         rows = torch.arange(users, device=input_ids.device).clamp_max(len(input_ids) - 1)
-        return F.pad(input_ids[rows], sides), F.pad(mask[rows], sides)
+        ids, there = F.pad(input_ids[rows], sides), F.pad(mask[rows], sides)
+        there[len(input_ids) :] = 0
+        there[len(input_ids) :, -1 if self.pad_left else 0] = 1
+        return ids, there

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cemg.decoding.beams import token_count
+
 BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
@@ -57,8 +59,14 @@ class Logits(NamedTuple):
 class Stepper(Protocol):
     """A model in the middle of one search: logits of the first code, then of the next one for every beam."""
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
-        """After prompts [B, S], one row a user: W = 1."""
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    ) -> Logits:
+        """After prompts [B, S], one row a user: W = 1.
+
+        ``num_tokens``: no fewer than the mask has, all users together, so that padding need not be computed;
+        None where that is not known without waiting for the device.
+        """
         ...
 
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
@@ -209,6 +217,46 @@ def padding_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What hides padding when it is added to scores, [B, S]: 0 at a token, elsewhere a number so low that its
     exponential is 0, and so far from the lowest that a score can be added to it."""
     return (1 - mask.to(dtype)) * (torch.finfo(dtype).min / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where the T tokens of prompts lie among their B * S cells, so that layers see rows of tokens alone.
+
+    ``cell`` [T] of each token, ``place`` [B * S] of each cell among the tokens; both None where nothing is
+    saved. Cells of padding have the place of some token, tokens beyond those that there are the first cell:
+    what they hold is a number, and hidden by the mask, or never asked for.
+    """
+
+    batch: int
+    cell: Tensor | None
+    place: Tensor | None
+
+    @classmethod
+    def of(cls, mask: Tensor, tokens: int | None) -> Packing:
+        """Of ``mask`` [B, S], with room for ``tokens``, no fewer than it has; never waits for a GPU."""
+        cells, tokens = mask.numel(), token_count(mask) if tokens is None else tokens
+        if tokens is None or tokens >= cells:
+            return cls(len(mask), None, None)
+        there = mask.flatten() != 0
+        place = (there.cumsum(0) - 1).clamp(0, tokens - 1)
+        target = place.masked_fill(~there, tokens)  # padding goes behind all
+        cell = torch.zeros(tokens + 1, dtype=torch.int64, device=mask.device)
+        return cls(len(mask), cell.scatter_(0, target, torch.arange(cells, device=mask.device))[:-1], place)
+
+    def tokens(self, cells: Tensor) -> Tensor:
+        """[B * S, ...] -> [T, ...]."""
+        return cells if self.cell is None else cells[self.cell]
+
+    def cells(self, tokens: Tensor) -> Tensor:
+        """[T, ...] -> [B, S, ...]."""
+        return (tokens if self.place is None else tokens[self.place]).unflatten(0, (self.batch, -1))
+
+    def last(self, tokens: Tensor) -> Tensor:
+        """What the last cell of each user has, [T, ...] -> [B, ...]."""
+        if self.place is None:
+            return tokens.unflatten(0, (self.batch, -1))[:, -1]
+        return tokens[self.place.view(self.batch, -1)[:, -1]]
 
 
 def heads(rows: Tensor, count: int) -> Tensor:

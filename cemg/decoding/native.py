@@ -289,7 +289,9 @@ class NativeStepper:
     def __del__(self) -> None:
         self.plan.finished(self.search)
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    ) -> Logits:
         batch, length = input_ids.shape
         self.step_number = 0  # of the first code
         tokens, mask = prompt_fields(input_ids, attention_mask)

@@ -1,6 +1,6 @@
 """The fast T5: encoder once a user, beams as queries of one cross-attention, the rest on few calls.
 
-B users, W beams, R = B * W rows, S prompt tokens, H heads of Dh, d the width, L layers.
+B users, W beams, R = B * W rows, S cells of a prompt, T tokens of all, H heads of Dh, d the width, L layers.
 Equal to ``T5ForConditionalGeneration`` up to rounding.
 """
 
@@ -20,6 +20,7 @@ from cemg.decoding.layers import (
     Logits,
     Norm,
     OwnTokens,
+    Packing,
     Projection,
     Unsupported,
     Wanted,
@@ -154,13 +155,16 @@ class T5Stepper:
     def __init__(self, plan: T5Plan) -> None:
         self.plan = plan
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted) -> Logits:
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    ) -> Logits:
         plan = self.plan
         batch = input_ids.shape[0]
         self.padding = padding_of(attention_mask, plan.dtype)[:, None, None]  # [B, 1, 1, S]
         with named_range("decode: encoder"):
-            encoded = self._encode(input_ids)
-        crosses = plan.cross_kv(encoded).chunk(2 * len(plan.decoder), dim=2)
+            packing = Packing.of(attention_mask, num_tokens)
+            encoded = self._encode(input_ids, packing)
+        crosses = packing.cells(plan.cross_kv(encoded)).chunk(2 * len(plan.decoder), dim=2)
         views = [heads(part, plan.heads) for part in crosses]  # each [B, H, S, Dh]
         self.cross = list(zip(views[::2], views[1::2], strict=True))
         self.own = OwnTokens(batch, len(plan.decoder), input_ids.device, shared_start=True)
@@ -195,20 +199,21 @@ class T5Stepper:
     def rewind(self) -> None:
         self.own.rewind()
 
-    def _encode(self, input_ids: Tensor) -> Tensor:
-        """The encoder's output, [B, S, d]."""
+    def _encode(self, input_ids: Tensor, packing: Packing) -> Tensor:
+        """The encoder's output, [T, d]."""
         plan = self.plan
         batch, length = input_ids.shape
         place = torch.arange(length, device=input_ids.device)
         distance = place[None] - place[:, None] + length - 1  # [S, S], of keys from queries
         mask = plan.encoder_bias(length)[:, distance] + self.padding  # [B, H, S, S]
-        x = F.embedding(input_ids.flatten(), plan.encoder_embedding)  # [B * S, d]
+        x = F.embedding(packing.tokens(input_ids.flatten()), plan.encoder_embedding)  # [T, d]
         for layer in plan.encoder:
-            qkv = layer.qkv(layer.norm(x)).view(batch, length, -1)
+            qkv = packing.cells(layer.qkv(layer.norm(x)))  # [B, S, 3 * H * Dh]
             q, k, v = (heads(part, plan.heads) for part in qkv.chunk(3, dim=2))
             seen = attention(q, k, v, 1.0, mask)
-            x = layer.feed(layer.out.added_to(x, seen.transpose(1, 2).reshape(len(x), -1)))
-        return plan.encoder_norm(x).view(batch, length, -1)
+            rows = packing.tokens(seen.transpose(1, 2).reshape(batch * length, -1))
+            x = layer.feed(layer.out.added_to(x, rows))
+        return plan.encoder_norm(x)
 
     def _cross_attend(self, number: int, x: Tensor, batch: int) -> Tensor:
         """x plus what its beams see of their user's prompt; [R, d]."""

@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from cemg.decoding import Decoder, score_all
-from cemg.decoding.layers import padding_of
+from cemg.decoding import Decoder, Recommendations, score_all
+from cemg.decoding.layers import Feed, padding_of
 from cemg.decoding.native import large_pages
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
@@ -442,3 +442,26 @@ def test_without_the_fast_kernels_the_selection_is_the_references(monkeypatch, s
         same_lists(decoder.decode(*made.prompts([4]), 5), whole)
     finally:
         use_fast_kernels(True)
+
+
+@pytest.mark.parametrize("more", [0, 3, 100])
+@pytest.mark.parametrize("shape", ["t5 gated, uneven stacks", "gpt2", "qwen3, normed heads"])
+def test_prompts_of_all_lengths_cost_their_tokens_and_no_padding(shape, more, monkeypatch, same_lists):
+    """In PyTorch: 15 tokens in 27 cells; ``more``: room for so many more, as a recording rounds up."""
+    made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
+    ids, mask = made.prompts([9, 2, 4])
+    decoder = Decoder(made.model, made.catalog, START, backend="torch")
+    call, rows = Feed.__call__, []
+    monkeypatch.setattr(Feed, "__call__", lambda self, x: rows.append(len(x)) or call(self, x))
+    with torch.inference_mode():
+        packed = decoder._found(ids, mask, 20, None, num_tokens=15 + more)
+        assert rows[0] == min(15 + more, 27)
+        rows.clear()
+        whole = decoder._found(ids, mask, 20, None, num_tokens=27)
+    assert rows[0] == 27
+    same_lists(packed, whole)
+    same_lists(decoder.decode(ids, mask, 20), whole)
+    for row, length in enumerate((9, 2, 4)):  # a user's list is its own
+        held = mask[row].bool()
+        alone = decoder.decode(ids[row, held][None], torch.ones(1, length, dtype=torch.int64), 20)
+        same_lists(alone, Recommendations(*(part[row : row + 1] for part in packed.parts())))

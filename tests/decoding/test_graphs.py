@@ -57,8 +57,10 @@ def test_a_replayed_search_gives_what_the_search_gives(family, normalize, bench,
         for beams in (4, 9):
             same_lists(recorded.decode(*prompts, beams), plain.decode(*prompts, beams))
     assert recorder.times == 3 * 2
-    buckets = sorted(bucket for _, bucket, _ in recorded.graphs.recorded)
-    assert buckets == sorted(2 * [(1, 16), (2, 16), (4, 16)])
+    buckets = sorted((bucket, tokens) for _, bucket, tokens, _ in recorded.graphs.recorded)
+    assert buckets == sorted(
+        2 * [((1, 16), 4), ((2, 16), 16), ((4, 16), 16)]
+    )  # tokens: quarters of all cells
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "valid"])
@@ -126,7 +128,7 @@ def test_the_least_recently_used_recording_goes_first(monkeypatch):
     prompts = torch.ones(1, 4, dtype=torch.int64)
     for key in "ab", "a", "c", "a", "b":  # "b" was last used before "a", so "c" drives it out
         for one in key:
-            kept.run(lambda ids, mask, _: (ids + mask,), one, prompts, prompts)
+            kept.run(lambda ids, mask, *_: (ids + mask,), one, prompts, prompts)
     assert recorder.times == 4 and len(kept.recorded) == 2
 
 
