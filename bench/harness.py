@@ -203,14 +203,15 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this tree, with "+" where files differ from it; "unknown" outside git."""
+    """The commit of this tree, with "+" where files other than results differ from it; "unknown" outside git."""
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True,
                               check=True).stdout.strip()  # fmt: skip
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True,
-                                 check=True).stdout.strip()  # fmt: skip
+        results = [f":(top,exclude){folder}" for folder in ("bench/results", "docs/figures")]
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno", "--", ":(top)", *results],
+                                 capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("CEMG_COMMIT", "unknown")
     return head + ("+" if changed else "")
