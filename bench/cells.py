@@ -201,7 +201,7 @@ def free_bytes(device: str) -> float:
 
 
 def needed_operations(cell: Cell) -> int:
-    """Multiplications and additions that cannot be saved.
+    """Multiplications and additions that cannot be saved, under "valid" as many as are expected.
 
     The prompt once a user, one row a user for the first code, ``late_rows`` for the further ones; of a
     decoder's last layer, the prompt's last place alone; the head's K columns, or all where it normalises
@@ -246,8 +246,8 @@ def late_passes(cell: Cell) -> float:
     """Levels after the first at which any beam of the batch needs the model, expected as in ``late_rows``."""
     if cell.normalize != "valid":
         return cell.levels - 1
-    beams = cell.batch * cell.beams
-    return sum(1 - sole(cell, level) ** beams for level in range(1, cell.levels))
+    rows = [cell.batch * min(cell.beams, cell.codes**level) for level in range(1, cell.levels)]
+    return sum(1 - sole(cell, level) ** count for level, count in enumerate(rows, 1))
 
 
 def read_bytes(cell: Cell, cache: float) -> int:

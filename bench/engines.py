@@ -239,7 +239,7 @@ def parts() -> dict[str, float]:
     """
     from cemg.decoding import engine, t5
     from cemg.decoding.native import NativePlan
-    from cemg_kernels.ranges import use_ranges
+    from cemg_kernels.ranges import ranges_enabled, use_ranges
 
     decoder, bench = RUNNING["decoder"], RUNNING["bench"]
     spent = dict.fromkeys(("encoder", "start", "step", "selection", "all"), 0.0)
@@ -265,6 +265,7 @@ def parts() -> dict[str, float]:
 
     originals = engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin
     recorded, decoder.graphs = decoder.graphs, None  # a graph has no parts to time
+    ranges = ranges_enabled()
     use_ranges(False)  # with them the C++ is called step by step
     one_call = isinstance(decoder.plan, NativePlan)
     if one_call:
@@ -279,6 +280,7 @@ def parts() -> dict[str, float]:
     finally:
         engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin = originals  # type: ignore[method-assign]
         decoder.graphs = recorded
+        use_ranges(ranges)
         if one_call:
             decoder.plan.beam_search = search
     whole = spent["encoder"] + spent["step"] if one_call else spent["start"] + spent["step"]

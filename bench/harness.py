@@ -203,7 +203,7 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this tree, with "+" where files other than results differ from it; "unknown" outside git."""
+    """The commit of this tree, "+" behind it where other files than results differ; "unknown" outside git."""
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]

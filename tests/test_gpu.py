@@ -246,12 +246,23 @@ def test_a_replayed_graph_gives_the_searchs_own_lists(build):
         model.get_output_embeddings().weight.normal_(0, 0.5)
     catalog = Catalog.from_codes(codes_of(900, 3, 32), 32)
     recorded, plain = (Decoder(model, catalog, 3, graphs=graphs) for graphs in (True, False))
-    for batch, length in [(5, 12), (3, 9), (8, 16), (1, 30), (5, 12)]:
-        ids, mask = torch.randint(3, 99, (batch, length)), torch.ones(batch, length, dtype=torch.int64)
+    for batch, length, shortest in [
+        (5, 12, 12),
+        (3, 9, 9),
+        (8, 16, 16),
+        (1, 30, 30),
+        (8, 16, 1),
+        (5, 12, 12),
+    ]:
+        ids = torch.randint(3, 99, (batch, length))
+        lengths = torch.linspace(shortest, length, batch).long()  # a decoder's prompts end together
+        places = torch.arange(length) if recorded.graphs.pad_left else torch.arange(length).flip(0)
+        mask = (places[None] >= length - lengths[:, None]).long()
         found, wanted = recorded.decode(ids, mask, 20), plain.decode(ids, mask, 20)
         torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-4)
         assert (found.items == wanted.items).float().mean() > 0.95
-    assert recorded.graphs is not None and len(recorded.graphs.recorded) == 3
+    kinds = {(bucket, tokens) for _, bucket, tokens, _ in recorded.graphs.recorded}
+    assert kinds == {((8, 16), 64), ((4, 16), 32), ((8, 16), None), ((1, 32), None), ((8, 16), 96)}
 
 
 @pytest.mark.parametrize("build", [t5, llama])

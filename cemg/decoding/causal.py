@@ -33,6 +33,7 @@ from cemg.decoding.layers import (
     unwrapped,
     weight_of,
 )
+from cemg.errors import UserError
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")  # one shape: RMSNorm, rotary, gated feed-forward
 
@@ -132,6 +133,12 @@ class CausalPlan:
         """Tokens and their positions, both [R] -> [R, d]."""
         x = F.embedding(tokens, self.embedding)
         return x if self.positions is None else x + F.embedding(positions, self.positions)
+
+    def check_places(self, tokens: int) -> None:
+        """UserError where a sequence of so many tokens has no learned positions."""
+        if self.positions is not None and tokens > len(self.positions):
+            raise UserError(f"{tokens} tokens do not fit the model's {len(self.positions)} positions",
+                            fix="cut the histories")  # fmt: skip
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines [R, 1, Dh] for positions [R]; None where positions are learned."""

@@ -139,6 +139,8 @@ class Decoder:
         if len(input_ids) == 0:
             return Recommendations.of_nobody(beams, self.catalog.levels)
         input_ids, attention_mask = trimmed(input_ids, attention_mask)
+        if isinstance(self.plan, CausalPlan) and attention_mask.device.type == "cpu":
+            self.plan.check_places(int(attention_mask.sum(1).max()) + self.catalog.levels - 1)
         if self.graphs is None:
             return self._search(input_ids, attention_mask, beams, filter)
         self.trie.filter_tensors(filter, len(input_ids))  # a replay asks no questions

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cemg.decoding.beams import check_prompts, trimmed
+from cemg.decoding.beams import check_prompts, token_count, trimmed
 from cemg.decoding.engine import Decoder
 from cemg.decoding.generic import GenericPlan
 from cemg.decoding.layers import Logits, Stepper
@@ -63,17 +63,18 @@ def score_all(
         group = torch.arange(begin, min(begin + users, len(input_ids)))
         ids, mask = trimmed(input_ids[group], attention_mask[group])
         prompts = ids.to(trie.device), mask.to(trie.device)
-        parts = list(_score_runs(decoder, prompts, codes.split(max(1, rows // len(group)))))
+        chunks = codes.split(max(1, rows // len(group)))
+        parts = list(_score_runs(decoder, prompts, token_count(mask), chunks))
         scores[group[:, None].to(trie.device), trie.rows.long()] = torch.cat(parts, dim=1)
     return scores.cpu()
 
 
 def _score_runs(
-    decoder: Decoder, prompts: tuple[Tensor, Tensor], chunks: Sequence[Tensor]
+    decoder: Decoder, prompts: tuple[Tensor, Tensor], num_tokens: int | None, chunks: Sequence[Tensor]
 ) -> Iterator[Tensor]:
     """Scores [B, n] of each chunk's consecutive ranks, their codes [n, levels]; the prompts are read once."""
     stepper = decoder.plan.begin()
-    first = stepper.start(*prompts, decoder.wanted(0))
+    first = stepper.start(*prompts, decoder.wanted(0), num_tokens)
     for number, codes in enumerate(chunks):
         if number > 0:
             stepper.rewind()

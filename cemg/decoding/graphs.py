@@ -1,4 +1,4 @@
-"""One CUDA graph per bucket of prompts, beams and kind of filter: a whole search replayed by one launch.
+"""One CUDA graph per bucket of prompts, their tokens, beams and kind of filter: a search in one launch.
 
 B users, S prompt tokens; a bucket holds prompts of at most its own B and S.
 """
@@ -18,12 +18,13 @@ from cemg_kernels import RequestFilter
 from cemg_kernels.filter_tensors import NO_RANK, FilterTensors
 
 Outputs = tuple[Tensor, ...]  # each [B, ...], on the device
-Search = Callable[[Tensor, Tensor, Filter | None, int | None], Outputs]  # of Inputs, and of how many tokens
+# Of Inputs, and of how many tokens they have at most; never waits for the device.
+Search = Callable[[Tensor, Tensor, Filter | None, int | None], Outputs]
 Capture = Callable[[Callable[[], Outputs], torch.device], Callable[[], Outputs]]
 LENGTH_STEP = 16  # prompts are padded to the next multiple
 TOKEN_STEPS = 4  # the tokens of a bucket are rounded up to a quarter of its cells
 FEWEST_EXCLUDED = 16  # places for excluded ranks, where there are any
-MOST_GRAPHS = 16  # the least recently used goes when there are more
+MOST_GRAPHS = 32  # the least recently used goes when there are more
 BLANK = (0, 0, -1, NO_RANK)  # what a filter's tensors hold where it has nothing to say
 
 

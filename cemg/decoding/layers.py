@@ -17,6 +17,7 @@ from torch import Tensor
 from cemg.decoding.beams import token_count
 
 BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
+WORTH_PACKING = 0.9  # prompts are packed where their tokens are no larger a share of their cells
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
 
@@ -65,7 +66,7 @@ class Stepper(Protocol):
         """After prompts [B, S], one row a user: W = 1.
 
         ``num_tokens``: no fewer than the mask has, all users together, so that padding need not be computed;
-        None where that is not known without waiting for the device.
+        None where that is not known without waiting for a GPU. What packs nothing has no use for it.
         """
         ...
 
@@ -224,8 +225,8 @@ class Packing:
     """Where the T tokens of prompts lie among their B * S cells, so that layers see rows of tokens alone.
 
     ``cell`` [T] of each token, ``place`` [B * S] of each cell among the tokens; both None where nothing is
-    saved. Cells of padding have the place of some token, tokens beyond those that there are the first cell:
-    what they hold is a number, and hidden by the mask, or never asked for.
+    saved. A cell of padding has the place of a token of its own user, hidden by the mask; tokens beyond those
+    that there are have the cell of the last one, and are never asked for.
     """
 
     batch: int
@@ -236,13 +237,18 @@ class Packing:
     def of(cls, mask: Tensor, tokens: int | None) -> Packing:
         """Of ``mask`` [B, S], with room for ``tokens``, no fewer than it has; never waits for a GPU."""
         cells, tokens = mask.numel(), token_count(mask) if tokens is None else tokens
-        if tokens is None or tokens >= cells:
+        if tokens is None or tokens > WORTH_PACKING * cells:
             return cls(len(mask), None, None)
-        there = mask.flatten() != 0
-        place = (there.cumsum(0) - 1).clamp(0, tokens - 1)
-        target = place.masked_fill(~there, tokens)  # padding goes behind all
-        cell = torch.zeros(tokens + 1, dtype=torch.int64, device=mask.device)
-        return cls(len(mask), cell.scatter_(0, target, torch.arange(cells, device=mask.device))[:-1], place)
+        there = mask != 0
+        counts = there.sum(1)
+        first = counts.cumsum(0) - counts  # [B] the place of each user's first token
+        place = there.flatten().cumsum(0).view_as(mask) - 1
+        place = torch.maximum(place, first[:, None]).clamp_max(tokens - 1).flatten()
+        numbers = torch.arange(cells, device=mask.device)
+        last = (numbers * there.flatten()).amax()
+        target = place.masked_fill(~there.flatten(), tokens)  # padding goes behind all
+        cell = last.repeat(tokens + 1).scatter_(0, target, numbers)[:-1]
+        return cls(len(mask), cell, place)
 
     def tokens(self, cells: Tensor) -> Tensor:
         """[B * S, ...] -> [T, ...]."""

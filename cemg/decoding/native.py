@@ -19,7 +19,6 @@ from torch import Tensor
 from cemg.decoding.causal import CausalPlan
 from cemg.decoding.layers import Feed, Logits, Norm, Projection, Unsupported, Wanted
 from cemg.decoding.t5 import T5Plan
-from cemg.errors import UserError
 from cemg_kernels.dispatch import native
 from cemg_kernels.filter_tensors import FilterTensors
 from cemg_kernels.ranges import ranges_enabled
@@ -32,7 +31,9 @@ if TYPE_CHECKING:
 PANEL = 32  # columns that the C++ multiplies at once: kPanel of gemm_cpu.h
 PLACES_STEP = 256  # places that the tables of rotations grow by
 ROOM = 2**24  # floats of weights that share a stretch of memory
-MOST_KEPT = 2**28  # bytes of a finished search's room that are kept for the next
+MOST_KEPT = (
+    2**28
+)  # bytes of a finished search's room that are kept for the next; one room a thread that calls
 ACTIVATIONS = {"ReLU": 1, "SiLU": 2, "SiLUActivation": 2, "GELUActivation": 3, "NewGELUActivation": 4,
                "GELUTanh": 4}  # fmt: skip  # Activation of gemm_cpu.h
 
@@ -185,9 +186,7 @@ class NativePlan:
 
     def _causal_places(self, plan: CausalPlan, count: int) -> Places:
         if plan.positions is not None:
-            if count > len(plan.positions):
-                raise UserError(f"{count} tokens do not fit the model's {len(plan.positions)} positions",
-                                fix="cut the histories")  # fmt: skip
+            plan.check_places(count)
             return Places(embedding=plan.positions)
         with self._lock:
             if self._rotation is None or len(self._rotation[0]) < count:

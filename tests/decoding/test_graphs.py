@@ -57,6 +57,10 @@ def test_a_replayed_search_gives_what_the_search_gives(family, normalize, bench,
         for beams in (4, 9):
             same_lists(recorded.decode(*prompts, beams), plain.decode(*prompts, beams))
     assert recorder.times == 3 * 2
+    full = made.prompts([16, 15, 14])  # a bucket that is there, but with more tokens
+    same_lists(recorded.decode(*full, 4), plain.decode(*full, 4))
+    assert recorder.times == 3 * 2 + 1
+    recorded.graphs.recorded.popitem()
     buckets = sorted((bucket, tokens) for _, bucket, tokens, _ in recorded.graphs.recorded)
     assert buckets == sorted(
         2 * [((1, 16), 4), ((2, 16), 16), ((4, 16), 16)]
