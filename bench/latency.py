@@ -1,6 +1,6 @@
 """Latency of one recommendation batch: our engine and its peers, in one run, each in a process of its own.
 
-    python bench/latency.py                    # about five minutes on two CPU cores
+    python bench/latency.py                    # four to five minutes on two CPU cores
     python bench/latency.py --full             # the whole grid; hours on a CPU
     python bench/latency.py --full --resume    # what is left of it
     python bench/latency.py --profile runs/profile --models tiger

@@ -1,6 +1,6 @@
 """The fast decoder-only stepper: the prompt once a user, its keys and values shared by the beams.
 
-B users, W beams, R = B * W rows, S cells of a prompt, T tokens of all, H heads over G key-value heads of Dh,
+B users, W beams, R = B * W rows, S cells of a prompt, P tokens of all, H heads over G key-value heads of Dh,
 d the width.
 Equal to the Hugging Face model up to rounding.
 """
@@ -134,9 +134,13 @@ class CausalPlan:
         x = F.embedding(tokens, self.embedding)
         return x if self.positions is None else x + F.embedding(positions, self.positions)
 
+    def has_places(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens fits the learned positions, if there are such."""
+        return self.positions is None or tokens <= len(self.positions)
+
     def check_places(self, tokens: int) -> None:
-        """UserError where a sequence of so many tokens has no learned positions."""
-        if self.positions is not None and tokens > len(self.positions):
+        """UserError where it does not."""
+        if self.positions is not None and not self.has_places(tokens):
             raise UserError(f"{tokens} tokens do not fit the model's {len(self.positions)} positions",
                             fix="cut the histories")  # fmt: skip
 
@@ -174,13 +178,13 @@ class CausalStepper:
         plan = self.plan
         batch, length = input_ids.shape
         packing = Packing.of(attention_mask, num_tokens)
-        positions = packing.tokens((attention_mask.cumsum(1) - 1).clamp_min(0).flatten())  # [T]
+        positions = packing.tokens((attention_mask.cumsum(1) - 1).clamp_min(0).flatten())  # [P]
         self.lengths = attention_mask.sum(1)  # [B]
         self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
         later = torch.full((length, length), float("-inf"), dtype=plan.dtype, device=input_ids.device).triu(1)
         mask = self.padding[:, None, None] + later  # [B, 1, S, S]
         rotary = plan.rotary(positions)
-        x = plan.embed(packing.tokens(input_ids.flatten()), positions)  # [T, d]
+        x = plan.embed(packing.tokens(input_ids.flatten()), positions)  # [P, d]
         self.prompt: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values [B, G, S, Dh]
         self.own = OwnTokens(batch, len(plan.layers), input_ids.device, shared_start=False)
         for layer in plan.layers:

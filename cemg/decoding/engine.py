@@ -139,8 +139,7 @@ class Decoder:
         if len(input_ids) == 0:
             return Recommendations.of_nobody(beams, self.catalog.levels)
         input_ids, attention_mask = trimmed(input_ids, attention_mask)
-        if isinstance(self.plan, CausalPlan) and attention_mask.device.type == "cpu":
-            self.plan.check_places(int(attention_mask.sum(1).max()) + self.catalog.levels - 1)
+        self.check_places(attention_mask)
         if self.graphs is None:
             return self._search(input_ids, attention_mask, beams, filter)
         self.trie.filter_tensors(filter, len(input_ids))  # a replay asks no questions
@@ -178,6 +177,12 @@ class Decoder:
             for kept, new in zip(found.parts(), better.padded(top).parts(), strict=True):
                 kept[row] = new[0]
         return found
+
+    def check_places(self, mask: Tensor) -> None:
+        """UserError where a step in PyTorch would feed a token behind the learned positions. The C++ looks at
+        each step itself; a ``mask`` [B, S] on a GPU is not waited for."""
+        if isinstance(self.plan, CausalPlan) and mask.device.type == "cpu":
+            self.plan.check_places(int(mask.sum(1).max()) + self.catalog.levels - 1)
 
     def wanted(self, level: int) -> Wanted:
         """What a stepper is asked for where codes of ``level`` come next."""

@@ -55,6 +55,8 @@ def score_all(
     if rows < 1:
         raise UserError(f"rows must be at least 1, got {rows}")
     check_prompts(input_ids, attention_mask, 1)
+    if len(input_ids):
+        decoder.check_places(attention_mask)
     trie = decoder.trie
     users = max(1, rows // trie.num_items)
     codes = trie.codes_by_rank().long()  # [N, levels]

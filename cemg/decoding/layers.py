@@ -222,9 +222,9 @@ def padding_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Where the T tokens of prompts lie among their B * S cells, so that layers see rows of tokens alone.
+    """Where the P tokens of prompts lie among their B * S cells, so that layers see rows of tokens alone.
 
-    ``cell`` [T] of each token, ``place`` [B * S] of each cell among the tokens; both None where nothing is
+    ``cell`` [P] of each token, ``place`` [B * S] of each cell among the tokens; both None where nothing is
     saved. A cell of padding has the place of a token of its own user, hidden by the mask; tokens beyond those
     that there are have the cell of the last one, and are never asked for.
     """
@@ -251,15 +251,15 @@ class Packing:
         return cls(len(mask), cell, place)
 
     def tokens(self, cells: Tensor) -> Tensor:
-        """[B * S, ...] -> [T, ...]."""
+        """[B * S, ...] -> [P, ...]."""
         return cells if self.cell is None else cells[self.cell]
 
     def cells(self, tokens: Tensor) -> Tensor:
-        """[T, ...] -> [B, S, ...]."""
+        """[P, ...] -> [B, S, ...]."""
         return (tokens if self.place is None else tokens[self.place]).unflatten(0, (self.batch, -1))
 
     def last(self, tokens: Tensor) -> Tensor:
-        """What the last cell of each user has, [T, ...] -> [B, ...]."""
+        """What the last cell of each user has, [P, ...] -> [B, ...]."""
         if self.place is None:
             return tokens.unflatten(0, (self.batch, -1))[:, -1]
         return tokens[self.place.view(self.batch, -1)[:, -1]]

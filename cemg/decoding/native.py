@@ -106,9 +106,8 @@ class NativePlan:
             self.decoder.set_code_table(self._address(plan.table), plan.first_code, len(plan.table))
 
     def has_places(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens surely fits the model's table of positions, if it has one."""
-        positions = None if isinstance(self.plan, T5Plan) else self.plan.positions
-        return positions is None or tokens <= len(positions)
+        """Whether a sequence of so many tokens fits the learned positions, if there are such."""
+        return isinstance(self.plan, T5Plan) or self.plan.has_places(tokens)
 
     def begin(self) -> NativeStepper:
         """A stepper for one batch."""

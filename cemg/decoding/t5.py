@@ -1,6 +1,7 @@
 """The fast T5: encoder once a user, beams as queries of one cross-attention, the rest on few calls.
 
-B users, W beams, R = B * W rows, S cells of a prompt, T tokens of all, H heads of Dh, d the width, L layers.
+B users, W beams, R = B * W rows, S cells of a prompt, P tokens of all, T tokens a beam was fed,
+H heads of Dh, d the width, L layers.
 Equal to ``T5ForConditionalGeneration`` up to rounding.
 """
 
@@ -200,13 +201,13 @@ class T5Stepper:
         self.own.rewind()
 
     def _encode(self, input_ids: Tensor, packing: Packing) -> Tensor:
-        """The encoder's output, [T, d]."""
+        """The encoder's output, [P, d]."""
         plan = self.plan
         batch, length = input_ids.shape
         place = torch.arange(length, device=input_ids.device)
         distance = place[None] - place[:, None] + length - 1  # [S, S], of keys from queries
         mask = plan.encoder_bias(length)[:, distance] + self.padding  # [B, H, S, S]
-        x = F.embedding(packing.tokens(input_ids.flatten()), plan.encoder_embedding)  # [T, d]
+        x = F.embedding(packing.tokens(input_ids.flatten()), plan.encoder_embedding)  # [P, d]
         for layer in plan.encoder:
             qkv = packing.cells(layer.qkv(layer.norm(x)))  # [B, S, 3 * H * Dh]
             q, k, v = (heads(part, plan.heads) for part in qkv.chunk(3, dim=2))

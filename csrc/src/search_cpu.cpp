@@ -1,7 +1,6 @@
 #include "cemg/search_cpu.h"
 
 #include <algorithm>
-#include <chrono>
 #include <limits>
 #include <utility>
 
@@ -9,19 +8,6 @@ namespace cemg {
 namespace {
 
 constexpr float kDead = -std::numeric_limits<float>::infinity();
-
-class Watch {
- public:
-  // Seconds since the last call, or since it was made.
-  double lap() {
-    const auto now = Clock::now();
-    return std::chrono::duration<double>(now - std::exchange(last_, now)).count();
-  }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  Clock::time_point last_ = Clock::now();
-};
 
 }  // namespace
 
@@ -97,7 +83,6 @@ Spent BeamSearch::search(const Prompts& prompts, TrieView<Code> trie, FilterView
   const int64_t users = prompts.batch, width = question.width, levels = question.levels();
   const int64_t size = trie.codebook_size;
   const bool totals = question.normalize == Normalize::kVocab;
-  Watch watch;
   Spent spent;
   logits_.room(users * width * size);
   row_totals_.room(users * width);
@@ -107,7 +92,7 @@ Spent BeamSearch::search(const Prompts& prompts, TrieView<Code> trie, FilterView
   };
   spent.prompt =
       start(prompts, question.prompt_places, question.start_token, question.own_places[0], wanted(0));
-  spent.model = watch.lap() - spent.prompt;
+  spent.model = seconds() - spent.prompt;
   const auto beams = static_cast<size_t>(users * width);
   parents_.resize(beams);
   fed_.resize(beams);
@@ -127,14 +112,15 @@ Spent BeamSearch::search(const Prompts& prompts, TrieView<Code> trie, FilterView
            wanted(level));
       if (!whole) spread(size, totals);
       spent.rows += count_;
-      spent.model += watch.lap();
+      spent.model += seconds();
     }
+    const double stepped = seconds();
     const int64_t before = level == 0 ? 1 : width;
     filter.rows_per_request = before;
     beam_step(trie, filter, {logits_.data(), total, question.normalize}, scores_.data(), nodes_.data(), users,
               before, width, {found.scores, parents_.data(), fed_.data(), found.leaves, pruned_.data()});
     grow(users, width, level, found);
-    spent.selection += watch.lap();
+    spent.selection += seconds() - stepped;
   }
   finish(trie, level, levels, found);
   return spent;

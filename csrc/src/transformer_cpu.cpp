@@ -84,15 +84,6 @@ bool turns(const TransformerLayer& layer, const Places& places) noexcept {
 BeamDecoder::BeamDecoder(const Transformer* encoder, const Transformer& decoder, int64_t threads)
     : encoder_(encoder), decoder_(decoder), team_(threads), prompt_(decoder.layers.size()) {}
 
-void BeamDecoder::begin_laps() {
-  begun_ = Clock::now();
-  laps_.clear();
-}
-
-double BeamDecoder::seconds() const {
-  return std::chrono::duration<double>(Clock::now() - begun_).count();
-}
-
 void BeamDecoder::done(const char* part) {
   if (noting_) laps_.push_back({part, seconds()});
 }

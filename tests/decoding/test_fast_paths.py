@@ -436,6 +436,8 @@ def test_a_prompt_that_fills_the_positions_is_served_where_its_codes_need_no_mor
     for backend in ("native", "torch"):
         with pytest.raises(UserError, match="do not fit the model's"):
             Decoder(model, catalog, START, "vocab", backend=backend).decode(*prompts, SIZE)
+        with pytest.raises(UserError, match="do not fit the model's"):
+            score_all(Decoder(model, catalog, START, "vocab", backend=backend), *prompts)
 
 
 def test_without_the_fast_kernels_the_selection_is_the_references(monkeypatch, same_lists):

@@ -146,6 +146,10 @@ class BeamDecoder {
   // Back to where `start` left it: the prompts stay read.
   void rewind();
 
+ protected:
+  // Since the last start or step began.
+  double seconds() const { return std::chrono::duration<double>(Clock::now() - begun_).count(); }
+
  private:
   // The keys and values of all prompts in one layer, by user and head.
   struct PromptHeads {
@@ -155,8 +159,10 @@ class BeamDecoder {
   using Clock = std::chrono::steady_clock;
 
   void stand_at_start();  // a beam a user, without a step behind it
-  void begin_laps();
-  double seconds() const;       // since then
+  void begin_laps() {
+    begun_ = Clock::now();
+    laps_.clear();
+  }
   void done(const char* part);  // ends a lap
   void read(const Prompts& prompts);
   void make_room(const Transformer& model, int64_t rows);
