@@ -73,8 +73,8 @@ class Shape:
 
     def build(self, codes: int) -> Any:
         """The model, with ``codes`` tokens after its text."""
-        family = transformers.T5ForConditionalGeneration if self.seq2seq else transformers.LlamaForCausalLM
-        return family(self.config(codes))
+        family = transformers.AutoModelForSeq2SeqLM if self.seq2seq else transformers.AutoModelForCausalLM
+        return family.from_config(self.config(codes))
 
 
 def t5(dim: int, layers: int, heads: int, ff: int, text: int, head: int = 64) -> Shape:
@@ -87,12 +87,14 @@ def t5(dim: int, layers: int, heads: int, ff: int, text: int, head: int = 64) ->
     return Shape(text, True, config)
 
 
-def llama(dim: int, layers: int, heads: int, groups: int, ff: int, text: int) -> Shape:
+def decoder(
+    family: Any, dim: int, layers: int, heads: int, groups: int, ff: int, text: int, **more: Any
+) -> Shape:
     def config(codes: int) -> Any:
-        return transformers.LlamaConfig(
+        return family(
             vocab_size=text + codes, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
             num_key_value_heads=groups, intermediate_size=ff, max_position_embeddings=2048,
-            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, **more,
         )  # fmt: skip
 
     return Shape(text, False, config)
@@ -103,8 +105,19 @@ MODELS = {
     "t5-small": t5(512, 6, 8, 2048, 32_128),
     "t5-base": t5(768, 12, 12, 3072, 32_128),
     "mmgrec": t5(64, 2, 4, 256, SPECIAL, head=16),
-    "decoder-4": llama(128, 4, 4, 4, 344, SPECIAL),
-    "smollm2-135m": llama(576, 30, 9, 3, 1536, 49_152),
+    "decoder-4": decoder(transformers.LlamaConfig, 128, 4, 4, 4, 344, SPECIAL),
+    "smollm2-135m": decoder(transformers.LlamaConfig, 576, 30, 9, 3, 1536, 49_152),
+    "qwen3-0.6b": decoder(
+        transformers.Qwen3Config,
+        1024,
+        28,
+        16,
+        8,
+        3072,
+        151_936,
+        head_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
 }
 
 
@@ -160,9 +173,9 @@ def matrices_of(cell: Cell) -> Matrices:
     if MODELS[cell.model].seq2seq:
         inner = config.num_heads * config.d_kv
         return Matrices(config.d_model, config.num_layers, inner, inner, 2 * config.d_model * config.d_ff)
-    d, heads = config.hidden_size, config.num_attention_heads
-    keys = d // heads * config.num_key_value_heads
-    return Matrices(d, config.num_hidden_layers, d, keys, 3 * d * config.intermediate_size)
+    d, head = config.hidden_size, config.head_dim
+    return Matrices(d, config.num_hidden_layers, head * config.num_attention_heads,
+                    head * config.num_key_value_heads, 3 * d * config.intermediate_size)  # fmt: skip
 
 
 def needed_bytes(cell: Cell, generate: bool = False) -> int:

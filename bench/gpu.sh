@@ -73,7 +73,7 @@ ops() {
 latency() {
   bounded 330 latency "$PYTHON" bench/latency.py --device cuda --seconds 1 \
     --json "$WORK/latency-float32.json" --plot "$WORK/latency-float32.png"
-  bounded 150 latency-bf16 "$PYTHON" bench/latency.py --device cuda --dtype bfloat16 --seconds 1 --engines cemg \
+  bounded 150 latency-bf16 "$PYTHON" bench/latency.py --device cuda --dtype bfloat16 --seconds 1 --engines cemg flashrec \
     --json "$WORK/latency-bfloat16.json" --plot "$WORK/latency-bfloat16.png"
 }
 sanitizer() {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import cells
+import engines
 import harness
 import latency
 import propagate
@@ -16,11 +18,13 @@ import pytest
 import quantize
 import targets
 import torch
+import transformers
 import trie_build
 import trie_step
 from cells import Cell
 from harness import NOT_ASKED, Report, Times, apart
 
+from cemg.decoding import Decoder
 from cemg_kernels import BipartiteGraph, Trie, residual_quantize
 
 FIELDS = {"op", "case", "backend", "peer", "status", "ratio", "peer_p50_ms", "equal_to", "p20_ms", "p50_ms",
@@ -95,13 +99,13 @@ def test_what_valid_saves_is_between_nothing_and_all_but_the_first_code() -> Non
 class Answers:
     """A worker that needs no process."""
 
-    def __init__(self, found: dict[str, Any]) -> None:
-        self.found = found
+    def __init__(self, found: dict[str, Any], ms: float = 5.0) -> None:
+        self.found, self.ms, self.asked = found, ms, []
 
     def ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
-        return (
-            self.found if request["do"] == "prepare" else {"ms": 5.0, "mib": 1.0, "parts": {"encoder": 1.0}}
-        )
+        self.asked.append(request["do"])
+        more = self.found if request["do"] in ("prepare", "first") else {}
+        return {"ms": self.ms, "mib": 1.0, "parts": {"encoder": 1.0}} | more
 
 
 def test_a_cell_that_we_skip_and_a_peer_that_is_not_asked_have_rows(tmp_path: Path) -> None:
@@ -115,6 +119,58 @@ def test_a_cell_that_we_skip_and_a_peer_that_is_not_asked_have_rows(tmp_path: Pa
     latency.one_cell(replace(CELL, items=10**4), workers, report, 1.0, 8)  # type: ignore[arg-type]
     row = report.rows[-1]
     assert (row["status"], row["p50_ms"]) == (f"{NOT_ASKED}it knows no catalog", 5.0)
+
+
+def test_a_long_first_search_is_a_sample_and_the_same_generate_times_out_once() -> None:
+    workers = {"cemg": Answers({}), "slow": Answers({}, ms=2 * latency.LONG_MS)}
+    workers |= {name: Answers({"skip": "over 120 s"}) for name in latency.GENERATE}
+    found = latency.run_cell(CELL, workers, 3, 1.0)  # type: ignore[arg-type]
+    assert found["times"]["slow"].samples == (2 * latency.LONG_MS,)
+    assert found["times"]["cemg"].samples == (5.0,) * 3
+    assert workers["slow"].asked == ["prepare", "first", "memory"]
+    first, *others = latency.GENERATE
+    assert found["reasons"][first] == "over 120 s" and workers[first].asked == ["prepare"]
+    for name in others:
+        assert found["reasons"][name] == f"{NOT_ASKED}{first}, the same generate(), took over 120 s"
+        assert workers[name].asked == []
+
+
+@pytest.mark.skipif(find_spec("flashrec") is None, reason="not installed: flashrec")
+def test_flashrec_finds_the_lists_of_our_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own code on a CPU, but for two places that want a GPU: pinned memory, and its rotation.
+
+    It looks at twice as many tokens as beams before the trie is asked, here at all codes of a level, and
+    normalises a first code over the codes of all levels: a constant that all beams of a user share.
+    """
+    from flashrec.layers.rotary import RotaryEmbedding
+
+    def rotate(self: Any, positions: torch.Tensor, *heads: torch.Tensor) -> list[torch.Tensor]:
+        cos, sin = self.cos_sin_cache[positions.long(), None].chunk(2, -1)
+        halves = [rows.view(len(rows), -1, self.head_dim).float().chunk(2, -1) for rows in heads]
+        turned = [torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in halves]
+        return [x.view(y.shape).to(y.dtype) for x, y in zip(turned, heads, strict=True)]
+
+    def unpinned(make: Any) -> Any:
+        return lambda *sizes, pin_memory=False, **options: make(*sizes, **options)
+
+    monkeypatch.setattr(RotaryEmbedding, "forward", rotate)
+    for name in ("empty", "zeros"):
+        monkeypatch.setattr(torch, name, unpinned(getattr(torch, name)))
+    shape = cells.decoder(transformers.Qwen3Config, 64, 2, 4, 2, 128, 8, head_dim=32, initializer_range=0.2,
+                          rope_parameters={"rope_type": "default", "rope_theta": 1e4})  # fmt: skip
+    monkeypatch.setitem(cells.MODELS, "qwen3-tiny", shape)
+    cell = Cell("qwen3-tiny", 3, 8, 5, 400, 4, 16, "level", dtype="bfloat16")
+    bench = engines.Bench(cell)
+    with torch.inference_mode():
+        codes, scores = engines.flashrec_search(bench)()
+        bench.model.float()
+        decoder = Decoder(bench.model, bench.catalog, bench.start, "level")
+        found = decoder.decode(bench.ids, bench.mask, cell.beams)
+    assert engines.illegal(codes, bench.catalog) == 0
+    below, wanted = (table - table[:, :1] for table in (scores, found.scores))
+    assert torch.allclose(below, wanted, atol=0.2)  # 8 bits a number; scores are -5 ... -15
+    clear = apart(found.scores, 0.4)
+    assert clear.sum() >= 6 and torch.equal(codes[clear], found.codes[clear].to(codes.dtype))
 
 
 @pytest.mark.parametrize("items, label, peer, full, asked", [
