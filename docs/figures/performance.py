@@ -2,7 +2,7 @@
 
 python bench/latency.py --models tiger --profile runs/profile
 python docs/figures/performance.py trace runs/profile/tiger-B1-W50.json docs/figures/trace.png
-python docs/figures/performance.py growth bench/results/latency-full-cpu.json docs/figures/growth.png
+python docs/figures/performance.py growth bench/results docs/figures/growth.png
 python docs/figures/performance.py operations bench/results docs/figures/operations.png
 """
 
@@ -65,10 +65,11 @@ def draw_trace(source: Path, target: Path) -> None:
     figure.savefig(target, dpi=150)
 
 
-def draw_growth(source: Path, target: Path) -> None:
-    """Medians over one thing at a time, from one user, 50 beams, 20 items of history, 12,101 items: ours, and
-    ``generate`` with a dict trie where it was measured."""
-    rows = [row for row in rows_of(source) if row["p50_ms"] is not None]
+def draw_growth(folder: Path, target: Path) -> None:
+    """Medians over one thing at a time (``latency-full*.json``), from one user, 50 beams, 20 items of history
+    and 12,101 items: ours, and ``generate`` with a dict trie where it was measured."""
+    files = sorted(folder.glob("latency-full*.json"))
+    rows = [row for file in files for row in rows_of(file) if row["p50_ms"] is not None]
     ours = {row["case"]: row["p50_ms"] for row in rows}
     theirs = {row["case"]: row["peer_p50_ms"] for row in rows if row["peer"] == DICT_TRIE and row["ratio"]}
     figure, panels = plt.subplots(1, len(AXES), figsize=(12, 3.6), layout="constrained", sharey=True)
