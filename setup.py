@@ -12,7 +12,7 @@ import tempfile
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError, LinkError
 
@@ -113,6 +113,7 @@ native = Pybind11Extension(
     extra_compile_args=["-O3", "-ffp-contract=fast", "-Wall", "-Wextra"],
 )
 
+ParallelCompile().install()  # a file a core
 setup(
     packages=[*find_packages(include=["cemg", "cemg.*"]), "cemg_kernels"],
     ext_modules=[native],

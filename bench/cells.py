@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def random_codes(items: int, levels: int, codes: int) -> Tensor:
     return found
 
 
+@lru_cache(maxsize=1)
 def random_catalog(items: int, levels: int, codes: int) -> Catalog:
     """The catalog of ``random_codes``."""
     return Catalog.from_codes(random_codes(items, levels, codes), codes)

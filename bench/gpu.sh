@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a borrowed GPU should do, worth most first, each step under nine minutes and safe to kill:
 #   bash bench/gpu.sh [STEP ...]      steps: build tests ops latency sanitizer ncu train; default: all of them
-# $OUT (default: runs/gpu) gets STEP.json (what ran, its exit codes, the rows it measured, the targets they meet or
+# CEMG_COMMIT names the commit where .git did not come along. $OUT (default: runs/gpu) gets STEP.json (what ran, its exit codes, the rows it measured, the targets they meet or
 # miss) and logs.tgz (logs, plots, profiles). Ends with 1 if a command failed. Needs Python 3.11+, torch, Triton, CuPy or nvcc, and no
 # network. What the machine lacks can come along as wheels in $WHEELS (default: .whl): training needs polars and
 # pydantic, peers need theirs; the other steps need nothing that comes with torch, transformers and pytest.
@@ -59,33 +59,42 @@ build() {
   bounded 60 device nvidia-smi
 }
 tests() {
+  local workers=()  # most of the time is Triton's compiler
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8)
   CEMG_NO_SKIPS=1 bounded 480 tests "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py tests/kernels --maxfail=8 \
-    --junitxml "$WORK/tests.xml"
+    "${workers[@]}" --junitxml "$WORK/tests.xml"
 }
 ops() {
   for name in trie_step quantize propagate trie_build; do
     bounded 100 "ops-$name" "$PYTHON" "bench/$name.py" --device cuda --seconds 1 \
       --json "$WORK/ops-$name.json" --plot "$WORK/ops-$name.png"
   done
-  bounded 130 ops-trie_step-1e8 "$PYTHON" bench/trie_step.py --device cuda --seconds 1 --users 1 \
+  bounded 130 ops-trie_step-1e8 "$PYTHON" bench/trie_step.py --device cuda --seconds 1 --users 1 --sizes 256 \
     --items 100000000 --json "$WORK/ops-trie_step-1e8.json"
 }
-latency() {
-  bounded 330 latency "$PYTHON" bench/latency.py --device cuda --seconds 1 \
+latency() {  # the peers that such a machine has; flashrec's own family where it is installed
+  local models=(tiger t5-small decoder-4)
+  "$PYTHON" -c 'import flashrec' 2>/dev/null && models+=(qwen3-0.6b)
+  bounded 330 latency "$PYTHON" bench/latency.py --device cuda --seconds 1 --models tiger t5-small decoder-4 \
+    --engines "transformers + dict trie" "transformers + our processor" "transformers, unconstrained" \
     --json "$WORK/latency-float32.json" --plot "$WORK/latency-float32.png"
-  bounded 150 latency-bf16 "$PYTHON" bench/latency.py --device cuda --dtype bfloat16 --seconds 1 --engines cemg flashrec \
+  bounded 150 latency-bf16 "$PYTHON" bench/latency.py --device cuda --dtype bfloat16 --seconds 1 \
+    --models "${models[@]}" --engines cemg flashrec \
     --json "$WORK/latency-bfloat16.json" --plot "$WORK/latency-bfloat16.png"
 }
 sanitizer() {
+  # without torch's cache of memory, so that a read past a tensor is one past an allocation
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   bounded 200 sanitizer-trie compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
     -k "every_trie_operation"
   bounded 300 sanitizer-triton compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
     -k "beam_step or softmax or propagation"
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 ncu() {
   local kernels="softmax_kernel|beam_step_kernel|merge_kernel|layer_kernel|chunk_kernel|prepare_kernel"
   kernels="regex:$kernels|residual_quantize_kernel|lookup|advance|children|mask_|interval|keep"
-  bounded 480 ncu "$(type -P ncu || echo ncu)" --set basic --kernel-name "$kernels" --launch-count 300 --csv \
+  bounded 480 ncu "$(type -P ncu || echo ncu)" --clock-control none --set basic --kernel-name "$kernels" --launch-count 300 --csv \
     --log-file "$WORK/ncu.csv" "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
     -k "trie or softmax or codes or propagation"
 }

@@ -25,8 +25,8 @@ def cdist_loop(x: Tensor, codebooks: Tensor) -> Tensor:
     return torch.stack(codes, dim=1)
 
 
-def tiled_addmm(x: Tensor, codebooks: Tensor, rows: int = 1024) -> Tensor:
-    """||c||^2 / 2 - x.c by one product a tile, its argmin: fast, and inexact at near ties."""
+def tiled_addmm(x: Tensor, codebooks: Tensor, rows: int) -> Tensor:
+    """||c||^2 / 2 - x.c by one product a tile of rows, its argmin: fast, and inexact at near ties."""
     half = codebooks.square().sum(2) / 2
     out = torch.empty(len(x), len(codebooks), dtype=torch.int64, device=x.device)
     for begin in range(0, len(x), rows):
@@ -98,7 +98,9 @@ def main() -> None:
     options = parser.parse_args()
     device = start(options)
     report = Report("residual_quantize", options, device)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, which our kernel takes as well
     rate = gemm_rate(device)
+    torch.set_float32_matmul_precision("highest")
     for size in SIZES:
         one_case(report, options.items, size, rate)
     report.finish()
@@ -123,7 +125,7 @@ def one_case(report: Report, items: int, size: int, rate: float) -> None:
         "ResidualVQ": residual_vq(x, codebooks),
         "faiss": faiss_index(x, codebooks),
         "torch.cdist loop": lambda: cdist_loop(x, codebooks),
-        "tiled addmm + argmin": lambda: tiled_addmm(x, codebooks),
+        "tiled addmm + argmin": lambda: tiled_addmm(x, codebooks, len(x) if x.is_cuda else 1024),
     }
     agree = {
         name: float((peer() == codes).all(1).float().mean())

@@ -99,9 +99,13 @@ def build(report: Report, items: int, size: int, bandwidth: float) -> None:
     ordered = codes[trie.rows.long()]
     for name, rows, against in (("sorting included", codes, peers), ("sorted codes", ordered, {})):
         there = rows.to(report.device)
-        backend = "native" if report.device.type == "cpu" else "torch"
+        backend = dispatch.choose("trie_build", report.device).backend
+        made = Trie.from_codes(there, size, device=report.device)
+        for part in ("code", "first_child"):
+            assert torch.equal(getattr(made.arrays, part).cpu(), getattr(trie.arrays, part)), part
+        assert torch.equal(made.items(made.lookup(there[:SAMPLE])).cpu(), torch.arange(min(items, SAMPLE)))
         ours: dict[str, Work] = {backend: lambda: Trie.from_codes(there, size, device=report.device)}  # noqa: B023
-        report.case(f"N {items:.0e} K {size}, {name}", ours, against, f"{SAMPLE} rows looked up",
+        report.case(f"N {items:.0e} K {size}, {name}", ours, against, f"{SAMPLE} rows looked up, arrays",
                     moved / bandwidth * 1e3, nbytes=moved, bytes_an_item=by_item,
                     peak_gib=peak_mib() / 2**10)  # fmt: skip
     ask(report, Questions(codes, trie.to(report.device)), f"N {items:.0e} K {size}", dicts, words, bandwidth)

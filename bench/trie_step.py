@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from cells import random_catalog
+from cells import random_codes
 from harness import (
     NOT_ASKED,
     Report,
@@ -47,10 +47,11 @@ class Step:
     """W beams of each user after the first code, and the logits of the second."""
 
     def __init__(self, codes: Tensor, size: int, device: torch.device, users: int) -> None:
-        self.codes, self.size, self.trie = codes, size, Trie.from_codes(codes, size).to(device)
+        self.codes, self.size = codes, size
+        self.trie = Trie.from_codes(codes.to(device), size, device=device)
         self.users, self.rows = users, users * WIDTH
         generator = torch.Generator().manual_seed(0)
-        first = codes[:, 0].unique()
+        first = codes[:, 0].bincount().nonzero()[:, 0]
         first = first[torch.randperm(len(first), generator=generator)[: self.rows]]
         self.first = first.repeat(self.rows // len(first) + 1)[: self.rows]  # [B * W]
         self.nodes = self.trie.lookup(self.first[:, None].to(device)).view(users, WIDTH)
@@ -334,13 +335,14 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], rounds=15, seconds=6.0)
     parser.add_argument("--items", type=int, nargs="+", default=ITEMS)
     parser.add_argument("--users", type=int, nargs="+", default=USERS)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="codes a level, K")
     options = parser.parse_args()
     device = start(options)
     report = Report("trie_step", options, device)
     bandwidth = copy_bandwidth(device)
-    for size in SIZES:
+    for size in options.sizes:
         for items in options.items:
-            codes = random_catalog(items, LEVELS, size).codes
+            codes = random_codes(items, LEVELS, size)
             for users in options.users:
                 step = Step(codes, size, device, users)
                 label = f"K {size} N {items:.0e}" + (f" B {users}" if users > 1 else "")

@@ -34,6 +34,7 @@ from typing import Any
 ARCHITECTURES = (80, 90)
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one block may have
 MODULES = (  # each: aot_cases()
+    "ancestor_attention_triton",
     "lightgcn_propagate_triton",
     "residual_quantize_triton",
     "trie_build_triton",

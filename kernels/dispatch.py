@@ -33,6 +33,7 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "trie_build": ("triton", "native", "reference"),
     "trie": ("native", "reference"),
     "lightgcn_propagate": ("triton", "native", "sparse", "torch", "reference"),
+    "ancestor_attention": ("triton", "reference"),
     "decoder": ("native", "torch", "reference"),
 }
 ON_REQUEST = {  # backends that run on a CPU, but not unless asked for

@@ -212,7 +212,7 @@ class CausalStepper:
             else:
                 qkv = layer.qkv(layer.norm(x))
             query, keys, values = plan.split(layer, qkv, rotary)
-            self.own.add(number, keys, values)
+            self.own.add(number, torch.stack((keys, values), dim=1))
             prefix = attention_with_lse(
                 query.unflatten(0, (batch, beams)), *self.prompt[number], plan.scale, self.padding
             )

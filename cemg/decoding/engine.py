@@ -9,7 +9,7 @@ B users, W beams, M levels, K codes a level, S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, cast
+from typing import Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ from cemg.tokenizer import Catalog
 from cemg_kernels import RequestFilter, trie_beam_step
 from cemg_kernels.dispatch import choose, pick
 from cemg_kernels.ranges import named_range, ranges_enabled
-
-Normalize = Literal["vocab", "level", "valid"]
+from cemg_kernels.trie_softmax import Normalize
 
 
 def check_fit(model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: str) -> None:
@@ -47,7 +46,7 @@ def check_fit(model: PreTrainedModel, catalog: Catalog, code_token_start: int, n
 
 def check_tokens(tokens: int, catalog: Catalog, code_token_start: int, normalize: str) -> None:
     """As ``check_fit``, for a model of so many tokens."""
-    if normalize not in ("vocab", "level", "valid"):
+    if normalize not in get_args(Normalize):
         raise UserError(f"normalize must be vocab, level or valid, got {normalize!r}")
     size, levels = catalog.codebook_size, catalog.levels
     needed = code_token_start + levels * size
@@ -149,8 +148,8 @@ class Decoder:
         ) -> tuple[Tensor, ...]:
             return self._found(ids, mask, beams, allowed, num_tokens=num_tokens).parts()
 
-        found = self.graphs.run(search, beams, input_ids, attention_mask, filter)
-        return Recommendations(*found).cpu()
+        with self.graphs.lock:  # until its results are copied
+            return Recommendations(*self.graphs.run(search, beams, input_ids, attention_mask, filter)).cpu()
 
     @torch.inference_mode()
     def decode_exact(

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from threading import Lock
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,26 +57,34 @@ def filter_shapes(filter: Filter | None, users: int) -> tuple[tuple[int, ...], .
     return (bitmaps, words.shape[1]), (bitmaps, before.shape[1]), (users if len(filter_of) else 0,), lists
 
 
-def capture_cuda(search: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:
-    """Record a search of static tensors; what comes back replays it and gives its outputs.
+class CudaCapture:
+    """Records searches that share one pool of memory: each one's results are copied before the next runs."""
 
-    It runs twice before, so that kernels are compiled and tables are made outside the recording.
-    """
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            search()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = search()
+    def __init__(self) -> None:
+        self.pool: Any = None  # a handle of torch's
 
-    def replay() -> Outputs:
-        graph.replay()
-        return outputs
+    def __call__(self, search: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:
+        """Record a search of static tensors; what comes back replays it and gives its outputs.
 
-    return replay
+        It runs twice before, so that kernels are compiled and tables are made outside the recording.
+        """
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                search()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        # other threads may go on allocating
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            outputs = search()
+
+        def replay() -> Outputs:
+            graph.replay()
+            return outputs
+
+        return replay
 
 
 @dataclass(slots=True)
@@ -121,11 +131,15 @@ class Recorded:
 
 
 class Graphs:
-    """Recorded searches by bucket: static buffers, one graph for the prompt and all steps."""
+    """Recorded searches by bucket: static buffers, one graph for the prompt and all steps.
 
-    def __init__(self, *, pad_left: bool, device: torch.device, capture: Capture = capture_cuda) -> None:
-        self.pad_left, self.device, self.capture = pad_left, device, capture
+    One thread at a time: whoever holds ``lock`` runs a search and reads its results.
+    """
+
+    def __init__(self, *, pad_left: bool, device: torch.device, capture: Capture | None = None) -> None:
+        self.pad_left, self.device, self.capture = pad_left, device, capture or CudaCapture()
         self.recorded: OrderedDict[Hashable, Recorded] = OrderedDict()
+        self.lock = Lock()
 
     def run(
         self, search: Search, key: Hashable, input_ids: Tensor, attention_mask: Tensor,
@@ -166,6 +180,8 @@ class Graphs:
     def _padded(self, input_ids: Tensor, mask: Tensor, bucket: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Prompts and mask of the bucket's shape; the users added have one token of the last one's."""
         users, length = bucket
+        if input_ids.shape == bucket:
+            return input_ids, mask
         more = length - input_ids.shape[1]
         sides = (more, 0) if self.pad_left else (0, more)
         rows = torch.arange(users, device=input_ids.device).clamp_max(len(input_ids) - 1)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cemg.decoding.beams import token_count
+from cemg_kernels.ancestor_attention import ancestor_attention
 
 BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
 WORTH_PACKING = 0.9  # prompts are packed where their tokens are no larger a share of their cells
@@ -205,13 +206,16 @@ class Head:
         hidden = self.norm(x)
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        own = self.whole.part(wanted.first, wanted.first + wanted.size)
-        columns = own(hidden).float().view(batch, -1, wanted.size)
+        begin, end = wanted.first, wanted.first + wanted.size
         if not wanted.total:
-            return Logits(columns, None)
-        parts = hidden.split(max(1, BLOCK_CELLS // self.whole.weight.shape[0]))
-        total = torch.cat([self.whole(part).float().logsumexp(1) for part in parts])
-        return Logits(columns, total.view(batch, -1))
+            return Logits(self.whole.part(begin, end)(hidden).float().view(batch, -1, wanted.size), None)
+        columns, totals = [], []
+        for part in hidden.split(max(1, BLOCK_CELLS // self.whole.weight.shape[0])):
+            logits = self.whole(part).float()
+            columns.append(logits[:, begin:end].contiguous())
+            totals.append(logits.logsumexp(1))
+        level, total = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in (columns, totals))
+        return Logits(level.view(batch, -1, wanted.size), total.view(batch, -1))
 
 
 def padding_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -294,7 +298,7 @@ def attention_with_lse(query: Tensor, keys: Tensor, values: Tensor, scale: float
     """
     users, beams, count = query.shape[:3]
     folded = query.unflatten(2, (keys.shape[1], -1)).transpose(1, 2).flatten(2, 3)  # [B, G, W * H / G, Dh]
-    scores = folded @ (keys * scale).transpose(2, 3) + mask[:, None, None]  # [B, G, W * H / G, S]
+    scores = (folded * scale) @ keys.transpose(2, 3) + mask[:, None, None]  # [B, G, W * H / G, S]
     scores = scores.float()
     out = scores.softmax(3).to(values.dtype) @ values
     lse = scores.logsumexp(3, keepdim=True)
@@ -304,23 +308,23 @@ def attention_with_lse(query: Tensor, keys: Tensor, values: Tensor, scale: float
 
 
 class OwnTokens:
-    """What the beams have been fed: keys and values a layer and step, and who descends from whom.
+    """What the beams have been fed: keys and values of all steps, and who descends from whom.
 
-    No cache is copied or re-ordered: a table of ancestors [T, R] says which row of each step a row has.
+    No cache is re-ordered: a table of ancestors [T, R] says which of a layer's rows, those of all steps one
+    after the other, a row has.
     """
 
     def __init__(self, batch: int, layers: int, device: torch.device, shared_start: bool) -> None:
         """``shared_start``: step 0 is one row a user, whose keys and values follow by ``add``."""
-        self.steps: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
-        first = torch.arange(batch, device=device)[None]
-        self.start = self.ancestors = first if shared_start else first[:0]
-        self.beams = 1
+        self.kept: list[Tensor | None] = [None] * layers  # each [rows of all steps, 2, G, Dh]
+        self.start = torch.arange(batch, device=device)[None][: int(shared_start)]  # [0 or 1, B]
+        self.rewind()
 
     def rewind(self) -> None:
         """Forget all but the shared start."""
-        self.ancestors, self.beams = self.start, 1
-        for steps in self.steps:
-            del steps[len(self.start) :]
+        self.ancestors, self.beams, self.rows = self.start, 1, self.start.numel()
+        for layer, kept in enumerate(self.kept):
+            self.kept[layer] = kept[: self.rows] if kept is not None and self.rows else None
 
     @property
     def length(self) -> int:
@@ -331,32 +335,20 @@ class OwnTokens:
         """Beams [B, W] grown from ``parents``, each fed one more token."""
         batch, beams = parents.shape
         users = torch.arange(batch, device=parents.device)[:, None] * self.beams
-        rows = torch.arange(batch * beams, device=parents.device)[None]
-        self.ancestors = torch.cat((self.ancestors[:, (users + parents).flatten()], rows))
-        self.beams = beams
+        new = torch.arange(self.rows, self.rows + batch * beams, device=parents.device)[None]
+        self.ancestors = torch.cat((self.ancestors[:, (users + parents).flatten()], new))
+        self.beams, self.rows = beams, self.rows + batch * beams
 
-    def add(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Keys and values [R, G, Dh] of the tokens just fed."""
-        self.steps[layer].append((keys, values))
+    def add(self, layer: int, keys_values: Tensor) -> None:
+        """Keys and values [R, 2, G, Dh] of the tokens just fed."""
+        kept = self.kept[layer]
+        self.kept[layer] = keys_values if kept is None else torch.cat((kept, keys_values))
 
     def attend(
         self, layer: int, query: Tensor, scale: float, bias: Tensor | None = None, prefix: Seen | None = None
     ) -> Tensor:
         """``query`` [R, H, Dh] over all of it, merged with ``prefix`` -> [R, H * Dh]; ``bias`` [T, H] is
         added to the scores."""
-        steps = self.steps[layer]
-        keys, values = (
-            torch.stack([step[which][row] for step, row in zip(steps, self.ancestors, strict=True)], dim=1)
-            for which in (0, 1)
-        )  # [R, T, G, Dh]
-        grouped = query.unflatten(1, (keys.shape[2], -1))[:, None]  # [R, 1, G, H / G, Dh]
-        scores = (grouped * keys[:, :, :, None]).sum(-1).flatten(2) * scale  # [R, T, H]
-        scores = (scores if bias is None else scores + bias).float()
-        if prefix is not None:
-            scores = torch.cat((scores, prefix.lse[:, None]), dim=1)  # [R, T + 1, H]
-        weights = scores.softmax(1).to(query.dtype)
-        own = weights[:, : len(steps)].unflatten(2, (keys.shape[2], -1))[..., None] * values[:, :, :, None]
-        out = own.sum(1).flatten(1, 2)  # [R, H, Dh]
-        if prefix is not None:
-            out = out + weights[:, -1, :, None] * prefix.out
-        return out.flatten(1)
+        kept = self.kept[layer]
+        assert kept is not None  # of at least the token just fed
+        return ancestor_attention(query, kept, self.ancestors, scale, bias, prefix)

@@ -175,7 +175,7 @@ class T5Stepper:
             if number > 0:
                 kv = layer.kv(layer.norm(x))
                 x = layer.out.added_to(x, kv[:, kv.shape[1] // 2 :])  # one key: attention is its value
-            self.own.add(number, *kv.unflatten(1, (2, plan.heads, -1)).unbind(1))
+            self.own.add(number, kv.unflatten(1, (2, plan.heads, -1)))
             x = layer.feed(self._cross_attend(number, x, batch))
         return plan.head(x, batch, wanted)
 
@@ -191,9 +191,9 @@ class T5Stepper:
                 qkv = plan.table.index_select(0, flat - plan.first_code)
             else:
                 qkv = layer.qkv(layer.norm(x))
-            query, keys, values = qkv.unflatten(1, (3, plan.heads, -1)).unbind(1)  # each [R, H, Dh]
-            self.own.add(number, keys, values)
-            x = layer.out.added_to(x, self.own.attend(number, query, 1.0, bias))
+            shaped = qkv.unflatten(1, (3, plan.heads, -1))  # [R, 3, H, Dh]
+            self.own.add(number, shaped[:, 1:])
+            x = layer.out.added_to(x, self.own.attend(number, shaped[:, 0], 1.0, bias))
             x = layer.feed(self._cross_attend(number, x, batch))
         return plan.head(x, batch, wanted)
 

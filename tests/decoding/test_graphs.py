@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,6 +124,20 @@ def test_what_a_call_returned_outlives_the_next_call(bench):
     kept = first.scores.clone()
     recorded.decode(*made.prompts([5], seed=1), 4)
     assert torch.equal(first.scores, kept)
+
+
+def test_threads_that_share_a_recording_get_their_own_results(bench, same_lists):
+    made = bench("t5")
+    recorded, plain, _ = decoders(made)
+    asked = [made.prompts([5, 5], seed=seed) for seed in range(8)]
+    wanted = [plain.decode(*prompts, 4) for prompts in asked]
+    recorded.decode(*asked[0], 4)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for found, own in zip(
+                threads.map(lambda prompts: recorded.decode(*prompts, 4), asked), wanted, strict=True
+            ):
+                same_lists(found, own)
 
 
 def test_the_least_recently_used_recording_goes_first(monkeypatch):
