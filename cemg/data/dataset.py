@@ -110,12 +110,24 @@ class Dataset:
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
-        """Read a prepared folder; UserError names the file that is missing or of another format."""
+        """Read a prepared folder; UserError names the file that is missing, damaged or of another format."""
         for name in ("dataset.json", "interactions.parquet", "users.parquet", "items.parquet"):
             if not (folder / name).is_file():
                 raise UserError(
                     f"{folder / name} is missing", fix="prepare the data again: cemg-data prepare"
                 )
+        try:
+            return cls._load(folder)
+        except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{folder} holds no readable dataset", cause=str(error).splitlines()[0],
+                fix="prepare the data again: cemg-data prepare",
+            ) from error  # fmt: skip
+
+    @classmethod
+    def _load(cls, folder: Path) -> Dataset:
         about = json.loads((folder / "dataset.json").read_text())
         if about.get("format") != FORMAT:
             raise UserError(

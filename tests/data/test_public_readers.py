@@ -120,7 +120,33 @@ def parquet(folder: Path) -> Path:
     return folder
 
 
+def movielens_100k(folder: Path) -> Path:
+    (folder / "u.data").write_text("".join(f"{u}\t{i}\t{s}\t{t}\n" for u, i, t, s in EVENTS))
+    (folder / "u.item").write_bytes('x|It\'s "red"|01-Jan-1995||http://é|0|1|1\n'.encode("latin-1"))
+    (folder / "u.genre").write_text("unknown|0\nComedy|1\nDrama|2\n\n")
+    return folder
+
+
+def movielens_1m(folder: Path) -> Path:
+    (folder / "ratings.dat").write_text("".join(f"{u}::{i}::{s}::{t}\n" for u, i, t, s in EVENTS))
+    (folder / "movies.dat").write_bytes('x::It\'s "red"::Comedy|Drama\nz::é::(no genres listed)\n'.encode())
+    return folder
+
+
+def movielens_latest(folder: Path) -> Path:
+    pl.DataFrame(EVENTS, schema=["userId", "movieId", "timestamp", "rating"], orient="row").write_csv(
+        folder / "ratings.csv"
+    )
+    pl.DataFrame({"movieId": ["x"], "title": ['It\'s "red"'], "genres": ["Comedy|Drama"]}).write_csv(
+        folder / "movies.csv"
+    )
+    return folder
+
+
 TEXTS = {
+    "movielens": (movielens_100k, 'It\'s "red". Comedy, Drama.'),
+    "movielens, 1M": (movielens_1m, 'It\'s "red". Comedy, Drama.'),
+    "movielens, latest": (movielens_latest, 'It\'s "red". Comedy, Drama.'),
     "amazon-2014": (amazon_2014, 'It\'s "red". Beauty, Nails.'),
     "amazon-2018": (amazon_2018, 'It\'s "red". Beauty, Nails. Long. lasting.'),
     "amazon-2023": (amazon_2023, 'It\'s "red". OPI. Shiny.'),
@@ -135,7 +161,7 @@ TEXTS = {
 def test_every_format_is_detected_and_gives_the_same_histories_titles_and_texts(name, tmp_path):
     write, text = TEXTS[name]
     folder = write(tmp_path)
-    assert detect_format(folder) == name
+    assert detect_format(folder) == name.split(",")[0]
     data = read_dataset(folder, min_count=0)
     histories = [[data.item_ids[i] for i in s] for s in data.sequences]
     assert dict(zip(data.user_ids, histories, strict=True)) == SEQUENCES
@@ -163,6 +189,8 @@ def test_low_ratings_go_before_the_core_is_taken(name, tmp_path):
         ("amazon-2014", "reviews_Beauty_5.json.gz"),
         ("amazon-2023", "All_Beauty.jsonl"),
         ("yelp", "yelp_academic_dataset_review.json"),
+        ("movielens", "u.data"),
+        ("movielens, 1M", "ratings.dat"),
         ("recbole", "set.inter"),
         ("csv", "interactions.csv"),
         ("parquet", "interactions.parquet"),
@@ -173,7 +201,7 @@ def test_a_file_may_be_named_in_place_of_its_folder(name, file, tmp_path):
     assert read_dataset(path, min_count=0).num_interactions == 5
     path.write_bytes(gzip.compress(b"") if path.suffix == ".gz" else b"")
     with pytest.raises(UserError, match=r"is empty|cannot be read"):
-        read_dataset(path, format=name)
+        read_dataset(path, format=name.split(",")[0])
 
 
 def test_an_image_column_is_relative_to_the_items_file(tmp_path):
@@ -241,6 +269,9 @@ HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
             VISIT + VISIT.replace("2018-01-01 00:00:00", "yesterday"),
             r"line 2: field 'date' is 'yesterday'",
         ),
+        ("u.data", "a\tx\t5\t1\na\tx\t5\n", r"u\.data, line 2: wanted user\titem\trating\ttimestamp"),
+        ("ratings.dat", "a::x::5::1\n\na::x::5::soon\n", r"ratings\.dat, line 3: wanted user::item::rating"),
+        ("ratings.dat", "", r"ratings\.dat is empty"),
         (
             "s.inter",
             HEAD + "a\tx\t1\na\tx\tsoon\n",

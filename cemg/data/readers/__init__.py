@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from cemg.data.dataset import Dataset
 from cemg.data.readers.amazon import read_amazon
 from cemg.data.readers.detect import detect_format
+from cemg.data.readers.movielens import read_movielens
 from cemg.data.readers.raw import Filters, Raw, assemble
 from cemg.data.readers.recbole import read_recbole
 from cemg.data.readers.sequence import read_sequence
@@ -24,6 +25,7 @@ Format = Literal[
     "amazon-2018",
     "amazon-2023",
     "yelp",
+    "movielens",
     "recbole",
     "csv",
     "parquet",
@@ -60,7 +62,14 @@ def read_dataset(
         raise UserError(f"unknown format {format!r}", fix=f"use one of {', '.join(FORMATS)}")
     found = detect_format(path) if format == "auto" else format
     if found == "prepared":
-        return _load_prepared(path, name)
+        given = {
+            "min_count": min_count, "min_rating": min_rating, "columns": columns, "images": images,
+            "ties": None if ties == "source" else ties,
+            "duplicates": None if duplicates == "keep" else duplicates,
+        }  # fmt: skip
+        return _load_prepared(path, name, [option for option, value in given.items() if value is not None])
+    if columns is not None and found not in ("csv", "parquet"):
+        raise UserError(f"{path} is {found}, whose columns have names of their own", fix="leave out columns")
     raw = _read(path, found, columns)
     if min_count is None:
         min_count = 0 if found == "sequence" else 5
@@ -84,12 +93,19 @@ def _read(path: Path, format: str, columns: ColumnNames | None) -> Raw:
             return read_amazon(path, edition=format)
         case "yelp":
             return read_yelp(path)
+        case "movielens":
+            return read_movielens(path)
         case "recbole":
             return read_recbole(path)
         case _:
             return read_table(path, columns, suffix=f".{format}")
 
 
-def _load_prepared(path: Path, name: str | None) -> Dataset:
+def _load_prepared(path: Path, name: str | None, refused: list[str]) -> Dataset:
+    if refused:
+        raise UserError(
+            f"{path} is prepared already: {', '.join(refused)} would have no effect",
+            fix="prepare its source again with them",
+        )
     data = Dataset.load(path)
     return dataclasses.replace(data, name=name) if name else data

@@ -13,10 +13,16 @@ BY_NAME = {  # a glob in a folder -> its format; the first that matches wins
     "*.inter": "recbole",
     "yelp_academic_dataset_review.json": "yelp",
     "*_item2attributes.json": "sequence",
+    "u.data": "movielens",
+    "ratings.dat": "movielens",
+    "movies.csv": "movielens",
     "interactions.csv": "csv",
     "interactions.parquet": "parquet",
 }
-BY_SUFFIX = {".txt": "sequence", ".inter": "recbole", ".csv": "csv", ".parquet": "parquet"}
+BY_SUFFIX = {
+    ".txt": "sequence", ".data": "movielens", ".dat": "movielens", ".inter": "recbole", ".csv": "csv",
+    ".parquet": "parquet",
+}  # fmt: skip
 BY_FIELD = {  # in this order: the reviews of 2018 have a reviewerID too
     "business_id": "yelp",
     "parent_asin": "amazon-2023",

@@ -123,7 +123,7 @@ def _sequences(rows: pl.DataFrame, users: pl.Series, items: pl.Series) -> list[n
 def _image_paths(
     about: pl.DataFrame, named_in: Path | None, images: Path | None
 ) -> tuple[list[Path | None], list[str]]:
-    """The image file of each item, and a note where a named file is absent."""
+    """The image file of each item, and a note where a named file is absent or a folder fits no item."""
     if images is not None and not images.is_dir():
         raise UserError(f"{images} is no folder of images")
     by_id = {file.stem: file for file in sorted(images.iterdir())} if images else {}
@@ -135,4 +135,7 @@ def _image_paths(
         found = named if named and named.is_file() else by_id.get(item)
         absent += found is None and named is not None
         paths.append(found)
-    return paths, [f"{absent:,} named image files are absent from {folder}"] if absent else []
+    notes = [f"{absent:,} named image files are absent from {folder}"] if absent else []
+    if images and not any(paths):
+        notes.append(f"no file of {images} is named by an item's id, such as {about['item'][0]}.jpg")
+    return paths, notes

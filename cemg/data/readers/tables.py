@@ -53,7 +53,7 @@ def read_table(path: Path, columns: ColumnNames | None, *, suffix: str) -> Raw:
     """
     file = path / f"interactions{suffix}" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{file} is missing")
+        raise UserError(f"{file} is missing", fix="name the file of interactions in place of its folder")
     frame = read_columns(file)
     names = columns or _guess(frame)
     items = file.parent / f"items{suffix}"
