@@ -51,28 +51,47 @@ class Prompter:
         mask = pad([torch.ones_like(row) for row in rows], 0, left=not self.seq2seq)
         return ids, mask
 
-    def samples(self, train: Sequence[np.ndarray]) -> Samples:
-        """Training samples: windows with every position a target; of an encoder-decoder one a prefix."""
+    def samples(
+        self, train: Sequence[np.ndarray], *, crop: float = 0.0, first_item: bool = True, seed: int = 0
+    ) -> Samples:
+        """Training samples: windows with every position a target; of an encoder-decoder one a prefix.
+
+        ``crop``, ``first_item``: see ``GeneratorConfig``. What is cropped follows (seed, epoch, sample).
+        """
         spans = _prefixes(train) if self.seq2seq else _windows(train, self.history_items)
-        return Samples(self, train, list(spans))
+        whole = [span for span in spans if first_item or span[3] - span[1] > 1]
+        return Samples(self, train, whole, crop=crop, first_item=first_item, seed=seed)
 
 
 class Samples(Dataset[Sample]):
     """Spans (user, first item, first target, end) of training sequences, tokenised when asked for."""
 
     def __init__(
-        self, prompter: Prompter, train: Sequence[np.ndarray], spans: list[tuple[int, int, int, int]]
-    ) -> None:
+        self, prompter: Prompter, train: Sequence[np.ndarray], spans: list[tuple[int, int, int, int]], *,
+        crop: float, first_item: bool, seed: int,
+    ) -> None:  # fmt: skip
         self.prompter, self.train, self.spans = prompter, train, spans
+        self.crop, self.first_item, self.seed = crop, first_item, seed
+        self.epoch = 0  # set by the training
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: int) -> Sample:
         user, first, target, end = self.spans[index]
+        if self.crop:
+            first = self._cropped(index)
+        target = max(target, first if self.first_item else first + 1)
         items = self.train[user][first:end]
         make = self._seq2seq if self.prompter.seq2seq else self._causal
         return make(items, target - first)
+
+    def _cropped(self, index: int) -> int:
+        """The first item, drawn anew each epoch of those that leave a target with an item before it."""
+        _, first, target, end = self.spans[index]
+        last = target - 1 if target > first else end - 2
+        draw = np.random.default_rng((self.seed, self.epoch, index))
+        return int(draw.integers(first, last + 1)) if last > first and draw.random() < self.crop else first
 
     def lengths(self) -> list[int]:
         """Items each sample holds: what batches are bucketed by."""

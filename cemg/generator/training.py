@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,6 +39,9 @@ class GeneratorConfig:
     "valid", the codes that continue the target's prefix to an item of the catalog, among which a search under
     the trie chooses. The second learns preferences alone, not also which codes go together, and goes with
     ``decoding.normalize=valid``.
+
+    ``crop`` is the share of samples that begin, anew each epoch, at a random item of their history: the same
+    targets after shorter histories. ``first_item``: whether an item with none before it is a target.
     """
 
     history_items: int = 20
@@ -49,6 +53,8 @@ class GeneratorConfig:
     schedule: Literal["cosine", "inverse-sqrt"] = "cosine"
     label_smoothing: float = 0.0
     loss: Literal["vocab", "valid"] = "vocab"
+    crop: float = 0.0
+    first_item: bool = True
     clip: float = 1.0
     validate_every: int = 2
     patience: int = 6
@@ -68,6 +74,8 @@ class GeneratorConfig:
             )
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"generator.label_smoothing must be within 0 … 1, got {self.label_smoothing}")
+        if not 0 <= self.crop <= 1:
+            raise UserError(f"generator.crop must be within 0 … 1, got {self.crop}")
 
 
 @dataclass(slots=True)
@@ -104,7 +112,7 @@ def train_generator(
     checkpoints; a later call with the same arguments resumes there. Raises UserError where no position can be
     trained on, and where the device's memory runs out.
     """
-    samples = prompter.samples(train)
+    samples = prompter.samples(train, crop=config.crop, first_item=config.first_item, seed=config.seed)
     if len(samples) == 0:
         raise UserError(
             "no training sample: every user's training part is empty", fix="check: cemg-data stats"
@@ -128,9 +136,12 @@ class _Training:
         dtype: str, log: Log | None,
     ) -> None:  # fmt: skip
         self.config, self.folder, self.log, self.validate = config, folder, log, validate
-        precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+        precision = {"float32": "no", "bfloat16": "bf16"}[dtype]
         AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier training's precision stays
+        if torch.device(device).index is not None:
+            torch.cuda.set_device(device)  # accelerate takes the current one
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        self.samples = samples
         self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
         loader = DataLoader(
             samples, batch_sampler=self.buckets, collate_fn=Collate(vocabulary, seq2seq=seq2seq)
@@ -158,6 +169,7 @@ class _Training:
         return self.state
 
     def _epoch(self, started: float) -> None:
+        self.samples.epoch = self.state.epoch
         self.loader.set_epoch(
             self.state.epoch
         )  # the loader counts epochs itself, from 0 after a resumption too
@@ -253,8 +265,6 @@ class _Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
             return
-        from safetensors import safe_open
-
         with safe_open(path, framework="pt") as file:
             self.state = Progress(**json.loads(file.metadata()["state"]))
         tensors = load_file(path)
@@ -307,8 +317,15 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def load_weights(model: PreTrainedModel, path: Path) -> None:
-    """Put what ``weights_of`` gave into a model of the same shape; UserError names what differs."""
-    _assign(model, load_file(path), path)
+    """Put what ``weights_of`` gave into a model of the same shape; UserError for a file that is damaged or of
+    another model, and what differs."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read", cause=str(error), fix="restore it from a copy, or train again"
+        ) from error
+    _assign(model, tensors, path)
 
 
 @torch.no_grad()

@@ -81,6 +81,39 @@ def test_a_target_of_a_later_window_has_half_a_history_before_it(length, history
         assert items.index(targets[0]) >= wanted
 
 
+@quick
+@given(
+    lengths=st.lists(st.integers(0, 20), max_size=4), history_items=st.integers(1, 6), seq2seq=st.booleans()
+)
+def test_a_cropped_sample_keeps_its_end_and_an_item_before_each_target(lengths, history_items, seq2seq):
+    train = [np.arange(n, dtype=np.int32) for n in lengths]
+    made = prompter(history_items=history_items, seq2seq=seq2seq)
+    whole, cropped = made.samples(train), made.samples(train, crop=1.0, first_item=False, seed=5)
+    ends = {span[:1] + span[2:]: items_in(whole[i]["labels"]) for i, span in enumerate(whole.spans)}
+    for cropped.epoch in range(3):
+        for index, span in enumerate(cropped.spans):
+            sample = cropped[index]
+            items, targets = items_in(sample["input_ids"]), items_in(sample["labels"])
+            known = items[: items.index(targets[0])] if not seq2seq else items
+            assert known and targets == ends[span[:1] + span[2:]][-len(targets) :]
+            assert items == list(range(items[0], items[0] + len(items)))
+    assert len(cropped) == sum(span[3] - span[1] > 1 for span in whole.spans)
+
+
+def test_crops_follow_the_seed_and_the_epoch_and_spare_what_is_not_drawn():
+    train = [np.arange(12, dtype=np.int32)] * 40
+
+    def starts(crop: float, seed: int, epoch: int) -> list[int]:
+        samples = prompter(history_items=11).samples(train, crop=crop, seed=seed)
+        samples.epoch = epoch
+        return [items_in(samples[index]["input_ids"])[0] for index in range(len(samples))]
+
+    assert starts(0.5, 1, 2) == starts(0.5, 1, 2)
+    assert starts(0.5, 1, 2) != starts(0.5, 1, 3) != starts(0.5, 2, 3)
+    assert set(starts(1.0, 0, 0)) == set(range(11)) and set(starts(0.0, 0, 1)) == {0}
+    assert 10 < starts(0.5, 1, 2).count(0) < 35
+
+
 def test_labels_are_the_targets_codes_in_place_and_ignored_where_context_is():
     samples = prompter(history_items=4, instruction=(30,)).samples([np.arange(8, dtype=np.int32)])
     first, second = samples[0], samples[1]

@@ -266,7 +266,15 @@ def test_weights_of_another_model_are_refused_with_what_differs(tmp_path, change
     save_file(weights, tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match=r"weights\.safetensors holds") as error:
         load_weights(model, tmp_path / "weights.safetensors")
-    assert name in (error.value.cause or "") or "other" in (error.value.cause or "")
+    causes = {
+        "name": f"2 differ, first {min(name, 'other')}",
+        "shape": f"{name} is {list(weights[name].shape) if change == 'shape' else []} there and "
+        f"{list(dict(model.named_parameters())[name].shape)} here",
+    }
+    assert error.value.cause == causes[change]
+    (tmp_path / "weights.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"weights\.safetensors cannot be read"):
+        load_weights(model, tmp_path / "weights.safetensors")
 
 
 def test_a_checkpoint_holds_tensors_and_json_alone(tmp_path):
