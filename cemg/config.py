@@ -16,6 +16,7 @@ from cemg.features import ImageConfig, TextConfig
 from cemg.generator import BackboneConfig, GeneratorConfig
 from cemg.graph import GraphConfig
 from cemg.tokenizer import TokenizerConfig
+from cemg_kernels.trie_softmax import Normalize
 
 WITHOUT = ("collab", "image", "text", "llm")
 
@@ -52,7 +53,7 @@ class DecodingConfig:
     validation_beams: int = 20
     validation_users: int = 2000
     batch_size: int = 64
-    normalize: Literal["vocab", "level", "valid"] = "vocab"
+    normalize: Normalize = "vocab"
 
     def __post_init__(self) -> None:
         for name in ("beams", "validation_beams", "validation_users", "batch_size"):
@@ -75,12 +76,17 @@ class RunConfig:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     without: tuple[str, ...] = ()
     seed: int = 0
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in self.without:
             if name not in WITHOUT:
                 raise UserError(f"--without {name}: no such part", fix=f"one of {', '.join(WITHOUT)}")
+        for name in ("graph", "tokenizer", "generator"):
+            own = getattr(self, name).seed
+            if own not in (0, self.seed):
+                raise UserError(f"{name}.seed={own} has no effect: the run's seed is every stage's",
+                                fix=f"--seed {own}")  # fmt: skip
         if self.generator.loss == "valid" and self.decoding.normalize != "valid":
             raise UserError(
                 f"generator.loss=valid needs decoding.normalize=valid, not {self.decoding.normalize}",
@@ -100,18 +106,29 @@ class RunConfig:
         }
         if "llm" in self.without:
             parts["backbone"] = dataclasses.replace(
-                self.backbone, kind="scratch", pretrained="", layers=6, lora_rank=0
+                self.backbone,
+                kind="scratch",
+                pretrained="",
+                gguf_file="",
+                instruction="",
+                layers=6,
+                lora_rank=0,
             )
         return dataclasses.replace(self, **parts)
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = (), **top: Any) -> RunConfig:
-    """Defaults, then a YAML file, then ``top`` (values of RunConfig), then ``section.name=value`` strings.
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), *, data_path: str = "", **top: Any
+) -> RunConfig:
+    """Defaults, then a YAML file, then ``top`` (values of RunConfig) and ``data_path``, then
+    ``section.name=value`` strings.
 
     Raises UserError naming the file or the override, the field and what it should have been.
     """
     tree = _read(path) if path is not None else {}
     tree |= {name: value for name, value in top.items() if value is not None}
+    if data_path:
+        tree["data"] = (tree.get("data") or {}) | {"path": data_path}
     for override in overrides:
         _override(tree, override)
     try:
@@ -131,6 +148,8 @@ def _read(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text", cause=str(error)) from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML", cause=_first_line(error)) from error
     if not isinstance(tree, dict):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -35,6 +36,8 @@ from cemg.graph import train_lightgcn
 from cemg.progress import console
 from cemg.run import Run, digest, write_json
 from cemg.tokenizer import MODALITIES, Catalog, Tokenizer, make_unique, train_tokenizer
+
+CONFIG, PENDING = "config.yaml", ".config.next.yaml"  # of what a run holds; of what it is being made into
 
 
 class StageLog:
@@ -69,25 +72,33 @@ class Pipeline:
     def __init__(
         self, run: Run, config: RunConfig, *, device: str = "cpu", cache: Path | None = None
     ) -> None:
-        self.run, self.config, self.device = run, config.seeded(), device
+        self.run, self.asked, self.config, self.device = run, config, config.seeded(), device
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
 
     @classmethod
     def open(cls, folder: Path, *, device: str = "cpu") -> Pipeline:
         """The pipeline of a run that ``cemg-train`` wrote, with the configuration that made it."""
-        path = folder / "config.yaml"
+        path = folder / CONFIG
         if not path.is_file():
-            raise UserError(f"{folder} is no run: it has no config.yaml", fix=f"cemg-train --run {folder}")
+            why = "its training has not ended" if (folder / PENDING).is_file() else f"it has no {CONFIG}"
+            raise UserError(f"{folder} is no run: {why}", fix=f"cemg-train --run {folder}")
         return cls(Run(folder), load_config(path), device=device)
 
     def train(self) -> None:
-        """Data, features, graph, tokenizer, catalog, generator, in this order."""
+        """Data, features, graph, tokenizer, catalog, generator, in this order.
+
+        The configuration becomes the run's own when all are there; until then a further call finds it
+        beside the old one.
+        """
         self.data()
+        pending = self.run.folder / PENDING
+        pending.write_text(yaml.safe_dump(self.asked.to_dict(), sort_keys=False))
         self.features()
         self.graph()
         self.tokenizer()
         self.catalog()
         self.generator()
+        pending.replace(self.run.folder / CONFIG)
 
     # ---- stages
 
@@ -103,6 +114,11 @@ class Pipeline:
             world = self.run.folder / "synthetic"
             data = synthetic_dataset(
                 world, users=source.synthetic_users, items=source.synthetic_items, seed=self.config.seed
+            )
+        if not len(data.split().users):
+            raise UserError(
+                f"{data.name} has no user to test on: nobody has three interactions or more",
+                fix="cemg-data stats tells how long the histories are",
             )
         self.run.stage("data", {"content": _content(data), "images": source.images}, data.save)
 
@@ -127,7 +143,12 @@ class Pipeline:
 
     def generator(self) -> None:
         parts = {name: asdict(getattr(self.config, name)) for name in ("backbone", "generator", "decoding")}
-        del parts["generator"]["checkpoint_seconds"], parts["decoding"]["beams"]  # neither changes a weight
+        for part, name in (
+            ("generator", "checkpoint_seconds"),
+            ("decoding", "beams"),
+            ("decoding", "batch_size"),
+        ):
+            del parts[part][name]  # which changes no weight
         config = parts | {"dtype": self.config.dtype, "seed": self.config.seed}
         self.run.stage("generator", config, self._build_generator, inputs=("data", "catalog"))
 
@@ -207,6 +228,11 @@ class Pipeline:
         )  # fmt: skip
 
     def _build_generator(self, folder: Path) -> None:
+        if not (folder / "seconds.json").is_file():  # which is written last
+            self._train_generator(folder)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # five times the weights
+
+    def _train_generator(self, folder: Path) -> None:
         data = self.load_data()
         catalog = self.load_catalog().first(data.num_items)  # without items that were added later
         torch.manual_seed(self.config.seed)
@@ -241,6 +267,8 @@ class Pipeline:
             "best_epoch": progress.best_epoch,
             "epochs": progress.epoch,
             "validation_ndcg10": progress.best,
+            "items": len(catalog),
+            "catalog_sha256": catalog.digest(),
         }
         write_json(folder / "training.json", best)
         write_json(folder / "seconds.json", progress.seconds)
@@ -283,6 +311,13 @@ class Pipeline:
                 cause=f"{self.run.path('generator')} was trained on {shape[0]} levels of {shape[1]} codes; "
                 f"{self.run.path('catalog')} has {catalog.levels} levels of {catalog.codebook_size}",
                 fix=f"train a generator on that catalog: cemg-train --run {self.run.folder}",
+            )
+        about = json.loads((self.run.path("generator") / "training.json").read_text())
+        if "items" in about and catalog.first(about["items"]).digest() != about["catalog_sha256"]:
+            raise UserError(
+                f"{self.run.folder} holds a generator of another catalog",
+                cause="a training that made a new catalog has not ended",
+                fix=f"cemg-train --run {self.run.folder} goes on with it",
             )
 
     def ranker(

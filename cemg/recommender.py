@@ -68,6 +68,8 @@ class Recommender:
         """
         if not 1 <= top <= beams:
             raise UserError(f"top must be within 1 … beams, got top={top} and beams={beams}")
+        if not histories:
+            return Recommendations.of_nobody(top, self.catalog.levels)
         if (filter is not None or exact) and not isinstance(self.decoder, Decoder):
             what = "filter" if filter is not None else "exact=True"
             raise UserError(f"engine={self.engine} takes no {what}", fix="use engine=cemg")
@@ -84,6 +86,18 @@ class Recommender:
         else:
             found = self.decoder.decode(ids, mask, width, filter=allowed)
         return found.top(top).padded(top)
+
+    def only(self, item_ids: Sequence[str | int]) -> ItemFilter:
+        """The filter that admits these items alone; its ``~``, ``&`` and ``|`` combine.
+
+        Raises UserError for an unknown item id.
+
+        Example: ``recommender.recommend(histories, filter=~recommender.only(sold_out))``
+        """
+        rows = self.catalog.rows_of([self._id(item) for item in item_ids])
+        allowed = torch.zeros(len(self.catalog), dtype=torch.bool)
+        allowed[rows] = True
+        return ItemFilter.from_mask(self.catalog.trie, allowed)
 
     def titles(self) -> dict[int | str, str]:
         """Titles by item id, those of added items too."""

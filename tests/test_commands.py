@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cemg import progress
 from cemg.commands import catalog, evaluate, recommend, train
 from cemg.generator import symbol
 from cemg.tokenizer import Catalog
@@ -89,10 +92,58 @@ def test_a_sample_leaves_the_results_of_the_whole_test(tiny_run, tmp_path, comma
     assert again["metrics"] == json.loads(whole)["metrics"] and "subset" not in again["split"]
 
 
+def test_another_search_or_a_study_leaves_the_results_of_the_runs_own(tiny_run, tmp_path, command):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    whole = (run / "results" / "synthetic-cemg-test.json").read_text()
+    for arguments in (("--beams", 5), ("--engine", "transformers"), ("--all", "--certified")):
+        assert command(evaluate.main, "--run", run, *arguments) == 0
+    assert (run / "results" / "synthetic-cemg-test.json").read_text() == whole
+    assert {path.name.removeprefix("synthetic-cemg-test-") for path in (run / "results").glob("*test-*")} == {
+        "cemg-5-beams.json", "transformers-10-beams.json", "certificate.json",
+    }  # fmt: skip
+
+
+def test_a_run_goes_on_with_its_own_settings(tiny_run, tmp_path, command, capsys, monkeypatch, feature_cache):
+    """What its errors say to type: cemg-train --run RUN. It would train the synthetic set of its defaults."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    kept = (run / "config.yaml").read_text(), (run / "catalog" / "catalog.safetensors").read_bytes()
+    (run / "generator" / "weights.safetensors").unlink()
+    err = refusal(command, capsys, recommend.main, "--run", run, "--history", "item-0001")
+    typed = err.splitlines()[-1].removeprefix("  fix:   cemg-train ").split()
+    (run / "generator" / "manifest.json").unlink()
+    stderr = io.StringIO()
+    monkeypatch.setattr(progress.console, "file", stderr)
+    assert command(train.main, *typed, "--cache", feature_cache) == 0
+    said = stderr.getvalue()
+    assert "goes on with its own settings" in " ".join(said.split())
+    assert [line for line in said.splitlines() if line.endswith("started")] == ["generator: started"]
+    assert ((run / "config.yaml").read_text(), (run / "catalog" / "catalog.safetensors").read_bytes()) == kept
+    assert command(recommend.main, "--run", run, "--history", "item-0001") == 0
+
+
+def test_a_training_that_dies_leaves_the_run_as_it_was_and_is_gone_on_with(
+    tiny_run, tmp_path, command, capsys, monkeypatch, feature_cache
+):
+    from cemg.pipeline import Pipeline
+
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    kept = (run / "config.yaml").read_text()
+    err = refusal(command, capsys, train.main, "--run", run, "--data", tmp_path / "no #1")
+    assert err.splitlines()[-1] == f"error: {tmp_path}/no #1 does not exist"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(Pipeline, "generator", lambda self: (_ for _ in ()).throw(RuntimeError("power cut")))
+        command(train.main, "--run", run, "--cache", feature_cache, "--set", "generator.epochs=2")
+    assert (run / "config.yaml").read_text() == kept
+    assert command(recommend.main, "--run", run, "--history", "item-0001") == 0
+    assert command(train.main, "--run", run, "--cache", feature_cache) == 0
+    assert "epochs: 2\n" in (run / "config.yaml").read_text() and not (run / ".config.next.yaml").exists()
+    assert json.loads((run / "generator" / "training.json").read_text())["epochs"] == 2
+
+
 def test_studies_may_normalise_otherwise_than_the_run(tiny_run, tmp_path, command):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     assert command(evaluate.main, "--run", run, "--users", 7, "--compare", "--normalize", "level") == 0
-    found = json.loads((run / "results" / "synthetic-cemg-test-7-users-level.json").read_text())
+    found = json.loads((run / "results" / "synthetic-cemg-test-7-users-engines-level.json").read_text())
     assert found["studies_normalize"] == "level" and found["engines"]["worst_score_difference"] < 1e-4
     assert command(evaluate.main, "--run", run, "--normalize", "item") == 2
 
@@ -119,6 +170,24 @@ def test_recommend_prints_titles_scores_and_codes(tiny_run, command, capsys):
     assert "the first 5 of 5 are proven" in table  # 50 beams for 50 items
     assert command(recommend.main, *arguments, "--beams", 5) == 0
     assert "; --exact searches on" in capsys.readouterr().out
+
+
+def test_a_user_and_a_file_of_histories_are_served_alike(tiny_run, tmp_path, command, capsys):
+    from cemg.data import Dataset
+
+    data = Dataset.load(tiny_run / "data")
+    own = [[data.item_ids[row] for row in data.sequences[user]] for user in range(70)[: data.num_users]]
+    own.append(["item-0001"])
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(items) + "\n" for items in own))
+    arguments = ("--run", tiny_run, "--top", 3, "--beams", 50, "--normalize", "level")
+    assert command(recommend.main, *arguments, "--histories", tmp_path / "h.jsonl") == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["history"] for answer in answers] == own
+    assert command(recommend.main, *arguments, "--user", data.user_ids[7], "--json") == 0
+    one = json.loads(capsys.readouterr().out)
+    assert [item["item"] for item in one["items"]] == [item["item"] for item in answers[7]["items"]]
+    assert one["history"] == own[7] and len(one["items"]) == 3
+    assert one["items"][0]["score"] == pytest.approx(answers[7]["items"][0]["score"], abs=1e-4)
 
 
 def test_history_is_left_out_where_asked(tiny_run, command, capsys):
@@ -156,6 +225,39 @@ def test_added_items_get_codes_and_titles_and_old_ones_keep_theirs(tiny_run, tmp
     assert "First" in capsys.readouterr().out  # titles outlive the next addition
 
 
+def readme_snippets() -> list[str]:
+    return re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL
+    )
+
+
+def test_the_readmes_recommender_runs_as_printed(tiny_run, capsys):
+    snippet = next(text for text in readme_snippets() if "Recommender.from_run" in text)
+    exec(snippet.replace("runs/demo", str(tiny_run)).replace("item-0105", "item-0005"), {})
+    assert capsys.readouterr().out.startswith("[['item-")
+
+
+def test_the_readmes_decoder_and_processor_agree_as_printed():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    own, kept = (
+        next(t for t in readme_snippets() if name in t) for name in ("Decoder(", "TrieLogitsProcessor(")
+    )
+    torch.manual_seed(0)
+    codes, start = torch.randint(256, (80, 3)), 5
+    shape = T5Config(
+        vocab_size=start + 3 * 256, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0,
+        eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(shape).eval()
+    ids = torch.randint(start, start + 256, (2, 6))
+    names = {"codes": codes, "model": model, "code_token_start": start, "input_ids": ids, "torch": torch,
+             "attention_mask": torch.ones_like(ids)}  # fmt: skip
+    exec(own, names)
+    exec(kept, names)
+    assert names["items"].view(2, 50)[:, 0].tolist() == names["found"].items[:, 0].tolist()
+
+
 # ---- errors: exit code 2, nothing on stdout, these lines on stderr
 
 
@@ -178,6 +280,45 @@ def test_an_unknown_item_is_refused(tiny_run, command, capsys):
 def test_an_empty_history_is_refused(tiny_run, command, capsys):
     err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--history", " , ")
     assert err == 'error: --history names no item\n  fix:   write it as --history "12 7 105"\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [
+        ((), "name one of --history, --user and --histories"),
+        (("--history", "item-0001", "--user", "1"), "name one of --history, --user and --histories"),
+        (("--user", "nobody"), "user 'nobody' is not among the 40 of this run"),
+        (
+            ("--history", "item-0001", "--normalize", "item"),
+            "--normalize must be vocab, level, valid, got 'item'",
+        ),
+        (("--history", "item-0001", "--device", "gpu"), "--device gpu is no device"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused(tiny_run, command, capsys, arguments, first):
+    err = refusal(command, capsys, recommend.main, "--run", tiny_run, *arguments)
+    assert err.splitlines()[0] == f"error: {first}"
+
+
+@pytest.mark.parametrize(
+    "text", ['["item-0001"]\n{"a": 1}\n', '["item-0001"]\n[]\n', '["item-0001"]\nitem-2\n']
+)
+def test_a_line_that_is_no_history_is_refused(tiny_run, tmp_path, command, capsys, text):
+    (tmp_path / "h.jsonl").write_text(text)
+    err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--histories", tmp_path / "h.jsonl")
+    assert err.startswith(f"error: {tmp_path}/h.jsonl, line 2: wanted a JSON list of item ids")
+
+
+def test_what_the_system_and_the_environment_refuse_is_said_in_a_line(tmp_path, command, capsys, monkeypatch):
+    from cemg_kernels import dispatch
+
+    (tmp_path / "file").touch()
+    err = refusal(command, capsys, train.main, "--run", tmp_path / "file")
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path}/file") and "File exists" in err
+    monkeypatch.setattr(dispatch, "_override", None)
+    monkeypatch.setattr(dispatch, "_environment", "yes")
+    err = refusal(command, capsys, train.main, "--run", tmp_path / "run")
+    assert err == "error: CEMG_FAST_KERNELS must be 0 or 1, got 'yes'; unset it for the default, 1\n"
 
 
 @pytest.mark.parametrize("main", [recommend.main, evaluate.main], ids=["recommend", "evaluate"])
@@ -206,13 +347,16 @@ def test_a_bad_value_is_refused_by_its_field(tmp_path, command, capsys):
 
 @pytest.mark.parametrize("main", [train.main, recommend.main, evaluate.main])
 def test_a_device_that_is_not_there_is_refused(tmp_path, command, capsys, monkeypatch, main):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     extra = ("--history", "1") if main is recommend.main else ()
     err = refusal(command, capsys, main, "--run", tmp_path / "run", "--device", "cuda", *extra)
     assert err == (
         f"error: --device cuda: torch {torch.__version__} sees no GPU\n"
         "  fix:   cemg-doctor tells why; or --device cpu\n"
     )
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    err = refusal(command, capsys, main, "--run", tmp_path / "run", "--device", "cuda:1", *extra)
+    assert err.splitlines()[0] == f"error: --device cuda:1: torch {torch.__version__} sees 1 GPU"
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_a_typo_is_refused_with_the_names_there_are(tmp_path):
         ("generator.learning_rate=0", "generator.learning_rate"),
         ("generator.learning_rate=.nan", "generator.learning_rate"),
         ("generator.schedule=linear", "generator.schedule"),
+        ("generator.crop=1.5", "generator.crop"),
         ("decoding.normalize=all", "decoding.normalize"),
         ("decoding.beams=0", "decoding.beams"),
         ("pca.dim=0", "pca.dim"),
@@ -60,6 +61,12 @@ def test_a_typo_is_refused_with_the_names_there_are(tmp_path):
         ("tokenizer.codebook_size=0", "tokenizer.codebook_size"),
         ("backbone.kind=lstm", "backbone.kind"),
         ("backbone.layers=0", "backbone.layers"),
+        ("tokenizer.codebook_size=32769", "tokenizer.codebook_size must be within 1 … 32768"),
+        ("tokenizer.levels=256", "tokenizer.levels must be within 1 … 255"),
+        ("tokenizer.seed=3", "tokenizer.seed=3 has no effect"),
+        ("backbone.pretrained=t5-small", "backbone.pretrained=t5-small has no effect"),
+        ("backbone.lora_rank=8", "backbone.lora_rank=8 has no effect"),
+        ("dtype=float16", "dtype"),
         ("dtype=float64", "dtype"),
         ("generator=5", "generator"),
         ("without=[colour]", "--without colour"),
@@ -82,6 +89,11 @@ def test_scientific_notation_is_a_number():
     assert load_config(None, ["generator.learning_rate=1e-3"]).generator.learning_rate == 1e-3
 
 
+def test_a_path_is_taken_as_it_is_written(tmp_path):
+    for path in ("2014", "sets/a #2", "a: b"):
+        assert load_config(None, data_path=path).data.path == path
+
+
 def test_an_empty_section_is_its_defaults(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("generator:\n")
@@ -100,6 +112,13 @@ def test_a_file_that_is_no_configuration_is_refused_by_its_name(tmp_path, conten
     assert str(path) in error.value.message
     with pytest.raises(UserError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes("seed: 1 # gr\xfcn".encode("latin-1"))
+    with pytest.raises(UserError, match=r"c\.yaml is no UTF-8 text"):
+        load_config(path)
 
 
 def test_what_is_written_reads_as_the_same_configuration(tmp_path):

@@ -77,6 +77,11 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_a_finished_generator_keeps_no_checkpoint(tiny_run):
+    kept = {path.name for path in (tiny_run / "generator").iterdir()}
+    assert "weights.safetensors" in kept and "checkpoints" not in kept
+
+
 def test_the_same_command_again_reuses_every_stage(copy, pipeline):
     assert made_anew(copy, pipeline(copy)) == set()
 
@@ -86,6 +91,7 @@ def test_the_same_command_again_reuses_every_stage(copy, pipeline):
     [
         ("generator.epochs=1", {"generator"}),
         ("decoding.beams=7", set()),  # of the test, not of the training
+        ("decoding.batch_size=9", set()),
         ("generator.checkpoint_seconds=100", set()),
         ("graph.epochs=1", {"graph", "tokenizer", "catalog", "generator"}),
         ("without=[text]", {"tokenizer", "catalog", "generator"}),
@@ -161,6 +167,17 @@ def test_a_catalog_of_another_shape_is_refused_with_both_shapes(copy, pipeline):
         f"  cause: {copy}/generator was trained on 3 levels of 8 codes; {copy}/catalog has 4 levels of 8",
         f"  fix:   train a generator on that catalog: cemg-train --run {copy}",
     ]
+
+
+def test_a_catalog_of_a_training_that_has_not_ended_is_refused(copy, pipeline, monkeypatch):
+    """Of the same shape, so nothing else would tell that its codes mean other items."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Pipeline, "generator", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        pipeline(copy, "tokenizer.epochs=1").train()
+    with pytest.raises(UserError, match="holds a generator of another catalog"):
+        Recommender.from_run(copy)
+    pipeline(copy, "tokenizer.epochs=1").train()
+    Recommender.from_run(copy)
 
 
 def test_both_engines_rank_the_validation_users_alike(tiny_run, pipeline):
@@ -244,6 +261,20 @@ def test_a_filter_is_obeyed_and_refused_by_the_yardstick(tiny_run):
         Recommender.from_run(tiny_run, engine="transformers").recommend([["item-0001"]], filter=allowed)
 
 
+def test_a_filter_is_made_of_item_ids(tiny_run):
+    recommender = Recommender.from_run(tiny_run)
+    some = ["item-0003", "item-0010", "item-0042"]
+    histories = [["item-0001", "item-0002"]]
+    admitted = recommender.recommend(histories, top=50, filter=recommender.only(some))
+    assert {item for item in recommender.item_ids(admitted)[0] if item} == set(some)
+    others = recommender.recommend(histories, top=50, filter=~recommender.only(some))
+    assert {item for item in recommender.item_ids(others)[0] if item} == {
+        item for item in recommender.catalog.item_ids if item not in some
+    }
+    with pytest.raises(UserError, match="item 'item-9' is not in the catalog"):
+        recommender.only(["item-9"])
+
+
 def test_each_history_has_its_own_filter_beside_what_it_excludes(tiny_run):
     recommender = Recommender.from_run(tiny_run)
     few = ItemFilter.from_items(recommender.catalog.trie, [1, 2, 40])
@@ -281,6 +312,7 @@ def test_wrong_requests_are_refused(tiny_run, tmp_path):
         recommender.recommend([["item-0001"]], top=10, beams=5)
     with pytest.raises(UserError, match="item 'item-9' is not in the catalog of 50 items"):
         recommender.recommend([["item-9"]])
+    assert recommender.recommend([], top=4).items.shape == (0, 4)
     with pytest.raises(UserError, match="engine 'fast' is not there"):
         Recommender.from_run(tiny_run, engine="fast")
     with pytest.raises(UserError, match="is no run"):

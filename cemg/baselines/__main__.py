@@ -15,6 +15,7 @@ import torch
 import typer
 
 from cemg.baselines import PopularityRanker, SasrecConfig, train_sasrec
+from cemg.commands import console as command
 from cemg.data import Dataset, read_dataset
 from cemg.errors import UserError
 from cemg.evaluation import Rank, evaluate, hardware, result_table, write_result
@@ -61,6 +62,8 @@ def run(
     Example: python -m cemg.baselines --data data/beauty --model sasrec --loss ce
     --out results/beauty-sasrec-ce.json --run runs/sasrec-ce
     """
+    command.check_device(device)
+    command.check_result(out, "--out")
     if threads is not None:
         torch.set_num_threads(threads)
     began = time.perf_counter()
@@ -126,12 +129,7 @@ def _parse_settings(settings: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command; a mistake of the user's is printed as such and exits with 2."""
-    try:
-        typer.run(run)
-    except UserError as error:
-        first, *rest = error.lines()
-        console.print("\n".join([f"error: {first}", *rest]), markup=False, highlight=False)
-        raise SystemExit(2) from None
+    command.run(lambda: typer.run(run))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import typer
 from cemg.commands import console as command
 from cemg.errors import UserError
 from cemg.generator import symbol
+from cemg.pipeline import Pipeline
 from cemg.progress import console
 from cemg.recommender import ADDED_TITLES, Recommender
 from cemg.run import Run, write_json
@@ -47,6 +48,7 @@ def add(
     Example: cemg-catalog add --run runs/beauty --items new.csv
     """
     table = _read(items)
+    Pipeline.open(run)  # before a typing error becomes a folder with a lock
     with Run(run).locked():
         recommender = Recommender.from_run(run)
         known = set(recommender.catalog.item_ids)
@@ -79,8 +81,11 @@ def _read(path: Path) -> pl.DataFrame:
 
 
 def _replace(folder: Path, catalog: Catalog, added: pl.DataFrame) -> None:
-    """Write the larger catalog beside the old one and swap; its manifest stays: the run is unchanged."""
-    fresh, old = folder.with_name(".catalog.new"), folder.with_name(".catalog.old")
+    """Write the larger catalog beside the old one and swap; its manifest stays: the run is unchanged.
+
+    Killed between the two renamings, the fresh one is what `Run.stage` takes for a stage to be placed.
+    """
+    fresh, old = folder.with_name(".catalog.part"), folder.with_name(".catalog.old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(folder, fresh)

@@ -209,7 +209,12 @@ def _renamed_when_whole(out: Path) -> Iterator[Path]:
         yield part
         if out.exists():
             out.rename(old)
-        part.rename(out)
+        try:
+            part.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

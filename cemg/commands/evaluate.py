@@ -64,8 +64,7 @@ def run_evaluation(
     """
     if part not in ("test", "valid"):
         raise UserError(f"--part must be test or valid, got {part!r}")
-    if normalize not in (None, "vocab", "level", "valid"):
-        raise UserError(f"--normalize must be vocab, level or valid, got {normalize!r}")
+    command.check_normalize(normalize)
     if everyone and users is not None:
         raise UserError("--all and --users exclude each other", fix="leave one out")
     for name, count in (("users", users), ("beams", beams)):
@@ -76,10 +75,7 @@ def run_evaluation(
             f"--normalize {normalize} is for the studies, and none is asked for",
             fix="add --exact, --certified or --compare",
         )
-    if result is not None and result.is_dir():
-        raise UserError(
-            f"--result {result} is a folder", fix=f"name a file: --result {result / 'beauty.json'}"
-        )
+    command.check_result(result)
     command.check_device(device)
     pipeline = Pipeline.open(run, device=device)
     config = pipeline.config
@@ -146,7 +142,9 @@ def score(
             pipeline, model, vocabulary, catalog, split, part=part, rows=rows, beams=beams, normalize=own
         )
         further = {name: STUDIES[name](search) for name in studies} | {"studies_normalize": own}
-        scope += f"-{normalize}" if normalize else ""
+    own_search = engine == "cemg" and beams == config.decoding.beams
+    scope += "" if own_search else f"-{engine}-{beams}-beams"  # nor does another search, or a study
+    scope += "".join(f"-{name}" for name in studies) + (f"-{normalize}" if studies and normalize else "")
     second = _write(
         pipeline, config, f"{data.name}-cemg-{scope}", scored, about=about, seconds=seconds, further=further
     )

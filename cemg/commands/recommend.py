@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from cemg.commands import console as command
+from cemg.decoding import Normalize
 from cemg.errors import UserError
 from cemg.generator import symbol
 from cemg.recommender import Recommender
@@ -22,54 +23,112 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def recommend(
     run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
-    history: Annotated[str, typer.Option(help="Item ids, oldest first, parted by spaces or commas.")],
+    history: Annotated[str, typer.Option(help="Item ids, oldest first, parted by spaces or commas.")] = "",
+    user: Annotated[str, typer.Option(help="A user of the run's data, for all that is known of them.")] = "",
+    histories: Annotated[
+        Path | None, typer.Option(help="A file, a JSON list of item ids a line; prints a JSON line for each.")
+    ] = None,
     top: Annotated[int, typer.Option(help="How many items.")] = 10,
-    beams: Annotated[int, typer.Option(help="Width of the beam search.")] = 50,
+    beams: Annotated[int, typer.Option(help="Width of the beam search; --top at least.")] = 50,
     engine: Annotated[str, typer.Option(help="cemg; transformers, the yardstick; or vllm.")] = "cemg",
+    normalize: Annotated[
+        str | None, typer.Option(help="vocab, level or valid; the run's own if not given.")
+    ] = None,
     exclude_history: Annotated[bool, typer.Option(help="Leave out the items of the history.")] = False,
     exact: Annotated[bool, typer.Option(help="Search on until the list is proven to be the top.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Recommend the next items after a history.
+    """Recommend the next items after a history, a user's, or each of a file of histories.
 
     Example: cemg-recommend --run runs/beauty --history "12 7 105" --top 10
     """
     command.check_device(device)
+    command.check_normalize(normalize)
     if beams < 1:
         raise UserError(f"--beams must be at least 1, got {beams}")
+    if sum(map(bool, (history, user, histories))) != 1:
+        raise UserError(
+            "name one of --history, --user and --histories", fix='for example --history "12 7 105"'
+        )
     items = history.replace(",", " ").split()
-    if not items:
+    if history and not items:
         raise UserError("--history names no item", fix='write it as --history "12 7 105"')
-    recommender = Recommender.from_run(run, device=device, engine=engine)
-    found = recommender.recommend(
-        [items], top=top, beams=max(beams, top), exclude_history=exclude_history, exact=exact
+    many = _read(histories) if histories else []
+    recommender = Recommender.from_run(
+        run, device=device, engine=engine, normalize=cast(Normalize | None, normalize)
     )
-    titles = recommender.titles()
-    rows = [
-        {
-            "item": item,
-            "title": titles.get(item) or "",
-            "score": score,
-            "codes": [symbol(m, c) for m, c in enumerate(codes)],
-        }
-        for item, score, codes in zip(
-            recommender.item_ids(found)[0], found.scores[0].tolist(), found.codes[0].tolist(), strict=True
-        )
-        if item is not None
-    ]
+    own = many or [_history_of(user, recommender) if user else items]
+    options = {"top": top, "beams": max(beams, top), "exclude_history": exclude_history, "exact": exact}
+    answers = _answers(recommender, own, options)
+    if histories:
+        for answer in answers:
+            print(json.dumps(answer))
+        return
+    answer = next(answers)
     if as_json:
-        json.dump(
-            {"history": items, "certified": int(found.certified[0]), "items": rows}, sys.stdout, indent=1
+        print(json.dumps(answer, indent=1))
+        return
+    rows = answer["items"]
+    table = _table(rows)
+    if engine != "transformers":  # which proves nothing
+        proven = answer["certified"]
+        table.caption = f"the first {proven} of {len(rows)} are proven to be the best"
+        table.caption += "; --exact searches on" if proven < len(rows) and not exact else ""
+    Console().print(table)
+
+
+def _read(path: Path) -> list[list[str]]:
+    """A file of histories; UserError names the line that is none."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read", cause=str(error)) from error
+    found: list[list[str]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            items = json.loads(line)
+        except ValueError:
+            items = None
+        if not isinstance(items, list) or not items:
+            raise UserError(f'{path}, line {number}: wanted a JSON list of item ids, such as ["12", "7"]')
+        found.append([str(item) for item in items])
+    if not found:
+        raise UserError(f"{path} holds no history")
+    return found
+
+
+def _history_of(user: str, recommender: Recommender) -> list[str]:
+    data = recommender.pipeline.load_data()
+    if user not in data.user_ids:
+        raise UserError(
+            f"user {user!r} is not among the {data.num_users} of this run",
+            fix=f"their ids are written like {data.user_ids[0]!r}",
         )
-        print()
-    else:
-        table = _table(rows)
-        if engine != "transformers":  # which proves nothing
-            proven = int(found.certified[0])
-            table.caption = f"the first {proven} of {len(rows)} are proven to be the best"
-            table.caption += "; --exact searches on" if proven < len(rows) and not exact else ""
-        Console().print(table)
+    return [data.item_ids[row] for row in data.sequences[data.user_ids.index(user)]]
+
+
+def _answers(
+    recommender: Recommender, histories: list[list[str]], options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """What is recommended for each history, searched in batches."""
+    titles, size = recommender.titles(), recommender.pipeline.config.decoding.batch_size
+    for start in range(0, len(histories), size):
+        batch = histories[start : start + size]
+        found = recommender.recommend(batch, **options)
+        for row, (history, ids) in enumerate(zip(batch, recommender.item_ids(found), strict=True)):
+            listed = zip(ids, found.scores[row].tolist(), found.codes[row].tolist(), strict=True)
+            items = [
+                {
+                    "item": item,
+                    "title": titles.get(item) or "",
+                    "score": score,
+                    "codes": [symbol(m, c) for m, c in enumerate(codes)],
+                }
+                for item, score, codes in listed
+                if item is not None
+            ]
+            yield {"history": history, "certified": int(found.certified[row]), "items": items}
 
 
 def _table(rows: list[dict[str, object]]) -> Table:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-import yaml
 
 from cemg.commands import console as command
 from cemg.commands.evaluate import score
 from cemg.config import RunConfig, load_config
 from cemg.evaluation import result_table
-from cemg.pipeline import Pipeline
+from cemg.pipeline import CONFIG, PENDING, Pipeline
 from cemg.progress import console
 from cemg.report import write_report
 from cemg.run import Run
@@ -34,7 +33,8 @@ def train(
         "runs/synthetic"
     ),
     data: Annotated[
-        str, typer.Option(help="Folder or file that cemg-data reads. None: the synthetic set.")
+        str,
+        typer.Option(help="Folder or file that cemg-data reads. None: the run's own, or the synthetic set."),
     ] = "",
     config: Annotated[Path | None, typer.Option(help="YAML file with the settings of the stages.")] = None,
     set: Annotated[
@@ -47,12 +47,14 @@ def train(
         bool, typer.Option(help="Fast backends, or the plain PyTorch references.")
     ] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (mixed precision).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, or bfloat16 (mixed precision).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every stage.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of cached features; runs may share one.")] = None,
     result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
 ) -> None:
     """Train CEMG from raw data to a tested generator; without arguments on the synthetic set.
+
+    A run that is there goes on with its own settings where neither --data nor --config is given.
 
     Example: cemg-train --data data/beauty --run runs/beauty --set generator.epochs=40
     """
@@ -60,22 +62,27 @@ def train(
     use_fast_kernels(fast_kernels)
     for op, choice in backends(device).items():
         console.print(f"{op}: {choice.backend} ({choice.why})", highlight=False)
-    settings = _settings(data, config, list(set or []))
+    command.check_result(result)
     top = {"without": tuple(without) if without else None, "dtype": dtype, "seed": seed}
-    chosen = load_config(config, settings, **top)
+    chosen = _config(run, data, config, list(set or []), **top)
     folder = Run(run)
     with folder.locked():
-        (run / "config.yaml").write_text(yaml.safe_dump(chosen.to_dict(), sort_keys=False))
         pipeline = Pipeline(folder, chosen, device=device, cache=cache)
         pipeline.train()
         _test(pipeline, chosen, copy=result)
 
 
-def _settings(data: str, config: Path | None, settings: list[str]) -> list[str]:
+def _config(run: Path, data: str, config: Path | None, settings: list[str], **top: Any) -> RunConfig:
+    """What the command names; where it names no data, the run's own settings, or the synthetic set's."""
     if data:
-        return [f"data.path={data}", *settings]
-    named = config is not None or any(s.startswith("data.path=") for s in settings)
-    return settings if named else [*SYNTHETIC, *settings]
+        return load_config(config, settings, data_path=data, **top)
+    if config is not None or any(s.startswith("data.path=") for s in settings):
+        return load_config(config, settings, **top)
+    for own in (run / PENDING, run / CONFIG):
+        if own.is_file():
+            console.print(f"{run} goes on with its own settings, {own}", highlight=False)
+            return load_config(own, settings, **top)
+    return load_config(None, [*SYNTHETIC, *settings], **top)
 
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:

@@ -56,12 +56,15 @@ def encode_texts(
 ) -> Features:
     """Text features float32 [N, F] of N texts; None and blank texts are absent.
 
-    ``dtype`` is what the model computes in; texts in ``cache`` are not computed again.
+    ``dtype`` is what the model computes in; texts in ``cache`` are not computed again. Where there is no text
+    at all no model is loaded, and F is 1.
     Raises ``UserError`` where the model cannot be loaded or does not fit ``config``.
 
     Example: ``encode_texts(["a red lipstick", None], config=TextConfig("minilm", "mean")).present``
     is ``tensor([True, False])``.
     """
+    if not any(text and text.strip() for text in texts):
+        return Features(torch.zeros(len(texts), 1), torch.zeros(len(texts), dtype=torch.bool))
     encoder = TextEncoder(config, device=device, dtype=dtype)
     keys = [content_key(encoder.identity, text.encode()) if text and text.strip() else None for text in texts]
     return encode_rows(

@@ -34,9 +34,9 @@ class BackboneConfig:
     ``scratch`` is built like ``architecture``: "gpt2" (learned positions, dropout) or "llama" (rotary
     positions, RMSNorm, SwiGLU of 8/3 × dim); both with dropout of the embeddings and of what attention and
     feed-forward add. ``codebook_init`` starts the code tokens' embeddings from the RQ-VAE's codebooks.
-    ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it.
-    ``lora_rank`` 0 trains every weight. ``ff`` 0 means 4 × dim. TIGER's T5 is layers 4, heads 6, ff 1024,
-    dropout .1.
+    ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it. Both, ``lora_rank`` and
+    ``instruction``, are refused where the model starts from scratch. ``lora_rank`` 0 trains every weight.
+    ``ff`` 0 means 4 × dim. TIGER's T5 is layers 4, heads 6, ff 1024, dropout .1.
     """
 
     kind: Literal["t5", "causal", "scratch"] = "scratch"
@@ -60,6 +60,8 @@ class BackboneConfig:
                 "backbone.kind=causal needs a pre-trained model",
                 fix="set backbone.pretrained to a hub name or a folder, or use backbone.kind=scratch",
             )
+        if not self.pretrained or self.kind == "scratch":
+            self._refuse_what_a_checkpoint_needs()
         for name in ("layers", "dim", "heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"backbone.{name} must be at least 1, got {getattr(self, name)}")
@@ -70,6 +72,15 @@ class BackboneConfig:
             raise UserError(f"backbone.dim {self.dim} is not divisible by backbone.heads {self.heads}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"backbone.dropout must be within 0 … 1, got {self.dropout}")
+
+    def _refuse_what_a_checkpoint_needs(self) -> None:
+        for name in ("pretrained", "gguf_file", "lora_rank", "instruction"):
+            if getattr(self, name):
+                raise UserError(
+                    f"backbone.{name}={getattr(self, name)} has no effect: this model starts from scratch",
+                    cause=f"backbone.kind={self.kind}, backbone.pretrained={self.pretrained!r}",
+                    fix="--set backbone.kind=causal (or t5) --set backbone.pretrained=NAME",
+                )
 
 
 def build_backbone(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +78,17 @@ class Catalog:
 
     def rows_of(self, item_ids: Sequence[int | str]) -> list[int]:
         """Rows of item ids; UserError names the first that the catalog lacks."""
-        index = {item: row for row, item in enumerate(self.item_ids)}
         for item in item_ids:
-            if item not in index:
+            if item not in self._row_of:
                 raise UserError(
                     f"item {item!r} is not in the catalog of {len(self)} items",
                     fix=f"its ids are written like {self.item_ids[0]!r}",
                 )
-        return [index[item] for item in item_ids]
+        return [self._row_of[item] for item in item_ids]
+
+    @cached_property
+    def _row_of(self) -> dict[int | str, int]:
+        return dict(zip(self.item_ids, range(len(self)), strict=True))
 
     def extended(self, codes: Tensor, item_ids: Sequence[str] | Sequence[int]) -> Catalog:
         """A new catalog with items added at the end; what was there keeps its rows and codes."""
@@ -106,7 +110,7 @@ class Catalog:
         folder.mkdir(parents=True, exist_ok=True)
         about = {
             "format": 1, "codebook_size": self.codebook_size, "item_ids": self.item_ids,
-            "sha256": self._digest(),
+            "sha256": self.digest(),
         }  # fmt: skip
         (folder / ".catalog.json").write_text(json.dumps(about))
         save_file({"codes": self.codes}, folder / ".catalog.safetensors")
@@ -121,15 +125,16 @@ class Catalog:
             about = json.loads((folder / "catalog.json").read_text())
             codes = load_file(folder / "catalog.safetensors")["codes"]
             catalog = cls.from_codes(codes, about["codebook_size"], about["item_ids"])
-            written = about.get("sha256", catalog._digest())
+            written = about.get("sha256", catalog.digest())
         except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
             cause = f"{error} is missing in it" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{folder} holds no readable catalog", cause=cause, fix=REMEDY) from error
-        if written != catalog._digest():
+        if written != catalog.digest():
             cause = "codes and item ids are not those that were saved together"
             raise UserError(f"{folder} holds a damaged catalog", cause=cause, fix=REMEDY)
         return catalog
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """sha256 of the codes and ids."""
         about = json.dumps([list(self.codes.shape), self.codebook_size, self.item_ids])
         return hashlib.sha256(about.encode() + self.codes.numpy().tobytes()).hexdigest()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cemg.errors import UserError
 from cemg.tokenizer.fusion import MODALITIES, Fusion, ItemFeatures
 from cemg_kernels import residual_quantize
+from cemg_kernels.trie_arrays import MAX_CODEBOOK_SIZE, MAX_LEVELS
 
 ReconTarget = Literal["modalities", "h"]
 Unique = Literal["assign", "sinkhorn", "suffix"]
@@ -47,8 +48,9 @@ class TokenizerConfig:
         for name in ("levels", "codebook_size", "dim", "latent", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
-        if not 1 <= self.codebook_size <= 65_536:
-            raise UserError(f"tokenizer.codebook_size must be within 1 … 65536, got {self.codebook_size}")
+        for name, most in (("codebook_size", MAX_CODEBOOK_SIZE), ("levels", MAX_LEVELS)):  # of a trie
+            if getattr(self, name) > most:
+                raise UserError(f"tokenizer.{name} must be within 1 … {most}, got {getattr(self, name)}")
         for name in ("commit", "diversity"):
             if getattr(self, name) < 0:
                 raise UserError(f"tokenizer.{name} must not be negative, got {getattr(self, name)}")

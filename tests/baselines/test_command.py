@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from cemg.baselines.__main__ import main
 from cemg.data.dataset import Dataset
@@ -86,12 +84,12 @@ def test_a_mistake_is_named_and_exits_with_two(
     prepared: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     words: list[str],
     message: str,
 ) -> None:
-    stderr = io.StringIO()
-    monkeypatch.setattr("cemg.baselines.__main__.console", Console(file=stderr, width=200))
     needed = ["--data", prepared, "--model", "sasrec", "--out", tmp_path / "x.json"]
     assert call(monkeypatch, *needed, *words) == 2
     assert not (tmp_path / "x.json").exists()
-    assert stderr.getvalue().startswith("error: ") and message in stderr.getvalue()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said

@@ -119,6 +119,11 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(tiny_bert: Path
         quiet(TEXTS, TextConfig(str(broken)))
 
 
+def test_where_there_is_no_text_no_model_is_looked_for():
+    features = encode_texts([None, " "], config=TextConfig("no/such-model", "mean"))
+    assert features.values.tolist() == [[0], [0]] and not features.present.any()
+
+
 def test_an_unknown_model_is_an_error_with_cause_and_fix():
     with pytest.raises(UserError) as error:
         quiet(TEXTS, TextConfig("nobody/has-such-a-model"))
