@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
@@ -20,6 +22,7 @@ from cemg_kernels import (
     trie_cuda,
     trie_softmax,
 )
+from cemg_kernels.ancestor_attention import ancestor_attention
 from cemg_kernels.trie_arrays import DuplicateCodes, build
 
 pytestmark = [
@@ -209,6 +212,25 @@ def test_what_triton_does_not_take_goes_to_cusparse_and_a_bfloat16_table_keeps_i
     assert (off <= 1.01 * 3 * 2**-9 * size + 1e-6).all()
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("groups", [8, 2])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_attention_over_own_tokens_equals_the_reference(dtype, atol, groups, tokens, prefix):
+    generator = torch.Generator().manual_seed(0)
+    query, kept = (torch.randn(shape, generator=generator) for shape in ((70, 8, 64), (200, 2, groups, 64)))
+    ancestors = torch.randint(200, (tokens, 70), generator=generator)
+    bias = torch.randn(tokens, 8, generator=generator)
+    given = (torch.randn(70, 8, 64, generator=generator), torch.randn(70, 8, generator=generator) * 3)
+    wanted = ancestor_attention(query, kept, ancestors, 0.125, bias, given if prefix else None)
+    there = (given[0].to(GPU, dtype), given[1].to(GPU)) if prefix else None
+    found = ancestor_attention(
+        query.to(GPU, dtype), kept.to(GPU, dtype), ancestors.to(GPU), 0.125, bias.to(GPU, dtype), there
+    )
+    assert dispatch.choose("ancestor_attention", GPU).backend == "triton" and found.dtype == dtype
+    torch.testing.assert_close(found.float().cpu(), wanted, rtol=0, atol=atol)
+
+
 def t5() -> PreTrainedModel:
     shape = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
     return T5ForConditionalGeneration(
@@ -236,6 +258,19 @@ def test_the_engine_gives_the_cpus_lists(build, normalize):
     found = Decoder(model.to(GPU), catalog, 3, normalize).decode(ids, mask, 20)
     torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-3)
     assert (found.items == wanted.items).float().mean() > 0.95
+
+
+def test_threads_that_share_a_decoder_get_their_own_lists():
+    torch.manual_seed(5)
+    model = t5().eval().to(GPU)
+    catalog = Catalog.from_codes(codes_of(900, 3, 32), 32)
+    recorded, plain = (Decoder(model, catalog, 3, graphs=graphs) for graphs in (True, False))
+    asked = [(torch.randint(3, 99, (2, 12)), torch.ones(2, 12, dtype=torch.int64)) for _ in range(16)]
+    wanted = [plain.decode(*prompts, 8).scores for prompts in asked]
+    with ThreadPoolExecutor(4) as threads:  # the first of them record
+        found = list(threads.map(lambda prompts: recorded.decode(*prompts, 8).scores, asked))
+    for own, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("build", [t5, llama])
