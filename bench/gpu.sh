@@ -88,15 +88,15 @@ sanitizer() {
   bounded 200 sanitizer-trie compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
     -k "every_trie_operation"
   bounded 300 sanitizer-triton compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
-    -k "beam_step or softmax or propagation"
+    -k "beam_step or softmax or propagation or own_tokens"
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 ncu() {
-  local kernels="softmax_kernel|beam_step_kernel|merge_kernel|layer_kernel|chunk_kernel|prepare_kernel"
+  local kernels="attention_kernel|softmax_kernel|beam_step_kernel|merge_kernel|layer_kernel|chunk_kernel|prepare_kernel"
   kernels="regex:$kernels|residual_quantize_kernel|lookup|advance|children|mask_|interval|keep"
   bounded 480 ncu "$(type -P ncu || echo ncu)" --clock-control none --set basic --kernel-name "$kernels" --launch-count 300 --csv \
     --log-file "$WORK/ncu.csv" "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
-    -k "trie or softmax or codes or propagation"
+    -k "trie or softmax or codes or propagation or own_tokens"
 }
 train() {
   if [ ! -d "$DATA/beauty" ]; then echo "no $DATA/beauty: train skipped"; return; fi

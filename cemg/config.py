@@ -128,7 +128,9 @@ def load_config(
     tree = _read(path) if path is not None else {}
     tree |= {name: value for name, value in top.items() if value is not None}
     if data_path:
-        tree["data"] = (tree.get("data") or {}) | {"path": data_path}
+        if not isinstance(tree.setdefault("data", {}), dict):
+            raise UserError(f"data is no section in {path}", cause=f"it is {tree['data']!r}")
+        tree["data"]["path"] = data_path
     for override in overrides:
         _override(tree, override)
     try:

@@ -34,7 +34,7 @@ from cemg.generator import (
 )
 from cemg.graph import train_lightgcn
 from cemg.progress import console
-from cemg.run import Run, digest, write_json
+from cemg.run import Run, digest, write_json, write_text
 from cemg.tokenizer import MODALITIES, Catalog, Tokenizer, make_unique, train_tokenizer
 
 CONFIG, PENDING = "config.yaml", ".config.next.yaml"  # of what a run holds; of what it is being made into
@@ -74,6 +74,8 @@ class Pipeline:
     ) -> None:
         self.run, self.asked, self.config, self.device = run, config, config.seeded(), device
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
+        if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+            torch.cuda.set_device(device)  # kernels, and accelerate, take the current one
 
     @classmethod
     def open(cls, folder: Path, *, device: str = "cpu") -> Pipeline:
@@ -82,6 +84,7 @@ class Pipeline:
         if not path.is_file():
             why = "its training has not ended" if (folder / PENDING).is_file() else f"it has no {CONFIG}"
             raise UserError(f"{folder} is no run: {why}", fix=f"cemg-train --run {folder}")
+        Run(folder).check_whole()
         return cls(Run(folder), load_config(path), device=device)
 
     def train(self) -> None:
@@ -91,14 +94,19 @@ class Pipeline:
         beside the old one.
         """
         self.data()
-        pending = self.run.folder / PENDING
-        pending.write_text(yaml.safe_dump(self.asked.to_dict(), sort_keys=False))
-        self.features()
-        self.graph()
-        self.tokenizer()
-        self.catalog()
-        self.generator()
-        pending.replace(self.run.folder / CONFIG)
+        pending, own = (self.run.folder / name for name in (PENDING, CONFIG))
+        write_text(pending, yaml.safe_dump(self.asked.to_dict(), sort_keys=False))
+        try:
+            self.features()
+            self.graph()
+            self.tokenizer()
+            self.catalog()
+            self.generator()
+        except UserError:
+            if own.is_file():
+                pending.unlink()  # a mistake is nothing to go on with
+            raise
+        pending.replace(own)
 
     # ---- stages
 
@@ -149,7 +157,12 @@ class Pipeline:
             ("decoding", "batch_size"),
         ):
             del parts[part][name]  # which changes no weight
-        config = parts | {"dtype": self.config.dtype, "seed": self.config.seed}
+        catalog = self.load_catalog().first(self.load_data().num_items)
+        config = parts | {
+            "dtype": self.config.dtype,
+            "seed": self.config.seed,
+            "catalog_sha256": catalog.digest(),  # made anew it may have other codes, on a GPU
+        }
         self.run.stage("generator", config, self._build_generator, inputs=("data", "catalog"))
 
     # ---- how each is built
@@ -267,8 +280,6 @@ class Pipeline:
             "best_epoch": progress.best_epoch,
             "epochs": progress.epoch,
             "validation_ndcg10": progress.best,
-            "items": len(catalog),
-            "catalog_sha256": catalog.digest(),
         }
         write_json(folder / "training.json", best)
         write_json(folder / "seconds.json", progress.seconds)
@@ -311,13 +322,6 @@ class Pipeline:
                 cause=f"{self.run.path('generator')} was trained on {shape[0]} levels of {shape[1]} codes; "
                 f"{self.run.path('catalog')} has {catalog.levels} levels of {catalog.codebook_size}",
                 fix=f"train a generator on that catalog: cemg-train --run {self.run.folder}",
-            )
-        about = json.loads((self.run.path("generator") / "training.json").read_text())
-        if "items" in about and catalog.first(about["items"]).digest() != about["catalog_sha256"]:
-            raise UserError(
-                f"{self.run.folder} holds a generator of another catalog",
-                cause="a training that made a new catalog has not ended",
-                fix=f"cemg-train --run {self.run.folder} goes on with it",
             )
 
     def ranker(

@@ -62,12 +62,15 @@ class Run:
         else:
             if _key_of(doing / MANIFEST) != key:  # else all but the renaming was done when it was killed
                 with named_range(f"stage: {name}"):
-                    self._build(name, key, config, build)
+                    self._build(name, key, config, build, inputs)
             self._place(name)
         self.seconds[name] = json.loads((done / MANIFEST).read_text())["seconds"]
         return done
 
-    def _build(self, name: str, key: str, config: Mapping[str, Any], build: Callable[[Path], None]) -> None:
+    def _build(
+        self, name: str, key: str, config: Mapping[str, Any], build: Callable[[Path], None],
+        inputs: tuple[str, ...],
+    ) -> None:  # fmt: skip
         doing = self.folder / f".{name}.part"
         if _key_of(doing / KEY) != key:
             shutil.rmtree(doing, ignore_errors=True)
@@ -79,7 +82,8 @@ class Run:
         clock = doing / "seconds.json"  # of training that was interrupted before
         before = json.loads(clock.read_text()) if clock.is_file() else 0.0
         seconds = round(max(time.monotonic() - started, before), 2)
-        manifest = {"key": key, "seconds": seconds, **_contents(doing), "config": dict(config)}
+        own = {name: self.keys[name] for name in inputs}
+        manifest = {"key": key, "inputs": own, "seconds": seconds, **_contents(doing), "config": dict(config)}
         write_json(doing / MANIFEST, manifest)
         console.print(f"{name}: done in {seconds:.1f} s", highlight=False)
 
@@ -92,6 +96,17 @@ class Run:
             done.replace(old)
         doing.replace(done)
         shutil.rmtree(old, ignore_errors=True)
+
+    def check_whole(self) -> None:
+        """UserError where a stage was made of another one than stands there: a training has not ended."""
+        for manifest in sorted(self.folder.glob(f"*/{MANIFEST}")):
+            for name, key in json.loads(manifest.read_text()).get("inputs", {}).items():
+                if _key_of(self.path(name) / MANIFEST) != key:
+                    raise UserError(
+                        f"{self.folder} is between two trainings",
+                        cause=f"its {manifest.parent.name} was not made of the {name} that is there now",
+                        fix=f"cemg-train --run {self.folder} goes on",
+                    )
 
     def locked(self) -> AbstractContextManager[None]:
         """Refuses a second command on the same folder while the first one lives."""
@@ -132,8 +147,13 @@ def digest(value: object) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Whole or not at all."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=1))
+    part.write_text(text)
     part.replace(path)
 
 

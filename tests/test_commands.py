@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from cemg import progress
 from cemg.commands import catalog, evaluate, recommend, train
@@ -119,6 +120,14 @@ def test_a_run_goes_on_with_its_own_settings(tiny_run, tmp_path, command, capsys
     assert [line for line in said.splitlines() if line.endswith("started")] == ["generator: started"]
     assert ((run / "config.yaml").read_text(), (run / "catalog" / "catalog.safetensors").read_bytes()) == kept
     assert command(recommend.main, "--run", run, "--history", "item-0001") == 0
+
+
+def test_a_configuration_without_data_takes_the_runs_own(tiny_run, tmp_path, command, feature_cache):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    own = yaml.safe_load((run / "config.yaml").read_text())
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({k: own[k] for k in own if k != "data"} | {"seed": 0}))
+    assert command(train.main, "--run", run, "--cache", feature_cache, "--config", tmp_path / "c.yaml") == 0
+    assert yaml.safe_load((run / "config.yaml").read_text()) == own  # 40 users and all
 
 
 def test_a_training_that_dies_leaves_the_run_as_it_was_and_is_gone_on_with(
@@ -307,6 +316,9 @@ def test_a_line_that_is_no_history_is_refused(tiny_run, tmp_path, command, capsy
     (tmp_path / "h.jsonl").write_text(text)
     err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--histories", tmp_path / "h.jsonl")
     assert err.startswith(f"error: {tmp_path}/h.jsonl, line 2: wanted a JSON list of item ids")
+    (tmp_path / "h.jsonl").write_text('["item-0001"]\n\n["item-0002", "item-77"]\n')
+    err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--histories", tmp_path / "h.jsonl")
+    assert err == f"error: {tmp_path}/h.jsonl, line 3: item 'item-77' is not in the catalog\n"
 
 
 def test_what_the_system_and_the_environment_refuse_is_said_in_a_line(tmp_path, command, capsys, monkeypatch):
@@ -354,6 +366,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, command, capsys, monkey
         f"error: --device cuda: torch {torch.__version__} sees no GPU\n"
         "  fix:   cemg-doctor tells why; or --device cpu\n"
     )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     err = refusal(command, capsys, main, "--run", tmp_path / "run", "--device", "cuda:1", *extra)
     assert err.splitlines()[0] == f"error: --device cuda:1: torch {torch.__version__} sees 1 GPU"

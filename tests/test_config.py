@@ -92,6 +92,9 @@ def test_scientific_notation_is_a_number():
 def test_a_path_is_taken_as_it_is_written(tmp_path):
     for path in ("2014", "sets/a #2", "a: b"):
         assert load_config(None, data_path=path).data.path == path
+    (tmp_path / "c.yaml").write_text("data: sets/a\n")
+    with pytest.raises(UserError, match="data is no section"):
+        load_config(tmp_path / "c.yaml", data_path="sets/b")
 
 
 def test_an_empty_section_is_its_defaults(tmp_path):

@@ -169,15 +169,38 @@ def test_a_catalog_of_another_shape_is_refused_with_both_shapes(copy, pipeline):
     ]
 
 
-def test_a_catalog_of_a_training_that_has_not_ended_is_refused(copy, pipeline, monkeypatch):
-    """Of the same shape, so nothing else would tell that its codes mean other items."""
+@pytest.mark.parametrize(
+    "override, dies_in, said",
+    [
+        ("data.synthetic_users=30", "features", "its catalog was not made of the data"),
+        ("pca.dim=4", "tokenizer", "its tokenizer was not made of the features"),
+        ("tokenizer.epochs=1", "generator", "its generator was not made of the catalog"),
+    ],
+)
+def test_a_run_between_two_trainings_is_refused(copy, pipeline, monkeypatch, override, dies_in, said):
+    """Of the same shape, so nothing else would tell that its parts do not belong together."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Pipeline, "generator", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        pipeline(copy, "tokenizer.epochs=1").train()
-    with pytest.raises(UserError, match="holds a generator of another catalog"):
+        patch.setattr(Pipeline, dies_in, lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        pipeline(copy, override).train()
+    with pytest.raises(UserError, match="is between two trainings") as error:
         Recommender.from_run(copy)
-    pipeline(copy, "tokenizer.epochs=1").train()
+    assert said in (error.value.cause or "")
+    pipeline(copy, override).train()
     Recommender.from_run(copy)
+
+
+def test_a_catalog_made_anew_with_other_codes_has_another_generator(copy, pipeline):
+    """As on a GPU, where the same tokenizer need not come out twice."""
+    catalog = Catalog.load(copy / "catalog")
+    Catalog.from_codes(catalog.codes.flip(0), catalog.codebook_size, catalog.item_ids).save(copy / "catalog")
+    assert made_anew(copy, pipeline(copy)) == {"generator"}
+
+
+def test_a_mistake_in_a_setting_is_nothing_to_go_on_with(copy, pipeline):
+    kept = (copy / "config.yaml").read_text()
+    with pytest.raises(UserError):
+        pipeline(copy, "text.model=no/such-model").train()
+    assert not (copy / ".config.next.yaml").exists() and (copy / "config.yaml").read_text() == kept
 
 
 def test_both_engines_rank_the_validation_users_alike(tiny_run, pipeline):

@@ -20,7 +20,7 @@ def check_device(device: str) -> None:
         found = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device} is no device", fix="--device cpu, cuda or cuda:1") from None
-    gpus = torch.cuda.device_count() if found.type == "cuda" else 0
+    gpus = torch.cuda.device_count() if found.type == "cuda" and torch.cuda.is_available() else 0
     if found.type == "cuda" and (found.index or 0) >= gpus:
         sees = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "no GPU"
         raise UserError(

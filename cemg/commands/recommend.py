@@ -54,10 +54,10 @@ def recommend(
     items = history.replace(",", " ").split()
     if history and not items:
         raise UserError("--history names no item", fix='write it as --history "12 7 105"')
-    many = _read(histories) if histories else []
     recommender = Recommender.from_run(
         run, device=device, engine=engine, normalize=cast(Normalize | None, normalize)
     )
+    many = _read(histories, set(map(str, recommender.catalog.item_ids))) if histories else []
     own = many or [_history_of(user, recommender) if user else items]
     options = {"top": top, "beams": max(beams, top), "exclude_history": exclude_history, "exact": exact}
     answers = _answers(recommender, own, options)
@@ -78,21 +78,25 @@ def recommend(
     Console().print(table)
 
 
-def _read(path: Path) -> list[list[str]]:
-    """A file of histories; UserError names the line that is none."""
+def _read(path: Path, known: set[str]) -> list[list[str]]:
+    """A file of histories; UserError names the line that is none, or has an unknown item."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read", cause=str(error)) from error
     found: list[list[str]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            items = json.loads(line)
+            items = json.loads(line) if line.strip() else []
         except ValueError:
             items = None
-        if not isinstance(items, list) or not items:
+        if not isinstance(items, list) or (line.strip() and not items):
             raise UserError(f'{path}, line {number}: wanted a JSON list of item ids, such as ["12", "7"]')
-        found.append([str(item) for item in items])
+        unknown = next((str(item) for item in items if str(item) not in known), None)
+        if unknown is not None:
+            raise UserError(f"{path}, line {number}: item {unknown!r} is not in the catalog")
+        if items:
+            found.append([str(item) for item in items])
     if not found:
         raise UserError(f"{path} holds no history")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,8 @@ def train(
         list[str] | None, typer.Option(help="One setting, e.g. --set generator.epochs=10; repeatable.")
     ] = None,
     without: Annotated[
-        list[str] | None, typer.Option(help="Ablation: collab, image, text or llm; repeatable.")
+        list[str] | None,
+        typer.Option(help="Ablation: collab, image, text or llm; repeatable. --set 'without=[]' ends it."),
     ] = None,
     fast_kernels: Annotated[
         bool, typer.Option(help="Fast backends, or the plain PyTorch references.")
@@ -73,16 +75,21 @@ def train(
 
 
 def _config(run: Path, data: str, config: Path | None, settings: list[str], **top: Any) -> RunConfig:
-    """What the command names; where it names no data, the run's own settings, or the synthetic set's."""
+    """What the command names; where it names no data, the run's own, or the synthetic set's settings."""
     if data:
         return load_config(config, settings, data_path=data, **top)
-    if config is not None or any(s.startswith("data.path=") for s in settings):
-        return load_config(config, settings, **top)
-    for own in (run / PENDING, run / CONFIG):
-        if own.is_file():
-            console.print(f"{run} goes on with its own settings, {own}", highlight=False)
-            return load_config(own, settings, **top)
-    return load_config(None, [*SYNTHETIC, *settings], **top)
+    own = next((path for path in (run / PENDING, run / CONFIG) if path.is_file()), None)
+    if own is not None and config is None:
+        console.print(f"{run} goes on with its own settings, {own}", highlight=False)
+        if own.name == PENDING and (run / CONFIG).is_file():
+            console.print(f"delete {own} to go back to those of {run / CONFIG}", highlight=False)
+        return load_config(own, settings, **top)
+    if config is None and not any(s.startswith("data.path=") for s in settings):
+        return load_config(None, [*SYNTHETIC, *settings], **top)
+    chosen = load_config(config, settings, **top)
+    if own is not None and not chosen.data.path:
+        return dataclasses.replace(chosen, data=load_config(own).data)
+    return chosen
 
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:

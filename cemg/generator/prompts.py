@@ -79,19 +79,20 @@ class Samples(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         user, first, target, end = self.spans[index]
-        if self.crop:
-            first = self._cropped(index)
-        target = max(target, first if self.first_item else first + 1)
-        items = self.train[user][first:end]
+        begin = self._cropped(index) if self.crop else first
+        if begin > first or not self.first_item:
+            target = max(target, begin + 1)
+        items = self.train[user][begin:end]
         make = self._seq2seq if self.prompter.seq2seq else self._causal
-        return make(items, target - first)
+        return make(items, target - begin)
 
     def _cropped(self, index: int) -> int:
         """The first item, drawn anew each epoch of those that leave a target with an item before it."""
         _, first, target, end = self.spans[index]
         last = target - 1 if target > first else end - 2
+        seen = max(first, target - self.prompter.history_items) if self.prompter.seq2seq else first
         draw = np.random.default_rng((self.seed, self.epoch, index))
-        return int(draw.integers(first, last + 1)) if last > first and draw.random() < self.crop else first
+        return int(draw.integers(seen + 1, last + 1)) if last > seen and draw.random() < self.crop else first
 
     def lengths(self) -> list[int]:
         """Items each sample holds: what batches are bucketed by."""

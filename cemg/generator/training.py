@@ -40,8 +40,9 @@ class GeneratorConfig:
     the trie chooses. The second learns preferences alone, not also which codes go together, and goes with
     ``decoding.normalize=valid``.
 
-    ``crop`` is the share of samples that begin, anew each epoch, at a random item of their history: the same
-    targets after shorter histories. ``first_item``: whether an item with none before it is a target.
+    ``crop`` is the share of samples that begin, anew each epoch, at a random later item of their history,
+    itself no target then: targets after shorter histories. ``first_item``: whether a user's first item, with
+    none before it, is a target.
     """
 
     history_items: int = 20
@@ -138,8 +139,6 @@ class _Training:
         self.config, self.folder, self.log, self.validate = config, folder, log, validate
         precision = {"float32": "no", "bfloat16": "bf16"}[dtype]
         AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier training's precision stays
-        if torch.device(device).index is not None:
-            torch.cuda.set_device(device)  # accelerate takes the current one
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
         self.samples = samples
         self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)

@@ -362,3 +362,10 @@ def test_dates_of_a_parquet_file_are_times(tmp_path):
         tmp_path / "i.parquet"
     )
     assert read_dataset(tmp_path / "i.parquet", min_count=0).item_ids == ["early", "late"]
+
+
+def test_a_line_of_films_that_is_cut_short_is_refused_with_its_number(tmp_path):
+    folder = movielens_100k(tmp_path)
+    (folder / "u.item").write_bytes((folder / "u.item").read_bytes() + b"y|Toy Story|x\n")
+    with pytest.raises(UserError, match=r"u\.item, line 2: wanted an id, a title and genres"):
+        read_dataset(folder, min_count=0)

@@ -110,8 +110,27 @@ def test_crops_follow_the_seed_and_the_epoch_and_spare_what_is_not_drawn():
 
     assert starts(0.5, 1, 2) == starts(0.5, 1, 2)
     assert starts(0.5, 1, 2) != starts(0.5, 1, 3) != starts(0.5, 2, 3)
-    assert set(starts(1.0, 0, 0)) == set(range(11)) and set(starts(0.0, 0, 1)) == {0}
+    assert set(starts(1.0, 0, 0)) == set(range(1, 11)) and set(starts(0.0, 0, 1)) == {0}
     assert 10 < starts(0.5, 1, 2).count(0) < 35
+
+
+def test_where_a_crop_begins_is_no_target_and_a_first_item_is_unless_left_out():
+    train = [np.arange(6, dtype=np.int32)]
+
+    def targets(**options: object) -> list[int]:
+        return items_in(prompter(history_items=5).samples(train, **options)[0]["labels"])
+
+    assert targets() == [0, 1, 2, 3, 4, 5] and targets(first_item=False) == [1, 2, 3, 4, 5]
+    cropped = targets(crop=1.0)
+    samples = prompter(history_items=5).samples(train, crop=1.0)
+    assert items_in(samples[0]["input_ids"])[1:] == cropped == list(range(6 - len(cropped), 6))
+
+
+def test_an_encoders_crop_shortens_what_it_would_have_read():
+    train = [np.arange(30, dtype=np.int32)]
+    samples = prompter(history_items=4, seq2seq=True).samples(train, crop=1.0)
+    lengths = [len(items_in(samples[index]["input_ids"])) for index in range(len(samples))]
+    assert max(lengths[1:]) < 4 and min(lengths) == 1
 
 
 def test_labels_are_the_targets_codes_in_place_and_ignored_where_context_is():

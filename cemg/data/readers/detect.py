@@ -13,11 +13,11 @@ BY_NAME = {  # a glob in a folder -> its format; the first that matches wins
     "*.inter": "recbole",
     "yelp_academic_dataset_review.json": "yelp",
     "*_item2attributes.json": "sequence",
+    "interactions.csv": "csv",
+    "interactions.parquet": "parquet",
     "u.data": "movielens",
     "ratings.dat": "movielens",
     "movies.csv": "movielens",
-    "interactions.csv": "csv",
-    "interactions.parquet": "parquet",
 }
 BY_SUFFIX = {
     ".txt": "sequence", ".data": "movielens", ".dat": "movielens", ".inter": "recbole", ".csv": "csv",

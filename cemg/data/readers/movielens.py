@@ -84,30 +84,24 @@ def _movies_csv(file: Path) -> Iterator[tuple[str, str, list[str]]]:
 def _movies(file: Path) -> Iterator[tuple[str, str, list[str]]]:
     """``movies.dat``: id, title, genres. ``u.item``: id, title, …, a flag for each genre of ``u.genre``."""
     flags = file.name == "u.item"
-    names = (
-        [line.split("|")[0] for line in _text(file.with_name("u.genre")).splitlines() if line]
-        if flags
-        else []
-    )
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    names = [line.split("|")[0] for line in _lines(file.with_name("u.genre"))] if flags else []
+    for number, line in enumerate(_lines(file), start=1):
         parts = line.split("|" if flags else "::")
-        if line.strip() and len(parts) < 3:
+        if len(parts) < (2 + len(names) if flags else 3):
             raise bad_line(file, number, "wanted an id, a title and genres")
-        if line.strip():
-            own = (
-                [name for name, flag in zip(names, parts[-len(names) :], strict=True) if flag == "1"]
-                if names
-                else []
-            )
-            yield parts[0], parts[1], own if flags else parts[2].split("|")
+        own = [
+            name for name, flag in zip(names, parts[len(parts) - len(names) :], strict=True) if flag == "1"
+        ]
+        yield parts[0], parts[1], own if flags else parts[2].split("|")
 
 
-def _text(file: Path) -> str:
-    """UTF-8, or Latin-1 as the older sets are; "" where there is no such file."""
+def _lines(file: Path) -> list[str]:
+    """Of UTF-8, or Latin-1 as the older sets are, no blank ones at the end; none where there is no file."""
     if not file.is_file():
-        return ""
+        return []
     raw = file.read_bytes()
     try:
-        return raw.decode()
+        text = raw.decode()
     except UnicodeDecodeError:
-        return raw.decode("latin-1")
+        text = raw.decode("latin-1")
+    return text.rstrip().replace("\r\n", "\n").split("\n")
