@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,7 @@ class TransformersDecoder:
         offset = torch.arange(catalog.levels) * catalog.codebook_size + code_token_start
         self.tokens = catalog.codes + offset  # [N, levels]
         self.root = dict_trie(self.tokens)
+        self.lock = Lock()  # a search changes the model's configuration while it runs
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
@@ -45,7 +47,7 @@ class TransformersDecoder:
             )
         device = self.model.device
         prompt = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
-        with plain_generation(self.model):
+        with self.lock, plain_generation(self.model):
             out: Any = cast(Any, self.model).generate(
                 input_ids=input_ids.to(device), attention_mask=attention_mask.to(device),
                 do_sample=False, num_beams=beams, num_return_sequences=beams, early_stopping=False,
