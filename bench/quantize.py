@@ -98,7 +98,8 @@ def main() -> None:
     options = parser.parse_args()
     device = start(options)
     report = Report("residual_quantize", options, device)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, which our kernel takes as well
+    if device.type == "cuda":  # TF32, which our kernel takes as well
+        torch.set_float32_matmul_precision("high")
     rate = gemm_rate(device)
     torch.set_float32_matmul_precision("highest")
     for size in SIZES:
