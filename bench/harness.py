@@ -430,3 +430,15 @@ def optional(names: Sequence[str]) -> str:
         except PackageNotFoundError:
             missing.append(name)
     return f"{NOT_INSTALLED}: {', '.join(missing)}" if missing else ""
+
+
+def checked(peers: Mapping[str, Any], check: Callable[[Any], object]) -> dict[str, Any]:
+    """The peers, with a reason in place of those that ``check`` raises for; a reason stays."""
+    said = dict(peers)
+    for name, peer in peers.items():
+        if not isinstance(peer, str):
+            try:
+                check(peer)
+            except (AssertionError, RuntimeError, TypeError) as error:
+                said[name] = f"failed: {str(error).splitlines()[0][:80]}"
+    return said

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import Report, Work, arguments, copy_bandwidth, last_cache, optional, start
+from harness import Report, Work, arguments, checked, copy_bandwidth, last_cache, optional, start
 from torch import Tensor
 
 from cemg_kernels import BipartiteGraph, dispatch, lightgcn_propagate
@@ -100,20 +100,6 @@ def backward(run: Operator, x: Tensor, gradient: Tensor) -> Callable[[], Tensor]
     return once
 
 
-def checked(
-    peers: dict[str, Operator | str], result: Callable[[Operator], Tensor], wanted: Tensor
-) -> dict[str, Operator | str]:
-    """The peers, with a reason in place of those that fail or return something else."""
-    said = dict(peers)
-    for name, peer in peers.items():
-        if not isinstance(peer, str):
-            try:
-                torch.testing.assert_close(result(peer), wanted, rtol=0, atol=1e-5)
-            except (AssertionError, RuntimeError) as error:
-                said[name] = f"failed: {str(error).splitlines()[0][:80]}"
-    return said
-
-
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], rounds=9, seconds=15.0)
     parser.add_argument("--scale", type=float, default=1.0, help="of users, items and edges, for trials")
@@ -160,8 +146,9 @@ def one_shape(report: Report, name: str, users: int, items: int, edges: int, ban
     for found in ours.values():
         torch.testing.assert_close(found(x), wanted, rtol=0, atol=1e-5)
         torch.testing.assert_close(backward(found, x, gradient)(), wanted_gradient, rtol=0, atol=1e-5)
-    forward_peers = checked(forward_peers, lambda run: run(x), wanted)
-    peers = checked(peers, lambda run: backward(run, x, gradient)(), wanted_gradient)
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    forward_peers = checked(forward_peers, lambda run: close(run(x), wanted))
+    peers = checked(peers, lambda run: close(backward(run, x, gradient)(), wanted_gradient))
     moved = unavoidable(graph, DIM * x.element_size(), last_cache(device))
     floor, gathered = moved / bandwidth * 1e3, LAYERS * len(graph.neighbours) * DIM * x.element_size()
     with torch.no_grad():

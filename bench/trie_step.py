@@ -24,6 +24,7 @@ from harness import (
     Work,
     apart,
     arguments,
+    checked,
     copy_bandwidth,
     measure,
     optional,
@@ -248,19 +249,6 @@ def check(found: Sequence[Tensor], wanted: BeamStep) -> None:
         assert torch.equal(mine[alone].long(), theirs[alone].long()), f"other {name}"
 
 
-def checked(peers: dict[str, Work | str], wanted: BeamStep) -> dict[str, Work | str]:
-    """The peers, with a reason in place of those that fail or return something else."""
-    said = dict(peers)
-    for name, peer in peers.items():
-        if not isinstance(peer, str):
-            try:
-                found: Any = peer()
-                check(found, wanted)
-            except (AssertionError, RuntimeError, TypeError) as error:
-                said[name] = f"failed: {str(error).splitlines()[0][:80]}"
-    return said
-
-
 def in_a_graph(run: Work, report: Report) -> Times | str:
     """A step among ``IN_GRAPH`` of one CUDA graph, or why there is none."""
     try:
@@ -288,7 +276,8 @@ def one_step(report: Report, step: Step, label: str, bandwidth: float) -> None:
     }
     moved = step.needed_bytes()
     floor, equal = moved / bandwidth * 1e3, f"reference: scores within {TOLERANCE:.0e}, parents, codes"
-    report.case(label, {backend: lambda: step.run(backend)}, checked(peers, wanted), equal, floor,
+    peers = checked(peers, lambda peer: check(peer(), wanted))
+    report.case(label, {backend: lambda: step.run(backend)}, peers, equal, floor,
                 nbytes=moved, bytes_an_item=step.trie.nbytes / len(step.codes))  # fmt: skip
     if report.device.type == "cuda":
         times = in_a_graph(lambda: step.run(backend), report)
@@ -300,7 +289,8 @@ def over_the_level(report: Report, step: Step, label: str, bandwidth: float) -> 
     backend = dispatch.choose("trie_beam_step", report.device).backend
     wanted = step.run("reference", "level")
     check(step.run(backend, "level"), wanted)
-    peers = checked({of_flashrec("fused step"): step.flashrec_fused()}, wanted)
+    peers = {of_flashrec("fused step"): step.flashrec_fused()}
+    peers = checked(peers, lambda peer: check(peer(), wanted))
     moved = step.needed_bytes("level")
     report.case(f"{label}, over the level", {backend: lambda: step.run(backend, "level")}, peers,
                 f"reference: scores within {TOLERANCE:.0e}, parents, codes", moved / bandwidth * 1e3,

@@ -264,7 +264,8 @@ def test_a_step_with_another_parent_or_code_is_refused() -> None:
         other = wanted._replace(**{name: getattr(wanted, name) + 1})
         with pytest.raises(AssertionError, match=f"other {name}"):
             trie_step.check(other, wanted)
-    peers = trie_step.checked({"wrong": lambda: wanted._replace(scores=wanted.scores - 1)}, wanted)
+    wrong = {"wrong": lambda: wanted._replace(scores=wanted.scores - 1)}
+    peers = harness.checked(wrong, lambda peer: trie_step.check(peer(), wanted))
     assert str(peers["wrong"]).startswith("failed: Tensor-likes are not close")
 
 
