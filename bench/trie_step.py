@@ -5,8 +5,9 @@
 Scores and logits are random, of one user and of eight; every beam stands on a random node of level 1.
 "floor": at the machine's copy bandwidth, the codes of the beams' children, the logits that count
 (theirs, or the level's) and for the softmax its result; from a cache they take less. A step "over the level"
-normalises as flashrec does, whose fused step is the peer. On a GPU our step is timed once more in a CUDA
-graph, as the decoder runs it.
+normalises as flashrec does, whose fused step is the peer. A step "under a filter" admits half of the items,
+and leaves out twenty more of each user's; the peers hold a trie of their own of each user's items, which a
+filter of ours makes needless. On a GPU our step is timed once more in a CUDA graph, as the decoder runs it.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from harness import (
 )
 from torch import Tensor
 
-from cemg_kernels import Trie, dispatch, trie_beam_step, trie_softmax
+from cemg_kernels import ItemFilter, RequestFilter, Trie, dispatch, trie_beam_step, trie_softmax
 from cemg_kernels.trie_beam_step import BeamStep
 from cemg_kernels.trie_softmax import Normalize
 
 WIDTH, LEVELS = 50, 4
 SIZES, ITEMS, USERS = (256, 2048), (10**4, 10**5, 10**6, 10**7), (1, 8)  # K, N and B of the cases
+SHARE, EXCLUDED = 0.5, 20  # of a filter: what it admits, and how many it leaves out a user
 TOLERANCE = 1e-5  # of a score
 IN_GRAPH = 20  # steps of one CUDA graph, so that its launch is no part of a step
 MOST_FOR_DICT = 10**6
@@ -60,9 +62,36 @@ class Step:
         self.flat = self.logits.flatten(0, 1)  # [B * W, K]
         self.scores = -torch.rand(users, WIDTH, generator=generator).sort().values.to(device)
 
-    def run(self, backend: str, normalize: Normalize = "valid") -> BeamStep:
+    def run(
+        self, backend: str, normalize: Normalize = "valid", filter: RequestFilter | None = None
+    ) -> BeamStep:
         return trie_beam_step(
-            self.logits, self.scores, self.nodes, self.trie, WIDTH, normalize, backend=backend
+            self.logits, self.scores, self.nodes, self.trie, WIDTH, normalize, filter=filter, backend=backend
+        )
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """What each user may get, bool [B, N]: half of the items, less twenty of the user's own.
+
+        One below each first code is among them: transformers refuses a prefix that nothing continues.
+        """
+        generator = torch.Generator().manual_seed(1)
+        half = torch.rand(len(self.codes), generator=generator) < SHARE
+        allowed = half.repeat(self.users, 1)
+        own = torch.randint(len(self.codes), (self.users, EXCLUDED), generator=generator)
+        allowed.scatter_(1, own, False)
+        one = torch.zeros(self.size, dtype=torch.int64)
+        one[self.codes[:, 0].long()] = torch.arange(len(self.codes))
+        allowed[:, one[self.codes[:, 0].unique().long()]] = True
+        return allowed
+
+    @cached_property
+    def filter(self) -> RequestFilter:
+        """One bitmap of what any user may get, and a list of what each may not."""
+        shared = self.allowed.any(0)
+        missing = [(shared & ~own).nonzero()[:, 0].tolist() for own in self.allowed]
+        return ItemFilter.from_mask(self.trie, shared.to(self.trie.device)) & RequestFilter.excluding(
+            self.trie, missing
         )
 
     def needed_bytes(self, normalize: Normalize = "valid") -> int:
@@ -88,6 +117,21 @@ class Step:
 
         root = dict_trie(self.codes)
         process = PrefixConstrainedLogitsProcessor(lambda _, tokens: list(root[int(tokens[-1])]), WIDTH)
+        logits, tokens = self.flat.cpu(), self.first[:, None]
+        return lambda: self.finish(process(tokens, logits).to(self.logits.device))
+
+    def dict_tries(self) -> Work | str:
+        """The same, each user's of the items that this user may get."""
+        if len(self.codes) * self.users > MOST_FOR_DICT:
+            return f"{NOT_ASKED}nested dicts of more than {MOST_FOR_DICT:.0e} items"
+        from transformers import PrefixConstrainedLogitsProcessor
+
+        from cemg.decoding import dict_trie
+
+        roots = [dict_trie(self.codes[own]) for own in self.allowed]
+        process = PrefixConstrainedLogitsProcessor(
+            lambda user, tokens: list(roots[user][int(tokens[-1])]), WIDTH
+        )
         logits, tokens = self.flat.cpu(), self.first[:, None]
         return lambda: self.finish(process(tokens, logits).to(self.logits.device))
 
@@ -297,6 +341,23 @@ def over_the_level(report: Report, step: Step, label: str, bandwidth: float) -> 
                 nbytes=moved)  # fmt: skip
 
 
+def under_a_filter(report: Report, step: Step, label: str, bandwidth: float) -> None:
+    """The step under "valid" where a user may get some of the items."""
+    if len(step.codes) > max(ITEMS):
+        return  # too long to draw
+    backend = dispatch.choose("trie_beam_step", report.device).backend
+    wanted = step.run("reference", filter=step.filter)
+    check(step.run(backend, filter=step.filter), wanted)
+    peers = checked(
+        {"dict tries of what is left, transformers' processor": step.dict_tries()},
+        lambda peer: check(peer(), wanted),
+    )
+    moved = step.needed_bytes()
+    report.case(f"{label}, under a filter", {backend: lambda: step.run(backend, filter=step.filter)}, peers,
+                f"reference: scores within {TOLERANCE:.0e}, parents, codes", moved / bandwidth * 1e3,
+                nbytes=moved)  # fmt: skip
+
+
 def softmax(report: Report, step: Step, label: str, bandwidth: float) -> None:
     """The log-probabilities alone, against torch over a mask."""
     backend, nodes = dispatch.choose("trie_softmax", report.device).backend, step.nodes.flatten()
@@ -336,7 +397,7 @@ def main() -> None:
             for users in options.users:
                 step = Step(codes, size, device, users)
                 label = f"K {size} N {items:.0e}" + (f" B {users}" if users > 1 else "")
-                for case in (one_step, over_the_level, softmax):
+                for case in (one_step, over_the_level, under_a_filter, softmax):
                     case(report, step, label, bandwidth)
     report.finish()
 

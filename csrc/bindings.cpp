@@ -19,6 +19,7 @@
 #include "cemg/trie_build.h"
 #include "cemg/trie_check.h"
 #include "cemg/trie_cpu.h"
+#include "cemg/trie_filter.h"
 #include "cemg/trie_step.h"
 #if defined(CEMG_CUDA)
 #include "cemg/trie_cuda.h"
@@ -57,8 +58,8 @@ struct View {
   AnyTrie trie;
 };
 
-// Addresses of words, before, filter_of and excluded, then blocks, most_excluded and rows_per_request.
-using Filter = std::optional<std::array<int64_t, 7>>;  // None: everything is allowed
+// Addresses of open, filter_of and closed, then words, most_closed and rows_per_request.
+using Filter = std::optional<std::array<int64_t, 6>>;  // None: everything is allowed
 
 cemg::FilterView filter_at(const Filter& filter) {
   if (!filter) return {};
@@ -66,10 +67,9 @@ cemg::FilterView filter_at(const Filter& filter) {
   return {at<const uint64_t>(static_cast<Address>(f[0])),
           at<const int32_t>(static_cast<Address>(f[1])),
           at<const int32_t>(static_cast<Address>(f[2])),
-          at<const int32_t>(static_cast<Address>(f[3])),
+          f[3],
           f[4],
-          f[5],
-          f[6]};
+          f[5]};
 }
 
 [[noreturn]] void refuse(const cemg::BuildError& error) {
@@ -181,6 +181,23 @@ void mask(const View& view, const Filter& fields, Address nodes, Address out, in
   const auto filter = filter_at(fields);
   std::visit([&](auto trie) { cemg::mask(trie, filter, at<int32_t>(nodes), rows, at<bool>(out)); },
              view.trie);
+}
+
+void open_inner(const View& view, Address open) {
+  std::visit([&](auto trie) { cemg::open_inner(trie, at<uint64_t>(open)); }, view.trie);
+}
+
+// shape: requests, excluded ranks a request, levels.
+int64_t close_nodes(const View& view, const Filter& fields, Address excluded,
+                    const std::array<int64_t, 3>& shape, Address closed) {
+  const auto filter = filter_at(fields);
+  const auto [requests, most, levels] = shape;
+  return std::visit(
+      [&](auto trie) {
+        return cemg::close_nodes(trie, filter, at<const int32_t>(excluded), requests, most, levels,
+                                 at<int32_t>(closed));
+      },
+      view.trie);
 }
 
 void interval(const View& view, const Filter&, Address nodes, Address out, int64_t rows) {
@@ -410,6 +427,8 @@ PYBIND11_MODULE(_native, module) {
       .def("children", &children, release())
       .def("mask", &mask, release())
       .def("interval", &interval, release())
+      .def("open_inner", &open_inner, release())
+      .def("close_nodes", &close_nodes, release())
       .def("softmax", &softmax, release())
       .def("beam_step", &beam_step, release());
   py::class_<cemg::Transformer>(module, "Transformer")

@@ -1,4 +1,4 @@
-Filter = tuple[int, int, int, int, int, int, int] | None  # FilterView of trie_view.h, field by field
+Filter = tuple[int, int, int, int, int, int] | None  # FilterView of trie_view.h, field by field
 Linear = tuple[int, int, int, int]  # in, out, addresses of panels and bias
 Norm = tuple[int, int, float]  # addresses of weight and bias, epsilon
 Places = tuple[int, int, int, int]  # addresses of embedding, cosine, sine and bias
@@ -40,6 +40,10 @@ class TrieView:
     def children(self, filter: Filter, nodes: int, out_codes: int, out_nodes: int, rows: int, /) -> None: ...
     def mask(self, filter: Filter, nodes: int, out: int, rows: int, /) -> None: ...
     def interval(self, filter: Filter, nodes: int, out: int, rows: int, /) -> None: ...
+    def open_inner(self, open: int, /) -> None: ...
+    def close_nodes(
+        self, filter: Filter, excluded: int, shape: tuple[int, int, int], closed: int, /
+    ) -> int: ...
     def softmax(
         self, filter: Filter, logits: int, logsumexp: int, normalize: int, nodes: int, rows: int,
         out: int, /,

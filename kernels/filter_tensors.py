@@ -1,9 +1,8 @@
-"""Filters as the kernels read them: bitmaps over item ranks with counts, and short lists of excluded ranks.
+"""Filters as the kernels read them: a bit for each node of the trie, and short lists of closed nodes.
 
-A bitmap has one bit an item, in rank order, and the allowed items counted before each block of 512 bits. A
-node is an interval of ranks, so "is anything allowed below it" is two counts, less the excluded ranks
-between. The same rules as ``FilterView`` in ``csrc/include/cemg/trie_view.h``.
-F filters, B requests, H excluded ranks a request, R rows.
+A node is open where an item is left below it. Both say so of nodes on every level, so that whoever walks the
+trie asks one bit, and one short list. The same rules as ``FilterView`` in ``csrc/include/cemg/trie_view.h``.
+F filters, B requests, H excluded items a request, X closed nodes a request, R rows, T nodes, N items.
 """
 
 from __future__ import annotations
@@ -13,84 +12,127 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import trie_walk
+from .dispatch import pick
+from .trie_arrays import TrieArrays
+
 WORD_BITS = 64
-BLOCK_WORDS = 8
-BLOCK_BITS = WORD_BITS * BLOCK_WORDS
-NO_RANK = 2**31 - 1  # fills a list of excluded ranks
+NO_NODE = 2**31 - 1  # fills a list of closed nodes, and one of excluded ranks
 
 
 class FilterTensors(NamedTuple):
-    """``words`` [F, blocks * 8] int64 and ``before`` [F, blocks] int32, empty where there are no bitmaps;
+    """``open`` [F, words] int64, a bit a node, empty where there are no bitmaps;
     ``filter_of`` [B] int32, the bitmap a request obeys, -1 for none; empty: all rows obey the first;
-    ``excluded`` [B, H] int32, ascending distinct ranks that the request's bitmap allows, then ``NO_RANK``.
+    ``closed`` [B, X] int32, ascending distinct nodes that the request closes besides, then ``NO_NODE``.
     Row r belongs to request r // (R // B).
     """
 
-    words: Tensor
-    before: Tensor
+    open: Tensor
     filter_of: Tensor
-    excluded: Tensor
+    closed: Tensor
 
     @property
     def num_requests(self) -> int:
         """B; 0 where one filter serves all rows."""
-        return max(self.filter_of.shape[0], self.excluded.shape[0])
+        return max(self.filter_of.shape[0], self.closed.shape[0])
 
-    def fields(self, rows: int) -> tuple[int, int, int, int, int, int, int]:
+    def fields(self, rows: int) -> tuple[int, int, int, int, int, int]:
         """The fields of the C++ view for a call of ``rows`` rows: addresses, then sizes."""
-        words, before, filter_of, excluded = (t.data_ptr() if t.numel() else 0 for t in self)
+        open_, filter_of, closed = (t.data_ptr() if t.numel() else 0 for t in self)
         per_request = max(1, rows // max(1, self.num_requests))
-        return words, before, filter_of, excluded, self.before.shape[-1], self.excluded.shape[-1], per_request
+        return open_, filter_of, closed, self.open.shape[-1], self.closed.shape[-1], per_request
 
     def to(self, device: str | torch.device) -> FilterTensors:
         return FilterTensors(*(tensor.to(device) for tensor in self))
 
-    def request_of(self, rows: int) -> Tensor:
-        """The request of each row, [R] int64."""
-        row = torch.arange(rows, device=self.excluded.device)
-        return row // max(1, rows // max(1, self.num_requests))
-
-    def allows(self, intervals: Tensor) -> Tensor:
-        """Whether any rank of ``intervals`` [R, ..., 2] is left for its row, bool [R, ...]."""
-        shape, rows = intervals.shape[:-1], intervals.shape[0]
-        bounds = intervals.long()[..., None, :].flatten(1, -2)  # [R, X, 2]
-        request = self.request_of(rows)
-        open_ = bounds[..., 1] - bounds[..., 0]  # [R, X]
-        if self.words.numel():
+    def allows(self, nodes: Tensor) -> Tensor:
+        """Which of ``nodes`` [R, ...] are open for their row, bool; not asked for what is no node."""
+        flat = nodes.long().view(nodes.shape[0], nodes[:1].numel())  # [R, Y]
+        rows = flat.shape[0]
+        request = torch.arange(rows, device=flat.device) // max(1, rows // max(1, self.num_requests))
+        left = torch.ones_like(flat, dtype=torch.bool)
+        if self.open.numel():
             chosen = self.filter_of[request].long() if self.filter_of.numel() else torch.zeros_like(request)
-            safe = chosen.clamp(min=0)[:, None]
-            counted = self.count_below(bounds[..., 1], safe) - self.count_below(bounds[..., 0], safe)
-            open_ = torch.where(chosen[:, None] < 0, open_, counted)
-        if self.excluded.numel():
-            mine = self.excluded.long()[request]  # [R, H]
-            ends = torch.searchsorted(mine, bounds.flatten(1)).view(bounds.shape)
-            open_ = open_ - (ends[..., 1] - ends[..., 0])
-        return (open_ > 0).view(shape)
-
-    def count_below(self, rank: Tensor, filter: Tensor) -> Tensor:
-        """How many ranks under ``rank`` the bitmaps ``filter`` (it broadcasts) allow, int64."""
-        rank, blocks = rank.long(), self.before.shape[1]
-        block = torch.clamp(rank // BLOCK_BITS, max=blocks - 1)
-        place = filter * blocks + block
-        total = self.before.flatten()[place].long()
-        words = self.words.flatten()
-        for word in range(BLOCK_WORDS):
-            bits = (rank - (block * BLOCK_WORDS + word) * WORD_BITS).clamp(0, WORD_BITS)
-            total = total + popcount(words[place * BLOCK_WORDS + word] & _low_bits(bits))
-        return total
+            left = is_set(self.open, flat, chosen.clamp(min=0)[:, None]) | (chosen < 0)[:, None]
+        if self.closed.numel():
+            mine = self.closed.long()[request]  # [R, X]
+            place = torch.searchsorted(mine, flat).clamp(max=mine.shape[1] - 1)
+            left &= mine.gather(1, place) != flat
+        return left.view(nodes.shape)
 
 
-def with_counts(words: Tensor, filter_of: Tensor, excluded: Tensor) -> FilterTensors:
-    """The filter of these bitmaps ``words`` [F, blocks * 8], with their counts."""
-    blocks = words.shape[1] // BLOCK_WORDS
-    counts = popcount(words).view(words.shape[0], blocks, BLOCK_WORDS).sum(2)  # [F, blocks]
-    return FilterTensors(words, (counts.cumsum(1) - counts).to(torch.int32), filter_of, excluded)
+def open_nodes(trie: TrieArrays, by_rank: Tensor) -> Tensor:
+    """The bitmap [words] int64 of the nodes above the items ``by_rank`` [N] bool, and of these."""
+    above = torch.zeros(trie.num_inner, dtype=torch.bool, device=by_rank.device)
+    return fill_inner(trie, pack(torch.cat((above, by_rank))))
 
 
-def no_requests(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The empty ``filter_of`` and ``excluded`` of a filter that serves all rows alike."""
-    none = torch.empty(0, 0, dtype=torch.int32, device=device)
-    return none.flatten(), none
+def fill_inner(trie: TrieArrays, open: Tensor) -> Tensor:
+    """``open`` [words] itself, whose leaves' bits are right, with those of all nodes above made right."""
+    if pick("trie", open.device) == "native" and open.device.type == "cpu":
+        trie.view.open_inner(open.data_ptr())
+        return open
+    bits = unpack(open, trie.num_nodes)
+    end = trie.num_inner
+    for begin in reversed(trie.level_begins[:-1]):
+        first, last = trie_walk.child_range(trie, torch.arange(begin, end, device=open.device))
+        below = bits.cumsum(0)  # of a node: how many are open up to itself
+        bits[begin:end] = below[last - 1] > below[first - 1]
+        end = begin
+    return open.copy_(pack(bits))
+
+
+def closed_nodes(trie: TrieArrays, open: Tensor, filter_of: Tensor, excluded: Tensor) -> Tensor:
+    """What ``excluded`` [B, H] ranks (int32, ascending and distinct, then NO_NODE) close of what the bitmaps
+    leave open: [B, X] int32, as in FilterTensors.
+    """
+    requests, most = excluded.shape
+    if not excluded.numel():
+        return excluded
+    if pick("trie", excluded.device) == "native" and excluded.device.type == "cpu":
+        fields = FilterTensors(open, filter_of, excluded.new_empty(0, 0)).fields(requests)
+        closed = excluded.new_empty(requests, most * trie.levels + 1)
+        shape = (requests, most, trie.levels)
+        longest = trie.view.close_nodes(fields, excluded.data_ptr(), shape, closed.data_ptr())
+        return closed[:, :longest].contiguous()
+    bitmaps = FilterTensors(open, filter_of, excluded.new_empty(requests, 0))
+    leaves = torch.where(excluded == NO_NODE, NO_NODE, excluded + trie.num_inner)
+    found = _closing(leaves, bitmaps.allows(leaves.clamp(max=trie.num_nodes - 1)))
+    levels = [found]
+    for _ in range(trie.levels):
+        parents = trie_walk.parents(trie, found)  # [B, H]
+        first, last = trie_walk.child_range(trie, parents)
+        wide = found.long()
+        here = torch.searchsorted(wide, last) - torch.searchsorted(wide, first)
+        found = _closing(parents, (found != NO_NODE) & (here == _count_open(bitmaps, first, last)))
+        levels.append(found)
+    return distinct(torch.cat(levels, 1))
+
+
+def _closing(nodes: Tensor, closes: Tensor) -> Tensor:
+    return distinct(torch.where(closes, nodes, NO_NODE))
+
+
+def _count_open(bitmaps: FilterTensors, first: Tensor, last: Tensor) -> Tensor:
+    """How many nodes ``first`` [B, H] to ``last`` (half open) each row's bitmap leaves open."""
+    if not bitmaps.open.numel():
+        return last - first
+    words = bitmaps.open.shape[1]
+    counts = popcount(bitmaps.open).cumsum(1).flatten()
+    chosen = bitmaps.filter_of.long()[:, None]
+
+    def below(node: Tensor) -> Tensor:
+        place = chosen.clamp(min=0) * words + node // WORD_BITS
+        return counts[place] - popcount(bitmaps.open.flatten()[place] & (-1 << (node % WORD_BITS)))
+
+    return torch.where(chosen < 0, last - first, below(last) - below(first))
+
+
+def distinct(nodes: Tensor) -> Tensor:
+    """Each row of [B, H] ascending, repeats replaced by ``NO_NODE`` at its end; int32."""
+    nodes = nodes.to(torch.int32).sort(1).values
+    again = torch.nn.functional.pad(nodes[:, 1:] == nodes[:, :-1], (1, 0)) if nodes.shape[1] else nodes > 0
+    return nodes.masked_fill(again, NO_NODE).sort(1).values
 
 
 def popcount(words: Tensor) -> Tensor:
@@ -101,21 +143,21 @@ def popcount(words: Tensor) -> Tensor:
     return ((in_bytes * 0x0101010101010101) >> 56) & 0x7F
 
 
-def pack(by_rank: Tensor) -> Tensor:
-    """Bits [N] bool -> words [blocks * 8] int64; the last block is filled with zeros."""
-    padding = -by_rank.numel() % BLOCK_BITS
-    bits = torch.nn.functional.pad(by_rank.view(torch.uint8), (0, padding)).view(-1, 8)
-    weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=by_rank.device)
-    return (bits * weight).sum(1, dtype=torch.uint8).view(torch.int64)  # the lowest byte first
+def pack(bits: Tensor) -> Tensor:
+    """Bits [T] bool -> words [words] int64; zeros follow, and the last word's last bit is one of them."""
+    padding = WORD_BITS - bits.numel() % WORD_BITS
+    bytes_ = torch.nn.functional.pad(bits.view(torch.uint8), (0, padding)).view(-1, 8)
+    weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
+    return (bytes_ * weight).sum(1, dtype=torch.uint8).view(torch.int64)  # the lowest byte first
 
 
-def is_set(words: Tensor, rank: Tensor, filter: Tensor) -> Tensor:
-    """The bit of ``rank`` in each of the bitmaps ``filter`` of ``words`` [F, W], bool."""
-    word = words.flatten()[filter * words.shape[1] + rank // WORD_BITS]
-    return (word >> (rank % WORD_BITS)) & 1 == 1
+def unpack(words: Tensor, count: int) -> Tensor:
+    """The first ``count`` bits of words [words], bool."""
+    place = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return ((words.view(torch.uint8)[:, None] >> place) & 1).view(torch.bool).flatten()[:count]
 
 
-def _low_bits(count: Tensor) -> Tensor:
-    """An int64 whose lowest ``count`` (0 to 64) bits are set."""
-    partial = (torch.ones_like(count) << count.clamp(max=WORD_BITS - 1)) - 1
-    return torch.where(count == WORD_BITS, -1, partial)
+def is_set(words: Tensor, place: Tensor, filter: Tensor) -> Tensor:
+    """The bit of ``place`` in each of the bitmaps ``filter`` of ``words`` [F, W], bool."""
+    word = words.flatten()[filter * words.shape[1] + place // WORD_BITS]
+    return (word >> (place % WORD_BITS)) & 1 == 1

@@ -1,4 +1,4 @@
-"""Any subset of the catalog as a constraint on the trie. 1.06 bits an item.
+"""Any subset of the catalog as a constraint on the trie: a bit for each of its nodes.
 
 N items.
 """
@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .filter_tensors import WORD_BITS, FilterTensors, no_requests, pack, popcount, with_counts
+from .filter_tensors import (
+    NO_NODE,
+    WORD_BITS,
+    FilterTensors,
+    closed_nodes,
+    fill_inner,
+    is_set,
+    open_nodes,
+    popcount,
+    unpack,
+)
+from .trie_arrays import TrieArrays
 
 if TYPE_CHECKING:
     from .request_filter import RequestFilter
@@ -26,12 +37,13 @@ class ItemFilter:
     refuses it with ValueError.
     """
 
-    __slots__ = ("fingerprint", "num_items", "tensors")
+    __slots__ = ("__weakref__", "fingerprint", "tensors", "trie")
 
-    def __init__(self, words: Tensor, num_items: int, fingerprint: str) -> None:
-        """Internal: ``words`` [blocks * 8] int64 as ``pack`` makes them."""
-        self.num_items, self.fingerprint = num_items, fingerprint
-        self.tensors: FilterTensors = with_counts(words[None], *no_requests(words.device))
+    def __init__(self, trie: TrieArrays, open: Tensor, fingerprint: str) -> None:
+        """Internal: ``open`` [words] int64 as ``open_nodes`` makes them."""
+        self.trie, self.fingerprint = trie, fingerprint
+        none = torch.empty(0, 0, dtype=torch.int32, device=open.device)
+        self.tensors = FilterTensors(open[None], none.flatten(), none)
 
     @classmethod
     def from_mask(cls, trie: Trie, allowed: Tensor) -> ItemFilter:
@@ -45,13 +57,13 @@ class ItemFilter:
                 "one entry for each item of the trie"
             )
         by_rank = allowed.to(trie.device).index_select(0, trie.rows)  # [N]
-        return cls(pack(by_rank), trie.num_items, trie.fingerprint)
+        return cls(trie.arrays, open_nodes(trie.arrays, by_rank), trie.fingerprint)
 
     @classmethod
     def everything(cls, trie: Trie) -> ItemFilter:
         """Allow all items."""
         every = torch.ones(trie.num_items, dtype=torch.bool, device=trie.device)
-        return cls(pack(every), trie.num_items, trie.fingerprint)
+        return cls(trie.arrays, open_nodes(trie.arrays, every), trie.fingerprint)
 
     @classmethod
     def from_items(cls, trie: Trie, allowed_ids: Tensor | Sequence[int]) -> ItemFilter:
@@ -63,7 +75,7 @@ class ItemFilter:
             raise ValueError(f"no item of this trie has the id {int(unknown[0])}; pass ids of its items")
         by_rank = torch.zeros(trie.num_items, dtype=torch.bool, device=trie.device)
         by_rank[rank] = True
-        return cls(pack(by_rank), trie.num_items, trie.fingerprint)
+        return cls(trie.arrays, open_nodes(trie.arrays, by_rank), trie.fingerprint)
 
     @staticmethod
     def stack(filters: Sequence[ItemFilter | None]) -> RequestFilter:
@@ -74,38 +86,35 @@ class ItemFilter:
 
     @property
     def device(self) -> torch.device:
-        return self.tensors.words.device
+        return self.tensors.open.device
 
     @property
-    def words(self) -> Tensor:
-        """The bits, [blocks * 8] int64."""
-        return self.tensors.words[0]
-
-    @property
-    def before(self) -> Tensor:
-        """The allowed items before each block of 512 ranks, [blocks] int32."""
-        return self.tensors.before[0]
+    def open(self) -> Tensor:
+        """A bit for each node, set where an allowed item is below: [words] int64."""
+        return self.tensors.open[0]
 
     def __and__(self, other: ItemFilter) -> ItemFilter:
         """The items that both allow."""
         if not isinstance(other, ItemFilter):
             return NotImplemented
-        return self._with(self.words & self._matching(other).words)
+        return self._with(fill_inner(self._trie_here(), self.open & self._matching(other).open))
 
     def __or__(self, other: ItemFilter) -> ItemFilter:
         """The items that either allows."""
         if not isinstance(other, ItemFilter):
             return NotImplemented
-        return self._with(self.words | self._matching(other).words)
+        return self._with(self.open | self._matching(other).open)
 
     def __invert__(self) -> ItemFilter:
         """The items that this one does not allow."""
-        every = pack(torch.ones(self.num_items, dtype=torch.bool, device=self.device))
-        return self._with(~self.words & every)
+        flipped = ~self.open
+        flipped[-1] &= (1 << self.trie.num_nodes % WORD_BITS) - 1  # no bit beyond the last node
+        return self._with(fill_inner(self._trie_here(), flipped))
 
     def __len__(self) -> int:
         """How many items are allowed."""
-        return int(popcount(self.words).sum())
+        first, bit = divmod(self.trie.num_inner, WORD_BITS)  # of the leaves
+        return int(popcount(self.open[first:]).sum() - popcount(self.open[first] & ((1 << bit) - 1)))
 
     def __bool__(self) -> bool:
         """True: a filter that allows nothing is still a filter."""
@@ -113,29 +122,34 @@ class ItemFilter:
 
     def to(self, device: str | torch.device) -> ItemFilter:
         """The same filter on another device."""
-        return ItemFilter(self.words.to(device), self.num_items, self.fingerprint)
+        return self._with(self.open.to(device))
 
     def without_ranks(self, ranks: Tensor) -> ItemFilter:
-        """This filter less the items of these distinct ranks, [R] integers; touches only the bitmap."""
-        ranks = ranks.long()
-        bits = torch.zeros_like(self.words)
-        bits.index_add_(0, ranks // WORD_BITS, torch.ones_like(ranks) << (ranks % WORD_BITS))
-        return self._with(self.words & ~bits)
+        """This filter less the items of these distinct ranks, [R] integers: a walk from each to the root."""
+        excluded = ranks.to(torch.int32).sort().values[None]
+        first = torch.zeros(1, dtype=torch.int32, device=self.device)
+        closed = closed_nodes(self._trie_here(), self.tensors.open, first, excluded).flatten().long()
+        closed = closed[closed != NO_NODE]
+        bits = torch.zeros_like(self.open)
+        bits.index_add_(0, closed // WORD_BITS, torch.ones_like(closed) << (closed % WORD_BITS))
+        return self._with(self.open & ~bits)
 
     def by_rank(self) -> Tensor:
         """Whether each rank is allowed, bool [N]."""
-        place = torch.arange(WORD_BITS, device=self.device)
-        return ((self.words[:, None] >> place) & 1 == 1).flatten()[: self.num_items]
+        return unpack(self.open, self.trie.num_nodes)[self.trie.num_inner :]
 
-    def count(self, low: Tensor, high: Tensor) -> Tensor:
-        """Allowed items of ranks ``low`` to ``high`` (half open; any shape), int64."""
-        first = torch.zeros((), dtype=torch.int64, device=self.device)
-        return self.tensors.count_below(high, first) - self.tensors.count_below(low, first)
+    def allows_ranks(self, ranks: Tensor) -> Tensor:
+        """Whether each of ``ranks`` (any shape) is allowed, bool."""
+        return is_set(self.tensors.open, ranks.long() + self.trie.num_inner, torch.zeros_like(ranks).long())
 
     def _matching(self, other: ItemFilter) -> ItemFilter:
         if other.fingerprint != self.fingerprint:
             raise ValueError("these filters belong to different tries; make both from the same trie")
         return other
 
-    def _with(self, words: Tensor) -> ItemFilter:
-        return ItemFilter(words, self.num_items, self.fingerprint)
+    def _trie_here(self) -> TrieArrays:
+        """The trie on the filter's device: a copy where the filter was moved."""
+        return self.trie if self.trie.code.device == self.device else self.trie.to(self.device)
+
+    def _with(self, open: Tensor) -> ItemFilter:
+        return ItemFilter(self.trie, open, self.fingerprint)

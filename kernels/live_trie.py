@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from .item_filter import ItemFilter
+from .request_filter import RequestFilter
 from .trie import Filter, Trie
 from .trie_arrays import check_codes
 
@@ -29,6 +31,9 @@ class Snapshot:
     version: int
     trie: Trie
     allowed: ItemFilter | None
+    restricted: WeakKeyDictionary[ItemFilter, ItemFilter] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )  # what filters of the caller's leave of ``allowed``: a few serve many requests
 
     def restrict(self, filter: Filter | None = None) -> Filter | None:
         """What ``filter`` and the removals both leave: pass it as ``filter=``.
@@ -39,7 +44,20 @@ class Snapshot:
             return self.allowed
         if filter.fingerprint != self.trie.fingerprint:
             raise ValueError(f"the filter belongs to another version than {self.version}; make it anew")
-        return filter if self.allowed is None else filter & self.allowed
+        if self.allowed is None:
+            return filter
+        if isinstance(filter, RequestFilter):
+            return filter.with_filters([self._restricted(one) for one in filter.of_requests()])
+        return self._restricted(filter)
+
+    def _restricted(self, filter: ItemFilter | None) -> ItemFilter:
+        assert self.allowed is not None
+        if filter is None:
+            return self.allowed
+        found = self.restricted.get(filter)
+        if found is None:
+            found = self.restricted[filter] = filter & self.allowed
+        return found
 
 
 class LiveTrie:
@@ -142,7 +160,7 @@ class LiveTrie:
         trie, allowed = self._now.trie, self._now.allowed
         rank = trie.ranks_of(ids.to(trie.device))
         if allowed is not None:
-            rank = torch.where(allowed.count(rank.clamp(min=0), rank.clamp(min=0) + 1) > 0, rank, -1)
+            rank = torch.where((rank >= 0) & allowed.allows_ranks(rank.clamp(min=0)), rank, -1)
         return rank.cpu()
 
     def _check_new(self, codes: Tensor, ids: Tensor) -> None:

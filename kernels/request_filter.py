@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .filter_tensors import NO_RANK, FilterTensors, is_set, no_requests, with_counts
+from .filter_tensors import NO_NODE, FilterTensors, closed_nodes, distinct
 from .item_filter import ItemFilter
+from .trie_arrays import TrieArrays
 
 if TYPE_CHECKING:
     from .trie import Trie
@@ -26,12 +27,18 @@ class RequestFilter:
     must be a multiple of B. A filter given to several requests is kept once.
     """
 
-    __slots__ = ("fingerprint", "num_items", "num_requests", "tensors")
+    __slots__ = ("excluded", "filter_of", "filters", "fingerprint", "num_requests", "tensors", "trie")
 
-    def __init__(self, tensors: FilterTensors, num_requests: int, num_items: int, fingerprint: str) -> None:
-        """Internal: use ``stack`` or ``excluding``."""
-        self.tensors, self.num_requests = tensors, num_requests
-        self.num_items, self.fingerprint = num_items, fingerprint
+    def __init__(
+        self, trie: TrieArrays, fingerprint: str, filters: Sequence[ItemFilter], filter_of: Sequence[int],
+        excluded: Tensor, tensors: FilterTensors | None = None,
+    ) -> None:  # fmt: skip
+        """Internal: ``filter_of`` [B] the place of each request's filter in ``filters``, -1 for none;
+        ``excluded`` [B, H] int32 ranks, ascending and distinct, then NO_NODE; ``tensors`` of all this.
+        """
+        self.trie, self.fingerprint, self.filters, self.excluded = trie, fingerprint, filters, excluded
+        self.filter_of, self.num_requests = filter_of, len(filter_of)
+        self.tensors: FilterTensors = tensors or _tensors_of(trie, filters, filter_of, excluded)
 
     @classmethod
     def stack(cls, filters: Sequence[ItemFilter | None]) -> RequestFilter:
@@ -39,18 +46,17 @@ class RequestFilter:
 
         Raises ValueError where they belong to different tries or devices.
         """
-        distinct = list({id(one): one for one in filters if one is not None}.values())
-        if not distinct:
+        distinct_filters = list({id(one): one for one in filters if one is not None}.values())
+        if not distinct_filters:
             raise ValueError("a stack needs at least one ItemFilter; pass filter=None where all is allowed")
-        first = distinct[0]
-        for one in distinct:
+        first = distinct_filters[0]
+        for one in distinct_filters:
             if one.fingerprint != first.fingerprint or one.device != first.device:
                 raise ValueError("the filters of a stack belong to one trie on one device; these do not")
-        place = {id(one): index for index, one in enumerate(distinct)} | {id(None): -1}
-        filter_of = torch.tensor([place[id(one)] for one in filters], dtype=torch.int32, device=first.device)
-        words = torch.cat([one.tensors.words for one in distinct])
-        tensors = with_counts(words, filter_of, _none(len(filters), first.device))
-        return cls(tensors, len(filters), first.num_items, first.fingerprint)
+        place = {id(one): index for index, one in enumerate(distinct_filters)} | {id(None): -1}
+        filter_of = [place[id(one)] for one in filters]
+        none = torch.empty(len(filters), 0, dtype=torch.int32, device=first.device)
+        return cls(first.trie, first.fingerprint, distinct_filters, filter_of, none)
 
     @classmethod
     def excluding(cls, trie: Trie, ids: Tensor | Sequence[Sequence[int]]) -> RequestFilter:
@@ -67,15 +73,12 @@ class RequestFilter:
                 f"excluded ids must be integers [B, H], a row a request, got {ids.dtype} {list(ids.shape)}"
             )
         rank = trie.ranks_of(ids.to(trie.device, torch.int64))
-        excluded = _distinct(torch.where(rank < 0, NO_RANK, rank))
-        filter_of, _ = no_requests(trie.device)
-        words = torch.empty(0, 0, dtype=torch.int64, device=trie.device)
-        tensors = FilterTensors(words, words.to(torch.int32), filter_of, excluded)
-        return cls(tensors, ids.shape[0], trie.num_items, trie.fingerprint)
+        excluded = distinct(torch.where(rank < 0, NO_NODE, rank))
+        return cls(trie.arrays, trie.fingerprint, (), [-1] * ids.shape[0], excluded)
 
     @property
     def device(self) -> torch.device:
-        return self.tensors.excluded.device
+        return self.excluded.device
 
     def __and__(self, other: RequestFilter | ItemFilter) -> RequestFilter:
         """What both allow, request by request; an ItemFilter counts for every request."""
@@ -88,52 +91,64 @@ class RequestFilter:
                 f"filters of {self.num_requests} and {other.num_requests} requests do not combine, nor those "
                 "of different tries; make both from the same trie, a row a request"
             )
-        words, filter_of = _both(self, other)
-        excluded = _distinct(torch.cat((self.tensors.excluded, other.tensors.excluded), 1))
-        if words.numel():  # only ranks that the bitmap allows are kept, so that they can be subtracted
-            rank = excluded.long().clamp(max=self.num_items - 1)
-            chosen = filter_of.long()[:, None]
-            open_ = is_set(words, rank, chosen.clamp(min=0)) | (chosen < 0)
-            excluded = _distinct(torch.where(open_, excluded, NO_RANK))
-        tensors = with_counts(words, filter_of, excluded)
-        return RequestFilter(tensors, self.num_requests, self.num_items, self.fingerprint)
+        filters, filter_of = _both(self, other)
+        excluded = distinct(torch.cat((self.excluded, other.excluded), 1))
+        return RequestFilter(self.trie, self.fingerprint, filters, filter_of, excluded)
 
     __rand__ = __and__
 
+    def of_requests(self) -> list[ItemFilter | None]:
+        """The filter of each request, None where it has none; the exclusions apart."""
+        return [self.filters[place] if place >= 0 else None for place in self.filter_of]
+
+    def with_filters(self, filters: Sequence[ItemFilter]) -> RequestFilter:
+        """The same exclusions under other filters, one a request."""
+        other = RequestFilter.stack(filters)
+        return RequestFilter(self.trie, self.fingerprint, other.filters, other.filter_of, self.excluded)
+
     def select(self, requests: Tensor) -> RequestFilter:
         """The filter of another batch: its request i is request ``requests[i]`` of this one."""
-        old, chosen = self.tensors, requests.to(self.device, torch.int64)
-        filter_of = old.filter_of[chosen] if old.filter_of.numel() else old.filter_of
-        tensors = FilterTensors(old.words, old.before, filter_of, old.excluded[chosen])
-        return RequestFilter(tensors, chosen.numel(), self.num_items, self.fingerprint)
+        chosen = requests.to(self.device, torch.int64)
+        filter_of = [self.filter_of[request] for request in requests.tolist()]
+        old = self.tensors
+        places = old.filter_of[chosen] if old.filter_of.numel() else old.filter_of
+        tensors = FilterTensors(old.open, places, old.closed[chosen])
+        return RequestFilter(
+            self.trie, self.fingerprint, self.filters, filter_of, self.excluded[chosen], tensors
+        )
 
     def to(self, device: str | torch.device) -> RequestFilter:
         """The same filter on another device."""
+        filters = [one.to(device) for one in self.filters]
         tensors = self.tensors.to(device)
-        return RequestFilter(tensors, self.num_requests, self.num_items, self.fingerprint)
+        return RequestFilter(
+            self.trie, self.fingerprint, filters, self.filter_of, self.excluded.to(device), tensors
+        )
 
 
-def _none(requests: int, device: torch.device) -> Tensor:
-    return torch.empty(requests, 0, dtype=torch.int32, device=device)
+def _tensors_of(
+    trie: TrieArrays, filters: Sequence[ItemFilter], filter_of: Sequence[int], excluded: Tensor
+) -> FilterTensors:
+    device = excluded.device
+    places = torch.tensor(filter_of if filters else [], dtype=torch.int32, device=device)
+    bitmaps = [one.tensors.open for one in filters]
+    if not bitmaps:
+        open_ = torch.empty(0, 0, dtype=torch.int64, device=device)
+    else:
+        open_ = bitmaps[0] if len(bitmaps) == 1 else torch.cat(bitmaps)
+    here = trie if trie.code.device == device else trie.to(device)
+    return FilterTensors(open_, places, closed_nodes(here, open_, places, excluded))
 
 
-def _distinct(ranks: Tensor) -> Tensor:
-    """Each row of [B, H] ascending, repeats replaced by ``NO_RANK`` at its end; int32."""
-    ranks = ranks.to(torch.int32).sort(1).values
-    again = torch.nn.functional.pad(ranks[:, 1:] == ranks[:, :-1], (1, 0)) if ranks.shape[1] else ranks > 0
-    return ranks.masked_fill(again, NO_RANK).sort(1).values
-
-
-def _both(left: RequestFilter, right: RequestFilter) -> tuple[Tensor, Tensor]:
-    """The bitmaps of what both allow, [F, W], and which of them each request obeys, [B] int32."""
-    a, b = left.tensors, right.tensors
-    if not a.words.numel() or not b.words.numel():
-        kept = a if a.words.numel() else b
-        return kept.words, kept.filter_of
-    pairs, filter_of = torch.stack((a.filter_of, b.filter_of), 1).unique(dim=0, return_inverse=True)
-    i, j = pairs.long().unbind(1)  # [F]
-    words_i = torch.where(i[:, None] < 0, -1, a.words[i.clamp(min=0)])
-    words_j = torch.where(j[:, None] < 0, -1, b.words[j.clamp(min=0)])
-    neither = (i < 0) & (j < 0)  # sorted to the front, if at all
-    kept_words = (words_i & words_j)[~neither]
-    return kept_words, (filter_of - int(neither.any())).to(torch.int32)
+def _both(left: RequestFilter, right: RequestFilter) -> tuple[list[ItemFilter], list[int]]:
+    """The filters of what both allow, each once, and which of them each request obeys."""
+    pairs = list(zip(left.filter_of, right.filter_of, strict=True))
+    filters: list[ItemFilter] = []
+    place = {(-1, -1): -1}
+    for i, j in pairs:
+        if (i, j) in place:
+            continue
+        place[i, j] = len(filters)
+        a, b = left.filters[i] if i >= 0 else None, right.filters[j] if j >= 0 else None
+        filters.append(a & b if a and b else a or b)  # type: ignore[arg-type]
+    return filters, [place[pair] for pair in pairs]

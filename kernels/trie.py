@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -102,13 +103,11 @@ class Trie:
 
     def codes_by_rank(self) -> Tensor:
         """The codes of each rank, [N, levels] uint8 or int16: what the trie was built from, in order."""
-        columns, begin = [], 1
-        while begin < self.num_nodes:
-            end = int(self.arrays.first_child[begin]) if begin < self.arrays.num_inner else self.num_nodes
+        columns = []
+        for begin, end in pairwise([*self.arrays.level_begins[1:], self.num_nodes]):
             nodes = torch.arange(begin, end, dtype=torch.int32, device=self.device)
             below = self.interval(nodes)
             columns.append(self.arrays.code[begin - 1 : end - 1].repeat_interleave(below[:, 1] - below[:, 0]))
-            begin = end
         return torch.stack(columns, 1)
 
     def to(self, device: str | torch.device) -> Trie:

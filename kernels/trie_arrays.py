@@ -54,7 +54,15 @@ class TrieArrays:
             codebook_size=self.codebook_size,
         )
 
-    def to(self, device: torch.device) -> TrieArrays:
+    @cached_property
+    def level_begins(self) -> list[int]:
+        """The first node of each level, the root's 0 and the leaves' ``num_inner`` among them."""
+        begins = [0]
+        while begins[-1] < self.num_inner:
+            begins.append(int(self.first_child[begins[-1]]))
+        return begins
+
+    def to(self, device: str | torch.device) -> TrieArrays:
         code, first_child, rows = (t.to(device) for t in (self.code, self.first_child, self.rows))
         return TrieArrays(code, first_child, rows, self.levels, self.codebook_size)
 

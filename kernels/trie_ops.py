@@ -21,7 +21,7 @@ from .ranges import named_range, ranges_enabled
 from .trie_arrays import TrieArrays
 
 Filter = FilterTensors | None
-NO_FILTER = (0, 0, 0, 0, 0, 0, 1)  # the fields of a filter that allows everything
+NO_FILTER = (0, 0, 0, 0, 0, 1)  # the fields of a filter that allows everything
 
 
 def run(name: str, trie: TrieArrays, filter: Filter, *operands: Tensor) -> Any:
@@ -119,7 +119,9 @@ def _kept(trie: TrieArrays, filter: Filter, nodes: Tensor) -> Tensor:
     """``nodes`` [R, ...], -1 where the filter allows nothing below for the row."""
     if filter is None:
         return nodes
-    return torch.where(filter.allows(trie_walk.node_interval(trie, nodes)), nodes, trie_walk.NONE)
+    is_node = (nodes >= 0) & (nodes < trie.num_nodes)
+    allowed = is_node & filter.allows(torch.where(is_node, nodes, 0))
+    return torch.where(allowed, nodes, trie_walk.NONE)
 
 
 def _native(trie: TrieArrays) -> bool:

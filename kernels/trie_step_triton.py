@@ -53,9 +53,9 @@ def _ordered(score):
 @triton.jit
 def softmax_kernel(
     logits_ptr, logsumexp_ptr, nodes_ptr, code_ptr, first_child_ptr, out_ptr,
-    words_ptr, before_ptr, filter_of_ptr, excluded_ptr, blocks, most_excluded, steps, rows_per_request,
-    stride_logits, K, num_inner, levels,
-    NORMALIZE: tl.constexpr, BITMAPS: tl.constexpr, EXCLUDED: tl.constexpr, BLOCK: tl.constexpr,
+    open_ptr, filter_of_ptr, closed_ptr, words, most_closed, steps, rows_per_request,
+    stride_logits, K, num_inner,
+    NORMALIZE: tl.constexpr, BITMAPS: tl.constexpr, CLOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: its log-sum-exp, -inf everywhere, then the children's log-probabilities."""
     rows = tl.program_id(0) + tl.arange(0, 1)
@@ -77,12 +77,8 @@ def softmax_kernel(
             live = at < high
             if NORMALIZE == 2:
                 code = tl.load(code_ptr + at - 1, mask=live, other=0).to(tl.int32)
-                if BITMAPS or EXCLUDED:
-                    live = allowed(
-                        at, live, rows, first_child_ptr, num_inner, levels, words_ptr, before_ptr,
-                        filter_of_ptr, excluded_ptr, blocks, most_excluded, steps, rows_per_request,
-                        BITMAPS, EXCLUDED,
-                    )  # fmt: skip
+                live = allowed(at, live, rows, open_ptr, filter_of_ptr, closed_ptr, words, most_closed,
+                               steps, rows_per_request, BITMAPS, CLOSED)  # fmt: skip
             else:
                 code = at
             x = tame(tl.load(logits_ptr + code, mask=live, other=float("-inf")))
@@ -101,11 +97,8 @@ def softmax_kernel(
     for first in range(begin, end, BLOCK):
         child = first + tl.arange(0, BLOCK)
         live = child < end
-        if BITMAPS or EXCLUDED:
-            live = allowed(
-                child, live, rows, first_child_ptr, num_inner, levels, words_ptr, before_ptr, filter_of_ptr,
-                excluded_ptr, blocks, most_excluded, steps, rows_per_request, BITMAPS, EXCLUDED,
-            )  # fmt: skip
+        live = allowed(child, live, rows, open_ptr, filter_of_ptr, closed_ptr, words, most_closed, steps,
+                       rows_per_request, BITMAPS, CLOSED)  # fmt: skip
         code = tl.load(code_ptr + child - 1, mask=live, other=0).to(tl.int32)
         x = tame(tl.load(logits_ptr + code, mask=live, other=float("-inf")))
         tl.store(out_ptr + code, tl.minimum(x - finite(total), 0.0), mask=live)
@@ -164,9 +157,9 @@ def _write_beams(
 def beam_step_kernel(
     logits_ptr, logsumexp_ptr, scores_ptr, nodes_ptr, code_ptr, first_child_ptr, sums_ptr, kept_ptr, best_ptr,
     out_scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr, pruned_ptr,
-    words_ptr, before_ptr, filter_of_ptr, excluded_ptr, blocks, most_excluded, steps, rows_per_request,
-    stride_user, stride_beam, W, K, num_inner, levels, tiles, width,
-    NORMALIZE: tl.constexpr, BITMAPS: tl.constexpr, EXCLUDED: tl.constexpr, FINAL: tl.constexpr,
+    open_ptr, filter_of_ptr, closed_ptr, words, most_closed, steps, rows_per_request,
+    stride_user, stride_beam, W, K, num_inner, tiles, width,
+    NORMALIZE: tl.constexpr, BITMAPS: tl.constexpr, CLOSED: tl.constexpr, FINAL: tl.constexpr,
     P: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TOP: tl.constexpr, KEPT: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -190,11 +183,8 @@ def beam_step_kernel(
         degree = tl.load(first_child_ptr + node + 1, mask=inner, other=0) - begin
         child, live = begin + j, j < degree  # [ROWS, BLOCK_K]
         code = tl.load(code_ptr + child - 1, mask=live, other=0).to(tl.int32)
-        if BITMAPS or EXCLUDED:
-            live = allowed(
-                child, live, row, first_child_ptr, num_inner, levels, words_ptr, before_ptr, filter_of_ptr,
-                excluded_ptr, blocks, most_excluded, steps, rows_per_request, BITMAPS, EXCLUDED,
-            )  # fmt: skip
+        live = allowed(child, live, row, open_ptr, filter_of_ptr, closed_ptr, words, most_closed, steps,
+                       rows_per_request, BITMAPS, CLOSED)  # fmt: skip
         start = logits_ptr + wide_user * stride_user + parent.to(tl.int64) * stride_beam  # [ROWS, 1]
         x = tame(tl.load(start + code, mask=live, other=float("-inf")))
         if NORMALIZE == 0:
@@ -333,7 +323,7 @@ def softmax(
     if rows:
         softmax_kernel[(rows,)](
             logits, _total(logits, logsumexp), nodes, trie.code, trie.first_child, out,
-            *filter_operands(filter, trie, rows), logits.stride(0), size, trie.num_inner, trie.levels,
+            *filter_operands(filter, trie, rows), logits.stride(0), size, trie.num_inner,
             NORMALIZE=normalize, **filter_kinds(filter), BLOCK=softmax_block(size), num_warps=4,
             maxnreg=None if filter is None else FILTERED_REGISTERS,
         )  # fmt: skip
@@ -365,7 +355,7 @@ def beam_step(
     beam_step_kernel[(programs,)](
         logits, _total(logits, logsumexp), scores, *arrays, sums, kept, best, *out,
         *filter_operands(filter, trie, users * beams), logits.stride(0), logits.stride(1), beams, size,
-        trie.num_inner, trie.levels, plan.tiles, width,
+        trie.num_inner, plan.tiles, width,
         NORMALIZE=normalize, **filter_kinds(filter), **plan.constants, num_warps=plan.warps,
         maxnreg=plan.registers,
     )  # fmt: skip
@@ -430,8 +420,8 @@ def _code(size: int) -> str:
     return "*u8" if size <= 256 else "*i16"
 
 
-def _name(normalize: int, dtype: str, bitmaps: int, excluded: bool) -> str:
-    filters = ("", " bitmap", " bitmaps")[bitmaps] + (" excluded" if excluded else "")
+def _name(normalize: int, dtype: str, bitmaps: int, closed: bool) -> str:
+    filters = ("", " bitmap", " bitmaps")[bitmaps] + (" closed" if closed else "")
     return f"{('vocab', 'level', 'valid')[normalize]} {dtype}{filters}"
 
 
@@ -443,34 +433,33 @@ def _case(
     return AotCase(name, kernel, types, constants, {"num_warps": warps, **options}, pointers)
 
 
-def _softmax_case(size: int, normalize: int, dtype: str, bitmaps: int, excluded: bool) -> AotCase:
+def _softmax_case(size: int, normalize: int, dtype: str, bitmaps: int, closed: bool) -> AotCase:
     types = {
         "logits_ptr": f"*{dtype}", "logsumexp_ptr": f"*{dtype if normalize else 'fp32'}", "nodes_ptr": "*i32",
         "code_ptr": _code(size), "first_child_ptr": "*i32", "out_ptr": "*fp32",
-        **filter_types(bitmaps, excluded), "stride_logits": "i32", "K": "i32", "num_inner": "i32",
-        "levels": "i32",
+        **filter_types(bitmaps), "stride_logits": "i32", "K": "i32", "num_inner": "i32",
     }  # fmt: skip
-    constants = {"NORMALIZE": normalize, "BITMAPS": bitmaps, "EXCLUDED": excluded,
+    constants = {"NORMALIZE": normalize, "BITMAPS": bitmaps, "CLOSED": closed,
                  "BLOCK": softmax_block(size)}  # fmt: skip
-    name = f"trie_softmax K={size} {_name(normalize, dtype, bitmaps, excluded)}"
-    registers = FILTERED_REGISTERS if bitmaps or excluded else None
+    name = f"trie_softmax K={size} {_name(normalize, dtype, bitmaps, closed)}"
+    registers = FILTERED_REGISTERS if bitmaps or closed else None
     return _case(name, softmax_kernel, types, constants, 4, maxnreg=registers)
 
 
 def _beam_step_case(
-    beams: int, size: int, width: int, normalize: int, dtype: str, bitmaps: int, excluded: bool
+    beams: int, size: int, width: int, normalize: int, dtype: str, bitmaps: int, closed: bool
 ) -> AotCase:
     plan = plan_of(beams, size, width)
     types = {
         "logits_ptr": f"*{dtype}", "logsumexp_ptr": f"*{dtype if normalize else 'fp32'}",
         "scores_ptr": "*fp32", "nodes_ptr": "*i32", "code_ptr": _code(size), "first_child_ptr": "*i32",
         "sums_ptr": "*i32", "kept_ptr": "*i64", "best_ptr": "*i64", **_step_types(),
-        **filter_types(bitmaps, excluded), "stride_user": "i32",
-        "stride_beam": "i32", "W": "i32", "K": "i32", "num_inner": "i32", "levels": "i32", "tiles": "i32",
+        **filter_types(bitmaps), "stride_user": "i32",
+        "stride_beam": "i32", "W": "i32", "K": "i32", "num_inner": "i32", "tiles": "i32",
         "width": "i32",
     }  # fmt: skip
-    constants = {"NORMALIZE": normalize, "BITMAPS": bitmaps, "EXCLUDED": excluded, **plan.constants}
-    name = f"trie_beam_step W={beams} K={size} width={width} {_name(normalize, dtype, bitmaps, excluded)}"
+    constants = {"NORMALIZE": normalize, "BITMAPS": bitmaps, "CLOSED": closed, **plan.constants}
+    name = f"trie_beam_step W={beams} K={size} width={width} {_name(normalize, dtype, bitmaps, closed)}"
     return _case(name, beam_step_kernel, types, constants, plan.warps, maxnreg=plan.registers)
 
 

@@ -43,6 +43,13 @@ def child_grid(trie: TrieArrays, nodes: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int32), torch.where(live, child, NONE).to(torch.int32)
 
 
+def parents(trie: TrieArrays, nodes: Tensor) -> Tensor:
+    """The inner node that each of ``nodes`` (any shape), none of them the root, hangs from; int64."""
+    return (torch.searchsorted(trie.first_child, nodes.to(torch.int32), right=True) - 1).clamp(
+        max=trie.num_inner - 1
+    )
+
+
 def node_interval(trie: TrieArrays, nodes: Tensor) -> Tensor:
     """The ranks below each of ``nodes`` (any shape), [..., 2] int32, half open; (0, 0) where none."""
     is_node = (nodes >= 0) & (nodes < trie.num_nodes)

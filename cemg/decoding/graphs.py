@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cemg.decoding.beams import Filter, token_count
 from cemg_kernels import RequestFilter
-from cemg_kernels.filter_tensors import NO_RANK, FilterTensors
+from cemg_kernels.filter_tensors import NO_NODE, FilterTensors
 
 Outputs = tuple[Tensor, ...]  # each [B, ...], on the device
 # Of Inputs, and of how many tokens they have at most; never waits for the device.
@@ -25,9 +25,9 @@ Search = Callable[[Tensor, Tensor, Filter | None, int | None], Outputs]
 Capture = Callable[[Callable[[], Outputs], torch.device], Callable[[], Outputs]]
 LENGTH_STEP = 16  # prompts are padded to the next multiple
 TOKEN_STEPS = 4  # the tokens of a bucket are rounded up to a quarter of its cells
-FEWEST_EXCLUDED = 16  # places for excluded ranks, where there are any
+FEWEST_CLOSED = 32  # places for closed nodes, where there are any
 MOST_GRAPHS = 32  # the least recently used goes when there are more
-BLANK = (0, 0, -1, NO_RANK)  # what a filter's tensors hold where it has nothing to say
+BLANK = (0, -1, NO_NODE)  # what a filter's tensors hold where it has nothing to say
 
 
 def power_of_two(count: int) -> int:
@@ -51,10 +51,10 @@ def filter_shapes(filter: Filter | None, users: int) -> tuple[tuple[int, ...], .
     """The shapes of a filter's tensors in a bucket of ``users``: its kind. () for none."""
     if filter is None:
         return ()
-    words, before, filter_of, excluded = filter.tensors
-    bitmaps, most = power_of_two(len(words)), power_of_two(excluded.shape[1])
-    lists = (users if len(excluded) else 0, max(most, FEWEST_EXCLUDED) if most else 0)
-    return (bitmaps, words.shape[1]), (bitmaps, before.shape[1]), (users if len(filter_of) else 0,), lists
+    open_, filter_of, closed = filter.tensors
+    most = power_of_two(closed.shape[1])
+    lists = (users if len(closed) else 0, max(most, FEWEST_CLOSED) if most else 0)
+    return (power_of_two(len(open_)), open_.shape[1]), (users if len(filter_of) else 0,), lists
 
 
 class CudaCapture:
@@ -106,7 +106,10 @@ class Inputs:
         if filter is not None:
             pairs = zip(filter.tensors, filter_shapes(filter, len(ids)), strict=True)
             tensors = FilterTensors(*(tensor.new_empty(shape) for tensor, shape in pairs))
-            room = RequestFilter(tensors, max(1, tensors.num_requests), filter.num_items, filter.fingerprint)
+            requests = max(1, tensors.num_requests)
+            room = RequestFilter(
+                filter.trie, filter.fingerprint, (), [-1] * requests, tensors.closed, tensors
+            )
         return cls(torch.empty_like(ids, device=device), torch.empty_like(mask, device=device), room)
 
     def take(self, ids: Tensor, mask: Tensor, filter: Filter | None) -> None:

@@ -47,7 +47,7 @@ void mask(TrieView<Code> trie, FilterView filter, const int32_t* nodes, int64_t 
     const Range range = trie.children(nodes[row]);
     const RowFilter mine = filter.of(row);
     for (int32_t child = range.begin; child < range.end; ++child) {
-      open[trie.code[child - 1]] = allowed(trie, mine, child);
+      open[trie.code[child - 1]] = mine.allows(child);
     }
   }
 }

@@ -202,6 +202,23 @@ void gather(const float* logits, int64_t size, const int16_t* codes, int64_t cou
   gather_any(logits, size, codes, count, out);
 }
 
+CEMG_CLONES void keep_open(const uint64_t* open, int64_t first, int64_t count, float* x) noexcept {
+  constexpr int64_t kTogether = 32;
+  for (int64_t i = 0; i < count; i += kTogether) {
+    const int64_t word = (first + i) / 64, shift = (first + i) % 64;
+    const int64_t here = std::min(kTogether, count - i);
+    uint64_t wide = open[word] >> shift;
+    if (shift + here > 64) wide |= open[word + 1] << (64 - shift);
+    const auto bits = static_cast<uint32_t>(wide);
+    float* const at = x + i;
+    if (here == kTogether) {
+      for (int64_t j = 0; j < kTogether; ++j) at[j] = (bits >> j) & 1 ? at[j] : kNever;
+    } else {
+      for (int64_t j = 0; j < here; ++j) at[j] = (bits >> j) & 1 ? at[j] : kNever;
+    }
+  }
+}
+
 CEMG_CLONES float best_of_part(const float* x, int64_t count, float* best) noexcept {
   float lanes[kLanes], last[kLanes], few[kFew];
   for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = last[lane] = kNever;

@@ -50,7 +50,7 @@ class Children {
       logits_ = gathered_.data();
       if (full) std::copy(logits, logits + count_, gathered_.data());
       if (!full) gather(logits, trie.codebook_size, trie.code + begin_ - 1, count_, gathered_.data());
-      if (!mine.everything()) drop_forbidden(trie, mine);
+      if (!mine.everything()) drop_forbidden(mine);
     }
     highest_ = best == nullptr ? tame(highest_of(logits_, count_)) : best_of_groups(logits_, count_, best);
   }
@@ -61,9 +61,12 @@ class Children {
   int32_t node(int64_t i) const noexcept { return begin_ + static_cast<int32_t>(i); }
 
  private:
-  void drop_forbidden(const TrieView<Code>& trie, const RowFilter& filter) {
-    for (int32_t i = 0; i < count_; ++i) {
-      if (!filter.allows(trie.interval(begin_ + i))) gathered_[static_cast<size_t>(i)] = kNever;
+  void drop_forbidden(const RowFilter& filter) {
+    if (filter.open != nullptr) keep_open(filter.open, begin_, count_, gathered_.data());
+    if (filter.most_closed == 0) return;
+    for (int32_t i = filter.first_closed(begin_); i < filter.most_closed; ++i) {
+      if (filter.closed[i] >= begin_ + count_) break;
+      gathered_[static_cast<size_t>(filter.closed[i] - begin_)] = kNever;
     }
   }
 
@@ -236,7 +239,7 @@ class UserStep {
   // the sum does not depend on which they are.
   bool may_be_loose(int64_t beam, int64_t count) const noexcept {
     return 2 * count >= trie_.codebook_size && step_.normalize != Normalize::kValid &&
-           filter_.of(first_row_ + beam).words == nullptr;
+           filter_.of(first_row_ + beam).open == nullptr;
   }
 
   // A score that `wanted` groups of some beams reach.
@@ -354,7 +357,7 @@ class UserStep {
     if (child == kNone) child = trie_.advance(nodes_[beam], code);
     if (child == kNone) return;
     const RowFilter mine = filter_.of(first_row_ + beam);
-    if (!mine.everything() && !mine.allows(trie_.interval(child))) return;
+    if (!mine.allows(child)) return;
     space_.kept.offer(sum, beam * trie_.codebook_size + code, child);
   }
 

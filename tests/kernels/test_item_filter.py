@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cemg_kernels import ItemFilter, Trie
-from cemg_kernels.filter_tensors import popcount
+from cemg_kernels import ItemFilter, Trie, use_fast_kernels
+from cemg_kernels.filter_tensors import popcount, unpack
 
 
 def make_trie(num_items: int, *, ids: bool = False) -> Trie:
@@ -16,17 +16,36 @@ def make_trie(num_items: int, *, ids: bool = False) -> Trie:
     return Trie.from_codes(codes, 64, torch.arange(num_items) * 5 if ids else None)
 
 
-@pytest.mark.parametrize("num_items", [1, 63, 64, 65, 511, 512, 513, 1500])
-def test_counts_of_any_interval_equal_a_sum_of_bits(num_items):
+@pytest.mark.parametrize("fast", [True, False], ids=["native", "reference"])
+@pytest.mark.parametrize("num_items", [1, 42, 43, 62, 63, 64, 65, 511, 1500])
+def test_a_node_is_open_where_an_allowed_item_is_below(num_items, fast):
+    use_fast_kernels(fast)
     trie = make_trie(num_items)
-    allowed = torch.rand(num_items, generator=torch.Generator().manual_seed(1)) < 0.4
+    for share in (0.0, 0.03, 0.4, 1.0):
+        allowed = torch.rand(num_items, generator=torch.Generator().manual_seed(1)) < share
+        chosen = ItemFilter.from_mask(trie, allowed)
+        by_rank = allowed[trie.rows.long()]
+        below = torch.cat((torch.zeros(1, dtype=torch.int64), by_rank.long().cumsum(0)))
+        low, high = trie.interval(torch.arange(trie.num_nodes)).long().unbind(1)
+        assert torch.equal(unpack(chosen.open, trie.num_nodes), below[high] > below[low])
+        assert torch.equal(chosen.by_rank(), by_rank)
+        assert torch.equal(chosen.allows_ranks(torch.arange(num_items)), by_rank)
+        assert len(chosen) == int(allowed.sum())
+    use_fast_kernels(None)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["native", "reference"])
+def test_ranks_are_left_out_as_if_they_had_never_been_allowed(fast):
+    use_fast_kernels(fast)
+    trie = make_trie(700)
+    allowed = torch.rand(700, generator=torch.Generator().manual_seed(1)) < 0.1
     chosen = ItemFilter.from_mask(trie, allowed)
-    by_rank = allowed[trie.rows.long()].long()
-    below = torch.cat((torch.zeros(1, dtype=torch.int64), by_rank.cumsum(0)))
-    rank = torch.arange(num_items + 1)
-    low, high = torch.cartesian_prod(rank[:: max(1, num_items // 40)], rank).unbind(1)
-    assert torch.equal(chosen.count(low, high), below[high] - below[low])
-    assert len(chosen) == int(allowed.sum())
+    ranks = torch.randperm(700, generator=torch.Generator().manual_seed(2))[:500]
+    less = allowed.clone()
+    less[trie.rows.long()[ranks]] = False
+    assert torch.equal(chosen.without_ranks(ranks).open, ItemFilter.from_mask(trie, less).open)
+    assert chosen.without_ranks(torch.arange(700)).open.count_nonzero() == 0
+    use_fast_kernels(None)
 
 
 def test_and_or_not_are_those_of_sets():

@@ -71,7 +71,7 @@ def test_each_request_obeys_its_own_filter(backend):
     filters = [ItemFilter.from_items(trie, sorted(s)) for s in sets]
     stacked = ItemFilter.stack([filters[0], None, filters[1], filters[2], filters[0]])
     assert stacked.num_requests == 5
-    assert stacked.tensors.words.shape[0] == 3  # a filter given twice is kept once
+    assert stacked.tensors.open.shape[0] == 3  # a filter given twice is kept once
     assert_rows_reach(trie, stacked, [sets[0], ids_of(trie), sets[1], sets[2], sets[0]])
 
 
@@ -195,5 +195,5 @@ def test_a_filter_keeps_its_meaning_on_its_way_to_a_device():
     trie = make_trie(70)
     stacked = ItemFilter.stack([ItemFilter.from_items(trie, [0])]) & RequestFilter.excluding(trie, [[3]])
     assert_rows_reach(trie, stacked.to("cpu"), [{0}])
-    elsewhere: Tensor = stacked.to("meta").tensors.words
+    elsewhere: Tensor = stacked.to("meta").tensors.open
     assert elsewhere.device.type == "meta"

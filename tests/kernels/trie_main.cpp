@@ -13,6 +13,7 @@
 #include "cemg/trie_cells.h"
 #include "cemg/trie_check.h"
 #include "cemg/trie_cpu.h"
+#include "cemg/trie_filter.h"
 #include "cemg/trie_step.h"
 
 namespace {
@@ -88,9 +89,28 @@ void check_paths(const Owned<Code>& trie, const std::vector<Row>& rows, int leve
   }
 }
 
+// A third of the items, drawn: their ranks, and the nodes above that are open for them.
+struct Bitmap {
+  std::vector<char> ranks;
+  std::vector<uint64_t> open;
+
+  bool has(int32_t rank) const { return ranks[rank]; }
+};
+
 template <class Code>
-void check_masks(const Owned<Code>& trie, const std::vector<uint64_t>& words,
-                 const std::vector<int32_t>& before) {
+Bitmap draw_bitmap(std::mt19937& random, const Owned<Code>& trie) {
+  Bitmap drawn = {std::vector<char>(trie.rows.size()), std::vector<uint64_t>(trie.view.num_nodes / 64 + 1)};
+  for (size_t rank = 0; rank < drawn.ranks.size(); ++rank) {
+    const size_t node = trie.view.num_inner + rank;
+    drawn.ranks[rank] = random() % 3 == 0;
+    if (drawn.ranks[rank]) drawn.open[node / 64] |= uint64_t{1} << (node % 64);
+  }
+  cemg::open_inner(trie.view, drawn.open.data());
+  return drawn;
+}
+
+template <class Code>
+void check_masks(const Owned<Code>& trie, const Bitmap& drawn) {
   const int32_t size = trie.view.codebook_size;
   std::vector<int32_t> nodes;
   for (int32_t node = -2; node < trie.view.num_nodes + 2; ++node) nodes.push_back(node);
@@ -98,8 +118,7 @@ void check_masks(const Owned<Code>& trie, const std::vector<uint64_t>& words,
   std::vector<char> allowed(count * size);
   std::vector<int32_t> codes(count * size), found(count * size), ranks(count * 2);
   cemg::FilterView filter;
-  filter.words = words.data();
-  filter.before = before.data();
+  filter.open = drawn.open.data();
   cemg::mask(trie.view, filter, nodes.data(), count, reinterpret_cast<bool*>(allowed.data()));
   cemg::children(trie.view, filter, nodes.data(), count, codes.data(), found.data());
   cemg::interval(trie.view, nodes.data(), count, ranks.data());
@@ -113,7 +132,7 @@ void check_masks(const Owned<Code>& trie, const std::vector<uint64_t>& words,
     for (int32_t k = 0; k < size; ++k) {
       const cemg::Range below = trie.view.interval(trie.view.advance(nodes[i], k));
       bool any = false;
-      for (int32_t rank = below.begin; rank < below.end; ++rank) any |= (words[rank / 64] >> (rank % 64)) & 1;
+      for (int32_t rank = below.begin; rank < below.end; ++rank) any |= drawn.has(rank);
       require(static_cast<bool>(allowed[i * size + k]) == any,
               "a code is legal iff an allowed item is below");
       if (any) require(codes[i * size + seen++] == k, "children are the legal codes in order");
@@ -121,54 +140,33 @@ void check_masks(const Owned<Code>& trie, const std::vector<uint64_t>& words,
   }
 }
 
-struct Bitmap {
-  std::vector<uint64_t> words;
-  std::vector<int32_t> before;
-
-  bool has(int32_t rank) const { return (words[rank / 64] >> (rank % 64)) & 1; }
-};
-
-Bitmap draw_bitmap(std::mt19937& random, size_t items) {
-  const size_t blocks = (items + 511) / 512;
-  Bitmap drawn = {std::vector<uint64_t>(blocks * 8, 0), std::vector<int32_t>(blocks, 0)};
-  for (size_t rank = 0; rank < items; ++rank) {
-    if (random() % 3 == 0) drawn.words[rank / 64] |= uint64_t{1} << (rank % 64);
-  }
-  for (size_t w = 0; w + 8 < drawn.words.size(); ++w) {
-    drawn.before[w / 8 + 1] += cemg::RowFilter::popcount(drawn.words[w]);
-    if (w % 8 == 7) drawn.before[w / 8 + 1] += drawn.before[w / 8];
-  }
-  return drawn;
-}
-
-// Three requests over two bitmaps, each with its own excluded ranks; two rows a request, every node in turn.
+// Three requests over two bitmaps, each with its own excluded ranks, close together; two rows a request,
+// every node in turn.
 template <class Code>
-void check_requests(std::mt19937& random, const Owned<Code>& trie, const Bitmap& first) {
+void check_requests(std::mt19937& random, const Owned<Code>& trie, const Bitmap& first, int levels) {
   const int32_t items = static_cast<int32_t>(trie.rows.size());
-  const Bitmap second = draw_bitmap(random, trie.rows.size());
-  std::vector<uint64_t> words = first.words;
-  words.insert(words.end(), second.words.begin(), second.words.end());
-  std::vector<int32_t> before = first.before;
-  before.insert(before.end(), second.before.begin(), second.before.end());
-  constexpr int64_t kMost = 4;
+  const Bitmap second = draw_bitmap(random, trie);
+  std::vector<uint64_t> open = first.open;
+  open.insert(open.end(), second.open.begin(), second.open.end());
+  constexpr int64_t kMost = 9;
   const std::vector<int32_t> filter_of = {1, -1, 0};
   std::vector<std::set<int32_t>> left_out(3);
-  std::vector<int32_t> excluded(3 * kMost, cemg::kNoRank);
+  std::vector<int32_t> excluded(3 * kMost, cemg::kNoNode);
   for (size_t request = 0; request < 3; ++request) {
-    for (int i = 0; i < kMost; ++i) {
-      const int32_t rank = static_cast<int32_t>(random() % items);
-      const bool open = filter_of[request] < 0 || (filter_of[request] == 0 ? first : second).has(rank);
-      if (open) left_out[request].insert(rank);
-    }
+    const int32_t from = static_cast<int32_t>(random() % items);  // neighbours close the nodes above them
+    for (int i = 0; i < kMost; ++i)
+      left_out[request].insert((from + static_cast<int32_t>(random() % 9)) % items);
     std::copy(left_out[request].begin(), left_out[request].end(), excluded.begin() + request * kMost);
   }
-  const cemg::FilterView filter{words.data(),
-                                before.data(),
-                                filter_of.data(),
-                                excluded.data(),
-                                static_cast<int64_t>(first.before.size()),
-                                kMost,
-                                2};
+  cemg::FilterView filter;
+  filter.open = open.data();
+  filter.filter_of = filter_of.data();
+  filter.words = static_cast<int64_t>(first.open.size());
+  std::vector<int32_t> closed(3 * (kMost * levels + 1));
+  cemg::close_nodes(trie.view, filter, excluded.data(), 3, kMost, levels, closed.data());
+  filter.closed = closed.data();
+  filter.most_closed = kMost * levels + 1;
+  filter.rows_per_request = 2;
   for (int32_t node = 0; node < trie.view.num_nodes; ++node) {
     const std::vector<int32_t> nodes(6, node);
     std::vector<int32_t> kept(6);
@@ -231,9 +229,9 @@ void check_trie(std::mt19937& random, int items, int levels, int size) {
   check_same(trie, build<Code, int64_t>(rows, levels, size, 64));
   check_same(trie, build<Code, int16_t>(rows, levels, size, 0));
   check_paths(trie, rows, levels);
-  const Bitmap drawn = draw_bitmap(random, rows.size());
-  check_masks(trie, drawn.words, drawn.before);
-  check_requests(random, trie, drawn);
+  const Bitmap drawn = draw_bitmap(random, trie);
+  check_masks(trie, drawn);
+  check_requests(random, trie, drawn, levels);
   check_verdicts(random, trie, levels, size);
 }
 

@@ -6,14 +6,8 @@
 
 namespace cemg {
 
-template <class Code>
-CEMG_HD bool allowed(const TrieView<Code>& trie, const RowFilter& filter, int32_t node) noexcept {
-  return filter.everything() || filter.allows(trie.interval(node));
-}
-
-template <class Code>
-CEMG_HD int32_t if_allowed(const TrieView<Code>& trie, const RowFilter& filter, int32_t node) noexcept {
-  return node != kNone && allowed(trie, filter, node) ? node : kNone;
+CEMG_HD inline int32_t if_allowed(const RowFilter& filter, int32_t node) noexcept {
+  return node != kNone && filter.allows(node) ? node : kNone;
 }
 
 // prefixes [R, length] -> out [R].
@@ -22,21 +16,21 @@ CEMG_HD void lookup_row(const TrieView<Code>& trie, const FilterView& filter, co
                         int64_t length, int64_t row, int32_t* out) noexcept {
   int32_t node = kRoot;
   for (int64_t m = 0; m < length; ++m) node = trie.advance(node, prefixes[row * length + m]);
-  out[row] = if_allowed(trie, filter.of(row), node);
+  out[row] = if_allowed(filter.of(row), node);
 }
 
 // nodes [R] -> out [R], none where the filter leaves nothing below.
 template <class Code>
 CEMG_HD void keep_row(const TrieView<Code>& trie, const FilterView& filter, const int32_t* nodes, int64_t row,
                       int32_t* out) noexcept {
-  out[row] = if_allowed(trie, filter.of(row), nodes[row]);
+  out[row] = trie.is_node(nodes[row]) ? if_allowed(filter.of(row), nodes[row]) : kNone;
 }
 
 // nodes [R], codes [R] -> out [R].
 template <class Code>
 CEMG_HD void advance_row(const TrieView<Code>& trie, const FilterView& filter, const int32_t* nodes,
                          const int64_t* codes, int64_t row, int32_t* out) noexcept {
-  out[row] = if_allowed(trie, filter.of(row), trie.advance(nodes[row], codes[row]));
+  out[row] = if_allowed(filter.of(row), trie.advance(nodes[row], codes[row]));
 }
 
 // nodes [R] -> codes and nodes of the children, [R, K] each, ascending, then -1.
@@ -49,7 +43,7 @@ CEMG_HD void children_row(const TrieView<Code>& trie, const FilterView& filter, 
   const RowFilter mine = filter.of(row);
   int32_t count = 0;
   for (int32_t child = range.begin; child < range.end; ++child) {
-    if (!allowed(trie, mine, child)) continue;
+    if (!mine.allows(child)) continue;
     codes[count] = static_cast<int32_t>(trie.code[child - 1]);
     found[count++] = child;
   }
@@ -63,7 +57,7 @@ CEMG_HD void mask_cell(const TrieView<Code>& trie, const FilterView& filter, con
                        int64_t cell, bool* out) noexcept {
   const int64_t row = cell / trie.codebook_size;
   const int32_t child = trie.advance(nodes[row], cell % trie.codebook_size);
-  out[cell] = if_allowed(trie, filter.of(row), child) != kNone;
+  out[cell] = if_allowed(filter.of(row), child) != kNone;
 }
 
 // nodes [R] -> the ranks below, [R, 2], half open.

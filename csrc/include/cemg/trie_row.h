@@ -23,6 +23,9 @@ constexpr float tame(float x) noexcept {
 void gather(const float* logits, int64_t size, const uint8_t* codes, int64_t count, float* out) noexcept;
 void gather(const float* logits, int64_t size, const int16_t* codes, int64_t count, float* out) noexcept;
 
+// x [count] of the nodes from `first` on: -inf where the bit of a node, in open, is not set.
+void keep_open(const uint64_t* open, int64_t first, int64_t count, float* x) noexcept;
+
 // best [parts_of(count), kLanes]: the highest of each group of x [count], tame; the highest of all.
 float best_of_groups(const float* x, int64_t count, float* best) noexcept;
 

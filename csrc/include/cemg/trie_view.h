@@ -20,50 +20,30 @@ namespace cemg {
 
 inline constexpr int32_t kRoot = 0;
 inline constexpr int32_t kNone = -1;
-inline constexpr int32_t kNoRank = 0x7fffffff;  // fills a short list of ranks
+inline constexpr int32_t kNoNode = 0x7fffffff;  // fills a short list of nodes
 
 struct Range {  // half open
   int32_t begin;
   int32_t end;
 };
 
-// What one row may reach: a bitmap over ranks with its counts, less a few ranks.
+// What one row may reach: a node is open where the bitmap says so and the list does not hold it. Both speak
+// of nodes on every level, so that no walk is needed to see whether an item is left below.
 struct RowFilter {
-  static constexpr int32_t kBlockWords = 8;
+  const uint64_t* open = nullptr;   // [words] a bit a node, null: all nodes are open
+  const int32_t* closed = nullptr;  // [most_closed], ascending, then kNoNode
+  int32_t most_closed = 0;
 
-  const uint64_t* words = nullptr;    // [blocks * 8], null: every item is allowed
-  const int32_t* before = nullptr;    // [blocks], allowed ranks before the block of 512 bits
-  const int32_t* excluded = nullptr;  // [most_excluded], ascending, each allowed by `words`; then kNoRank
-  int32_t most_excluded = 0;
+  // Nothing is left out, so that no node need be asked about.
+  CEMG_HD bool everything() const noexcept { return open == nullptr && most_closed == 0; }
 
-  CEMG_HD static int32_t popcount(uint64_t word) noexcept {
-#if defined(__CUDA_ARCH__)
-    return __popcll(word);
-#else
-    return std::popcount(word);
-#endif
-  }
-
-  // Nothing is left out, so that no interval need be asked about.
-  CEMG_HD bool everything() const noexcept { return words == nullptr && most_excluded == 0; }
-
-  // How many ranks below `rank` the bitmap allows.
-  CEMG_HD int32_t rank(int32_t rank) const noexcept {
-    if (rank == 0) return 0;
-    const int32_t last = (rank - 1) >> 6;  // the word of the last rank counted
-    const int32_t first = last / kBlockWords * kBlockWords;
-    int32_t count = before[last / kBlockWords];
-    for (int32_t w = first; w < last; ++w) count += popcount(words[w]);
-    return count + popcount(words[last] & (~uint64_t{0} >> (63 - ((rank - 1) & 63))));
-  }
-
-  // How many ranks below `rank` are excluded.
-  CEMG_HD int32_t excluded_below(int32_t rank) const noexcept {
+  // Where in the list the nodes from this one on begin.
+  CEMG_HD int32_t first_closed(int32_t node) const noexcept {
     int32_t low = 0;
-    int32_t high = most_excluded;
+    int32_t high = most_closed;
     while (low < high) {
       const int32_t middle = low + (high - low) / 2;
-      if (excluded[middle] < rank) {
+      if (closed[middle] < node) {
         low = middle + 1;
       } else {
         high = middle;
@@ -72,42 +52,37 @@ struct RowFilter {
     return low;
   }
 
-  // Whether any rank of an interval is left.
-  CEMG_HD bool allows(Range ranks) const noexcept {
-    const int32_t open = words == nullptr ? ranks.end - ranks.begin : rank(ranks.end) - rank(ranks.begin);
-    if (open > most_excluded || open == 0) return open > 0;
-    return open > excluded_below(ranks.end) - excluded_below(ranks.begin);
+  // Whether a node, none of them kNone, leads to an item that is allowed.
+  CEMG_HD bool allows(int32_t node) const noexcept {
+    if (open != nullptr && ((open[node >> 6] >> (node & 63)) & 1) == 0) return false;
+    if (most_closed == 0) return true;
+    const int32_t place = first_closed(node);
+    return place == most_closed || closed[place] != node;
   }
 };
 
 // The filters of a batch: row r belongs to request r / rows_per_request, which obeys one of the bitmaps and
-// has a list of excluded ranks. All null: every item is allowed.
+// has a list of closed nodes. All null: every item is allowed.
 struct FilterView {
-  const uint64_t* words = nullptr;     // [filters, blocks * 8], null: no bitmaps
-  const int32_t* before = nullptr;     // [filters, blocks]
+  const uint64_t* open = nullptr;      // [filters, words], null: no bitmaps
   const int32_t* filter_of = nullptr;  // [requests], -1: no bitmap; null: all requests obey the first
-  const int32_t* excluded = nullptr;   // [requests, most_excluded] as in RowFilter; null where there are none
-  int64_t blocks = 0;
-  int64_t most_excluded = 0;
+  const int32_t* closed = nullptr;     // [requests, most_closed] as in RowFilter; null where there are none
+  int64_t words = 0;
+  int64_t most_closed = 0;
   int64_t rows_per_request = 1;
 
   CEMG_HD RowFilter of(int64_t row) const noexcept {
-    if (filter_of == nullptr && excluded == nullptr) return {words, before, nullptr, 0};
+    if (filter_of == nullptr && closed == nullptr) return {open, nullptr, 0};
     const int64_t request = row / rows_per_request;
     const int64_t filter = filter_of == nullptr ? 0 : filter_of[request];
     RowFilter found;
-    if (words != nullptr && filter >= 0) {
-      found.words = words + filter * blocks * RowFilter::kBlockWords;
-      found.before = before + filter * blocks;
-    }
-    if (excluded != nullptr) {
-      found.excluded = excluded + request * most_excluded;
-      found.most_excluded = static_cast<int32_t>(most_excluded);
+    if (open != nullptr && filter >= 0) found.open = open + filter * words;
+    if (closed != nullptr) {
+      found.closed = closed + request * most_closed;
+      found.most_closed = static_cast<int32_t>(most_closed);
     }
     return found;
   }
-
-  CEMG_HD bool allows(int64_t row, Range ranks) const noexcept { return of(row).allows(ranks); }
 };
 
 template <class Code>
@@ -144,6 +119,21 @@ struct TrieView {              // borrowed, trivially copyable, passed to kernel
       }
     }
     return low < range.end && static_cast<int32_t>(code[low - 1]) == value ? low : kNone;
+  }
+
+  // The inner node that a node other than the root hangs from.
+  CEMG_HD int32_t parent(int32_t node) const noexcept {
+    int32_t low = 0;  // the last node whose first child is no later
+    int32_t high = num_inner - 1;
+    while (low < high) {
+      const int32_t middle = low + (high - low + 1) / 2;
+      if (first_child[middle] <= node) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
   }
 
   // The ranks below a node; the whole level moves one down at a time, so both ends stay on one level.
