@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <span>
@@ -42,8 +43,8 @@ T* at(Address address) {
 
 template <class Code>
 AnyTrie view_as(Address code, Address first_child, int32_t num_inner, int32_t num_nodes, int32_t size) {
-  return cemg::TrieView<Code>{at<const Code>(code), at<const int32_t>(first_child), num_inner, num_nodes,
-                              size};
+  return cemg::TrieView<Code>{
+      at<const Code>(code), {at<const uint64_t>(first_child)}, num_inner, num_nodes, size};
 }
 
 AnyTrie make_view(Address code, int code_bytes, Address first_child, int32_t num_inner, int32_t num_nodes,
@@ -110,25 +111,33 @@ cemg::TrieBuilder sort_codes(Address codes, int code_bytes, int64_t rows, int32_
   throw std::invalid_argument("codes take 1, 2, 4 or 8 bytes, got " + std::to_string(code_bytes));
 }
 
-void write_arrays(const cemg::TrieBuilder& built, Address code, int code_bytes, Address first_child,
-                  Address rows) {
+struct Words {
+  std::vector<uint64_t> words;
+};
+
+// Writes the codes and the rows; the first children, packed, come back.
+Words write_arrays(const cemg::TrieBuilder& built, Address code, int code_bytes, Address rows) {
   if (!built.duplicates().empty()) throw std::invalid_argument("codes with duplicates have no trie");
-  if (code_bytes == 1) return built.write(at<uint8_t>(code), at<int32_t>(first_child), at<int32_t>(rows));
-  if (code_bytes == 2) return built.write(at<int16_t>(code), at<int32_t>(first_child), at<int32_t>(rows));
+  if (code_bytes == 1) return {built.write(at<uint8_t>(code), at<int32_t>(rows))};
+  if (code_bytes == 2) return {built.write(at<int16_t>(code), at<int32_t>(rows))};
   throw std::invalid_argument("codes take 1 or 2 bytes, got " + std::to_string(code_bytes));
+}
+
+void copy_words(const Words& packed, Address out) {
+  std::copy(packed.words.begin(), packed.words.end(), at<uint64_t>(out));
 }
 
 template <class Code>
 const char* problem_as(Address code, Address first_child, Address rows, const std::array<int64_t, 3>& sizes,
                        int32_t levels, int32_t codebook_size) {
-  const auto [edges, starts, items] = sizes;
+  const auto [edges, words, items] = sizes;
   return cemg::trie_problem<Code>({at<const Code>(code), static_cast<size_t>(edges)},
-                                  {at<const int32_t>(first_child), static_cast<size_t>(starts)},
+                                  {at<const uint64_t>(first_child), static_cast<size_t>(words)},
                                   {at<const int32_t>(rows), static_cast<size_t>(items)}, levels,
                                   codebook_size);
 }
 
-// sizes: the numbers of codes, first children and rows.
+// sizes: the numbers of codes, words and rows.
 std::string trie_problem(Address code, int code_bytes, Address first_child, Address rows,
                          const std::array<int64_t, 3>& sizes, int32_t levels, int32_t codebook_size) {
   const char* const problem =
@@ -412,8 +421,10 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("num_nodes", &cemg::TrieBuilder::num_nodes)
       .def_property_readonly("num_inner", &cemg::TrieBuilder::num_inner)
       .def_property_readonly("duplicates", &cemg::TrieBuilder::duplicates)
-      .def("write", &write_arrays, py::arg("code"), py::arg("code_bytes"), py::arg("first_child"),
-           py::arg("rows"), release());
+      .def("write", &write_arrays, py::arg("code"), py::arg("code_bytes"), py::arg("rows"), release());
+  py::class_<Words>(module, "Words")
+      .def_property_readonly("size", [](const Words& packed) { return packed.words.size(); })
+      .def("copy_to", &copy_words, release());
   py::class_<View>(module, "TrieView")
       .def(py::init([](Address code, int code_bytes, Address first_child, int32_t num_inner,
                        int32_t num_nodes, int32_t codebook_size) {

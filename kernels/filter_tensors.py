@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import trie_walk
 from .dispatch import pick
+from .packed_ascending import popcount
 from .trie_arrays import TrieArrays
 
 WORD_BITS = 64
@@ -133,14 +134,6 @@ def distinct(nodes: Tensor) -> Tensor:
     nodes = nodes.to(torch.int32).sort(1).values
     again = torch.nn.functional.pad(nodes[:, 1:] == nodes[:, :-1], (1, 0)) if nodes.shape[1] else nodes > 0
     return nodes.masked_fill(again, NO_NODE).sort(1).values
-
-
-def popcount(words: Tensor) -> Tensor:
-    """The set bits of each int64, counted in parallel: pairs, nibbles, bytes, then their sum. int64."""
-    pairs = words - ((words >> 1) & 0x5555555555555555)
-    nibbles = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
-    in_bytes = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((in_bytes * 0x0101010101010101) >> 56) & 0x7F
 
 
 def pack(bits: Tensor) -> Tensor:

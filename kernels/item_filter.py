@@ -19,9 +19,9 @@ from .filter_tensors import (
     fill_inner,
     is_set,
     open_nodes,
-    popcount,
     unpack,
 )
+from .packed_ascending import popcount
 from .trie_arrays import TrieArrays
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import native, pick
+from .packed_ascending import at, pack, unpack
 from .ranges import named_range
 
 MAX_CODEBOOK_SIZE = 32768  # a code fits int16
@@ -26,7 +27,9 @@ MAX_NODES = 2**31 - 1
 
 @dataclass(frozen=True)
 class TrieArrays:
-    """``code`` [T - 1] uint8 or int16, ``first_child`` [I + 1] int32, ``rows`` [N] int32 (rank -> row)."""
+    """``code`` [T - 1] uint8 or int16; ``first_child`` [words] int64, the I + 1 first children and their end,
+    packed (``packed_ascending.py``); ``rows`` [N] int32 (rank -> row).
+    """
 
     code: Tensor
     first_child: Tensor
@@ -40,7 +43,7 @@ class TrieArrays:
 
     @property
     def num_inner(self) -> int:
-        return self.first_child.numel() - 1
+        return self.num_nodes - self.rows.numel()
 
     @cached_property
     def view(self) -> Any:
@@ -59,7 +62,7 @@ class TrieArrays:
         """The first node of each level, the root's 0 and the leaves' ``num_inner`` among them."""
         begins = [0]
         while begins[-1] < self.num_inner:
-            begins.append(int(self.first_child[begins[-1]]))
+            begins.append(int(at(self.first_child, torch.tensor(begins[-1], device=self.code.device))))
         return begins
 
     def to(self, device: str | torch.device) -> TrieArrays:
@@ -132,7 +135,7 @@ def build_reference(codes: Tensor, codebook_size: int) -> TrieArrays:
     first_child.append(begin[-1:])
     return TrieArrays(
         code.to(code_dtype(codebook_size)),
-        torch.cat(first_child).to(torch.int32),
+        pack(torch.cat(first_child)),
         order.to(torch.int32),
         levels,
         codebook_size,
@@ -154,7 +157,7 @@ def verify(arrays: TrieArrays) -> str:
     if problem or pick("trie", torch.device("cpu")) != "native":
         return problem or problem_reference(arrays)
     code, first, rows = arrays.code.contiguous(), arrays.first_child.contiguous(), arrays.rows.contiguous()
-    sizes = code.numel(), first.numel(), rows.numel()
+    sizes = (code.numel(), first.numel(), rows.numel())
     return native().trie_problem(
         code.data_ptr(), code.element_size(), first.data_ptr(), rows.data_ptr(), sizes,
         arrays.levels, arrays.codebook_size,
@@ -174,9 +177,10 @@ def _build_native(codes: Tensor, codebook_size: int) -> TrieArrays:
     if builder.duplicates:
         raise DuplicateCodes(builder.duplicates)
     code = torch.empty(builder.num_nodes - 1, dtype=code_dtype(codebook_size))
-    first_child = torch.empty(builder.num_inner + 1, dtype=torch.int32)
     rows = torch.empty(num_items, dtype=torch.int32)
-    builder.write(code.data_ptr(), code.element_size(), first_child.data_ptr(), rows.data_ptr())
+    words = builder.write(code.data_ptr(), code.element_size(), rows.data_ptr())
+    first_child = torch.empty(words.size, dtype=torch.int64)
+    words.copy_to(first_child.data_ptr())
     return TrieArrays(code, first_child, rows, levels, codebook_size)
 
 
@@ -230,7 +234,7 @@ def _dtype_problem(arrays: TrieArrays) -> str:
         return f"codebook_size is {arrays.codebook_size}"
     if not 1 <= arrays.levels <= MAX_LEVELS:
         return f"levels is {arrays.levels}"
-    wanted = {"code": code_dtype(arrays.codebook_size), "first_child": torch.int32, "rows": torch.int32}
+    wanted = {"code": code_dtype(arrays.codebook_size), "first_child": torch.int64, "rows": torch.int32}
     for name, dtype in wanted.items():
         tensor: Tensor = getattr(arrays, name)
         if tensor.dtype != dtype or tensor.dim() != 1:
@@ -240,8 +244,8 @@ def _dtype_problem(arrays: TrieArrays) -> str:
 
 def _shape_problem(arrays: TrieArrays) -> str:
     num_items = arrays.rows.numel()
-    if num_items < 1 or arrays.num_inner < 1 or arrays.num_inner + num_items != arrays.num_nodes:
-        return f"{arrays.num_inner} inner nodes and {num_items} items do not make {arrays.num_nodes} nodes"
+    if num_items < 1 or arrays.num_inner < 1:
+        return f"{num_items} items do not make {arrays.num_nodes} nodes"
     rows = arrays.rows.long()
     if int(rows.min()) < 0 or int(rows.max()) >= num_items or rows.unique().numel() != num_items:
         return "rows is not a permutation of the items"
@@ -249,8 +253,8 @@ def _shape_problem(arrays: TrieArrays) -> str:
 
 
 def _edge_problem(arrays: TrieArrays) -> str:
-    first = arrays.first_child.long()
-    if int(first[0]) != 1 or int(first[-1]) != arrays.num_nodes or bool((first.diff() < 1).any()):
+    first = unpack(arrays.first_child, arrays.num_inner + 1)
+    if first is None or int(first[0]) != 1 or int(first[-1]) != arrays.num_nodes:
         return "first_child does not rise from 1 to the number of nodes"
     code = arrays.code.long()
     if int(code.min()) < 0 or int(code.max()) >= arrays.codebook_size:
@@ -266,5 +270,5 @@ def _level_problem(arrays: TrieArrays) -> str:
     for _ in range(arrays.levels):
         if begin >= arrays.num_inner:
             return f"the levels end before level {arrays.levels}"
-        begin = int(arrays.first_child[begin])
+        begin = int(at(arrays.first_child, torch.tensor(begin)))
     return "" if begin == arrays.num_inner else f"the items are not on level {arrays.levels}"

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
+from .packed_ascending import pack
 from .trie_arrays import TrieArrays, check_nodes, code_dtype, refuse_duplicates, sorted_order
 
 BLOCK = 1024
@@ -92,7 +93,7 @@ def build(codes: Tensor, codebook_size: int) -> TrieArrays:
     first_child = torch.empty(num_nodes - num_items + 1, dtype=torch.int32, device=device)
     first_child[-1] = num_nodes
     write_kernel[(blocks,)](codes, order, depth, first, code, first_child, *sizes, BLOCK=BLOCK)
-    return TrieArrays(code, first_child, order.to(torch.int32), levels, codebook_size)
+    return TrieArrays(code, pack(first_child), order.to(torch.int32), levels, codebook_size)
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:

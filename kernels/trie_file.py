@@ -15,7 +15,7 @@ from torch import Tensor
 from .dispatch import native, native_available
 from .trie_arrays import TrieArrays, fingerprint_of, verify
 
-FORMAT = "cemg-trie-2"
+FORMAT = "cemg-trie-3"
 ARRAYS = ("code", "first_child", "rows")
 
 

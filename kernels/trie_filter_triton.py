@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What the Triton kernels on the trie share: how a logit is read, and which children a filter leaves.
+"""What the Triton kernels on the trie share: how a logit is read, where a node's children begin, and which of
+them a filter leaves.
 
-The same rules as ``FilterTensors`` (``filter_tensors.py``) and ``FilterView`` (``trie_view.h``).
+The same rules as ``packed_ascending.py``, ``FilterTensors`` (``filter_tensors.py``) and ``trie_view.h``.
 R rows of a call.
 """
 
@@ -28,6 +29,41 @@ def tame(x):
 def finite(x):
     """0 in the place of -inf, for what is subtracted."""
     return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def _popcount(words):
+    pairs = words - ((words >> 1) & 0x5555555555555555)
+    nibbles = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
+    in_bytes = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (((in_bytes * 0x0101010101010101) >> 56) & 0x7F).to(tl.int32)
+
+
+@triton.jit
+def first_child(packed_ptr, node, live):
+    """The first child of each of the ``live`` nodes, or the end of the last's; 0 for the others."""
+    head = tl.load(packed_ptr + (node >> 6), mask=live, other=0)
+    begin, place, i = (head & 0xFFFFFFFF).to(tl.int32), (head >> 32).to(tl.int32), node & 63
+    listed = live & (place < 0)
+    pair = tl.load(packed_ptr + (~place + (i >> 1)), mask=listed, other=0)
+    bits = live & (place >= 0)
+    word, before, passed = tl.zeros_like(head), i, tl.zeros_like(i)
+    for w in tl.static_range(8):  # all loads at once: the one that holds it is found by the counts
+        here = tl.load(packed_ptr + place + w, mask=bits, other=0)
+        count = _popcount(here)
+        holds = (before >= 0) & (before < count)
+        word = tl.where(holds, here, word)
+        passed = tl.where(holds, w * 64 + before, passed)  # with the bit's place in the word still to come
+        before = tl.where(before >= 0, before - count, before)
+    left = passed & 63
+    found = begin + (passed - left)
+    for power in tl.static_range(6):  # halves of the word are passed by their counts
+        count = _popcount(word & ((1 << (32 >> power)) - 1))
+        up = left >= count
+        left = tl.where(up, left - count, left)
+        word = tl.where(up, word >> (32 >> power), word)
+        found = tl.where(up, found + (32 >> power), found)
+    return tl.where(listed, (pair >> ((i & 1) * 32).to(tl.int64)).to(tl.int32), tl.where(live, found, 0))
 
 
 @triton.jit
@@ -67,10 +103,10 @@ def filter_operands(
     filter: FilterTensors | None, trie: TrieArrays, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, int, int, int, int]:
     """Pointers and sizes of the filter; what is not there is never read."""
-    none = trie.first_child
+    nothing = trie.first_child, trie.rows, trie.rows  # of the same dtypes
     if filter is None:
-        return none, none, none, 0, 0, 0, 1
-    open_, filter_of, closed = (t if t.numel() else none for t in filter)
+        return *nothing, 0, 0, 0, 1
+    open_, filter_of, closed = (t if t.numel() else none for t, none in zip(filter, nothing, strict=True))
     most = filter.closed.shape[-1]
     per_request = max(1, rows // max(1, filter.num_requests))
     return open_, filter_of, closed, filter.open.shape[-1], most, most.bit_length(), per_request
@@ -84,8 +120,8 @@ def filter_kinds(filter: FilterTensors | None) -> dict[str, int]:
     return {"BITMAPS": bitmaps, "CLOSED": filter.closed.numel() > 0}
 
 
-def filter_types(bitmaps: int) -> dict[str, str]:
+def filter_types() -> dict[str, str]:
     return {
-        "open_ptr": "*i64" if bitmaps else "*i32", "filter_of_ptr": "*i32", "closed_ptr": "*i32",
+        "open_ptr": "*i64", "filter_of_ptr": "*i32", "closed_ptr": "*i32",
         "words": "i32", "most_closed": "i32", "steps": "i32", "rows_per_request": "i32",
     }  # fmt: skip

@@ -25,7 +25,15 @@ from torch import Tensor
 from .aot import AotCase, pairwise, powers_of_two
 from .filter_tensors import FilterTensors
 from .trie_arrays import TrieArrays
-from .trie_filter_triton import allowed, filter_kinds, filter_operands, filter_types, finite, tame
+from .trie_filter_triton import (
+    allowed,
+    filter_kinds,
+    filter_operands,
+    filter_types,
+    finite,
+    first_child,
+    tame,
+)
 
 MAX_BEAMS, MAX_WIDTH, MAX_CODES = 256, 256, 4096
 WHOLE = 16384  # candidates of a user that one program takes
@@ -33,8 +41,8 @@ TILE = 8192  # of a program, where a user's are more: then a second launch merge
 FIRST_ROUND = 256  # candidates sorted at once, at least
 PER_WARP = 256  # candidates at a time, so that none of a thread's registers spills
 SOFTMAX_BLOCK = 512
-FILTERED_REGISTERS = 255  # else ptxas keeps to 128 and spills a few
 MERGE_WARPS = 8
+SOFTMAX_REGISTERS = 255  # as many as it wants: left to itself, ptxas keeps to 32 and spills a few
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 DEAD = tl.constexpr(-(2**63))  # a key below every candidate's
@@ -64,8 +72,8 @@ def softmax_kernel(
     out_ptr += row * K
     node = tl.load(nodes_ptr + row)
     inner = (node >= 0) & (node < num_inner)
-    begin = tl.load(first_child_ptr + node, mask=inner, other=0)
-    end = tl.load(first_child_ptr + node + 1, mask=inner, other=0)
+    begin = first_child(first_child_ptr, node, inner)
+    end = first_child(first_child_ptr, node + 1, inner)
     if NORMALIZE == 0:
         total = tame(tl.load(logsumexp_ptr + row))
     else:
@@ -129,8 +137,8 @@ def _element(x, place):
 
 @triton.jit
 def _write_beams(
-    keys, user, nodes_ptr, code_ptr, first_child_ptr,
-    scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr, pruned_ptr, W, width, BLOCK_K: tl.constexpr,
+    keys, user, sums_ptr, code_ptr, scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr, pruned_ptr,
+    tiles, width, P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The next beams of ``user`` from its candidates ``keys``, best first, and the best that was cut."""
     at = tl.arange(0, keys.shape[0])
@@ -140,8 +148,8 @@ def _write_beams(
     score = tl.where(alive, score, float("-inf"))
     place = tl.where(alive, LOW - (keys & LOW).to(tl.int32), 0)
     parent = place // BLOCK_K
-    node = tl.load(nodes_ptr + user * W + parent, mask=alive, other=0)
-    child = tl.load(first_child_ptr + node, mask=alive, other=0) + place % BLOCK_K
+    begins_ptr = sums_ptr + (user * tiles + parent // P) * (P * BLOCK_K + 2 * P) + P * BLOCK_K
+    child = tl.load(begins_ptr + parent % P, mask=alive, other=0) + place % BLOCK_K
     code = tl.load(code_ptr + child - 1, mask=alive, other=0)
     out, kept = user * width + at, at < width
     tl.store(scores_ptr + out, score, mask=kept)
@@ -168,19 +176,29 @@ def beam_step_kernel(
     user, tile = program // tiles, program % tiles
     wide_user, wide_program = user.to(tl.int64), program.to(tl.int64)
     j = tl.arange(0, BLOCK_K)[None, :]
-    sums_ptr += wide_program * P * BLOCK_K
+    all_sums_ptr = sums_ptr
+    sums_ptr += wide_program * (P * BLOCK_K + 2 * P)
+    ranges_ptr = sums_ptr + P * BLOCK_K  # of each parent where its children begin, then how many they are
     kept_ptr += wide_program * KEPT
     many: tl.constexpr = P * BLOCK_K > KEPT
     maxima = tl.full([KEPT], NEVER, tl.int32)
+    every = tl.arange(0, P)
+    parents = tile * P + every
+    rows = user * W + tl.minimum(parents, W - 1)
+    nodes = tl.load(nodes_ptr + rows)
+    inner = (parents < W) & (nodes >= 0) & (nodes < num_inner)
+    inner = inner & (tame(tl.load(scores_ptr + rows)) > float("-inf"))
+    begins = first_child(first_child_ptr, nodes, inner)
+    tl.store(ranges_ptr + every, begins)
+    tl.store(ranges_ptr + P + every, first_child(first_child_ptr, nodes + 1, inner) - begins)
+    tl.debug_barrier()  # what some threads wrote others read
     for first in range(0, P, ROWS):
         in_tile = first + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
         parent = tile * P + in_tile
         row = user * W + tl.minimum(parent, W - 1)
         score = tame(tl.load(scores_ptr + row))
-        node = tl.load(nodes_ptr + row)
-        inner = (parent < W) & (node >= 0) & (node < num_inner) & (score > float("-inf"))
-        begin = tl.load(first_child_ptr + node, mask=inner, other=0)
-        degree = tl.load(first_child_ptr + node + 1, mask=inner, other=0) - begin
+        begin = tl.load(ranges_ptr + in_tile)
+        degree = tl.load(ranges_ptr + P + in_tile)
         child, live = begin + j, j < degree  # [ROWS, BLOCK_K]
         code = tl.load(code_ptr + child - 1, mask=live, other=0).to(tl.int32)
         live = allowed(child, live, row, open_ptr, filter_of_ptr, closed_ptr, words, most_closed, steps,
@@ -190,7 +208,7 @@ def beam_step_kernel(
         if NORMALIZE == 0:
             total = tame(tl.load(logsumexp_ptr + row))
         elif NORMALIZE == 1:
-            columns = tame(tl.load(start + j, mask=inner & (j < K), other=float("-inf")))
+            columns = tame(tl.load(start + j, mask=(degree > 0) & (j < K), other=float("-inf")))
             total = _row_total(columns, tl.max(columns, 1)[:, None])
         else:
             total = _row_total(x, tl.max(x, 1)[:, None])
@@ -199,7 +217,7 @@ def beam_step_kernel(
         tl.store(sums_ptr + in_tile * BLOCK_K + j, ordered)
         if many:
             maxima = tl.maximum(maxima, _group_maxima(ordered, ROWS, BLOCK_K, GROUP_ROWS, KEPT // GROUP_ROWS))
-    tl.debug_barrier()  # what some threads wrote others read
+    tl.debug_barrier()
 
     bound, bound_place = tl.full([], NEVER, tl.int32), tl.full([], 0, tl.int32)
     if many:
@@ -227,17 +245,17 @@ def beam_step_kernel(
         last = _element(best, width)
         bound, bound_place = (last >> 32).to(tl.int32), (last & LOW).to(tl.int32)
     if FINAL:
-        _write_beams(best, wide_user, nodes_ptr, code_ptr, first_child_ptr, out_scores_ptr, parents_ptr,
-                     codes_ptr, new_nodes_ptr, pruned_ptr, W, width, BLOCK_K)  # fmt: skip
+        _write_beams(best, wide_user, all_sums_ptr, code_ptr, out_scores_ptr, parents_ptr, codes_ptr,
+                     new_nodes_ptr, pruned_ptr, tiles, width, P, BLOCK_K)  # fmt: skip
     else:
         tl.store(best_ptr + wide_program * TOP + at, best, mask=at < TOP)
 
 
 @triton.jit
 def merge_kernel(
-    best_ptr, nodes_ptr, code_ptr, first_child_ptr,
-    scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr, pruned_ptr, W, tiles, width,
-    BLOCK_K: tl.constexpr, TOP: tl.constexpr, TILES: tl.constexpr, CHUNK: tl.constexpr,
+    best_ptr, sums_ptr, code_ptr, scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr, pruned_ptr,
+    tiles, width,
+    P: tl.constexpr, BLOCK_K: tl.constexpr, TOP: tl.constexpr, TILES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One user: the best of its tiles' lists [tiles, TOP], some ranks of all lists at a time."""
     user = tl.program_id(0).to(tl.int64)
@@ -253,8 +271,8 @@ def merge_kernel(
         next_best = tl.max(tl.where(step == CHUNK // TILES - 1, more, DEAD), 0)
         bound = _element(best, width)
         rank += CHUNK // TILES
-    _write_beams(best, user, nodes_ptr, code_ptr, first_child_ptr, scores_ptr, parents_ptr, codes_ptr,
-                 new_nodes_ptr, pruned_ptr, W, width, BLOCK_K)  # fmt: skip
+    _write_beams(best, user, sums_ptr, code_ptr, scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr,
+                 pruned_ptr, tiles, width, P, BLOCK_K)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +303,13 @@ class Plan:
     @property
     def merge(self) -> dict[str, int]:
         tiles = triton.next_power_of_2(self.tiles)
-        return {"BLOCK_K": self.block_k, "TOP": self.top, "TILES": tiles, "CHUNK": max(self.top, tiles)}
+        return {
+            "P": self.parents,
+            "BLOCK_K": self.block_k,
+            "TOP": self.top,
+            "TILES": tiles,
+            "CHUNK": max(self.top, tiles),
+        }
 
 
 def plan_of(beams: int, size: int, width: int) -> Plan:
@@ -325,7 +349,7 @@ def softmax(
             logits, _total(logits, logsumexp), nodes, trie.code, trie.first_child, out,
             *filter_operands(filter, trie, rows), logits.stride(0), size, trie.num_inner,
             NORMALIZE=normalize, **filter_kinds(filter), BLOCK=softmax_block(size), num_warps=4,
-            maxnreg=None if filter is None else FILTERED_REGISTERS,
+            maxnreg=SOFTMAX_REGISTERS,
         )  # fmt: skip
     return out
 
@@ -348,19 +372,19 @@ def beam_step(
         return out
     plan = plan_of(beams, size, width)
     programs = users * plan.tiles
-    sums = torch.empty(programs, plan.parents * plan.block_k, dtype=torch.int32, device=device)
+    room = plan.parents * plan.block_k + 2 * plan.parents  # sums of scores, and the parents' children
+    sums = torch.empty(programs, room, dtype=torch.int32, device=device)
     kept = torch.empty(programs, plan.kept, dtype=torch.int64, device=device)
     best = kept if plan.tiles == 1 else torch.empty(programs, plan.top, dtype=torch.int64, device=device)
-    arrays = nodes, trie.code, trie.first_child
     beam_step_kernel[(programs,)](
-        logits, _total(logits, logsumexp), scores, *arrays, sums, kept, best, *out,
+        logits, _total(logits, logsumexp), scores, nodes, trie.code, trie.first_child, sums, kept, best, *out,
         *filter_operands(filter, trie, users * beams), logits.stride(0), logits.stride(1), beams, size,
         trie.num_inner, plan.tiles, width,
         NORMALIZE=normalize, **filter_kinds(filter), **plan.constants, num_warps=plan.warps,
         maxnreg=plan.registers,
     )  # fmt: skip
     if plan.tiles > 1:
-        merge_kernel[(users,)](best, *arrays, *out, beams, plan.tiles, width, **plan.merge,
+        merge_kernel[(users,)](best, sums, trie.code, *out, plan.tiles, width, **plan.merge,
                              num_warps=MERGE_WARPS)  # fmt: skip
     return out
 
@@ -402,8 +426,8 @@ def aot_cases(every: bool = False) -> list[AotCase]:
 
 
 def _merges(cuts: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """One of those (beams, size, width) that want the same merge; BLOCK_K is only a divisor there."""
-    return list({(*plan_of(*c).merge.values(),)[1:]: c for c in cuts if plan_of(*c).tiles > 1}.values())
+    """One of those (beams, size, width) that want the same merge; P and BLOCK_K are only divisors there."""
+    return list({(*plan_of(*c).merge.values(),)[2:]: c for c in cuts if plan_of(*c).tiles > 1}.values())
 
 
 def _widest(cuts: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -436,14 +460,13 @@ def _case(
 def _softmax_case(size: int, normalize: int, dtype: str, bitmaps: int, closed: bool) -> AotCase:
     types = {
         "logits_ptr": f"*{dtype}", "logsumexp_ptr": f"*{dtype if normalize else 'fp32'}", "nodes_ptr": "*i32",
-        "code_ptr": _code(size), "first_child_ptr": "*i32", "out_ptr": "*fp32",
-        **filter_types(bitmaps), "stride_logits": "i32", "K": "i32", "num_inner": "i32",
+        "code_ptr": _code(size), "first_child_ptr": "*i64", "out_ptr": "*fp32",
+        **filter_types(), "stride_logits": "i32", "K": "i32", "num_inner": "i32",
     }  # fmt: skip
     constants = {"NORMALIZE": normalize, "BITMAPS": bitmaps, "CLOSED": closed,
                  "BLOCK": softmax_block(size)}  # fmt: skip
     name = f"trie_softmax K={size} {_name(normalize, dtype, bitmaps, closed)}"
-    registers = FILTERED_REGISTERS if bitmaps or closed else None
-    return _case(name, softmax_kernel, types, constants, 4, maxnreg=registers)
+    return _case(name, softmax_kernel, types, constants, 4, maxnreg=SOFTMAX_REGISTERS)
 
 
 def _beam_step_case(
@@ -452,9 +475,9 @@ def _beam_step_case(
     plan = plan_of(beams, size, width)
     types = {
         "logits_ptr": f"*{dtype}", "logsumexp_ptr": f"*{dtype if normalize else 'fp32'}",
-        "scores_ptr": "*fp32", "nodes_ptr": "*i32", "code_ptr": _code(size), "first_child_ptr": "*i32",
+        "scores_ptr": "*fp32", "nodes_ptr": "*i32", "code_ptr": _code(size), "first_child_ptr": "*i64",
         "sums_ptr": "*i32", "kept_ptr": "*i64", "best_ptr": "*i64", **_step_types(),
-        **filter_types(bitmaps), "stride_user": "i32",
+        **filter_types(), "stride_user": "i32",
         "stride_beam": "i32", "W": "i32", "K": "i32", "num_inner": "i32", "tiles": "i32",
         "width": "i32",
     }  # fmt: skip
@@ -469,8 +492,8 @@ def _step_types() -> dict[str, str]:
 
 
 def _merge_case(beams: int, size: int, width: int) -> AotCase:
-    types = {"best_ptr": "*i64", "nodes_ptr": "*i32", "code_ptr": _code(size), "first_child_ptr": "*i32"}
+    types = {"best_ptr": "*i64", "sums_ptr": "*i32", "code_ptr": _code(size)}
     results = {"scores_ptr" if name == "out_scores_ptr" else name: t for name, t in _step_types().items()}
-    types |= results | {"W": "i32", "tiles": "i32", "width": "i32"}
+    types |= results | {"tiles": "i32", "width": "i32"}
     name = f"trie_beam_step merge W={beams} K={size} width={width}"
     return _case(name, merge_kernel, types, plan_of(beams, size, width).merge, MERGE_WARPS)

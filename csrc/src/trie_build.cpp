@@ -7,6 +7,8 @@
 #include <limits>
 #include <numeric>
 
+#include "cemg/packed_ascending.h"
+
 namespace cemg {
 namespace {
 
@@ -248,7 +250,7 @@ bool TrieBuilder::count_levels(const Counts& at_depth) {
 }
 
 template <class Code>
-void TrieBuilder::write(Code* code, int32_t* first_child, int32_t* rows) const {
+std::vector<uint64_t> TrieBuilder::write(Code* code, int32_t* rows) const {
   const int32_t levels = layout_.levels;
   const uint64_t code_mask = (uint64_t{1} << layout_.bits) - 1;
   std::array<const uint64_t*, kMaxLevels> word_of;  // the keys that hold a level's code, and how far up
@@ -258,6 +260,7 @@ void TrieBuilder::write(Code* code, int32_t* first_child, int32_t* rows) const {
     word_of[m] = keys_.data() + word * num_items();
     shift_of[m] = (layout_.end(word) - 1 - m) * layout_.bits;
   }
+  std::vector<int32_t> first_child(static_cast<size_t>(num_inner()) + 1);
   first_child[0] = 1;
   in_chunks(num_items(), chunks_, [&](int64_t chunk, Span part) {
     std::vector<int32_t> next = node_begin_[chunk];  // the number the next node of each level gets
@@ -272,6 +275,7 @@ void TrieBuilder::write(Code* code, int32_t* first_child, int32_t* rows) const {
     }
   });
   first_child[num_inner()] = num_nodes();
+  return pack_ascending(first_child);
 }
 
 #define CEMG_SORTS(Code)                                                                                    \
@@ -282,7 +286,7 @@ CEMG_SORTS(int16_t)
 CEMG_SORTS(int32_t)
 CEMG_SORTS(int64_t)
 #undef CEMG_SORTS
-template void TrieBuilder::write(uint8_t*, int32_t*, int32_t*) const;
-template void TrieBuilder::write(int16_t*, int32_t*, int32_t*) const;
+template std::vector<uint64_t> TrieBuilder::write(uint8_t*, int32_t*) const;
+template std::vector<uint64_t> TrieBuilder::write(int16_t*, int32_t*) const;
 
 }  // namespace cemg

@@ -4,6 +4,8 @@
 #include <numeric>
 #include <vector>
 
+#include "cemg/packed_ascending.h"
+
 namespace cemg {
 namespace {
 
@@ -26,15 +28,6 @@ class Marks {
   std::vector<uint64_t> words_;
 };
 
-bool rises(std::span<const int32_t> first_child, int64_t num_nodes) {
-  if (first_child.front() != 1 || first_child.back() != num_nodes) return false;
-  bool falls = false;
-  const auto inner = static_cast<int64_t>(first_child.size()) - 1;
-#pragma omp parallel for reduction(|| : falls)
-  for (int64_t node = 0; node < inner; ++node) falls = falls || first_child[node + 1] <= first_child[node];
-  return !falls;
-}
-
 template <class Code>
 bool in_codebook(std::span<const Code> code, int32_t codebook_size) {
   bool outside = false;
@@ -46,7 +39,6 @@ bool in_codebook(std::span<const Code> code, int32_t codebook_size) {
   return !outside;
 }
 
-// Needs first_child to rise.
 template <class Code>
 bool siblings_rise(std::span<const Code> code, std::span<const int32_t> first_child) {
   bool falls = false;
@@ -81,24 +73,26 @@ bool ends_on_level(std::span<const int32_t> first_child, int32_t levels) {
 }  // namespace
 
 template <class Code>
-const char* trie_problem(std::span<const Code> code, std::span<const int32_t> first_child,
+const char* trie_problem(std::span<const Code> code, std::span<const uint64_t> packed,
                          std::span<const int32_t> rows, int32_t levels, int32_t codebook_size) {
   const auto nodes = static_cast<int64_t>(code.size()) + 1;
-  const auto inner = static_cast<int64_t>(first_child.size()) - 1;
-  if (inner < 1 || rows.empty() || inner + static_cast<int64_t>(rows.size()) != nodes) {
-    return "the numbers of inner nodes and items do not make that of the nodes";
+  const auto inner = nodes - static_cast<int64_t>(rows.size());
+  if (inner < 1 || rows.empty()) return "there are as many items as nodes, or none";
+  const std::vector<int32_t> first_child = unpack_ascending(packed, inner + 1);
+  if (first_child.empty()) return "first_child packs no numbers that rise";
+  if (first_child.front() != 1 || first_child.back() != nodes) {
+    return "first_child does not rise from 1 to the number of nodes";
   }
-  if (!rises(first_child, nodes)) return "first_child does not rise from 1 to the number of nodes";
   if (!in_codebook(code, codebook_size)) return "a code lies outside the codebook";
-  if (!siblings_rise(code, first_child)) return "the codes of some siblings do not rise";
+  if (!siblings_rise<Code>(code, first_child)) return "the codes of some siblings do not rise";
   if (!ends_on_level(first_child, levels)) return "the items are not all on the last level";
   if (!is_permutation(rows)) return "rows is not a permutation of the items";
   return nullptr;
 }
 
-template const char* trie_problem(std::span<const uint8_t>, std::span<const int32_t>,
+template const char* trie_problem(std::span<const uint8_t>, std::span<const uint64_t>,
                                   std::span<const int32_t>, int32_t, int32_t);
-template const char* trie_problem(std::span<const int16_t>, std::span<const int32_t>,
+template const char* trie_problem(std::span<const int16_t>, std::span<const uint64_t>,
                                   std::span<const int32_t>, int32_t, int32_t);
 
 int64_t wrong_id(std::span<const int64_t> ids) {

@@ -12,15 +12,18 @@ using uint64_t = unsigned long long;
 
 #include "cemg/trie_cells.h"
 
-#define CEMG_TRIE(Code)                                                                                      \
-  const Code *code, const int32_t *first_child, int64_t num_inner, int64_t num_nodes, int64_t codebook_size, \
-      const uint64_t *open, const int32_t *filter_of, const int32_t *closed, int64_t words,                  \
-      int64_t most_closed, int64_t rows_per_request
-#define CEMG_VIEW(Code)                                                                                  \
-  const cemg::TrieView<Code> trie{code, first_child, static_cast<int32_t>(num_inner),                    \
-                                  static_cast<int32_t>(num_nodes), static_cast<int32_t>(codebook_size)}; \
-  [[maybe_unused]] const cemg::FilterView filter {                                                       \
-    open, filter_of, closed, words, most_closed, rows_per_request                                        \
+#define CEMG_TRIE(Code)                                                                             \
+  const Code *code, const uint64_t *first_child, int64_t num_inner, int64_t num_nodes,              \
+      int64_t codebook_size, const uint64_t *open, const int32_t *filter_of, const int32_t *closed, \
+      int64_t words, int64_t most_closed, int64_t rows_per_request
+#define CEMG_VIEW(Code)                                                 \
+  const cemg::TrieView<Code> trie{code,                                 \
+                                  {first_child},                        \
+                                  static_cast<int32_t>(num_inner),      \
+                                  static_cast<int32_t>(num_nodes),      \
+                                  static_cast<int32_t>(codebook_size)}; \
+  [[maybe_unused]] const cemg::FilterView filter {                      \
+    open, filter_of, closed, words, most_closed, rows_per_request       \
   }
 #define CEMG_EACH(i, count)                                                                  \
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < (count); \

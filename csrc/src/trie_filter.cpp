@@ -1,7 +1,6 @@
 #include "cemg/trie_filter.h"
 
 #include <algorithm>
-#include <bit>
 #include <vector>
 
 namespace cemg {
@@ -32,7 +31,7 @@ int64_t count_open(const uint64_t* open, Range nodes) noexcept {
   int64_t count = 0;
   const int64_t last = (nodes.end - 1) / 64;
   for (int64_t word = nodes.begin / 64; word <= last; ++word) {
-    count += std::popcount(open[word] & bits_within(word, nodes.begin, nodes.end));
+    count += popcount(open[word] & bits_within(word, nodes.begin, nodes.end));
   }
   return count;
 }
@@ -43,14 +42,13 @@ void open_level(const TrieView<Code>& trie, int64_t begin, int64_t end, uint64_t
   const int64_t first = begin / 64, last = (end - 1) / 64;
 #pragma omp parallel for if (last - first >= kParallelWords)
   for (int64_t word = first; word <= last; ++word) {
-    const int64_t stop = std::min(end, (word + 1) * 64);
-    int64_t node = std::max(begin, word * 64);
+    static_assert(PackedAscending::kBlock == 64);
+    int32_t child[PackedAscending::kBlock + 1];  // the first ones of the word's nodes
+    read_block(trie.first_child, word, trie.num_inner + 1, child);
+    const int64_t stop = std::min(end, (word + 1) * 64) - word * 64;
     uint64_t bits = 0;
-    int32_t child = trie.children(static_cast<int32_t>(node)).begin;
-    for (; node < stop; ++node) {
-      const int32_t next = trie.children(static_cast<int32_t>(node)).end;
-      bits |= static_cast<uint64_t>(any_open(open, {child, next})) << (node % 64);
-      child = next;
+    for (int64_t i = std::max(begin - word * 64, int64_t{0}); i < stop; ++i) {
+      bits |= static_cast<uint64_t>(any_open(open, {child[i], child[i + 1]})) << i;
     }
     open[word] = (open[word] & ~bits_within(word, begin, end)) | bits;
   }

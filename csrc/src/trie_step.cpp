@@ -37,9 +37,8 @@ template <class Code>
 class Children {
  public:
   // `best`, unless null: as in best_of_groups.
-  void read(const TrieView<Code>& trie, const FilterView& filter, int64_t row, int32_t node,
+  void read(const TrieView<Code>& trie, const FilterView& filter, int64_t row, Range range,
             const float* logits, float* best) {
-    const Range range = trie.children(node);
     begin_ = range.begin;
     count_ = range.end - range.begin;
     const RowFilter mine = filter.of(row);
@@ -92,8 +91,7 @@ float row_total(const StepLogits& step, int64_t row, int64_t size, const Childre
 // total.
 template <class Code>
 bool survey_dense(const TrieView<Code>& trie, const FilterView& filter, const StepLogits& step, int64_t row,
-                  int32_t node, float* best, float& highest, float& total) {
-  const Range range = trie.children(node);
+                  Range range, float* best, float& highest, float& total) {
   const int64_t size = trie.codebook_size, count = range.end - range.begin;
   if (step.normalize != Normalize::kValid || !can_survey(size, count)) return false;
   if (!filter.of(row).everything()) return false;
@@ -173,6 +171,7 @@ struct Workspace {
   std::vector<float> best;          // [parts, kLanes] the best score of each group
   std::vector<float> few;           // [parts, kFew] the best of four groups each
   std::vector<int32_t> beam_of;     // [parts]
+  std::vector<Range> children_of;   // [beams]
   std::vector<int32_t> first_part;  // [beams + 1]
   std::vector<float> total;         // [beams] what is subtracted from the logits; -inf: no candidates
   std::vector<char> loose;          // [beams] whether its groups are of all codes, be they children or not
@@ -202,6 +201,7 @@ class UserStep {
         beams_(beams),
         limit_(limit),
         space_(Workspace<Code>::of_thread()) {
+    space_.children_of.resize(static_cast<size_t>(beams));
     space_.total.resize(static_cast<size_t>(beams));
     space_.loose.resize(static_cast<size_t>(beams));
     space_.first_part.resize(static_cast<size_t>(beams) + 1);
@@ -213,7 +213,7 @@ class UserStep {
     }
     int32_t parts = 0;
     for (int64_t beam = 0; beam < beams; ++beam) {
-      const Range range = trie_.children(nodes_[beam]);
+      const Range range = space_.children_of[static_cast<size_t>(beam)] = trie_.children(nodes_[beam]);
       const int32_t count = range.end - range.begin;
       const bool loose = may_be_loose(beam, count);
       space_.loose[static_cast<size_t>(beam)] = loose;
@@ -308,9 +308,10 @@ class UserStep {
       return highest;
     }
     float highest;
-    if (survey_dense(trie_, filter_, step_, row, nodes_[beam], best, highest, total)) return highest;
+    const Range range = space_.children_of[static_cast<size_t>(beam)];
+    if (survey_dense(trie_, filter_, step_, row, range, best, highest, total)) return highest;
     auto& children = space.children;
-    children.read(trie_, filter_, row, nodes_[beam], own, best);
+    children.read(trie_, filter_, row, range, own, best);
     total = row_total(step_, row, size, children, space.room);
     return children.highest();
   }
@@ -336,7 +337,7 @@ class UserStep {
   void collect_group(int64_t part, int64_t lane) const {
     const int64_t beam = space_.beam_of[static_cast<size_t>(part)];
     const int64_t begin = (part - space_.first_part[static_cast<size_t>(beam)]) * kPart;
-    const Range range = trie_.children(nodes_[beam]);
+    const Range range = space_.children_of[static_cast<size_t>(beam)];
     const bool loose = space_.loose[static_cast<size_t>(beam)];
     const int64_t count = loose ? trie_.codebook_size : range.end - range.begin;
     for (int64_t i = begin + lane; i < std::min(begin + kPart, count); i += kLanes) {
@@ -410,11 +411,12 @@ void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, con
   for (int64_t row = 0; row < rows; ++row) {
     auto& space = Workspace<Code>::of_thread();
     auto& children = space.children;
-    children.read(trie, filter, row, nodes[row], step.logits + row * size, nullptr);
+    const Range range = trie.children(nodes[row]);
+    children.read(trie, filter, row, range, step.logits + row * size, nullptr);
     space.room.resize(std::max(space.room.size(), static_cast<size_t>(size)));
     space.best.resize(std::max(space.best.size(), static_cast<size_t>(parts_of(size) * kLanes)));
     float highest, total;
-    if (!survey_dense(trie, filter, step, row, nodes[row], space.best.data(), highest, total)) {
+    if (!survey_dense(trie, filter, step, row, range, space.best.data(), highest, total)) {
       total = children.highest() > kNever ? row_total(step, row, size, children, space.room) : kNever;
     }
     float* const log_prob = out + row * size;

@@ -340,7 +340,8 @@ void check_some(const std::vector<Answers>& some, const std::vector<Answers>& wh
 template <class Code>
 struct Items {
   std::vector<Code> code;
-  std::vector<int32_t> first_child, rows;
+  std::vector<uint64_t> first_child;
+  std::vector<int32_t> rows;
   cemg::TrieView<Code> trie;
 
   Items() : rows(30) {
@@ -351,9 +352,8 @@ struct Items {
     const auto built = cemg::TrieBuilder::sort<int32_t>(codes, 3, kCodes);
     const auto& builder = std::get<cemg::TrieBuilder>(built);
     code.resize(builder.num_nodes() - 1);
-    first_child.resize(builder.num_inner() + 1);
-    builder.write(code.data(), first_child.data(), rows.data());
-    trie = {code.data(), first_child.data(), builder.num_inner(), builder.num_nodes(), kCodes};
+    first_child = builder.write(code.data(), rows.data());
+    trie = {code.data(), {first_child.data()}, builder.num_inner(), builder.num_nodes(), kCodes};
   }
 };
 

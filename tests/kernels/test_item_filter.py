@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cemg_kernels import ItemFilter, Trie, use_fast_kernels
-from cemg_kernels.filter_tensors import popcount, unpack
+from cemg_kernels.filter_tensors import unpack
+from cemg_kernels.packed_ascending import popcount
 
 
 def make_trie(num_items: int, *, ids: bool = False) -> Trie:

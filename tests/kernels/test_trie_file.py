@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import cemg_kernels
 from cemg_kernels import Trie
+from cemg_kernels.packed_ascending import pack, unpack
 from cemg_kernels.trie_arrays import TrieArrays, problem_reference, verify
 from cemg_kernels.trie_file import FORMAT, ids_problem
 
@@ -97,14 +98,18 @@ def test_a_file_that_lacks_a_part_or_whose_part_changed_is_refused(backend, tmp_
 def broken_arrays(draw: random.Random) -> TrieArrays:
     """The arrays of a trie with up to three entries, the levels or the codebook size wrong; or none wrong."""
     good = make_trie(draw.choice([1, 2, 30, 64])).arrays
-    code, first, rows = good.code.clone(), good.first_child.clone(), good.rows.clone()
+    code, packed, rows = good.code.clone(), good.first_child.clone(), good.rows.clone()
+    first = unpack(packed, good.num_inner + 1)
+    assert first is not None
     for _ in range(draw.randrange(4)):
-        tensor = draw.choice([code, first, rows])
+        tensor = draw.choice([code, first, rows, packed])
         tensor[draw.randrange(len(tensor))] = draw.choice([0, 1, 2, 3, 4, len(tensor), draw.randrange(99)])
     first[0 if draw.random() < 0.02 else -1] += draw.choice([0, 0, 0, 1])
+    if draw.random() < 0.8 and bool((first.diff() > 0).all()):
+        packed = pack(first)  # rising, but not as they did
     levels, size = draw.choice([3] * 8 + [1, 2, 4, 200]), draw.choice([4] * 8 + [3, 2, 5])
     short = draw.choice([0] * 8 + [1])
-    return TrieArrays(code[short:], first, rows, levels, size)
+    return TrieArrays(code[short:], packed, rows, levels, size)
 
 
 def test_the_native_verdict_on_arrays_is_the_reference_s():

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
+from cemg_kernels.packed_ascending import pack
 from cemg_kernels.request_filter import RequestFilter
 
 kernels = pytest.importorskip("cemg_kernels.trie_step_triton")
+first_child = import_module("cemg_kernels.trie_filter_triton").first_child
+triton, tl = import_module("triton"), import_module("triton.language")
 
 INF = float("inf")
 SAME = 1e-5  # log-sum-exps of 2 ** 12 logits below 2 ** 5 in size: a few of their last bits, 2 ** -19 each
@@ -198,3 +201,19 @@ def test_a_step_beyond_the_limits_is_refused_by_name_and_left_to_torch_by_choice
     beam_step = import_module("cemg_kernels.trie_beam_step")  # the module: the package's name is the function
     monkeypatch.setattr(beam_step, "pick", lambda op, device, backend: backend or "triton")
     assert_equal_in_every_bit(trie_beam_step(*wide), trie_beam_step(*wide, backend="torch"))
+
+
+@triton.jit
+def walk(packed_ptr, nodes_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    node = tl.load(nodes_ptr + at)
+    tl.store(out_ptr + at, first_child(packed_ptr, node, (node >= 0) & (node < count)))
+
+
+@pytest.mark.parametrize("gap", [1, 3, 20])
+def test_first_children_are_found_in_bits_and_in_lists(gap):
+    """A block of 64 in steps of 20 is a list."""
+    nodes = torch.randint(-5, 310, (512,), generator=torch.Generator().manual_seed(0))
+    found = torch.empty(512, dtype=torch.int32)
+    walk[(1,)](pack(torch.arange(300) * gap), nodes.to(torch.int32), found, 300, BLOCK=512)
+    assert torch.equal(found.long(), torch.where((nodes >= 0) & (nodes < 300), nodes * gap, 0))

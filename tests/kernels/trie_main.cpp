@@ -48,7 +48,7 @@ std::vector<Row> draw_rows(std::mt19937& random, int items, int levels, int size
 template <class Code>
 struct Owned {
   std::vector<Code> code;
-  std::vector<int32_t> first_child;
+  std::vector<uint64_t> first_child;
   std::vector<int32_t> rows;
   cemg::TrieView<Code> view;
 };
@@ -63,10 +63,9 @@ Owned<Code> build(const std::vector<Row>& rows, int levels, int size, int64_t ch
   require(builder.duplicates().empty(), "distinct rows have no duplicates");
   Owned<Code> trie;
   trie.code.resize(builder.num_nodes() - 1);
-  trie.first_child.resize(builder.num_inner() + 1);
   trie.rows.resize(rows.size());
-  builder.write(trie.code.data(), trie.first_child.data(), trie.rows.data());
-  trie.view = {trie.code.data(), trie.first_child.data(), builder.num_inner(), builder.num_nodes(), size};
+  trie.first_child = builder.write(trie.code.data(), trie.rows.data());
+  trie.view = {trie.code.data(), {trie.first_child.data()}, builder.num_inner(), builder.num_nodes(), size};
   return trie;
 }
 
@@ -184,6 +183,14 @@ void check_requests(std::mt19937& random, const Owned<Code>& trie, const Bitmap&
   }
 }
 
+// A word of the packed first children, another place or number in it, or any.
+template <class Code>
+uint64_t draw_word(std::mt19937& random, const Owned<Code>& good) {
+  const uint64_t word = good.first_child[random() % good.first_child.size()];
+  const uint64_t drawn = uint64_t{random()} << 32 | random();
+  return random() % 3 == 0 ? drawn : word + (uint64_t{1} << (random() % 64));
+}
+
 // Whatever stands in the arrays, the check answers, and what it calls a trie can be walked.
 template <class Code>
 void check_verdicts(std::mt19937& random, const Owned<Code>& good, int levels, int size) {
@@ -198,19 +205,51 @@ void check_verdicts(std::mt19937& random, const Owned<Code>& good, int levels, i
           static_cast<int32_t>(random() % 3 == 0 ? random() : random() % (good.rows.size() + 2));
       const unsigned which = random() % 3;
       if (which == 0) bad.code[random() % bad.code.size()] = static_cast<Code>(value);
-      if (which == 1) bad.first_child[random() % bad.first_child.size()] = value;
+      if (which == 1) bad.first_child[random() % bad.first_child.size()] = draw_word(random, good);
       if (which == 2) bad.rows[random() % bad.rows.size()] = value;
     }
     if (round % 10 == 9) bad.first_child.pop_back();
     if (round % 10 == 8) bad.rows.clear();
     if (problem(bad) != nullptr) continue;
     bad.view.code = bad.code.data();
-    bad.view.first_child = bad.first_child.data();
+    bad.view.first_child = {bad.first_child.data()};
     for (int32_t node = 0; node < bad.view.num_nodes; ++node) {
       const cemg::Range ranks = bad.view.interval(node);
       require(ranks.begin < ranks.end && ranks.end <= static_cast<int32_t>(bad.rows.size()),
               "a trie's nodes have items below");
     }
+  }
+}
+
+// Gaps of all sizes, so that blocks of both kinds stand side by side.
+void check_packed(std::mt19937& random) {
+  for (int count = 1; count < 400; ++count) {
+    std::vector<int32_t> numbers(1, static_cast<int32_t>(random() % 3));
+    while (static_cast<int>(numbers.size()) < count) {
+      const uint32_t most = numbers.size() / 64 % 2 == 0 ? 2 : 900;
+      numbers.push_back(numbers.back() + 1 + static_cast<int32_t>(random() % most));
+    }
+    const auto words = cemg::pack_ascending(numbers);
+    require(cemg::unpack_ascending(words, count) == numbers, "what was packed is unpacked");
+    require(cemg::unpack_ascending(words, count + 1).empty(), "no number more is found");
+    const cemg::PackedAscending packed{words.data()};
+    std::vector<int32_t> block(65);
+    for (int32_t n = 0; n < count; ++n) {
+      require(packed[n] == numbers[n], "each number is found");
+      require(packed.last_at_most(numbers[n], count) == n, "and its place");
+      if (n + 1 == count) continue;
+      const cemg::Range pair = packed.pair(n);
+      require(pair.begin == numbers[n] && pair.end == numbers[n + 1], "and the one after it");
+      require(packed.last_at_most(numbers[n + 1] - 1, count) == n, "and what lies between");
+      const auto size = cemg::read_block(packed, n / 64, count, block.data());
+      require(n % 64 < size && block[n % 64] == numbers[n], "and it is in its block");
+    }
+    const auto largest = unsigned{0x7fffffff};
+    auto bad = words;
+    bad[random() % bad.size()] ^= uint64_t{1} << (random() % 64);
+    const auto found = cemg::unpack_ascending(bad, count);
+    for (const int32_t number : found)
+      require(static_cast<unsigned>(number) <= largest, "no number is negative");
   }
 }
 
@@ -311,6 +350,7 @@ int main() {
   }
   check_refusals();
   check_ids();
+  check_packed(random);
   std::printf("%d tries\n", tries);
   return 0;
 }

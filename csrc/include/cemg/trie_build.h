@@ -45,10 +45,10 @@ class TrieBuilder {
   int32_t num_nodes() const noexcept { return level_begin_.back(); }
   int32_t num_inner() const noexcept { return level_begin_[level_begin_.size() - 2]; }
 
-  // code [num_nodes - 1], first_child [num_inner + 1], rows [N]: the row that has each rank.
-  // Needs codes without duplicates.
+  // code [num_nodes - 1], rows [N]: the row that has each rank. Returns the num_inner + 1 first children,
+  // packed. Needs codes without duplicates.
   template <class Code>
-  void write(Code* code, int32_t* first_child, int32_t* rows) const;
+  std::vector<uint64_t> write(Code* code, int32_t* rows) const;
 
  private:
   using Counts = std::vector<std::vector<int32_t>>;  // [chunks, levels + 1]

@@ -7,9 +7,9 @@
 namespace cemg {
 
 // What makes these arrays no trie of `levels` levels and codes below `codebook_size`, in words; null where
-// they are one. code [T - 1], first_child [I + 1], rows [N], with any values.
+// they are one. code [T - 1], first_child [words], rows [N], with any values.
 template <class Code>
-const char* trie_problem(std::span<const Code> code, std::span<const int32_t> first_child,
+const char* trie_problem(std::span<const Code> code, std::span<const uint64_t> first_child,
                          std::span<const int32_t> rows, int32_t levels, int32_t codebook_size);
 
 // What makes these item ids wrong: -1 where they are distinct and none is negative; else the place of one

@@ -5,27 +5,13 @@
 // are the items in sorted order: a leaf's place among the leaves is the item's rank.
 #pragma once
 
-#if !defined(__CUDACC_RTC__)  // CuPy's compiler has no standard headers; trie_cuda.cu names the types
-#include <bit>
-#include <cstdint>
-#endif
-
-#if defined(__CUDACC__)
-#define CEMG_HD __host__ __device__
-#else
-#define CEMG_HD
-#endif
+#include "cemg/packed_ascending.h"
 
 namespace cemg {
 
 inline constexpr int32_t kRoot = 0;
 inline constexpr int32_t kNone = -1;
 inline constexpr int32_t kNoNode = 0x7fffffff;  // fills a short list of nodes
-
-struct Range {  // half open
-  int32_t begin;
-  int32_t end;
-};
 
 // What one row may reach: a node is open where the bitmap says so and the list does not hold it. Both speak
 // of nodes on every level, so that no walk is needed to see whether an item is left below.
@@ -86,10 +72,10 @@ struct FilterView {
 };
 
 template <class Code>
-struct TrieView {              // borrowed, trivially copyable, passed to kernels by value
-  const Code* code;            // [num_nodes - 1], code[c - 1] leads to node c; ascending among siblings
-  const int32_t* first_child;  // [num_inner + 1], first_child[n + 1] ends the children of n
-  int32_t num_inner;           // nodes with children; the first leaf's number
+struct TrieView {               // borrowed, trivially copyable, passed to kernels by value
+  const Code* code;             // [num_nodes - 1], code[c - 1] leads to node c; ascending among siblings
+  PackedAscending first_child;  // num_inner + 1 of them: that of n + 1 ends the children of n
+  int32_t num_inner;            // nodes with children; the first leaf's number
   int32_t num_nodes;
   int32_t codebook_size;
 
@@ -97,7 +83,7 @@ struct TrieView {              // borrowed, trivially copyable, passed to kernel
 
   CEMG_HD Range children(int32_t node) const noexcept {
     if (node < 0 || node >= num_inner) return {0, 0};
-    return {first_child[node], first_child[node + 1]};
+    return first_child.pair(node);
   }
 
   // The child of `node` along `code_value`, or kNone. A full node is indexed, any other searched.
@@ -122,19 +108,7 @@ struct TrieView {              // borrowed, trivially copyable, passed to kernel
   }
 
   // The inner node that a node other than the root hangs from.
-  CEMG_HD int32_t parent(int32_t node) const noexcept {
-    int32_t low = 0;  // the last node whose first child is no later
-    int32_t high = num_inner - 1;
-    while (low < high) {
-      const int32_t middle = low + (high - low + 1) / 2;
-      if (first_child[middle] <= node) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    return low;
-  }
+  CEMG_HD int32_t parent(int32_t node) const noexcept { return first_child.last_at_most(node, num_inner); }
 
   // The ranks below a node; the whole level moves one down at a time, so both ends stay on one level.
   CEMG_HD Range interval(int32_t node) const noexcept {

@@ -1,0 +1,151 @@
+// Numbers that ascend, packed, as the trie keeps its nodes' first children: one source for host and device.
+//
+// Blocks of 64 numbers. There is a word for each block, then what these point to. A block's word holds its
+// first number, and in its upper half a place among all words. From there on, where the block spans no more
+// than 512, stands a bit for each number from the first on, set for those of the block. Otherwise the place
+// is inverted, so negative, and the block's numbers stand there, two in a word. Seven words of zeros end it
+// all, so that eight may be read wherever bits begin.
+#pragma once
+
+#if !defined(__CUDACC_RTC__)  // CuPy's compiler has no standard headers; trie_cuda.cu names the types
+#include <bit>
+#include <cstdint>
+#include <span>
+#include <vector>
+#endif
+
+#if defined(__CUDACC__)
+#define CEMG_HD __host__ __device__
+#else
+#define CEMG_HD
+#endif
+
+namespace cemg {
+
+struct Range {  // half open
+  int32_t begin;
+  int32_t end;
+};
+
+CEMG_HD inline int32_t popcount(uint64_t word) noexcept {
+#if defined(__CUDA_ARCH__)
+  return __popcll(word);
+#else
+  return std::popcount(word);
+#endif
+}
+
+CEMG_HD inline int32_t lowest_bit(uint64_t word) noexcept {  // of a word that has one
+  return popcount((word & (~word + 1)) - 1);
+}
+
+// The place of the bit that `before` others of the word are below; the word has as many.
+CEMG_HD inline int32_t nth_bit(uint64_t word, int32_t before) noexcept {
+  constexpr uint64_t kEach = 0x0101010101010101, kHigh = 0x8080808080808080;
+  uint64_t sums = word - ((word >> 1) & 0x5555555555555555);
+  sums = (sums & 0x3333333333333333) + ((sums >> 2) & 0x3333333333333333);
+  sums = ((sums + (sums >> 4)) & 0x0f0f0f0f0f0f0f0f) * kEach;  // of each byte and those below
+  const uint64_t passed = ((static_cast<uint64_t>(before) * kEach | kHigh) - sums) & kHigh;
+  const int32_t place = static_cast<int32_t>(((passed >> 7) * kEach) >> 56) * 8;
+  int32_t left = before - static_cast<int32_t>(((sums << 8) >> place) & 0xff);
+  uint64_t byte = (word >> place) & 0xff;
+  for (; left > 0; --left) byte &= byte - 1;
+  return place + lowest_bit(byte);
+}
+
+struct PackedAscending {  // borrowed
+  static constexpr int32_t kBlock = 64;
+  static constexpr int32_t kMostWords = 8;  // of bits
+
+  const uint64_t* words;
+
+  // Number n.
+  CEMG_HD int32_t operator[](int32_t n) const noexcept {
+    const Block block = block_of(n);
+    const int32_t i = n % kBlock;
+    if (i == 0) return block.first;
+    if (block.place < 0) return listed(block, i);
+    const uint64_t* bits = words + block.place;
+    int32_t begin = block.first, left = i;
+    for (int32_t here = popcount(*bits); left >= here; here = popcount(*++bits)) {
+      left -= here;
+      begin += 64;
+    }
+    return begin + nth_bit(*bits, left);
+  }
+
+  // Numbers n and n + 1.
+  CEMG_HD Range pair(int32_t n) const noexcept {
+    const Block block = block_of(n);
+    const int32_t i = n % kBlock;
+    if (i == kBlock - 1) return {(*this)[n], (*this)[n + 1]};
+    if (block.place < 0) return {listed(block, i), listed(block, i + 1)};
+    const uint64_t* bits = words + block.place;
+    int32_t begin = block.first, left = i;
+    for (int32_t here = popcount(*bits); left >= here; here = popcount(*++bits)) {
+      left -= here;
+      begin += 64;
+    }
+    const int32_t place = nth_bit(*bits, left);
+    const int32_t found = begin + place;
+    uint64_t rest = *bits & (~uint64_t{1} << place);
+    while (rest == 0) {
+      rest = *++bits;
+      begin += 64;
+    }
+    return {found, begin + lowest_bit(rest)};
+  }
+
+  // The last of the first `count` numbers that is no higher than `value`; the first is none.
+  CEMG_HD int32_t last_at_most(int32_t value, int32_t count) const noexcept {
+    int32_t low = 0, high = (count - 1) / kBlock;
+    while (low < high) {
+      const int32_t middle = low + (high - low + 1) / 2;
+      if (block_of(middle * kBlock).first <= value) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    low *= kBlock;
+    high = count - 1 < low + kBlock - 1 ? count - 1 : low + kBlock - 1;
+    while (low < high) {
+      const int32_t middle = low + (high - low + 1) / 2;
+      if ((*this)[middle] <= value) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+
+ private:
+  struct Block {
+    int32_t first;
+    int32_t place;
+  };
+
+  CEMG_HD Block block_of(int32_t n) const noexcept {
+    const uint64_t word = words[n / kBlock];
+    return {static_cast<int32_t>(word & 0xffffffff), static_cast<int32_t>(word >> 32)};
+  }
+
+  CEMG_HD int32_t listed(const Block& block, int32_t i) const noexcept {
+    return static_cast<int32_t>((words[~block.place + i / 2] >> (i % 2 * 32)) & 0xffffffff);
+  }
+};
+
+#if !defined(__CUDACC_RTC__)
+// numbers, each from 0 on and above the one before, packed; one way to pack them.
+std::vector<uint64_t> pack_ascending(std::span<const int32_t> numbers);
+
+// The numbers of one block, of `count` in all, to out [kBlock], and the one after them where there is one;
+// how many those are.
+int64_t read_block(PackedAscending packed, int64_t block, int64_t count, int32_t* out) noexcept;
+
+// The `count` numbers that `words` pack; empty where they do not.
+std::vector<int32_t> unpack_ascending(std::span<const uint64_t> words, int64_t count);
+#endif
+
+}  // namespace cemg

@@ -1,0 +1,63 @@
+"""Packed numbers against the list that was packed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cemg_kernels.packed_ascending import at, last_at_most, pack, unpack
+
+
+def numbers_of(gaps: list[int]) -> torch.Tensor:
+    return torch.tensor(gaps).cumsum(0).to(torch.int32)
+
+
+def assert_packs(numbers: torch.Tensor) -> None:
+    words = pack(numbers)
+    assert torch.equal(at(words, torch.arange(len(numbers))), numbers.long())
+    found = unpack(words, len(numbers))
+    assert found is not None and torch.equal(found, numbers.long())
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 128, 129, 1000])
+@pytest.mark.parametrize("gap", [1, 7, 8, 9, 4096])
+def test_any_number_of_numbers_at_any_distance(count, gap):
+    """A block of 64 in steps of 8 spans 505, in steps of 9 more than its bits."""
+    assert_packs(torch.arange(count, dtype=torch.int32) * gap)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.one_of(st.just(1), st.integers(1, 12), st.integers(1, 5000)), min_size=1, max_size=300),
+    st.data(),
+)
+def test_what_is_packed_is_found(gaps, data):
+    numbers = numbers_of(gaps)
+    assert_packs(numbers)
+    values = data.draw(st.lists(st.integers(int(numbers[0]), int(numbers[-1]) + 9), min_size=1, max_size=9))
+    wanted = torch.searchsorted(numbers.long(), torch.tensor(values), right=True) - 1
+    assert torch.equal(last_at_most(pack(numbers), torch.tensor(values), len(numbers)), wanted)
+
+
+def test_a_number_a_child_takes_less_than_three_bits():
+    """As nodes of one child have them: 64 of bits and 64 of the block's word for 64 numbers."""
+    words = pack(torch.arange(64_000))
+    assert words.nbytes * 8 / 64_000 < 2.1
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_words_that_pack_nothing_are_refused(kind):
+    numbers = torch.arange(200) * (3 if kind == "dense" else 900)
+    good = pack(numbers)
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(300):
+        bad = good.clone()
+        place = int(torch.randint(len(bad), (1,), generator=generator))
+        bad[place] ^= 1 << int(torch.randint(63, (1,), generator=generator))
+        refused += unpack(bad, len(numbers)) is None
+    assert refused > 150  # another number of a list may be as good
+    assert unpack(good[:-1], len(numbers)) is None and unpack(good, len(numbers) + 1) is None
+    assert unpack(torch.cat((good, torch.zeros(1, dtype=torch.int64))), len(numbers)) is None
