@@ -65,9 +65,11 @@ tests() {
     "${workers[@]}" --junitxml "$WORK/tests.xml"
 }
 ops() {
+  local sizes=(--items 10000 1000000 10000000)  # of trie_step, which comes first
   for name in trie_step quantize propagate trie_build; do
-    bounded 100 "ops-$name" "$PYTHON" "bench/$name.py" --device cuda --seconds 1 \
+    bounded 100 "ops-$name" "$PYTHON" "bench/$name.py" --device cuda --seconds 1 "${sizes[@]}" \
       --json "$WORK/ops-$name.json" --plot "$WORK/ops-$name.png"
+    sizes=()
   done
   bounded 130 ops-trie_step-1e8 "$PYTHON" bench/trie_step.py --device cuda --seconds 1 --users 1 --sizes 256 \
     --items 100000000 --json "$WORK/ops-trie_step-1e8.json"
@@ -86,17 +88,17 @@ sanitizer() {
   # without torch's cache of memory, so that a read past a tensor is one past an allocation
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   bounded 200 sanitizer-trie compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
-    -k "every_trie_operation"
+    -k "every_trie_operation or filters_made_here"
   bounded 300 sanitizer-triton compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
     -k "beam_step or softmax or propagation or own_tokens"
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 ncu() {
   local kernels="attention_kernel|softmax_kernel|beam_step_kernel|merge_kernel|layer_kernel|chunk_kernel|prepare_kernel"
-  kernels="regex:$kernels|residual_quantize_kernel|lookup|advance|children|mask_|interval|keep"
+  kernels="regex:$kernels|residual_quantize_kernel|lookup|advance|children|mask_|interval|keep|open_level|close"
   bounded 480 ncu "$(type -P ncu || echo ncu)" --clock-control none --set basic --kernel-name "$kernels" --launch-count 300 --csv \
     --log-file "$WORK/ncu.csv" "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
-    -k "trie or softmax or codes or propagation or own_tokens"
+    -k "trie or filters or softmax or codes or propagation or own_tokens"
 }
 train() {
   if [ ! -d "$DATA/beauty" ]; then echo "no $DATA/beauty: train skipped"; return; fi

@@ -7,12 +7,13 @@ F filters, B requests, H excluded items a request, X closed nodes a request, R r
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import trie_walk
+from . import trie_cuda, trie_walk
 from .dispatch import pick
 from .packed_ascending import popcount
 from .trie_arrays import TrieArrays
@@ -65,22 +66,27 @@ class FilterTensors(NamedTuple):
 def open_nodes(trie: TrieArrays, by_rank: Tensor) -> Tensor:
     """The bitmap [words] int64 of the nodes above the items ``by_rank`` [N] bool, and of these."""
     above = torch.zeros(trie.num_inner, dtype=torch.bool, device=by_rank.device)
-    return fill_inner(trie, pack(torch.cat((above, by_rank))))
+    return fill_inner(trie, pack_bits(torch.cat((above, by_rank))))
 
 
 def fill_inner(trie: TrieArrays, open: Tensor) -> Tensor:
     """``open`` [words] itself, whose leaves' bits are right, with those of all nodes above made right."""
-    if pick("trie", open.device) == "native" and open.device.type == "cpu":
+    native = pick("trie", open.device) == "native"
+    if native and open.device.type == "cpu":
         trie.view.open_inner(open.data_ptr())
         return open
-    bits = unpack(open, trie.num_nodes)
-    end = trie.num_inner
-    for begin in reversed(trie.level_begins[:-1]):
+    levels = list(pairwise(trie.level_begins))[::-1]
+    if native:
+        for begin, end in levels:
+            words = (end - 1) // WORD_BITS - begin // WORD_BITS + 1
+            trie_cuda.launch("open_level", trie, trie_cuda.NO_FILTER, (begin, end, open), words)
+        return open
+    bits = unpack_bits(open, trie.num_nodes)
+    for begin, end in levels:
         first, last = trie_walk.child_range(trie, torch.arange(begin, end, device=open.device))
         below = bits.cumsum(0)  # of a node: how many are open up to itself
         bits[begin:end] = below[last - 1] > below[first - 1]
-        end = begin
-    return open.copy_(pack(bits))
+    return open.copy_(pack_bits(bits))
 
 
 def closed_nodes(trie: TrieArrays, open: Tensor, filter_of: Tensor, excluded: Tensor) -> Tensor:
@@ -90,13 +96,18 @@ def closed_nodes(trie: TrieArrays, open: Tensor, filter_of: Tensor, excluded: Te
     requests, most = excluded.shape
     if not excluded.numel():
         return excluded
-    if pick("trie", excluded.device) == "native" and excluded.device.type == "cpu":
-        fields = FilterTensors(open, filter_of, excluded.new_empty(0, 0)).fields(requests)
+    bitmaps = FilterTensors(open, filter_of, excluded.new_empty(0, 0))
+    if pick("trie", excluded.device) == "native":
+        excluded = excluded.contiguous()
         closed = excluded.new_empty(requests, most * trie.levels + 1)
+        if closed.device.type == "cuda":
+            arguments = excluded, most, trie.levels, closed
+            trie_cuda.launch("close", trie, bitmaps.fields(requests), arguments, requests)
+            return closed
         shape = (requests, most, trie.levels)
+        fields = bitmaps.fields(requests)
         longest = trie.view.close_nodes(fields, excluded.data_ptr(), shape, closed.data_ptr())
         return closed[:, :longest].contiguous()
-    bitmaps = FilterTensors(open, filter_of, excluded.new_empty(requests, 0))
     leaves = torch.where(excluded == NO_NODE, NO_NODE, excluded + trie.num_inner)
     found = _closing(leaves, bitmaps.allows(leaves.clamp(max=trie.num_nodes - 1)))
     levels = [found]
@@ -136,7 +147,7 @@ def distinct(nodes: Tensor) -> Tensor:
     return nodes.masked_fill(again, NO_NODE).sort(1).values
 
 
-def pack(bits: Tensor) -> Tensor:
+def pack_bits(bits: Tensor) -> Tensor:
     """Bits [T] bool -> words [words] int64; zeros follow, and the last word's last bit is one of them."""
     padding = WORD_BITS - bits.numel() % WORD_BITS
     bytes_ = torch.nn.functional.pad(bits.view(torch.uint8), (0, padding)).view(-1, 8)
@@ -144,7 +155,7 @@ def pack(bits: Tensor) -> Tensor:
     return (bytes_ * weight).sum(1, dtype=torch.uint8).view(torch.int64)  # the lowest byte first
 
 
-def unpack(words: Tensor, count: int) -> Tensor:
+def unpack_bits(words: Tensor, count: int) -> Tensor:
     """The first ``count`` bits of words [words], bool."""
     place = torch.arange(8, dtype=torch.uint8, device=words.device)
     return ((words.view(torch.uint8)[:, None] >> place) & 1).view(torch.bool).flatten()[:count]

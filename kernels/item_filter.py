@@ -19,7 +19,7 @@ from .filter_tensors import (
     fill_inner,
     is_set,
     open_nodes,
-    unpack,
+    unpack_bits,
 )
 from .packed_ascending import popcount
 from .trie_arrays import TrieArrays
@@ -97,7 +97,7 @@ class ItemFilter:
         """The items that both allow."""
         if not isinstance(other, ItemFilter):
             return NotImplemented
-        return self._with(fill_inner(self._trie_here(), self.open & self._matching(other).open))
+        return self._with(fill_inner(self.trie, self.open & self._matching(other).open))
 
     def __or__(self, other: ItemFilter) -> ItemFilter:
         """The items that either allows."""
@@ -109,7 +109,7 @@ class ItemFilter:
         """The items that this one does not allow."""
         flipped = ~self.open
         flipped[-1] &= (1 << self.trie.num_nodes % WORD_BITS) - 1  # no bit beyond the last node
-        return self._with(fill_inner(self._trie_here(), flipped))
+        return self._with(fill_inner(self.trie, flipped))
 
     def __len__(self) -> int:
         """How many items are allowed."""
@@ -122,13 +122,13 @@ class ItemFilter:
 
     def to(self, device: str | torch.device) -> ItemFilter:
         """The same filter on another device."""
-        return self._with(self.open.to(device))
+        return ItemFilter(self.trie.to(device), self.open.to(device), self.fingerprint)
 
     def without_ranks(self, ranks: Tensor) -> ItemFilter:
         """This filter less the items of these distinct ranks, [R] integers: a walk from each to the root."""
         excluded = ranks.to(torch.int32).sort().values[None]
         first = torch.zeros(1, dtype=torch.int32, device=self.device)
-        closed = closed_nodes(self._trie_here(), self.tensors.open, first, excluded).flatten().long()
+        closed = closed_nodes(self.trie, self.tensors.open, first, excluded).flatten().long()
         closed = closed[closed != NO_NODE]
         bits = torch.zeros_like(self.open)
         bits.index_add_(0, closed // WORD_BITS, torch.ones_like(closed) << (closed % WORD_BITS))
@@ -136,7 +136,7 @@ class ItemFilter:
 
     def by_rank(self) -> Tensor:
         """Whether each rank is allowed, bool [N]."""
-        return unpack(self.open, self.trie.num_nodes)[self.trie.num_inner :]
+        return unpack_bits(self.open, self.trie.num_nodes)[self.trie.num_inner :]
 
     def allows_ranks(self, ranks: Tensor) -> Tensor:
         """Whether each of ``ranks`` (any shape) is allowed, bool."""
@@ -146,10 +146,6 @@ class ItemFilter:
         if other.fingerprint != self.fingerprint:
             raise ValueError("these filters belong to different tries; make both from the same trie")
         return other
-
-    def _trie_here(self) -> TrieArrays:
-        """The trie on the filter's device: a copy where the filter was moved."""
-        return self.trie if self.trie.code.device == self.device else self.trie.to(self.device)
 
     def _with(self, open: Tensor) -> ItemFilter:
         return ItemFilter(self.trie, open, self.fingerprint)

@@ -47,7 +47,7 @@ class Snapshot:
         if self.allowed is None:
             return filter
         if isinstance(filter, RequestFilter):
-            return filter.with_filters([self._restricted(one) for one in filter.of_requests()])
+            return filter.with_filters([self._restricted(one) for one in filter.filters])
         return self._restricted(filter)
 
     def _restricted(self, filter: ItemFilter | None) -> ItemFilter:
@@ -65,7 +65,8 @@ class LiveTrie:
 
     A request takes one ``snapshot()`` and keeps it. ``remove`` holds from the next snapshot on. ``add``
     returns at once; the items appear together when a thread in the background has rebuilt the trie and
-    swapped it in, as the next version (``wait`` until then). What was removed leaves memory then too.
+    swapped it in, as the next version (``wait`` until then). What was removed leaves memory then too, once
+    the caller has dropped the filters of the version before.
     """
 
     def __init__(self, trie: Trie) -> None:

@@ -47,8 +47,9 @@ def unpack(words: Tensor, count: int) -> Tensor | None:
         return None
     heads = words[:blocks]
     place = heads >> 32
-    begin = torch.where(place < 0, ~place, place)
-    if int(begin.max()) + MOST_WORDS > words.numel() or int((heads & LOW).max()) >= 2**31:
+    sizes = (count - torch.arange(blocks, device=words.device) * BLOCK).clamp(max=BLOCK)
+    end = torch.where(place < 0, ~place + (sizes + 1) // 2, place + MOST_WORDS)
+    if int(end.max()) > words.numel() or int((heads & LOW).max()) >= 2**31:
         return None
     numbers = at(words, torch.arange(count, device=words.device))
     rising = bool((numbers.diff() > 0).all()) and int(numbers[0]) >= 0 and int(numbers[-1]) < 2**31
@@ -73,12 +74,11 @@ def at(words: Tensor, n: Tensor) -> Tensor:
 
 def last_at_most(words: Tensor, value: Tensor, count: int) -> Tensor:
     """The place of the last of the first ``count`` numbers that is at most each of ``value``, int64."""
-    low, high = torch.zeros_like(value).long(), torch.full_like(value, count - 1).long()
-    for _ in range(count.bit_length()):
-        middle = (low + high + 1) // 2
-        fits = at(words, middle) <= value
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
-    return low
+    heads = words[: -(-count // BLOCK)] & LOW
+    block = torch.searchsorted(heads, value.long(), right=True) - 1
+    members = block[..., None] * BLOCK + torch.arange(BLOCK, device=words.device)
+    lower = at(words, members.clamp(max=count - 1)) <= value[..., None]
+    return block * BLOCK + ((members < count) & lower).sum(-1) - 1
 
 
 def popcount(words: Tensor) -> Tensor:

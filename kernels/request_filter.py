@@ -27,18 +27,18 @@ class RequestFilter:
     must be a multiple of B. A filter given to several requests is kept once.
     """
 
-    __slots__ = ("excluded", "filter_of", "filters", "fingerprint", "num_requests", "tensors", "trie")
+    __slots__ = ("excluded", "filters", "fingerprint", "num_requests", "tensors", "trie")
 
     def __init__(
-        self, trie: TrieArrays, fingerprint: str, filters: Sequence[ItemFilter], filter_of: Sequence[int],
-        excluded: Tensor, tensors: FilterTensors | None = None,
+        self, trie: TrieArrays, fingerprint: str, filters: Sequence[ItemFilter | None], excluded: Tensor,
+        tensors: FilterTensors | None = None,
     ) -> None:  # fmt: skip
-        """Internal: ``filter_of`` [B] the place of each request's filter in ``filters``, -1 for none;
-        ``excluded`` [B, H] int32 ranks, ascending and distinct, then NO_NODE; ``tensors`` of all this.
+        """Internal: ``filters`` [B], each request's or None; ``excluded`` [B, H] int32 ranks, ascending and
+        distinct, then NO_NODE; ``tensors`` of all this.
         """
         self.trie, self.fingerprint, self.filters, self.excluded = trie, fingerprint, filters, excluded
-        self.filter_of, self.num_requests = filter_of, len(filter_of)
-        self.tensors: FilterTensors = tensors or _tensors_of(trie, filters, filter_of, excluded)
+        self.num_requests = len(filters)
+        self.tensors: FilterTensors = tensors or _tensors_of(trie, filters, excluded)
 
     @classmethod
     def stack(cls, filters: Sequence[ItemFilter | None]) -> RequestFilter:
@@ -46,17 +46,14 @@ class RequestFilter:
 
         Raises ValueError where they belong to different tries or devices.
         """
-        distinct_filters = list({id(one): one for one in filters if one is not None}.values())
-        if not distinct_filters:
+        given = [one for one in filters if one is not None]
+        if not given:
             raise ValueError("a stack needs at least one ItemFilter; pass filter=None where all is allowed")
-        first = distinct_filters[0]
-        for one in distinct_filters:
-            if one.fingerprint != first.fingerprint or one.device != first.device:
-                raise ValueError("the filters of a stack belong to one trie on one device; these do not")
-        place = {id(one): index for index, one in enumerate(distinct_filters)} | {id(None): -1}
-        filter_of = [place[id(one)] for one in filters]
+        first = given[0]
+        if any(one.fingerprint != first.fingerprint or one.device != first.device for one in given):
+            raise ValueError("the filters of a stack belong to one trie on one device; these do not")
         none = torch.empty(len(filters), 0, dtype=torch.int32, device=first.device)
-        return cls(first.trie, first.fingerprint, distinct_filters, filter_of, none)
+        return cls(first.trie, first.fingerprint, filters, none)
 
     @classmethod
     def excluding(cls, trie: Trie, ids: Tensor | Sequence[Sequence[int]]) -> RequestFilter:
@@ -74,7 +71,7 @@ class RequestFilter:
             )
         rank = trie.ranks_of(ids.to(trie.device, torch.int64))
         excluded = distinct(torch.where(rank < 0, NO_NODE, rank))
-        return cls(trie.arrays, trie.fingerprint, (), [-1] * ids.shape[0], excluded)
+        return cls(trie.arrays, trie.fingerprint, [None] * ids.shape[0], excluded)
 
     @property
     def device(self) -> torch.device:
@@ -82,73 +79,59 @@ class RequestFilter:
 
     def __and__(self, other: RequestFilter | ItemFilter) -> RequestFilter:
         """What both allow, request by request; an ItemFilter counts for every request."""
-        if isinstance(other, ItemFilter):
-            other = RequestFilter.stack([other] * self.num_requests)
-        if not isinstance(other, RequestFilter):
+        if not isinstance(other, RequestFilter | ItemFilter):
             return NotImplemented
-        if other.fingerprint != self.fingerprint or other.num_requests != self.num_requests:
+        requests = self.num_requests if isinstance(other, ItemFilter) else other.num_requests
+        if other.fingerprint != self.fingerprint or requests != self.num_requests:
             raise ValueError(
-                f"filters of {self.num_requests} and {other.num_requests} requests do not combine, nor those "
+                f"filters of {self.num_requests} and {requests} requests do not combine, nor those "
                 "of different tries; make both from the same trie, a row a request"
             )
-        filters, filter_of = _both(self, other)
-        excluded = distinct(torch.cat((self.excluded, other.excluded), 1))
-        return RequestFilter(self.trie, self.fingerprint, filters, filter_of, excluded)
+        theirs = [other] * requests if isinstance(other, ItemFilter) else other.filters
+        excluded = self.excluded
+        if isinstance(other, RequestFilter):
+            excluded = distinct(torch.cat((excluded, other.excluded), 1))
+        return RequestFilter(self.trie, self.fingerprint, _both(self.filters, theirs), excluded)
 
     __rand__ = __and__
 
-    def of_requests(self) -> list[ItemFilter | None]:
-        """The filter of each request, None where it has none; the exclusions apart."""
-        return [self.filters[place] if place >= 0 else None for place in self.filter_of]
-
-    def with_filters(self, filters: Sequence[ItemFilter]) -> RequestFilter:
+    def with_filters(self, filters: Sequence[ItemFilter | None]) -> RequestFilter:
         """The same exclusions under other filters, one a request."""
-        other = RequestFilter.stack(filters)
-        return RequestFilter(self.trie, self.fingerprint, other.filters, other.filter_of, self.excluded)
+        return RequestFilter(self.trie, self.fingerprint, filters, self.excluded)
 
     def select(self, requests: Tensor) -> RequestFilter:
         """The filter of another batch: its request i is request ``requests[i]`` of this one."""
-        chosen = requests.to(self.device, torch.int64)
-        filter_of = [self.filter_of[request] for request in requests.tolist()]
-        old = self.tensors
+        chosen, old = requests.to(self.device, torch.int64), self.tensors
+        filters = [self.filters[request] for request in requests.tolist()]
         places = old.filter_of[chosen] if old.filter_of.numel() else old.filter_of
         tensors = FilterTensors(old.open, places, old.closed[chosen])
-        return RequestFilter(
-            self.trie, self.fingerprint, self.filters, filter_of, self.excluded[chosen], tensors
-        )
+        return RequestFilter(self.trie, self.fingerprint, filters, self.excluded[chosen], tensors)
 
     def to(self, device: str | torch.device) -> RequestFilter:
         """The same filter on another device."""
-        filters = [one.to(device) for one in self.filters]
-        tensors = self.tensors.to(device)
-        return RequestFilter(
-            self.trie, self.fingerprint, filters, self.filter_of, self.excluded.to(device), tensors
-        )
+        moved = {id(one): one.to(device) for one in self.filters if one is not None}
+        filters = [moved.get(id(one)) for one in self.filters]
+        excluded, tensors = self.excluded.to(device), self.tensors.to(device)
+        return RequestFilter(self.trie.to(device), self.fingerprint, filters, excluded, tensors)
 
 
-def _tensors_of(
-    trie: TrieArrays, filters: Sequence[ItemFilter], filter_of: Sequence[int], excluded: Tensor
-) -> FilterTensors:
-    device = excluded.device
-    places = torch.tensor(filter_of if filters else [], dtype=torch.int32, device=device)
-    bitmaps = [one.tensors.open for one in filters]
+def _tensors_of(trie: TrieArrays, filters: Sequence[ItemFilter | None], excluded: Tensor) -> FilterTensors:
+    """A filter given to several requests is kept once."""
+    bitmaps: dict[int, Tensor] = {id(one): one.tensors.open for one in filters if one is not None}
+    place = {key: index for index, key in enumerate(bitmaps)}
+    filter_of = [place.get(id(one), -1) for one in filters] if bitmaps else []
+    of_requests = torch.tensor(filter_of, dtype=torch.int32, device=excluded.device)
     if not bitmaps:
-        open_ = torch.empty(0, 0, dtype=torch.int64, device=device)
+        open_ = torch.empty(0, 0, dtype=torch.int64, device=excluded.device)
     else:
-        open_ = bitmaps[0] if len(bitmaps) == 1 else torch.cat(bitmaps)
-    here = trie if trie.code.device == device else trie.to(device)
-    return FilterTensors(open_, places, closed_nodes(here, open_, places, excluded))
+        open_ = torch.cat(list(bitmaps.values())) if len(bitmaps) > 1 else next(iter(bitmaps.values()))
+    return FilterTensors(open_, of_requests, closed_nodes(trie, open_, of_requests, excluded))
 
 
-def _both(left: RequestFilter, right: RequestFilter) -> tuple[list[ItemFilter], list[int]]:
-    """The filters of what both allow, each once, and which of them each request obeys."""
-    pairs = list(zip(left.filter_of, right.filter_of, strict=True))
-    filters: list[ItemFilter] = []
-    place = {(-1, -1): -1}
-    for i, j in pairs:
-        if (i, j) in place:
-            continue
-        place[i, j] = len(filters)
-        a, b = left.filters[i] if i >= 0 else None, right.filters[j] if j >= 0 else None
-        filters.append(a & b if a and b else a or b)  # type: ignore[arg-type]
-    return filters, [place[pair] for pair in pairs]
+def _both(left: Sequence[ItemFilter | None], right: Sequence[ItemFilter | None]) -> list[ItemFilter | None]:
+    """What both allow, each pair combined once."""
+    found: dict[tuple[int, int], ItemFilter | None] = {}
+    for a, b in zip(left, right, strict=True):
+        if (id(a), id(b)) not in found:
+            found[id(a), id(b)] = a & b if a is not None and b is not None else a if b is None else b
+    return [found[id(a), id(b)] for a, b in zip(left, right, strict=True)]

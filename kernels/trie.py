@@ -1,7 +1,7 @@
 """The trie of all valid semantic IDs, and its batched operations.
 
 R or B rows, m codes of a prefix, K codes a level, N items. A node is one int32: the root 0, none -1.
-About 6 bytes an item (``nbytes``; random codes, K = 256, 4 levels, 1e6 items), and the ids apart
+Under 3 bytes an item (``nbytes``; random codes, K = 256, 4 levels, 1e6 items), and the ids apart
 (``id_nbytes``). What runs is the C++ or CUDA of ``csrc/``, or the walk of ``trie_walk.py`` (``trie_ops.py``).
 """
 

@@ -12,6 +12,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -65,9 +66,21 @@ class TrieArrays:
             begins.append(int(at(self.first_child, torch.tensor(begins[-1], device=self.code.device))))
         return begins
 
+    @cached_property
+    def _moved(self) -> WeakValueDictionary[torch.device, TrieArrays]:
+        return WeakValueDictionary()
+
     def to(self, device: str | torch.device) -> TrieArrays:
-        code, first_child, rows = (t.to(device) for t in (self.code, self.first_child, self.rows))
-        return TrieArrays(code, first_child, rows, self.levels, self.codebook_size)
+        """The arrays on another device, one copy for all who ask; themselves where they are there."""
+        device = torch.empty(0, device=device).device  # with its index
+        if device == self.code.device:
+            return self
+        found = self._moved.get(device)
+        if found is None:
+            code, first_child, rows = (t.to(device) for t in (self.code, self.first_child, self.rows))
+            found = TrieArrays(code, first_child, rows, self.levels, self.codebook_size)
+            self._moved[device] = found
+        return found
 
 
 class DuplicateCodes(ValueError):

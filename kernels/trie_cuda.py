@@ -20,6 +20,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCE = CSRC / "src" / "trie_cuda.cu"
 NVRTC_OPTIONS = ("--std=c++20", f"-I{CSRC / 'include'}")
 THREADS, MOST_BLOCKS = 256, 132 * 16
+NO_FILTER = (0, 0, 0, 0, 0, 1)  # the fields of a filter that allows everything
 
 
 def problem() -> str:

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import trie_walk
+from . import trie_cuda, trie_walk
 from .dispatch import pick
 from .filter_tensors import FilterTensors
 from .ranges import named_range, ranges_enabled
 from .trie_arrays import TrieArrays
 
 Filter = FilterTensors | None
-NO_FILTER = (0, 0, 0, 0, 0, 1)  # the fields of a filter that allows everything
 
 
 def run(name: str, trie: TrieArrays, filter: Filter, *operands: Tensor) -> Any:
@@ -134,10 +133,8 @@ def _launch(
     """The C++ or CUDA operation of this name over ``rows`` rows; its outputs come last in ``arguments``."""
     fields = None if filter is None else filter.fields(rows)
     if trie.code.device.type == "cuda":
-        from . import trie_cuda
-
         cells = rows * trie.codebook_size if name == "mask" else rows
-        trie_cuda.launch(name, trie, fields or NO_FILTER, arguments, cells)
+        trie_cuda.launch(name, trie, fields or trie_cuda.NO_FILTER, arguments, cells)
         return
     addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     getattr(trie.view, name)(fields, *addresses, rows)

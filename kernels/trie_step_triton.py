@@ -137,8 +137,8 @@ def _element(x, place):
 
 @triton.jit
 def _write_beams(
-    keys, user, sums_ptr, code_ptr, scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr, pruned_ptr,
-    tiles, width, P: tl.constexpr, BLOCK_K: tl.constexpr,
+    keys, user, ranges_ptr, code_ptr, scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr, pruned_ptr,
+    width, P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The next beams of ``user`` from its candidates ``keys``, best first, and the best that was cut."""
     at = tl.arange(0, keys.shape[0])
@@ -148,8 +148,9 @@ def _write_beams(
     score = tl.where(alive, score, float("-inf"))
     place = tl.where(alive, LOW - (keys & LOW).to(tl.int32), 0)
     parent = place // BLOCK_K
-    begins_ptr = sums_ptr + (user * tiles + parent // P) * (P * BLOCK_K + 2 * P) + P * BLOCK_K
-    child = tl.load(begins_ptr + parent % P, mask=alive, other=0) + place % BLOCK_K
+    # from the ranges of the first tile on
+    begin = tl.load(ranges_ptr + parent // P * (P * BLOCK_K + 2 * P) + parent % P, mask=alive, other=0)
+    child = begin + place % BLOCK_K
     code = tl.load(code_ptr + child - 1, mask=alive, other=0)
     out, kept = user * width + at, at < width
     tl.store(scores_ptr + out, score, mask=kept)
@@ -176,7 +177,6 @@ def beam_step_kernel(
     user, tile = program // tiles, program % tiles
     wide_user, wide_program = user.to(tl.int64), program.to(tl.int64)
     j = tl.arange(0, BLOCK_K)[None, :]
-    all_sums_ptr = sums_ptr
     sums_ptr += wide_program * (P * BLOCK_K + 2 * P)
     ranges_ptr = sums_ptr + P * BLOCK_K  # of each parent where its children begin, then how many they are
     kept_ptr += wide_program * KEPT
@@ -245,8 +245,8 @@ def beam_step_kernel(
         last = _element(best, width)
         bound, bound_place = (last >> 32).to(tl.int32), (last & LOW).to(tl.int32)
     if FINAL:
-        _write_beams(best, wide_user, all_sums_ptr, code_ptr, out_scores_ptr, parents_ptr, codes_ptr,
-                     new_nodes_ptr, pruned_ptr, tiles, width, P, BLOCK_K)  # fmt: skip
+        _write_beams(best, wide_user, ranges_ptr, code_ptr, out_scores_ptr, parents_ptr, codes_ptr,
+                     new_nodes_ptr, pruned_ptr, width, P, BLOCK_K)  # fmt: skip
     else:
         tl.store(best_ptr + wide_program * TOP + at, best, mask=at < TOP)
 
@@ -271,8 +271,9 @@ def merge_kernel(
         next_best = tl.max(tl.where(step == CHUNK // TILES - 1, more, DEAD), 0)
         bound = _element(best, width)
         rank += CHUNK // TILES
-    _write_beams(best, user, sums_ptr, code_ptr, scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr,
-                 pruned_ptr, tiles, width, P, BLOCK_K)  # fmt: skip
+    ranges_ptr = sums_ptr + user * tiles * (P * BLOCK_K + 2 * P) + P * BLOCK_K
+    _write_beams(best, user, ranges_ptr, code_ptr, scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr,
+                 pruned_ptr, width, P, BLOCK_K)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,10 @@ from cemg_kernels import (
     trie_beam_step,
     trie_cuda,
     trie_softmax,
+    use_fast_kernels,
 )
 from cemg_kernels.ancestor_attention import ancestor_attention
+from cemg_kernels.filter_tensors import NO_NODE
 from cemg_kernels.trie_arrays import DuplicateCodes, build
 
 pytestmark = [
@@ -94,8 +96,43 @@ def test_the_trie_built_here_is_the_cpus(items, levels, size):
     assert error.value.pairs == [(len(codes) - 1, len(codes))]
 
 
+def requests_of(trie: Trie, users: int, seed: int) -> RequestFilter:
+    """A filter for every other request, and items in a row left out of each, so that nodes above close."""
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.rand(2, trie.num_items, generator=generator) < 0.3
+    own = [ItemFilter.from_mask(trie, rows.to(trie.device)) for rows in allowed]
+    ranks = torch.randint(trie.num_items, (users, 1), generator=generator) + torch.arange(30)
+    left_out = RequestFilter.excluding(trie, trie.ids_by_rank[(ranks % trie.num_items).to(trie.device)])
+    return RequestFilter.stack([[*own, None][user % 3] for user in range(users)]) & left_out
+
+
+@pytest.mark.parametrize(("items", "levels", "size"), [(1, 1, 1), (500, 3, 8), (200_001, 4, 256)])
+@pytest.mark.parametrize("fast", [True, False])
+def test_filters_made_here_are_the_cpus(items, levels, size, fast):
+    host = Trie.from_codes(codes_of(items, levels, size), size)
+    device = host.to(GPU)
+    assert device.arrays is host.arrays.to(GPU)  # one copy for the filters that move too
+    wanted = requests_of(host, 5, seed=3)
+    ranks = torch.arange(0, host.num_items, 2)
+    first = wanted.filters[0]
+    assert first is not None
+    try:
+        use_fast_kernels(fast)
+        found = requests_of(device, 5, seed=3)
+        moved = first.to(GPU).without_ranks(ranks.to(GPU)), first.to(GPU) & ~first.to(GPU)
+    finally:
+        use_fast_kernels(None)
+    assert torch.equal(found.tensors.open.cpu(), wanted.tensors.open)
+    assert torch.equal(found.tensors.filter_of.cpu(), wanted.tensors.filter_of)
+    most = wanted.tensors.closed.shape[1]
+    assert torch.equal(found.tensors.closed[:, :most].cpu(), wanted.tensors.closed)
+    assert bool((found.tensors.closed[:, most:] == NO_NODE).all())
+    assert torch.equal(moved[0].open.cpu(), first.without_ranks(ranks).open)
+    assert not moved[1].open.any()
+
+
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
-@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("filtered", ["", "one", "requests"])
 @pytest.mark.parametrize(
     ("users", "beams", "size", "width"),
     [(6, 20, 64, 20), (1, 50, 256, 50), (3, 50, 2048, 50), (2, 7, 4096, 256), (2, 256, 300, 256)],
@@ -105,8 +142,12 @@ def test_softmax_and_beam_step_equal_the_reference(normalize, filtered, users, b
     device = host.to(GPU)
     generator = torch.Generator().manual_seed(2)
     allowed = torch.rand(host.num_items, generator=generator) < 0.3
-    mine = ItemFilter.from_mask(host, allowed) if filtered else None
-    theirs = ItemFilter.from_mask(device, allowed.to(GPU)) if filtered else None
+    mine = theirs = None
+    if filtered == "one":
+        mine = ItemFilter.from_mask(host, allowed)
+        theirs = ItemFilter.from_mask(device, allowed.to(GPU))
+    if filtered == "requests":
+        mine, theirs = requests_of(host, users, seed=4), requests_of(device, users, seed=4)
     nodes = torch.randint(0, host.arrays.num_inner, (users, beams), generator=generator).to(torch.int32)
     logits = torch.randn(users, beams, size, generator=generator)
     scores = -torch.rand(users, beams, generator=generator)
@@ -123,8 +164,8 @@ def test_softmax_and_beam_step_equal_the_reference(normalize, filtered, users, b
         for name in ("parents", "codes", "nodes"):
             assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
     alive = found.nodes >= 0
-    walked = device.advance(nodes.to(GPU).gather(1, found.parents)[alive], found.codes[alive], filter=theirs)
-    assert torch.equal(walked, found.nodes[alive])
+    walked = device.advance(nodes.to(GPU).gather(1, found.parents), found.codes, filter=theirs)
+    assert torch.equal(walked[alive], found.nodes[alive])
     rows = logits.flatten(0, 1), nodes.flatten()
     flat = None if total is None else total.flatten()
     log_prob = trie_softmax(*rows, host, normalize, flat, mine, backend="reference")

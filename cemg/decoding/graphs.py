@@ -107,9 +107,8 @@ class Inputs:
             pairs = zip(filter.tensors, filter_shapes(filter, len(ids)), strict=True)
             tensors = FilterTensors(*(tensor.new_empty(shape) for tensor, shape in pairs))
             requests = max(1, tensors.num_requests)
-            room = RequestFilter(
-                filter.trie, filter.fingerprint, (), [-1] * requests, tensors.closed, tensors
-            )
+            none = tensors.closed.new_empty(requests, 0)
+            room = RequestFilter(filter.trie, filter.fingerprint, [None] * requests, none, tensors)
         return cls(torch.empty_like(ids, device=device), torch.empty_like(mask, device=device), room)
 
     def take(self, ids: Tensor, mask: Tensor, filter: Filter | None) -> None:

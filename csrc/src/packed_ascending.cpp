@@ -1,6 +1,7 @@
 #include "cemg/packed_ascending.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 
 namespace cemg {
@@ -47,26 +48,15 @@ void write_block(std::span<const int32_t> block, const Room& room, int64_t place
   }
 }
 
-// Adds the `size` numbers of a block of words with any values; false where they hold none such.
-bool append_block(std::span<const uint64_t> words, uint64_t head, int64_t size, std::vector<int32_t>& out) {
-  const auto first = static_cast<int32_t>(head & 0xffffffff), place = static_cast<int32_t>(head >> 32);
-  const int64_t begin = place < 0 ? ~place : place, all = static_cast<int64_t>(words.size());
-  const int64_t end = place < 0 ? begin + (size + 1) / 2 : begin + PackedAscending::kMostWords;
-  if (first < 0 || end > all) return false;
-  if (place < 0) {
-    for (int64_t i = 0; i < size; ++i) {
-      out.push_back(static_cast<int32_t>((words[begin + i / 2] >> (i % 2 * 32)) & 0xffffffff));
-    }
-    return true;
-  }
-  for (int64_t word = begin; word < end && size > 0; ++word) {
-    for (uint64_t left = words[word]; left != 0 && size > 0; left &= left - 1, --size) {
-      const int64_t number = first + (word - begin) * 64 + std::countr_zero(left);
-      if (number > std::numeric_limits<int32_t>::max()) return false;
-      out.push_back(static_cast<int32_t>(number));
-    }
-  }
-  return size == 0;
+// Reads a block of words with any values; false where they hold none such.
+bool read_any(std::span<const uint64_t> words, int64_t block, int64_t count, int32_t* out) noexcept {
+  const uint64_t head = words[block];
+  const auto place = static_cast<int32_t>(head >> 32);
+  const int64_t size = std::min(kBlock, count - block * kBlock), all = static_cast<int64_t>(words.size());
+  const int64_t end = place < 0 ? ~place + (size + 1) / 2 : place + int64_t{PackedAscending::kMostWords};
+  if (end > all) return false;
+  const PackedAscending packed{words.data()};
+  return packed.read_block(static_cast<int32_t>(block), static_cast<int32_t>(count), out) == size;
 }
 
 }  // namespace
@@ -86,36 +76,17 @@ std::vector<uint64_t> pack_ascending(std::span<const int32_t> numbers) {
   return words;
 }
 
-int64_t read_block(PackedAscending packed, int64_t block, int64_t count, int32_t* out) noexcept {
-  const uint64_t head = packed.words[block];
-  const auto first = static_cast<int32_t>(head & 0xffffffff), place = static_cast<int32_t>(head >> 32);
-  const int64_t size = std::min(kBlock, count - block * kBlock);
-  if (place < 0) {
-    for (int64_t i = 0; i < size; ++i) {
-      out[i] = static_cast<int32_t>((packed.words[~place + i / 2] >> (i % 2 * 32)) & 0xffffffff);
-    }
-  } else {
-    const uint64_t* bits = packed.words + place;
-    int64_t found = 0;
-    for (int32_t begin = first; found < size; begin += 64) {
-      for (uint64_t left = *bits++; left != 0 && found < size; left &= left - 1) {
-        out[found++] = begin + std::countr_zero(left);
-      }
-    }
-  }
-  if ((block + 1) * kBlock >= count) return size;
-  out[size] = static_cast<int32_t>(packed.words[block + 1] & 0xffffffff);
-  return size + 1;
-}
-
 std::vector<int32_t> unpack_ascending(std::span<const uint64_t> words, int64_t count) {
   const int64_t blocks = blocks_of(count);
-  if (count < 1 || blocks > static_cast<int64_t>(words.size())) return {};
-  std::vector<int32_t> numbers;
-  numbers.reserve(static_cast<size_t>(count));
+  if (count < 1 || count > std::numeric_limits<int32_t>::max() || blocks > static_cast<int64_t>(words.size()))
+    return {};
+  std::vector<int32_t> numbers(static_cast<size_t>(count));
+  bool wrong = false;
+#pragma omp parallel for reduction(|| : wrong) if (blocks >= kParallelBlocks)
   for (int64_t block = 0; block < blocks; ++block) {
-    if (!append_block(words, words[block], std::min(kBlock, count - block * kBlock), numbers)) return {};
+    wrong = wrong || !read_any(words, block, count, numbers.data() + block * kBlock);
   }
+  if (wrong || numbers.front() < 0) return {};
   if (std::adjacent_find(numbers.begin(), numbers.end(), std::greater_equal<>()) != numbers.end()) return {};
   const auto again = pack_ascending(numbers);
   return std::equal(again.begin(), again.end(), words.begin(), words.end()) ? numbers

@@ -6,6 +6,7 @@ using int8_t = signed char;
 using uint8_t = unsigned char;
 using int16_t = short;
 using int32_t = int;
+using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
 #endif
@@ -59,6 +60,16 @@ using uint64_t = unsigned long long;
                                                int64_t count) {                                            \
     CEMG_VIEW(Code);                                                                                       \
     CEMG_EACH(row, count) cemg::interval_row(trie, nodes, row, out);                                       \
+  }                                                                                                        \
+  extern "C" __global__ void open_level_##suffix(CEMG_TRIE(Code), int64_t begin, int64_t end,              \
+                                                 uint64_t* opened, int64_t count) {                        \
+    CEMG_VIEW(Code);                                                                                       \
+    CEMG_EACH(word, count) cemg::open_word(trie, begin, end, begin / 64 + word, opened);                   \
+  }                                                                                                        \
+  extern "C" __global__ void close_##suffix(CEMG_TRIE(Code), const int32_t* excluded, int64_t most,        \
+                                            int64_t levels, int32_t* out, int64_t count) {                 \
+    CEMG_VIEW(Code);                                                                                       \
+    CEMG_EACH(row, count) cemg::close_row(trie, filter, excluded, most, levels, row, out);                 \
   }
 
 CEMG_KERNELS(uint8_t, u8)
@@ -79,9 +90,12 @@ constexpr int64_t kMostBlocks = 132 * 16;  // enough to fill the largest GPU; th
 #define CEMG_NAMED(op, suffix) {#op "_" #suffix, reinterpret_cast<const void*>(&op##_##suffix)}
 const std::map<std::string, const void*>& kernels() {
   static const std::map<std::string, const void*> found = {
-      CEMG_NAMED(lookup, u8),   CEMG_NAMED(lookup, i16),   CEMG_NAMED(advance, u8), CEMG_NAMED(advance, i16),
-      CEMG_NAMED(children, u8), CEMG_NAMED(children, i16), CEMG_NAMED(mask, u8),    CEMG_NAMED(mask, i16),
-      CEMG_NAMED(interval, u8), CEMG_NAMED(interval, i16), CEMG_NAMED(keep, u8),    CEMG_NAMED(keep, i16),
+      CEMG_NAMED(lookup, u8),     CEMG_NAMED(lookup, i16),     CEMG_NAMED(advance, u8),
+      CEMG_NAMED(advance, i16),   CEMG_NAMED(children, u8),    CEMG_NAMED(children, i16),
+      CEMG_NAMED(mask, u8),       CEMG_NAMED(mask, i16),       CEMG_NAMED(interval, u8),
+      CEMG_NAMED(interval, i16),  CEMG_NAMED(keep, u8),        CEMG_NAMED(keep, i16),
+      CEMG_NAMED(open_level, u8), CEMG_NAMED(open_level, i16), CEMG_NAMED(close, u8),
+      CEMG_NAMED(close, i16),
   };
   return found;
 }

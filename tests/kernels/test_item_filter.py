@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cemg_kernels import ItemFilter, Trie, use_fast_kernels
-from cemg_kernels.filter_tensors import unpack
+from cemg_kernels import ItemFilter, RequestFilter, Trie, use_fast_kernels
+from cemg_kernels.filter_tensors import NO_NODE, unpack_bits
 from cemg_kernels.packed_ascending import popcount
 
 
@@ -17,10 +17,16 @@ def make_trie(num_items: int, *, ids: bool = False) -> Trie:
     return Trie.from_codes(codes, 64, torch.arange(num_items) * 5 if ids else None)
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["native", "reference"])
+@pytest.fixture(params=[True, False], ids=["native", "reference"])
+def backend(request: pytest.FixtureRequest):
+    """Run the test on the C++ and on the plain walk."""
+    use_fast_kernels(request.param)
+    yield
+    use_fast_kernels(None)
+
+
 @pytest.mark.parametrize("num_items", [1, 42, 43, 62, 63, 64, 65, 511, 1500])
-def test_a_node_is_open_where_an_allowed_item_is_below(num_items, fast):
-    use_fast_kernels(fast)
+def test_a_node_is_open_where_an_allowed_item_is_below(backend, num_items):
     trie = make_trie(num_items)
     for share in (0.0, 0.03, 0.4, 1.0):
         allowed = torch.rand(num_items, generator=torch.Generator().manual_seed(1)) < share
@@ -28,16 +34,13 @@ def test_a_node_is_open_where_an_allowed_item_is_below(num_items, fast):
         by_rank = allowed[trie.rows.long()]
         below = torch.cat((torch.zeros(1, dtype=torch.int64), by_rank.long().cumsum(0)))
         low, high = trie.interval(torch.arange(trie.num_nodes)).long().unbind(1)
-        assert torch.equal(unpack(chosen.open, trie.num_nodes), below[high] > below[low])
+        assert torch.equal(unpack_bits(chosen.open, trie.num_nodes), below[high] > below[low])
         assert torch.equal(chosen.by_rank(), by_rank)
         assert torch.equal(chosen.allows_ranks(torch.arange(num_items)), by_rank)
         assert len(chosen) == int(allowed.sum())
-    use_fast_kernels(None)
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["native", "reference"])
-def test_ranks_are_left_out_as_if_they_had_never_been_allowed(fast):
-    use_fast_kernels(fast)
+def test_ranks_are_left_out_as_if_they_had_never_been_allowed(backend):
     trie = make_trie(700)
     allowed = torch.rand(700, generator=torch.Generator().manual_seed(1)) < 0.1
     chosen = ItemFilter.from_mask(trie, allowed)
@@ -46,7 +49,28 @@ def test_ranks_are_left_out_as_if_they_had_never_been_allowed(fast):
     less[trie.rows.long()[ranks]] = False
     assert torch.equal(chosen.without_ranks(ranks).open, ItemFilter.from_mask(trie, less).open)
     assert chosen.without_ranks(torch.arange(700)).open.count_nonzero() == 0
-    use_fast_kernels(None)
+
+
+def test_large_tries_are_opened_and_closed_by_all_cores_as_by_one():
+    """Past 65,536 nodes a level, and 256 excluded items, the C++ shares the work."""
+    codes = torch.randint(128, (300_000, 4), generator=torch.Generator().manual_seed(0)).unique(dim=0)
+    trie = Trie.from_codes(codes, 128)
+    generator = torch.Generator().manual_seed(1)
+    allowed = torch.rand(trie.num_items, generator=generator) < 0.1
+    ids = torch.randint(trie.num_items, (30, 1), generator=generator) + torch.arange(40)  # neighbours
+    found = []
+    try:
+        for fast in (True, False):
+            use_fast_kernels(fast)
+            some = ItemFilter.from_mask(trie, allowed)
+            both = some & RequestFilter.excluding(trie, ids)
+            found.append((both.tensors.open, both.tensors.closed))
+    finally:
+        use_fast_kernels(None)
+    (opened, closed), (wanted, all_closed) = found
+    assert torch.equal(opened, wanted)
+    assert torch.equal(closed, all_closed[:, : closed.shape[1]])
+    assert bool((all_closed[:, closed.shape[1] :] == NO_NODE).all())
 
 
 def test_and_or_not_are_those_of_sets():

@@ -144,6 +144,18 @@ def test_a_wrong_addition_changes_nothing(held, codes, ids, message):
     assert items_of(live.snapshot()) == set(range(0, 30, 3)) | {60}
 
 
+def test_a_filter_is_narrowed_once_a_snapshot():
+    live = make_live()
+    only = ItemFilter.from_items(live.snapshot().trie, [0, 6, 12])
+    live.remove([6])
+    now = live.snapshot()
+    assert now.restrict(only) is now.restrict(only)
+    stacked = now.restrict(ItemFilter.stack([only, None, only]))
+    assert stacked.filters[0] is now.restrict(only) and stacked.filters[1] is now.allowed
+    live.remove([12])
+    assert len(live.snapshot().restrict(only)) == 1 and len(now.restrict(only)) == 2
+
+
 def test_a_wrong_removal_changes_nothing():
     live = make_live()
     with pytest.raises(ValueError, match="no item 4 "):

@@ -241,7 +241,7 @@ void check_packed(std::mt19937& random) {
       const cemg::Range pair = packed.pair(n);
       require(pair.begin == numbers[n] && pair.end == numbers[n + 1], "and the one after it");
       require(packed.last_at_most(numbers[n + 1] - 1, count) == n, "and what lies between");
-      const auto size = cemg::read_block(packed, n / 64, count, block.data());
+      const int32_t size = packed.read_block(n / 64, count, block.data());
       require(n % 64 < size && block[n % 64] == numbers[n], "and it is in its block");
     }
     const auto largest = unsigned{0x7fffffff};

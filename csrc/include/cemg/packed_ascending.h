@@ -65,13 +65,8 @@ struct PackedAscending {  // borrowed
     const int32_t i = n % kBlock;
     if (i == 0) return block.first;
     if (block.place < 0) return listed(block, i);
-    const uint64_t* bits = words + block.place;
-    int32_t begin = block.first, left = i;
-    for (int32_t here = popcount(*bits); left >= here; here = popcount(*++bits)) {
-      left -= here;
-      begin += 64;
-    }
-    return begin + nth_bit(*bits, left);
+    const Bit bit = bit_of(block, i);
+    return bit.begin + bit.place;
   }
 
   // Numbers n and n + 1.
@@ -80,20 +75,35 @@ struct PackedAscending {  // borrowed
     const int32_t i = n % kBlock;
     if (i == kBlock - 1) return {(*this)[n], (*this)[n + 1]};
     if (block.place < 0) return {listed(block, i), listed(block, i + 1)};
-    const uint64_t* bits = words + block.place;
-    int32_t begin = block.first, left = i;
-    for (int32_t here = popcount(*bits); left >= here; here = popcount(*++bits)) {
-      left -= here;
-      begin += 64;
-    }
-    const int32_t place = nth_bit(*bits, left);
-    const int32_t found = begin + place;
-    uint64_t rest = *bits & (~uint64_t{1} << place);
+    Bit bit = bit_of(block, i);
+    const int32_t found = bit.begin + bit.place;
+    uint64_t rest = *bit.word & (~uint64_t{1} << bit.place);
     while (rest == 0) {
-      rest = *++bits;
-      begin += 64;
+      rest = *++bit.word;
+      bit.begin += 64;
     }
-    return {found, begin + lowest_bit(rest)};
+    return {found, bit.begin + lowest_bit(rest)};
+  }
+
+  // The numbers of one block, of `count` in all, to out [kBlock]; how many they are, fewer than there should
+  // be where the bits are not those of a block.
+  CEMG_HD int32_t read_block(int32_t block, int32_t count, int32_t* out) const noexcept {
+    const Block head = block_of(block * kBlock);
+    const int32_t left = count - block * kBlock, size = left < kBlock ? left : kBlock;
+    if (head.place < 0) {
+      for (int32_t i = 0; i < size; ++i) out[i] = listed(head, i);
+      return size;
+    }
+    int32_t found = 0;
+    for (int32_t word = 0; word < kMostWords && found < size; ++word) {
+      uint64_t bits = words[head.place + word];
+      for (; bits != 0 && found < size; bits &= bits - 1) {
+        out[found++] =
+            static_cast<int32_t>(static_cast<uint32_t>(head.first) + static_cast<uint32_t>(word * 64) +
+                                 static_cast<uint32_t>(lowest_bit(bits)));
+      }
+    }
+    return found;
   }
 
   // The last of the first `count` numbers that is no higher than `value`; the first is none.
@@ -126,6 +136,22 @@ struct PackedAscending {  // borrowed
     int32_t place;
   };
 
+  struct Bit {
+    const uint64_t* word;
+    int32_t begin;  // the number of the word's lowest bit
+    int32_t place;  // in the word
+  };
+
+  CEMG_HD Bit bit_of(const Block& block, int32_t i) const noexcept {
+    const uint64_t* word = words + block.place;
+    int32_t begin = block.first;
+    for (int32_t here = popcount(*word); i >= here; here = popcount(*++word)) {
+      i -= here;
+      begin += 64;
+    }
+    return {word, begin, nth_bit(*word, i)};
+  }
+
   CEMG_HD Block block_of(int32_t n) const noexcept {
     const uint64_t word = words[n / kBlock];
     return {static_cast<int32_t>(word & 0xffffffff), static_cast<int32_t>(word >> 32)};
@@ -139,10 +165,6 @@ struct PackedAscending {  // borrowed
 #if !defined(__CUDACC_RTC__)
 // numbers, each from 0 on and above the one before, packed; one way to pack them.
 std::vector<uint64_t> pack_ascending(std::span<const int32_t> numbers);
-
-// The numbers of one block, of `count` in all, to out [kBlock], and the one after them where there is one;
-// how many those are.
-int64_t read_block(PackedAscending packed, int64_t block, int64_t count, int32_t* out) noexcept;
 
 // The `count` numbers that `words` pack; empty where they do not.
 std::vector<int32_t> unpack_ascending(std::span<const uint64_t> words, int64_t count);

@@ -69,4 +69,83 @@ CEMG_HD void interval_row(const TrieView<Code>& trie, const int32_t* nodes, int6
   out[2 * row + 1] = ranks.end;
 }
 
+// The bits of word `word` that stand for nodes `begin` ... `end` - 1.
+CEMG_HD inline uint64_t bits_within(int64_t word, int64_t begin, int64_t end) noexcept {
+  uint64_t bits = ~uint64_t{0};
+  if (begin > word * 64) bits &= ~uint64_t{0} << (begin - word * 64);
+  if (end < (word + 1) * 64) bits &= ~uint64_t{0} >> ((word + 1) * 64 - end);
+  return bits;
+}
+
+CEMG_HD inline bool any_open(const uint64_t* open, Range nodes) noexcept {
+  const int64_t first = nodes.begin / 64, last = (nodes.end - 1) / 64;
+  if (first == last) return (open[first] & bits_within(first, nodes.begin, nodes.end)) != 0;
+  if ((open[first] >> (nodes.begin % 64)) != 0) return true;
+  for (int64_t word = first + 1; word < last; ++word) {
+    if (open[word] != 0) return true;
+  }
+  return (open[last] & bits_within(last, nodes.begin, nodes.end)) != 0;
+}
+
+CEMG_HD inline int32_t count_open(const uint64_t* open, Range nodes) noexcept {
+  int32_t count = 0;
+  const int64_t last = (nodes.end - 1) / 64;
+  for (int64_t word = nodes.begin / 64; word <= last; ++word) {
+    count += popcount(open[word] & bits_within(word, nodes.begin, nodes.end));
+  }
+  return count;
+}
+
+// Word `word` of open: the bits of its inner nodes among begin ... end - 1, a level whose children's are set.
+template <class Code>
+CEMG_HD void open_word(const TrieView<Code>& trie, int64_t begin, int64_t end, int64_t word,
+                       uint64_t* open) noexcept {
+  static_assert(PackedAscending::kBlock == 64);
+  int32_t child[PackedAscending::kBlock + 1];  // the first ones of the word's nodes, and of the next
+  const auto block = static_cast<int32_t>(word);
+  const int32_t found = trie.first_child.read_block(block, trie.num_inner + 1, child);
+  if (found == PackedAscending::kBlock && (block + 1) * int64_t{64} <= trie.num_inner) {
+    child[found] = trie.first_child[(block + 1) * 64];
+  }
+  const int64_t from = begin > word * 64 ? begin - word * 64 : 0;
+  const int64_t to = end < (word + 1) * 64 ? end - word * 64 : 64;
+  uint64_t bits = 0;
+  for (int64_t i = from; i < to; ++i) {
+    bits |= static_cast<uint64_t>(any_open(open, {child[i], child[i + 1]})) << i;
+  }
+  open[word] = (open[word] & ~bits_within(word, begin, end)) | bits;
+}
+
+// Request `row`: what its excluded ranks [R, most] (ascending and distinct, then kNoNode) close of what its
+// bitmap leaves open, to closed [R, most * levels + 1], ascending, filled up with kNoNode; how many those
+// are. A level's nodes are written before those below them, from the end of the row on.
+template <class Code>
+CEMG_HD int64_t close_row(const TrieView<Code>& trie, const FilterView& filter, const int32_t* excluded,
+                          int64_t most, int64_t levels, int64_t row, int32_t* closed) noexcept {
+  const int64_t room = most * levels + 1;
+  const RowFilter mine = filter.of(row);
+  int32_t* const out = closed + row * room;
+  int64_t begin = room;  // of what is closed so far
+  for (int64_t i = most - 1; i >= 0; --i) {
+    const int32_t rank = excluded[row * most + i];
+    if (rank != kNoNode && mine.allows(trie.num_inner + rank)) out[--begin] = trie.num_inner + rank;
+  }
+  int64_t end = room;  // of the nodes of the level below
+  while (begin < end && out[begin] != kRoot) {
+    const int64_t first = begin;
+    for (int64_t i = end - 1; i >= first;) {
+      const int32_t parent = trie.parent(out[i]);
+      const Range children = trie.children(parent);
+      const int64_t last = i;
+      while (i >= first && out[i] >= children.begin) --i;
+      const int64_t left =
+          mine.open == nullptr ? children.end - children.begin : count_open(mine.open, children);
+      if (left == last - i) out[--begin] = parent;
+    }
+    end = first;
+  }
+  for (int64_t i = 0; i < room; ++i) out[i] = begin + i < room ? out[begin + i] : kNoNode;
+  return room - begin;
+}
+
 }  // namespace cemg

@@ -12,11 +12,10 @@ namespace cemg {
 template <class Code>
 void open_inner(TrieView<Code> trie, uint64_t* open) noexcept;
 
-// What each request's excluded ranks [requests, most] (ascending and distinct, then kNoNode) close of what
-// its bitmap leaves open: closed [requests, most * levels + 1], ascending, filled up with kNoNode. `filter`
-// has bitmaps or none, no lists; a row is a request. Returns how many the longest list holds.
+// `close_row` of each request; `filter` has bitmaps or none, no lists, and a row is a request. Returns how
+// many the longest list holds.
 template <class Code>
 int64_t close_nodes(TrieView<Code> trie, FilterView filter, const int32_t* excluded, int64_t requests,
-                    int64_t most, int64_t levels, int32_t* closed);
+                    int64_t most, int64_t levels, int32_t* closed) noexcept;
 
 }  // namespace cemg
