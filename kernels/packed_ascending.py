@@ -16,6 +16,7 @@ from torch import Tensor
 BLOCK = 64
 MOST_WORDS = 8  # of bits
 LOW = 0xFFFFFFFF
+CHUNK = 1 << 18  # numbers looked up at a time
 
 
 def pack(numbers: Tensor) -> Tensor:
@@ -40,8 +41,14 @@ def pack(numbers: Tensor) -> Tensor:
     return words.index_add_(0, place[block] + own, bits)  # no two have a bit in common
 
 
-def unpack(words: Tensor, count: int) -> Tensor | None:
-    """The ``count`` numbers that ``words`` [W] int64 pack, int64 [C]; None where they do not."""
+def unpack(words: Tensor, count: int) -> Tensor:
+    """The ``count`` numbers that ``words`` [W] int64 pack, int64 [C]."""
+    every = torch.arange(count, device=words.device)
+    return torch.cat([at(words, part) for part in every.split(CHUNK)])
+
+
+def unpack_any(words: Tensor, count: int) -> Tensor | None:
+    """The same of words with any values; None where they pack no such numbers."""
     blocks = -(-count // BLOCK)
     if count < 1 or blocks + MOST_WORDS - 1 > words.numel():
         return None
@@ -51,7 +58,7 @@ def unpack(words: Tensor, count: int) -> Tensor | None:
     end = torch.where(place < 0, ~place + (sizes + 1) // 2, place + MOST_WORDS)
     if int(end.max()) > words.numel() or int((heads & LOW).max()) >= 2**31:
         return None
-    numbers = at(words, torch.arange(count, device=words.device))
+    numbers = unpack(words, count)
     rising = bool((numbers.diff() > 0).all()) and int(numbers[0]) >= 0 and int(numbers[-1]) < 2**31
     return numbers if rising and torch.equal(pack(numbers), words) else None
 
@@ -70,15 +77,6 @@ def at(words: Tensor, n: Tensor) -> Tensor:
     word = bits.gather(-1, passed)[..., 0]
     before = i - (counts.gather(-1, passed)[..., 0] - popcount(word))
     return torch.where(place < 0, listed, first + 64 * passed[..., 0] + _nth_bit(word, before))
-
-
-def last_at_most(words: Tensor, value: Tensor, count: int) -> Tensor:
-    """The place of the last of the first ``count`` numbers that is at most each of ``value``, int64."""
-    heads = words[: -(-count // BLOCK)] & LOW
-    block = torch.searchsorted(heads, value.long(), right=True) - 1
-    members = block[..., None] * BLOCK + torch.arange(BLOCK, device=words.device)
-    lower = at(words, members.clamp(max=count - 1)) <= value[..., None]
-    return block * BLOCK + ((members < count) & lower).sum(-1) - 1
 
 
 def popcount(words: Tensor) -> Tensor:

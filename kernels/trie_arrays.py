@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import native, pick
-from .packed_ascending import at, pack, unpack
+from .packed_ascending import at, pack, unpack, unpack_any
 from .ranges import named_range
 
 MAX_CODEBOOK_SIZE = 32768  # a code fits int16
@@ -57,6 +57,11 @@ class TrieArrays:
             num_nodes=self.num_nodes,
             codebook_size=self.codebook_size,
         )
+
+    @cached_property
+    def first_children(self) -> Tensor:
+        """The first children and their end, unpacked for the plain walk: [I + 1] int64."""
+        return unpack(self.first_child, self.num_inner + 1)
 
     @cached_property
     def level_begins(self) -> list[int]:
@@ -266,7 +271,7 @@ def _shape_problem(arrays: TrieArrays) -> str:
 
 
 def _edge_problem(arrays: TrieArrays) -> str:
-    first = unpack(arrays.first_child, arrays.num_inner + 1)
+    first = unpack_any(arrays.first_child, arrays.num_inner + 1)
     if first is None or int(first[0]) != 1 or int(first[-1]) != arrays.num_nodes:
         return "first_child does not rise from 1 to the number of nodes"
     code = arrays.code.long()

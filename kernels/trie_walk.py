@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packed_ascending import at, last_at_most
 from .trie_arrays import TrieArrays
 
 NONE = -1
@@ -19,7 +18,7 @@ def child_range(trie: TrieArrays, nodes: Tensor) -> tuple[Tensor, Tensor]:
     """First child and one past the last of ``nodes`` (any shape), int64; equal where there are none."""
     inner = (nodes >= 0) & (nodes < trie.num_inner)
     safe = torch.where(inner, nodes, 0).long()
-    begin, end = at(trie.first_child, safe), at(trie.first_child, safe + 1)
+    begin, end = trie.first_children[safe], trie.first_children[safe + 1]
     return begin, torch.where(inner, end, begin)
 
 
@@ -46,7 +45,8 @@ def child_grid(trie: TrieArrays, nodes: Tensor) -> tuple[Tensor, Tensor]:
 
 def parents(trie: TrieArrays, nodes: Tensor) -> Tensor:
     """The inner node that each of ``nodes`` (any shape), none of them the root, hangs from; int64."""
-    return last_at_most(trie.first_child, nodes, trie.num_inner)
+    last = torch.searchsorted(trie.first_children, nodes.long(), right=True) - 1
+    return last.clamp(max=trie.num_inner - 1)
 
 
 def node_interval(trie: TrieArrays, nodes: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def node_interval(trie: TrieArrays, nodes: Tensor) -> Tensor:
     end = begin + 1
     for _ in range(trie.levels):  # both ends move one level down until they are leaves
         inner = begin < trie.num_inner
-        down = at(trie.first_child, torch.where(inner, torch.stack((begin, end)), 0))
+        down = trie.first_children[torch.where(inner, torch.stack((begin, end)), 0)]
         begin, end = torch.where(inner, down[0], begin), torch.where(inner, down[1], end)
     ranks = torch.stack((begin, end), -1) - trie.num_inner
     return torch.where(is_node[..., None], ranks, 0).to(torch.int32)

@@ -100,7 +100,6 @@ def broken_arrays(draw: random.Random) -> TrieArrays:
     good = make_trie(draw.choice([1, 2, 30, 64])).arrays
     code, packed, rows = good.code.clone(), good.first_child.clone(), good.rows.clone()
     first = unpack(packed, good.num_inner + 1)
-    assert first is not None
     for _ in range(draw.randrange(4)):
         tensor = draw.choice([code, first, rows, packed])
         tensor[draw.randrange(len(tensor))] = draw.choice([0, 1, 2, 3, 4, len(tensor), draw.randrange(99)])
