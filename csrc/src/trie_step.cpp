@@ -16,7 +16,7 @@ namespace cemg {
 namespace {
 
 constexpr int64_t kParallelWork = 1 << 14;   // logits worth the waking of a thread
-constexpr int64_t kParallelBeams = 1 << 18;  // children of one user's beams worth sharing these out
+constexpr int64_t kParallelBeams = 1 << 14;  // children of one user's beams worth sharing these out
 constexpr uint64_t kLastPlace = kMostCandidates - 1;
 
 // log(sum(exp(x))) over the tame values of x [count], whose highest is `highest`; -inf where all are. They
