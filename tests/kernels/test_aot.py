@@ -17,7 +17,7 @@ import torch
 
 from cemg_kernels import aot, dispatch, trie_cuda
 
-CUDA_OPERATIONS = ("lookup", "advance", "children", "mask", "interval", "keep")
+CUDA_OPERATIONS = ("lookup", "advance", "children", "mask", "interval", "keep", "open_level", "close")
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["widest", "all"])
