@@ -36,7 +36,11 @@ CEMG_HD inline int32_t popcount(uint64_t word) noexcept {
 }
 
 CEMG_HD inline int32_t lowest_bit(uint64_t word) noexcept {  // of a word that has one
-  return popcount((word & (~word + 1)) - 1);
+#if defined(__CUDA_ARCH__)
+  return __ffsll(static_cast<long long>(word)) - 1;
+#else
+  return std::countr_zero(word);
+#endif
 }
 
 // The place of the bit that `before` others of the word are below; the word has as many.
@@ -106,7 +110,7 @@ struct PackedAscending {  // borrowed
     return found;
   }
 
-  // The last of the first `count` numbers that is no higher than `value`; the first is none.
+  // The last of the first `count` numbers that is no higher than `value`, as the first is.
   CEMG_HD int32_t last_at_most(int32_t value, int32_t count) const noexcept {
     int32_t low = 0, high = (count - 1) / kBlock;
     while (low < high) {
