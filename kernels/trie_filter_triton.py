@@ -40,9 +40,16 @@ def _popcount(words):
 
 
 @triton.jit
-def first_child(packed_ptr, node, live):
-    """The first child of each of the ``live`` nodes, or the end of the last's; 0 for the others."""
+def child_range(packed_ptr, node, live):
+    """Where the children of each of the ``live`` nodes begin and end; 0 and 0 for the others."""
     head = tl.load(packed_ptr + (node >> 6), mask=live, other=0)
+    next_head = tl.load(packed_ptr + ((node + 1) >> 6), mask=live, other=0)  # none waits for the other
+    return _unpacked(packed_ptr, head, node, live), _unpacked(packed_ptr, next_head, node + 1, live)
+
+
+@triton.jit
+def _unpacked(packed_ptr, head, node, live):
+    """The first child of each of the ``live`` nodes in the block of ``head``; 0 for the others."""
     begin, place, i = (head & 0xFFFFFFFF).to(tl.int32), (head >> 32).to(tl.int32), node & 63
     listed = live & (place < 0)
     pair = tl.load(packed_ptr + (~place + (i >> 1)), mask=listed, other=0)

@@ -96,21 +96,25 @@ def test_every_op_with_a_triton_backend_brings_its_cases():
 
 
 def test_the_cases_are_what_launches_can_pick():
-    """Every cut that a beam step of some shape gets is one whose tile and sort the widest cases hold."""
+    """Whatever shape a beam step has, its kernels are among those compiled."""
     from cemg_kernels import trie_step_triton as step
 
-    cases = [case for case in aot.triton_cases(every=True) if case.kernel is step.beam_step_kernel]
+    cases = list(aot.triton_cases(every=True))
     assert len({case.name for case in cases}) == len(cases)
-    held = {}  # the most candidates of a thread, by warps
-    for case in cases:
-        warps, constants = case.options["num_warps"], case.constants
-        here = (constants["ROWS"] * constants["BLOCK_K"] + constants["KEPT"]) / warps
-        held[warps] = max(held.get(warps, 0), here)
+    kernels = {
+        (case.kernel, case.options["num_warps"], *case.constants.items())
+        for case in cases
+        if case.kernel in (step.beam_step_kernel, step.merge_kernel)
+    }
+    merges = [dict(constants) for kernel, _, *constants in kernels if kernel is step.merge_kernel]
     for beams in (1, 2, 3, 7, 16, 33, 64, 100, 255, 256):
         for size in (1, 2, 31, 256, 257, 300, 1000, 2048, 4095, 4096):
             for width in (1, 2, 50, 127, 128, 255, 256):
                 plan = step.plan_of(beams, size, width)
-                assert (plan.rows * plan.block_k + plan.kept) / plan.warps <= held[plan.warps]
+                kind = {"NORMALIZE": 2, "BITMAPS": 1, "CLOSED": True}
+                own = step.beam_step_kernel, plan.warps, *(kind | plan.constants).items()
+                assert own in kernels
+                assert plan.final or any(m | {"BLOCK_K": plan.block_k} == plan.merge for m in merges)
     filtered = {
         (case.constants["NORMALIZE"], case.constants["BITMAPS"]) for case in aot.triton_cases(["step W"])
     }

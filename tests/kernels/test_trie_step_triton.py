@@ -20,7 +20,7 @@ from cemg_kernels.packed_ascending import pack
 from cemg_kernels.request_filter import RequestFilter
 
 kernels = pytest.importorskip("cemg_kernels.trie_step_triton")
-first_child = import_module("cemg_kernels.trie_filter_triton").first_child
+child_range = import_module("cemg_kernels.trie_filter_triton").child_range
 triton, tl = import_module("triton"), import_module("triton.language")
 
 INF = float("inf")
@@ -29,8 +29,14 @@ SAME = 1e-5  # log-sum-exps of 2 ** 12 logits below 2 ** 5 in size: a few of the
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One launch up to 64 candidates, tiles of 32, 32 at a time, 16 sorted at once."""
-    for name, value in {"WHOLE": 64, "TILE": 32, "PER_WARP": 8, "FIRST_ROUND": 16}.items():
+    """Eight candidates sorted at once, and merges of no more than they must."""
+    for name, value in {
+        "PER_WARP": 8,
+        "FIRST_ROUND": 8,
+        "MERGED": 4,
+        "FEWEST_TOP": 2,
+        "FEWEST_CODES": 1,
+    }.items():
         monkeypatch.setattr(kernels, name, value)
 
 
@@ -88,18 +94,12 @@ def test_a_step_equals_the_reference_however_it_is_cut(beams, size, width, kind)
 
 
 def test_the_small_sizes_reach_every_way_of_cutting(small):
-    plans = [kernels.plan_of(*shape) for shape in ((3, 5, 4), (8, 8, 3), (13, 6, 5), (2, 100, 7))]
-    assert {plan.tiles == 1 for plan in plans} == {True, False}
-    assert {plan.rows < plan.parents for plan in plans} == {True, False}
-    assert {plan.parents * plan.block_k > plan.kept for plan in plans} == {True}
-    assert (
-        kernels.plan_of(1, 4, 3).parents * kernels.plan_of(1, 4, 3).block_k <= kernels.plan_of(1, 4, 3).kept
-    )
-
-
-@pytest.mark.parametrize(("beams", "size", "width"), [(1, 256, 50), (50, 256, 50), (64, 256, 64)])
-def test_one_launch_serves_sixty_four_beams_of_a_codebook_of_256(beams, size, width):
-    assert kernels.plan_of(beams, size, width).tiles == 1
+    shapes = (1, 1, 1), (1, 8, 7), (1, 8, 9), (3, 5, 4), (8, 8, 3), (2, 100, 7)
+    plans = [kernels.plan_of(*shape) for shape in shapes]
+    assert {plan.final for plan in plans} == {True, False}
+    assert {plan.block_k > plan.kept for plan in plans} == {True, False}
+    assert {plan.chunk < plan.top * plan.lists for plan in plans if not plan.final} == {True, False}
+    assert not plans[2].final  # fewer candidates than beams wanted: the merge fills up
 
 
 @pytest.mark.parametrize("normalize", ["level", "valid"])
@@ -204,16 +204,20 @@ def test_a_step_beyond_the_limits_is_refused_by_name_and_left_to_torch_by_choice
 
 
 @triton.jit
-def walk(packed_ptr, nodes_ptr, out_ptr, count, BLOCK: tl.constexpr):
+def walk(packed_ptr, nodes_ptr, begins_ptr, ends_ptr, count, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     node = tl.load(nodes_ptr + at)
-    tl.store(out_ptr + at, first_child(packed_ptr, node, (node >= 0) & (node < count)))
+    begin, end = child_range(packed_ptr, node, (node >= 0) & (node < count - 1))
+    tl.store(begins_ptr + at, begin)
+    tl.store(ends_ptr + at, end)
 
 
 @pytest.mark.parametrize("gap", [1, 3, 20])
 def test_first_children_are_found_in_bits_and_in_lists(gap):
     """A block of 64 in steps of 20 is a list."""
     nodes = torch.randint(-5, 310, (512,), generator=torch.Generator().manual_seed(0))
-    found = torch.empty(512, dtype=torch.int32)
-    walk[(1,)](pack(torch.arange(300) * gap), nodes.to(torch.int32), found, 300, BLOCK=512)
-    assert torch.equal(found.long(), torch.where((nodes >= 0) & (nodes < 300), nodes * gap, 0))
+    begins, ends = torch.empty(2, 512, dtype=torch.int32)
+    walk[(1,)](pack(torch.arange(300) * gap), nodes.to(torch.int32), begins, ends, 300, BLOCK=512)
+    inner = (nodes >= 0) & (nodes < 299)
+    assert torch.equal(begins.long(), torch.where(inner, nodes * gap, 0))
+    assert torch.equal(ends.long(), torch.where(inner, (nodes + 1) * gap, 0))
