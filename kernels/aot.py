@@ -36,7 +36,9 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one block may 
 MODULES = (  # each: aot_cases()
     "ancestor_attention_triton",
     "lightgcn_propagate_triton",
+    "prompt_attention_triton",
     "residual_quantize_triton",
+    "row_logsumexp_triton",
     "trie_build_triton",
     "trie_step_triton",
 )

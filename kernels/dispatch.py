@@ -34,6 +34,8 @@ OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the prefe
     "trie": ("native", "reference"),
     "lightgcn_propagate": ("triton", "native", "sparse", "torch", "reference"),
     "ancestor_attention": ("triton", "reference"),
+    "prompt_attention": ("triton", "reference"),
+    "row_logsumexp": ("triton", "reference"),
     "decoder": ("native", "torch", "reference"),
 }
 ON_REQUEST = {  # backends that run on a CPU, but not unless asked for

@@ -57,8 +57,14 @@ class Recommendations:
         return self.items, self.scores, self.codes, self.certified
 
     def cpu(self) -> Recommendations:
-        """The same on the CPU."""
-        return Recommendations(*(part.cpu() for part in self.parts()))
+        """The same on the CPU; from a GPU all parts at once, which is waited for once."""
+        if not self.items.is_cuda:
+            return Recommendations(*(part.cpu() for part in self.parts()))
+        pinned = [torch.empty_like(part, device="cpu", pin_memory=True) for part in self.parts()]
+        for place, part in zip(pinned, self.parts(), strict=True):
+            place.copy_(part, non_blocking=True)
+        torch.cuda.current_stream(self.items.device).synchronize()
+        return Recommendations(*(place.clone() for place in pinned))  # pinned memory is for the next
 
     def padded(self, count: int) -> Recommendations:
         """At least ``count`` places a row, the last ones without an item."""

@@ -27,13 +27,13 @@ from cemg.decoding.layers import (
     Unsupported,
     Wanted,
     attention,
-    attention_with_lse,
     code_table,
     padding_of,
     unwrapped,
     weight_of,
 )
 from cemg.errors import UserError
+from cemg_kernels.prompt_attention import prompt_attention
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")  # one shape: RMSNorm, rotary, gated feed-forward
 
@@ -151,8 +151,16 @@ class CausalPlan:
         cos, sin = self.rotation(self.embedding, positions[None])  # [1, R, Dh], of the embedding's dtype
         return cos[0, :, None], sin[0, :, None]
 
+    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The same with the signs that ``split`` wants: the sines of the first half are negative."""
+        rotary = self.rotary(positions)
+        if rotary is None:
+            return None
+        first, second = rotary[1].chunk(2, dim=2)
+        return rotary[0], torch.cat((-first, second), dim=2)
+
     def split(
-        self, layer: Layer, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None
+        self, layer: Layer, qkv: Tensor, turns: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [R, (H + 2 * G) * Dh] -> queries [R, H, Dh], keys and values [R, G, Dh]; rotated."""
         shaped = qkv.unflatten(1, (self.heads + 2 * self.kv_heads, -1))
@@ -160,8 +168,8 @@ class CausalPlan:
         if layer.q_norm is not None and layer.k_norm is not None:
             query, keys = turned.split((self.heads, self.kv_heads), dim=1)
             turned = torch.cat((layer.q_norm(query), layer.k_norm(keys)), dim=1)
-        if rotary is not None:
-            turned = _rotate(turned, *rotary)
+        if turns is not None:
+            turned = _rotate(turned, *turns)
         query, keys = turned.split((self.heads, self.kv_heads), dim=1)
         return query, keys, values
 
@@ -183,12 +191,12 @@ class CausalStepper:
         self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
         later = torch.full((length, length), float("-inf"), dtype=plan.dtype, device=input_ids.device).triu(1)
         mask = self.padding[:, None, None] + later  # [B, 1, S, S]
-        rotary = plan.rotary(positions)
+        turns = plan.turns(positions)
         x = plan.embed(packing.tokens(input_ids.flatten()), positions)  # [P, d]
         self.prompt: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values [B, G, S, Dh]
         self.own = OwnTokens(batch, len(plan.layers), input_ids.device, shared_start=False)
         for layer in plan.layers:
-            split = plan.split(layer, layer.qkv(layer.norm(x)), rotary)
+            split = plan.split(layer, layer.qkv(layer.norm(x)), turns)
             wide, keys, values = (packing.cells(part).transpose(1, 2) for part in split)
             self.prompt.append((keys, values))  # wide: [B, H, S, Dh]
             if layer is plan.layers[-1]:  # only what follows the last token is asked for
@@ -203,7 +211,7 @@ class CausalStepper:
         batch, beams = tokens.shape
         flat = tokens.flatten()
         positions = (self.lengths + self.own.length).repeat_interleave(beams)  # [R]
-        rotary = plan.rotary(positions)
+        turns = plan.turns(positions)
         self.own.grow(parents)
         x = plan.embed(flat, positions)
         for number, layer in enumerate(plan.layers):
@@ -211,10 +219,10 @@ class CausalStepper:
                 qkv = plan.table.index_select(0, flat - plan.first_code)
             else:
                 qkv = layer.qkv(layer.norm(x))
-            query, keys, values = plan.split(layer, qkv, rotary)
+            query, keys, values = plan.split(layer, qkv, turns)
             self.own.add(number, torch.stack((keys, values), dim=1))
-            prefix = attention_with_lse(
-                query.unflatten(0, (batch, beams)), *self.prompt[number], plan.scale, self.padding
+            prefix = prompt_attention(
+                query.unflatten(0, (batch, beams)), *self.prompt[number], self.padding, plan.scale
             )
             seen = self.own.attend(number, query, plan.scale, prefix=prefix)
             x = layer.feed(layer.out.added_to(x, seen))
@@ -224,7 +232,7 @@ class CausalStepper:
         self.own.rewind()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of rows [R, heads, Dh]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary embedding of rows [R, heads, Dh]; of the sines, those of the first half are negative."""
+    swapped = x.unflatten(2, (2, -1)).flip(2).flatten(2)
+    return torch.addcmul(x * cos, swapped, signed_sin)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from cemg.decoding.beams import token_count
 from cemg_kernels.ancestor_attention import ancestor_attention
+from cemg_kernels.dispatch import choose
+from cemg_kernels.prompt_attention import prompt_attention
+from cemg_kernels.row_logsumexp import row_logsumexp
 
 BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
 WORTH_PACKING = 0.9  # prompts are packed where their tokens are no larger a share of their cells
@@ -44,7 +47,7 @@ class Logits(NamedTuple):
     @classmethod
     def of(cls, logits: Tensor, wanted: Wanted) -> Logits:
         """The wanted part of logits [B, W, V]."""
-        total = logits.float().logsumexp(-1) if wanted.total else None
+        total = row_logsumexp(logits.flatten(0, 1)).view(logits.shape[:2]) if wanted.total else None
         return cls(logits[..., wanted.first : wanted.first + wanted.size].float().contiguous(), total)
 
     def spread(self, rows: Tensor) -> Logits:
@@ -137,12 +140,16 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
-    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """``residual + self(x)`` [R, out], in one product where all have one dtype, else in the wider one."""
+    def added_to(self, residual: Tensor, x: Tensor, *, own: bool = True) -> Tensor:
+        """``residual + self(x)`` [R, out], in one product where all have one dtype, else in the wider one.
+
+        ``own``: nobody else reads ``residual``, which may be overwritten."""
         if not residual.dtype == x.dtype == self.weight.dtype:
             return residual + self(x)
         if self.bias is not None:
             residual = residual + self.bias
+        elif residual.is_cuda and own:
+            return residual.addmm_(x, self.weight.t())  # a launch less: nothing is copied
         return torch.addmm(residual, x, self.weight.t())
 
 
@@ -211,9 +218,9 @@ class Head:
             return Logits(self.whole.part(begin, end)(hidden).float().view(batch, -1, wanted.size), None)
         columns, totals = [], []
         for part in hidden.split(max(1, BLOCK_CELLS // self.whole.weight.shape[0])):
-            logits = self.whole(part).float()
-            columns.append(logits[:, begin:end].contiguous())
-            totals.append(logits.logsumexp(1))
+            logits = self.whole(part)
+            columns.append(logits[:, begin:end].float().contiguous())
+            totals.append(row_logsumexp(logits))
         level, total = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in (columns, totals))
         return Logits(level.view(batch, -1, wanted.size), total.view(batch, -1))
 
@@ -284,27 +291,13 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: T
     )
 
 
-class Seen(NamedTuple):
-    """Attention over some keys: what it gave, ``out`` [R, H, Dh], and the log-sum-exp [R, H] of its scores,
-    by which it is merged with attention over others."""
-
-    out: Tensor
-    lse: Tensor
-
-
-def attention_with_lse(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor) -> Seen:
+def cross_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, padding: Tensor) -> Tensor:
     """Beams over the prompt of their user: ``query`` [B, W, H, Dh], ``keys`` and ``values`` [B, G, S, Dh],
-    ``mask`` [B, S]. Beams, and the heads that share keys, are the rows of one product: no key is copied.
-    """
-    users, beams, count = query.shape[:3]
-    folded = query.unflatten(2, (keys.shape[1], -1)).transpose(1, 2).flatten(2, 3)  # [B, G, W * H / G, Dh]
-    scores = (folded * scale) @ keys.transpose(2, 3) + mask[:, None, None]  # [B, G, W * H / G, S]
-    scores = scores.float()
-    out = scores.softmax(3).to(values.dtype) @ values
-    lse = scores.logsumexp(3, keepdim=True)
-    apart = (t.unflatten(2, (beams, -1)).transpose(1, 2) for t in (out, lse))  # [B, W, G, H / G, c]
-    out, lse = (t.reshape(users * beams, count, -1) for t in apart)
-    return Seen(out, lse[:, :, 0])
+    ``padding`` [B, S] -> [B * W, H * Dh]."""
+    if choose("prompt_attention", query.device).backend == "triton":
+        return prompt_attention(query, keys, values, padding, scale)[0].flatten(2).flatten(0, 1)
+    seen = attention(query.transpose(1, 2), keys, values, scale, padding[:, None, None])  # [B, H, W, Dh]
+    return seen.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class OwnTokens:
@@ -345,10 +338,14 @@ class OwnTokens:
         self.kept[layer] = keys_values if kept is None else torch.cat((kept, keys_values))
 
     def attend(
-        self, layer: int, query: Tensor, scale: float, bias: Tensor | None = None, prefix: Seen | None = None
-    ) -> Tensor:
-        """``query`` [R, H, Dh] over all of it, merged with ``prefix`` -> [R, H * Dh]; ``bias`` [T, H] is
-        added to the scores."""
+        self, layer: int, query: Tensor, scale: float, bias: Tensor | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``query`` [R, H, Dh] over all of it -> [R, H * Dh]; ``bias`` [T, H] is added to the scores.
+
+        ``prefix``: attention over the prompt to be merged with, as ``prompt_attention`` gives it."""
         kept = self.kept[layer]
         assert kept is not None  # of at least the token just fed
+        if prefix is not None:
+            prefix = prefix[0].flatten(0, 1), prefix[1].flatten(0, 1)
         return ancestor_attention(query, kept, self.ancestors, scale, bias, prefix)

@@ -27,6 +27,7 @@ from cemg.decoding.layers import (
     Wanted,
     attention,
     code_table,
+    cross_attention,
     heads,
     padding_of,
     unwrapped,
@@ -98,7 +99,7 @@ class T5Plan:
         start = self.embedding[self.start_token][None]  # [1, d]
         qkv = first.qkv(first.norm(start))
         self.start_kv = qkv[:, qkv.shape[1] // 3 :]  # [1, 2 * H * Dh]
-        self.start_hidden = first.out.added_to(start, qkv[:, 2 * qkv.shape[1] // 3 :])
+        self.start_hidden = first.out.added_to(start, qkv[:, 2 * qkv.shape[1] // 3 :], own=False)
         self.first_code = code_tokens.start
         self.table = code_table(first.norm, first.qkv, self.embedding, code_tokens)
 
@@ -161,7 +162,7 @@ class T5Stepper:
     ) -> Logits:
         plan = self.plan
         batch = input_ids.shape[0]
-        self.padding = padding_of(attention_mask, plan.dtype)[:, None, None]  # [B, 1, 1, S]
+        self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
         with named_range("decode: encoder"):
             packing = Packing.of(attention_mask, num_tokens)
             encoded = self._encode(input_ids, packing)
@@ -169,7 +170,7 @@ class T5Stepper:
         views = [heads(part, plan.heads) for part in crosses]  # each [B, H, S, Dh]
         self.cross = list(zip(views[::2], views[1::2], strict=True))
         self.own = OwnTokens(batch, len(plan.decoder), input_ids.device, shared_start=True)
-        x = plan.start_hidden.expand(batch, -1)
+        x = plan.start_hidden.repeat(batch, 1)
         for number, layer in enumerate(plan.decoder):
             kv = plan.start_kv.expand(batch, -1)
             if number > 0:
@@ -206,7 +207,7 @@ class T5Stepper:
         batch, length = input_ids.shape
         place = torch.arange(length, device=input_ids.device)
         distance = place[None] - place[:, None] + length - 1  # [S, S], of keys from queries
-        mask = plan.encoder_bias(length)[:, distance] + self.padding  # [B, H, S, S]
+        mask = plan.encoder_bias(length)[:, distance] + self.padding[:, None, None]  # [B, H, S, S]
         x = F.embedding(packing.tokens(input_ids.flatten()), plan.encoder_embedding)  # [P, d]
         for layer in plan.encoder:
             qkv = packing.cells(layer.qkv(layer.norm(x)))  # [B, S, 3 * H * Dh]
@@ -219,10 +220,8 @@ class T5Stepper:
     def _cross_attend(self, number: int, x: Tensor, batch: int) -> Tensor:
         """x plus what its beams see of their user's prompt; [R, d]."""
         layer = self.plan.decoder[number]
-        query = heads(layer.cross_q(layer.cross_norm(x)).view(batch, -1, layer.cross_q.weight.shape[0]),
-                      self.plan.heads)  # fmt: skip
-        seen = attention(query, *self.cross[number], 1.0, self.padding)
-        return layer.cross_out.added_to(x, seen.transpose(1, 2).reshape(x.shape[0], -1))
+        query = layer.cross_q(layer.cross_norm(x)).view(batch, len(x) // batch, self.plan.heads, -1)
+        return layer.cross_out.added_to(x, cross_attention(query, *self.cross[number], 1.0, self.padding))
 
 
 def _bias(attention: Any, distance: Tensor) -> Tensor:

@@ -1,0 +1,29 @@
+"""The log-sum-exp of each row: what a softmax over the whole vocabulary divides by.
+
+R rows of V logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import pick
+from .ranges import ranged
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what the kernel reads
+
+
+@ranged
+def row_logsumexp(logits: Tensor, *, backend: str | None = None) -> Tensor:
+    """``logits`` [R, V] of any floating dtype -> [R] float32, computed in float32; NaN where a row holds
+    one, -inf where it holds nothing else. No gradient. Raises ValueError for another number of dimensions.
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [R, V], got {list(logits.shape)}")
+    chosen = pick("row_logsumexp", logits.device, backend)
+    if chosen == "triton" and logits.dtype in NARROW and logits.numel():
+        from .row_logsumexp_triton import logsumexp
+
+        return logsumexp(logits)
+    return logits.float().logsumexp(1)

@@ -1,0 +1,124 @@
+"""Attention over a shared prompt, by every backend, against float64 and against torch's own attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cemg_kernels.prompt_attention import prompt_attention
+
+BACKENDS = ["reference", "triton"]
+Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def draw(users: int, beams: int, heads: int, groups: int, cells: int, dim: int) -> Drawn:
+    """query, keys, values and mask in float64; a user's last cells are padding, as are its first half."""
+    generator = torch.Generator().manual_seed(users * 1000 + beams * 100 + cells + dim)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    mask = torch.zeros(users, cells, dtype=torch.float64)
+    mask[-1, cells - cells // 3 :] = torch.finfo(torch.float16).min / 2
+    return normal(users, beams, heads, dim), *(normal(users, groups, cells, dim) for _ in range(2)), mask
+
+
+def cast(drawn: Drawn, dtype: torch.dtype) -> Drawn:
+    query, keys, values, mask = (part.to(dtype) for part in drawn)
+    return query, keys, values, mask
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1, 1), (2, 5, 4, 4, 80, 16), (2, 9, 6, 2, 130, 24), (1, 3, 8, 1, 7, 64),
+              (1, 2, 2, 2, 40, 200)]
+)  # fmt: skip
+def test_it_equals_the_definition_in_float64(backend, shape):
+    drawn = draw(*shape)
+    out, lse = prompt_attention(*cast(drawn, torch.float32), 0.3, backend=backend)
+    wanted = prompt_attention(*drawn, 0.3, backend="reference")
+    assert out.dtype == lse.dtype == torch.float32
+    assert out.shape == drawn[0].shape and lse.shape == drawn[0].shape[:3]
+    torch.testing.assert_close(out.double(), wanted[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse.double(), wanted[1], rtol=0, atol=4e-6)
+
+
+def test_the_definition_is_torchs_attention():
+    query, keys, values, mask = draw(3, 4, 6, 2, 11, 8)
+    out, lse = prompt_attention(query, keys, values, mask, 0.7, backend="reference")
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2), keys, values, attn_mask=mask[:, None, None], scale=0.7, enable_gqa=True
+    )
+    torch.testing.assert_close(out, wanted.transpose(1, 2))
+    wide = keys.repeat_interleave(3, dim=1)
+    scores = torch.einsum("bwhd,bhsd->bwhs", query, wide) * 0.7 + mask[:, None, None]
+    torch.testing.assert_close(lse, scores.logsumexp(3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype, atol", [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
+def test_a_narrow_dtype_comes_back_as_it_went_in(backend, dtype, atol):
+    """A few roundings of numbers of about 1, and of scores up to 8."""
+    narrow = cast(draw(2, 6, 4, 2, 21, 32), dtype)
+    out, lse = prompt_attention(*narrow, 0.2, backend=backend)
+    wanted = prompt_attention(*cast(narrow, torch.float64), 0.2, backend="reference")
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    torch.testing.assert_close(out.double(), wanted[0], rtol=0, atol=atol)
+    torch.testing.assert_close(lse.double(), wanted[1], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_are_read_where_they_lie(backend):
+    """As the steppers give them: keys and values are parts of one wide row, as queries are."""
+    rows = torch.randn(2, 9, 3, 2, 8, generator=torch.Generator().manual_seed(0))
+    keys, values = rows[:, :, 0].transpose(1, 2), rows[:, :, 2].transpose(1, 2)
+    query = torch.randn(2, 5, 3, 2, 8, generator=torch.Generator().manual_seed(1))[:, :, 1]
+    mask = torch.zeros(2, 9)
+    found = prompt_attention(query, keys, values, mask, backend=backend)
+    wanted = prompt_attention(
+        query.contiguous(), keys.contiguous(), values.contiguous(), mask, backend="reference"
+    )
+    for mine, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, right, rtol=0, atol=2e-6)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    users=st.integers(1, 3), beams=st.integers(1, 20), groups=st.integers(1, 3), share=st.integers(1, 3),
+    cells=st.integers(1, 70), dim=st.integers(1, 20), scale=st.floats(0.05, 3.0),
+)  # fmt: skip
+def test_the_kernel_equals_the_reference_on_any_shape(users, beams, groups, share, cells, dim, scale):
+    drawn = draw(users, beams, groups * share, groups, cells, dim)
+    found = prompt_attention(*cast(drawn, torch.float32), scale, backend="triton")
+    for mine, right in zip(found, prompt_attention(*drawn, scale, backend="reference"), strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_user_of_nan_is_alone_with_it(backend):
+    query, keys, values, mask = cast(draw(3, 4, 2, 2, 8, 8), torch.float32)
+    keys[1] = float("nan")
+    out, lse = prompt_attention(query, keys, values, mask, backend=backend)
+    assert out[1].isnan().all() and lse[1].isnan().all()
+    assert not out[[0, 2]].isnan().any() and not lse[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"keys": torch.zeros(2, 3, 7, 8)}, r"keys must be \[2, G, S, 8\] with G a divisor of 4"),
+        ({"keys": torch.zeros(1, 2, 7, 8)}, "keys must be"),
+        ({"keys": torch.zeros(2, 2, 0, 8)}, "keys must be"),
+        ({"values": torch.zeros(2, 2, 6, 8)}, r"values must be \[2, 2, 7, 8\]"),
+        ({"mask": torch.zeros(2, 6)}, r"mask must be \[2, 7\], got \[2, 6\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change, said):
+    good = {"query": torch.zeros(2, 5, 4, 8), "keys": torch.zeros(2, 2, 7, 8),
+            "values": torch.zeros(2, 2, 7, 8), "mask": torch.zeros(2, 7)}  # fmt: skip
+    assert prompt_attention(**good)[0].shape == (2, 5, 4, 8)
+    with pytest.raises(ValueError, match=said):
+        prompt_attention(**(good | change))

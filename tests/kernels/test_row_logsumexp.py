@@ -1,0 +1,52 @@
+"""The log-sum-exp of rows, by every backend, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cemg_kernels.row_logsumexp import row_logsumexp
+
+BACKENDS = ["reference", "triton"]
+INF = math.inf
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 1000), (2, 20_001)])
+def test_it_equals_the_definition_in_float64(backend, shape):
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 5
+    found = row_logsumexp(logits, backend=backend)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), logits.double().logsumexp(1), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_summed_in_float32(backend, dtype):
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = row_logsumexp(logits, backend=backend)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, logits.float().logsumexp(1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_are_not_dense_are_read_where_they_lie(backend):
+    wide = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
+    for view in (wide[:, 3:30], wide[::2], wide.t()):
+        found = row_logsumexp(view, backend=backend)
+        torch.testing.assert_close(found, view.logsumexp(1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_odd_values_stay_in_their_rows(backend):
+    rows = [[0.0, -INF], [-INF, -INF], [INF, 1.0], [math.nan, 0.0], [3e38, 3e38], [-3e38, -3e38]]
+    logits = torch.tensor(rows)
+    torch.testing.assert_close(row_logsumexp(logits, backend=backend), logits.logsumexp(1), equal_nan=True)
+    assert row_logsumexp(torch.zeros(0, 5), backend=backend).shape == (0,)
+
+
+def test_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"logits must be \[R, V\], got \[2, 3, 4\]"):
+        row_logsumexp(torch.zeros(2, 3, 4))
