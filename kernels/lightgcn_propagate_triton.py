@@ -26,8 +26,8 @@ from .lightgcn_propagate import BipartiteGraph
 
 MAX_DIM = 1024
 FEW = 32  # up to so many neighbours, several vertices share a program
-CHUNK = 1024
-CHUNK_WARPS = 8
+CHUNK = 256  # neighbours that one program adds up, one block after the other
+PER_WARP = 1024  # numbers at a time
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TABLES = ("fp32", "bf16")
 
@@ -164,7 +164,7 @@ def _layer(
     ends = (0, plan.few, plan.some, vertices)
     if len(plan.chunks):
         chunk_kernel[(len(plan.chunks),)](
-            plan.chunks, plan.neighbours, table, partial, D=dim, **chunk_blocks(dim), num_warps=CHUNK_WARPS
+            plan.chunks, plan.neighbours, table, partial, D=dim, **chunk_blocks(dim), num_warps=4
         )
     for kind in range(3):
         first, last = ends[kind], ends[kind + 1]
@@ -180,17 +180,19 @@ def _layer(
 
 
 def layer_blocks(dim: int, kind: int) -> tuple[dict[str, int], int]:
-    """Tiles and warps for vertices of few neighbours (0), more (1) and those summed by chunks (2)."""
+    """Tiles and warps for vertices of few neighbours (0), more (1) and those summed by chunks (2): as small
+    as keeps a warp busy, so that no vertex waits for the neighbours of another.
+    """
     block = triton.next_power_of_2(dim)
-    if kind == 0:
-        share = max(1, 4096 // (4 * block))  # vertices: 4 neighbours of each at a time
-        return {"BLOCK_V": min(share, 16), "BLOCK_E": 4, "BLOCK_D": block}, 4
-    return {"BLOCK_V": 1, "BLOCK_E": max(4, 2048 // block), "BLOCK_D": block}, 4
+    edges = 4 if kind == 0 else max(4, PER_WARP // block)
+    vertices = min(16, max(1, PER_WARP // (edges * block))) if kind == 0 else 1
+    warps = max(1, vertices * edges * block // PER_WARP)
+    return {"BLOCK_V": vertices, "BLOCK_E": edges, "BLOCK_D": block}, warps
 
 
 def chunk_blocks(dim: int) -> dict[str, int]:
     block = triton.next_power_of_2(dim)
-    return {"BLOCK_E": max(4, 4096 // block), "BLOCK_D": block}
+    return {"BLOCK_E": max(4, 4 * PER_WARP // block), "BLOCK_D": block}
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
@@ -226,4 +228,4 @@ def _chunk_case(dim: int, table: str) -> AotCase:
     pointers = list(types)
     types |= dict.fromkeys(constants, "constexpr")
     name = f"lightgcn_propagate chunks D={dim} table {table}"
-    return AotCase(name, chunk_kernel, types, constants, {"num_warps": CHUNK_WARPS}, pointers)
+    return AotCase(name, chunk_kernel, types, constants, {"num_warps": 4}, pointers)
