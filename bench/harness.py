@@ -439,6 +439,6 @@ def checked(peers: Mapping[str, Any], check: Callable[[Any], object]) -> dict[st
         if not isinstance(peer, str):
             try:
                 check(peer)
-            except (AssertionError, RuntimeError, TypeError) as error:
+            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
                 said[name] = f"failed: {str(error).splitlines()[0][:80]}"
     return said

@@ -277,7 +277,8 @@ class Step:
                 beam.accept_token(code)
                 beam.fill_next_token_bitmask(mask, row)
             logits = self.flat.clone()
-            xgrammar.apply_token_bitmask_inplace(logits, mask[:, : -(-self.size // 32)].contiguous())
+            own = mask[:, : -(-self.size // 32)].to(logits.device)
+            xgrammar.apply_token_bitmask_inplace(logits, own.contiguous())
             return self.finish(logits)
 
         return run

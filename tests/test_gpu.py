@@ -233,7 +233,7 @@ def test_propagation_and_its_gradient_equal_the_reference(dim):
     x = torch.randn(2801, dim, generator=generator).to(GPU)
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        own = x.to(dtype).requires_grad_()
+        own = x.to(dtype, copy=True).requires_grad_()
         out = lightgcn_propagate(graph, own, 3, backend=backend)
         (out * x.cos()).sum().backward()
         results.append((out.detach(), own.grad))
@@ -376,7 +376,7 @@ def test_a_replayed_graph_obeys_each_calls_own_filter(build):
     catalog = Catalog.from_codes(codes_of(900, 3, 32), 32)
     recorded, plain = (Decoder(model, catalog, 3, graphs=graphs) for graphs in (True, False))
     trie, generator = plain.trie, torch.Generator().manual_seed(6)
-    for users, most in [(4, 30), (3, 17), (4, 20)]:
+    for users, most in [(4, 30), (3, 25), (4, 28)]:  # of one class of lists, 128 nodes
         ids, mask = torch.randint(3, 99, (users, 12)), torch.ones(users, 12, dtype=torch.int64)
         left_out = RequestFilter.excluding(trie, torch.randint(900, (users, most), generator=generator))
         allowed = [torch.rand(900, generator=generator) < 0.3 for _ in range(users)]

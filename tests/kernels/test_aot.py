@@ -123,6 +123,24 @@ def test_the_cases_are_what_launches_can_pick():
     assert tiles == set(aot.powers_of_two(1024))
 
 
+def test_a_sum_over_copies_is_found():
+    """As in the step that was wrong on a GPU: lane 3 has the elements of lane 0."""
+    ttgir = """#linear = #ttg.linear<{register = [], lane = [[32], [64], [128], [0], [1]], warp = [[2]]}>
+#linear1 = #ttg.linear<{register = [[0]], lane = [[32], [64], [10], [8], [1]], warp = [[0]]}>
+    %a = "tt.reduce"(%x) <{axis = 0 : i32}> ({
+    ^bb0(%p: i32, %q: i32):
+      %s = arith.BODY %p, %q : i32
+    }) : (tensor<256xi32, LAYOUT>) -> i32
+"""
+    seen = {
+        (body, layout): aot.sums_of_copies(ttgir.replace("BODY", body).replace("LAYOUT", layout))
+        for body in ("addi", "addf", "maxsi")
+        for layout in ("#linear", "#linear1", "#blocked")
+    }
+    assert {key for key, found in seen.items() if found} == {("addi", "#linear"), ("addf", "#linear")}
+    assert seen["addi", "#linear"] == ["tensor<256xi32, #linear>"]
+
+
 def test_any_two_values_of_two_axes_meet():
     axes = (1, 2, 3), "ab", (True, False), range(4)
     rows = aot.pairwise(*axes)
