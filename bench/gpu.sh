@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything a borrowed GPU should do, worth most first, each step safe to kill:
 #   bash bench/gpu.sh [STEP ...]      steps: build check latency ops ncu train; default: all of them
-# On an H200 with 16 cores build takes 45 s, check 75, latency 100, ops 100. `check` runs all that is not timed side by
+# On an H200 with 16 cores build takes 45 s, check 75, latency 100; ops some minutes. `check` runs all that is not timed side by
 # side, and compiles on the way what the timed steps launch, one after the other on a machine left alone.
 # CEMG_COMMIT names the commit where .git did not come along. $OUT (default: runs/gpu) gets STEP.json (what ran, its
 # exit codes, the rows it measured, the targets they meet or miss), logs.tgz (logs, plots, profiles) and compiled.tgz,
 # Triton's cache: put where $COMPILED says (default: .compiled.tgz), it saves the next run the compiler.
 # Ends with 1 if a command failed. Needs Python 3.11+, torch, Triton, CuPy or nvcc, and no network. What the machine
 # lacks can come along as wheels in $WHEELS (default: .whl): training needs polars and pydantic, peers need theirs; the
-# other steps need nothing that comes with torch, transformers and pytest.
+# other steps need nothing but what comes with torch, transformers and pytest.
 # DATA (default: ../shared/data) holds beauty/ for the last step; it is skipped where that is not.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -28,12 +28,17 @@ def prompt_attention(
     row. No gradient. Raises ValueError where shapes do not fit.
     """
     _check(query, keys, values, mask)
-    chosen = pick("prompt_attention", query.device, backend)
-    if chosen == "triton" and query.dtype in NARROW and query.shape[3] <= MAX_DIM:
+    if served_by_triton(query, backend):
         from .prompt_attention_triton import attend
 
         return attend(query, keys, values, mask, scale)
     return attend_reference(query, keys, values, mask, scale)
+
+
+def served_by_triton(query: Tensor, backend: str | None = None) -> bool:
+    """Whether the kernel would take it."""
+    chosen = pick("prompt_attention", query.device, backend)
+    return chosen == "triton" and query.dtype in NARROW and query.shape[-1] <= MAX_DIM
 
 
 def attend_reference(

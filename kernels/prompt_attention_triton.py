@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .aot import AotCase, powers_of_two
 from .prompt_attention import MAX_DIM
+from .trie_filter_triton import finite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUERIES = 16  # of a program; a product has 16 rows at least
@@ -30,9 +31,9 @@ def prompt_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out_ptr [B, W, H, D] of query_ptr's dtype; the innermost dimension of each operand is dense."""
-    user, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    user, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     shared = H // G
-    at = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    at = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     live = at < W * shared
     beam, head = at // shared, group * shared + at % shared
     d = tl.arange(0, BLOCK_D)
@@ -52,7 +53,8 @@ def prompt_kernel(
         scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale + bias[None, :]
         scores = tl.where((s < S)[None, :], scores, float("-inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
-        shrink, weight = tl.exp(highest - above), tl.exp(scores - above[:, None])
+        base = finite(above)  # all that came may be hidden
+        shrink, weight = tl.exp(highest - base), tl.exp(scores - base[:, None])
         values = tl.load(values_ptr + s[:, None] * values_place + d[None, :], mask=there, other=0)
         values = values.to(tl.float32)
         out = tl.dot(weight, values, out * shrink[:, None], input_precision=PRECISION)
@@ -72,7 +74,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
     out = torch.empty(users, beams, heads, dim, dtype=query.dtype, device=query.device)
     lse = torch.empty(users, beams, heads, device=query.device)
     groups, cells = keys.shape[1:3]
-    grid = (triton.cdiv(beams * (heads // groups), QUERIES), groups, users)
+    grid = (users, groups, triton.cdiv(beams * (heads // groups), QUERIES))
     if users and beams:
         prompt_kernel[grid](
             query, keys, values, mask, out, lse, float(scale), beams, heads, groups, cells, dim,

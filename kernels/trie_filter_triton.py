@@ -102,7 +102,8 @@ def allowed(
         word = tl.load(open_ptr + chosen * words + (child >> 6), mask=live & (chosen >= 0), other=-1)
         left = left & (((word >> (child & 63).to(tl.int64)) & 1) != 0)
     if CLOSED:
-        left = left & ~_is_closed(closed_ptr, request * most_closed, child, most_closed, steps, left)
+        start = request.to(tl.int64) * most_closed
+        left = left & ~_is_closed(closed_ptr, start, child, most_closed, steps, left)
     return left
 
 

@@ -6,11 +6,11 @@ candidate is one int64, its score's bits, ordered as the score is, over its plac
 down: no two are equal, and ties fall to the lowest (parent, code).
 
 A program takes one beam: it holds the scores of the children in registers and finds the best of them; a
-second launch merges what the beams of a user found. Any width + 1 candidates bound the width + 1 best from
-below; so a program with more than ``KEPT`` children keeps what reaches a bound, sorts that, and where more
-than ``KEPT`` reach it, the first ``KEPT`` give a higher bound and it looks again: exact, and never without
-end, since each round leaves KEPT - width - 1 out. The first bound comes from the maxima of ``KEPT`` groups,
-and as a rule is enough.
+second launch, a program a user, merges what the beams found. Any width + 1 candidates bound the width + 1
+best from below; so a program with more than ``KEPT`` children keeps what reaches a bound, sorts that, and
+where more than ``KEPT`` reach it, the first ``KEPT`` give a higher bound and it looks again: exact, and never
+without end, since each round leaves KEPT - width - 1 out. The first bound comes from the maxima of ``KEPT``
+groups, and as a rule is enough.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from .trie_filter_triton import (
 )
 
 MAX_BEAMS, MAX_WIDTH, MAX_CODES = 256, 256, 4096
-FEWEST_TOP, FEWEST_CODES = 64, 16  # no fewer are told apart: a kernel a class
+TOPS = (64, 256, 512)  # candidates that a beam leaves: more than the width
+MIN_BLOCK_K, MIN_SOFTMAX_BLOCK = 32, 32  # fewer codes are computed as so many
 FIRST_ROUND = 256  # candidates sorted at once, at least
 PER_WARP = 512  # candidates
 SOFTMAX_BLOCK = 512
@@ -157,13 +158,13 @@ def _write_beams(
 @triton.jit
 def beam_step_kernel(
     logits_ptr, logsumexp_ptr, scores_ptr, nodes_ptr, code_ptr, first_child_ptr, begins_ptr, kept_ptr,
-    best_ptr, out_scores_ptr, parents_ptr, codes_ptr, new_nodes_ptr, pruned_ptr,
+    best_ptr,
     open_ptr, filter_of_ptr, closed_ptr, words, most_closed, steps, rows_per_request,
     stride_user, stride_beam, W, K, num_inner, width,
-    NORMALIZE: tl.constexpr, BITMAPS: tl.constexpr, CLOSED: tl.constexpr, FINAL: tl.constexpr,
+    NORMALIZE: tl.constexpr, BITMAPS: tl.constexpr, CLOSED: tl.constexpr,
     BLOCK_K: tl.constexpr, TOP: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """One beam: the TOP best candidates, in order; where FINAL, the user's only one, the next beams."""
+    """One beam: its TOP best candidates, in order."""
     row = tl.program_id(0)
     wide_row = row.to(tl.int64)
     node, score = tl.load(nodes_ptr + row), tame(tl.load(scores_ptr + row))
@@ -211,12 +212,8 @@ def beam_step_kernel(
             tl.debug_barrier()
             last = _element(best, width)
             bound, bound_place = (last >> 32).to(tl.int32), (last & LOW).to(tl.int32)
-    if FINAL:
-        _write_beams(best, wide_row, begins_ptr + row, code_ptr, out_scores_ptr, parents_ptr, codes_ptr,
-                     new_nodes_ptr, pruned_ptr, width, BLOCK_K)  # fmt: skip
-    else:
-        first = tl.arange(0, KEPT)
-        tl.store(best_ptr + wide_row * TOP + first, best, mask=first < TOP)
+    first = tl.arange(0, KEPT)
+    tl.store(best_ptr + wide_row * TOP + first, best, mask=first < TOP)
 
 
 @triton.jit
@@ -249,8 +246,8 @@ def merge_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a beam step is cut: a program a beam sorts ``kept`` candidates at once and leaves the ``top`` best;
-    ``final``: one beam, which needs no merge.
+    """How a beam step is cut: a program a beam sorts ``kept`` candidates at once and leaves the ``top``
+    best; a program a user merges the ``lists`` of its beams, ``chunk`` candidates at a time.
     """
 
     block_k: int
@@ -258,7 +255,6 @@ class Plan:
     kept: int
     lists: int
     chunk: int
-    final: bool
 
     @property
     def warps(self) -> int:
@@ -271,7 +267,7 @@ class Plan:
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"FINAL": self.final, "BLOCK_K": self.block_k, "TOP": self.top, "KEPT": self.kept}
+        return {"BLOCK_K": self.block_k, "TOP": self.top, "KEPT": self.kept}
 
     @property
     def merge(self) -> dict[str, int]:
@@ -279,14 +275,12 @@ class Plan:
 
 
 def plan_of(beams: int, size: int, width: int) -> Plan:
-    """One launch for one beam, two for more."""
-    block_k = max(FEWEST_CODES, triton.next_power_of_2(size))
-    wanted = max(FEWEST_TOP, triton.next_power_of_2(width + 1))
+    """Two launches; sizes are rounded up to few classes, so that all kernels compile ahead of time."""
+    block_k = max(MIN_BLOCK_K, triton.next_power_of_2(size))
+    wanted = next(top for top in TOPS if width < top)
     top, lists = min(wanted, block_k), triton.next_power_of_2(beams)
     kept = min(max(FIRST_ROUND, 2 * top), block_k)
-    final = beams == 1 and kept > width
-    chunk = max(wanted, lists, min(MERGED, top * lists))
-    return Plan(block_k, kept if final else top, kept, lists, chunk, final)
+    return Plan(block_k, top, kept, lists, max(wanted, lists, min(MERGED, top * lists)))
 
 
 def problem(beams: int, size: int, width: int) -> str:
@@ -336,23 +330,23 @@ def beam_step(
     plan = plan_of(beams, size, width)
     rows = users * beams
     begins = torch.empty(rows, dtype=torch.int32, device=device)
-    kept = torch.empty(rows, plan.kept, dtype=torch.int64, device=device)
     best = torch.empty(rows, plan.top, dtype=torch.int64, device=device)
+    sorts_all = plan.kept == plan.block_k
+    kept = best if sorts_all else torch.empty(rows, plan.kept, dtype=torch.int64, device=device)
     beam_step_kernel[(rows,)](
         logits, _total(logits, logsumexp), scores, nodes, trie.code, trie.first_child, begins, kept, best,
-        *out, *filter_operands(filter, trie, rows), logits.stride(0), logits.stride(1), beams, size,
+        *filter_operands(filter, trie, rows), logits.stride(0), logits.stride(1), beams, size,
         trie.num_inner, width,
         NORMALIZE=normalize, **filter_kinds(filter), **plan.constants, num_warps=plan.warps,
         maxnreg=plan.registers,
     )  # fmt: skip
-    if not plan.final:
-        merge_kernel[(users,)](best, begins, trie.code, *out, beams, width, **plan.merge,
-                             num_warps=MERGE_WARPS)  # fmt: skip
+    merge_kernel[(users,)](best, begins, trie.code, *out, beams, width, **plan.merge,
+                           num_warps=MERGE_WARPS)  # fmt: skip
     return out
 
 
 def softmax_block(size: int) -> int:
-    return min(SOFTMAX_BLOCK, triton.next_power_of_2(size))
+    return min(SOFTMAX_BLOCK, max(MIN_SOFTMAX_BLOCK, triton.next_power_of_2(size)))
 
 
 def _readable(logits: Tensor) -> Tensor:
@@ -370,11 +364,12 @@ def aot_cases(every: bool = False) -> list[AotCase]:
     """Any two of normalisation, dtype, filter and the widest cuts meet, or all that there are."""
     kinds = range(3), tuple(DTYPES.values()), range(3), (False, True)
     sizes, beams = powers_of_two(MAX_CODES), powers_of_two(MAX_BEAMS)
-    cuts = list(product(beams, sizes, [min(top - 1, MAX_WIDTH) for top in powers_of_two(2 * MAX_WIDTH)[1:]]))
+    cuts = list(product(beams, sizes, (*(top - 1 for top in TOPS[:-1]), MAX_WIDTH)))
     if every:
         own = {(*plan_of(*cut).constants.values(),): cut for cut in cuts}
         cases = [_beam_step_case(*choice) for choice in product(own.values(), *kinds)]
-        cases += [_softmax_case(*choice) for choice in product(powers_of_two(SOFTMAX_BLOCK), *kinds)]
+        blocks = {softmax_block(size) for size in sizes}
+        cases += [_softmax_case(*choice) for choice in product(sorted(blocks), *kinds)]
         return cases + [_merge_case(*cut) for cut in _merges(cuts)]
     cases = [_beam_step_case(*choice) for choice in pairwise(_widest(cuts), *kinds)]
     cases += [_softmax_case(*choice) for choice in pairwise((1, 256, SOFTMAX_BLOCK), *kinds)]
@@ -383,7 +378,7 @@ def aot_cases(every: bool = False) -> list[AotCase]:
 
 def _merges(cuts: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """One of those (beams, size, width) that want the same merge; BLOCK_K is only a divisor there."""
-    return list({(*plan_of(*c).merge.values(),)[1:]: c for c in cuts if not plan_of(*c).final}.values())
+    return list({(*plan_of(*c).merge.values(),)[1:]: c for c in cuts}.values())
 
 
 def _widest(cuts: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -433,7 +428,7 @@ def _beam_step_case(
     types = {
         "logits_ptr": f"*{dtype}", "logsumexp_ptr": f"*{dtype if normalize else 'fp32'}",
         "scores_ptr": "*fp32", "nodes_ptr": "*i32", "code_ptr": _code(size), "first_child_ptr": "*i64",
-        "begins_ptr": "*i32", "kept_ptr": "*i64", "best_ptr": "*i64", **_step_types(),
+        "begins_ptr": "*i32", "kept_ptr": "*i64", "best_ptr": "*i64",
         **filter_types(), "stride_user": "i32",
         "stride_beam": "i32", "W": "i32", "K": "i32", "num_inner": "i32", "width": "i32",
     }  # fmt: skip

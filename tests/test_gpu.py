@@ -138,7 +138,14 @@ def test_filters_made_here_are_the_cpus(items, levels, size, fast):
 @pytest.mark.parametrize("filtered", ["", "one", "requests"])
 @pytest.mark.parametrize(
     ("users", "beams", "size", "width"),
-    [(6, 20, 64, 20), (1, 50, 256, 50), (3, 50, 2048, 50), (2, 7, 4096, 256), (2, 256, 300, 256)],
+    [
+        (3, 5, 8, 9),
+        (6, 20, 64, 20),
+        (1, 50, 256, 50),
+        (3, 50, 2048, 50),
+        (2, 7, 4096, 256),
+        (2, 256, 300, 256),
+    ],
 )
 def test_softmax_and_beam_step_equal_the_reference(normalize, filtered, users, beams, size, width):
     host = Trie.from_codes(codes_of(4000, 3, size), size)
@@ -256,7 +263,9 @@ def test_what_triton_does_not_take_goes_to_cusparse_and_a_bfloat16_table_keeps_i
     assert (off <= 1.01 * 3 * 2**-9 * size + 1e-6).all()
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("groups", [8, 2])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("prefix", [False, True])
@@ -275,7 +284,9 @@ def test_attention_over_own_tokens_equals_the_reference(dtype, atol, groups, tok
     torch.testing.assert_close(found.float().cpu(), wanted, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize(("groups", "dim"), [(8, 64), (2, 64), (2, 128), (8, 16)])
 def test_attention_over_a_prompt_equals_the_reference(dtype, atol, groups, dim):
     generator = torch.Generator().manual_seed(0)

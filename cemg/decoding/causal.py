@@ -151,7 +151,7 @@ class CausalPlan:
         cos, sin = self.rotation(self.embedding, positions[None])  # [1, R, Dh], of the embedding's dtype
         return cos[0, :, None], sin[0, :, None]
 
-    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    def signed_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """The same with the signs that ``split`` wants: the sines of the first half are negative."""
         rotary = self.rotary(positions)
         if rotary is None:
@@ -160,7 +160,7 @@ class CausalPlan:
         return rotary[0], torch.cat((-first, second), dim=2)
 
     def split(
-        self, layer: Layer, qkv: Tensor, turns: tuple[Tensor, Tensor] | None
+        self, layer: Layer, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [R, (H + 2 * G) * Dh] -> queries [R, H, Dh], keys and values [R, G, Dh]; rotated."""
         shaped = qkv.unflatten(1, (self.heads + 2 * self.kv_heads, -1))
@@ -168,8 +168,8 @@ class CausalPlan:
         if layer.q_norm is not None and layer.k_norm is not None:
             query, keys = turned.split((self.heads, self.kv_heads), dim=1)
             turned = torch.cat((layer.q_norm(query), layer.k_norm(keys)), dim=1)
-        if turns is not None:
-            turned = _rotate(turned, *turns)
+        if rotary is not None:
+            turned = _rotate(turned, *rotary)
         query, keys = turned.split((self.heads, self.kv_heads), dim=1)
         return query, keys, values
 
@@ -191,12 +191,12 @@ class CausalStepper:
         self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
         later = torch.full((length, length), float("-inf"), dtype=plan.dtype, device=input_ids.device).triu(1)
         mask = self.padding[:, None, None] + later  # [B, 1, S, S]
-        turns = plan.turns(positions)
+        rotary = plan.signed_rotary(positions)
         x = plan.embed(packing.tokens(input_ids.flatten()), positions)  # [P, d]
         self.prompt: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values [B, G, S, Dh]
         self.own = OwnTokens(batch, len(plan.layers), input_ids.device, shared_start=False)
         for layer in plan.layers:
-            split = plan.split(layer, layer.qkv(layer.norm(x)), turns)
+            split = plan.split(layer, layer.qkv(layer.norm(x)), rotary)
             wide, keys, values = (packing.cells(part).transpose(1, 2) for part in split)
             self.prompt.append((keys, values))  # wide: [B, H, S, Dh]
             if layer is plan.layers[-1]:  # only what follows the last token is asked for
@@ -211,7 +211,7 @@ class CausalStepper:
         batch, beams = tokens.shape
         flat = tokens.flatten()
         positions = (self.lengths + self.own.length).repeat_interleave(beams)  # [R]
-        turns = plan.turns(positions)
+        rotary = plan.signed_rotary(positions)
         self.own.grow(parents)
         x = plan.embed(flat, positions)
         for number, layer in enumerate(plan.layers):
@@ -219,7 +219,7 @@ class CausalStepper:
                 qkv = plan.table.index_select(0, flat - plan.first_code)
             else:
                 qkv = layer.qkv(layer.norm(x))
-            query, keys, values = plan.split(layer, qkv, turns)
+            query, keys, values = plan.split(layer, qkv, rotary)
             self.own.add(number, torch.stack((keys, values), dim=1))
             prefix = prompt_attention(
                 query.unflatten(0, (batch, beams)), *self.prompt[number], self.padding, plan.scale

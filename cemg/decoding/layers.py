@@ -16,8 +16,7 @@ from torch import Tensor
 
 from cemg.decoding.beams import token_count
 from cemg_kernels.ancestor_attention import ancestor_attention
-from cemg_kernels.dispatch import choose
-from cemg_kernels.prompt_attention import prompt_attention
+from cemg_kernels.prompt_attention import prompt_attention, served_by_triton
 from cemg_kernels.row_logsumexp import row_logsumexp
 
 BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
@@ -140,15 +139,15 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
-    def added_to(self, residual: Tensor, x: Tensor, *, own: bool = True) -> Tensor:
+    def added_to(self, residual: Tensor, x: Tensor, *, inplace: bool = True) -> Tensor:
         """``residual + self(x)`` [R, out], in one product where all have one dtype, else in the wider one.
 
-        ``own``: nobody else reads ``residual``, which may be overwritten."""
+        ``inplace``: ``residual`` may be overwritten, since nobody reads it later."""
         if not residual.dtype == x.dtype == self.weight.dtype:
             return residual + self(x)
         if self.bias is not None:
-            residual = residual + self.bias
-        elif residual.is_cuda and own:
+            residual, inplace = residual + self.bias, True
+        if residual.is_cuda and inplace:
             return residual.addmm_(x, self.weight.t())  # a launch less: nothing is copied
         return torch.addmm(residual, x, self.weight.t())
 
@@ -294,7 +293,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: T
 def cross_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, padding: Tensor) -> Tensor:
     """Beams over the prompt of their user: ``query`` [B, W, H, Dh], ``keys`` and ``values`` [B, G, S, Dh],
     ``padding`` [B, S] -> [B * W, H * Dh]."""
-    if choose("prompt_attention", query.device).backend == "triton":
+    if served_by_triton(query):
         return prompt_attention(query, keys, values, padding, scale)[0].flatten(2).flatten(0, 1)
     seen = attention(query.transpose(1, 2), keys, values, scale, padding[:, None, None])  # [B, H, W, Dh]
     return seen.transpose(1, 2).flatten(2).flatten(0, 1)

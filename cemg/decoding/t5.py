@@ -99,7 +99,7 @@ class T5Plan:
         start = self.embedding[self.start_token][None]  # [1, d]
         qkv = first.qkv(first.norm(start))
         self.start_kv = qkv[:, qkv.shape[1] // 3 :]  # [1, 2 * H * Dh]
-        self.start_hidden = first.out.added_to(start, qkv[:, 2 * qkv.shape[1] // 3 :], own=False)
+        self.start_hidden = first.out.added_to(start, qkv[:, 2 * qkv.shape[1] // 3 :], inplace=False)
         self.first_code = code_tokens.start
         self.table = code_table(first.norm, first.qkv, self.embedding, code_tokens)
 

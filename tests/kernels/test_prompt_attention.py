@@ -15,7 +15,7 @@ Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def draw(users: int, beams: int, heads: int, groups: int, cells: int, dim: int) -> Drawn:
-    """query, keys, values and mask in float64; a user's last cells are padding, as are its first half."""
+    """query, keys, values and mask in float64; the last user's last cells are padding."""
     generator = torch.Generator().manual_seed(users * 1000 + beams * 100 + cells + dim)
 
     def normal(*shape: int) -> Tensor:
@@ -71,7 +71,7 @@ def test_a_narrow_dtype_comes_back_as_it_went_in(backend, dtype, atol):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_views_are_read_where_they_lie(backend):
+def test_views_are_read_as_what_they_show(backend):
     """As the steppers give them: keys and values are parts of one wide row, as queries are."""
     rows = torch.randn(2, 9, 3, 2, 8, generator=torch.Generator().manual_seed(0))
     keys, values = rows[:, :, 0].transpose(1, 2), rows[:, :, 2].transpose(1, 2)
@@ -83,6 +83,18 @@ def test_views_are_read_where_they_lie(backend):
     )
     for mine, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, right, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min / 2, float("-inf")])
+def test_padding_on_the_left_is_not_seen(backend, hidden):
+    """More of it than the kernel looks at at once; what lies there may be NaN-free rubbish of any size."""
+    query, keys, values, mask = cast(draw(2, 5, 4, 2, 90, 16), torch.float32)
+    mask[0, :70] = hidden
+    found = prompt_attention(query[:1], keys[:1], values[:1], mask[:1], 0.5, backend=backend)
+    short = keys[:1, :, 70:], values[:1, :, 70:], torch.zeros(1, 20)
+    for mine, right in zip(found, prompt_attention(query[:1], *short, 0.5, backend="reference"), strict=True):
+        torch.testing.assert_close(mine, right, rtol=0, atol=4e-6)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -30,13 +30,8 @@ SAME = 1e-5  # log-sum-exps of 2 ** 12 logits below 2 ** 5 in size: a few of the
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight candidates sorted at once, and merges of no more than they must."""
-    for name, value in {
-        "PER_WARP": 8,
-        "FIRST_ROUND": 8,
-        "MERGED": 4,
-        "FEWEST_TOP": 2,
-        "FEWEST_CODES": 1,
-    }.items():
+    sizes = {"PER_WARP": 8, "FIRST_ROUND": 8, "MERGED": 4, "TOPS": (2, 4, 8, 16), "MIN_BLOCK_K": 1}
+    for name, value in sizes.items():
         monkeypatch.setattr(kernels, name, value)
 
 
@@ -96,10 +91,9 @@ def test_a_step_equals_the_reference_however_it_is_cut(beams, size, width, kind)
 def test_the_small_sizes_reach_every_way_of_cutting(small):
     shapes = (1, 1, 1), (1, 8, 7), (1, 8, 9), (3, 5, 4), (8, 8, 3), (2, 100, 7)
     plans = [kernels.plan_of(*shape) for shape in shapes]
-    assert {plan.final for plan in plans} == {True, False}
     assert {plan.block_k > plan.kept for plan in plans} == {True, False}
-    assert {plan.chunk < plan.top * plan.lists for plan in plans if not plan.final} == {True, False}
-    assert not plans[2].final  # fewer candidates than beams wanted: the merge fills up
+    assert {plan.chunk < plan.top * plan.lists for plan in plans} == {True, False}
+    assert plans[2].top < 9 < plans[2].chunk  # fewer candidates than beams wanted: the merge fills up
 
 
 @pytest.mark.parametrize("normalize", ["level", "valid"])
@@ -134,16 +128,22 @@ def test_ties_and_odd_values_fall_as_in_the_reference(users, beams, size, width,
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("order", ["rising", "falling", "equal", "one beam above all"])
+@pytest.mark.parametrize("order", ["rising", "falling", "equal", "one beam above all", "few groups"])
 def test_candidates_in_the_worst_order_take_more_rounds_and_are_exact(order):
-    """Every node full: 8 beams of 8 children. A bound from the first 16 leaves most of the rest above it."""
-    trie = Trie.from_codes(torch.cartesian_prod(torch.arange(8), torch.arange(8)), 8)
-    nodes = torch.arange(1, 9, dtype=torch.int32)[None]
-    rise = torch.arange(64.0).view(1, 8, 8) / 64
-    logits = {"rising": rise, "falling": -rise, "equal": rise * 0, "one beam above all": rise.clone()}[order]
+    """Every node full: two beams of 64 children, 16 of them sorted at once. In ``few groups`` the best are
+    in seven of the 16 groups whose maxima bound them, so 28 reach the first bound."""
+    trie = Trie.from_codes(torch.cartesian_prod(torch.arange(64), torch.arange(64)), 64)
+    nodes = torch.tensor([[1, 2]], dtype=torch.int32)
+    plan = kernels.plan_of(2, 64, 7)
+    assert (plan.block_k, plan.kept) == (64, 16)
+    rise = torch.arange(128.0).view(1, 2, 64) / 128
+    grouped = rise + 20 * (torch.arange(64) % 16 < 7)
+    logits = {"rising": rise, "falling": -rise, "equal": rise * 0, "few groups": grouped}.get(
+        order, rise.clone()
+    )
     if order == "one beam above all":
-        logits[0, 5] += 20
-    arguments = logits, torch.zeros(1, 8), nodes, trie, 7, "vocab", torch.full((1, 8), 30.0)
+        logits[0, 1] += 20
+    arguments = logits, torch.zeros(1, 2), nodes, trie, 7, "vocab", torch.full((1, 2), 30.0)
     ours, wanted = (trie_beam_step(*arguments, backend=name) for name in ("triton", "reference"))
     assert_equal_in_every_bit(ours, wanted)
 
