@@ -344,10 +344,12 @@ def over_the_level(report: Report, step: Step, label: str, bandwidth: float) -> 
     check(step.run(backend, "level"), wanted)
     peers = {of_flashrec("fused step"): step.flashrec_fused()}
     peers = checked(peers, lambda peer: check(peer(), wanted))
-    moved = step.needed_bytes("level")
-    report.case(f"{label}, over the level", {backend: lambda: step.run(backend, "level")}, peers,
-                f"reference: scores within {TOLERANCE:.0e}, parents, codes", moved / bandwidth * 1e3,
-                nbytes=moved)  # fmt: skip
+    moved, label = step.needed_bytes("level"), f"{label}, over the level"
+    floor, equal = moved / bandwidth * 1e3, f"reference: scores within {TOLERANCE:.0e}, parents, codes"
+    report.case(label, {backend: lambda: step.run(backend, "level")}, peers, equal, floor, nbytes=moved)
+    if report.device.type == "cuda":
+        times = in_a_graph(lambda: step.run(backend, "level"), report)
+        report.add(label, f"{backend}, in a CUDA graph", times, {}, equal, floor, moved)
 
 
 def under_a_filter(report: Report, step: Step, label: str, bandwidth: float) -> None:
