@@ -8,8 +8,7 @@ spills a register, wants more shared memory than there is or has a sum that Trit
 
 The configurations come from the functions that plan a launch (``plan_of``, ``tiles_of``, ``layer_blocks``),
 over all they take. By default any two choices (of dtype, normalisation, filter) meet in one case, of the
-widest sizes, where a thread holds most. ``--all``: every configuration; of ``lightgcn_propagate`` any two
-choices. One process a core.
+widest sizes, where a thread holds most. ``--all``: every configuration. One process a core.
 """
 
 from __future__ import annotations

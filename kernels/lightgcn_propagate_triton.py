@@ -14,6 +14,7 @@ steps, chunks first, so that no program is long; sums are in a fixed order, so r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
@@ -196,13 +197,17 @@ def chunk_blocks(dim: int) -> dict[str, int]:
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
-    """Each kind of vertex, in a middle layer and the last; classes of dimensions, full tiles and not."""
-    dims = [1, 64, 100, 256, MAX_DIM]
+    """Each kind of vertex, in a middle layer and the last, all that there are; or of some dimensions any two
+    choices. Full tiles and not.
+    """
+    axes = tuple(DTYPES.values()), TABLES, range(3), (False, True)
     if every:
         dims = sorted({d for block in powers_of_two(MAX_DIM) for d in (block, block // 2 + 1)})
-    axes = tuple(DTYPES.values()), TABLES, range(3), (False, True)
-    cases = [_layer_case(*choice) for choice in pairwise(dims, *axes)]
-    cases += [_chunk_case(dim, table) for dim in (dims if every else dims[-1:]) for table in TABLES]
+        cases, chunked = [_layer_case(*choice) for choice in product(dims, *axes)], dims
+    else:
+        some = pairwise([1, 64, 100, 256, MAX_DIM], *axes)
+        cases, chunked = [_layer_case(*choice) for choice in some], [MAX_DIM]
+    cases += [_chunk_case(dim, table) for dim in chunked for table in TABLES]
     return list({case.name: case for case in cases}.values())
 
 

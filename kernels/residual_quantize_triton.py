@@ -230,14 +230,14 @@ def constants_of(dim: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
-    """Each dtype; classes of dimensions, full tiles and not. K and M are run-time numbers."""
+    """Dtypes, types of codes, classes of dimensions, full tiles and not. K and M are run-time numbers."""
     cases = []
     for dtype, most in MAX_DIM.items():
         dims = sorted({d for block in powers_of_two(most)[4:] for d in (block, block // 2 + 1)})
         dims = dims if every else [64, most] if dtype != torch.float16 else [most]
-        cases += [_quantize_case(dim, dtype) for dim in dims]
+        cases += [_quantize_case(dim, dtype, codes) for dim in dims for codes in ("i64", *CODES * every)]
         cases += [_prepare_case(dim, DTYPES[dtype]) for dim in dims]
-    return cases + [_quantize_case(100, torch.float32, codes) for codes in (CODES if every else CODES[-1:])]
+    return cases if every else [*cases, _quantize_case(100, torch.float32, CODES[-1])]
 
 
 def _quantize_case(dim: int, dtype: torch.dtype, codes: str = "i64") -> AotCase:
