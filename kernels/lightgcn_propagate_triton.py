@@ -29,6 +29,7 @@ MAX_DIM = 1024
 FEW = 32  # up to so many neighbours, several vertices share a program
 CHUNK = 256  # neighbours that one program adds up, one block after the other
 PER_WARP = 1024  # numbers at a time
+REGISTERS = 255  # as many as it wants: left to itself, ptxas keeps to fewer and spills some
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TABLES = ("fp32", "bf16")
 
@@ -165,7 +166,14 @@ def _layer(
     ends = (0, plan.few, plan.some, vertices)
     if len(plan.chunks):
         chunk_kernel[(len(plan.chunks),)](
-            plan.chunks, plan.neighbours, table, partial, D=dim, **chunk_blocks(dim), num_warps=4
+            plan.chunks,
+            plan.neighbours,
+            table,
+            partial,
+            D=dim,
+            **chunk_blocks(dim),
+            num_warps=4,
+            maxnreg=REGISTERS,
         )
     for kind in range(3):
         first, last = ends[kind], ends[kind + 1]
@@ -176,7 +184,7 @@ def _layer(
         begin, source = (plan.chunk_begin, partial) if kind == 2 else (graph.row_ptr, table)
         layer_kernel[grid](
             plan.order, begin, plan.neighbours, source, x, scale, out, first, last, divisor,
-            D=dim, **blocks, GATHER=kind < 2, FINAL=final, num_warps=warps,
+            D=dim, **blocks, GATHER=kind < 2, FINAL=final, num_warps=warps, maxnreg=REGISTERS,
         )  # fmt: skip
 
 
@@ -224,7 +232,7 @@ def _layer_case(dim: int, dtype: str, table: str, kind: int, final: bool) -> Aot
     name += " final" if final else f" to {table}"
     pointers = [argument for argument in types if argument.endswith("_ptr")]
     types |= dict.fromkeys(constants, "constexpr")
-    return AotCase(name, layer_kernel, types, constants, {"num_warps": warps}, pointers)
+    return AotCase(name, layer_kernel, types, constants, {"num_warps": warps, "maxnreg": REGISTERS}, pointers)
 
 
 def _chunk_case(dim: int, table: str) -> AotCase:
@@ -233,4 +241,4 @@ def _chunk_case(dim: int, table: str) -> AotCase:
     pointers = list(types)
     types |= dict.fromkeys(constants, "constexpr")
     name = f"lightgcn_propagate chunks D={dim} table {table}"
-    return AotCase(name, chunk_kernel, types, constants, {"num_warps": 4}, pointers)
+    return AotCase(name, chunk_kernel, types, constants, {"num_warps": 4, "maxnreg": REGISTERS}, pointers)

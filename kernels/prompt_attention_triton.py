@@ -19,6 +19,7 @@ from .prompt_attention import MAX_DIM
 from .trie_filter_triton import finite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REGISTERS = 255  # as many as it wants: left to itself, ptxas keeps to fewer and spills some
 QUERIES = 16  # of a program; a product has 16 rows at least
 
 
@@ -79,7 +80,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
         prompt_kernel[grid](
             query, keys, values, mask, out, lse, float(scale), beams, heads, groups, cells, dim,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], mask.stride(0),
-            **constants_of(dim, query.dtype), num_warps=warps_of(dim),
+            **constants_of(dim, query.dtype), num_warps=warps_of(dim), maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse
 
@@ -109,4 +110,4 @@ def _case(dtype: str, dim: int) -> AotCase:
     sizes = prompt_kernel.arg_names[len(pointers) + 1 : -len(constants)]
     types = pointers | {"scale": "fp32"} | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
     return AotCase(f"prompt_attention {dtype} Dh {dim}", prompt_kernel, types, constants,
-                   {"num_warps": warps_of(dim)}, list(pointers))  # fmt: skip
+                   {"num_warps": warps_of(dim), "maxnreg": REGISTERS}, list(pointers))  # fmt: skip
