@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import pick
+from .dispatch import TRITON_DTYPES, pick
 from .ranges import ranged
-
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what the kernel computes, in float32
 
 
 @ranged
@@ -27,7 +25,7 @@ def ancestor_attention(
     No gradient. Raises ValueError where shapes do not fit.
     """
     _check(query, kept, ancestors, bias, prefix)
-    if pick("ancestor_attention", query.device, backend) == "triton" and query.dtype in NARROW:
+    if pick("ancestor_attention", query.device, backend) == "triton" and query.dtype in TRITON_DTYPES:
         from .ancestor_attention_triton import attend
 
         return attend(query, kept, ancestors, scale, bias, prefix)

@@ -43,6 +43,7 @@ MODULES = (  # each: aot_cases()
 )
 CUDA_SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "src" / "trie_cuda.cu"
 WARP = 32
+REGISTERS = 255  # of a thread, as many as it wants: left to itself, ptxas keeps to fewer and spills some
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +206,7 @@ def table(rows: Sequence[Compiled]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only kernels whose name holds one of these")
-    parser.add_argument("--all", action="store_true", help="every class of sizes; an hour of one core")
+    parser.add_argument("--all", action="store_true", help="every configuration; some hours of one core")
     parser.add_argument("--json", type=Path, help="write the table there as well")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

@@ -22,14 +22,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .aot import AotCase, pairwise, powers_of_two
+from .aot import REGISTERS, AotCase, pairwise, powers_of_two
 from .lightgcn_propagate import BipartiteGraph
 
 MAX_DIM = 1024
 FEW = 32  # up to so many neighbours, several vertices share a program
 CHUNK = 256  # neighbours that one program adds up, one block after the other
 PER_WARP = 1024  # numbers at a time
-REGISTERS = 255  # as many as it wants: left to itself, ptxas keeps to fewer and spills some
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TABLES = ("fp32", "bf16")
 
@@ -166,15 +165,9 @@ def _layer(
     ends = (0, plan.few, plan.some, vertices)
     if len(plan.chunks):
         chunk_kernel[(len(plan.chunks),)](
-            plan.chunks,
-            plan.neighbours,
-            table,
-            partial,
-            D=dim,
-            **chunk_blocks(dim),
-            num_warps=4,
-            maxnreg=REGISTERS,
-        )
+            plan.chunks, plan.neighbours, table, partial,
+            D=dim, **chunk_blocks(dim), num_warps=4, maxnreg=REGISTERS,
+        )  # fmt: skip
     for kind in range(3):
         first, last = ends[kind], ends[kind + 1]
         if first == last:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import pick
+from .dispatch import TRITON_DTYPES, pick
 from .ranges import ranged
 
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what the kernel multiplies, with float32 sums
 MAX_DIM = 128  # of a head in the kernel
 
 
@@ -38,7 +37,7 @@ def prompt_attention(
 def served_by_triton(query: Tensor, backend: str | None = None) -> bool:
     """Whether the kernel would take it."""
     chosen = pick("prompt_attention", query.device, backend)
-    return chosen == "triton" and query.dtype in NARROW and query.shape[-1] <= MAX_DIM
+    return chosen == "triton" and query.dtype in TRITON_DTYPES and query.shape[-1] <= MAX_DIM
 
 
 def attend_reference(

@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, powers_of_two
+from .aot import REGISTERS, AotCase, powers_of_two
 from .prompt_attention import MAX_DIM
 from .trie_filter_triton import finite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-REGISTERS = 255  # as many as it wants: left to itself, ptxas keeps to fewer and spills some
 QUERIES = 16  # of a program; a product has 16 rows at least
 
 

@@ -208,8 +208,8 @@ def quantize(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype = torch.int64
 def tiles_of(dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles that keep the residual on chip, for D = ``dim``: 64 rows and four warps, which Hopper's tensor
     cores take at once. On an H200 the fastest of fourteen for float32 and D = 64, three times as fast as 64
-    rows by eight warps; the others by analogy, and by what spills no
-    register under Triton 3.8 (under 3.6 some do on sm_80).
+    rows by eight warps; the others by analogy, and by what spills no register under Triton 3.8 (under 3.6
+    some do on sm_80).
     """
     if dtype == torch.float32:
         return Tiles(64, 64, 4, 2, 255) if dim <= 64 else Tiles(64, 16, 4, 2, 255)

@@ -5,13 +5,10 @@ R rows of V logits.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .dispatch import pick
+from .dispatch import TRITON_DTYPES, pick
 from .ranges import ranged
-
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what the kernel reads
 
 
 @ranged
@@ -22,7 +19,7 @@ def row_logsumexp(logits: Tensor, *, backend: str | None = None) -> Tensor:
     if logits.ndim != 2:
         raise ValueError(f"logits must be [R, V], got {list(logits.shape)}")
     chosen = pick("row_logsumexp", logits.device, backend)
-    if chosen == "triton" and logits.dtype in NARROW and logits.numel():
+    if chosen == "triton" and logits.dtype in TRITON_DTYPES and logits.numel():
         from .row_logsumexp_triton import logsumexp
 
         return logsumexp(logits)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, pairwise, powers_of_two
+from .aot import REGISTERS, AotCase, pairwise, powers_of_two
 from .filter_tensors import FilterTensors
 from .trie_arrays import TrieArrays
 from .trie_filter_triton import (
@@ -45,7 +45,6 @@ PER_WARP = 512  # candidates
 SOFTMAX_BLOCK = 512
 MERGED = 256  # candidates that a merge sorts at once, at least
 MERGE_WARPS = 8
-SOFTMAX_REGISTERS = 255  # as many as it wants: left to itself, ptxas keeps to 32 and spills a few
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 DEAD = tl.constexpr(-(2**63))  # a key below every candidate's
@@ -263,7 +262,7 @@ class Plan:
     @property
     def registers(self) -> int:
         """All that a thread can have: left to itself, ptxas rounds down for occupancy and spills a few."""
-        return min(255, 65536 // (32 * self.warps))
+        return min(REGISTERS, 65536 // (32 * self.warps))
 
     @property
     def constants(self) -> dict[str, int]:
@@ -306,7 +305,7 @@ def softmax(
             logits, _total(logits, logsumexp), nodes, trie.code, trie.first_child, out,
             *filter_operands(filter, trie, rows), logits.stride(0), size, trie.num_inner,
             NORMALIZE=normalize, **filter_kinds(filter), BLOCK=softmax_block(size), num_warps=4,
-            maxnreg=SOFTMAX_REGISTERS,
+            maxnreg=REGISTERS,
         )  # fmt: skip
     return out
 
@@ -417,7 +416,7 @@ def _softmax_case(size: int, normalize: int, dtype: str, bitmaps: int, closed: b
     constants = {"NORMALIZE": normalize, "BITMAPS": bitmaps, "CLOSED": closed,
                  "BLOCK": softmax_block(size)}  # fmt: skip
     name = f"trie_softmax K={size} {_name(normalize, dtype, bitmaps, closed)}"
-    return _case(name, softmax_kernel, types, constants, 4, maxnreg=SOFTMAX_REGISTERS)
+    return _case(name, softmax_kernel, types, constants, 4, maxnreg=REGISTERS)
 
 
 def _beam_step_case(
