@@ -217,7 +217,7 @@ def _custom_op(
 ) -> Tensor:  # fmt: skip
     graph = BipartiteGraph(x.shape[0], 0, row_ptr, neighbours, inv_sqrt_degree)  # the split plays no part
     with torch.no_grad():
-        out = _propagate(graph, x, layers, table_dtype, backend)
+        out = _propagate(graph, x.contiguous(), layers, table_dtype, backend)
     return out.clone() if layers == 0 else out  # never its own input
 
 
@@ -226,7 +226,7 @@ _op = torch.library.custom_op(
     schema="(Tensor row_ptr, Tensor neighbours, Tensor inv_sqrt_degree, Tensor x, int layers, "
     "ScalarType? table_dtype, str? backend) -> Tensor",
 )  # fmt: skip
-_op.register_fake(lambda row_ptr, neighbours, inv_sqrt_degree, x, *_: torch.empty_like(x))
+_op.register_fake(lambda row_ptr, neighbours, inv_sqrt_degree, x, *_: x.new_empty(x.shape))
 
 
 def _keep_graph(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -235,7 +235,7 @@ def _keep_graph(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor, None, None, None]:
-    return None, None, None, _op(*ctx.saved_tensors, grad.contiguous(), *ctx.rest), None, None, None
+    return None, None, None, _op(*ctx.saved_tensors, grad, *ctx.rest), None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_keep_graph)

@@ -57,11 +57,8 @@ def _quantize(
         from .residual_quantize_triton import quantize
 
         return quantize(x, codebooks, code_dtype)
-    if chosen == "native":
-        codes, quantized = _quantize_native(x.float().contiguous(), codebooks.float().contiguous())
-    else:
-        run = residual_quantize_reference if chosen == "reference" else _quantize_tiled
-        codes, quantized = run(x.float(), codebooks.float())
+    run = {"native": _quantize_native, "torch": _quantize_tiled, "reference": residual_quantize_reference}
+    codes, quantized = run[chosen](x.float().contiguous(), codebooks.float().contiguous())
     return codes.to(code_dtype), quantized
 
 

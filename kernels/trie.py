@@ -137,7 +137,7 @@ class Trie:
         """
         if nodes.shape != codes.shape:
             raise ValueError(f"nodes {list(nodes.shape)} and codes {list(codes.shape)} must have one shape")
-        flat, codes = self._nodes(nodes).flatten(), self._here("codes", codes).long().flatten()
+        flat, codes = self._nodes(nodes).flatten(), self._here("codes", codes).long().contiguous().flatten()
         allowed = self.filter_tensors(filter, flat.numel())
         return trie_ops.run("advance", self.arrays, allowed, flat, codes).view(nodes.shape)
 
@@ -232,7 +232,15 @@ class Trie:
     def _nodes(self, nodes: Tensor, dim: int | None = None) -> Tensor:
         if dim is not None and nodes.dim() != dim:
             raise ValueError(f"nodes must be one-dimensional, got {list(nodes.shape)}; use .flatten()")
-        return self._here("nodes", nodes).to(torch.int32).contiguous()
+        return as_nodes(self._here("nodes", nodes), self.num_nodes)
+
+
+def as_nodes(nodes: Tensor, num_nodes: int) -> Tensor:
+    """``nodes`` (any integers) int32 and contiguous; of wider integers what is no node becomes -1."""
+    if nodes.dtype is not torch.int32:
+        wide = nodes.long()
+        nodes = torch.where((wide < 0) | (wide >= num_nodes), -1, wide).to(torch.int32)
+    return nodes.contiguous()
 
 
 def _checked_ids(item_ids: Tensor | Sequence[int], num_items: int) -> Tensor:

@@ -18,7 +18,7 @@ from . import trie_ops
 from .dispatch import pick
 from .filter_tensors import FilterTensors
 from .ranges import ranged
-from .trie import Filter, Trie
+from .trie import Filter, Trie, as_nodes
 from .trie_arrays import TrieArrays
 from .trie_softmax import (
     NEVER,
@@ -81,7 +81,7 @@ def trie_beam_step(
     if scores.device != logits.device:
         raise ValueError(f"scores are on {scores.device}, logits on {logits.device}; move one with .to()")
     allowed = trie.filter_tensors(filter, nodes.numel())
-    operands = logits, scores, dense(nodes, torch.int32), width, OVER[normalize], logsumexp, backend
+    operands = logits, scores, as_nodes(nodes, trie.num_nodes), width, OVER[normalize], logsumexp, backend
     if torch.compiler.is_compiling():
         return BeamStep(*torch.ops.cemg.trie_beam_step(*flat(trie.arrays, allowed), *operands))
     return _step(trie.arrays, allowed, *operands)
@@ -173,6 +173,7 @@ def _walk_on(best: Tensor, place: Tensor, nodes: Tensor, trie: TrieArrays, width
     scores, dead = best[:, :width], best[:, :width] == NEVER
     place = place[:, :width].masked_fill(dead, 0)
     parents, codes = place // trie.codebook_size, place % trie.codebook_size
+    nodes = torch.nn.functional.pad(nodes, (0, 1), value=-1)  # so that of no beams the dead have a parent
     grown = trie_ops.advance(trie, None, nodes.gather(1, parents).flatten(), codes.flatten())
     grown = grown.view(codes.shape).masked_fill(dead, -1)
     return BeamStep(scores.clone(), parents, codes, grown, best[:, width].clone())

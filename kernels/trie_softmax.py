@@ -15,7 +15,7 @@ from . import trie_ops
 from .dispatch import pick
 from .filter_tensors import FilterTensors
 from .ranges import ranged
-from .trie import Filter, Trie
+from .trie import Filter, Trie, as_nodes
 from .trie_arrays import TrieArrays
 
 Normalize = Literal["vocab", "level", "valid"]
@@ -48,7 +48,7 @@ def trie_softmax(
     check_normalize(normalize, logsumexp, nodes.shape)
     check_logits(logits, nodes, trie, 2)
     allowed = trie.filter_tensors(filter, nodes.numel())
-    operands = logits, dense(nodes, torch.int32), OVER[normalize], logsumexp, backend
+    operands = logits, as_nodes(nodes, trie.num_nodes), OVER[normalize], logsumexp, backend
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.cemg.trie_softmax(*flat(trie.arrays, allowed), *operands)
         return out
@@ -68,7 +68,7 @@ def _softmax(
         return softmax(logits, nodes, trie, normalize, logsumexp, filter)
     if chosen == "native":
         return _native(trie, filter, logits, nodes, normalize, logsumexp)
-    return masked_log_prob(logits, trie_ops.mask(trie, filter, nodes), normalize, logsumexp)
+    return masked_log_prob(logits, trie_ops.mask(trie, filter, nodes), normalize, logsumexp).contiguous()
 
 
 def _native(
@@ -84,11 +84,11 @@ def _native(
     return out
 
 
-def dense(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same contiguous and of a dtype, as the kernels read it; itself where it is so already."""
-    if tensor.dtype is dtype and tensor.is_contiguous():
+def dense(tensor: Tensor) -> Tensor:
+    """The same float32 and contiguous, as the kernels read it; itself where it is so already."""
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
         return tensor
-    return tensor.to(dtype).contiguous()
+    return tensor.float().contiguous()
 
 
 def masked_log_prob(logits: Tensor, allowed: Tensor, normalize: int, logsumexp: Tensor | None) -> Tensor:
@@ -135,6 +135,8 @@ def check_logits(logits: Tensor, nodes: Tensor, trie: Trie, dim: int) -> None:
         raise ValueError(f"logits must be {wanted}: nodes and codebook_size; got {list(shape)}")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    if nodes.is_floating_point() or nodes.dtype == torch.bool:
+        raise ValueError(f"nodes must be integers, got {nodes.dtype}")
     if nodes.device != device:
         raise ValueError(f"nodes are on {nodes.device}, logits on {device}; move one with .to()")
     if device != trie.device:

@@ -210,13 +210,14 @@ def test_edges_and_inputs_that_do_not_fit_are_refused():
         lightgcn_propagate(graph, torch.zeros(4, 2), -1)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch", "sparse", "triton"])
+@pytest.mark.parametrize("backend", ["native", "torch", "sparse", "triton", "reference"])
 def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
     graph = BipartiteGraph.from_edges(*draw_edges(4, 5, 9), 4, 5)
     x = torch.randn(9, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
     arrays = graph.row_ptr, graph.neighbours, graph.inv_sqrt_degree
-    for layers in (0, 2):
-        operands = *arrays, x, layers, torch.bfloat16 if layers else None, backend
+    by_columns = x.detach().t().contiguous().t().requires_grad_()
+    for layers, laid_out in ((0, x), (2, x), (0, by_columns), (2, by_columns)):
+        operands = *arrays, laid_out, layers, torch.bfloat16 if layers else None, backend
         torch.library.opcheck(torch.ops.cemg.lightgcn_propagate.default, operands)
 
     def squared(rows: Tensor) -> Tensor:

@@ -174,10 +174,12 @@ def test_a_dtype_that_cannot_hold_the_codes_is_refused():
         residual_quantize(x, codebooks, code_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["native", "torch", "triton", "reference"])
 def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
     x, codebooks = torch.randn(7, 5), torch.randn(2, 6, 5)
-    torch.library.opcheck(torch.ops.cemg.residual_quantize.default, (x, codebooks, torch.int16, backend))
+    for laid_out in (x, x.t().contiguous().t()):  # by rows, by columns
+        operands = laid_out, codebooks, torch.int16, backend
+        torch.library.opcheck(torch.ops.cemg.residual_quantize.default, operands)
 
     def doubled(rows: Tensor) -> tuple[Tensor, Tensor]:
         codes, quantized = residual_quantize(rows * 2, codebooks, code_dtype=torch.uint8, backend=backend)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cemg_kernels
-from cemg_kernels import ItemFilter, Trie
+from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
 from cemg_kernels.trie_arrays import DuplicateCodes, build, build_reference
 
 SHAPES = [  # N, L, K
@@ -190,6 +190,22 @@ def test_advance_keeps_the_shape_of_its_nodes(backend):
     trie = Trie.from_codes(draw_codes(64, 3, 4), 4)
     codes = torch.arange(4).view(2, 2)
     assert trie.advance(torch.zeros(2, 2, dtype=torch.int32), codes).tolist() == [[1, 2], [3, 4]]
+
+
+def test_operands_may_be_strided_and_of_any_integer_dtype(backend):
+    trie = Trie.from_codes(torch.tensor([[0, 1], [0, 2], [3, 0]]), 4)
+    columns = torch.tensor([[0, 9], [3, 9], [2, 9]])
+    root = torch.zeros(3, dtype=torch.int32)
+    assert trie.advance(root, columns[:, 0]).tolist() == [1, 2, -1]
+    assert trie.advance(root, torch.tensor([3]).expand(3)).tolist() == [2, 2, 2]
+    wide = torch.tensor([[0, 9], [2**32, 9], [-1, 9], [2**40 + 1, 9]])[:, 0]  # a root and no nodes
+    assert trie.mask(wide).any(1).tolist() == [True, False, False, False]
+    assert trie.advance(wide, torch.zeros(4, dtype=torch.uint8)).tolist() == [1, -1, -1, -1]
+    assert trie.items(torch.tensor([3, 2**32 + 3, -(2**40)])).tolist() == [0, -1, -1]
+    assert trie_softmax(torch.zeros(4, 4), wide, trie, "valid").isneginf().all(1).tolist() == [
+        False, True, True, True]  # fmt: skip
+    step = trie_beam_step(torch.zeros(1, 4, 4), torch.zeros(1, 4), wide[None], trie, 3, "valid")
+    assert step.nodes.tolist() == [[1, 2, -1]]
 
 
 def test_large_batches_run_like_small_ones(backend):

@@ -39,10 +39,12 @@ def brute_force(log_prob: Tensor, scores: Tensor, nodes: Tensor, trie: Trie, wid
     return kept, -found[width][0] if len(found) > width else -INF
 
 
-def assert_step_is_brute_force(logits, scores, nodes, trie, width, backend, normalize="level", filter=None):
+def assert_step_is_brute_force(
+    logits, scores, nodes, trie, width, backend, normalize="level", filter=None, total=None
+):
     """Equal in every bit; where the Triton kernels sum in another order, from the same log-sum-exps."""
-    flat, total = (logits.reshape(-1, trie.codebook_size), nodes.flatten()), None
-    if backend == "triton":
+    flat = (logits.reshape(-1, trie.codebook_size), nodes.flatten())
+    if backend == "triton" and total is None:
         allowed = trie.mask(flat[1], filter=filter) if normalize == "valid" else torch.tensor(True)
         total, normalize = tame(flat[0]).masked_fill(~allowed, -INF).logsumexp(1), "vocab"
     shaped = None if total is None else total.view(nodes.shape)
@@ -131,16 +133,20 @@ def test_one_user_with_nodes_of_any_density_gets_what_the_definition_gives(size,
                 torch.testing.assert_close(ours.pruned, wanted.pruned, rtol=0, atol=rounding)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     users=st.integers(1, 2),
     beams=st.integers(1, 4),
     size=st.integers(1, 6),
     width=st.integers(1, 12),
+    normalize=st.sampled_from(["vocab", "level", "valid"]),
+    allowed=st.sampled_from(["all", "some", "none", "by request"]),
     backend=st.sampled_from(BACKENDS),
     seed=st.integers(0, 2**31),
 )
-def test_ties_and_odd_values_fall_as_in_a_stable_sort(users, beams, size, width, backend, seed):
+def test_ties_and_odd_values_fall_as_in_a_stable_sort(
+    users, beams, size, width, normalize, allowed, backend, seed
+):
     trie = make_trie(size, 2, 9, seed=seed % 100)
     generator = torch.Generator().manual_seed(seed)
     odd = torch.tensor([0.0, -0.0, 1.0, -1.0, -INF, INF, math.nan])
@@ -148,9 +154,53 @@ def test_ties_and_odd_values_fall_as_in_a_stable_sort(users, beams, size, width,
     def draw(values: Tensor, *shape: int) -> Tensor:
         return values[torch.randint(len(values), shape, generator=generator)]
 
+    def some() -> ItemFilter:
+        return ItemFilter.from_mask(trie, torch.rand(trie.num_items, generator=generator) < 0.5)
+
     nodes = torch.randint(-1, trie.num_nodes, (users, beams), generator=generator).to(torch.int32)
-    scores = draw(torch.tensor([0.0, -0.0, -1.0, -INF]), users, beams)
-    assert_step_is_brute_force(draw(odd, users, beams, size), scores, nodes, trie, width, backend)
+    scores = draw(torch.tensor([0.0, -0.0, -1.0, -INF, math.nan]), users, beams)
+    total = draw(odd, users * beams) if normalize == "vocab" else None
+    chosen = {
+        "all": lambda: None,
+        "some": some,
+        "none": lambda: ItemFilter.from_items(trie, []),
+        "by request": lambda: (
+            RequestFilter.stack([some(), None][:users])
+            & RequestFilter.excluding(trie, draw(torch.arange(-1, trie.num_items), users, 3))
+        ),
+    }[allowed]()
+    logits = draw(odd, users, beams, size)
+    assert_step_is_brute_force(logits, scores, nodes, trie, width, backend, normalize, chosen, total)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+def test_logits_of_any_float_dtype_count_as_float32_columns_too(backend, dtype, normalize):
+    trie = make_trie(40, 3, 300, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(2, 5, 90, generator=generator).to(dtype)[..., 7:47]  # as a head of all levels gives
+    nodes = torch.randint(-1, trie.arrays.num_inner, (2, 5), generator=generator).to(torch.int32)
+    scores = -torch.rand(5, 2, generator=generator).to(dtype).t()
+    total = logits.float().logsumexp(2) if normalize == "vocab" else None
+    step, wanted = (
+        trie_beam_step(*operands, nodes, trie, 8, normalize, total, backend=backend)
+        for operands in ((logits, scores), (logits.float().contiguous(), scores.float().contiguous()))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(step, wanted, strict=True))
+    assert (step.nodes >= 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_no_beams_or_users_nothing_grows(backend):
+    trie = make_trie(6, 2, 20)
+    for users, beams in ((2, 0), (0, 3)):
+        nodes = torch.zeros(users, beams, dtype=torch.int32)
+        step = trie_beam_step(
+            torch.zeros(users, beams, 6), torch.zeros(users, beams), nodes, trie, 3, "level", backend=backend
+        )
+        assert step.nodes.shape == (users, 3) and (step.nodes == -1).all()
+        assert step.scores.isneginf().all() and step.pruned.isneginf().all() and not step.parents.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -226,8 +276,12 @@ def step_arguments(users: int = 2) -> tuple[Trie, ItemFilter, Tensor, Tensor, Te
 @pytest.mark.parametrize("users", [1, 2])
 def test_the_custom_op_keeps_what_it_promises(backend, users):
     trie, chosen, logits, scores, nodes = step_arguments(users)
-    for allowed in (None, chosen.tensors):
-        operands = logits, scores, nodes, 4, 1, None, backend
+    one_each = RequestFilter.stack([chosen, None][:users]) & RequestFilter.excluding(trie, [[3, 9]] * users)
+    by_columns = logits.transpose(1, 2).contiguous().transpose(1, 2)
+    cases = zip((None, chosen.tensors, one_each.tensors), (logits, by_columns, logits), range(3), strict=True)
+    for allowed, laid_out, over in cases:
+        total = logits.logsumexp(2) if over == 0 else None
+        operands = laid_out, scores, nodes, 4, over, total, backend
         torch.library.opcheck(torch.ops.cemg.trie_beam_step.default, (*flat(trie.arrays, allowed), *operands))
 
 

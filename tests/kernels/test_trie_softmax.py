@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -132,9 +133,10 @@ def test_arguments_that_do_not_fit_are_refused():
 def test_the_custom_op_keeps_what_it_promises(backend):
     trie, logits, nodes = make_case(5, 8)
     chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 2 == 0)
-    for allowed in (None, chosen.tensors):
+    by_columns = logits.t().contiguous().t()
+    for allowed, laid_out in product((None, chosen.tensors), (logits, by_columns)):
         for over, total in enumerate((logits.logsumexp(1), None, None)):
-            operands = logits, nodes, over, total, backend
+            operands = laid_out, nodes, over, total, backend
             torch.library.opcheck(
                 torch.ops.cemg.trie_softmax.default, (*flat(trie.arrays, allowed), *operands)
             )
