@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase, powers_of_two
+from .dispatch import on_its_gpu
 
 DTYPES = ("fp32", "bf16", "fp16")
 WIDEST = 256  # of a head in the compiled cases
@@ -51,6 +52,7 @@ def attention_kernel(
     tl.store(out_ptr + program * D + place, (out / total).to(out_ptr.dtype.element_ty), mask=live)
 
 
+@on_its_gpu
 def attend(
     query: Tensor, kept: Tensor, ancestors: Tensor, scale: float, bias: Tensor | None,
     prefix: tuple[Tensor, Tensor] | None,

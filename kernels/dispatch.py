@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 _native: ModuleType | None
 try:
@@ -43,6 +46,7 @@ ON_REQUEST = {  # backends that run on a CPU, but not unless asked for
     "sparse": "slower than torch's embedding_bag on the CPU, so only when asked for",
 }
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels of attention and sums read
+Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 _environment = os.environ.get(ENVIRONMENT, "1")  # read once: a look costs a microsecond, an operation few
 _override: bool | None = None
 
@@ -126,6 +130,17 @@ def pick(op: str, device: torch.device, backend: str | None = None) -> str:
 def backends(device: str | torch.device = "cpu") -> dict[str, Choice]:
     """Every operation's backend on ``device`` and why: what ``cemg-doctor`` and ``cemg-train`` print."""
     return {op: choose(op, torch.device(device)) for op in OPS}
+
+
+def on_its_gpu(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function, whose Triton launches go to the GPU of its first tensor, whatever GPU is current."""
+
+    @wraps(function)
+    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        with torch.cuda.device_of(next(one for one in arguments if isinstance(one, Tensor))):
+            return function(*arguments, **options)
+
+    return run
 
 
 def _problem(op: str, backend: str, device: str) -> str:

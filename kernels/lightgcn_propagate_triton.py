@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .aot import REGISTERS, AotCase, pairwise, powers_of_two
+from .dispatch import on_its_gpu
 from .lightgcn_propagate import BipartiteGraph
 
 MAX_DIM = 1024
@@ -126,6 +127,7 @@ def schedule_of(graph: BipartiteGraph) -> Schedule:
     return kept
 
 
+@on_its_gpu
 def propagate(
     graph: BipartiteGraph, x: Tensor, layers: int, table_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -143,7 +145,7 @@ def propagate(
             f"got {x.dtype} of {dim}; use backend='torch'"
         )
     x = x.contiguous()
-    if layers == 0 or not graph.neighbours.numel():
+    if layers == 0 or not x.numel() or not graph.neighbours.numel():
         return (x.float() / (layers + 1)).to(x.dtype)
     plan = schedule_of(graph)
     table = (x.float() * graph.inv_sqrt_degree[:, None]).to(table_dtype)

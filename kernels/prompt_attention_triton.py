@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import REGISTERS, AotCase, powers_of_two
+from .dispatch import on_its_gpu
 from .prompt_attention import MAX_DIM
 from .trie_filter_triton import finite
 
@@ -65,6 +66,7 @@ def prompt_kernel(
     tl.store(lse_ptr + row, highest + tl.log(total), mask=live)
 
 
+@on_its_gpu
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Of checked tensors."""
     users, beams, heads, dim = query.shape

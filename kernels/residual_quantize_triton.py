@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase, powers_of_two
+from .dispatch import on_its_gpu
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # more spills, or fills 163 KB
@@ -170,6 +171,7 @@ class Tiles:
     registers: int | None = None
 
 
+@on_its_gpu
 def quantize(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
     """Checked input: ``x`` [N, D], ``codebooks`` [M, K, D] -> codes [N, M], quantized [N, D] float32.
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase, powers_of_two
+from .dispatch import on_its_gpu
 from .trie_filter_triton import finite
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -39,6 +40,7 @@ def logsumexp_kernel(logits_ptr, out_ptr, stride_row, V, BLOCK: tl.constexpr):
     tl.store(out_ptr + row, tl.where(tl.max(odd, 0) > 0, float("nan"), total))
 
 
+@on_its_gpu
 def logsumexp(logits: Tensor) -> Tensor:
     """Of checked logits [R, V]."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()

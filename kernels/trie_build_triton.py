@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
+from .dispatch import on_its_gpu
 from .packed_ascending import pack
 from .trie_arrays import TrieArrays, check_nodes, code_dtype, refuse_duplicates, sorted_order
 
@@ -72,6 +73,7 @@ def write_kernel(
         parent, parent_starts = node, starts
 
 
+@on_its_gpu
 def build(codes: Tensor, codebook_size: int) -> TrieArrays:
     """The arrays of checked ``codes`` [N, L], on their device; DuplicateCodes where two rows are equal."""
     (num_items, levels), device = codes.shape, codes.device

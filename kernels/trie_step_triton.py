@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import REGISTERS, AotCase, pairwise, powers_of_two
+from .dispatch import on_its_gpu
 from .filter_tensors import FilterTensors
 from .trie_arrays import TrieArrays
 from .trie_filter_triton import (
@@ -277,7 +278,7 @@ def plan_of(beams: int, size: int, width: int) -> Plan:
     """Two launches; sizes are rounded up to few classes, so that all kernels compile ahead of time."""
     block_k = max(MIN_BLOCK_K, triton.next_power_of_2(size))
     wanted = next(top for top in TOPS if width < top)
-    top, lists = min(wanted, block_k), triton.next_power_of_2(beams)
+    top, lists = min(wanted, block_k), triton.next_power_of_2(max(1, beams))
     kept = min(max(FIRST_ROUND, 2 * top), block_k)
     return Plan(block_k, top, kept, lists, max(wanted, lists, min(MERGED, top * lists)))
 
@@ -292,6 +293,7 @@ def problem(beams: int, size: int, width: int) -> str:
     )
 
 
+@on_its_gpu
 def softmax(
     logits: Tensor, nodes: Tensor, trie: TrieArrays, normalize: int, logsumexp: Tensor | None,
     filter: FilterTensors | None,
@@ -310,6 +312,7 @@ def softmax(
     return out
 
 
+@on_its_gpu
 def beam_step(
     logits: Tensor, scores: Tensor, nodes: Tensor, trie: TrieArrays, width: int, normalize: int,
     logsumexp: Tensor | None, filter: FilterTensors | None,

@@ -62,13 +62,14 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self.pool: Any = None  # a handle of torch's
+        self.stream: Any = None  # one for all recordings: what is freed in the pool serves its stream alone
 
     def __call__(self, search: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:
         """Record a search of static tensors; what comes back replays it and gives its outputs.
 
         It runs twice before, so that kernels are compiled and tables are made outside the recording.
         """
-        side = torch.cuda.Stream(device)
+        side = self.stream = self.stream or torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -77,7 +78,7 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         # other threads may go on allocating
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
             outputs = search()
 
         def replay() -> Outputs:
