@@ -46,8 +46,12 @@ def train(
         typer.Option(help="Ablation: collab, image, text or llm; repeatable. --set 'without=[]' ends it."),
     ] = None,
     fast_kernels: Annotated[
-        bool, typer.Option(help="Fast backends, or the plain PyTorch references.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Fast backends, or the plain PyTorch references. Default: $CEMG_FAST_KERNELS, else fast.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, or bfloat16 (mixed precision).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every stage.")] = None,
