@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Everything a borrowed GPU should do, worth most first, each step safe to kill:
 #   bash bench/gpu.sh [STEP ...]      steps: build check latency ops ncu train; default: all of them
-# On an H200 with 16 cores build takes 45 s, check 75, latency 100; ops some minutes. `check` runs all that is not timed side by
-# side, and compiles on the way what the timed steps launch, one after the other on a machine left alone.
+# On an H200 with 16 cores build takes 45 s, check 75, latency 100; ops some minutes. `check` (or tests, or sanitizer)
+# runs side by side all that is not timed, and compiles on the way what the timed steps launch, one after the other on
+# a machine left alone. `ops` (or bench) times the operations. Where nothing is built, build comes first. With ten
+# minutes a call: `build check latency`, then `ops ncu`.
 # CEMG_COMMIT names the commit where .git did not come along. $OUT (default: runs/gpu) gets STEP.json (what ran, its
-# exit codes, the rows it measured, the targets they meet or miss), logs.tgz (logs, plots, profiles) and compiled.tgz,
-# Triton's cache: put where $COMPILED says (default: .compiled.tgz), it saves the next run the compiler.
-# Ends with 1 if a command failed. Needs Python 3.11+, torch, Triton, CuPy or nvcc, and no network. What the machine
-# lacks can come along as wheels in $WHEELS (default: .whl): training needs polars and pydantic, peers need theirs; the
-# other steps need nothing but what comes with torch, transformers and pytest.
+# exit codes, the rows it measured, the targets they meet or miss; new after each command), logs.tgz (logs, plots,
+# profiles) and compiled.tgz, Triton's cache: put where $COMPILED says (default: .compiled.tgz), it saves the next run
+# the compiler. Ends with 1 if a command failed. Needs Python 3.11+, torch, Triton, CuPy or nvcc, and no network. What
+# the machine lacks can come along as wheels in $WHEELS (default: .whl): building needs pybind11, the tests pytest and
+# hypothesis, training polars and pydantic, peers need theirs; the other steps need torch and transformers.
 # DATA (default: ../shared/data) holds beauty/ for the last step; it is skipped where that is not.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,6 +33,7 @@ bounded() {  # seconds, name, command: its log, and one line of how it went
   local code=$?
   printf '{"command": "%s", "exit": %d, "seconds": %d}\n' "$name" "$code" "$((SECONDS - began))" | tee -a "$WORK/$STEP.jsonl"
   [ $code -eq 0 ] || { touch "$WORK/failed"; tail -n 15 "$WORK/$name.log"; }
+  [ -n "${SIDE_BY_SIDE:-}" ] || report  # whoever is killed keeps what has ended
 }
 
 report() {  # STEP.json from the lines of `bounded` and the JSON files named STEP-*, and all else in two archives
@@ -55,6 +58,9 @@ for name, found in met.items():
 out.write_text(json.dumps({"step": step, "ran": ran, "targets": met, "results": results}, indent=1) + "\n")
 PYTHON
   tar -czf "$OUT/logs.tgz" -C "$WORK" .
+}
+
+keep_compiled() {
   (cd "$TRITON_CACHE_DIR" && find . -name '*.json' -o -name '*.cubin' -o -name '*.so' | tar -czf - -T -) >"$OUT/compiled.tgz"
 }
 
@@ -68,7 +74,7 @@ build() {
 check() {
   local once="--device cuda --rounds 1 --seconds 0.02" cells='B[18] W50$' workers=()
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) / 2 + 1))")
-  export OMP_NUM_THREADS=3
+  export OMP_NUM_THREADS=3 SIDE_BY_SIDE=yes
   CEMG_NO_SKIPS=1 bounded 300 tests "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py tests/kernels \
     "${workers[@]}" --junitxml "$WORK/tests.xml" &
   # without torch's cache of memory, so that a read past a tensor is one past an allocation
@@ -76,7 +82,7 @@ check() {
     "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py -k "every_trie_operation or filters_made_here" &
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 bounded 300 sanitizer-triton compute-sanitizer --error-exitcode 9 \
     "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
-    -k "(beam_step and valid and 256-50) or (attention and float32) or log_sum_exp or propagation" &
+    -k "(beam_step and valid and 256-50) or (attention and float32) or log_sum_exp or propagation or codes" &
   for size in 256 2048; do
     bounded 200 "compile-step-$size" "$PYTHON" bench/trie_step.py $once --items 10000 --sizes $size &
   done
@@ -86,34 +92,41 @@ check() {
   done
   for name in quantize propagate; do bounded 200 "compile-$name" "$PYTHON" "bench/$name.py" $once & done
   wait
-  unset OMP_NUM_THREADS
+  unset OMP_NUM_THREADS SIDE_BY_SIDE
 }
 latency() {  # the peers that such a machine has; flashrec's own family where it is installed
   local models=(tiger t5-small decoder-4)
-  "$PYTHON" -c 'import flashrec' 2>/dev/null && models+=(qwen3-0.6b)
+  "$PYTHON" -c 'import flashinfer, flashrec, sgl_kernel' 2>/dev/null && models+=(qwen3-0.6b)
   bounded 200 latency "$PYTHON" bench/latency.py --device cuda --seconds 0.5 --models tiger t5-small decoder-4 \
     --engines "transformers + dict trie" --json "$WORK/latency-float32.json" --plot "$WORK/latency-float32.png"
   bounded 150 latency-bf16 "$PYTHON" bench/latency.py --device cuda --dtype bfloat16 --seconds 0.5 \
     --models "${models[@]}" --cells 'W50$' --engines flashrec \
     --json "$WORK/latency-bfloat16.json" --plot "$WORK/latency-bfloat16.png"
 }
-ops() {
-  local sizes=(--items 10000 1000000 10000000)  # of trie_step, which comes first
-  for name in trie_step quantize propagate trie_build; do
-    bounded 100 "ops-$name" "$PYTHON" "bench/$name.py" --device cuda --seconds 0.5 "${sizes[@]}" \
-      --json "$WORK/ops-$name.json" --plot "$WORK/ops-$name.png"
-    sizes=()
-  done
-  bounded 130 ops-trie_step-1e8 "$PYTHON" bench/trie_step.py --device cuda --seconds 0.5 --users 1 --sizes 256 \
-    --items 100000000 --json "$WORK/ops-trie_step-1e8.json"
+timed() {  # seconds, name, options: a benchmark of operations
+  local seconds=$1 name=$2; shift 2
+  bounded "$seconds" "ops-$name" "$PYTHON" "bench/${name%-*}.py" --device cuda --seconds 0.5 \
+    --json "$WORK/ops-$name.json" --plot "$WORK/ops-$name.png" "$@"
 }
-ncu() {  # eighty seconds of one test are torch's own kernels, so those of ours alone
-  local kernels="prompt_kernel|logsumexp_kernel|attention_kernel|softmax_kernel|beam_step_kernel|merge_kernel"
-  kernels+="|layer_kernel|chunk_kernel|prepare_kernel|residual_quantize_kernel"
-  kernels="regex:$kernels|lookup|advance|children|mask_|interval|keep|open_level|close"
-  bounded 480 ncu "$(type -P ncu || echo ncu)" --clock-control none --set basic --kernel-name "$kernels" --launch-count 300 --csv \
-    --log-file "$WORK/ncu.csv" "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
-    -k "trie or filters or softmax or codes or propagation or attention or log_sum_exp"
+ops() {
+  timed 150 trie_step --items 10000 1000000 10000000
+  timed 90 trie_step-1e8 --users 1 --sizes 256 --items 100000000
+  timed 50 propagate
+  timed 50 quantize
+  timed 110 trie_build
+}
+profiled() {  # name, kernels, tests: the first launches of these kernels in these tests, none of torch's own
+  bounded 70 "ncu-$1" "$(type -P ncu || echo ncu)" --clock-control none --set basic --kernel-name "regex:$2" --launch-count 48 \
+    --csv --log-file "$WORK/ncu-$1.csv" "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py -k "$3"
+}
+ncu() {
+  profiled step "beam_step_kernel|merge_kernel|softmax_kernel" "softmax_and_beam_step and valid and (256-50 or 2048-50)"
+  profiled attention "prompt_kernel|attention_kernel" "attention and float32"
+  profiled logsumexp "logsumexp_kernel" "log_sum_exp"
+  profiled quantize "prepare_kernel|residual_quantize_kernel" "codes"
+  profiled propagate "layer_kernel|chunk_kernel" "propagation"
+  profiled trie "lookup|advance|children|mask_|interval|keep|open_level|close" "every_trie_operation or filters_made_here"
+  profiled build "depth_kernel|write_kernel" "trie_built_here"
 }
 train() {
   if [ ! -d "$DATA/beauty" ]; then echo "no $DATA/beauty: train skipped"; return; fi
@@ -122,10 +135,20 @@ train() {
   rm -rf "$WORK/beauty"  # the weights; $OUT takes small files
 }
 
-for STEP in ${@:-build check latency ops ncu train}; do
-  case $STEP in
-    build | check | latency | ops | ncu | train) "$STEP"; [ ! -f "$WORK/$STEP.jsonl" ] || report ;;
-    *) echo "unknown step $STEP; see the head of this file"; exit 2 ;;
+step() {
+  STEP=$1
+  "$STEP"
+  [ ! -f "$WORK/$STEP.jsonl" ] || { report; keep_compiled; }
+}
+
+[ $# -gt 0 ] || set -- build check latency ops ncu train
+[ "$1" = build ] || (cd / && "$PYTHON" -c 'import cemg_kernels') 2>/dev/null || step build
+for name in "$@"; do
+  case $name in
+    tests | sanitizer) step check ;;
+    bench) step ops ;;
+    build | check | latency | ops | ncu | train) step "$name" ;;
+    *) echo "unknown step $name; see the head of this file"; exit 2 ;;
   esac
 done
 [ ! -f "$WORK/failed" ]

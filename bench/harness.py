@@ -432,6 +432,19 @@ def optional(names: Sequence[str]) -> str:
     return f"{NOT_INSTALLED}: {', '.join(missing)}" if missing else ""
 
 
+def built(make: Callable[[], Any]) -> Any:
+    """A peer that ``make`` makes, or the reason why it cannot: its packages may raise whatever they like."""
+    try:
+        return make()
+    except Exception as error:
+        return failure(error)
+
+
+def failure(error: Exception) -> str:
+    """An error as the status of a row."""
+    return f"failed: {(str(error) or type(error).__name__).splitlines()[0][:80]}"
+
+
 def checked(peers: Mapping[str, Any], check: Callable[[Any], object]) -> dict[str, Any]:
     """The peers, with a reason in place of those that ``check`` raises for; a reason stays."""
     said = dict(peers)
@@ -439,6 +452,6 @@ def checked(peers: Mapping[str, Any], check: Callable[[Any], object]) -> dict[st
         if not isinstance(peer, str):
             try:
                 check(peer)
-            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-                said[name] = f"failed: {str(error).splitlines()[0][:80]}"
+            except Exception as error:
+                said[name] = failure(error)
     return said

@@ -25,8 +25,10 @@ from harness import (
     Work,
     apart,
     arguments,
+    built,
     checked,
     copy_bandwidth,
+    failure,
     measure,
     optional,
     start,
@@ -176,6 +178,9 @@ class Step:
         pairs = self.codes[:, 0].long() * self.size + self.codes[:, 1]
         trie = build_trie_from_sequences([divmod(pair, self.size) for pair in pairs.unique().tolist()])
         trie.finalize_index(token_base=0, vocab_size=self.size)
+        trie._ensure_gpu_cache(self.logits.device)
+        if self.logits.is_cuda:
+            trie._next_node = trie._next_node.long()  # its kernel refuses int32, and PyTorch steps in
         return trie
 
     def flashrec(self) -> Work | str:
@@ -208,7 +213,7 @@ class Step:
         nodes = trie.bootstrap_node_ids(prefixes, self.rows, 1, device).long().view(self.users, WIDTH)
         tokens = torch.arange(self.size, device=device).expand(*self.logits.shape).contiguous()
         history = torch.zeros(self.users, WIDTH, LEVELS, dtype=torch.int64, device=device)
-        tables = {"allow_table": trie._allow_table, "next_node": trie._next_node.long()}
+        tables = {"allow_table": trie._allow_table, "next_node": trie._next_node}
 
         def run() -> tuple[Tensor, ...]:
             found = genrec_mask_topk_expand(
@@ -217,6 +222,10 @@ class Step:
             )  # fmt: skip
             return found.vals, found.parents, found.tokens, found.node_ids
 
+        if device.type == "cuda":  # its results are the workspace's, unless PyTorch stepped in
+            own = workspace.get("vals", (self.users, WIDTH), torch.float32, device)
+            if run()[0].data_ptr() != own.data_ptr():
+                return "failed: its kernel did not run"
         return run
 
     def bitmask(self) -> Work | str:
@@ -310,7 +319,7 @@ def in_a_graph(run: Work, report: Report) -> Times | str:
             for _ in range(IN_GRAPH):
                 run()
     except RuntimeError as error:
-        return f"failed: {str(error).splitlines()[0][:80]}"
+        return failure(error)
     taken = measure({"graph": graph.replay}, report.device, report.options.rounds, report.options.seconds)
     return Times(tuple(ms / IN_GRAPH for ms in taken["graph"].samples))
 
@@ -321,11 +330,11 @@ def one_step(report: Report, step: Step, label: str, bandwidth: float) -> None:
     wanted = step.run("reference")
     check(step.run(backend), wanted)
     peers: dict[str, Work | str] = {
-        "dict trie + transformers' processor": step.dict_trie(),
-        "marisa-trie": step.marisa(),
-        "xgrammar, a matcher a beam": step.grammar(),
-        "xgrammar's bitmask, the mask given": step.bitmask(),
-        of_flashrec("dense table"): step.flashrec(),
+        "dict trie + transformers' processor": built(step.dict_trie),
+        "marisa-trie": built(step.marisa),
+        "xgrammar, a matcher a beam": built(step.grammar),
+        "xgrammar's bitmask, the mask given": built(step.bitmask),
+        of_flashrec("dense table"): built(step.flashrec),
     }
     moved = step.needed_bytes()
     floor, equal = moved / bandwidth * 1e3, f"reference: scores within {TOLERANCE:.0e}, parents, codes"
@@ -335,6 +344,7 @@ def one_step(report: Report, step: Step, label: str, bandwidth: float) -> None:
     if report.device.type == "cuda":
         times = in_a_graph(lambda: step.run(backend), report)
         report.add(label, f"{backend}, in a CUDA graph", times, {}, equal, floor, moved)
+        report.write()
 
 
 def over_the_level(report: Report, step: Step, label: str, bandwidth: float) -> None:
@@ -342,7 +352,7 @@ def over_the_level(report: Report, step: Step, label: str, bandwidth: float) -> 
     backend = dispatch.choose("trie_beam_step", report.device).backend
     wanted = step.run("reference", "level")
     check(step.run(backend, "level"), wanted)
-    peers = {of_flashrec("fused step"): step.flashrec_fused()}
+    peers = {of_flashrec("fused step"): built(step.flashrec_fused)}
     peers = checked(peers, lambda peer: check(peer(), wanted))
     moved, label = step.needed_bytes("level"), f"{label}, over the level"
     floor, equal = moved / bandwidth * 1e3, f"reference: scores within {TOLERANCE:.0e}, parents, codes"
@@ -350,6 +360,7 @@ def over_the_level(report: Report, step: Step, label: str, bandwidth: float) -> 
     if report.device.type == "cuda":
         times = in_a_graph(lambda: step.run(backend, "level"), report)
         report.add(label, f"{backend}, in a CUDA graph", times, {}, equal, floor, moved)
+        report.write()
 
 
 def under_a_filter(report: Report, step: Step, label: str, bandwidth: float) -> None:
@@ -360,7 +371,7 @@ def under_a_filter(report: Report, step: Step, label: str, bandwidth: float) -> 
     wanted = step.run("reference", filter=step.filter)
     check(step.run(backend, filter=step.filter), wanted)
     peers = checked(
-        {"dict tries of what is left, transformers' processor": step.dict_tries()},
+        {"dict tries of what is left, transformers' processor": built(step.dict_tries)},
         lambda peer: check(peer(), wanted),
     )
     moved = step.needed_bytes()
@@ -371,6 +382,7 @@ def under_a_filter(report: Report, step: Step, label: str, bandwidth: float) -> 
     if report.device.type == "cuda":
         times = in_a_graph(lambda: step.run(backend, filter=step.filter), report)
         report.add(label, f"{backend}, in a CUDA graph", times, {}, equal, floor, moved)
+        report.write()
 
 
 def softmax(report: Report, step: Step, label: str, bandwidth: float) -> None:
