@@ -1,6 +1,9 @@
 """Three layers of LightGCN propagation, forward and backward, against PyG and sparse products.
 
-python bench/propagate.py [--scale 0.1] [--device cuda] [--json PATH] [--plot PATH]
+    python bench/propagate.py [--data data/beauty] [--device cuda] [--json PATH] [--plot PATH]
+
+Drawn edges of the size of two public sets; ``--data`` adds the training edges of a set of one's own. On a GPU
+the other backends are timed too, and bfloat16 tables, within the bound of what these round.
 
 "floor": the bytes that cannot be saved, at the machine's copy bandwidth. Edges and table are read
 and the table written once; a layer after the first does so with what of them is beyond the last cache; each
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +25,7 @@ from cemg_kernels import BipartiteGraph, dispatch, lightgcn_propagate
 
 Operator = Callable[[Tensor], Tensor]
 LAYERS, DIM = 3, 64
+BFLOAT16 = "triton, bfloat16 tables"
 SHAPES = {"Gowalla-shaped": (29_858, 40_981, 1_027_370), "Beauty-shaped": (22_363, 12_101, 153_776)}
 
 
@@ -103,12 +108,23 @@ def backward(run: Operator, x: Tensor, gradient: Tensor) -> Callable[[], Tensor]
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], rounds=9, seconds=15.0)
     parser.add_argument("--scale", type=float, default=1.0, help="of users, items and edges, for trials")
+    parser.add_argument("--data", type=Path, help="also the edges of this set, as cemg-train --data takes it")
     options = parser.parse_args()
     device = start(options)
     report = Report("lightgcn_propagate", options, device)
     bandwidth = copy_bandwidth(device)
     for name, shape in SHAPES.items():
-        one_shape(report, name, *(max(8, int(count * options.scale)) for count in shape), bandwidth)
+        users, items, edges = (max(8, int(count * options.scale)) for count in shape)
+        graph = BipartiteGraph.from_edges(*draw(users, items, edges), users, items)
+        one_graph(report, name, graph.to(device), bandwidth)
+    if options.data:
+        from cemg.data import read_dataset  # polars, which the rest can do without
+        from cemg.graph.lightgcn import edges_of
+
+        data = read_dataset(options.data)
+        train = data.split().train
+        graph = BipartiteGraph.from_edges(*edges_of(train), len(train), data.num_items)
+        one_graph(report, data.name, graph.to(device), bandwidth)
     report.finish()
 
 
@@ -122,11 +138,10 @@ def unavoidable(graph: BipartiteGraph, row_bytes: int, cache: float) -> int:
     return once + (LAYERS - 1) * beyond + LAYERS * int(again) * row_bytes
 
 
-def one_shape(report: Report, name: str, users: int, items: int, edges: int, bandwidth: float) -> None:
-    device = report.device
-    graph = BipartiteGraph.from_edges(*draw(users, items, edges), users, items).to(device)
-    generator = torch.Generator().manual_seed(1)
-    x, gradient = (torch.randn(users + items, DIM, generator=generator).to(device) for _ in range(2))
+def one_graph(report: Report, name: str, graph: BipartiteGraph, bandwidth: float) -> None:
+    device, generator = report.device, torch.Generator().manual_seed(1)
+    vertices = graph.num_users + graph.num_items
+    x, gradient = (torch.randn(vertices, DIM, generator=generator).to(device) for _ in range(2))
     csr = sparse_matrix(graph)
     coo = csr.to_sparse_coo().coalesce()
     peers: dict[str, Operator | str] = {
@@ -136,16 +151,24 @@ def one_shape(report: Report, name: str, users: int, items: int, edges: int, ban
         "embedding_bag, weighted": bag(graph),
     }
     chosen = dispatch.choose("lightgcn_propagate", device).backend
+    backends = {chosen, "torch"} | ({"sparse"} if x.is_cuda else set())
     ours: dict[str, Operator] = {
-        name: partial(lightgcn_propagate, graph, layers=LAYERS, backend=name) for name in {chosen, "torch"}
+        own: partial(lightgcn_propagate, graph, layers=LAYERS, backend=own) for own in sorted(backends)
     }
+    if chosen == "triton":
+        ours[BFLOAT16] = partial(ours[chosen], table_dtype=torch.bfloat16)
     forward_peers = {**peers, "scipy CSR": scipy_csr(graph, csr)}
     reference = partial(lightgcn_propagate, graph, layers=LAYERS, backend="reference")
     wanted = reference(x.double()).float()
     wanted_gradient = backward(reference, x.double(), gradient.double())().float()
-    for found in ours.values():
-        torch.testing.assert_close(found(x), wanted, rtol=0, atol=1e-5)
-        torch.testing.assert_close(backward(found, x, gradient)(), wanted_gradient, rtol=0, atol=1e-5)
+    for own, found in ours.items():
+        for made, given, right in (
+            (found(x), x, wanted),
+            (backward(found, x, gradient)(), gradient, wanted_gradient),
+        ):
+            rounded = 1.01 * LAYERS * 2**-9 * reference(given.abs()) if own == BFLOAT16 else 0.0
+            if not bool(((made - right).abs() <= 1e-5 + rounded).all()):
+                raise SystemExit(f"{own} differs from the reference: run pytest tests/kernels")
     close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
     forward_peers = checked(forward_peers, lambda run: close(run(x), wanted))
     peers = checked(peers, lambda run: close(backward(run, x, gradient)(), wanted_gradient))

@@ -61,6 +61,14 @@ def test_trie_beam_step(benchmark, size, items, users):
 
 
 @pytest.mark.parametrize("size, items, users", STEPS)
+@pytest.mark.parametrize("normalize, filtered", [("level", False), ("valid", True)])
+def test_trie_beam_step_over_the_level_or_under_a_filter(benchmark, size, items, users, normalize, filtered):
+    step = trie_step.Step(codes_of(items, size), size, DEVICE, users)
+    filter = step.filter if filtered else None
+    trie_step.check(benchmark(step.run, None, normalize, filter), step.run("reference", normalize, filter))
+
+
+@pytest.mark.parametrize("size, items, users", STEPS)
 def test_trie_softmax(benchmark, size, items, users):
     step = trie_step.Step(codes_of(items, size), size, DEVICE, users)
     operands = step.flat, step.nodes.flatten(), step.trie, "valid"
@@ -70,8 +78,11 @@ def test_trie_softmax(benchmark, size, items, users):
 
 
 @pytest.mark.parametrize("size, items", BUILDS)
-def test_trie_build(benchmark, size, items):
+@pytest.mark.parametrize("ordered", [False, True])
+def test_trie_build(benchmark, size, items, ordered):
     codes = codes_of(items, size).to(DEVICE)
+    if ordered:
+        codes = codes[Trie.from_codes(codes, size, device=DEVICE).rows.long()]
     trie = benchmark(Trie.from_codes, codes, size, device=DEVICE)
     rows = torch.arange(0, items, max(1, items // trie_build.SAMPLE), device=DEVICE)
     assert torch.equal(trie.items(trie.lookup(codes[rows])), rows)

@@ -2,7 +2,8 @@
 
     python bench/trie_build.py [--items 1000000 100000000] [--device cuda] [--json PATH] [--plot PATH]
 
-Peers get what they need ready made: nested dicts the rows as lists, marisa-trie the codes as strings. Before
+Peers get what they need ready made: nested dicts and flashrec the rows as lists, marisa-trie the codes as
+strings, xgrammar the text of its rules. Before
 time is taken, a sample is looked up in each, and every answer compared. "floor": the codes read and the trie
 written once, of a question what goes in and out, at the machine's copy bandwidth. ``bytes_an_item`` holds
 what a trie takes, without item ids (nested dicts: of at most 1e5 items, as tracemalloc counts them),
@@ -17,14 +18,15 @@ from typing import Any
 
 import torch
 from cells import random_codes
-from harness import NOT_ASKED, Report, Work, arguments, copy_bandwidth, optional, peak_mib, start
+from harness import NOT_ASKED, Report, Work, arguments, built, copy_bandwidth, optional, peak_mib, start
 from torch import Tensor
+from trie_step import MOST_FOR_GRAMMAR, grammar_of
 
 from cemg.decoding import dict_trie
 from cemg_kernels import Trie, dispatch
 
 LEVELS = 4
-ITEMS, SIZES = (10**6, 10**7), (256,)  # N and K of the cases
+ITEMS, SIZES = (10**4, 10**6, 10**7), (256,)  # N and K of the cases
 SAMPLE = 1000
 QUESTIONS = ("lookup", "advance", "mask", "children")
 ASKED = 400  # prefixes or nodes a call: eight users of 50 beams
@@ -45,6 +47,59 @@ class Marisa:
 
     def holds(self, trie: Any) -> bool:
         return len(trie) == len(self.words) and all(word in trie for word in self.words[:SAMPLE])
+
+
+class Flashrec:
+    """flashrec's trie: prefixes in Python's dicts, and the tables its search reads."""
+
+    def __init__(self, codes: Tensor, size: int) -> None:
+        self.rows, self.size = codes.tolist(), size
+
+    def build(self) -> Any:
+        from flashrec.search.trie import build_trie_from_sequences
+
+        trie = build_trie_from_sequences(self.rows)
+        trie.finalize_index(token_base=0, vocab_size=self.size)
+        trie._ensure_gpu_cache(torch.device("cpu"))
+        return trie
+
+    def holds(self, trie: Any) -> bool:
+        return all(
+            row[level] in trie.children[tuple(row[:level])]
+            for row in self.rows[:SAMPLE]
+            for level in range(LEVELS)
+        )
+
+
+class Grammar:
+    """xgrammar's grammar with a rule a prefix; the text of the rules is made before."""
+
+    def __init__(self, codes: Tensor, size: int) -> None:
+        self.rows, self.build = codes.tolist(), grammar_of(codes, size)
+
+    def holds(self, compiled: Any) -> bool:
+        import xgrammar
+
+        def takes(row: list[int]) -> bool:
+            matcher = xgrammar.GrammarMatcher(compiled)
+            return all(matcher.accept_token(code) for code in row)
+
+        return all(takes(row) for row in self.rows[:SAMPLE])
+
+
+def builder_of(kind: Callable[..., Any], package: str, codes: Tensor, size: int, most: int) -> Work | str:
+    """A peer's way to build, which was looked into; or why there is none."""
+    missing = optional([package])
+    if missing or len(codes) > most:
+        return missing or f"{NOT_ASKED}above {most:.0e} items"
+
+    def checked() -> Work | str:
+        peer = kind(codes, size)
+        work: Work = peer.build
+        return work if peer.holds(peer.build()) else "failed: it does not hold the items"
+
+    found: Work | str = built(checked)
+    return found
 
 
 def words_of(codes: Tensor) -> list[str]:
@@ -95,6 +150,8 @@ def build(report: Report, items: int, size: int, bandwidth: float) -> None:
         assert marisa.holds(words)
         by_item["marisa-trie"] = len(words.tobytes()) / items
         peers["marisa-trie"] = marisa.build
+    peers["flashrec"] = builder_of(Flashrec, "flashrec", codes, size, MOST_FOR_DICT)
+    peers["xgrammar"] = builder_of(Grammar, "xgrammar", codes, size, MOST_FOR_GRAMMAR)
     moved = codes.nbytes + trie.nbytes + trie.arrays.rows.nbytes
     ordered = codes[trie.rows.long()]
     for name, rows, against in (("sorting included", codes, peers), ("sorted codes", ordered, {})):

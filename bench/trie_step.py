@@ -12,7 +12,7 @@ filter of ours makes needless. On a GPU our step is timed once more in a CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -254,30 +254,9 @@ class Step:
             return missing or f"{NOT_ASKED}a grammar of more than {MOST_FOR_GRAMMAR:.0e} items"
         import xgrammar
 
-        words = [chr(0x4E00 + code) for code in range(self.size)]  # a character a code
-        below: dict[tuple[int, ...], set[int]] = {}
-        for row in self.codes.tolist():
-            for level in range(LEVELS):
-                below.setdefault(tuple(row[:level]), set()).add(row[level])
-
-        def name(prefix: tuple[int, ...]) -> str:
-            return "x".join(["root", *map(str, prefix)])
-
-        def goes_on(prefix: tuple[int, ...], code: int) -> str:
-            more = len(prefix) + 1 < LEVELS
-            return f'"{words[code]}"' + (f" {name((*prefix, code))}" if more else "")
-
-        rules = [
-            f"{name(prefix)} ::= " + " | ".join(goes_on(prefix, code) for code in sorted(codes))
-            for prefix, codes in below.items()
-        ]
-        vocabulary = [*words, "</s>"]
-        info = xgrammar.TokenizerInfo(
-            vocabulary, vocab_type=xgrammar.VocabType.RAW, stop_token_ids=[self.size]
-        )
-        compiled = xgrammar.GrammarCompiler(info).compile_grammar("\n".join(rules))
+        compiled = grammar_of(self.codes, self.size)()
         parents = [xgrammar.GrammarMatcher(compiled) for _ in range(self.rows)]
-        mask = xgrammar.allocate_token_bitmask(self.rows, len(vocabulary))
+        mask = xgrammar.allocate_token_bitmask(self.rows, self.size + 1)
         chosen = self.first.tolist()
 
         def run() -> tuple[Tensor, ...]:
@@ -291,6 +270,35 @@ class Step:
             return self.finish(logits)
 
         return run
+
+
+def grammar_of(codes: Tensor, size: int) -> Callable[[], Any]:
+    """What compiles xgrammar's grammar of the rows of codes [N, L]: a rule a prefix, a character a code; its
+    tokens are the codes, and the end as ``size``."""
+    import xgrammar
+
+    words = [chr(0x4E00 + code) for code in range(size)]
+    below: dict[tuple[int, ...], set[int]] = {}
+    levels = codes.shape[1]
+    for row in codes.tolist():
+        for level in range(levels):
+            below.setdefault(tuple(row[:level]), set()).add(row[level])
+
+    def name(prefix: tuple[int, ...]) -> str:
+        return "x".join(["root", *map(str, prefix)])
+
+    def goes_on(prefix: tuple[int, ...], code: int) -> str:
+        more = len(prefix) + 1 < levels
+        return f'"{words[code]}"' + (f" {name((*prefix, code))}" if more else "")
+
+    rules = "\n".join(
+        f"{name(prefix)} ::= " + " | ".join(goes_on(prefix, code) for code in sorted(own))
+        for prefix, own in below.items()
+    )
+    kind = xgrammar.VocabType.RAW
+    info = xgrammar.TokenizerInfo([*words, "</s>"], vocab_type=kind, stop_token_ids=[size])
+    compiler = xgrammar.GrammarCompiler(info, cache_enabled=False)
+    return lambda: compiler.compile_grammar(rules)
 
 
 def of_flashrec(what: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import trie_cuda, trie_walk
 from .dispatch import pick
 from .packed_ascending import popcount
+from .ranges import ranged
 from .trie_arrays import TrieArrays
 
 WORD_BITS = 64
@@ -69,6 +70,7 @@ def open_nodes(trie: TrieArrays, by_rank: Tensor) -> Tensor:
     return fill_inner(trie, pack_bits(torch.cat((above, by_rank))))
 
 
+@ranged
 def fill_inner(trie: TrieArrays, open: Tensor) -> Tensor:
     """``open`` [words] itself, whose leaves' bits are right, with those of all nodes above made right."""
     native = pick("trie", open.device) == "native"
@@ -89,6 +91,7 @@ def fill_inner(trie: TrieArrays, open: Tensor) -> Tensor:
     return open.copy_(pack_bits(bits))
 
 
+@ranged
 def closed_nodes(trie: TrieArrays, open: Tensor, filter_of: Tensor, excluded: Tensor) -> Tensor:
     """What ``excluded`` [B, H] ranks (int32, ascending and distinct, then NO_NODE) close of what the bitmaps
     leave open: [B, X] int32, as in FilterTensors.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dispatch import fast_kernels_enabled, native, pick
-from .ranges import ranged
+from .ranges import named_range, ranged
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -158,7 +158,8 @@ class _Propagate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
-        return None, _Propagate.apply(ctx.graph, grads[0], *ctx.rest), None, None, None
+        with named_range("lightgcn_propagate, backward"):
+            return None, _Propagate.apply(ctx.graph, grads[0], *ctx.rest), None, None, None
 
 
 def _horner(

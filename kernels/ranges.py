@@ -53,7 +53,7 @@ def ranged(function: Function) -> Function:
     def run(*arguments: object, **options: object) -> object:
         if not _enabled or torch.compiler.is_compiling():
             return function(*arguments, **options)
-        with named_range(function.__name__):
+        with named_range(function.__qualname__):
             return function(*arguments, **options)
 
     return run  # type: ignore[return-value]

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import trie_file, trie_ops
 from .filter_tensors import FilterTensors
 from .item_filter import ItemFilter
+from .ranges import ranged
 from .request_filter import RequestFilter
 from .trie_arrays import DuplicateCodes, TrieArrays, build, check_codes, fingerprint_of
 
@@ -154,6 +155,7 @@ class Trie:
         nodes = self._nodes(nodes, 1)
         return trie_ops.run("mask", self.arrays, self.filter_tensors(filter, nodes.numel()), nodes)
 
+    @ranged
     def items(self, leaves: Tensor, *, filter: Filter | None = None) -> Tensor:
         """The item id at each leaf (any shape), int64; -1 for -1 and for whatever is no leaf."""
         leaves = self._nodes(leaves)

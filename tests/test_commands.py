@@ -17,6 +17,7 @@ from cemg import progress
 from cemg.commands import catalog, evaluate, recommend, train
 from cemg.generator import symbol
 from cemg.tokenizer import Catalog
+from cemg_kernels import use_fast_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
 
@@ -36,6 +37,22 @@ def test_train_leaves_results_a_report_and_the_configuration(tiny_run):
     record = json.loads((tiny_run / "results" / "synthetic-cemg-test.json").read_text())
     assert set(record["metrics"]) == {f"{m}@{k}" for m in ("HR", "NDCG") for k in (5, 10, 20)}
     assert record["metrics_history_removed"].keys() == record["metrics"].keys()
+
+
+def test_train_says_which_backends_the_environment_or_the_option_picks(
+    tiny_run, tmp_path, feature_cache, command, monkeypatch
+):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    monkeypatch.setenv("CEMG_FAST_KERNELS", "0")
+    try:
+        for option, backend in (((), "reference"), (("--fast-kernels",), "native")):
+            said = io.StringIO()
+            monkeypatch.setattr(progress.console, "file", said)
+            assert command(train.main, "--run", run, "--cache", feature_cache, *option) == 0
+            assert f"trie: {backend} (" in said.getvalue()
+    finally:
+        monkeypatch.undo()
+        use_fast_kernels(None)
 
 
 def test_evaluate_again_gives_the_same_metrics_by_either_engine(tiny_run, tmp_path, command):

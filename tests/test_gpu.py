@@ -51,7 +51,11 @@ def test_the_native_trie_runs_here():
     ("items", "levels", "size"), [(1, 1, 1), (500, 3, 8), (5000, 4, 256), (3000, 3, 2048)]
 )
 @pytest.mark.parametrize("filtered", [False, True])
-def test_every_trie_operation_equals_the_cpus(items, levels, size, filtered):
+@pytest.mark.parametrize("compiler", ["as installed", "CuPy's NVRTC"])
+def test_every_trie_operation_equals_the_cpus(monkeypatch, items, levels, size, filtered, compiler):
+    if compiler != "as installed":
+        pytest.importorskip("cupy")
+        monkeypatch.setattr(trie_cuda, "built_by_nvcc", lambda: "")
     codes = codes_of(items, levels, size)
     host, device = Trie.from_codes(codes, size), Trie.from_codes(codes.to(GPU), size, device=GPU)
     assert all(

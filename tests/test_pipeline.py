@@ -25,7 +25,7 @@ from cemg.pipeline import Pipeline
 from cemg.recommender import Recommender
 from cemg.run import Run
 from cemg.tokenizer import Catalog
-from cemg_kernels import ItemFilter
+from cemg_kernels import ItemFilter, use_fast_kernels
 
 STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
@@ -140,6 +140,26 @@ def test_a_generator_that_died_in_the_middle_resumes_to_the_same_weights(
     lines = (copy / "generator" / "log.jsonl").read_text().splitlines()
     assert min(json.loads(line)["step"] for line in lines) > 5  # not from the start
     assert_same_run(copy, tiny_run)
+
+
+def test_the_references_train_to_the_same_codes_and_losses(tiny_run, copy, pipeline):
+    for stage in ("tokenizer", "catalog", "generator"):
+        shutil.rmtree(copy / stage)
+    use_fast_kernels(False)
+    try:
+        pipeline(copy).train()
+    finally:
+        use_fast_kernels(None)
+    assert Catalog.load(copy / "catalog").codes.tolist() == Catalog.load(tiny_run / "catalog").codes.tolist()
+    mine, theirs = (
+        [json.loads(line) for line in (run / "generator" / "log.jsonl").read_text().splitlines()]
+        for run in (copy, tiny_run)
+    )
+    losses = [line["generator/loss"] for line in mine if "generator/loss" in line]
+    assert len(losses) > 10
+    assert losses == pytest.approx(
+        [line["generator/loss"] for line in theirs if "generator/loss" in line], abs=1e-4
+    )
 
 
 def test_a_stage_that_starts_again_starts_its_log_again(copy, pipeline, monkeypatch):

@@ -17,6 +17,7 @@ from cemg.progress import console
 from cemg.report import write_report
 from cemg.run import Run
 from cemg_kernels import backends, use_fast_kernels
+from cemg_kernels.ranges import named_range
 
 app = typer.Typer(add_completion=False)
 SYNTHETIC = (  # small enough for two CPU cores and a few minutes; encoders that the package index has
@@ -97,8 +98,10 @@ def _config(run: Path, data: str, config: Path | None, settings: list[str], **to
 
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
-    paths = score(pipeline, config, part="test", engine="cemg", beams=config.decoding.beams, copy=copy)
-    write_report(pipeline.run.folder)
+    with named_range("stage: test"):
+        paths = score(pipeline, config, part="test", engine="cemg", beams=config.decoding.beams, copy=copy)
+    with named_range("stage: report"):
+        write_report(pipeline.run.folder)
     console.print(f"report: {pipeline.run.folder / 'report'}", highlight=False)
     console.print(result_table(paths))
 

@@ -64,7 +64,7 @@ def train_lightgcn(
 
     Logs ``graph/bpr`` and ``graph/l2`` an epoch. Raises UserError where no interaction trains.
     """
-    users, items = _edges(train)
+    users, items = edges_of(train)
     if len(users) == 0:
         raise UserError(
             "no training interaction to learn a graph from", fix="check the data: cemg-data stats"
@@ -89,7 +89,8 @@ def train_lightgcn(
     return Collaborative(values * present[:, None], present)
 
 
-def _edges(train: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+def edges_of(train: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """The users and items, int64 [E] each, of the sequences of items of each user."""
     lengths = torch.tensor([len(s) for s in train], dtype=torch.int64)
     users = torch.repeat_interleave(torch.arange(len(train)), lengths)
     items = torch.from_numpy(np.concatenate(train).astype(np.int64)) if len(train) else users

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,13 +43,17 @@ def test_every_configuration_compiles_for_both_architectures_and_none_spills(tmp
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_cupys_compiler_takes_the_cuda_source(architecture: int):
     """NVRTC, which comes with torch, with the options that CuPy gets: no standard headers, no launcher."""
-    image = nvrtc_cubin(trie_cuda.SOURCE, (*trie_cuda.NVRTC_OPTIONS, f"--gpu-architecture=sm_{architecture}"))
-    for operation, code in itertools.product(CUDA_OPERATIONS, ("u8", "i16")):
+    options = f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v"
+    image, log = nvrtc_cubin(trie_cuda.SOURCE, (*trie_cuda.NVRTC_OPTIONS, *options))
+    kernels = list(itertools.product(CUDA_OPERATIONS, ("u8", "i16")))
+    for operation, code in kernels:
         assert f"{operation}_{code}".encode() in image
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(spills) >= len(kernels) and set(spills) == {("0", "0")}
 
 
-def nvrtc_cubin(source: Path, options: tuple[str, ...]) -> bytes:
-    """What libnvrtc makes of a file; fails with its log."""
+def nvrtc_cubin(source: Path, options: tuple[str, ...]) -> tuple[bytes, str]:
+    """What libnvrtc makes of a file, and its log; fails with that."""
     nvrtc = ctypes.CDLL(nvrtc_path())
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), None, 0, None, None)
@@ -62,7 +67,7 @@ def nvrtc_cubin(source: Path, options: tuple[str, ...]) -> bytes:
     image = ctypes.create_string_buffer(size.value)
     assert not nvrtc.nvrtcGetCUBIN(program, image)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return image.raw
+    return image.raw, log.value.decode()
 
 
 def nvrtc_path() -> str:

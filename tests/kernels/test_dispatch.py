@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from cemg_kernels import backends, dispatch, fast_kernels_enabled, ranges, residual_quantize, use_fast_kernels
+from cemg_kernels import (
+    BipartiteGraph,
+    ItemFilter,
+    RequestFilter,
+    Trie,
+    backends,
+    dispatch,
+    fast_kernels_enabled,
+    lightgcn_propagate,
+    ranges,
+    residual_quantize,
+    use_fast_kernels,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +112,23 @@ def test_ranges_name_each_call_for_the_profilers_and_close_where_it_raises(monke
     ranges.use_ranges(False)
     residual_quantize(x, codebooks)
     assert len(said) == 4 * on_gpu
+
+
+def test_operations_filters_and_gradients_have_ranges_of_their_own(monkeypatch):
+    monkeypatch.setattr(ranges, "_enabled", True)
+    graph = BipartiteGraph.from_edges(torch.tensor([0, 1]), torch.tensor([0, 0]), 2, 1)
+    with torch.profiler.profile() as profile:
+        trie = Trie.from_codes(torch.tensor([[0, 1], [0, 2], [3, 0]]), 4)
+        allowed = ItemFilter.everything(trie) & RequestFilter.excluding(trie, [[1]])
+        leaves = trie.lookup(torch.tensor([[0, 2]]), filter=allowed)
+        trie.items(leaves)
+        trie.mask(leaves), trie.children(leaves), trie.interval(leaves), trie.advance(leaves, leaves)
+        lightgcn_propagate(graph, torch.ones(3, 2, requires_grad=True), 2).sum().backward()
+    said = {event.name for event in profile.events()}
+    assert said >= {
+        "trie_build", "trie_lookup", "trie_mask", "trie_children", "trie_interval", "trie_advance",
+        "Trie.items", "fill_inner", "closed_nodes", "lightgcn_propagate", "lightgcn_propagate, backward",
+    }  # fmt: skip
 
 
 def test_the_environment_turns_ranges_on(monkeypatch):
