@@ -1,18 +1,20 @@
 """One constrained step of beam search: mask, softmax, the best W, advance.
 
-    python bench/trie_step.py [--items 10000 1000000] [--device cuda] [--json PATH] [--plot PATH]
+    python bench/trie_step.py [--items 10000 1000000] [--alone] [--device cuda] [--json PATH] [--plot PATH]
 
 Scores and logits are random, of one user and of eight; every beam stands on a random node of level 1.
 "floor": at the machine's copy bandwidth, the codes of the beams' children, the logits that count
 (theirs, or the level's) and for the softmax its result; from a cache they take less. A step "over the level"
-normalises as flashrec does, whose fused step is the peer. A step "under a filter" admits half of the items,
+normalises as flashrec does, whose fused step is the peer; one "over the vocabulary" takes its log-sum-exp as
+the model's head gives it. A step "under a filter" admits half of the items,
 and leaves out twenty more of each user's; the peers hold a trie of their own of each user's items, which a
 filter of ours makes needless. On a GPU our step is timed once more in a CUDA graph, as the decoder runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -65,11 +67,16 @@ class Step:
         self.scores = -torch.rand(users, WIDTH, generator=generator).sort().values.to(device)
 
     def run(
-        self, backend: str, normalize: Normalize = "valid", filter: RequestFilter | None = None
+        self, backend: str | None, normalize: Normalize = "valid", filter: RequestFilter | None = None
     ) -> BeamStep:
-        return trie_beam_step(
-            self.logits, self.scores, self.nodes, self.trie, WIDTH, normalize, filter=filter, backend=backend
-        )
+        total = self.total if normalize == "vocab" else None
+        operands = self.logits, self.scores, self.nodes, self.trie, WIDTH, normalize, total, filter
+        return trie_beam_step(*operands, backend=backend)
+
+    @cached_property
+    def total(self) -> Tensor:
+        """The log-sum-exp of a vocabulary of four such levels, [B, W]."""
+        return self.logits.logsumexp(2) + math.log(LEVELS)
 
     @cached_property
     def shared(self) -> Tensor:
@@ -103,7 +110,7 @@ class Step:
     def needed_bytes(self, normalize: Normalize = "valid") -> int:
         """The codes of the beams' children, and their logits or the whole level's."""
         children = int(self.trie.mask(self.nodes.flatten()).sum())
-        logits = children * self.logits.element_size() if normalize == "valid" else self.logits.nbytes
+        logits = self.logits.nbytes if normalize == "level" else children * self.logits.element_size()
         return logits + children * self.trie.arrays.code.element_size()
 
     def finish(self, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -332,65 +339,58 @@ def in_a_graph(run: Work, report: Report) -> Times | str:
     return Times(tuple(ms / IN_GRAPH for ms in taken["graph"].samples))
 
 
+def timed(
+    report: Report, step: Step, label: str, peers: Mapping[str, Callable[[], Work | str]], bandwidth: float,
+    normalize: Normalize = "valid", filter: RequestFilter | None = None,
+) -> None:  # fmt: skip
+    """A case: our step against the peers that these make, and on a GPU in a CUDA graph too."""
+    backend = dispatch.choose("trie_beam_step", report.device).backend
+
+    def ours(name: str = backend) -> BeamStep:
+        return step.run(name, normalize, filter)
+
+    wanted = ours("reference")
+    check(ours(), wanted)
+    made = {} if report.options.alone else {name: built(make) for name, make in peers.items()}
+    made = checked(made, lambda peer: check(peer(), wanted))
+    moved = step.needed_bytes(normalize)
+    floor, equal = moved / bandwidth * 1e3, f"reference: scores within {TOLERANCE:.0e}, parents, codes"
+    report.case(label, {backend: ours}, made, equal, floor, nbytes=moved,
+                bytes_an_item=step.trie.nbytes / len(step.codes))  # fmt: skip
+    if report.device.type == "cuda":
+        report.add(label, f"{backend}, in a CUDA graph", in_a_graph(ours, report), {}, equal, floor, moved)
+        report.write()
+
+
 def one_step(report: Report, step: Step, label: str, bandwidth: float) -> None:
     """The step under "valid", against all peers."""
-    backend = dispatch.choose("trie_beam_step", report.device).backend
-    wanted = step.run("reference")
-    check(step.run(backend), wanted)
-    peers: dict[str, Work | str] = {
-        "dict trie + transformers' processor": built(step.dict_trie),
-        "marisa-trie": built(step.marisa),
-        "xgrammar, a matcher a beam": built(step.grammar),
-        "xgrammar's bitmask, the mask given": built(step.bitmask),
-        of_flashrec("dense table"): built(step.flashrec),
+    peers = {
+        "dict trie + transformers' processor": step.dict_trie,
+        "marisa-trie": step.marisa,
+        "xgrammar, a matcher a beam": step.grammar,
+        "xgrammar's bitmask, the mask given": step.bitmask,
+        of_flashrec("dense table"): step.flashrec,
     }
-    moved = step.needed_bytes()
-    floor, equal = moved / bandwidth * 1e3, f"reference: scores within {TOLERANCE:.0e}, parents, codes"
-    peers = checked(peers, lambda peer: check(peer(), wanted))
-    report.case(label, {backend: lambda: step.run(backend)}, peers, equal, floor,
-                nbytes=moved, bytes_an_item=step.trie.nbytes / len(step.codes))  # fmt: skip
-    if report.device.type == "cuda":
-        times = in_a_graph(lambda: step.run(backend), report)
-        report.add(label, f"{backend}, in a CUDA graph", times, {}, equal, floor, moved)
-        report.write()
+    timed(report, step, label, peers, bandwidth)
 
 
 def over_the_level(report: Report, step: Step, label: str, bandwidth: float) -> None:
     """The step as flashrec normalises it, against its fused kernel."""
-    backend = dispatch.choose("trie_beam_step", report.device).backend
-    wanted = step.run("reference", "level")
-    check(step.run(backend, "level"), wanted)
-    peers = {of_flashrec("fused step"): built(step.flashrec_fused)}
-    peers = checked(peers, lambda peer: check(peer(), wanted))
-    moved, label = step.needed_bytes("level"), f"{label}, over the level"
-    floor, equal = moved / bandwidth * 1e3, f"reference: scores within {TOLERANCE:.0e}, parents, codes"
-    report.case(label, {backend: lambda: step.run(backend, "level")}, peers, equal, floor, nbytes=moved)
-    if report.device.type == "cuda":
-        times = in_a_graph(lambda: step.run(backend, "level"), report)
-        report.add(label, f"{backend}, in a CUDA graph", times, {}, equal, floor, moved)
-        report.write()
+    peers = {of_flashrec("fused step"): step.flashrec_fused}
+    timed(report, step, f"{label}, over the level", peers, bandwidth, "level")
+
+
+def over_the_vocabulary(report: Report, step: Step, label: str, bandwidth: float) -> None:
+    """The step whose log-sum-exp the model's head has taken already."""
+    timed(report, step, f"{label}, over the vocabulary", {}, bandwidth, "vocab")
 
 
 def under_a_filter(report: Report, step: Step, label: str, bandwidth: float) -> None:
     """The step under "valid" where a user may get some of the items."""
     if len(step.codes) > max(ITEMS):
         return  # too long to draw
-    backend = dispatch.choose("trie_beam_step", report.device).backend
-    wanted = step.run("reference", filter=step.filter)
-    check(step.run(backend, filter=step.filter), wanted)
-    peers = checked(
-        {"dict tries of what is left, transformers' processor": built(step.dict_tries)},
-        lambda peer: check(peer(), wanted),
-    )
-    moved = step.needed_bytes()
-    floor, equal = moved / bandwidth * 1e3, f"reference: scores within {TOLERANCE:.0e}, parents, codes"
-    label = f"{label}, under a filter"
-    report.case(label, {backend: lambda: step.run(backend, filter=step.filter)}, peers, equal, floor,
-                nbytes=moved)  # fmt: skip
-    if report.device.type == "cuda":
-        times = in_a_graph(lambda: step.run(backend, filter=step.filter), report)
-        report.add(label, f"{backend}, in a CUDA graph", times, {}, equal, floor, moved)
-        report.write()
+    peers = {"dict tries of what is left, transformers' processor": step.dict_tries}
+    timed(report, step, f"{label}, under a filter", peers, bandwidth, filter=step.filter)
 
 
 def softmax(report: Report, step: Step, label: str, bandwidth: float) -> None:
@@ -411,6 +411,7 @@ def softmax(report: Report, step: Step, label: str, bandwidth: float) -> None:
         "torch, the mask given": lambda: masked(allowed),
         "torch, the trie's mask": lambda: masked(step.trie.mask(nodes)),
     }
+    peers = {} if report.options.alone else peers
     moved = step.needed_bytes() + wanted.nbytes
     report.case(f"softmax, {label}", {backend: lambda: ours(backend)}, peers,
                 f"reference within {TOLERANCE:.0e}", moved / bandwidth * 1e3, nbytes=moved,
@@ -422,6 +423,9 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="+", default=ITEMS)
     parser.add_argument("--users", type=int, nargs="+", default=USERS)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="codes a level, K")
+    parser.add_argument(
+        "--alone", action="store_true", help="no peers: nothing takes a turn between our steps"
+    )
     options = parser.parse_args()
     device = start(options)
     report = Report("trie_step", options, device)
@@ -432,7 +436,7 @@ def main() -> None:
             for users in options.users:
                 step = Step(codes, size, device, users)
                 label = f"K {size} N {items:.0e}" + (f" B {users}" if users > 1 else "")
-                for case in (one_step, over_the_level, under_a_filter, softmax):
+                for case in (one_step, over_the_level, over_the_vocabulary, under_a_filter, softmax):
                     case(report, step, label, bandwidth)
     report.finish()
 
