@@ -8,7 +8,8 @@ spills a register, wants more shared memory than there is or has a sum that Trit
 
 The configurations come from the functions that plan a launch (``plan_of``, ``tiles_of``, ``layer_blocks``),
 over all they take. By default any two choices (of dtype, normalisation, filter) meet in one case, of the
-widest sizes, where a thread holds most. ``--all``: every configuration. One process a core.
+widest sizes, where a thread holds most. ``--all``: every configuration. One process a core. Interrupted, a
+further call finds in Triton's cache what was compiled.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class AotCase:
     constants: dict[str, Any]
     options: dict[str, int | None] = field(default_factory=dict)
     aligned: Sequence[str] = ()
+    architectures: tuple[int, ...] = ARCHITECTURES  # those that launch it so
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,8 @@ def compile_triton(case: AotCase, capability: int) -> Compiled:
 
 def sweep(names: Sequence[str], *, every: bool) -> list[Compiled]:
     """All cases on both architectures, a process a core."""
-    tasks = [(case.name, every, arch) for case in triton_cases(names, every=every) for arch in ARCHITECTURES]
+    cases = triton_cases(names, every=every)
+    tasks = [(case.name, every, arch) for case in cases for arch in case.architectures]
     if not tasks:
         return []
     processes, rows = min(len(os.sched_getaffinity(0)), len(tasks)), []
@@ -206,7 +209,7 @@ def table(rows: Sequence[Compiled]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only kernels whose name holds one of these")
-    parser.add_argument("--all", action="store_true", help="every configuration; some hours of one core")
+    parser.add_argument("--all", action="store_true", help="every configuration; over an hour of two cores")
     parser.add_argument("--json", type=Path, help="write the table there as well")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

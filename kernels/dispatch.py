@@ -46,7 +46,8 @@ ON_REQUEST = {  # backends that run on a CPU, but not unless asked for
     "sparse": "slower than torch's embedding_bag on the CPU, so only when asked for",
 }
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels of attention and sums read
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 _environment = os.environ.get(ENVIRONMENT, "1")  # read once: a look costs a microsecond, an operation few
 _override: bool | None = None
 

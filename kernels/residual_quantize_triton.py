@@ -10,6 +10,7 @@ nothing comes back to the host.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, powers_of_two
+from .aot import ARCHITECTURES, AotCase, powers_of_two
 from .dispatch import on_its_gpu
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # more spills, or fills 163 KB
 CODES = ("i32", "i16", "u8")
+HOPPER = 90  # the architecture from which on four warps multiply together
 EXACT_CELLS = 1024  # float64 differences held at a time
 
 
@@ -198,26 +200,36 @@ def quantize(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype = torch.int64
     prepare_kernel[(triton.cdiv(vectors, block),)](
         codebooks, high, low, half_norm, norm, vectors, HALVINGS=halvings, BLOCK=block, num_warps=4
     )
-    tiles = tiles_of(dim, x.dtype)
+    tiles = tiles_of(dim, x.dtype, architecture_of(x.device))
     residual_quantize_kernel[(triton.cdiv(x.shape[0], tiles.rows),)](
         x, codebooks, high, low, half_norm, norm, codes, quantized, x.shape[0], size, levels, x.stride(0),
-        **constants_of(dim, x.dtype), num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
-        enable_fp_fusion=False,
+        **constants_of(dim, tiles, x.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+        maxnreg=tiles.registers, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, quantized
 
 
-def tiles_of(dim: int, dtype: torch.dtype) -> Tiles:
+def tiles_of(dim: int, dtype: torch.dtype, architecture: int) -> Tiles:
     """Tiles that keep the residual on chip, for D = ``dim``: 64 rows and four warps, which Hopper's tensor
     cores take at once. On an H200 the fastest of fourteen for float32 and D = 64, three times as fast as 64
-    rows by eight warps; the others by analogy, and by what spills no register under Triton 3.8 (under 3.6
-    some do on sm_80).
+    rows by eight warps; the others by analogy. Before Hopper by what spills no register, not by time.
     """
-    if dtype == torch.float32:
-        return Tiles(64, 64, 4, 2, 255) if dim <= 64 else Tiles(64, 16, 4, 2, 255)
-    if dim <= 64:
-        return Tiles(64, 64, 4, 2, 255)
-    return Tiles(64, 32, 4, 2, 255) if dim <= 128 else Tiles(16, 32, 4, 1, 255)
+    if dim > 128:
+        return Tiles(16, 32, 4, 1, 255)
+    codes = 64 if dim <= 64 else 16 if dtype == torch.float32 else 32
+    if architecture >= HOPPER:
+        return Tiles(64, codes, 4, 2, 255)
+    if dim > 64 and dtype != torch.float32:
+        return Tiles(32, 64, 4, 2, 255)
+    return Tiles(64, max(16, codes // 2), 8, 2, 255)
+
+
+def architecture_of(device: torch.device) -> int:
+    """80 of an A100, 90 of an H100; of a CPU, which interprets, the latter."""
+    if device.type != "cuda":
+        return HOPPER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def halvings_of(dim: int) -> int:
@@ -225,8 +237,8 @@ def halvings_of(dim: int) -> int:
     return max(4, (dim - 1).bit_length())
 
 
-def constants_of(dim: int, dtype: torch.dtype) -> dict[str, int]:
-    tiles, halvings = tiles_of(dim, dtype), halvings_of(dim)
+def constants_of(dim: int, tiles: Tiles, dtype: torch.dtype) -> dict[str, int]:
+    halvings = halvings_of(dim)
     return {"D": dim, "HALVINGS": halvings, "SPLIT": dtype == torch.float32, "BLOCK_N": tiles.rows,
             "BLOCK_K": tiles.codes, "BLOCK_EXACT": EXACT_CELLS >> halvings}  # fmt: skip
 
@@ -237,13 +249,17 @@ def aot_cases(every: bool = False) -> list[AotCase]:
     for dtype, most in MAX_DIM.items():
         dims = sorted({d for block in powers_of_two(most)[4:] for d in (block, block // 2 + 1)})
         dims = dims if every else [64, most] if dtype != torch.float16 else [most]
-        cases += [_quantize_case(dim, dtype, codes) for dim in dims for codes in ("i64", *CODES * every)]
+        codes = ("i64", *CODES * every)
+        cases += [_quantize_case(*choice) for choice in product(dims, [dtype], codes, ARCHITECTURES)]
         cases += [_prepare_case(dim, DTYPES[dtype]) for dim in dims]
-    return cases if every else [*cases, _quantize_case(100, torch.float32, CODES[-1])]
+    if every:
+        return cases
+    return cases + [_quantize_case(100, torch.float32, CODES[-1], target) for target in ARCHITECTURES]
 
 
-def _quantize_case(dim: int, dtype: torch.dtype, codes: str = "i64") -> AotCase:
-    name, tiles, constants = DTYPES[dtype], tiles_of(dim, dtype), constants_of(dim, dtype)
+def _quantize_case(dim: int, dtype: torch.dtype, codes: str, architecture: int) -> AotCase:
+    name, tiles = DTYPES[dtype], tiles_of(dim, dtype, architecture)
+    constants = constants_of(dim, tiles, dtype)
     types = {
         "x_ptr": f"*{name}", "codebooks_ptr": f"*{name}", "high_ptr": "*fp32", "low_ptr": "*fp32",
         "half_norm_ptr": "*fp32", "norm_ptr": "*fp32", "codes_ptr": f"*{codes}", "quantized_ptr": "*fp32",
@@ -254,9 +270,9 @@ def _quantize_case(dim: int, dtype: torch.dtype, codes: str = "i64") -> AotCase:
     aligned = [argument for argument in types if argument.endswith("_ptr")]
     aligned += ["stride_x"] * (dim % 16 == 0)
     types |= dict.fromkeys(constants, "constexpr")
-    title = f"residual_quantize D={dim} {name}" + (f" codes {codes}" if codes != "i64" else "")
-    return AotCase(title, residual_quantize_kernel, types, constants, options,
-                   aligned)  # fmt: skip
+    title = f"residual_quantize D={dim} {name} {tiles.rows}x{tiles.codes} {tiles.warps} warps"
+    title += f" codes {codes}" if codes != "i64" else ""
+    return AotCase(title, residual_quantize_kernel, types, constants, options, aligned, (architecture,))
 
 
 def _prepare_case(dim: int, name: str) -> AotCase:

@@ -166,6 +166,22 @@ def test_codes_come_in_the_dtype_that_is_asked_for(backend, dtype):
     assert torch.equal(quantized, sums)
 
 
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(40, torch.float32), (100, torch.float32), (40, torch.bfloat16), (100, torch.float16)],
+)
+def test_the_tiles_of_an_a100_give_the_same_codes(monkeypatch, dim, dtype):
+    from cemg_kernels import residual_quantize_triton as kernels
+
+    monkeypatch.setattr(kernels, "architecture_of", lambda device: 80)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(70, dim, generator=generator).to(dtype)
+    codebooks = torch.randn(2, 90, dim, generator=generator).to(dtype)
+    codes, quantized = residual_quantize(x, codebooks, backend="triton")
+    wanted, total = residual_quantize(x, codebooks, backend="reference")
+    assert torch.equal(codes, wanted) and torch.equal(quantized, total)
+
+
 def test_a_dtype_that_cannot_hold_the_codes_is_refused():
     x, codebooks = torch.zeros(1, 2), torch.zeros(1, 257, 2)
     with pytest.raises(ValueError, match=r"hold codes 0 to 256, got torch\.uint8; take a wider one"):
