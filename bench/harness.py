@@ -203,13 +203,13 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this tree, "+" behind it where other files than results differ; "unknown" outside git."""
+    """The commit of this tree, "+" behind it where more than prose and results differ, or "unknown"."""
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True,
                               check=True).stdout.strip()  # fmt: skip
-        results = [f":(top,exclude){folder}" for folder in ("bench/results", "docs/figures")]
+        results = [f":(top,exclude){folder}" for folder in ("bench/results", "docs", "*.md")]
         changed = subprocess.run([*git, "status", "--porcelain", "-uno", "--", ":(top)", *results],
                                  capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
