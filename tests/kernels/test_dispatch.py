@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from cemg_kernels import (
     lightgcn_propagate,
     ranges,
     residual_quantize,
+    trie_beam_step,
+    trie_softmax,
     use_fast_kernels,
 )
 
@@ -135,3 +138,26 @@ def test_the_environment_turns_ranges_on(monkeypatch):
     for value, enabled in (("1", True), ("0", False)):
         monkeypatch.setenv("CEMG_NVTX", value)
         assert importlib.reload(ranges).ranges_enabled() == enabled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_compiles_a_function_of_every_operation_whole():
+    """Whose operands lie by columns, which inductor takes a fake's strides at their word for."""
+    graph = BipartiteGraph.from_edges(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2, 2)
+    trie = Trie.from_codes(torch.tensor([[0, 1], [0, 2], [3, 0], [1, 1]]), 4)
+    generator = torch.Generator().manual_seed(0)
+    columns, codebooks = torch.randn(8, 4, generator=generator), torch.randn(1, 4, 8, generator=generator)
+
+    def everything(columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        table = lightgcn_propagate(graph, columns.t(), 2)  # [4, 8]
+        codes, quantized = residual_quantize((table + 1).t().contiguous().t(), codebooks)
+        nodes = trie.lookup(codes)
+        logits = quantized.t()[:4] * 2
+        log_prob = trie_softmax(logits, nodes, trie, "level")
+        step = trie_beam_step(logits[None], log_prob[None, :, 0].exp(), nodes[None], trie, 3, "valid")
+        return table * 2, quantized - 1, trie.items(step.nodes) + 1, step.scores * 2, log_prob.exp()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True)
+    for ours, wanted in zip(compiled(columns), everything(columns), strict=True):
+        torch.testing.assert_close(ours, wanted)

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cemg_kernels.row_logsumexp import row_logsumexp
 
@@ -53,6 +55,21 @@ def test_odd_values_stay_in_their_rows(backend):
     logits = torch.tensor(rows)
     torch.testing.assert_close(row_logsumexp(logits, backend=backend), logits.logsumexp(1), equal_nan=True)
     assert row_logsumexp(torch.zeros(0, 5), backend=backend).shape == (0,)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 70),
+    backend=st.sampled_from(BACKENDS),
+    seed=st.integers(0, 2**31),
+)
+def test_rows_of_odd_values_are_the_definitions(rows, columns, backend, seed):
+    generator = torch.Generator().manual_seed(seed)
+    odd = torch.tensor([0.0, 1.0, -2.0, 88.0, 3e38, -3e38, -INF, -INF, INF, math.nan])
+    kept = odd[: 4 + seed % 7]  # more of them where there are odder ones
+    logits = kept[torch.randint(len(kept), (rows, columns), generator=generator)]
+    torch.testing.assert_close(row_logsumexp(logits, backend=backend), logits.logsumexp(1), equal_nan=True)
 
 
 def test_another_shape_is_refused():
