@@ -113,7 +113,7 @@ ops() {
   timed 90 trie_step-1e8 --users 1 --sizes 256 --items 100000000
   timed 50 propagate
   timed 50 quantize
-  timed 110 trie_build
+  timed 110 trie_build --items 10000 10000000 1000000  # the last takes flashrec a minute
 }
 profiled() {  # name, kernels, tests: the first launches of these kernels in these tests, none of torch's own
   bounded 70 "ncu-$1" "$(type -P ncu || echo ncu)" --clock-control none --set basic --kernel-name "regex:$2" --launch-count 48 \
