@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
@@ -17,7 +17,21 @@ from rich.progress import (
 )
 
 T = TypeVar("T")
-console = Console(file=sys.stderr, stderr=True)
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: ``[bold]`` and ``:smile:`` are text, not markup."""
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, with every character that could move the cursor or reorder the line written as
+    an escape: control characters, line separators, bidirectional controls, lone surrogates."""
+    return UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+console = plain_console(stderr=True)
 
 
 class Log(Protocol):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from cemg.errors import UserError
+from cemg.progress import printable
 from cemg_kernels import fast_kernels_enabled
 from cemg_kernels.trie_softmax import Normalize
 
@@ -51,6 +53,9 @@ def _check_environment() -> None:
 def run(app: Callable[[], Any]) -> None:
     """Run ``app`` on ``sys.argv``; a UserError, or what the system refuses, is printed as ``error: …``, cause
     and fix; exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack a letter of a title
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _check_environment()
         app()
@@ -60,7 +65,6 @@ def run(app: Callable[[], Any]) -> None:
         lines = [f"{error.filename}: {error.strerror}" if error.filename else str(error)]
     else:
         return
-    print("error:", lines[0], file=sys.stderr)
-    for line in lines[1:]:
-        print(line, file=sys.stderr)
+    for line in (f"error: {lines[0]}", *lines[1:]):
+        print(printable(line), file=sys.stderr)
     sys.exit(2)

@@ -10,11 +10,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from cemg.commands.console import run
+from cemg.progress import plain_console
 from cemg_kernels import backends
 from cemg_kernels.dispatch import NATIVE_ERROR, native, native_available
 
@@ -106,11 +105,11 @@ def _presence(module: str, otherwise: str) -> str:
 
 
 def _print(findings: dict[str, dict[str, str]]) -> None:
-    console = Console()
+    console = plain_console()
     for section, rows in findings.items():
         table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, finding in rows.items():
-            table.add_row(name, escape(finding))
+            table.add_row(name, finding)
         console.print(table)
         console.print()
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from cemg import progress
@@ -93,7 +92,7 @@ def run_evaluation(
         studies=studies,
         normalize=normalize,
     )
-    out = Console()
+    out = progress.plain_console()
     if width < max(CUTOFFS):
         progress.console.print(f"lists of {width} items: HR@k and NDCG@k of a larger k count these alone")
     for table in (result_table(paths), *search_tables(json.loads(paths[-1].read_text()))):

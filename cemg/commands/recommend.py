@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from cemg.commands import console as command
 from cemg.decoding import Normalize
 from cemg.errors import UserError
 from cemg.generator import symbol
+from cemg.progress import plain_console, printable
 from cemg.recommender import Recommender
 
 app = typer.Typer(add_completion=False)
@@ -75,7 +75,7 @@ def recommend(
         proven = answer["certified"]
         table.caption = f"the first {proven} of {len(rows)} are proven to be the best"
         table.caption += "; --exact searches on" if proven < len(rows) and not exact else ""
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _read(path: Path, known: set[str]) -> list[list[str]]:
@@ -139,7 +139,13 @@ def _table(rows: list[dict[str, object]]) -> Table:
     table = Table("", "item", "title", "log-prob", "codes", caption_justify="left")
     for place, row in enumerate(rows, start=1):
         codes = " ".join(row["codes"])  # type: ignore[arg-type]
-        table.add_row(str(place), str(row["item"]), str(row["title"]), f"{row['score']:.3f}", codes)
+        table.add_row(
+            str(place),
+            printable(str(row["item"])),
+            printable(str(row["title"])),
+            f"{row['score']:.3f}",
+            codes,
+        )
     return table
 
 

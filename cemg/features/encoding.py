@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from cemg.errors import UserError
 from cemg.features.cache import Shelf
+from cemg.progress import plain_console
 
 Batches = Iterator[
     tuple[list[int], Tensor]
@@ -121,7 +121,7 @@ class _Bar:
     def __init__(self, label: str, *, shown: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.label = label
-        self.progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
+        self.progress = Progress(*columns, console=plain_console(stderr=True), disable=not shown)
 
     def over(self, total: int) -> _Bar:
         """Set how many rows there are to compute; nothing is shown for none."""
