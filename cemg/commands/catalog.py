@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import polars as pl
 import typer
 
 from cemg.commands import console as command
 from cemg.errors import UserError
-from cemg.generator import symbol
-from cemg.pipeline import Pipeline
 from cemg.progress import console
-from cemg.recommender import ADDED_TITLES, Recommender
-from cemg.run import Run, write_json
-from cemg.tokenizer import Catalog
 
-app = typer.Typer(add_completion=False)
+if TYPE_CHECKING:
+    import polars as pl
+
+    from cemg.tokenizer import Catalog
+
+app = command.command_line(help="The catalog of a run: its items and their semantic IDs.")
 
 
-@app.command()
+@app.callback()
+def _about(version: command.VersionOption = False) -> None: ...
+
+
+@app.command(cls=command.Command)
 def show(
     run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
     item: Annotated[str, typer.Option(help="One item id.")],
@@ -31,12 +34,15 @@ def show(
 
     Example: cemg-catalog show --run runs/beauty --item 12
     """
+    from cemg.generator import symbol
+    from cemg.tokenizer import Catalog
+
     catalog = Catalog.load(run / "catalog")
     codes = catalog.codes[catalog.rows_of([item])[0]].tolist()
     print(" ".join(symbol(level, code) for level, code in enumerate(codes)))
 
 
-@app.command()
+@app.command(cls=command.Command)
 def add(
     run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
     items: Annotated[
@@ -47,6 +53,11 @@ def add(
 
     Example: cemg-catalog add --run runs/beauty --items new.csv
     """
+    from cemg.generator import symbol
+    from cemg.pipeline import Pipeline
+    from cemg.recommender import Recommender
+    from cemg.run import Run
+
     table = _read(items)
     Pipeline.open(run)  # before a typing error becomes a folder with a lock
     with Run(run).locked():
@@ -64,6 +75,8 @@ def add(
 
 
 def _read(path: Path) -> pl.DataFrame:
+    import polars as pl
+
     try:
         table = pl.read_csv(path, infer_schema=False)
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -85,6 +98,9 @@ def _replace(folder: Path, catalog: Catalog, added: pl.DataFrame) -> None:
 
     Killed between the two renamings, the fresh one is what `Run.stage` takes for a stage to be placed.
     """
+    from cemg.recommender import ADDED_TITLES
+    from cemg.run import write_json
+
     fresh, old = folder.with_name(".catalog.part"), folder.with_name(".catalog.old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)

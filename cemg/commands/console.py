@@ -1,4 +1,8 @@
-"""Running a command: the user's mistakes end in a few lines on stderr and exit code 2, not in a traceback."""
+"""What all commands share: `-h`, `--version`, errors as a few lines with exit code 2, and Ctrl-C.
+
+torch and transformers take seconds to import, so a command imports them inside its function: ``--help``
+answers at once.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,60 @@ import sys
 from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-import torch
+import typer
+from typer.core import TyperCommand
 
+from cemg import __version__
 from cemg.errors import UserError
 from cemg.progress import printable
-from cemg_kernels import fast_kernels_enabled
-from cemg_kernels.trie_softmax import Normalize
+
+INFORMATION = ("-h", "--help", "--version")  # which need no working environment
+NOTHING = "nothing was written"
+_kept = NOTHING  # what an interrupted command leaves behind
+
+
+class Command(TyperCommand):
+    """One command; Ctrl-C ends it with one line on stderr and exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted: {_kept}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def command_line(**options: Any) -> typer.Typer:
+    """The application of one command, in the manner of all of them."""
+    names = {"help_option_names": ["-h", "--help"]}
+    return typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, context_settings=names, **options
+    )
+
+
+def say_if_interrupted(kept: str) -> None:
+    """From here on, Ctrl-C prints ``kept``: what stays, and the command that continues."""
+    global _kept
+    _kept = kept
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"cemg {__version__}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+]
 
 
 def check_device(device: str) -> None:
     """UserError for what is no device, and for a GPU that torch does not see."""
+    import torch
+
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -33,6 +79,8 @@ def check_device(device: str) -> None:
 
 def check_normalize(name: str | None) -> None:
     """UserError for what is no normalisation; None is the run's own."""
+    from cemg_kernels.trie_softmax import Normalize
+
     if name not in (None, *get_args(Normalize)):
         raise UserError(f"--normalize must be {', '.join(get_args(Normalize))}, got {name!r}")
 
@@ -44,6 +92,8 @@ def check_result(path: Path | None, option: str = "--result") -> None:
 
 
 def _check_environment() -> None:
+    from cemg_kernels import fast_kernels_enabled
+
     try:
         fast_kernels_enabled()
     except ValueError as error:
@@ -53,11 +103,13 @@ def _check_environment() -> None:
 def run(app: Callable[[], Any]) -> None:
     """Run ``app`` on ``sys.argv``; a UserError, or what the system refuses, is printed as ``error: …``, cause
     and fix; exit code 2."""
+    say_if_interrupted(NOTHING)
     for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack a letter of a title
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        _check_environment()
+        if not set(sys.argv[1:]) & {*INFORMATION}:
+            _check_environment()
         app()
     except UserError as error:
         lines = error.lines()

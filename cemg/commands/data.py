@@ -14,19 +14,15 @@ from typing import Annotated
 
 import typer
 
-from cemg.commands.console import run
+from cemg.commands import console as command
 from cemg.data.dataset import Dataset
 from cemg.data.filter import Duplicates, Ties
 from cemg.data.readers import ColumnNames, Format, read_dataset
 from cemg.data.synthetic import synthetic_dataset
 from cemg.errors import UserError
 
-app = typer.Typer(
-    name="cemg-data",
-    help="Read, check and prepare interaction data.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = command.command_line(
+    name="cemg-data", help="Read, check and prepare interaction data.", no_args_is_help=True
 )
 
 FormatOption = Annotated[Format, typer.Option(help="How the source is written; auto looks at it.")]
@@ -52,7 +48,11 @@ SeedOption = Annotated[int, typer.Option(help="For all that is drawn at random."
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT where it is a prepared folder.")]
 
 
-@app.command(epilog="Example: cemg-data stats data/beauty")
+@app.callback()
+def _about(version: command.VersionOption = False) -> None: ...
+
+
+@app.command(cls=command.Command, epilog="Example: cemg-data stats data/beauty")
 def stats(
     path: Annotated[Path, typer.Argument(help="A folder or file of any format, or a prepared folder.")],
     format: FormatOption = "auto",
@@ -75,7 +75,7 @@ def stats(
     _say_notes(data)
 
 
-@app.command(epilog="Example: cemg-data prepare raw/yelp data/yelp --min-rating 4")
+@app.command(cls=command.Command, epilog="Example: cemg-data prepare raw/yelp data/yelp --min-rating 4")
 def prepare(
     source: Annotated[Path, typer.Argument(help="A folder or file of any format.")],
     out: Annotated[Path, typer.Argument(help="The prepared folder to write.")],
@@ -109,7 +109,7 @@ def prepare(
     _say_written(data, out)
 
 
-@app.command(epilog="Example: cemg-data synthetic data/synthetic --users 2000")
+@app.command(cls=command.Command, epilog="Example: cemg-data synthetic data/synthetic --users 2000")
 def synthetic(
     out: Annotated[Path, typer.Argument(help="The prepared folder to write.")],
     users: Annotated[int, typer.Option(help="How many users.")] = 1200,
@@ -129,7 +129,7 @@ def synthetic(
 
 def main() -> None:
     """The entry point of ``cemg-data``."""
-    run(app)
+    command.run(app)
 
 
 def _column_names(roles: str | None) -> ColumnNames | None:

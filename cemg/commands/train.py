@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cemg.commands import console as command
-from cemg.commands.evaluate import score
-from cemg.config import RunConfig, load_config
-from cemg.evaluation import result_table
-from cemg.pipeline import CONFIG, PENDING, Pipeline
 from cemg.progress import console
-from cemg.report import write_report
-from cemg.run import Run
-from cemg_kernels import backends, use_fast_kernels
-from cemg_kernels.ranges import named_range
 
-app = typer.Typer(add_completion=False)
+if TYPE_CHECKING:
+    from cemg.config import RunConfig
+    from cemg.pipeline import Pipeline
+
+app = command.command_line()
 SYNTHETIC = (  # small enough for two CPU cores and a few minutes; encoders that the package index has
     "text.model=minilm", "text.pooling=mean", "image.backbone=efficientnet-lite0", "pca.dim=64",
     "tokenizer.codebook_size=32", "tokenizer.levels=3", "tokenizer.dim=64", "tokenizer.epochs=200",
@@ -29,7 +25,7 @@ SYNTHETIC = (  # small enough for two CPU cores and a few minutes; encoders that
 )  # fmt: skip
 
 
-@app.command()
+@app.command(cls=command.Command)
 def train(
     run: Annotated[Path, typer.Option(help="Folder of the run; the same folder resumes or reuses.")] = Path(
         "runs/synthetic"
@@ -58,6 +54,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of every stage.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of cached features; runs may share one.")] = None,
     result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
+    version: command.VersionOption = False,
 ) -> None:
     """Train CEMG from raw data to a tested generator; without arguments on the synthetic set.
 
@@ -65,6 +62,10 @@ def train(
 
     Example: cemg-train --data data/beauty --run runs/beauty --set generator.epochs=40
     """
+    from cemg.pipeline import Pipeline
+    from cemg.run import Run
+    from cemg_kernels import backends, use_fast_kernels
+
     command.check_device(device)
     use_fast_kernels(fast_kernels)
     for op, choice in backends(device).items():
@@ -74,6 +75,9 @@ def train(
     chosen = _config(run, data, config, list(set or []), **top)
     folder = Run(run)
     with folder.locked():
+        command.say_if_interrupted(
+            f"finished stages and the last checkpoint are kept; cemg-train --run {run} continues"
+        )
         pipeline = Pipeline(folder, chosen, device=device, cache=cache)
         pipeline.train()
         _test(pipeline, chosen, copy=result)
@@ -81,6 +85,9 @@ def train(
 
 def _config(run: Path, data: str, config: Path | None, settings: list[str], **top: Any) -> RunConfig:
     """What the command names; where it names no data, the run's own, or the synthetic set's settings."""
+    from cemg.config import load_config
+    from cemg.pipeline import CONFIG, PENDING
+
     if data:
         return load_config(config, settings, data_path=data, **top)
     own = next((path for path in (run / PENDING, run / CONFIG) if path.is_file()), None)
@@ -98,6 +105,11 @@ def _config(run: Path, data: str, config: Path | None, settings: list[str], **to
 
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
+    from cemg.evaluation import result_table
+    from cemg.report import write_report
+    from cemg.scoring import score
+    from cemg_kernels.ranges import named_range
+
     with named_range("stage: test"):
         paths = score(pipeline, config, part="test", engine="cemg", beams=config.decoding.beams, copy=copy)
     with named_range("stage: report"):

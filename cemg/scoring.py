@@ -1,0 +1,148 @@
+"""Evaluates a run: popularity, the run's own search, and the studies of it, as result files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from cemg.baselines import PopularityRanker
+from cemg.config import RunConfig
+from cemg.data.dataset import Split
+from cemg.decoding import Decoder, Normalize, TransformersDecoder
+from cemg.evaluation import Evaluation, evaluate, hardware, seeded_sample, write_result
+from cemg.evaluation.search import Search, certificate_study, engine_study, exact_study
+from cemg.generator import Vocabulary
+from cemg.pipeline import Pipeline
+from cemg.run import Run
+from cemg.tokenizer import Catalog
+
+
+def score(
+    pipeline: Pipeline,
+    config: RunConfig,
+    *,
+    part: str,
+    engine: str,
+    beams: int,
+    users: int | None = None,
+    copy: Path | None = None,
+    studies: Sequence[str] = (),
+    normalize: str | None = None,
+) -> list[Path]:
+    """Evaluate popularity and the run; the result files written, popularity's first.
+
+    ``studies`` of the run's search, by their names in the result file: "exact", "certificate", "engines";
+    ``normalize`` is theirs alone, in place of the run's own.
+    """
+    data = pipeline.load_data()
+    catalog = pipeline.load_catalog().first(data.num_items)  # without items that were added later
+    split = data.split()
+    if users is not None and users >= len(split.users):
+        users = None  # that is all of them
+    rows = None if users is None else seeded_sample(split, users, seed=config.seed)
+    model, vocabulary = pipeline.load_generator()
+    rank = pipeline.ranker(model, vocabulary, catalog, beams=beams, engine=engine)
+    scope = part if rows is None else f"{part}-{len(rows)}-users"  # a sample never replaces the whole
+    popular = evaluate(PopularityRanker.fit(split), split, part=part, users=rows)
+    first = _write(
+        pipeline, config, f"{data.name}-popularity-{scope}", popular, about={"model": "popularity"}
+    )
+    started = time.monotonic()
+    scored = evaluate(rank, split, part=part, users=rows, max_list=beams)
+    seconds = {**stage_seconds(pipeline.run), "evaluation": round(time.monotonic() - started, 1)}
+    about = {"model": "cemg", "engine": engine, "beams": beams, "stage_seconds": seconds, "notes": data.notes}
+    about |= config.to_dict()
+    further: dict[str, Any] = {}
+    if studies:
+        own = normalize or config.decoding.normalize
+        search = _search(
+            pipeline, model, vocabulary, catalog, split, part=part, rows=rows, beams=beams, normalize=own
+        )
+        further = {name: STUDIES[name](search) for name in studies} | {"studies_normalize": own}
+    own_search = engine == "cemg" and beams == config.decoding.beams
+    scope += "" if own_search else f"-{engine}-{beams}-beams"  # nor does another search, or a study
+    scope += "".join(f"-{name}" for name in studies) + (f"-{normalize}" if studies and normalize else "")
+    second = _write(
+        pipeline, config, f"{data.name}-cemg-{scope}", scored, about=about, seconds=seconds, further=further
+    )
+    if copy is not None:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(second, copy)
+    return [first, second]
+
+
+def _search(
+    pipeline: Pipeline,
+    model: PreTrainedModel,
+    vocabulary: Vocabulary,
+    catalog: Catalog,
+    split: Split,
+    *,
+    part: str,
+    rows: np.ndarray | None,
+    beams: int,
+    normalize: str,
+) -> Search:
+    """The run's search by our engine, for the studies."""
+    return Search(
+        decoder=Decoder(model, catalog, vocabulary.code_token_start, cast(Normalize, normalize)),
+        prompter=pipeline.prompter(model, vocabulary, catalog),
+        split=split,
+        part=part,
+        users=rows,
+        beams=beams,
+        batch_size=pipeline.config.decoding.batch_size,
+    )
+
+
+def _compare(search: Search) -> dict[str, Any]:
+    ours = search.decoder
+    return engine_study(
+        search, TransformersDecoder(ours.model, ours.catalog, ours.code_token_start, ours.normalize)
+    )
+
+
+STUDIES: dict[str, Callable[[Search], Any]] = {
+    "exact": exact_study, "certificate": certificate_study, "engines": _compare,
+}  # fmt: skip
+
+
+def _write(
+    pipeline: Pipeline,
+    config: RunConfig,
+    name: str,
+    scored: Evaluation,
+    *,
+    about: dict[str, Any],
+    seconds: dict[str, float] | None = None,
+    further: Mapping[str, Any] | None = None,
+) -> Path:
+    path = pipeline.run.folder / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_result(
+        path,
+        dataset=pipeline.load_data().name,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        config=about,
+        seed=config.seed,
+        hardware=hardware(pipeline.device),
+        seconds=sum((seconds or {}).values()),
+        evaluation=scored,
+        further=further or {},
+    )
+    return path
+
+
+def stage_seconds(run: Run) -> dict[str, float]:
+    """Wall seconds of each finished stage, from its manifest."""
+    manifests = {p.parent.name: json.loads(p.read_text()) for p in sorted(run.folder.glob("*/manifest.json"))}
+    return {name: manifest["seconds"] for name, manifest in manifests.items() if "seconds" in manifest}
