@@ -1,0 +1,57 @@
+"""What a new user meets first: help, version, Ctrl-C, and the calls of ``cemg`` itself."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import cemg
+from cemg.commands import catalog, data, doctor, evaluate, recommend, train
+
+COMMANDS = {
+    "train": train, "recommend": recommend, "evaluate": evaluate, "catalog": catalog, "data": data,
+    "doctor": doctor,
+}  # fmt: skip
+SLOW = ("torch", "transformers", "sklearn", "matplotlib", "scipy")  # seconds of importing
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_imports_nothing_that_takes_seconds(name):
+    """Time depends on the machine; what is imported does not."""
+    code = (
+        f"import sys; sys.argv = ['cemg-{name}', '-h']\n"
+        f"from cemg.commands.{name} import main\n"
+        "try:\n    main()\n"
+        f"except SystemExit:\n    print(sorted(m for m in {SLOW!r} if m in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage: cemg-" in done.stdout and "--help" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_the_version(name, command, capsys):
+    assert command(COMMANDS[name].main, "--version") == 0
+    assert capsys.readouterr().out == f"cemg {cemg.__version__}\n"
+
+
+def test_ctrl_c_says_what_is_kept_and_what_continues(tiny_run, command, capsys, monkeypatch, tmp_path):
+    from cemg.pipeline import Pipeline
+    from cemg.recommender import Recommender
+
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+
+    def pressed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "generator", pressed)
+    assert command(train.main, "--run", run) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"interrupted: finished stages and the last checkpoint are kept; cemg-train --run {run} continues"
+    )
+    monkeypatch.setattr(Recommender, "from_run", pressed)
+    assert command(recommend.main, "--run", run, "--history", "item-0001") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: nothing was written"
