@@ -18,6 +18,7 @@ from cemg.graph import GraphConfig
 from cemg.tokenizer import TokenizerConfig
 from cemg_kernels.trie_softmax import Normalize
 
+MAX_YAML = 100_000  # characters of a configuration, and values in it
 WITHOUT = ("collab", "image", "text", "llm")
 
 
@@ -141,22 +142,51 @@ def load_config(
             raise first["ctx"]["error"] from None
         where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{where}: {first['msg']}, got {first['input']!r}", cause=str(path or "command line")
+            f"{where}: {first['msg']}, got {first['input']!r:.200}", cause=str(path or "command line")
         ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_YAML + 1)
+        tree = _parse(text) or {}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text", cause=str(error)) from error
+        raise UserError(f"{path} is not UTF-8 text", cause=str(error)) from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML", cause=_first_line(error)) from error
+        raise UserError(f"{path} is not valid YAML", cause=_first_line(error)) from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `generator:`, got {type(tree).__name__}")
     return {name: part for name, part in tree.items() if part is not None}  # an empty section: its defaults
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML text. Raises YAMLError also where it is too large once aliases are expanded."""
+    if len(text) > MAX_YAML:
+        raise yaml.YAMLError(f"a configuration has at most {MAX_YAML:,} characters")
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is not None and _expanded(node, {}) > MAX_YAML:
+            raise yaml.YAMLError(f"its aliases expand to more than {MAX_YAML:,} values")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # such as a date in month 13, or an integer of 5,000 digits
+        raise yaml.YAMLError(str(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes there are below ``node``, itself included, an aliased one counted at each place."""
+    if id(node) not in known:
+        below = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _first_line(error: yaml.YAMLError) -> str:
@@ -177,9 +207,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree[section] = tree.get(section) or {}
         tree = tree[section]
     try:
-        tree[last] = yaml.safe_load(value)
+        tree[last] = _parse(value)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is no valid YAML", cause=_first_line(error)) from error
+        raise UserError(f"--set {override}: the value is not valid YAML", cause=_first_line(error)) from error
 
 
 def _checked_names(tree: dict[str, Any], kind: type, path: Path | None, prefix: str = "") -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_an_empty_section_is_its_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, said", [("a: [", "no valid YAML"), ("- 1", "must hold sections"), ("3", "must")]
+    "content, said", [("a: [", "not valid YAML"), ("- 1", "must hold sections"), ("3", "must")]
 )
 def test_a_file_that_is_no_configuration_is_refused_by_its_name(tmp_path, content, said):
     path = tmp_path / "c.yaml"
@@ -120,7 +120,7 @@ def test_a_file_that_is_no_configuration_is_refused_by_its_name(tmp_path, conten
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_bytes("seed: 1 # gr\xfcn".encode("latin-1"))
-    with pytest.raises(UserError, match=r"c\.yaml is no UTF-8 text"):
+    with pytest.raises(UserError, match=r"c\.yaml is not UTF-8 text"):
         load_config(path)
 
 

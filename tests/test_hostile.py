@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import struct
 import sys
+import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from cemg.commands import console, recommend
+from cemg.config import load_config
+from cemg.data import Dataset
 from cemg.errors import UserError
+from cemg.features import ImageConfig, TextConfig, encode_images, encode_texts
+from cemg.generator import BackboneConfig, build_backbone
 from cemg.progress import plain_console, printable
+from cemg.tokenizer import Catalog
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
 TITLE = "[/b] :smile: [red]\x1b[2J\x1b]0;owned\x07\nsecond line\ud800\u202e"
@@ -57,3 +68,101 @@ def test_a_letter_that_the_terminal_lacks_is_escaped(monkeypatch):
     console.run(lambda: print("Café"))
     sys.stdout.flush()
     assert raw.getvalue() == b"Caf\\xe9\n"
+
+
+@pytest.mark.parametrize("bad", ["a\x1b[2J", "two\nlines", "\ud800", "", "tab\t", "\u202eright to left"])
+@pytest.mark.parametrize("what", ["user", "item"])
+def test_an_id_with_a_control_character_is_refused(what, bad):
+    users, items = (["u", bad], ["i"]) if what == "user" else (["u"], ["i", bad])
+    with pytest.raises(UserError, match=f"shop: {what} id .* is empty or contains a control character"):
+        Dataset(
+            name="shop", user_ids=users, item_ids=items, sequences=[np.zeros(1, np.int32)] * len(users),
+            titles=[""] * len(items), texts=[None] * len(items), images=[None] * len(items), tie_rule="none",
+        )  # fmt: skip
+    with pytest.raises(UserError, match="is empty or contains a control character"):
+        Catalog.from_codes(torch.tensor([[0], [1]]), 2, ["i", bad])
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (BOMB, "its aliases expand to more than 100,000 values"),
+        ("a: &a [*a]", "nested too deeply"),
+        ("a: " + "[" * 30_000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "4300 digits"),
+        ("a" * 200_000, "at most 100,000 characters"),
+        ("seed: 2026-13-45", "month must be in 1..12"),
+    ],
+)
+def test_a_configuration_that_would_grow_is_refused(tmp_path, text, said):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_config(tmp_path / "c.yaml")
+    assert said in str(refused.value)
+
+
+def test_a_configuration_is_not_read_from_a_device_without_end():
+    with pytest.raises(UserError, match="at most 100,000 characters"):
+        load_config(Path("/dev/zero"))
+
+
+def test_an_alias_that_stays_small_is_read(tmp_path):
+    (tmp_path / "c.yaml").write_text("graph: {dim: &dim 32}\npca: {dim: *dim}\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert (config.graph.dim, config.pca.dim) == (32, 32)
+
+
+def _png_of(width: int, height: int) -> bytes:
+    """A valid PNG of black pixels, 1 bit each, some kilobytes in all."""
+    row = b"\0" + bytes((width + 7) // 8)
+    packer = zlib.compressobj(9)
+    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in ((b"IHDR", head), (b"IDAT", data), (b"IEND", b""))
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_pictures_without_end_or_of_too_many_pixels_are_masked_with_the_reason(tmp_path):
+    files = {name: tmp_path / name for name in ("huge.png", "large.png", "pipe.png", "sparse.png", "a.eps")}
+    files["huge.png"].write_bytes(_png_of(20_000, 20_000))
+    files["large.png"].write_bytes(_png_of(13_000, 13_000))  # 169 megapixels
+    os.mkfifo(files["pipe.png"])
+    with files["sparse.png"].open("wb") as sparse:
+        sparse.truncate(1 << 40)
+    files["a.eps"].write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    paths = [*files.values(), Path("/dev/zero"), tmp_path]
+    config = ImageConfig(backbone="shufflenet_v2_x0_5", weights="random")
+    with pytest.warns(UserWarning, match="7 of 7 images cannot be read"):
+        found = encode_images(paths, config=config, progress=False)
+    assert not found.present.any()
+    device = "not a regular file"
+    said = ["400000000 pixels", "13000 x 13000 pixels; the limit is 80,000,000", device,
+            "the limit is 268,435,456", "Ghostscript", device, device]  # fmt: skip
+    for row, reason in enumerate(said):
+        assert reason in found.reasons[row], (paths[row], found.reasons[row])
+
+
+@pytest.mark.parametrize("build", [
+    lambda folder: build_backbone(BackboneConfig(kind="causal", pretrained=folder), 2, 4, history_items=2),
+    lambda folder: build_backbone(BackboneConfig(kind="t5", pretrained=folder), 2, 4, history_items=2),
+    lambda folder: encode_texts(["a"], config=TextConfig(model=folder)),
+])  # fmt: skip
+def test_the_code_of_a_checkpoint_is_never_run(tmp_path, monkeypatch, build):
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import BertConfig as C, BertModel as M\n"
+    (tmp_path / "evil.py").write_text(code)
+    auto = dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"), "evil.M")
+    about = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", **auto}, "architectures": ["M"]}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError):
+        build(str(tmp_path))
+    assert not ran.exists()

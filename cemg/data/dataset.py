@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from cemg.errors import UserError
+from cemg.progress import UNPRINTABLE
 
 FORMAT = 1  # of the prepared folder; raised when its files change meaning
 
@@ -45,6 +46,8 @@ class Dataset:
         for what, column in (("titles", self.titles), ("texts", self.texts), ("images", self.images)):
             if len(column) != len(self.item_ids):
                 raise UserError(f"{self.name}: {len(column)} {what} for {len(self.item_ids)} items")
+        for what, ids in (("user", self.user_ids), ("item", self.item_ids)):
+            check_ids(ids, what, source=self.name)
 
     @property
     def num_users(self) -> int:
@@ -199,6 +202,17 @@ class Split:
     def train_counts(self, num_items: int) -> np.ndarray:
         """How often each item occurs in training, [N] int64: popularity, and what makes an item cold."""
         return np.bincount(_flat(self.train), minlength=num_items)
+
+
+def check_ids(ids: Sequence[str], what: str, *, source: str) -> None:
+    """UserError for an id that is empty or that a terminal, a log or a line of a file cannot carry."""
+    if UNPRINTABLE.search("".join(ids)) is None and "" not in ids:
+        return
+    bad = next(one for one in ids if not one or UNPRINTABLE.search(one))
+    raise UserError(
+        f"{source}: {what} id {bad!r} is empty or contains a control character",
+        fix="ids are printable text on one line; rename it in the source",
+    )
 
 
 def _flat(sequences: Sequence[np.ndarray]) -> np.ndarray:

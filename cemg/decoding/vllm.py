@@ -58,7 +58,11 @@ class VllmDecoder:
         normalize: Normalize = "vocab", *, options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         check_installed()
-        config = AutoConfig.from_pretrained(model) if isinstance(model, str | Path) else model.config
+        config = (
+            AutoConfig.from_pretrained(model, trust_remote_code=False)
+            if isinstance(model, str | Path)
+            else model.config
+        )
         check_family(config)
         check_tokens(config.vocab_size, catalog, code_token_start, normalize)
         self.catalog, self.trie = catalog, catalog.trie.to("cpu")

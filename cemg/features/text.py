@@ -130,8 +130,10 @@ def _load(config: TextConfig) -> tuple[Any, Any, set[str]]:
 
     name = resolve_text_model(config.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
-        model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", trust_remote_code=False)
+        model, report = AutoModel.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loaded(name, error) from error
     missing = set(report["missing_keys"])

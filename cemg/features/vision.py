@@ -6,6 +6,7 @@ N items, F feature width, B images of a batch, S side of the input.
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from cemg.features.backbones import load_backbone
 from cemg.features.cache import FeatureCache
 from cemg.features.encoding import Batches, Features, content_key, encode_rows, hash_model
 
+MAX_FILE_BYTES, MAX_PIXELS = 256 << 20, 80_000_000  # of an image: what one thread may hold while it decodes
 FORMAT = 1  # of the computation; raised when the same image and weights come to give other values
 Decoded = Tensor | str  # an image float32 [3, S, S], or why there is none
 
@@ -105,7 +107,8 @@ class ImageEncoder:
         batches = [files[start : start + size] for start in range(0, len(files), size)]
         if not batches:
             return
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_decode` has its own limit
             ahead = [pool.submit(self._decode, path) for _, path in batches[0]]
             for batch, following in zip(batches, [*batches[1:], []], strict=True):
                 current, ahead = ahead, [pool.submit(self._decode, path) for _, path in following]
@@ -114,6 +117,10 @@ class ImageEncoder:
     def _decode(self, path: Path) -> Decoded:
         try:
             with Image.open(path) as image:
+                if image.format == "EPS":
+                    return "EPS is a program for Ghostscript, which is not run"
+                if image.width * image.height > MAX_PIXELS:
+                    return f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,} in all"
                 return self.transform(image.convert("RGB"))
         except Exception as error:  # malformed files make the decoders raise almost anything
             return _reason(error)
@@ -132,10 +139,21 @@ def _key(path: str | Path | None, identity: str, row: int, reasons: dict[int, st
     if path is None:
         return None
     try:
-        return content_key(identity, Path(path).read_bytes())
-    except OSError as error:
+        return content_key(identity, read_image_file(Path(path)))
+    except (OSError, UserError) as error:
         reasons[row] = _reason(error)
         return None
+
+
+def read_image_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises OSError where it cannot be read, UserError for a device or a pipe,
+    which may never end, and for a file of more than MAX_FILE_BYTES."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise UserError("not a regular file")
+    if about.st_size > MAX_FILE_BYTES:
+        raise UserError(f"{about.st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
+    return path.read_bytes()
 
 
 def _reason(error: Exception) -> str:

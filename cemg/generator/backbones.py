@@ -171,7 +171,7 @@ def _causal(config: BackboneConfig, levels: int, codebook_size: int) -> tuple[Pr
     model = _load(AutoModelForCausalLM, config)
     instruction: tuple[int, ...] = ()
     if config.instruction:
-        tokenizer = AutoTokenizer.from_pretrained(config.pretrained, **_gguf(config))
+        tokenizer = AutoTokenizer.from_pretrained(config.pretrained, trust_remote_code=False, **_gguf(config))
         instruction = tuple(tokenizer(config.instruction, add_special_tokens=False)["input_ids"])
     start = cast(int, model.get_input_embeddings().num_embeddings)
     eos = _first(model.config.eos_token_id, 0)
@@ -194,7 +194,9 @@ def _gguf(config: BackboneConfig) -> dict[str, str]:
 
 def _load(family: Any, config: BackboneConfig) -> PreTrainedModel:
     try:
-        return family.from_pretrained(config.pretrained, dtype=torch.float32, **_gguf(config))
+        return family.from_pretrained(
+            config.pretrained, dtype=torch.float32, trust_remote_code=False, **_gguf(config)
+        )
     except (OSError, ValueError, ImportError) as error:
         where = "folder" if Path(config.pretrained).exists() else "hub name (is the network reachable?)"
         raise UserError(

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cemg.data.dataset import check_ids
 from cemg.errors import UserError
 from cemg_kernels import Trie
 
@@ -61,6 +62,8 @@ class Catalog:
             raise UserError("item ids must be all integers or all strings, got both")
         if len(set(ids)) != len(ids):
             raise UserError(f"item id {Counter(ids).most_common(1)[0][0]!r} occurs more than once")
+        if ids and isinstance(ids[0], str):
+            check_ids(ids, "item", source="catalog")
         return cls(codes.to(torch.int64).contiguous(), codebook_size, ids)
 
     def __len__(self) -> int:
