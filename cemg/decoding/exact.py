@@ -18,11 +18,12 @@ from cemg.decoding.beams import check_prompts, token_count, trimmed
 from cemg.decoding.engine import Decoder
 from cemg.decoding.generic import GenericPlan
 from cemg.decoding.layers import Logits, Stepper
+from cemg.decoding.rows import RowsPlan
 from cemg.errors import UserError
 from cemg_kernels import trie_softmax
 
 ROWS = 4096  # prefixes times users that are held at once
-GENERIC_ROWS = 512  # where each row attends to all rows before, under a mask
+GENERIC_ROWS = 512  # for a plan whose rows attend to all earlier rows under a mask, or keep a cache each
 
 
 class Prefixes(NamedTuple):
@@ -51,7 +52,7 @@ def score_all(
     is certain. Raises UserError for fewer rows than one, and as ``decode`` does for prompts.
     """
     if rows is None:
-        rows = GENERIC_ROWS if isinstance(decoder.plan, GenericPlan) else ROWS
+        rows = GENERIC_ROWS if isinstance(decoder.plan, (GenericPlan, RowsPlan)) else ROWS
     if rows < 1:
         raise UserError(f"rows must be at least 1, got {rows}")
     check_prompts(input_ids, attention_mask, 1)

@@ -1,0 +1,211 @@
+"""Steppers with one row per beam: the model runs as ``generate()`` runs it, whatever its cache is.
+
+They serve models that the tree mask of ``generic.py`` does not: state-space and recurrent layers, ALiBi,
+local attention, encoder-decoders. B users, W beams, R = B * W rows, S prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutput
+
+from cemg.decoding.layers import Logits, Stepper, Unsupported, Wanted
+
+CACHES = ("cache", "past_key_values", "cache_params")  # names under which ``generate`` passes a cache
+STEPS_AHEAD = 64  # positions reserved behind a prompt; only caches of a fixed size read it
+
+
+class RowsPlan:
+    """A model of ``transformers``, run through its own ``prepare_inputs_for_generation``.
+
+    ``cached``: keep the model's own cache and reorder it at every step; otherwise whole sequences are
+    recomputed at every step. ``padded``: run all prompts in one padded batch; otherwise group them by length,
+    without padding. Without both, every row is the model's plain forward over its own tokens. Raises
+    Unsupported for a model that ``generate()`` does not serve.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, cached: bool = True, padded: bool = True) -> None:
+        if not hasattr(model, "prepare_inputs_for_generation"):
+            raise Unsupported(f"{type(model).__name__} has no prepare_inputs_for_generation")
+        self.model, self.cached, self.padded = model, cached, padded
+
+    @classmethod
+    def variants(cls, model: PreTrainedModel) -> list[RowsPlan]:
+        """All of them, the fastest first; the last one is right for every deterministic model."""
+        return [
+            cls(model),
+            cls(model, padded=False),
+            cls(model, cached=False, padded=False),
+        ]
+
+    @property
+    def path(self) -> str:
+        """How the model runs, in words."""
+        how = "with the model's own cache" if self.cached else "recomputed at every step"
+        return f"one row per beam, {how}" + ("" if self.padded else ", prompts grouped by length")
+
+    def begin(self) -> Stepper:
+        """A stepper for one batch."""
+        return RowsStepper(self.model, cached=self.cached) if self.padded else ByLength(self)
+
+
+class RowsStepper:
+    """Rows of whole sequences [R, S + m] and what ``generate()`` would pass beside them."""
+
+    def __init__(self, model: PreTrainedModel, *, cached: bool) -> None:
+        self.model: Any = model
+        self.cached = cached
+        self.seq2seq = bool(model.config.is_encoder_decoder)
+        self.accepted = signature(_plain(model).forward).parameters
+
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    ) -> Logits:
+        mask = attention_mask.long()
+        self.inputs: dict[str, Any] = {"use_cache": self.cached}
+        if "logits_to_keep" in self.accepted:
+            self.inputs["logits_to_keep"] = 1
+        if self.seq2seq:
+            encoded = self.model.get_encoder()(input_ids=input_ids, attention_mask=mask, return_dict=True)
+            self.inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded.last_hidden_state)
+            self.inputs["attention_mask"] = mask
+            self.tokens = torch.full_like(input_ids[:, :1], start_token(self.model))
+        else:
+            self.tokens = input_ids
+            self._place(mask)
+        self.prompts = self.tokens, dict(self.inputs)
+        self.stepped = False
+        return Logits.of(self._prefill(), wanted)
+
+    def _place(self, mask: Tensor) -> None:
+        """Positions and mask of causal prompts, as ``generate()`` passes them: no mask without padding."""
+        padding = not bool(mask.all())
+        if padding and "attention_mask" not in self.accepted:
+            raise Unsupported("the model's forward takes no attention_mask, so prompts cannot be padded")
+        if "position_ids" in self.accepted and hasattr(self.model, "_prepare_position_ids_for_generation"):
+            place = self.model._prepare_position_ids_for_generation
+            self.inputs["position_ids"] = place(self.tokens, {"attention_mask": mask})
+        if "attention_mask" in self.accepted:
+            self.inputs["attention_mask"] = mask if padding else None
+
+    def rewind(self) -> None:
+        if self.stepped:  # the cache has been reordered, and states are overwritten in place
+            self.tokens, self.inputs = self.prompts[0], dict(self.prompts[1])
+            self._prefill()
+            self.stepped = False
+
+    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+        batch, beams = tokens.shape
+        before = len(self.tokens) // batch  # beams of the previous step: 1 at first
+        users = torch.arange(batch, device=tokens.device)[:, None] * before
+        rows = (users + parents.long().clamp_min(0)).flatten()  # [R]
+        if before != beams:  # all but the cache is the same for every beam of a user
+            self.inputs = {name: _selected(name, value, rows) for name, value in self.inputs.items()}
+        self._reorder(rows)
+        self.tokens = torch.cat((self.tokens[rows], tokens.reshape(-1, 1)), dim=1)
+        self.stepped = True
+        logits = self._forward(new=1 if self.cached else None)
+        return Logits.of(logits.view(batch, beams, -1), wanted)
+
+    def _prefill(self) -> Tensor:
+        """Logits [B, 1, V] after the prompts, by a new cache."""
+        if self.cached:
+            self.model._prepare_cache_for_generation(
+                GenerationConfig(), self.inputs, GenerationMode.BEAM_SEARCH,
+                len(self.tokens), self.tokens.shape[1] + STEPS_AHEAD,
+            )  # fmt: skip
+        return self._forward(first=True)[:, None]
+
+    def _forward(self, *, new: int | None = None, first: bool = False) -> Tensor:
+        """Logits [R, V] after the last token; ``new``: how many tokens the cache lacks, None for all."""
+        inputs = self.model.prepare_inputs_for_generation(
+            self.tokens, next_sequence_length=new, is_first_iteration=first, **self.inputs
+        )
+        out = self.model(**inputs, return_dict=True)
+        self.inputs = self.model._update_model_kwargs_for_generation(
+            out, self.inputs, is_encoder_decoder=self.seq2seq
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _reorder(self, rows: Tensor) -> None:
+        """The cache of each row becomes that of the row it grew from."""
+        for name in CACHES:
+            cache = self.inputs.get(name)
+            if cache is None:
+                continue
+            if hasattr(self.model, "_reorder_cache"):
+                self.inputs[name] = self.model._reorder_cache(cache, rows)
+            elif hasattr(cache, "reorder_cache"):
+                cache.reorder_cache(rows)
+            else:
+                raise Unsupported(f"a {type(cache).__name__} cannot be reordered")
+
+
+class ByLength:
+    """Users whose prompts have the same number of tokens run together, each group without padding."""
+
+    def __init__(self, plan: RowsPlan) -> None:
+        self.plan = plan
+
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    ) -> Logits:
+        held = attention_mask != 0
+        lengths = held.sum(1)
+        self.groups: list[tuple[Tensor, RowsStepper]] = []
+        parts = []
+        for length in lengths.unique().tolist():
+            users = (lengths == length).nonzero()[:, 0]
+            ids = input_ids[users][held[users]].view(len(users), length)
+            stepper = RowsStepper(self.plan.model, cached=self.plan.cached)
+            parts.append(stepper.start(ids, torch.ones_like(ids), wanted))
+            self.groups.append((users, stepper))
+        return self._joined(parts)
+
+    def rewind(self) -> None:
+        for _, stepper in self.groups:
+            stepper.rewind()
+
+    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+        return self._joined([own.step(tokens[users], parents[users], wanted) for users, own in self.groups])
+
+    def _joined(self, parts: list[Logits]) -> Logits:
+        """The logits of all groups, in the order of the users."""
+        order = torch.cat([users for users, _ in self.groups]).argsort()
+        columns = torch.cat([part.columns for part in parts])[order]
+        totals = [part.total for part in parts if part.total is not None]
+        return Logits(columns, torch.cat(totals)[order] if totals else None)
+
+
+def start_token(model: PreTrainedModel) -> int:
+    """The token that an encoder-decoder starts with under ``generate()``."""
+    generation: Any = model.generation_config
+    for token in (
+        generation.decoder_start_token_id,
+        model.config.decoder_start_token_id,
+        generation.bos_token_id,
+    ):
+        if token is not None:
+            return int(token)
+    raise Unsupported("an encoder-decoder without decoder_start_token_id")
+
+
+def _plain(model: Any) -> Any:
+    """The model under PEFT's wrapper, or itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _selected(name: str, value: Any, rows: Tensor) -> Any:
+    """Of an input of the model, the rows that ``rows`` [R] names; what has no rows stays."""
+    if isinstance(value, BaseModelOutput):
+        return BaseModelOutput(last_hidden_state=value.last_hidden_state[rows])
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    return value.index_select(1 if "position_ids" in name and value.ndim == 3 else 0, rows)
