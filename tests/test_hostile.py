@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -12,12 +13,14 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from cemg.commands import console, recommend
 from cemg.config import load_config
-from cemg.data import Dataset
+from cemg.data import Dataset, read_dataset
+from cemg.data.readers import limits
 from cemg.errors import UserError
 from cemg.features import ImageConfig, TextConfig, encode_images, encode_texts
 from cemg.generator import BackboneConfig, build_backbone
@@ -166,3 +169,51 @@ def test_the_code_of_a_checkpoint_is_never_run(tmp_path, monkeypatch, build):
     with pytest.raises(UserError):
         build(str(tmp_path))
     assert not ran.exists()
+
+
+def _refused(path: Path) -> str:
+    with pytest.raises(UserError) as refused:
+        read_dataset(path)
+    return str(refused.value)
+
+
+def test_an_archive_that_expands_without_measure_is_refused(tmp_path, monkeypatch):
+    bomb = tmp_path / "reviews.json.gz"
+    with gzip.open(bomb, "wb") as file:
+        for _ in range(8):
+            file.write(bytes(1 << 20))
+    monkeypatch.setattr(limits, "FREE_BYTES", 1 << 20)
+    assert f"{bomb} expands to more than 100 times its size" in _refused(bomb)
+    assert "expands to more than 100 times" in _refused(tmp_path)  # as a folder too
+
+
+def test_a_table_of_a_million_columns_is_refused(tmp_path):
+    (tmp_path / "interactions.csv").write_text(",".join(f"c{n}" for n in range(1_000_000)) + "\n")
+    assert "has 1,000,000 columns; the limit is 2,000" in _refused(tmp_path)
+
+
+def test_a_parquet_file_that_claims_too_many_rows_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "FREE_ROWS", 1000)
+    same = pl.Series([1]).new_from_index(0, 1_000_000)
+    pl.DataFrame({"user": same, "item": same, "timestamp": same}).write_parquet(
+        tmp_path / "interactions.parquet"
+    )
+    assert "expands to too many rows" in _refused(tmp_path)
+
+
+def test_a_source_that_never_ends_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    for path in (Path("/dev/zero"), tmp_path / "pipe.csv"):
+        assert f"{path} is not a regular file" in _refused(path)
+    (tmp_path / "link.csv").symlink_to("/dev/zero")
+    assert "not a regular file" in _refused(tmp_path / "link.csv")
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5_000])
+def test_json_that_no_parser_takes_is_refused_with_its_line(tmp_path, value):
+    review = '{"user_id": "u", "parent_asin": "i", "timestamp": 1, "rating": 5.0}\n'
+    (tmp_path / "reviews.jsonl").write_text(review + review.replace("1,", f"{value},"))
+    assert "reviews.jsonl, line 2" in _refused(tmp_path / "reviews.jsonl")
+    (tmp_path / "interactions.txt").write_text("1 2 3\n")
+    (tmp_path / "items.json").write_text('{"1": {"title": ' + value)
+    assert "items.json" in _refused(tmp_path / "interactions.txt")

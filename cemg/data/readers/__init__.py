@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from cemg.data.dataset import Dataset
 from cemg.data.readers.amazon import read_amazon
 from cemg.data.readers.detect import detect_format
+from cemg.data.readers.limits import check_source
 from cemg.data.readers.movielens import read_movielens
 from cemg.data.readers.raw import Filters, Raw, assemble
 from cemg.data.readers.recbole import read_recbole
@@ -60,6 +61,7 @@ def read_dataset(
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}", fix=f"use one of {', '.join(FORMATS)}")
+    check_source(path)
     found = detect_format(path) if format == "auto" else format
     if found == "prepared":
         given = {

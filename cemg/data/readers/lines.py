@@ -44,7 +44,7 @@ def first_line(path: Path) -> str:
     """The first line, "" where the file is empty or no text."""
     try:
         with open_text(path) as file:
-            return file.readline().strip()
+            return file.readline(1 << 20).strip()  # a device may never end it
     except (OSError, EOFError, UnicodeDecodeError, zlib.error):
         return ""
 
@@ -128,6 +128,8 @@ def _json_fault(line: str, fields: Fields) -> str | None:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         return f"no valid JSON: {error.msg} at column {error.colno}"
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
+        return f"no valid JSON: {error}"
     if not isinstance(record, dict):
         return f"wanted a JSON object, got {type(record).__name__}"
     return next((fault for name, kind in fields.items() if (fault := _field_fault(record, name, kind))), None)

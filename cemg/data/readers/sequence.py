@@ -103,6 +103,8 @@ def _read_items(file: Path) -> dict[str, dict[str, Any]]:
         raise bad_line(file, error.lineno, f"no valid JSON: {error.msg} at column {error.colno}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(items, dict) or not items:
         raise UserError(f"{file}: wanted a JSON object keyed by item id, got {str(items)[:40]!r}")
     for item, fields in items.items():
