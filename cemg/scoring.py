@@ -106,9 +106,7 @@ def _search(
 
 def _compare(search: Search) -> dict[str, Any]:
     ours = search.decoder
-    return engine_study(
-        search, TransformersDecoder(ours.model, ours.catalog, ours.code_token_start, ours.normalize)
-    )
+    return engine_study(search, TransformersDecoder(ours.model, ours.catalog, ours.tokens, ours.normalize))
 
 
 STUDIES: dict[str, Callable[[Search], Any]] = {

@@ -31,32 +31,41 @@ from cemg.decoding.layers import Stepper, Unsupported, Wanted
 from cemg.decoding.native import NativePlan
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
-from cemg.tokenizer import Catalog
+from cemg.tokenizer import Catalog, CodeTokens, TokenMap
 from cemg_kernels import RequestFilter, trie_beam_step
 from cemg_kernels.dispatch import choose, pick
 from cemg_kernels.ranges import named_range, ranges_enabled
 from cemg_kernels.trie_softmax import Normalize
 
 
-def check_fit(model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: str) -> None:
-    """UserError where the model has fewer tokens than the catalog needs, and for an unknown ``normalize``."""
+def check_fit(
+    model: PreTrainedModel, catalog: Catalog, code_token_start: TokenMap | CodeTokens | None, normalize: str
+) -> CodeTokens:
+    """The token of each code. Raises UserError where the model lacks one, or they are not known, and for an
+    unknown ``normalize``."""
     rows = cast(int, model.get_input_embeddings().num_embeddings)
-    check_tokens(rows, catalog, code_token_start, normalize)
+    return check_tokens(rows, catalog, code_token_start, normalize)
 
 
-def check_tokens(tokens: int, catalog: Catalog, code_token_start: int, normalize: str) -> None:
+def check_tokens(
+    tokens: int, catalog: Catalog, code_token_start: TokenMap | CodeTokens | None, normalize: str
+) -> CodeTokens:
     """As ``check_fit``, for a model of so many tokens."""
     if normalize not in get_args(Normalize):
         raise UserError(f"normalize must be vocab, level or valid, got {normalize!r}")
-    size, levels = catalog.codebook_size, catalog.levels
-    needed = code_token_start + levels * size
-    if needed > tokens:
+    known = catalog.code_tokens(code_token_start)
+    if known.span.stop > tokens:
+        size, levels = catalog.codebook_size, catalog.levels
+        codes = (
+            f"{levels} levels of {size} codes" if known.start is not None else "the codes of the token map"
+        )
         raise UserError(
             "this catalog does not belong to the generator",
-            cause=f"{levels} levels of {size} codes from token {code_token_start} on need {needed} tokens, "
+            cause=f"{codes} from token {known.span.start} on need {known.span.stop} tokens, "
             f"the model has {tokens}",
             fix="use the catalog that the model was trained on",
         )
+    return known
 
 
 class Plan(Protocol):
@@ -95,7 +104,9 @@ def make_plan(model: PreTrainedModel, code_tokens: range, backend: str | None) -
 class Decoder:
     """``Decoder(model, catalog, code_token_start).decode(input_ids, attention_mask, beams)``.
 
-    Any Hugging Face T5 or decoder-only model whose token ``code_token_start + m·K + c`` is code c of level m.
+    Any Hugging Face T5 or decoder-only model. Code c of level m is token ``code_token_start + m·K + c``, or
+    entry [m, c] of ``code_token_start`` where that is a table [levels, K] (-1: no such code) or one list per
+    level, or the token that the catalog names.
     ``normalize`` says over which tokens the log-softmax runs: the whole vocabulary, the level's K codes, or
     the valid ones, those that pass the filter where there is one (SPEC §4). Scores are sums of
     log-probabilities (paper equation 6). ``backend``: "native" (C++, float32 on the CPU), "torch" (the same
@@ -106,15 +117,15 @@ class Decoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Normalize = "vocab",
-        *, backend: str | None = None, graphs: bool | None = None,
+        self, model: PreTrainedModel, catalog: Catalog,
+        code_token_start: TokenMap | CodeTokens | None = None, normalize: Normalize = "vocab", *,
+        backend: str | None = None, graphs: bool | None = None,
     ) -> None:  # fmt: skip
-        check_fit(model, catalog, code_token_start, normalize)
-        self.model, self.catalog = model, catalog
-        self.code_token_start, self.normalize = code_token_start, normalize
+        tokens = check_fit(model, catalog, code_token_start, normalize)
+        self.model, self.catalog, self.normalize = model, catalog, normalize
+        self.tokens = tokens.to(model.device)
         self.trie = catalog.trie.to(model.device)
-        codes = range(code_token_start, code_token_start + catalog.levels * catalog.codebook_size)
-        self.plan, self.path = make_plan(model, codes, backend)
+        self.plan, self.path = make_plan(model, tokens.span, backend)
         self.graphs: Graphs | None = None
         own_stepper = isinstance(self.plan, (T5Plan, CausalPlan))
         if own_stepper and (model.device.type == "cuda" if graphs is None else graphs):
@@ -185,8 +196,10 @@ class Decoder:
 
     def wanted(self, level: int) -> Wanted:
         """What a stepper is asked for where codes of ``level`` come next."""
-        size = self.catalog.codebook_size
-        return Wanted(self.code_token_start + level * size, size, self.normalize == "vocab")
+        start, size = self.tokens.start, self.catalog.codebook_size
+        if start is None:
+            return Wanted(-1, size, self.normalize == "vocab", tokens=self.tokens.table[level])
+        return Wanted(start + level * size, size, self.normalize == "vocab")
 
     def _search(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
@@ -221,7 +234,7 @@ class Decoder:
                 if open_beams is not None and not bool(open_beams.any()):
                     self._to_the_leaves(found)
                     break
-                tokens = found.codes[:, :, -1] + self.wanted(level - 1).first
+                tokens = self.tokens.of_level(level - 1, found.codes[:, :, -1])
                 with named_range(f"decode: code {level}"):
                     logits = stepper.step(tokens, found.parents, self.wanted(level)._replace(rows=open_beams))
             found.grow(
@@ -238,6 +251,7 @@ class Decoder:
         """Whether C++ may go through the whole search: its selection is the chosen one, no ranges are to be
         named, and no step, taken or not, would lack a position."""
         selects = choose("trie_beam_step", self.trie.device).backend == "native"
+        selects = selects and self.tokens.start is not None
         last = prompts.shape[1] + self.catalog.levels - 1
         return selects and not ranges_enabled() and plan.has_places(last)
 

@@ -99,7 +99,7 @@ def _score_run(decoder: Decoder, stepper: Stepper, first: Logits, codes: Tensor)
         parents, row = row[after.parents[fed]], torch.where(after.feeds, after.feeds.cumsum(0) - 1, -1)
         logits = None
         if level < codes.shape[1] and len(fed):
-            tokens = after.codes[fed] + decoder.wanted(level - 1).first
+            tokens = decoder.tokens.of_level(level - 1, after.codes[fed])
             each = len(scores), len(fed)
             logits = stepper.step(tokens.expand(each), parents.expand(each), decoder.wanted(level))
         before = after

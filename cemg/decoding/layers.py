@@ -7,7 +7,7 @@ key-value heads of Dh, T tokens a beam was fed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +27,8 @@ TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there ar
 class Wanted(NamedTuple):
     """Which logits a step returns: ``size`` columns from token ``first``; the log-sum-exp of all or not.
 
+    ``tokens`` [size] int64: the columns' tokens where they do not follow each other, -1 for a column of
+    -inf; then ``first`` says nothing.
     ``rows`` [B, W] bool: the beams whose logits are asked for, all where it is None; the others' may be any
     finite numbers, and nothing that is asked for later grows from them.
     """
@@ -35,6 +37,13 @@ class Wanted(NamedTuple):
     size: int
     total: bool
     rows: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def columns_of(self, logits: Tensor) -> Tensor:
+        """The columns [..., size] of logits [..., V]."""
+        if self.tokens is None:
+            return logits[..., self.first : self.first + self.size]
+        return logits[..., self.tokens.clamp_min(0)].masked_fill(self.tokens < 0, float("-inf"))
 
 
 class Logits(NamedTuple):
@@ -47,7 +56,7 @@ class Logits(NamedTuple):
     def of(cls, logits: Tensor, wanted: Wanted) -> Logits:
         """The wanted part of logits [B, W, V]."""
         total = row_logsumexp(logits.flatten(0, 1)).view(logits.shape[:2]) if wanted.total else None
-        return cls(logits[..., wanted.first : wanted.first + wanted.size].float().contiguous(), total)
+        return cls(wanted.columns_of(logits).float().contiguous(), total)
 
     def spread(self, rows: Tensor) -> Logits:
         """Logits of the rows that ``rows`` [B, W] names, at their places; 0 elsewhere."""
@@ -136,6 +145,17 @@ class Projection:
         """The columns ``begin`` ... ``end`` of what it gives, as a projection of its own."""
         return Projection(self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
 
+    def columns(self, wanted: Wanted) -> Projection:
+        """The columns that are wanted, as a projection of its own; a copy where they do not lie together."""
+        if wanted.tokens is None:
+            return self.part(wanted.first, wanted.first + wanted.size)
+        tokens, none = wanted.tokens.clamp_min(0), wanted.tokens < 0
+        bias = None if self.bias is None else self.bias[tokens]
+        if bool(none.any()):
+            zeros = torch.zeros(len(tokens), dtype=self.weight.dtype, device=self.weight.device)
+            bias = (zeros if bias is None else bias).masked_fill(none, float("-inf"))
+        return Projection(self.weight[tokens].masked_fill(none[:, None], 0), bias)
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
@@ -206,19 +226,28 @@ class Head:
     norm: Norm
     whole: Projection  # [V, d]
     scale: float = 1.0  # of what the norm gives
+    gathered: dict[int, tuple[Tensor, Projection]] = field(default_factory=dict)  # by their tokens' address
+
+    def columns(self, wanted: Wanted) -> Projection:
+        """The columns that are wanted; those that do not lie together are gathered once."""
+        if wanted.tokens is None:
+            return self.whole.columns(wanted)
+        key = wanted.tokens.data_ptr()
+        if key not in self.gathered:
+            self.gathered[key] = wanted.tokens, self.whole.columns(wanted)  # the tokens keep their address
+        return self.gathered[key][1]
 
     def __call__(self, x: Tensor, batch: int, wanted: Wanted) -> Logits:
         """``x`` [B * W, d] before the last norm."""
         hidden = self.norm(x)
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        begin, end = wanted.first, wanted.first + wanted.size
         if not wanted.total:
-            return Logits(self.whole.part(begin, end)(hidden).float().view(batch, -1, wanted.size), None)
+            return Logits(self.columns(wanted)(hidden).float().view(batch, -1, wanted.size), None)
         columns, totals = [], []
         for part in hidden.split(max(1, BLOCK_CELLS // self.whole.weight.shape[0])):
             logits = self.whole(part)
-            columns.append(logits[:, begin:end].float().contiguous())
+            columns.append(wanted.columns_of(logits).float().contiguous())
             totals.append(row_logsumexp(logits))
         level, total = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in (columns, totals))
         return Logits(level.view(batch, -1, wanted.size), total.view(batch, -1))

@@ -95,7 +95,7 @@ class NativePlan:
         self.start_token = plan.start_token if isinstance(plan, T5Plan) else 0
         self._kept: list[Tensor] = []  # what the C++ has the addresses of
         self._room = torch.empty(0)  # for weights to come
-        self._columns: dict[tuple[int, int], LinearFields] = {}  # of the head, by first token and count
+        self._columns: dict[tuple[int, int], LinearFields] = {}  # of the head, by what ``linears`` says
         self._lock = threading.Lock()  # of what is made late
         self._whole: LinearFields | None = None  # the head
         self._rotation: tuple[Tensor, Tensor] | None = None
@@ -162,10 +162,13 @@ class NativePlan:
 
     def linears(self, wanted: Wanted) -> tuple[LinearFields, LinearFields]:
         """The columns of the head that are wanted, and the whole head or nothing."""
-        head, key = self.plan.head.whole, (wanted.first, wanted.size)
+        head, tokens = self.plan.head.whole, wanted.tokens
+        key = (wanted.first, wanted.size) if tokens is None else (tokens.data_ptr(), -1)
         with self._lock:
             if key not in self._columns:
-                self._columns[key] = self._linear(head.part(wanted.first, wanted.first + wanted.size))
+                self._columns[key] = self._linear(head.columns(wanted))
+                if tokens is not None:
+                    self._kept.append(tokens)  # so that no others get their address
             if wanted.total and self._whole is None:
                 self._whole = self._linear(head)
             whole = self._whole if wanted.total else None

@@ -27,7 +27,7 @@ from cemg.decoding.beams import Beams, Recommendations, check_prompts
 from cemg.decoding.engine import Normalize, check_tokens
 from cemg.decoding.vllm_processor import PROMPT, SETTINGS
 from cemg.errors import UserError
-from cemg.tokenizer import Catalog
+from cemg.tokenizer import Catalog, CodeTokens, TokenMap
 from cemg_kernels import trie_beam_step
 
 PLUGIN = "cemg.decoding.vllm_plugin:VllmTrieProcessor"
@@ -54,8 +54,9 @@ class VllmDecoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel | Path | str, catalog: Catalog, code_token_start: int,
-        normalize: Normalize = "vocab", *, options: Mapping[str, Any] | None = None,
+        self, model: PreTrainedModel | Path | str, catalog: Catalog,
+        code_token_start: TokenMap | CodeTokens | None = None, normalize: Normalize = "vocab", *,
+        options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         check_installed()
         config = (
@@ -64,9 +65,9 @@ class VllmDecoder:
             else model.config
         )
         check_family(config)
-        check_tokens(config.vocab_size, catalog, code_token_start, normalize)
+        self.tokens = check_tokens(config.vocab_size, catalog, code_token_start, normalize)
         self.catalog, self.trie = catalog, catalog.trie.to("cpu")
-        self.code_token_start, self.normalize = code_token_start, normalize
+        self.normalize = normalize
         self.folder = tempfile.TemporaryDirectory(prefix="cemg-vllm-")  # lives as long as the decoder
         if isinstance(model, str | Path):
             checkpoint, dtype = str(model), config.dtype or torch.float32
@@ -102,22 +103,23 @@ class VllmDecoder:
         level, size = codes.shape[2], self.catalog.codebook_size
         living = (nodes >= 0).flatten()  # [B · W]
         user = torch.arange(len(nodes)).repeat_interleave(nodes.shape[1])[living].tolist()
-        begins = torch.arange(level) * size + self.code_token_start
-        grown = (codes + begins).flatten(0, 1)[living].tolist()  # [R][level] tokens
+        grown = self.tokens.of_codes(codes).flatten(0, 1)[living].tolist()  # [R][level] tokens
         params = [self._params(len(prompt), min(best, size)) for prompt in prompts]
         requests = [{"prompt_token_ids": prompts[b] + own} for b, own in zip(user, grown, strict=True)]
         answers = self.llm.generate(requests, [params[b] for b in user], use_tqdm=False)
-        first = self.code_token_start + level * size
         found = torch.full((nodes.numel(), size), float("-inf"))
-        found[living] = columns([answer.outputs[0].logprobs for answer in answers], first, size)
+        logprobs = [answer.outputs[0].logprobs for answer in answers]
+        found[living] = columns(logprobs, self.tokens, level)
         return found.view(*nodes.shape, size)
 
     def _processing(self) -> dict[str, Any]:
         """Arguments of ``vllm.LLM`` that make it answer with the log-probabilities of codes."""
         trie = Path(self.folder.name, "trie.safetensors")
         self.trie.save(trie)
+        start = self.tokens.start
         settings = {
-            "trie": str(trie), "code_token_start": self.code_token_start, "normalize": self.normalize,
+            "trie": str(trie), "normalize": self.normalize,
+            "code_token_start": self.tokens.table.tolist() if start is None else start,
         }  # fmt: skip
         return {
             "logits_processors": [PLUGIN], "additional_config": {SETTINGS: settings},
@@ -155,16 +157,17 @@ def unmarked(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, plain)
 
 
-def columns(logprobs: list[Any], first: int, size: int) -> Tensor:
-    """Of vLLM's flat logprobs, one a row, the log-probabilities [R, size] of the tokens from ``first`` on.
+def columns(logprobs: list[Any], known: CodeTokens, level: int) -> Tensor:
+    """The log-probabilities [R, K] of the codes of a level, from vLLM's flat logprobs, one per row.
 
     Each row holds the token that was chosen, then the best ones; −inf stands for what no item goes on with.
     """
-    tokens = torch.tensor([row.token_ids for row in logprobs]) - first  # [R, 1 + best]
+    tokens = torch.tensor([row.token_ids for row in logprobs])  # [R, 1 + best]
+    codes = known.codes_of_level(level, tokens)
     values = torch.tensor([row.logprobs for row in logprobs], dtype=torch.float32)
-    values = values.masked_fill((tokens < 0) | (tokens >= size), float("-inf"))
-    found = torch.full((len(logprobs), size), float("-inf"))
-    return found.scatter_reduce_(1, tokens.clamp(0, size - 1), values, "amax")
+    found = torch.full((len(logprobs), known.size), float("-inf"))
+    values = values.masked_fill(codes < 0, float("-inf"))
+    return found.scatter_reduce_(1, codes.clamp_min(0), values, "amax")
 
 
 def check_installed() -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cemg.tokenizer.tokens import CodeTokens
 from cemg_kernels import Trie, trie_softmax
 
 SETTINGS = "cemg"  # in the engine's ``additional_config``: trie (a file), code_token_start, normalize
@@ -33,7 +34,7 @@ class TrieProcessor:
     "code_token_start": …, "normalize": …}}``; ``vllm serve`` takes the same. Requests with
     ``SamplingParams(extra_args={"cemg_prompt": n}, max_tokens=trie.levels)`` get codes after their first n
     tokens; others, and those that have all their codes, are left as they are. Code c of level m is token
-    ``code_token_start + m·K + c``.
+    ``code_token_start + m·K + c``, or entry [m][c] of ``code_token_start`` where that is a list of lists.
 
     What is left is normalised as ``normalize`` says (SPEC §4), so ``logprobs_mode="processed_logits"``
     reports log-probabilities for each of the three. vLLM's own modes know "vocab" before the mask, where
@@ -44,12 +45,13 @@ class TrieProcessor:
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         settings = vllm_config.additional_config[SETTINGS]
         self.trie = Trie.load(settings["trie"]).to(device)
-        self.code_token_start, self.normalize = settings["code_token_start"], settings["normalize"]
-        end = self.code_token_start + self.trie.levels * self.trie.codebook_size
-        vocabulary = vllm_config.model_config.get_vocab_size()
-        if end > vocabulary:
+        sizes = [self.trie.codebook_size] * self.trie.levels
+        self.tokens = CodeTokens.of(settings["code_token_start"], sizes).to(device)
+        self.normalize = settings["normalize"]
+        vocabulary, span = vllm_config.model_config.get_vocab_size(), self.tokens.span
+        if span.stop > vocabulary:
             raise ValueError(
-                f"the codes are tokens {self.code_token_start} … {end - 1}, the model has {vocabulary}; "
+                f"the codes are tokens {span.start} … {span.stop - 1}, the model has {vocabulary}; "
                 "pass the code_token_start of the vocabulary that the model was trained with"
             )
         self.requests: dict[int, Request] = {}  # by row of the batch
@@ -95,18 +97,15 @@ class TrieProcessor:
         return logits
 
     def _constrain(self, logits: Tensor, rows: list[int], level: int, totals: Tensor | None) -> None:
-        """A prefix of no item is left with code 0, so that a softmax over it stays finite."""
-        size = self.trie.codebook_size
+        """A prefix of no item is left with the first code, so that a softmax over it stays finite."""
         tokens = [self.requests[row].tokens() for row in rows]
         prefixes = torch.tensor(tokens, dtype=torch.int64, device=logits.device).reshape(len(rows), level)
-        begins = torch.arange(level, device=logits.device) * size + self.code_token_start
-        nodes = self.trie.lookup(prefixes - begins)  # [r]
-        first = self.code_token_start + level * size
+        nodes = self.trie.lookup(self.tokens.codes_of(prefixes))  # [r]
         place = torch.tensor(rows, device=logits.device)
         total = None if totals is None else totals[place]
-        log_probs = trie_softmax(
-            logits[place, first : first + size], nodes, self.trie, self.normalize, total
-        )  # [r, K]
-        log_probs[:, 0].masked_fill_(nodes < 0, 0.0)
-        logits.index_fill_(0, place, float("-inf"))
-        logits[place, first : first + size] = log_probs
+        own = self.tokens.columns(level, logits[place]).contiguous()
+        log_probs = trie_softmax(own, nodes, self.trie, self.normalize, total)  # [r, K]
+        log_probs[:, self.tokens.first_codes[level]].masked_fill_(nodes < 0, 0.0)
+        constrained = torch.full_like(logits[place], float("-inf"))
+        self.tokens.spread(level, log_probs.to(logits.dtype), constrained)
+        logits[place] = constrained

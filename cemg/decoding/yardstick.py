@@ -19,7 +19,7 @@ from transformers import (
 
 from cemg.decoding.engine import Normalize, Recommendations, check_fit
 from cemg.errors import UserError
-from cemg.tokenizer import Catalog
+from cemg.tokenizer import Catalog, CodeTokens, TokenMap
 
 Children = dict[int, "Children"]
 
@@ -28,14 +28,13 @@ class TransformersDecoder:
     """The interface of ``Decoder``, served by ``generate`` and its prefix constraint; certifies nothing."""
 
     def __init__(
-        self, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Normalize = "vocab"
-    ) -> None:
-        check_fit(model, catalog, code_token_start, normalize)
+        self, model: PreTrainedModel, catalog: Catalog,
+        code_token_start: TokenMap | CodeTokens | None = None, normalize: Normalize = "vocab",
+    ) -> None:  # fmt: skip
+        self.tokens = check_fit(model, catalog, code_token_start, normalize)
         self.model, self.catalog = model, catalog
-        self.code_token_start, self.normalize = code_token_start, normalize
-        offset = torch.arange(catalog.levels) * catalog.codebook_size + code_token_start
-        self.tokens = catalog.codes + offset  # [N, levels]
-        self.root = dict_trie(self.tokens)
+        self.normalize = normalize
+        self.root = dict_trie(self.tokens.of_codes(catalog.codes))
         self.lock = Lock()  # a search changes the model's configuration while it runs
 
     @torch.inference_mode()
@@ -65,9 +64,7 @@ class TransformersDecoder:
         masked = PrefixConstrainedLogitsProcessor(self._allowed(prompt), beams)
         if self.normalize != "level":
             return LogitsProcessorList([masked])
-        return LogitsProcessorList(
-            [LevelOnly(prompt, self.code_token_start, self.catalog.codebook_size), masked]
-        )
+        return LogitsProcessorList([LevelOnly(prompt, self.tokens.to(self.model.device)), masked])
 
     def _greedy_scores(self, out: Any, tokens: Tensor) -> Tensor:
         """Sums [B] for one beam, where ``generate`` decodes greedily and sums nothing."""
@@ -80,13 +77,12 @@ class TransformersDecoder:
             node = self.root
             for token in tokens[prompt:].tolist():
                 node = node.get(token, {})
-            return list(node) or [self.code_token_start]  # a finished beam: whatever it adds is cut off
+            return list(node) or [self.tokens.span.start]  # a finished beam: whatever it adds is cut off
 
         return allowed
 
     def _results(self, tokens: Tensor, scores: Tensor) -> Recommendations:
-        offset = torch.arange(self.catalog.levels) * self.catalog.codebook_size + self.code_token_start
-        codes = tokens - offset  # [B, W, levels]
+        codes = self.tokens.codes_of(tokens)  # [B, W, levels]
         nodes = self.catalog.trie.lookup(codes.reshape(-1, self.catalog.levels)).reshape(scores.shape)
         dead = (nodes < 0) | ~scores.isfinite()
         items = self.catalog.trie.items(nodes.masked_fill(dead, -1).flatten()).reshape(scores.shape)
@@ -109,15 +105,15 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 
 class LevelOnly(LogitsProcessor):
-    """Log-probabilities over the K codes of the level that comes next, for ``normalize="level"``."""
+    """Log-probabilities over the codes of the level that comes next, for ``normalize="level"``."""
 
-    def __init__(self, prompt: int, code_token_start: int, codebook_size: int) -> None:
-        self.prompt, self.start, self.size = prompt, code_token_start, codebook_size
+    def __init__(self, prompt: int, tokens: CodeTokens) -> None:
+        self.prompt, self.tokens = prompt, tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        first = self.start + (input_ids.shape[1] - self.prompt) * self.size
+        level = input_ids.shape[1] - self.prompt
         out = torch.full_like(scores, float("-inf"))
-        out[:, first : first + self.size] = scores[:, first : first + self.size].log_softmax(1)
+        self.tokens.spread(level, self.tokens.columns(level, scores).log_softmax(1), out)
         return out
 
 

@@ -4,9 +4,12 @@ from cemg.tokenizer.catalog import Catalog
 from cemg.tokenizer.collisions import Uniqueness, make_unique, place_new
 from cemg.tokenizer.fusion import CONTENT, MODALITIES, Fusion, ItemFeatures, Scaling
 from cemg.tokenizer.rqvae import RQVAE, Losses, TokenizerConfig
+from cemg.tokenizer.shared import SharedFilter
+from cemg.tokenizer.tokens import CodeTokens, TokenMap
 from cemg.tokenizer.training import Tokenizer, train_tokenizer
 
 __all__ = [
-    "CONTENT", "MODALITIES", "RQVAE", "Catalog", "Fusion", "ItemFeatures", "Losses", "Scaling", "Tokenizer",
-    "TokenizerConfig", "Uniqueness", "make_unique", "place_new", "train_tokenizer",
+    "CONTENT", "MODALITIES", "RQVAE", "Catalog", "CodeTokens", "Fusion", "ItemFeatures", "Losses", "Scaling",
+    "SharedFilter", "TokenMap", "Tokenizer", "TokenizerConfig", "Uniqueness", "make_unique", "place_new",
+    "train_tokenizer",
 ]  # fmt: skip

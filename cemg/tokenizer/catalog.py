@@ -17,40 +17,72 @@ from torch import Tensor
 
 from cemg.data.dataset import check_ids
 from cemg.errors import UserError
+from cemg.tokenizer.shared import SharedIds
+from cemg.tokenizer.tokens import CodeTokens, TokenMap
 from cemg_kernels import Trie
 
 REMEDY = "restore it from a copy, or delete the folder and build it again: cemg-train --run RUN"
 
 
 class Catalog:
-    """N items, each with ``levels`` codes of its own.
+    """N items, each with a semantic ID of ``levels`` codes, its own unless the catalog is ``shared``.
 
-    ``codes`` [N, levels] int64. ``item_ids``: N integers or strings, row order. The trie's leaves give the
-    integers; where ids are strings they give catalog rows, and ``ids_of`` turns those into strings.
+    ``codes`` [N, levels] int64. ``item_ids``: N integers or strings, row order. ``codebook_sizes``: the codes
+    of each level; ``codebook_size``: the largest of them, K of the trie. ``tokens``: which token of the
+    language model each code is, None where that is not known. The trie's leaves give the integer ids; where
+    ids are strings they give catalog rows, and ``ids_of`` turns those into strings. Where ``shared`` is not
+    None, leaves are numbers of semantic IDs, and ``shared`` says which items have each.
     """
 
-    def __init__(self, codes: Tensor, codebook_size: int, item_ids: list[int] | list[str]) -> None:
+    def __init__(
+        self, codes: Tensor, codebook_size: int | Sequence[int], item_ids: list[int] | list[str], *,
+        tokens: CodeTokens | None = None, shared: bool = False, counts: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.codes = codes
-        self.codebook_size = codebook_size
-        self.item_ids = item_ids
+        self.codebook_sizes = level_sizes(codebook_size, codes.shape[1])
+        self.codebook_size = max(self.codebook_sizes)
+        self.item_ids, self.tokens, self.counts = item_ids, tokens, counts
         self.named = bool(item_ids) and isinstance(item_ids[0], str)
+        self.shared = SharedIds.of(codes, counts) if shared else None
         rows = torch.arange(len(codes)) if self.named else torch.tensor(item_ids, dtype=torch.int64)
+        self._check_sizes()
         try:
-            self.trie = Trie.from_codes(codes, codebook_size, item_ids=rows)
+            if self.shared is None:
+                self.trie = Trie.from_codes(codes, self.codebook_size, item_ids=rows)
+            else:
+                self.trie = Trie.from_codes(self.shared.codes, self.codebook_size)
         except ValueError as error:
-            raise UserError("these codes make no catalog", cause=str(error)) from error
+            several = "share theirs" in str(error)
+            raise UserError(
+                "these codes make no catalog",
+                cause=str(error),
+                fix="pass shared=True to keep several items on one semantic ID" if several else None,
+            ) from error
+        if tokens is not None:
+            tokens.check_codes(codes)
 
     @classmethod
     def from_codes(
         cls,
         codes: Tensor,
-        codebook_size: int,
+        codebook_size: int | Sequence[int],
         item_ids: Sequence[int] | Sequence[str] | np.ndarray | Tensor | None = None,
+        *,
+        tokens: TokenMap | CodeTokens | None = None,
+        shared: bool = False,
+        counts: Sequence[int] | np.ndarray | Tensor | None = None,
     ) -> Catalog:
-        """Codes [N, levels] of any integer dtype, all rows different; ids default to 0 … N−1.
+        """Codes [N, levels] of any integer dtype; ids default to 0 … N−1.
 
-        Raises UserError for duplicate codes or ids, for codes outside 0 … codebook_size − 1, and for
-        ids that are not one an item, all integers from 0 on or all strings.
+        ``codebook_size``: the codes of every level, or one number per level. ``tokens``: the token of each
+        code, as the first token of all (level after level), a table [levels, K] with −1 where a level has no
+        such code, or one list per level. ``shared`` lets several items have one semantic ID: a search returns
+        all of them with its score, those of the largest ``counts`` (training interactions, [N]) first, and in
+        row order where these are equal.
+
+        Raises UserError for codes outside their level's size, for duplicate ids, for ids that are not one an
+        item, all integers from 0 on or all strings, for a code in use without a token, and without ``shared``
+        for duplicate codes.
         """
         if codes.ndim != 2 or codes.dtype.is_floating_point:
             raise UserError(f"codes must be integers [items, levels], got {codes.dtype} {list(codes.shape)}")
@@ -64,7 +96,14 @@ class Catalog:
             raise UserError(f"item id {Counter(ids).most_common(1)[0][0]!r} occurs more than once")
         if ids and isinstance(ids[0], str):
             check_ids(ids, "item", source="catalog")
-        return cls(codes.to(torch.int64).contiguous(), codebook_size, ids)
+        if shared and not ids_are_valid(ids):
+            raise UserError("item ids must be strings, or integers from 0 on")
+        trained = None if counts is None else torch.as_tensor(counts, dtype=torch.int64)
+        if trained is not None and trained.shape != (len(codes),):
+            raise UserError(f"counts must be [{len(codes)}], one per item, got {list(trained.shape)}")
+        sizes = level_sizes(codebook_size, codes.shape[1])
+        own = None if tokens is None else CodeTokens.of(tokens, sizes)
+        return cls(codes.to(torch.int64).contiguous(), sizes, ids, tokens=own, shared=shared, counts=trained)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -72,6 +111,45 @@ class Catalog:
     @property
     def levels(self) -> int:
         return self.codes.shape[1]
+
+    @property
+    def num_ids(self) -> int:
+        """How many different semantic IDs the items have: the leaves of the trie."""
+        return self.trie.num_items
+
+    def _check_sizes(self) -> None:
+        wide = (self.codes >= torch.tensor(self.codebook_sizes)).nonzero()
+        if len(wide) and min(self.codebook_sizes) < self.codebook_size:
+            row, level = wide[0].tolist()
+            raise UserError(
+                "these codes make no catalog",
+                cause=f"row {row} has code {int(self.codes[row, level])} on level {level}, which has "
+                f"{self.codebook_sizes[level]} codes",
+                fix="give that level a larger size",
+            )
+
+    def code_tokens(self, given: TokenMap | CodeTokens | None = None) -> CodeTokens:
+        """The token of each code: what is ``given``, as for ``from_codes``, or the catalog's own map.
+
+        Raises UserError where there is neither, where both differ, and where a code in use has no token.
+        """
+        if given is None:
+            if self.tokens is None:
+                raise UserError(
+                    "the tokens of the codes are not known",
+                    cause="the catalog holds no token map, and code_token_start is not given",
+                    fix="pass code_token_start, or read the catalog with its tokenizer: "
+                    "Catalog.read(path, tokenizer=…)",
+                )
+            return self.tokens
+        tokens = CodeTokens.of(given, self.codebook_sizes)
+        if self.tokens is not None and not torch.equal(tokens.table, self.tokens.table):
+            raise UserError(
+                "the catalog has a token map of its own, and code_token_start names other tokens",
+                fix="leave code_token_start out",
+            )
+        tokens.check_codes(self.codes)
+        return tokens
 
     def ids_of(self, items: Tensor) -> list[list[int | str | None]]:
         """Item ids for what the trie's leaves gave, [B, top]; None where there is no item (−1)."""
@@ -95,28 +173,35 @@ class Catalog:
 
     def extended(self, codes: Tensor, item_ids: Sequence[str] | Sequence[int]) -> Catalog:
         """A new catalog with items added at the end; what was there keeps its rows and codes."""
+        counts = self.counts
+        if counts is not None:
+            counts = torch.cat([counts, counts.new_zeros(len(codes))])
         return Catalog.from_codes(
-            torch.cat([self.codes, codes.to(torch.int64)]), self.codebook_size, [*self.item_ids, *item_ids]
-        )
+            torch.cat([self.codes, codes.to(torch.int64)]), self.codebook_sizes,
+            [*self.item_ids, *item_ids], tokens=self.tokens, shared=self.shared is not None, counts=counts,
+        )  # fmt: skip
 
     def first(self, count: int) -> Catalog:
         """The catalog of the first ``count`` items."""
-        return (
-            self
-            if count >= len(self)
-            else Catalog(self.codes[:count], self.codebook_size, self.item_ids[:count])
-        )
+        if count >= len(self):
+            return self
+        counts = None if self.counts is None else self.counts[:count]
+        return Catalog(
+            self.codes[:count], self.codebook_sizes, self.item_ids[:count], tokens=self.tokens,
+            shared=self.shared is not None, counts=counts,
+        )  # fmt: skip
 
     def save(self, folder: Path | str) -> None:
-        """``catalog.safetensors`` (codes) and ``catalog.json`` (size, ids), renamed into place when whole."""
+        """``catalog.safetensors`` (codes, token map, counts) and ``catalog.json`` (sizes, ids), renamed into
+        place when whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {
             "format": 1, "codebook_size": self.codebook_size, "item_ids": self.item_ids,
-            "sha256": self.digest(),
+            "sha256": self.digest(), **self._extras(),
         }  # fmt: skip
         (folder / ".catalog.json").write_text(json.dumps(about))
-        save_file({"codes": self.codes}, folder / ".catalog.safetensors")
+        save_file(self._tensors(), folder / ".catalog.safetensors")
         for name in ("catalog.safetensors", "catalog.json"):
             (folder / f".{name}").replace(folder / name)
 
@@ -126,8 +211,12 @@ class Catalog:
         folder = Path(folder)
         try:
             about = json.loads((folder / "catalog.json").read_text())
-            codes = load_file(folder / "catalog.safetensors")["codes"]
-            catalog = cls.from_codes(codes, about["codebook_size"], about["item_ids"])
+            tensors = load_file(folder / "catalog.safetensors")
+            catalog = cls.from_codes(
+                tensors["codes"], about.get("codebook_sizes", about["codebook_size"]), about["item_ids"],
+                tokens=about.get("code_token_start", tensors.get("tokens")),
+                shared=about.get("shared", False), counts=tensors.get("counts"),
+            )  # fmt: skip
             written = about.get("sha256", catalog.digest())
         except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
             cause = f"{error} is missing in it" if isinstance(error, KeyError) else str(error)
@@ -138,6 +227,46 @@ class Catalog:
         return catalog
 
     def digest(self) -> str:
-        """sha256 of the codes and ids."""
-        about = json.dumps([list(self.codes.shape), self.codebook_size, self.item_ids])
-        return hashlib.sha256(about.encode() + self.codes.numpy().tobytes()).hexdigest()
+        """sha256 of all that is saved."""
+        extras = self._extras()
+        fields = [list(self.codes.shape), self.codebook_size, self.item_ids, *([extras] if extras else [])]
+        tensors = b"".join(tensor.numpy().tobytes() for tensor in self._tensors().values())
+        return hashlib.sha256(json.dumps(fields).encode() + tensors).hexdigest()
+
+    def _extras(self) -> dict[str, object]:
+        """What ``catalog.json`` says beyond sizes and ids, of the catalogs that have more."""
+        extras: dict[str, object] = {}
+        if min(self.codebook_sizes) < self.codebook_size:
+            extras["codebook_sizes"] = list(self.codebook_sizes)
+        if self.shared is not None:
+            extras["shared"] = True
+        if self.tokens is not None and self.tokens.start is not None:
+            extras["code_token_start"] = self.tokens.start
+        return extras
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What ``catalog.safetensors`` holds."""
+        tensors = {"codes": self.codes.contiguous()}
+        if self.tokens is not None and self.tokens.start is None:
+            tensors["tokens"] = self.tokens.table
+        if self.counts is not None:
+            tensors["counts"] = self.counts.contiguous()
+        return tensors
+
+
+def level_sizes(size: int | Sequence[int], levels: int) -> tuple[int, ...]:
+    """The codes of each level, from one number for all or one per level; UserError for anything else."""
+    numbers = [size] * levels if isinstance(size, int) else size
+    if isinstance(numbers, str) or not isinstance(numbers, Sequence | np.ndarray | Tensor):
+        raise UserError(f"codebook_size must be an integer, or one per level, got {size!r}")
+    sizes = tuple(int(one) if isinstance(one, int | np.integer | Tensor) else 0 for one in numbers)
+    if len(sizes) != levels or min(sizes, default=1) < 1:
+        raise UserError(
+            f"codebook_size must be 1 or more, for all of the {levels} levels or one per level, got {size!r}"
+        )
+    return sizes
+
+
+def ids_are_valid(ids: list[int] | list[str]) -> bool:
+    """Whether ids are strings or integers from 0 on; without shared IDs the trie checks that."""
+    return all(isinstance(i, str) or (isinstance(i, int) and i >= 0) for i in ids)

@@ -1,0 +1,148 @@
+"""Which token of the language model each code is.
+
+L levels, K codes of the largest level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cemg.errors import UserError
+
+TokenMap = int | Tensor | Sequence[Sequence[int]] | Sequence[Tensor]  # what users write
+
+
+class CodeTokens:
+    """The token of every code: ``table`` [L, K] int64, −1 where a level has no such code.
+
+    ``start`` is set where code c of level m is token ``start + m·K + c``, and None for every other map.
+    """
+
+    def __init__(self, table: Tensor, start: int | None = None) -> None:
+        self.table, self.start = table, start
+
+    @classmethod
+    def consecutive(cls, start: int, sizes: Sequence[int]) -> CodeTokens:
+        """Level after level from ``start`` on, each level with its own number of codes."""
+        largest, begins = max(sizes), torch.tensor([0, *sizes]).cumsum(0)[:-1] + start
+        codes = torch.arange(largest)
+        table = (begins[:, None] + codes).masked_fill(codes >= torch.tensor(sizes)[:, None], -1)
+        return cls(table, start if min(sizes) == largest else None)
+
+    @classmethod
+    def of(cls, given: TokenMap | CodeTokens, sizes: Sequence[int]) -> CodeTokens:
+        """The map that a user wrote: the first token of all, a table [L, K], or one list of tokens per level.
+
+        ``sizes`` are the codes of each level. Raises UserError for another number of levels, for more tokens
+        than codes, for negative tokens, and for a token that two codes of one level share.
+        """
+        if isinstance(given, CodeTokens):
+            given = given.table if given.start is None else given.start
+        if isinstance(given, int):
+            if given < 0:
+                raise UserError(f"code_token_start must be 0 or more, got {given}")
+            return cls.consecutive(given, sizes)
+        rows = [torch.as_tensor(row, dtype=torch.int64).flatten() for row in given]
+        if len(rows) != len(sizes):
+            raise UserError(f"the token map has {len(rows)} levels, the catalog {len(sizes)}")
+        table = torch.full((len(sizes), max(sizes)), -1)
+        for level, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+            if bool((row[size:] >= 0).any()):
+                raise UserError(
+                    f"the token map has {len(row)} tokens on level {level}, the catalog {size} codes"
+                )
+            if bool((row < -1).any()):
+                raise UserError(f"token {int(row.min())} of level {level} is negative")
+            table[level, : min(len(row), size)] = row[:size]
+            named = row[row >= 0]
+            if len(named) != len(named.unique()):
+                twice = int(named.sort().values[:-1][named.sort().values.diff() == 0][0])
+                raise UserError(f"two codes of level {level} have the token {twice}")
+        return cls(table)
+
+    @property
+    def size(self) -> int:
+        """K."""
+        return self.table.shape[1]
+
+    @cached_property
+    def span(self) -> range:
+        """From the first token of a code to the last one; other tokens may lie between."""
+        named = self.table[self.table >= 0]
+        return range(int(named.min()), int(named.max()) + 1)
+
+    def to(self, device: torch.device | str) -> CodeTokens:
+        """The same map on another device."""
+        return (
+            self
+            if self.table.device == torch.device(device)
+            else CodeTokens(self.table.to(device), self.start)
+        )
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        """Codes [..., m] of the first m levels -> their tokens, −1 for a code without one."""
+        return self.table[torch.arange(codes.shape[-1], device=codes.device), codes.long()]
+
+    def of_level(self, level: int, codes: Tensor) -> Tensor:
+        """Codes of one level, any shape -> their tokens."""
+        if self.start is not None:
+            return codes + (self.start + level * self.size)
+        return self.table[level][codes]
+
+    def codes_of(self, tokens: Tensor) -> Tensor:
+        """Tokens [..., m] -> the codes of the first m levels; −1 for a token that is no code of its level."""
+        if not tokens.shape[-1]:
+            return tokens
+        return torch.stack([self.codes_of_level(m, tokens[..., m]) for m in range(tokens.shape[-1])], dim=-1)
+
+    def codes_of_level(self, level: int, tokens: Tensor) -> Tensor:
+        """Tokens of any shape -> the codes that they are on one level, −1 for those that are none."""
+        if self.start is not None:
+            codes = tokens - (self.start + level * self.size)
+            return codes.masked_fill((codes < 0) | (codes >= self.size), -1)
+        known, order = self._by_token
+        place = torch.searchsorted(known[level], tokens.contiguous()).clamp_max(self.size - 1)
+        return torch.where((known[level][place] == tokens) & (tokens >= 0), order[level][place], -1)
+
+    def columns(self, level: int, logits: Tensor) -> Tensor:
+        """The codes' columns [R, K] of logits [R, V], -inf for a code without a token."""
+        tokens = self.table[level]
+        if self.start is not None:
+            first = self.start + level * self.size
+            return logits[:, first : first + self.size]
+        return logits[:, tokens.clamp_min(0)].masked_fill(tokens < 0, float("-inf"))
+
+    def spread(self, level: int, values: Tensor, out: Tensor) -> None:
+        """Write ``values`` [R, K] of the codes to their tokens' columns of ``out`` [R, V]."""
+        if self.start is not None:
+            first = self.start + level * self.size
+            out[:, first : first + self.size] = values
+        else:
+            known = self.table[level] >= 0
+            out[:, self.table[level][known]] = values[:, known]
+
+    @cached_property
+    def first_codes(self) -> list[int]:
+        """The first code of each level that has a token."""
+        return (self.table >= 0).int().argmax(1).tolist()
+
+    @cached_property
+    def _by_token(self) -> tuple[Tensor, Tensor]:
+        """The tokens of each level in order, and their codes."""
+        known, order = self.table.sort(1)
+        return known, order
+
+    def check_codes(self, codes: Tensor) -> None:
+        """UserError where one of ``codes`` [N, L] has no token."""
+        missing = (self.of_codes(codes) < 0).nonzero()
+        if len(missing):
+            row, level = missing[0].tolist()
+            raise UserError(
+                f"code {int(codes[row, level])} of level {level} has no token",
+                cause=f"row {row} of the catalog uses it",
+                fix="give every code in use a token",
+            )
