@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from cemg import settings
 from cemg.errors import UserError
 from cemg.features import ImageConfig, TextConfig
 from cemg.generator import BackboneConfig, GeneratorConfig
@@ -27,11 +28,17 @@ class DataConfig:
     """Where the interactions come from. An empty ``path`` means the synthetic set."""
 
     path: str = ""
+    """A folder or file that cemg-data reads; empty is the synthetic set."""
     format: str = "auto"
+    """How it is written; auto detects it. cemg-data stats --help lists the formats."""
     images: str = ""
+    """Folder of images named by item id."""
     name: str = ""
+    """Name of the dataset in results."""
     synthetic_users: int = 1200
+    """Users of the synthetic set."""
     synthetic_items: int = 400
+    """Items of the synthetic set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,9 @@ class PcaConfig:
     """The projection of text and image features to ``dim`` components (SPEC §2.3)."""
 
     dim: int = 128
+    """Components kept of each modality's features."""
     whiten: bool = False
+    """Whether components are scaled to unit variance."""
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -48,13 +57,18 @@ class PcaConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodingConfig:
-    """Beam search: ``beams`` at the test, ``validation_beams`` and ``validation_users`` in early stopping."""
+    """Beam search at the test and in early stopping."""
 
     beams: int = 50
+    """Beams of the test."""
     validation_beams: int = 20
+    """Beams of the validations during training."""
     validation_users: int = 2000
+    """Users of a validation, drawn by the seed."""
     batch_size: int = 64
+    """Histories searched at once."""
     normalize: Normalize = "vocab"
+    """Codes in the log-softmax: vocab (the whole vocabulary), level, or valid (those of real items)."""
 
     def __post_init__(self) -> None:
         for name in ("beams", "validation_beams", "validation_users", "batch_size"):
@@ -64,20 +78,32 @@ class DecodingConfig:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """Everything that decides a run's results. ``without`` names ablations: collab, image, text, llm."""
+    """Everything that decides a run's results."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    """Interactions, texts and images."""
     text: TextConfig = field(default_factory=TextConfig)
+    """Text features."""
     image: ImageConfig = field(default_factory=ImageConfig)
+    """Image features."""
     pca: PcaConfig = field(default_factory=PcaConfig)
+    """Projection of text and image features."""
     graph: GraphConfig = field(default_factory=GraphConfig)
+    """Collaborative embeddings by LightGCN."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Fusion and RQ-VAE: from features to semantic IDs."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """The language model."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """Training of the generator."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    """Beam search."""
     without: tuple[str, ...] = ()
+    """Ablations: any of collab, image, text, llm."""
     seed: int = 0
+    """Seed of every stage."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32, or bfloat16 (mixed precision)."""
 
     def __post_init__(self) -> None:
         for name in self.without:
@@ -119,14 +145,15 @@ class RunConfig:
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[str] = (), *, data_path: str = "", **top: Any
+    path: Path | None, overrides: Sequence[str] = (), *, data_path: str = "", preset: str = "", **top: Any
 ) -> RunConfig:
-    """Defaults, then a YAML file, then ``top`` (values of RunConfig) and ``data_path``, then
+    """Defaults, then the preset, then a YAML file, then ``top`` (values of RunConfig) and ``data_path``, then
     ``section.name=value`` strings.
 
     Raises UserError naming the file or the override, the field and what it should have been.
     """
     tree = _read(path) if path is not None else {}
+    tree = settings.merged(settings.preset(preset), tree) if preset else tree
     tree |= {name: value for name, value in top.items() if value is not None}
     if data_path:
         if not isinstance(tree.setdefault("data", {}), dict):

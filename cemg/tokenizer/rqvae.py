@@ -28,21 +28,37 @@ class TokenizerConfig:
     """Fusion and RQ-VAE. ``commit`` is the paper's α, ``diversity`` its β (equation 4)."""
 
     levels: int = 4
+    """Codes of a semantic ID. Short IDs decode faster; codebook_size ** levels must exceed the items."""
     codebook_size: int = 256
+    """Codes per level."""
     dim: int = 128
+    """Width of the fused item vector."""
     latent: int = 32
+    """Width of the quantized vector."""
     hidden: tuple[int, ...] = (512, 256, 128)
+    """Widths of the encoder's hidden layers; the decoder mirrors them."""
     commit: float = 1.0
+    """Weight of the commitment loss (the paper's α)."""
     diversity: float = 0.01
+    """Weight of the diversity loss, which spreads items over the codes (the paper's β)."""
     recon_target: ReconTarget = "modalities"
+    """modalities, which reconstructs the features of each item, or h, the fused vector."""
     unique: Unique = "assign"
+    """How colliding items get codes of their own: assign, sinkhorn, or suffix (one more code per ID)."""
     epochs: int = 400
+    """Passes over the items."""
     batch_size: int = 1024
+    """Items per step."""
     learning_rate: float = 1e-3
+    """Of AdamW."""
     weight_decay: float = 1e-4
+    """Of AdamW."""
     warmup_epochs: int = 20
+    """Epochs until the learning rate is reached."""
     reseed_every: int = 10
+    """Epochs between two replacements of unused codes; 0 never replaces them."""
     seed: int = 0
+    """Set by the run's seed."""
 
     def __post_init__(self) -> None:
         for name in ("levels", "codebook_size", "dim", "latent", "epochs", "batch_size"):

@@ -87,7 +87,7 @@ def test_the_cache_does_not_serve_another_pooling_length_or_weights(tiny_bert: P
     folder = tmp_path / "cache"
     quiet(TEXTS, TextConfig(str(tiny_bert)), FeatureCache(folder))
     for config in (
-        TextConfig(str(tiny_bert), "mean"),
+        TextConfig(str(tiny_bert), "cls"),
         TextConfig(str(tiny_bert), max_tokens=8),
         TextConfig(str(other)),
     ):
