@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cemg.decoding import Decoder, Normalize, Recommendations
+from cemg.decoding.beams import check_beams
 from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
 from cemg.pipeline import Pipeline, make_decoder
@@ -68,6 +69,7 @@ class Recommender:
         """
         if not 1 <= top <= beams:
             raise UserError(f"top must be within 1 … beams, got top={top} and beams={beams}")
+        check_beams(beams)
         if not histories:
             return Recommendations.of_nobody(top, self.catalog.levels)
         if (filter is not None or exact) and not isinstance(self.decoder, Decoder):

@@ -217,3 +217,16 @@ def test_json_that_no_parser_takes_is_refused_with_its_line(tmp_path, value):
     (tmp_path / "interactions.txt").write_text("1 2 3\n")
     (tmp_path / "items.json").write_text('{"1": {"title": ' + value)
     assert "items.json" in _refused(tmp_path / "interactions.txt")
+
+
+def test_a_list_of_a_million_million_items_is_refused(tiny_run, command, capsys):
+    assert command(recommend.main, "--run", tiny_run, "--user", "user-0001", "--top", 10**12) == 2
+    assert "beams must be within 1 … 100,000, got 1,000,000,000,000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("allocate", [lambda: bytearray(1 << 60), lambda: torch.empty(1 << 58)])
+def test_a_refused_allocation_is_an_error_in_one_line(allocate, capsys):
+    with pytest.raises(SystemExit) as end:
+        console.run(allocate)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: not enough memory\n")

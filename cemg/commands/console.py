@@ -100,6 +100,12 @@ def _check_environment() -> None:
         raise UserError(str(error)) from None
 
 
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an error is a refused allocation; torch raises a RuntimeError for one on the CPU."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
 def run(app: Callable[[], Any]) -> None:
     """Run ``app`` on ``sys.argv``; a UserError, or what the system refuses, is printed as ``error: …``, cause
     and fix; exit code 2."""
@@ -115,6 +121,14 @@ def run(app: Callable[[], Any]) -> None:
         lines = error.lines()
     except OSError as error:
         lines = [f"{error.filename}: {error.strerror}" if error.filename else str(error)]
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        lines = UserError(
+            "not enough memory",
+            cause=str(error).split("\n")[0],
+            fix="smaller batches, fewer beams, or a smaller model",
+        ).lines()
     else:
         return
     for line in (f"error: {lines[0]}", *lines[1:]):

@@ -15,6 +15,7 @@ from cemg_kernels import ItemFilter, RequestFilter, Trie
 from cemg_kernels.trie_beam_step import BeamStep
 
 Filter = ItemFilter | RequestFilter
+MAX_BEAMS = 100_000  # per prompt; every tensor of a search has a row per beam
 MARGIN = 1e-4  # a result is certified where it beats everything pruned by this much
 
 
@@ -119,13 +120,18 @@ class Beams:
         return Recommendations.of_leaves(trie, self.scores, self.nodes, self.codes, self.pruned)
 
 
+def check_beams(beams: int) -> None:
+    """UserError for fewer beams than one, and for more than MAX_BEAMS."""
+    if not 1 <= beams <= MAX_BEAMS:
+        raise UserError(f"beams must be within 1 … {MAX_BEAMS:,}, got {beams:,}")
+
+
 def check_prompts(
     input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None = None
 ) -> None:
     """UserError for fewer beams than one, for shapes that differ, for a filter of other requests, and on the
     CPU for a prompt without a token."""
-    if beams < 1:
-        raise UserError(f"beams must be at least 1, got {beams}")
+    check_beams(beams)
     if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
         shapes = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
         raise UserError(f"input_ids and attention_mask must be [B, S] alike, got {shapes}")

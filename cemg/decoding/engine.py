@@ -20,6 +20,7 @@ from cemg.decoding.beams import (
     Beams,
     Filter,
     Recommendations,
+    check_beams,
     check_prompts,
     token_count,
     trimmed,
@@ -176,6 +177,7 @@ class Decoder:
         """
         if not 1 <= top <= beams <= budget:
             raise UserError(f"1 <= top <= beams <= budget must hold, got {top}, {beams} and {budget}")
+        check_beams(budget)
         found = self.decode(input_ids, attention_mask, beams, filter=filter).top(top)
         unproven = found.certified < (found.items >= 0).sum(1)
         for row in unproven.nonzero().flatten().tolist():

@@ -261,7 +261,7 @@ def test_arguments_that_cannot_be_served_are_refused(bench):
     made = bench("gpt2")
     ids, mask = made.prompts([4, 2])
     decoder = Decoder(made.model, made.catalog, START)
-    with pytest.raises(UserError, match="beams must be at least 1, got 0"):
+    with pytest.raises(UserError, match="beams must be within 1 … 100,000, got 0"):
         decoder.decode(ids, mask, 0)
     with pytest.raises(UserError, match=r"got \[2, 4\] and \[2, 3\]"):
         decoder.decode(ids, mask[:, 1:], 2)
