@@ -30,6 +30,7 @@ from cemg.decoding.generic import GenericPlan
 from cemg.decoding.graphs import Graphs
 from cemg.decoding.layers import Stepper, Unsupported, Wanted
 from cemg.decoding.native import NativePlan
+from cemg.decoding.rows import RowsPlan
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
@@ -77,6 +78,14 @@ class Plan(Protocol):
         ...
 
 
+def own_forward(model: PreTrainedModel) -> Plan:
+    """The plan that runs the model's own forward: one prefill per user where a tree mask can be exact."""
+    try:
+        return GenericPlan(model)
+    except Unsupported:
+        return RowsPlan(model)
+
+
 def make_plan(model: PreTrainedModel, code_tokens: range, backend: str | None) -> tuple[Plan, str]:
     """The plan of a model and the path it takes, in words.
 
@@ -92,7 +101,7 @@ def make_plan(model: PreTrainedModel, code_tokens: range, backend: str | None) -
     except Unsupported as reason:
         if backend in ("native", "torch"):
             raise UserError(f"the {backend} decoder does not serve this model: {reason}") from None
-        return GenericPlan(model), f"the model's own forward: {reason}"
+        return own_forward(model), f"the model's own forward: {reason}"
     try:
         if wanted == "native":
             return NativePlan(plan), f"fast {kind} in C++"

@@ -1,67 +1,96 @@
-"""Steppers for any Hugging Face model: its own forward, fed beams. What has no fast path runs on these."""
+"""The tree-mask stepper: one prefill per user and a 4-D mask, for decoder-only models with plain attention.
+
+All beams of a user are further positions of one sequence. The mask lets a beam attend to the prompt and its
+ancestors. The prompt's keys and values are stored once per user, not once per beam. B users, W beams,
+S prompt tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.cache_utils import Cache
 
-from cemg.decoding.layers import Logits, Stepper, Wanted
-from cemg.errors import UserError
+from cemg.decoding.layers import Logits, Stepper, Unsupported, Wanted
+from cemg.decoding.rows import RowsStepper, plain
 
-LEVELS_AHEAD = 8  # codes that may follow a prompt
-
-
-def cached(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """The cache under the name that the model's forward takes it by: transformers renamed it in 5.24."""
-    plain = cast(Any, model).get_base_model() if hasattr(model, "peft_config") else model
-    name = "cache" if "cache" in signature(plain.forward).parameters else "past_key_values"
-    return {name: cache}
+WINDOWS = ("sliding_window", "attention_chunk_size")  # settings that limit how far back a layer attends
+ATTENTION = ("attention", "full_attention", "global", "sliding_attention", "chunked_attention")
 
 
 class GenericPlan:
-    """The model as it is."""
+    """A decoder-only model that obeys a 4-D mask and ``position_ids``.
+
+    Raises Unsupported for models that certainly do not: encoder-decoders, ALiBi, recurrent and state-space
+    layers, attention with a mask of its own. A model with a sliding window runs one row per beam where a
+    sequence does not fit in the window.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        accepted = signature(plain(model).forward).parameters
+        reason = _refusal(model, accepted)
+        if reason is not None:
+            raise Unsupported(reason)
         self.model = model
+        self.cache_name = (
+            "cache" if "cache" in accepted else "past_key_values"
+        )  # renamed in transformers 5.24
+        self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        text: Any = model.config.get_text_config(decoder=True)
+        windows = [getattr(text, name, None) for name in WINDOWS]
+        self.window = min((size for size in windows if size), default=None)
 
     def begin(self) -> Stepper:
         """A stepper for one batch."""
-        seq2seq = self.model.config.is_encoder_decoder
-        return GenericSeq2Seq(self.model) if seq2seq else GenericCausal(self.model)
+        tree = TreeStepper(self)
+        return tree if self.window is None else WindowedStepper(self, self.window, tree)
 
 
-class GenericCausal:
-    """A decoder-only model: beams as further positions of their user's sequence, under a 4-D mask."""
+def _refusal(model: PreTrainedModel, accepted: Mapping[str, Any]) -> str | None:
+    """Why the tree mask cannot be exact for this model; None where nothing is known."""
+    config: Any = model.config.get_text_config(decoder=True)
+    kinds = {
+        kind
+        for name in ("layer_types", "layers_block_type", "attention_layers")
+        for kind in getattr(config, name, None) or ()
+    }
+    other = sorted(kinds - set(ATTENTION))
+    if model.config.is_encoder_decoder:
+        return "an encoder-decoder"
+    if getattr(config, "alibi", False) or config.model_type in ("mpt", "bloom"):
+        return "ALiBi positions, which follow the place in the cache"
+    if getattr(plain(model), "_is_stateful", False):
+        return "layers with a recurrent state"
+    if other:
+        return f"layers of the type {', '.join(other)}"
+    if not {"position_ids", "attention_mask"} <= set(accepted):
+        return "a forward without position_ids or attention_mask"
+    return None
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.cache = DynamicCache()  # whole in every layer: the masks of ``step`` say who sees what
-        self.window = getattr(model.config, "sliding_window", None)
+
+class TreeStepper:
+    """The search's state: the cache of prompts and of all beams, and who descends from whom."""
+
+    def __init__(self, plan: GenericPlan) -> None:
+        self.plan = plan
+        self.cache: Cache = (
+            DynamicCache()
+        )  # whole in every layer: the masks of ``step`` hide what is not seen
 
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
     ) -> Logits:
-        longest = int(attention_mask.sum(1).max()) if self.window else 0
-        if self.window and longest + LEVELS_AHEAD > self.window:
-            raise UserError(
-                f"a prompt of {longest} tokens does not fit the model's sliding window of {self.window}",
-                fix=f"cut prompts to {self.window - LEVELS_AHEAD} tokens, or use engine='transformers'",
-            )
         positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
-        out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
-            use_cache=True, logits_to_keep=1, **cached(self.model, self.cache),
-        )  # fmt: skip
+        logits = self._forward(input_ids, attention_mask, positions, **self.plan.only_last)
         self.prompt = attention_mask.bool()  # [B, S]
         self.position = attention_mask.sum(1)  # [B], of the next token
-        self.ancestors: Tensor | None = None  # [B, W, fed] bool: which of the tokens fed a beam descends from
-        return Logits.of(out.logits, wanted)
+        self.ancestors: Tensor | None = None  # [B, W, fed] bool: the fed tokens a beam descends from
+        return Logits.of(logits[:, -1:], wanted)
 
     def rewind(self) -> None:
         if self.ancestors is not None:
@@ -79,56 +108,52 @@ class GenericCausal:
         seen = torch.cat(
             (self.prompt[:, None].expand(-1, beams, -1), self.ancestors), dim=2
         )  # [B, W, S + steps·W]
-        dtype = self.model.dtype
+        dtype = self.plan.model.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
             ~seen, torch.finfo(dtype).min
         )
-        out = self.model(
-            input_ids=tokens, attention_mask=mask[:, None], use_cache=True,
-            position_ids=self.position[:, None].expand(-1, beams), **cached(self.model, self.cache),
-        )  # fmt: skip
+        logits = self._forward(tokens, mask[:, None], self.position[:, None].expand(-1, beams))
         self.position = self.position + 1
-        return Logits.of(out.logits, wanted)
+        return Logits.of(logits, wanted)
+
+    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, **more: int) -> Tensor:
+        """Logits after ``tokens`` at ``positions``, both [B, n]."""
+        logits: Tensor = self.plan.model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
+            **{self.plan.cache_name: self.cache}, **more,
+        ).logits  # fmt: skip
+        return logits
 
 
-class GenericSeq2Seq:
-    """T5: the encoder runs once a user; each beam is a row of the decoder, its cache re-ordered a step."""
+class WindowedStepper:
+    """The tree mask while all sequences fit in the model's window, else one row per beam.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    Past the window, what a layer attends to depends on the layer; only the model's own masks are right.
+    """
+
+    def __init__(self, plan: GenericPlan, window: int, tree: TreeStepper) -> None:
+        self.plan, self.window = plan, window
+        self.stepper: TreeStepper | RowsStepper = tree
+        self.fed: list[tuple[Tensor, Tensor]] = []  # tokens and parents of each step so far
 
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
     ) -> Logits:
-        encoded = self.model.get_encoder()(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state
-        self.prompt = encoded, attention_mask
-        return Logits.of(self._first(), wanted)
+        self.prompts = input_ids, attention_mask
+        if input_ids.shape[1] > self.window:
+            self.stepper = RowsStepper(self.plan.model, cached=True)
+        return self.stepper.start(input_ids, attention_mask, wanted, num_tokens)
 
     def rewind(self) -> None:
-        self._first()  # again, not the encoder: the cache of before was re-ordered and has grown
-
-    def _first(self) -> Tensor:
-        """Logits [B, 1, V] after the start token, by a new cache."""
-        self.encoded, self.mask = self.prompt
-        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        start = self.model.config.decoder_start_token_id
-        return self._forward(torch.full_like(self.mask[:, :1], start))
+        self.fed = []
+        self.stepper.rewind()
 
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
-        batch, beams = tokens.shape
-        before = len(self.encoded) // batch  # beams of the step before: 1 at first
-        users = torch.arange(batch, device=tokens.device)[:, None] * before
-        rows = (users + parents.long().clamp_min(0)).flatten()  # [B·W]
-        self.cache.reorder_cache(cast(torch.LongTensor, rows))
-        if before != beams:
-            self.encoded, self.mask = self.encoded[rows], self.mask[rows]
-        return Logits.of(self._forward(tokens.reshape(-1, 1)).reshape(batch, beams, -1), wanted)
-
-    def _forward(self, tokens: Tensor) -> Tensor:
-        out = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self.encoded), attention_mask=self.mask,
-            decoder_input_ids=tokens, use_cache=True, **cached(self.model, self.cache),
-        )  # fmt: skip
-        return out.logits
+        length = self.prompts[0].shape[1] + len(self.fed) + 1
+        if isinstance(self.stepper, TreeStepper) and length > self.window:
+            self.stepper = RowsStepper(self.plan.model, cached=True)
+            self.stepper.start(*self.prompts, wanted)
+            for step in self.fed:
+                self.stepper.step(*step, wanted)
+        self.fed.append((tokens, parents))
+        return self.stepper.step(tokens, parents, wanted)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -62,7 +63,7 @@ class RowsStepper:
         self.model: Any = model
         self.cached = cached
         self.seq2seq = bool(model.config.is_encoder_decoder)
-        self.accepted = signature(_plain(model).forward).parameters
+        self.accepted = signature(plain(model).forward).parameters
 
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
@@ -116,11 +117,21 @@ class RowsStepper:
     def _prefill(self) -> Tensor:
         """Logits [B, 1, V] after the prompts, by a new cache."""
         if self.cached:
-            self.model._prepare_cache_for_generation(
-                GenerationConfig(), self.inputs, GenerationMode.BEAM_SEARCH,
-                len(self.tokens), self.tokens.shape[1] + STEPS_AHEAD,
-            )  # fmt: skip
+            self._add_cache()
         return self._forward(first=True)[:, None]
+
+    def _add_cache(self) -> None:
+        """A new cache among the inputs, as ``generate()`` makes it, where the model takes one.
+
+        Except for a plain encoder-decoder: ``generate()`` counts the layers of its encoder for it.
+        """
+        name = "cache" if "cache" in self.accepted else "past_key_values"
+        prepare = plain(self.model)._prepare_cache_for_generation
+        if self.seq2seq and prepare.__func__ is GenerationMixin._prepare_cache_for_generation:
+            self.inputs[name] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            return
+        length = self.tokens.shape[1] + STEPS_AHEAD
+        prepare(GenerationConfig(), self.inputs, GenerationMode.BEAM_SEARCH, len(self.tokens), length)
 
     def _forward(self, *, new: int | None = None, first: bool = False) -> Tensor:
         """Logits [R, V] after the last token; ``new``: how many tokens the cache lacks, None for all."""
@@ -197,7 +208,7 @@ def start_token(model: PreTrainedModel) -> int:
     raise Unsupported("an encoder-decoder without decoder_start_token_id")
 
 
-def _plain(model: Any) -> Any:
+def plain(model: Any) -> Any:
     """The model under PEFT's wrapper, or itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 

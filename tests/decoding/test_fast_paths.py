@@ -158,10 +158,20 @@ def test_adapters_that_scale_the_weight_run_on_the_models_own_forward():
     assert "DoRA" in Decoder(adapted, random_catalog(60, 1), START).path
 
 
-def test_a_prompt_longer_than_the_sliding_window_is_refused():
-    decoder = Decoder(build("Mistral", ROTARY | {"sliding_window": 12}), random_catalog(60, 1), START)
-    with pytest.raises(UserError, match="5 tokens does not fit the model's sliding window of 12"):
-        decoder.decode(torch.full((1, 5), 4), torch.ones(1, 5).long(), 3)
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+@pytest.mark.parametrize("lengths", [[9, 4], [11, 4], [12, 4], [30, 11, 2]])
+def test_a_sequence_past_the_sliding_window_is_ranked_by_the_models_own_masks(kind, lengths):
+    """A window of 12 holds the first sequences; the second pass it in the last step, the others before."""
+    window = {"sliding_window": 12} if kind == "Mistral" else WINDOW | {"sliding_window": 12}
+    made = Bench(build(kind, ROTARY | window), random_catalog(60, 1))
+    ids, mask = made.prompts(lengths)
+    decoder = Decoder(made.model, made.catalog, START)
+    every = score_all(decoder, ids, mask, rows=80)
+    found = decoder.decode(ids, mask, 60)
+    for row in range(len(lengths)):
+        expected = made.all_scores(ids[row, mask[row].bool()], "vocab")
+        torch.testing.assert_close(found.scores[row], expected[found.items[row]], rtol=0, atol=1e-4)
+        torch.testing.assert_close(every[row], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", ["t5 tied", "gpt2", "llama, as many key heads"])
