@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
+from cemg import files
 from cemg.config import RunConfig, load_config
 from cemg.data import Dataset, read_dataset, synthetic_dataset
 from cemg.decoding import Decoder, TransformersDecoder, VllmDecoder
@@ -34,7 +35,7 @@ from cemg.generator import (
 )
 from cemg.graph import train_lightgcn
 from cemg.progress import console
-from cemg.run import Run, digest, write_json, write_text
+from cemg.run import Run, digest
 from cemg.tokenizer import MODALITIES, Catalog, Tokenizer, make_unique, train_tokenizer
 
 CONFIG, PENDING = "config.yaml", ".config.next.yaml"  # of what a run holds; of what it is being made into
@@ -95,7 +96,7 @@ class Pipeline:
         """
         self.data()
         pending, own = (self.run.folder / name for name in (PENDING, CONFIG))
-        write_text(pending, yaml.safe_dump(self.asked.to_dict(), sort_keys=False))
+        files.write_text(pending, yaml.safe_dump(self.asked.to_dict(), sort_keys=False))
         try:
             self.features()
             self.graph()
@@ -174,8 +175,10 @@ class Pipeline:
         tensors: dict[str, Tensor] = {}
         for name, features in (("text", text), ("image", image)):
             tensors |= self._project(name, features, folder)
-        save_file(tensors, folder / "features.safetensors")
-        write_json(folder / "missing.json", {"text": _missing(text, data), "image": _missing(image, data)})
+        files.save_tensors(tensors, folder / "features.safetensors")
+        files.write_json(
+            folder / "missing.json", {"text": _missing(text, data), "image": _missing(image, data)}
+        )
 
     def _encode_images(self, data: Dataset) -> Features:
         if not any(data.images):  # no picture, no backbone: none is loaded, nor downloaded
@@ -208,7 +211,9 @@ class Pipeline:
             made = train_lightgcn(
                 data.split().train, data.num_items, config=self.config.graph, device=self.device, log=log
             )
-        save_file({"collab": made.values, "collab_present": made.present}, folder / "graph.safetensors")
+        files.save_tensors(
+            {"collab": made.values, "collab_present": made.present}, folder / "graph.safetensors"
+        )
 
     def _build_tokenizer(self, folder: Path) -> None:
         values, present = self.load_features()
@@ -221,7 +226,7 @@ class Pipeline:
         items = made.features(values, present)
         codes, z = made.tokenize(items)
         tensors = {"codes": codes, "z": z, "attention": made.attention(items), "present": items.present}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "items.safetensors")
+        files.save_tensors(tensors, folder / "items.safetensors")
 
     def _build_catalog(self, folder: Path) -> None:
         items = load_file(self.run.path("tokenizer") / "items.safetensors")
@@ -234,7 +239,7 @@ class Pipeline:
             "items": len(unique.codes), "colliding_before": unique.colliding_before, "colliding_after": 0,
             "changed_codes_share": unique.changed_share, "moved_items": unique.moved_items,
         }  # fmt: skip
-        write_json(folder / "uniqueness.json", figures)
+        files.write_json(folder / "uniqueness.json", figures)
         console.print(
             f"catalog: {unique.colliding_before} of {len(unique.codes)} items collided, none does now; "
             f"{unique.changed_share:.2%} of the codes were changed", highlight=False,
@@ -272,17 +277,15 @@ class Pipeline:
                 config=self.config.generator, folder=folder / "checkpoints", device=self.device,
                 dtype=self.config.dtype, log=log,
             )  # fmt: skip
-        save_file(
-            {k: v.cpu().contiguous() for k, v in weights_of(model).items()}, folder / "weights.safetensors"
-        )
-        write_json(folder / "vocabulary.json", vocabulary.to_dict())
+        files.save_tensors(weights_of(model), folder / "weights.safetensors")
+        files.write_json(folder / "vocabulary.json", vocabulary.to_dict())
         best = {
             "best_epoch": progress.best_epoch,
             "epochs": progress.epoch,
             "validation_ndcg10": progress.best,
         }
-        write_json(folder / "training.json", best)
-        write_json(folder / "seconds.json", progress.seconds)
+        files.write_json(folder / "training.json", best)
+        files.write_json(folder / "seconds.json", progress.seconds)
 
     # ---- what is there
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cemg import files
 from cemg.errors import UserError
 from cemg.evaluation import result_markdown
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog
@@ -41,7 +42,7 @@ def write_report(run: Path) -> Path:
     """
     fresh = run / ".report.part"
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    files.make_folder(fresh)
     parts: dict[str, Callable[[Path, Path], str]] = {
         "Results": _results, "Stages": _stages, "Unique codes": _uniqueness, "Losses": _losses,
         "Codebooks": _codebooks, "Items by first code": _tsne, "Fusion": _fusion,
@@ -49,10 +50,9 @@ def write_report(run: Path) -> Path:
     lines = [f"# {run.name}\n"]
     for title, draw in parts.items():
         lines.append(f"## {title}\n\n{_or_missing(draw, run, fresh)}\n")
-    (fresh / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    files.write_text(fresh / "report.md", "\n".join(lines))
     done = run / "report"
-    shutil.rmtree(done, ignore_errors=True)
-    fresh.replace(done)
+    files.replace_folder(fresh, done)
     return done
 
 
@@ -160,7 +160,7 @@ def _tsne(run: Path, folder: Path) -> str:
 def _fusion(run: Path, folder: Path) -> str:
     items = _items(run)
     facts = fusion_facts(items["attention"], items["present"])
-    (folder / "fusion.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    files.write_text(folder / "fusion.json", json.dumps(facts, indent=1, ensure_ascii=False))
     figure, (axis,) = _figure(1)
     for column, name in enumerate(CONTENT):
         axis.hist(items["attention"][:, column].numpy(), bins=50, range=(0, 1), alpha=0.6, label=name)
@@ -225,5 +225,6 @@ def _figure(plots: int) -> tuple[Figure, list[Any]]:
 
 
 def _saved(figure: Figure, folder: Path, name: str) -> str:
-    figure.savefig(folder / name, dpi=110)
+    with files.durable(folder / name) as part:
+        figure.savefig(part, dpi=110, format="png")
     return f"![{name}]({name})"

@@ -22,6 +22,7 @@ import transformers
 from safetensors import safe_open
 
 import cemg
+from cemg import files
 from cemg.errors import UserError
 from cemg.progress import console
 from cemg_kernels.ranges import named_range
@@ -75,7 +76,7 @@ class Run:
         if _key_of(doing / KEY) != key:
             shutil.rmtree(doing, ignore_errors=True)
             doing.mkdir(parents=True)
-            write_json(doing / KEY, {"key": key})
+            files.write_json(doing / KEY, {"key": key})
         console.print(f"{name}: started", highlight=False)
         started = time.monotonic()
         build(doing)
@@ -84,7 +85,7 @@ class Run:
         seconds = round(max(time.monotonic() - started, before), 2)
         own = {name: self.keys[name] for name in inputs}
         manifest = {"key": key, "inputs": own, "seconds": seconds, **_contents(doing), "config": dict(config)}
-        write_json(doing / MANIFEST, manifest)
+        files.write_json(doing / MANIFEST, manifest)
         console.print(f"{name}: done in {seconds:.1f} s", highlight=False)
 
     def _place(self, name: str) -> None:
@@ -143,18 +144,6 @@ class _Lock(AbstractContextManager[None]):
 def digest(value: object) -> str:
     """sha256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(value, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def _key_of(path: Path) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedModel
 
+from cemg import files
 from cemg.baselines import PopularityRanker
 from cemg.config import RunConfig
 from cemg.data.dataset import Split
@@ -75,8 +75,7 @@ def score(
         pipeline, config, f"{data.name}-cemg-{scope}", scored, about=about, seconds=seconds, further=further
     )
     if copy is not None:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(second, copy)
+        files.copy_file(second, copy)
     return [first, second]
 
 
@@ -125,7 +124,6 @@ def _write(
     further: Mapping[str, Any] | None = None,
 ) -> Path:
     path = pipeline.run.folder / "results" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_result(
         path,
         dataset=pipeline.load_data().name,

@@ -5,6 +5,7 @@ N items.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -29,9 +30,31 @@ def write(path: Path, arrays: TrieArrays, ids: Tensor | None) -> None:
              "fingerprint": fingerprint_of(arrays, ids)}  # fmt: skip
     if ids is not None:
         tensors["ids"] = ids.cpu()
-    partial = path.with_name(f"{path.name}.part")
-    save_file(tensors, partial, metadata=about)
-    partial.replace(path)
+    _save(path, tensors, about)
+
+
+def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write, flush, rename, flush the folder; a failure removes the temporary file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.touch()  # with the modes of the umask, which safetensors does not obey
+        mode = partial.stat().st_mode
+        save_file(tensors, partial, metadata=about)
+        partial.chmod(mode & 0o777)
+        _flush(partial)
+        partial.replace(path)
+        _flush(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def read(path: Path) -> tuple[TrieArrays, Tensor | None, str]:

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cemg import files
 from cemg.baselines.sequences import pad_histories
 from cemg.errors import UserError
 
@@ -157,11 +158,9 @@ class SasrecRanker:
 
     def save(self, folder: Path) -> None:
         """``sasrec.safetensors`` and ``sasrec.json``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.contiguous() for k, v in self.model.state_dict().items()}
-        save_file(weights, folder / "sasrec.safetensors")
+        files.save_tensors(self.model.state_dict(), folder / "sasrec.safetensors")
         about = {"num_items": self.model.items.num_embeddings, "config": asdict(self.config)}
-        (folder / "sasrec.json").write_text(json.dumps(about, indent=1) + "\n")
+        files.write_json(folder / "sasrec.json", about)
 
     @classmethod
     def load(cls, folder: Path) -> SasrecRanker:

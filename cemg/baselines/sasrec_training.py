@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from cemg import files
 from cemg.baselines.cross_entropy import linear_cross_entropy
 from cemg.baselines.sasrec import PRODUCTS, Sasrec, SasrecConfig, SasrecRanker
 from cemg.baselines.sequences import Batch, num_batches, training_batches
@@ -52,7 +52,7 @@ def train_sasrec(
         run.checkpoint(folder)
         if progress:
             _report(run.log[-1])
-    (folder / "log.json").write_text(json.dumps(run.log, indent=1) + "\n")
+    files.write_json(folder / "log.json", run.log)
     ranker = run.best_ranker()
     ranker.save(folder)
     return ranker
@@ -164,15 +164,12 @@ class _Run:
 
     def checkpoint(self, folder: Path) -> None:
         """One safetensors file, its counters as JSON in the header, renamed into place when whole."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
         counters = {k: getattr(self, k) for k in ("epoch", "stale", "best_score", "log", "identity")}
-        partial = folder / "checkpoint.partial"
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"run": json.dumps(counters)})
-        partial.replace(_checkpoint_file(folder))
+        files.save_tensors(tensors, _checkpoint_file(folder), metadata={"run": json.dumps(counters)})
 
     def resume(self, folder: Path) -> None:
         """Go on from the folder's checkpoint; where there is none, from the start."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cemg import files
 from cemg.commands import console as command
 from cemg.errors import UserError
 from cemg.progress import console
@@ -99,7 +100,6 @@ def _replace(folder: Path, catalog: Catalog, added: pl.DataFrame) -> None:
     Killed between the two renamings, the fresh one is what `Run.stage` takes for a stage to be placed.
     """
     from cemg.recommender import ADDED_TITLES
-    from cemg.run import write_json
 
     fresh, old = folder.with_name(".catalog.part"), folder.with_name(".catalog.old")
     for path in (fresh, old):
@@ -108,7 +108,7 @@ def _replace(folder: Path, catalog: Catalog, added: pl.DataFrame) -> None:
     catalog.save(fresh)
     path = fresh / ADDED_TITLES
     titles = json.loads(path.read_text()) if path.is_file() else {}
-    write_json(path, titles | {i: t for i, t in zip(added["item"], added["title"], strict=True) if t})
+    files.write_json(path, titles | {i: t for i, t in zip(added["item"], added["title"], strict=True) if t})
     folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old)

@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 from cemg import __version__
 from cemg.errors import UserError
+from cemg.files import storage_error
 from cemg.progress import printable
 
 INFORMATION = ("-h", "--help", "--version")  # which need no working environment
@@ -120,7 +121,9 @@ def run(app: Callable[[], Any]) -> None:
     except UserError as error:
         lines = error.lines()
     except OSError as error:
-        lines = [f"{error.filename}: {error.strerror}" if error.filename else str(error)]
+        storage = storage_error(error)
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        lines = storage.lines() if storage is not None else [named]
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise

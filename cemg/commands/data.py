@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from cemg import files
 from cemg.commands import console as command
 from cemg.data.dataset import Dataset
 from cemg.data.filter import Duplicates, Ties
@@ -203,18 +204,9 @@ def _check_free(out: Path, *, force: bool, source: Path | None = None) -> None:
 def _renamed_when_whole(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its name, and its place, when the block ends well."""
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
     try:
-        part.mkdir(parents=True)
+        files.make_folder(part)
         yield part
-        if out.exists():
-            out.rename(old)
-        try:
-            part.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        files.replace_folder(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from cemg import files
 from cemg.errors import UserError
 from cemg.progress import UNPRINTABLE
 
@@ -82,18 +83,15 @@ class Dataset:
 
     def save(self, folder: Path) -> None:
         """Write the prepared folder: ``interactions.parquet``, ``items.parquet``, ``dataset.json``."""
-        folder.mkdir(parents=True, exist_ok=True)
         lengths = [len(s) for s in self.sequences]
-        pl.DataFrame(
-            {
-                "user": np.repeat(np.arange(self.num_users, dtype=np.int32), lengths),
-                "item": _flat(self.sequences),
-            }
-        ).write_parquet(folder / "interactions.parquet")
-        pl.DataFrame({"user_id": self.user_ids}, schema={"user_id": pl.String}).write_parquet(
-            folder / "users.parquet"
-        )
-        pl.DataFrame(
+        pairs = {
+            "user": np.repeat(np.arange(self.num_users, dtype=np.int32), lengths),
+            "item": _flat(self.sequences),
+        }
+        _write(pl.DataFrame(pairs), folder / "interactions.parquet")
+        users = pl.DataFrame({"user_id": self.user_ids}, schema={"user_id": pl.String})
+        _write(users, folder / "users.parquet")
+        items = pl.DataFrame(
             {
                 "item_id": self.item_ids,
                 "title": self.titles,
@@ -101,7 +99,8 @@ class Dataset:
                 "image": [str(p.resolve()) if p else None for p in self.images],
             },
             schema={"item_id": pl.String, "title": pl.String, "text": pl.String, "image": pl.String},
-        ).write_parquet(folder / "items.parquet")
+        )
+        _write(items, folder / "items.parquet")
         about = {
             "format": FORMAT,
             "name": self.name,
@@ -109,7 +108,7 @@ class Dataset:
             "synthetic": self.synthetic,
             "notes": self.notes,
         }
-        (folder / "dataset.json").write_text(json.dumps(about, indent=1))
+        files.write_json(folder / "dataset.json", about)
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
@@ -213,6 +212,11 @@ def check_ids(ids: Sequence[str], what: str, *, source: str) -> None:
         f"{source}: {what} id {bad!r} is empty or contains a control character",
         fix="ids are printable text on one line; rename it in the source",
     )
+
+
+def _write(table: pl.DataFrame, path: Path) -> None:
+    with files.durable(path) as part:
+        table.write_parquet(part)
 
 
 def _flat(sequences: Sequence[np.ndarray]) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 from PIL import Image, ImageDraw
 
+from cemg import files
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 
@@ -120,7 +121,8 @@ def synthetic_dataset(folder: Path, *, users: int = 1200, items: int = 400, seed
     )
     columns = {"item": np.arange(items, dtype=np.int32)}
     columns |= {name: world.clusters[:, kind].astype(np.int32) for kind, name in enumerate(KINDS)}
-    pl.DataFrame(columns).write_parquet(folder / "planted.parquet")
+    with files.durable(folder / "planted.parquet") as part:
+        pl.DataFrame(columns).write_parquet(part)
     return data
 
 
@@ -180,7 +182,7 @@ def _write_text(topic: int, rng: np.random.Generator) -> tuple[str, str]:
 
 def _draw_images(world: World, folder: Path, seed: int) -> list[Path | None]:
     """Draw one picture an item, telling its visual cluster only; None for the missing."""
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     images: list[Path | None] = []
     for item, cluster in enumerate(world.clusters[:, KINDS.index("visual")]):
         rng = np.random.default_rng([seed, 4, item])
@@ -188,7 +190,7 @@ def _draw_images(world: World, folder: Path, seed: int) -> list[Path | None]:
             images.append(None)
             continue
         path = folder / f"item-{item + 1:04d}.png"
-        _draw_image(cluster, rng).save(path)
+        _draw_image(cluster, rng).save(path)  # drawn again at each start, so not flushed
         images.append(path)
     return images
 

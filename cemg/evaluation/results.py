@@ -17,6 +17,7 @@ from rich import box
 from rich.table import Table
 from scipy.stats import t as student
 
+from cemg import files
 from cemg.errors import UserError
 from cemg.evaluation.metrics import Metrics
 from cemg.evaluation.paper import printed_rows
@@ -67,10 +68,7 @@ def write_result(
         **_figures(evaluation),
         **(further or {}),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    files.write_json(path, record)
 
 
 def result_table(paths: Sequence[Path], *, paper: bool = True) -> Table:

@@ -2,13 +2,12 @@
 
 A cache is a folder with a shelf (a folder) per model, a shelf holds shards. A shard is a safetensors file
 of ``keys`` uint8 [n, 32] and ``values`` float32 [n, F], named after the sha256 of its bytes: a torn or
-altered file no longer matches its own name. Files are written under a temporary name and renamed.
+altered file no longer matches its own name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from cemg import files
 from cemg.errors import UserError
 
 KEY_BYTES = 32
+ABANDONED = 3600.0  # seconds after which no process is still writing a shard
 
 
 class FeatureCache:
@@ -56,7 +57,8 @@ class Shelf:
         self.cache, self.folder = cache, folder
         self.rows: dict[bytes, Tensor] = {}  # key -> values [F]
         self.unsaved: dict[bytes, Tensor] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
+        files.sweep(folder, older_than=ABANDONED)
         for path in sorted(folder.glob("*.safetensors")):
             self.rows |= _read_shard(path)
 
@@ -85,9 +87,7 @@ def _write_shard(folder: Path, rows: Mapping[bytes, Tensor]) -> None:
     keys = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).reshape(-1, KEY_BYTES)  # [n, 32]
     content = save({"keys": keys, "values": torch.stack(list(rows.values())).float()})  # values [n, F]
     name = hashlib.sha256(content).hexdigest()
-    unfinished = folder / f"{name}.{os.getpid()}.part"
-    unfinished.write_bytes(content)
-    unfinished.replace(folder / f"{name}.safetensors")
+    files.write_bytes(folder / f"{name}.safetensors", content)
 
 
 def _read_shard(path: Path) -> dict[bytes, Tensor]:

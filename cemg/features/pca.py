@@ -5,15 +5,14 @@ N items, F width of the features, D components kept.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from cemg import files
 from cemg.errors import UserError
 from cemg.features.encoding import Features
 
@@ -72,12 +71,9 @@ class PCA:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        path = Path(path)
         names = ("mean", "components", "variance", "explained_variance_ratio")
-        tensors = {name: getattr(self, name).contiguous() for name in names}
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-        save_file(tensors, unfinished, metadata={"whiten": str(self.whiten).lower()})
-        unfinished.replace(path)
+        tensors = {name: getattr(self, name) for name in names}
+        files.save_tensors(tensors, path, metadata={"whiten": str(self.whiten).lower()})
 
     @classmethod
     def load(cls, path: str | Path) -> PCA:

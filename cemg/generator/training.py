@@ -19,11 +19,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from cemg import files
 from cemg.errors import UserError
 from cemg.generator.prompts import IGNORED, Buckets, Collate, Prompter, Samples
 from cemg.generator.vocabulary import Vocabulary
@@ -251,7 +252,7 @@ class _Training:
         state = self.state
         if score > state.best:
             state.best, state.best_epoch, state.stale = score, state.epoch, 0
-            _write(weights_of(self.plain), self.folder / "best.safetensors")
+            files.save_tensors(weights_of(self.plain), self.folder / "best.safetensors")
         else:
             state.stale += 1
         if self.log is not None:
@@ -267,7 +268,9 @@ class _Training:
         for index, slot in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in slot.items()}
         state = {name: getattr(self.state, name) for name in Progress.__slots__}
-        _write(tensors, self.folder / "checkpoint.safetensors", state=json.dumps(state))
+        files.save_tensors(
+            tensors, self.folder / "checkpoint.safetensors", metadata={"state": json.dumps(state)}
+        )
         self.saved_at = time.monotonic()
 
     def _resume(self) -> None:
@@ -351,13 +354,6 @@ def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], path: Path | str
             cause = f"{name} is {list(tensors[name].shape)} there and {list(parameter.shape)} here"
             raise UserError(f"{path} holds weights of another shape", cause=cause)
         parameter.copy_(tensors[name])
-
-
-def _write(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(f".{path.name}")
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, whole, metadata=metadata)
-    whole.replace(path)
 
 
 def _groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:

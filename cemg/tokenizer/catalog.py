@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from cemg import files
 from cemg.data.dataset import check_ids
 from cemg.errors import UserError
 from cemg.tokenizer.shared import SharedIds
@@ -192,18 +193,15 @@ class Catalog:
         )  # fmt: skip
 
     def save(self, folder: Path | str) -> None:
-        """``catalog.safetensors`` (codes, token map, counts) and ``catalog.json`` (sizes, ids), renamed into
-        place when whole."""
+        """``catalog.safetensors`` (codes, token map, counts) and ``catalog.json`` (sizes, ids), each whole or
+        not at all."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         about = {
             "format": 1, "codebook_size": self.codebook_size, "item_ids": self.item_ids,
             "sha256": self.digest(), **self._extras(),
         }  # fmt: skip
-        (folder / ".catalog.json").write_text(json.dumps(about))
-        save_file(self._tensors(), folder / ".catalog.safetensors")
-        for name in ("catalog.safetensors", "catalog.json"):
-            (folder / f".{name}").replace(folder / name)
+        files.save_tensors(self._tensors(), folder / "catalog.safetensors")
+        files.write_json(folder / "catalog.json", about, indent=None)
 
     @classmethod
     def load(cls, folder: Path | str) -> Catalog:

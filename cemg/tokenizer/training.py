@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from cemg import files
 from cemg.errors import UserError
 from cemg.progress import Log, track
 from cemg.tokenizer.fusion import MODALITIES, ItemFeatures, Scaling
@@ -46,17 +47,16 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """``tokenizer.safetensors`` and ``tokenizer.json``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        tensors |= {f"mean.{k}": s.mean.contiguous() for k, s in self.scaling.items()}
-        save_file(tensors, folder / "tokenizer.safetensors")
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"mean.{k}": s.mean for k, s in self.scaling.items()}
+        files.save_tensors(tensors, folder / "tokenizer.safetensors")
         about = {
             "config": asdict(self.model.config),
             "widths": self.model.widths,
             "rms": {k: s.rms for k, s in self.scaling.items()},
             "without": list(self.without),
         }
-        (folder / "tokenizer.json").write_text(json.dumps(about, indent=1))
+        files.write_json(folder / "tokenizer.json", about)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:

@@ -1,0 +1,165 @@
+"""Files are written whole or not at all, whatever fails, with the modes of the umask."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.figure
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cemg import files
+from cemg.files import StorageError
+from cemg_kernels import Trie
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "text": lambda path: files.write_text(path, "new"),
+    "json": lambda path: files.write_json(path, {"new": 1}),
+    "tensors": lambda path: files.save_tensors({"new": torch.ones(2, 3).T}, path),
+    "copy": lambda path: files.copy_file(__file__, path),
+    "trie": lambda path: Trie.from_codes(torch.tensor([[0, 1]]), 2).save(path),
+}
+STEPS = ("_open", "_fsync", "_replace", "_mkdir")
+
+
+def fail(patch: pytest.MonkeyPatch, call: int, code: int = errno.ENOSPC) -> list[int]:
+    """The ``call``-th step of `cemg.files`, counted from 0, raises ``code``. Returns the count so far."""
+    count = [0]
+
+    def failing(step: Callable) -> Callable:
+        def wrapped(*arguments: object, **options: object) -> object:
+            count[0] += 1
+            if count[0] == call + 1:
+                raise OSError(code, os.strerror(code), str(arguments[0]))
+            return step(*arguments, **options)
+
+        return wrapped
+
+    for name in STEPS:
+        patch.setattr(files, name, failing(getattr(files, name)))
+    return count
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_file_has_the_mode_of_the_umask_and_leaves_nothing_beside_it(tmp_path, kind):
+    before = os.umask(0o027)
+    try:
+        WRITERS[kind](tmp_path / "file")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "tensors", "copy"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_at_any_step_keeps_the_old_file_and_leaves_no_temporary_one(tmp_path, kind, there):
+    path = tmp_path / "folder" / "file"
+    if there:
+        files.write_text(path, "old")
+    for call in range(99):
+        with pytest.MonkeyPatch.context() as patch:
+            count = fail(patch, call)
+            try:
+                WRITERS[kind](path)
+            except StorageError as error:
+                assert error.message.startswith("disk full: ") and "\n" not in error.message
+                assert "the same command again" in (error.fix or "")
+            else:
+                break
+        left = [p.name for p in path.parent.glob("*")] if path.parent.exists() else []
+        renamed = path.is_file() and path.read_bytes() != b"old"  # the flush of the folder was what failed
+        assert left == (["file"] if there or renamed else [])
+    assert call >= 5 and count[0] == call
+
+
+def test_a_full_disk_is_recognised_in_the_errors_of_safetensors_and_polars(tmp_path, monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    with pytest.raises(StorageError, match="disk full"), files.durable(tmp_path / "a") as part:
+        part.unlink()
+        part.symlink_to("/dev/full")
+        pl.DataFrame({"a": list(range(100_000))}).write_parquet(part)
+    with pytest.raises(StorageError, match="disk full"), files.durable(tmp_path / "b") as part:
+        part.unlink()
+        part.symlink_to("/dev/full")
+        matplotlib.figure.Figure().savefig(part, format="png")
+    error = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert files.storage_error(error, "c") is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        (errno.EDQUOT, "disk quota exceeded"), (errno.EROFS, "read-only file system"),
+        (errno.EACCES, "permission denied"),
+    ],
+)  # fmt: skip
+def test_a_closed_disk_is_said_in_one_line(tmp_path, monkeypatch, code, said):
+    fail(monkeypatch, 0, code)
+    with pytest.raises(StorageError, match=f"^{said}: {tmp_path}/a cannot be written"):
+        files.write_text(tmp_path / "a", "")
+
+
+def test_another_error_passes_and_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), files.durable(tmp_path / "a"):
+        raise KeyboardInterrupt
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "a", {"a": object()})
+    with pytest.raises(OSError, match="Is a directory"):
+        files.write_text(tmp_path, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def folder(path: Path, content: str) -> Path:
+    files.write_text(path / "file", content)
+    return path
+
+
+def test_a_replaced_folder_is_the_old_or_the_new_one_after_a_failure_at_any_step(tmp_path):
+    target = folder(tmp_path / "target", "old")
+    for call in range(99):
+        new = folder(tmp_path / ".new", "new")
+        with pytest.MonkeyPatch.context() as patch:
+            fail(patch, call)
+            try:
+                files.replace_folder(new, target)
+            except StorageError:
+                assert (target / "file").read_text() in ("old", "new")
+            else:
+                break
+        folder(target, "old")
+    assert call >= 5
+    assert (target / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_kill_between_the_two_renames_of_a_folder_is_undone(tmp_path):
+    folder(tmp_path / ".target.old", "old")
+    files.recover_folder(tmp_path / "target")
+    assert (tmp_path / "target" / "file").read_text() == "old"
+    folder(tmp_path / ".target.old", "older")
+    files.recover_folder(tmp_path / "target")
+    assert (tmp_path / "target" / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_only_temporary_files_of_an_age_are_swept(tmp_path):
+    for name in (".a.json.12.part", ".tmpAb12Cd", "a.json", ".config.next.yaml"):
+        (tmp_path / name).write_text("")
+    files.sweep(tmp_path, older_than=60)
+    assert len(list(tmp_path.iterdir())) == 4
+    files.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".config.next.yaml", "a.json"]
+    files.sweep(tmp_path / "absent")
+
+
+def test_tensors_of_any_stride_are_saved(tmp_path):
+    files.save_tensors({"a": torch.arange(6.0).view(2, 3).T}, tmp_path / "a")
+    assert load_file(tmp_path / "a")["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
