@@ -29,11 +29,12 @@ from cemg.decoding.causal import CausalPlan
 from cemg.decoding.generic import GenericPlan
 from cemg.decoding.graphs import Graphs
 from cemg.decoding.layers import Stepper, Unsupported, Wanted
+from cemg.decoding.members import leaf_filter, with_members
 from cemg.decoding.native import NativePlan
 from cemg.decoding.rows import RowsPlan
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
-from cemg.tokenizer import Catalog, CodeTokens, TokenMap
+from cemg.tokenizer import Catalog, CodeTokens, SharedFilter, TokenMap
 from cemg_kernels import RequestFilter, trie_beam_step
 from cemg_kernels.dispatch import choose, pick
 from cemg_kernels.ranges import named_range, ranges_enabled
@@ -145,19 +146,31 @@ class Decoder:
 
     @torch.inference_mode()
     def decode(
-        self, input_ids: Tensor, attention_mask: Tensor, beams: int, *, filter: Filter | None = None
-    ) -> Recommendations:
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, *,
+        filter: Filter | SharedFilter | None = None,
+    ) -> Recommendations:  # fmt: skip
         """The ``beams`` best items for prompts [B, S] (a decoder's padded on the left), best first.
 
         ``filter`` admits some of the items only, the same for all (ItemFilter) or each prompt's own
-        (RequestFilter of B requests); ``certified`` counts what is proven among them. With
-        normalize="valid" the softmax runs over the codes that pass the filter, so an item's score is not
-        what it is without; "vocab" and "level" scores are. Rows hold fewer items where fewer are legal: the
-        rest is −1. Raises UserError for fewer beams than one, and for shapes that differ.
+        (RequestFilter of B requests), as ``catalog.only`` and ``catalog.excluding`` return them;
+        ``certified`` counts what is proven among them. With normalize="valid" the softmax runs over the
+        codes that pass the filter, so an item's score is not what it is without;
+        "vocab" and "level" scores are. Rows hold fewer items where fewer are legal: the rest is −1. Of a
+        catalog with shared semantic IDs, a row holds the first ``beams`` items of the best ``beams`` IDs.
+        Raises UserError for fewer beams than one, and for shapes that differ.
         """
-        check_prompts(input_ids, attention_mask, beams, filter)
+        leaves = leaf_filter(filter, self.catalog, self.trie)
+        check_prompts(input_ids, attention_mask, beams, leaves)
         if len(input_ids) == 0:
             return Recommendations.of_nobody(beams, self.catalog.levels)
+        return with_members(
+            self._leaves(input_ids, attention_mask, beams, leaves), self.catalog, filter, beams
+        )
+
+    def _leaves(
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None
+    ) -> Recommendations:
+        """The leaves that a search ends on, by the ids that the trie gives them."""
         input_ids, attention_mask = trimmed(input_ids, attention_mask)
         self.check_places(attention_mask)
         if self.graphs is None:
@@ -175,7 +188,7 @@ class Decoder:
     @torch.inference_mode()
     def decode_exact(
         self, input_ids: Tensor, attention_mask: Tensor, top: int, beams: int, *,
-        filter: Filter | None = None, budget: int = 4096,
+        filter: Filter | SharedFilter | None = None, budget: int = 4096,
     ) -> Recommendations:  # fmt: skip
         """The true ``top`` of the catalog, proven: rows that ``beams`` cannot prove are searched again.
 
@@ -191,10 +204,14 @@ class Decoder:
         unproven = found.certified < (found.items >= 0).sum(1)
         for row in unproven.nonzero().flatten().tolist():
             own = slice(row, row + 1)
-            allowed = filter.select(torch.tensor([row])) if isinstance(filter, RequestFilter) else filter
+            allowed = filter
+            if isinstance(filter, RequestFilter | SharedFilter):
+                allowed = filter.select(torch.tensor([row]))
+            leaves = leaf_filter(allowed, self.catalog, self.trie)
             floor = found.scores[own, -1].to(self.model.device) - 2 * MARGIN
             prompt = trimmed(input_ids[own], attention_mask[own])
-            better = self._search(*prompt, budget, allowed, floor).top(top)
+            better = with_members(self._search(*prompt, budget, leaves, floor), self.catalog, allowed, budget)
+            better = better.top(top)
             for kept, new in zip(found.parts(), better.padded(top).parts(), strict=True):
                 kept[row] = new[0]
         return found

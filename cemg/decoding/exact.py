@@ -69,7 +69,8 @@ def score_all(
         chunks = codes.split(max(1, rows // len(group)))
         parts = list(_score_runs(decoder, prompts, token_count(mask), chunks))
         scores[group[:, None].to(trie.device), trie.rows.long()] = torch.cat(parts, dim=1)
-    return scores.cpu()
+    found, shared = scores.cpu(), decoder.catalog.shared
+    return found if shared is None else found[:, shared.leaf_of]
 
 
 def _score_runs(

@@ -25,6 +25,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from cemg.decoding.beams import Beams, Recommendations, check_prompts
 from cemg.decoding.engine import Normalize, check_tokens
+from cemg.decoding.members import with_members
 from cemg.decoding.vllm_processor import PROMPT, SETTINGS
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
@@ -88,7 +89,7 @@ class VllmDecoder:
             found.grow(
                 trie_beam_step(log_probs, found.scores, found.nodes, self.trie, beams, "vocab", certain)
             )
-        return found.results(self.trie).cpu()
+        return with_members(found.results(self.trie).cpu(), self.catalog, None, beams)
 
     def close(self) -> None:
         """End the engine and free its memory; the decoder is of no use afterwards."""

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from cemg.decoding.engine import Normalize, Recommendations, check_fit
+from cemg.decoding.members import with_members
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
 
@@ -44,6 +45,11 @@ class TransformersDecoder:
             raise UserError(
                 f"{beams} beams for {len(self.catalog)} items: generate() would fill up with illegal ones"
             )
+        found = self._leaves(input_ids, attention_mask, min(beams, self.catalog.num_ids))
+        return with_members(found, self.catalog, None, beams)
+
+    def _leaves(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
+        """The leaves that ``generate`` ends on, by the ids that the trie gives them."""
         device = self.model.device
         prompt = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
         with self.lock, plain_generation(self.model):

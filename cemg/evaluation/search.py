@@ -19,6 +19,7 @@ from cemg.data.dataset import Split
 from cemg.decoding import Decoder, Recommendations, TransformersDecoder, score_all
 from cemg.evaluation.protocol import Evaluation, Rank, evaluate
 from cemg.generator import Prompter
+from cemg.tokenizer import Catalog
 
 TIE = 1e-4  # float32 sums of log-probabilities, added up in another order, differ by less
 DEPTHS = (10, 20)
@@ -91,8 +92,16 @@ class ExactRanker:
             scores = score_all(self.search.decoder, ids, mask)
             self.seconds += time.perf_counter() - started
             self.errors.append(beam_error(next(self.found), scores))
-            lists.append(scores.topk(min(top, scores.shape[1])).indices)
+            lists.append(best_rows(scores, self.search.decoder.catalog, top))
         return torch.cat(lists)
+
+
+def best_rows(scores: Tensor, catalog: Catalog, top: int) -> Tensor:
+    """The ``top`` catalog rows by scores [B, N], best first; the items of one semantic ID in their order."""
+    if catalog.shared is None:
+        return scores.topk(min(top, scores.shape[1])).indices
+    members = catalog.shared.members
+    return members[scores[:, members].sort(dim=1, descending=True, stable=True).indices[:, :top]]
 
 
 def beam_error(found: Recommendations, scores: Tensor) -> dict[str, Tensor]:

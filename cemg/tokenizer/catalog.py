@@ -18,9 +18,9 @@ from torch import Tensor
 from cemg import files
 from cemg.data.dataset import check_ids
 from cemg.errors import UserError
-from cemg.tokenizer.shared import SharedIds
+from cemg.tokenizer.shared import SharedFilter, SharedIds
 from cemg.tokenizer.tokens import CodeTokens, TokenMap
-from cemg_kernels import Trie
+from cemg_kernels import ItemFilter, RequestFilter, Trie
 
 REMEDY = "restore it from a copy, or delete the folder and build it again: cemg-train --run RUN"
 
@@ -167,6 +167,30 @@ class Catalog:
                     fix=f"its ids are written like {self.item_ids[0]!r}",
                 )
         return [self._row_of[item] for item in item_ids]
+
+    def only(self, item_ids: Sequence[int | str]) -> ItemFilter | SharedFilter:
+        """The filter that admits these items alone; its ``~``, ``&`` and ``|`` combine.
+
+        Raises UserError for an unknown item id.
+        """
+        allowed = torch.zeros(len(self), dtype=torch.bool)
+        allowed[self.rows_of(item_ids)] = True
+        if self.shared is not None:
+            return SharedFilter(self.shared, allowed)
+        return ItemFilter.from_mask(self.trie, allowed)
+
+    def excluding(self, histories: Sequence[Sequence[int | str]]) -> RequestFilter | SharedFilter:
+        """The filter of B requests that admits all items but those of each request's own history.
+
+        Raises UserError for an unknown item id.
+        """
+        rows = [self.rows_of(history) for history in histories]
+        if self.shared is None:
+            return RequestFilter.excluding(self.trie, rows if self.named else histories)  # type: ignore[arg-type]
+        allowed = torch.ones(len(rows), len(self), dtype=torch.bool)
+        for row, own in enumerate(rows):
+            allowed[row, own] = False
+        return SharedFilter(self.shared, allowed)
 
     @cached_property
     def _row_of(self) -> dict[int | str, int]:
