@@ -24,18 +24,16 @@ from cemg.decoding.layers import (
     OwnTokens,
     Packing,
     Projection,
-    Unsupported,
     Wanted,
     attention,
     code_table,
     padding_of,
-    unwrapped,
-    weight_of,
 )
+from cemg.decoding.plain import Unsupported, unwrapped, weight_of
 from cemg.errors import UserError
 from cemg_kernels.prompt_attention import prompt_attention
 
-ROTARY = ("llama", "mistral", "qwen2", "qwen3")  # one shape: RMSNorm, rotary, gated feed-forward
+ROTARY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +54,15 @@ class CausalPlan:
     """
 
     def __init__(self, model: PreTrainedModel, code_tokens: range) -> None:
-        source = unwrapped(model)
+        source = unwrapped(model, ("GPT2LMHeadModel", *ROTARY))
         config = source.config
         self.dtype = source.dtype
         self.positions: Tensor | None = None
         self.rotation: Callable[..., Any] | None = None
         if config.model_type == "gpt2":
             self._read_gpt2(source, config)
-        elif config.model_type in ROTARY:
+        else:  # RMSNorm, rotary positions and a gated feed-forward block
             self._read_rotary(source, config)
-        else:
-            raise Unsupported(f"no fast path for the model type {config.model_type}")
         self._precompute(code_tokens)
 
     def begin(self) -> CausalStepper:
@@ -105,7 +101,7 @@ class CausalPlan:
         self.scale, self.rotation = first.scaling, body.rotary_emb
         self.embedding = weight_of(body.embed_tokens)
         self.head = Head(Norm.of(body.norm), Projection.of([source.lm_head], self.dtype))
-        self.layers = [self._rotary_layer(layer) for layer in body.layers]
+        self.layers = [self._rotary_layer(layer) for layer in body.layers[: config.num_hidden_layers]]
 
     def _rotary_layer(self, layer: Any) -> Layer:
         own, mlp = layer.self_attn, layer.mlp

@@ -9,7 +9,7 @@ B users, W beams, M levels, K codes a level, S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Protocol, cast, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -46,8 +46,17 @@ def check_fit(
 ) -> CodeTokens:
     """The token of each code. Raises UserError where the model lacks one, or they are not known, and for an
     unknown ``normalize``."""
-    rows = cast(int, model.get_input_embeddings().num_embeddings)
-    return check_tokens(rows, catalog, code_token_start, normalize)
+    return check_tokens(known_tokens(model), catalog, code_token_start, normalize)
+
+
+def known_tokens(model: PreTrainedModel) -> int:
+    """How many tokens the model both reads and predicts; adapters may lie over its embeddings."""
+    embedding: Any = model.get_input_embeddings()
+    embedding = getattr(embedding, "original_module", embedding)
+    if hasattr(embedding, "get_base_layer"):
+        embedding = embedding.get_base_layer()
+    head = model.get_output_embeddings()
+    return min(embedding.num_embeddings, getattr(head, "out_features", embedding.num_embeddings))
 
 
 def check_tokens(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cemg.decoding.beams import token_count
+from cemg.decoding.plain import Unsupported, linear_of
 from cemg_kernels.ancestor_attention import ancestor_attention
 from cemg_kernels.prompt_attention import prompt_attention, served_by_triton
 from cemg_kernels.row_logsumexp import row_logsumexp
@@ -91,38 +92,6 @@ class Stepper(Protocol):
         ...
 
 
-class Unsupported(Exception):
-    """This model's shape is not one that a fast stepper knows; the message says what."""
-
-
-def unwrapped(model: Any) -> Any:
-    """The model under PEFT's wrapper, or itself. Raises Unsupported for adapters other than LoRA."""
-    if not hasattr(model, "peft_config"):
-        return model
-    kinds = {str(config.peft_type.value) for config in model.peft_config.values()}
-    if kinds != {"LORA"}:
-        raise Unsupported(f"adapters of the kind {', '.join(sorted(kinds))}")
-    return model.get_base_model()
-
-
-def weight_of(module: Any) -> Tensor:
-    """The weight that a module applies: what LoRA adds included, PEFT's trained copy where it has one.
-
-    Raises Unsupported where an adapter does more than add to the weight.
-    """
-    if hasattr(module, "modules_to_save"):  # PEFT: a layer that trains whole, beside its frozen original
-        return module.modules_to_save[module.active_adapters[0]].weight.detach()
-    if not hasattr(module, "get_delta_weight"):
-        return module.weight.detach()
-    if any(module.use_dora.values()) or module.disable_adapters:
-        raise Unsupported("adapters that are switched off, or scale the weight (DoRA)")
-    weight = module.get_base_layer().weight.detach()
-    if not module.merged:
-        for name in module.active_adapters:
-            weight = weight + module.get_delta_weight(name).detach()
-    return weight
-
-
 @dataclass(frozen=True, slots=True)
 class Projection:
     """``x @ weight.T + bias``; ``weight`` [out, in]."""
@@ -133,12 +102,15 @@ class Projection:
     @classmethod
     def of(cls, modules: Sequence[Any], dtype: torch.dtype, transposed: bool = False) -> Projection:
         """Several linear layers over one input as one; ``transposed`` for GPT-2's Conv1D."""
-        weights = [weight_of(m).t() if transposed else weight_of(m) for m in modules]
-        biases = [m.bias for m in modules]
-        if any(b is None for b in biases) and any(b is not None for b in biases):
-            raise Unsupported("some projections of a layer have a bias and some have none")
+        parts = [linear_of(module) for module in modules]
+        weights = [weight.t() if transposed else weight for weight, _ in parts]
+        biases = [bias for _, bias in parts]
+        some = next((bias for bias in biases if bias is not None), None)
         weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).contiguous()
-        bias = None if biases[0] is None else torch.cat([b.detach() for b in biases]).to(dtype)
+        bias = None
+        if some is not None:  # a projection without one adds nothing
+            zeros = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            bias = torch.cat(zeros).to(dtype)
         return cls(weight, bias)
 
     def part(self, begin: int, end: int) -> Projection:
@@ -183,6 +155,8 @@ class Norm:
     @classmethod
     def of(cls, layer: Any) -> Norm:
         """Of a norm of torch or transformers."""
+        if not type(layer).__name__.endswith(("LayerNorm", "RMSNorm")):
+            raise Unsupported(f"a {type(layer).__name__} in the place of a norm")
         bias = getattr(layer, "bias", None)
         eps = layer.variance_epsilon if hasattr(layer, "variance_epsilon") else layer.eps
         return cls(layer.weight.detach(), None if bias is None else bias.detach(), eps)

@@ -210,7 +210,7 @@ def start_token(model: PreTrainedModel) -> int:
 
 def plain(model: Any) -> Any:
     """The model under PEFT's wrapper, or itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _selected(name: str, value: Any, rows: Tensor) -> Any:

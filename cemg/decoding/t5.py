@@ -23,17 +23,17 @@ from cemg.decoding.layers import (
     OwnTokens,
     Packing,
     Projection,
-    Unsupported,
     Wanted,
     attention,
     code_table,
     cross_attention,
     heads,
     padding_of,
-    unwrapped,
-    weight_of,
 )
+from cemg.decoding.plain import unwrapped, weight_of
 from cemg_kernels.ranges import named_range
+
+CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,7 @@ class T5Plan:
     """
 
     def __init__(self, model: PreTrainedModel, code_tokens: range) -> None:
-        if model.config.model_type not in ("t5", "mt5"):
-            raise Unsupported(f"the model type {model.config.model_type} is no T5")
-        source = unwrapped(model)
+        source = unwrapped(model, CLASSES)
         config = source.config
         self.dtype, self.device = source.dtype, source.device
         self.heads, self.start_token = config.num_heads, config.decoder_start_token_id

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from cemg.errors import UserError
+from cemg.generator.dropout import DropoutEmbedding, DropoutLinear
 from cemg.generator.vocabulary import Vocabulary
 
 PAD, BOS, EOS, FIRST_CODE = 0, 1, 2, 3  # of a vocabulary without text
@@ -132,17 +132,12 @@ def _llama(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> Pr
     )  # fmt: skip
     model = LlamaForCausalLM(shape)
     if config.dropout:  # which a Llama has in its attention weights alone
-        added = [
-            last for block in model.model.layers for last in (block.self_attn.o_proj, block.mlp.down_proj)
-        ]
-        for layer in (model.model.embed_tokens, *added):
-            layer.register_forward_hook(partial(_drop_out, config.dropout))
+        body = model.model
+        body.embed_tokens = DropoutEmbedding(body.embed_tokens, config.dropout)
+        for block in body.layers:
+            block.self_attn.o_proj = DropoutLinear(block.self_attn.o_proj, config.dropout)
+            block.mlp.down_proj = DropoutLinear(block.mlp.down_proj, config.dropout)
     return model
-
-
-def _drop_out(share: float, layer: torch.nn.Module, _: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    """A forward hook: dropout of what ``layer`` gives, while it trains."""
-    return torch.nn.functional.dropout(out, share, layer.training)
 
 
 @torch.no_grad()

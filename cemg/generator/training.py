@@ -160,8 +160,12 @@ class _Training:
         self.optimizer = torch.optim.AdamW(
             _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98)
         )
+        attached = {name: vars(model)[name] for name in ("forward",) if name in vars(model)}
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
         self.plain: PreTrainedModel = model
+        for name in ("forward", "_original_forward"):  # accelerate wraps it in autocast: ``_step`` does so
+            vars(model).pop(name, None)  # itself, and validation runs in the precision of the weights
+        vars(model).update(attached)
         self.vocabulary, self.trie, self.seq2seq = vocabulary, trie.to(self.accelerator.device), seq2seq
         self.total = len(self.buckets) * config.epochs
         self.state = Progress()

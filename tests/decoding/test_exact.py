@@ -97,8 +97,9 @@ def test_a_stepper_that_is_rewound_answers_as_a_new_one_does(bench, family, back
 def test_the_encoder_reads_a_prompt_once_for_all_chunks(bench, backend, monkeypatch):
     made, calls = bench("t5"), []
     encode = T5Stepper._encode
+    decoder = Decoder(made.model, made.catalog, START, backend=backend)
     monkeypatch.setattr(T5Stepper, "_encode", lambda self, *of: calls.append(1) or encode(self, *of))
     hook = made.model.encoder.register_forward_hook(lambda *_: calls.append(1))
-    score_all(Decoder(made.model, made.catalog, START, backend=backend), *made.prompts([4, 6]), rows=7)
+    score_all(decoder, *made.prompts([4, 6]), rows=7)
     hook.remove()
     assert len(calls) == 2  # a user each

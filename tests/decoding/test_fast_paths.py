@@ -108,7 +108,7 @@ def with_adapters(model: transformers.PreTrainedModel, **options: Any) -> Any:
     """The model under LoRA, its adapters far from where they start."""
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(target_modules="all-linear", r=2, **options)
+    lora = LoraConfig(**({"target_modules": "all-linear", "r": 2} | options))
     adapted = get_peft_model(model, lora).eval()
     with torch.no_grad():
         for name, weight in adapted.named_parameters():

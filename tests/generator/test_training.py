@@ -250,6 +250,8 @@ def test_two_trainings_of_one_process_may_differ_in_precision(tmp_path):
             config=trial.config, folder=tmp_path / dtype, dtype=dtype,
         )  # fmt: skip
         assert progress.epoch == 1
+        decoder = Decoder(trial.model, CATALOG, trial.vocabulary.code_token_start)
+        assert decoder.path.startswith("fast")  # training leaves the model's forward as it was
 
 
 @pytest.mark.parametrize("change", ["name", "shape"])
