@@ -7,8 +7,6 @@ S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from inspect import signature
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cemg.decoding.layers import Logits, Stepper, Unsupported, Wanted
-from cemg.decoding.rows import RowsStepper, plain
+from cemg.decoding.rows import RowsStepper, accepted, plain
 
 WINDOWS = ("sliding_window", "attention_chunk_size")  # settings that limit how far back a layer attends
 ATTENTION = ("attention", "full_attention", "global", "sliding_attention", "chunked_attention")
@@ -32,15 +30,13 @@ class GenericPlan:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        accepted = signature(plain(model).forward).parameters
-        reason = _refusal(model, accepted)
+        names = accepted(model)
+        reason = _refusal(model, names)
         if reason is not None:
             raise Unsupported(reason)
         self.model = model
-        self.cache_name = (
-            "cache" if "cache" in accepted else "past_key_values"
-        )  # renamed in transformers 5.24
-        self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
+        self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
         text: Any = model.config.get_text_config(decoder=True)
         windows = [getattr(text, name, None) for name in WINDOWS]
         self.window = min((size for size in windows if size), default=None)
@@ -51,7 +47,7 @@ class GenericPlan:
         return tree if self.window is None else WindowedStepper(self, self.window, tree)
 
 
-def _refusal(model: PreTrainedModel, accepted: Mapping[str, Any]) -> str | None:
+def _refusal(model: PreTrainedModel, names: set[str]) -> str | None:
     """Why the tree mask cannot be exact for this model; None where nothing is known."""
     config: Any = model.config.get_text_config(decoder=True)
     kinds = {
@@ -68,7 +64,7 @@ def _refusal(model: PreTrainedModel, accepted: Mapping[str, Any]) -> str | None:
         return "layers with a recurrent state"
     if other:
         return f"layers of the type {', '.join(other)}"
-    if not {"position_ids", "attention_mask"} <= set(accepted):
+    if not {"position_ids", "attention_mask"} <= names:
         return "a forward without position_ids or attention_mask"
     return None
 

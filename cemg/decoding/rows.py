@@ -63,7 +63,7 @@ class RowsStepper:
         self.model: Any = model
         self.cached = cached
         self.seq2seq = bool(model.config.is_encoder_decoder)
-        self.accepted = signature(plain(model).forward).parameters
+        self.accepted = accepted(model)
 
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
@@ -211,6 +211,21 @@ def start_token(model: PreTrainedModel) -> int:
 def plain(model: Any) -> Any:
     """The model under PEFT's wrapper, or itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def accepted(model: Any) -> set[str]:
+    """The names of the inputs that the model's forward takes, those that a subclass passes on included."""
+    own = plain(model)
+    names: set[str] = set()
+    for forward in (
+        own.forward,
+        *(vars(kind)["forward"] for kind in type(own).__mro__ if "forward" in vars(kind)),
+    ):
+        parameters = signature(forward).parameters
+        names |= set(parameters)
+        if not any(each.kind == each.VAR_KEYWORD for each in parameters.values()):
+            break
+    return names
 
 
 def _selected(name: str, value: Any, rows: Tensor) -> Any:
