@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from cemg.errors import UserError
 from cemg.tokenizer.shared import SharedFilter, SharedIds
 from cemg.tokenizer.tokens import CodeTokens, TokenMap
 from cemg_kernels import ItemFilter, RequestFilter, Trie
+from cemg_kernels.trie_arrays import MAX_CODEBOOK_SIZE
 
 REMEDY = "restore it from a copy, or delete the folder and build it again: cemg-train --run RUN"
 
@@ -105,6 +107,44 @@ class Catalog:
         sizes = level_sizes(codebook_size, codes.shape[1])
         own = None if tokens is None else CodeTokens.of(tokens, sizes)
         return cls(codes.to(torch.int64).contiguous(), sizes, ids, tokens=own, shared=shared, counts=trained)
+
+    @classmethod
+    def read(
+        cls, path: Path | str, *, tokenizer: Any = None, code_token_start: TokenMap | None = None,
+        shared: bool = False, codebook_size: int | Sequence[int] | None = None,
+        interactions: Path | str | None = None, item: str | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> Catalog:  # fmt: skip
+        """The catalog of a file that another project wrote.
+
+        ``X.index.json`` (LETTER, LC-Rec, MiniOneRec): item id -> one token per level, like ``<a_197>``.
+        ``tokenizer``, a tokenizer of transformers or its folder, says which tokens these are. Without it, an
+        integer ``code_token_start`` is the first token of all names in use, sorted as texts: the order in
+        which these projects add them.
+        ``.csv`` and ``.parquet``: a column of ids, ``item``, and one per level, ``columns`` (by default
+        code_0, code_1, …, or all others). ``.pt``: one tensor [levels, items] of codes, as GRID writes it.
+        ``code_token_start`` then is what ``from_codes`` takes as ``tokens``, and ``codebook_size`` is one
+        more than the largest code of each level unless it is given.
+        ``shared`` allows several items on one semantic ID, ordered by how often the training part of
+        ``interactions``, an ``X.inter.json``, has them.
+
+        Raises UserError that names the file, and the item or row, for whatever is malformed.
+        """
+        from cemg.tokenizer.catalog_files import read_catalog
+
+        return read_catalog(
+            path, tokenizer=tokenizer, code_token_start=code_token_start, shared=shared,
+            codebook_size=codebook_size, interactions=interactions, item=item, columns=columns,
+        )  # fmt: skip
+
+    def write_codes(self, path: Path | str) -> None:
+        """Write the codes as ``.csv`` or ``.parquet`` (item, code_0, code_1, …) or as ``X.index.json``.
+
+        ``Catalog.read`` reads each of them. Raises UserError for another name.
+        """
+        from cemg.tokenizer.catalog_files import write_codes
+
+        write_codes(self, path)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -286,6 +326,8 @@ def level_sizes(size: int | Sequence[int], levels: int) -> tuple[int, ...]:
         raise UserError(
             f"codebook_size must be 1 or more, for all of the {levels} levels or one per level, got {size!r}"
         )
+    if max(sizes, default=1) > MAX_CODEBOOK_SIZE:
+        raise UserError(f"codebook_size is {MAX_CODEBOOK_SIZE} at most, got {max(sizes)}")
     return sizes
 
 
