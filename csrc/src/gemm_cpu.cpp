@@ -9,6 +9,10 @@ namespace {
 
 constexpr int64_t kMostNarrowRows = 3;  // whose sums fit 16 registers of AVX2, or 32 of NEON
 
+// Terms that are added up in a row. Longer sums are sums of such sums: the rounding error of a running sum
+// grows with its length, and models whose attention is sharp magnify it.
+constexpr int64_t kTerms = 128;
+
 // Floats that will be read soon: those at `data`, `data` + `step` and so on, one a row of b; null: none.
 struct Ahead {
   const float* data = nullptr;
@@ -22,21 +26,28 @@ template <int kWidth, int R, bool kAhead>
                                               Ahead ahead) noexcept {
   using Vector = typename Vectors<kWidth>::One;
   constexpr int kCount = kPanel / kWidth;
-  Vector sums[R][kCount] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    if constexpr (kAhead) __builtin_prefetch(ahead.data + k * ahead.step, 0, 2);
-    Vector row[kCount];
-    for (int v = 0; v < kCount; ++v) row[v] = *reinterpret_cast<const Vector*>(b + k * stride_b + v * kWidth);
+  int64_t k = 0;
+  do {
+    const int64_t end = std::min(depth, k + kTerms);
+    const bool first = k == 0;
+    Vector sums[R][kCount] = {};
+    for (; k < end; ++k) {
+      if constexpr (kAhead) __builtin_prefetch(ahead.data + k * ahead.step, 0, 2);
+      Vector row[kCount];
+      for (int v = 0; v < kCount; ++v)
+        row[v] = *reinterpret_cast<const Vector*>(b + k * stride_b + v * kWidth);
+      for (int r = 0; r < R; ++r) {
+        const float factor = a[r * stride_a + k];
+        for (int v = 0; v < kCount; ++v) sums[r][v] += factor * row[v];
+      }
+    }
     for (int r = 0; r < R; ++r) {
-      const float factor = a[r * stride_a + k];
-      for (int v = 0; v < kCount; ++v) sums[r][v] += factor * row[v];
+      for (int v = 0; v < kCount; ++v) {
+        Vector* const out = reinterpret_cast<Vector*>(c + r * stride_c + v * kWidth);
+        *out = first ? sums[r][v] : *out + sums[r][v];
+      }
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kCount; ++v) {
-      *reinterpret_cast<Vector*>(c + r * stride_c + v * kWidth) = sums[r][v];
-    }
-  }
+  } while (k < depth);
 }
 
 template <bool kAhead>
