@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from cemg.data.dataset import Dataset
 from cemg.data.readers.amazon import read_amazon
 from cemg.data.readers.detect import detect_format
+from cemg.data.readers.inter_json import read_inter_json
 from cemg.data.readers.limits import check_source
 from cemg.data.readers.movielens import read_movielens
 from cemg.data.readers.raw import Filters, Raw, assemble
@@ -28,6 +29,7 @@ Format = Literal[
     "yelp",
     "movielens",
     "recbole",
+    "inter-json",
     "csv",
     "parquet",
 ]
@@ -52,10 +54,11 @@ def read_dataset(
     """Read ``path`` (a file or a folder) in one of FORMATS.
 
     Interactions below ``min_rating`` go first, then the users and items of fewer than ``min_count``
-    interactions, to a fixed point (default 5; 0, off, for ``sequence``, which comes filtered). What is left
-    is sorted by time; ``ties`` and ``seed`` order equal times, ``duplicates`` ("keep", "first", "last")
-    says what of a repeated (user, item) stays. ``images`` is a folder of pictures named by the item's id, or
-    as the items' ``image`` column says. ``columns`` names the columns of csv and parquet.
+    interactions, to a fixed point (default 5; 0, off, for ``sequence`` and ``inter-json``, which come
+    filtered). What is left is sorted by time; ``ties`` and ``seed`` order equal times, ``duplicates``
+    ("keep", "first", "last") says what of a repeated (user, item) stays. ``images`` is a folder of pictures
+    named by the item's id, or as the items' ``image`` column says. ``columns`` names the columns of csv and
+    parquet.
 
     Raises UserError naming file, line and reason where the input is malformed.
     """
@@ -74,7 +77,7 @@ def read_dataset(
         raise UserError(f"{path} is {found}, whose columns have names of their own", fix="leave out columns")
     raw = _read(path, found, columns)
     if min_count is None:
-        min_count = 0 if found == "sequence" else 5
+        min_count = 0 if found in ("sequence", "inter-json") else 5
     filters = Filters(
         min_count=min_count,
         min_rating=min_rating,
@@ -99,6 +102,8 @@ def _read(path: Path, format: str, columns: ColumnNames | None) -> Raw:
             return read_movielens(path)
         case "recbole":
             return read_recbole(path)
+        case "inter-json":
+            return read_inter_json(path)
         case _:
             return read_table(path, columns, suffix=f".{format}")
 

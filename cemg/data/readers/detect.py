@@ -11,6 +11,7 @@ BY_NAME = {  # a glob in a folder -> its format; the first that matches wins
     "dataset.json": "prepared",
     "interactions.txt": "sequence",
     "*.inter": "recbole",
+    "*.inter.json": "inter-json",
     "yelp_academic_dataset_review.json": "yelp",
     "*_item2attributes.json": "sequence",
     "interactions.csv": "csv",
@@ -36,6 +37,8 @@ def detect_format(path: Path) -> str:
     """The format of a file or folder; UserError where it cannot be told."""
     if not path.exists():
         raise UserError(f"{path} does not exist")
+    if path.name.endswith(".inter.json"):
+        return "inter-json"
     found = _of_folder(path) if path.is_dir() else BY_SUFFIX.get(path.suffix) or _of_records(path)
     if found is None:
         raise UserError(f"cannot tell the format of {path}", fix="name it: --format csv, or another")
