@@ -17,3 +17,7 @@ def __getattr__(name: str) -> object:
 
         return Recommender
     raise AttributeError(f"module 'cemg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "Recommender"]

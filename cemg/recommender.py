@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
 from cemg_kernels import ItemFilter, RequestFilter, Trie
 
 ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
+REMOVED = "removed.json"  # there too: ids of items that are not recommended
 
 
 class Recommender:
@@ -30,6 +33,7 @@ class Recommender:
     ) -> None:
         self.pipeline, self.engine = pipeline, engine
         self.catalog: Catalog = pipeline.load_catalog()
+        self.removed: list[str | int] = read_removed(pipeline.run.path("catalog"))
         model, vocabulary = pipeline.load_generator()
         self.prompter = pipeline.prompter(model, vocabulary, self.catalog)
         normalize = normalize or pipeline.config.decoding.normalize
@@ -49,45 +53,80 @@ class Recommender:
 
     def recommend(
         self,
-        histories: Sequence[Sequence[str | int]],
+        histories: Iterable[str | int] | Iterable[Iterable[str | int]],
         top: int = 10,
         beams: int = 50,
         filter: ItemFilter | Sequence[ItemFilter | None] | None = None,
         exclude_history: bool = False,
         exact: bool = False,
     ) -> Recommendations:
-        """The ``top`` next items for B histories of item ids, oldest first.
+        """The ``top`` next items for one history of item ids, oldest first, or for B histories.
 
-        ``items`` are rows; ``item_ids`` gives their ids. ``filter`` admits some of the items only: one
-        filter for all histories, or a list of B, None where all are welcome. ``exclude_history`` keeps a
-        user's own items out of the search, so the list is full all the same (engine "transformers" drops
-        them from what its beams found). With normalize="valid", scores under either differ from scores
-        without: the softmax runs over what is left. ``exact`` searches on until the results are proven to
-        be the true top of what is allowed (``certified`` says how many are, should its budget be spent).
-        Raises UserError for an unknown item id, for more results than beams, and for filters of another
-        number than histories.
+        A list of ids is one history, ``["12", "7"]``; a list of lists are many, ``[["12", "7"], ["3"]]``. The
+        result has ``ids``, ``titles``, ``scores`` and ``codes`` per history; ``items`` are catalog rows.
+        Items that ``cemg-catalog remove`` took out are never among them.
+
+        ``filter`` admits some of the items only: one filter for all histories, or a list of B, None where all
+        are allowed. ``exclude_history`` keeps a user's own items out of the search, so the list is still
+        full (engine "transformers" drops them from what its beams found). With normalize="valid", scores
+        under either differ from scores without: the softmax runs over what is left. ``exact`` continues until
+        the results are proven to be the true top of what is allowed (``certified`` says how many are, should
+        its budget be spent).
+        Raises UserError for a string in place of a list, for an unknown item id, for more results than beams,
+        and for filters of another number than histories.
         """
         if not 1 <= top <= beams:
             raise UserError(f"top must be within 1 … beams, got top={top} and beams={beams}")
         check_beams(beams)
-        if not histories:
+        many = as_histories(histories)
+        if not many:
             return Recommendations.of_nobody(top, self.catalog.levels)
         if (filter is not None or exact) and not isinstance(self.decoder, Decoder):
             what = "filter" if filter is not None else "exact=True"
             raise UserError(f"engine={self.engine} takes no {what}", fix="use engine=cemg")
-        rows = [self.catalog.rows_of([self._id(i) for i in history]) for history in histories]
+        rows = [self._rows_of(history) for history in many]
+        found = self._search(
+            rows, many, top=top, beams=beams, filter=filter, exclude=exclude_history, exact=exact
+        )
+        ids = self.catalog.ids_of(found.items)
+        titles = [[None if item is None else self._titles.get(item) for item in row] for row in ids]
+        return dataclasses.replace(found, ids=ids, titles=titles)
+
+    def _search(
+        self,
+        rows: list[list[int]],
+        histories: list[list[str | int]],
+        *,
+        top: int,
+        beams: int,
+        filter: ItemFilter | Sequence[ItemFilter | None] | None,
+        exclude: bool,
+        exact: bool,
+    ) -> Recommendations:
         ids, mask = self.prompter.batch([np.asarray(r, dtype=np.int64) for r in rows])
         width = min(beams, len(self.catalog))
-        own = rows if self.catalog.named else histories  # as the trie's leaves name them
+        known = rows if self.catalog.named else histories  # as the trie's leaves name them
         if not isinstance(self.decoder, Decoder):
             found = self.decoder.decode(ids, mask, width)
-            return (without_history(found, own) if exclude_history else found).top(top).padded(top)
-        allowed = allowed_items(self.decoder.trie, filter, own, exclude=exclude_history)
+            gone = [[*(items if exclude else ()), *self.removed_leaves] for items in known]
+            return (without_history(found, gone) if any(gone) else found).top(top).padded(top)
+        allowed = allowed_items(self.decoder.trie, self._offered(filter), known, exclude=exclude)
         if exact:
             found = self.decoder.decode_exact(ids, mask, min(top, width), width, filter=allowed)
         else:
             found = self.decoder.decode(ids, mask, width, filter=allowed)
         return found.top(top).padded(top)
+
+    def _offered(
+        self, filter: ItemFilter | Sequence[ItemFilter | None] | None
+    ) -> ItemFilter | Sequence[ItemFilter | None] | None:
+        """``filter`` without the removed items."""
+        offered = self._not_removed
+        if offered is None:
+            return filter
+        if filter is None or isinstance(filter, ItemFilter):
+            return offered if filter is None else filter & offered
+        return [offered if one is None else one & offered for one in filter]
 
     def only(self, item_ids: Sequence[str | int]) -> ItemFilter:
         """The filter that admits these items alone; its ``~``, ``&`` and ``|`` combine.
@@ -100,6 +139,20 @@ class Recommender:
         allowed = torch.zeros(len(self.catalog), dtype=torch.bool)
         allowed[rows] = True
         return ItemFilter.from_mask(self.catalog.trie, allowed)
+
+    @cached_property
+    def removed_leaves(self) -> list[int]:
+        """The removed items, as the trie's leaves name them."""
+        rows = self.catalog.rows_of([self._id(item) for item in self.removed])
+        return rows if self.catalog.named else [int(self.catalog.item_ids[row]) for row in rows]
+
+    @cached_property
+    def _not_removed(self) -> ItemFilter | None:
+        return ~self.only(self.removed) if self.removed else None
+
+    @cached_property
+    def _titles(self) -> dict[int | str, str]:
+        return self.titles()
 
     def titles(self) -> dict[int | str, str]:
         """Titles by item id, those of added items too."""
@@ -151,6 +204,57 @@ class Recommender:
 
     def _id(self, item: str | int) -> str | int:
         return str(item) if self.catalog.named else item
+
+    def _rows_of(self, history: Sequence[str | int]) -> list[int]:
+        ids = [self._id(item) for item in history]
+        try:
+            return self.catalog.rows_of(ids)
+        except UserError:
+            known = set(self.catalog.item_ids)
+            for item in ids:
+                parts = str(item).replace(",", " ").split()
+                if item not in known and len(parts) > 1 and all(part in known for part in parts):
+                    raise UserError(
+                        f"{item!r} is not an item; it looks like a history in one string",
+                        fix=f"pass each history as a list of ids: [{parts}]",
+                    ) from None
+            raise
+
+
+def as_histories(given: Any) -> list[list[Any]]:
+    """One history or many as a list of lists; arrays and tensors become lists.
+
+    Raises UserError for a string, for a set, and for a list that holds both ids and lists.
+    """
+    if isinstance(given, str | bytes | set | frozenset | dict) or not isinstance(given, Iterable):
+        raise UserError(
+            f"a history must be a list of item ids, got {type(given).__name__} {str(given)[:40]!r}",
+            fix='recommend(["12", "7", "105"]), or [["12", "7"], ["3"]] for two histories',
+        )
+    items = given.tolist() if isinstance(given, np.ndarray | Tensor) else list(given)
+    nested = [isinstance(item, Iterable) and not isinstance(item, str | bytes) for item in items]
+    if not any(nested):
+        return [items] if items else []
+    if not all(nested):
+        raise UserError(
+            f"entry {nested.index(False)} of the histories is an item id, others are lists",
+            fix='one history is ["12", "7"], two are [["12", "7"], ["3"]]',
+        )
+    return [one.tolist() if isinstance(one, np.ndarray | Tensor) else list(one) for one in items]
+
+
+def read_removed(catalog: Path) -> list[str | int]:
+    """Ids of the items that ``cemg-catalog remove`` took out. UserError where the file is damaged."""
+    path = catalog / REMOVED
+    if not path.is_file():
+        return []
+    try:
+        removed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read", cause=str(error)) from error
+    if not isinstance(removed, list) or not all(isinstance(item, str | int) for item in removed):
+        raise UserError(f"{path} must hold a list of item ids")
+    return removed
 
 
 def allowed_items(

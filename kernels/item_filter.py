@@ -46,11 +46,12 @@ class ItemFilter:
         self.tensors = FilterTensors(open[None], none.flatten(), none)
 
     @classmethod
-    def from_mask(cls, trie: Trie, allowed: Tensor) -> ItemFilter:
+    def from_mask(cls, trie: Trie, allowed: Tensor | Sequence[bool]) -> ItemFilter:
         """Allow the rows where ``allowed`` [N] bool is True, in the order ``Trie.from_codes`` was given.
 
-        Raises ValueError where the shape or dtype is another.
+        ``allowed`` may be a list or an array. Raises ValueError where the shape or dtype is another.
         """
+        allowed = torch.as_tensor(allowed)
         if allowed.shape != (trie.num_items,) or allowed.dtype != torch.bool:
             raise ValueError(
                 f"allowed must be bool [{trie.num_items}], got {allowed.dtype} {list(allowed.shape)}; "

@@ -49,7 +49,7 @@ def test_train_says_which_backends_the_environment_or_the_option_picks(
             said = io.StringIO()
             monkeypatch.setattr(progress.console, "file", said)
             assert command(train.main, "--run", run, "--cache", feature_cache, *option) == 0
-            lines = [line for line in said.getvalue().splitlines() if "backend" in line]
+            lines = [line for line in said.getvalue().splitlines() if "kernels" in line]
             assert len(lines) == 1 and lines[0].startswith(f"kernels by backend: {backend} ")
     finally:
         monkeypatch.undo()

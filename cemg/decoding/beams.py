@@ -5,7 +5,7 @@ B users, W beams, S prompt tokens, M levels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,12 +23,16 @@ MARGIN = 1e-4  # a result is certified where it beats everything pruned by this 
 class Recommendations:
     """Best first. ``items`` [B, top] int64 (−1: none), ``scores`` [B, top] float32 (−inf), ``codes``
     [B, top, M] int64 (−1), ``certified`` [B]: how many leading results are proven to be the true top.
+    ``ids`` and ``titles`` [B][top] are filled by a ``Recommender``, with None where there is no item or no
+    title; a ``Decoder`` leaves them empty.
     """
 
     items: Tensor
     scores: Tensor
     codes: Tensor
     certified: Tensor
+    ids: list[list[int | str | None]] = field(default_factory=list)
+    titles: list[list[str | None]] = field(default_factory=list)
 
     @classmethod
     def of_nobody(cls, top: int, levels: int) -> Recommendations:

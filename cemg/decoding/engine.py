@@ -9,8 +9,10 @@ B users, W beams, M levels, K codes a level, S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -39,6 +41,8 @@ from cemg_kernels import RequestFilter, trie_beam_step
 from cemg_kernels.dispatch import choose, pick
 from cemg_kernels.ranges import named_range, ranges_enabled
 from cemg_kernels.trie_softmax import Normalize
+
+Array = Tensor | np.ndarray | Sequence[Sequence[int]]  # [B, S] of integers
 
 
 def check_fit(
@@ -155,10 +159,11 @@ class Decoder:
 
     @torch.inference_mode()
     def decode(
-        self, input_ids: Tensor, attention_mask: Tensor, beams: int, *,
+        self, input_ids: Array, attention_mask: Array, beams: int, *,
         filter: Filter | SharedFilter | None = None,
     ) -> Recommendations:  # fmt: skip
-        """The ``beams`` best items for prompts [B, S] (a decoder's padded on the left), best first.
+        """The ``beams`` best items for prompts [B, S] (a decoder's padded on the left), best first. Prompts
+        are tensors, arrays or lists of equal length.
 
         ``filter`` admits some of the items only, the same for all (ItemFilter) or each prompt's own
         (RequestFilter of B requests), as ``catalog.only`` and ``catalog.excluding`` return them;
@@ -168,6 +173,7 @@ class Decoder:
         catalog with shared semantic IDs, a row holds the first ``beams`` items of the best ``beams`` IDs.
         Raises UserError for fewer beams than one, and for shapes that differ.
         """
+        input_ids, attention_mask = torch.as_tensor(input_ids), torch.as_tensor(attention_mask)
         leaves = leaf_filter(filter, self.catalog, self.trie)
         check_prompts(input_ids, attention_mask, beams, leaves)
         if len(input_ids) == 0:
@@ -196,7 +202,7 @@ class Decoder:
 
     @torch.inference_mode()
     def decode_exact(
-        self, input_ids: Tensor, attention_mask: Tensor, top: int, beams: int, *,
+        self, input_ids: Array, attention_mask: Array, top: int, beams: int, *,
         filter: Filter | SharedFilter | None = None, budget: int = 4096,
     ) -> Recommendations:  # fmt: skip
         """The true ``top`` of the catalog, proven: rows that ``beams`` cannot prove are searched again.
@@ -209,6 +215,7 @@ class Decoder:
         if not 1 <= top <= beams <= budget:
             raise UserError(f"1 <= top <= beams <= budget must hold, got {top}, {beams} and {budget}")
         check_beams(budget)
+        input_ids, attention_mask = torch.as_tensor(input_ids), torch.as_tensor(attention_mask)
         found = self.decode(input_ids, attention_mask, beams, filter=filter).top(top)
         unproven = found.certified < (found.items >= 0).sum(1)
         for row in unproven.nonzero().flatten().tolist():

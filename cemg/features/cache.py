@@ -27,8 +27,8 @@ ABANDONED = 3600.0  # seconds after which no process is still writing a shard
 class FeatureCache:
     """A folder of computed features; ``hits`` and ``misses`` count the lookups made through this object.
 
-    ``shard_rows`` new rows are gathered before a shard is written (fewer at the end of a run).
-    Raises ``UserError`` where the folder cannot be made.
+    ``shard_rows`` new rows are gathered before a shard is written (fewer at the end of a run). The folder is
+    made when the first shelf is opened, so a run in a read-only folder can be read.
     """
 
     def __init__(self, folder: str | Path, *, shard_rows: int = 256) -> None:
@@ -36,18 +36,21 @@ class FeatureCache:
             raise UserError(f"shard_rows must be at least 1, got {shard_rows}")
         self.folder, self.shard_rows = Path(folder), shard_rows
         self.hits = self.misses = 0
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: the feature cache needs a folder here",
-                cause=str(error),
-                fix="name another folder",
-            ) from error
+        if self.folder.exists() and not self.folder.is_dir():
+            raise self._unusable("it is a file")
 
     def shelf(self, identity: str) -> Shelf:
-        """The part of the cache that belongs to the model whose hash is ``identity``."""
-        return Shelf(self, self.folder / identity[:32])
+        """The part of the cache that belongs to the model whose hash is ``identity``; UserError where its
+        folder cannot be made."""
+        try:
+            return Shelf(self, self.folder / identity[:32])
+        except OSError as error:
+            raise self._unusable(str(error)) from error
+
+    def _unusable(self, why: str) -> UserError:
+        return UserError(
+            f"{self.folder}: the feature cache needs a folder here", cause=why, fix="name another folder"
+        )
 
 
 class Shelf:

@@ -67,7 +67,7 @@ class Catalog:
     @classmethod
     def from_codes(
         cls,
-        codes: Tensor,
+        codes: Tensor | np.ndarray | Sequence[Sequence[int]],
         codebook_size: int | Sequence[int],
         item_ids: Sequence[int] | Sequence[str] | np.ndarray | Tensor | None = None,
         *,
@@ -87,6 +87,7 @@ class Catalog:
         item, all integers from 0 on or all strings, for a code in use without a token, and without ``shared``
         for duplicate codes.
         """
+        codes = torch.as_tensor(codes)
         if codes.ndim != 2 or codes.dtype.is_floating_point:
             raise UserError(f"codes must be integers [items, levels], got {codes.dtype} {list(codes.shape)}")
         ids: list = range(len(codes)) if item_ids is None else item_ids  # type: ignore[assignment]
