@@ -37,6 +37,7 @@ from cemg.graph import train_lightgcn
 from cemg.progress import console
 from cemg.run import Run, digest
 from cemg.tokenizer import MODALITIES, Catalog, Tokenizer, make_unique, train_tokenizer
+from cemg_kernels import RequestFilter
 
 CONFIG, PENDING = "config.yaml", ".config.next.yaml"  # of what a run holds; of what it is being made into
 
@@ -335,8 +336,13 @@ class Pipeline:
         *,
         beams: int,
         engine: str = "cemg",
+        exclude_history: bool = False,
     ) -> Rank:
-        """Histories to ranked catalog rows through beam search; lists of ``beams`` at most."""
+        """Histories to ranked catalog rows through beam search; lists of ``beams`` at most.
+
+        ``exclude_history`` keeps each history's items out of the search, as in ``Recommender.recommend``; of
+        engine "cemg" alone.
+        """
         prompter = self.prompter(model, vocabulary, catalog)
         decoder = make_decoder(
             engine, model, catalog, vocabulary.code_token_start, self.config.decoding.normalize
@@ -346,8 +352,15 @@ class Pipeline:
         def rank(histories: list[np.ndarray], top: int) -> Tensor:
             model.eval()
             parts = [histories[i : i + size] for i in range(0, len(histories), size)]
-            lists = [decoder.decode(*prompter.batch(part), min(beams, len(catalog))).items for part in parts]
-            return torch.cat(lists)[:, :top]
+            return torch.cat([search(part) for part in parts])[:, :top]
+
+        def search(part: list[np.ndarray]) -> Tensor:
+            prompts, width = prompter.batch(part), min(beams, len(catalog))
+            if not exclude_history:
+                return decoder.decode(*prompts, width).items
+            assert isinstance(decoder, Decoder)
+            own = RequestFilter.excluding(decoder.trie, [history.tolist() for history in part])
+            return decoder.decode(*prompts, width, filter=own).items
 
         return rank
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from rich.console import Console
@@ -41,7 +42,23 @@ class Log(Protocol):
 
 
 def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterator[T]:
-    """Iterate with a progress bar on stderr; where stderr is no terminal, silently."""
+    """Iterate with a progress bar on stderr; where stderr is not a terminal, silently."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with bar(label, total=total) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def bar(
+    label: str, *, total: int | None, done: int = 0, shown: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, none where that is not a terminal; yields ``advance(steps)``.
+
+    It ends full where the block ends, also before ``total`` steps, as a training does that stops early.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,8 +66,8 @@ def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterat
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    if not console.is_terminal:
-        yield from items
-        return
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield from progress.track(items, total=total, description=label)
+    progress = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+    task = progress.add_task(label, total=total, completed=done)
+    with progress:
+        yield lambda steps: progress.advance(task, steps)
+        progress.update(task, total=progress.tasks[0].completed)

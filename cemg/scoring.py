@@ -18,10 +18,13 @@ from cemg.baselines import PopularityRanker
 from cemg.config import RunConfig
 from cemg.data.dataset import Split
 from cemg.decoding import Decoder, Normalize, TransformersDecoder
-from cemg.evaluation import Evaluation, evaluate, hardware, seeded_sample, write_result
+from cemg.evaluation import Evaluation, evaluate, evaluate_lists, hardware, seeded_sample, write_result
+from cemg.evaluation.lists import read_lists
+from cemg.evaluation.results import EXCLUDED
 from cemg.evaluation.search import Search, certificate_study, engine_study, exact_study
 from cemg.generator import Vocabulary
 from cemg.pipeline import Pipeline
+from cemg.progress import console
 from cemg.run import Run
 from cemg.tokenizer import Catalog
 
@@ -58,22 +61,46 @@ def score(
     )
     started = time.monotonic()
     scored = evaluate(rank, split, part=part, users=rows, max_list=beams)
+    further: dict[str, Any] = {}
+    if engine == "cemg":
+        served = pipeline.ranker(model, vocabulary, catalog, beams=beams, exclude_history=True)
+        further[EXCLUDED] = evaluate(served, split, part=part, users=rows, max_list=beams).metrics
     seconds = {**stage_seconds(pipeline.run), "evaluation": round(time.monotonic() - started, 1)}
     about = {"model": "cemg", "engine": engine, "beams": beams, "stage_seconds": seconds, "notes": data.notes}
     about |= config.to_dict()
-    further: dict[str, Any] = {}
     if studies:
         own = normalize or config.decoding.normalize
         search = _search(
             pipeline, model, vocabulary, catalog, split, part=part, rows=rows, beams=beams, normalize=own
         )
-        further = {name: STUDIES[name](search) for name in studies} | {"studies_normalize": own}
+        further |= {name: STUDIES[name](search) for name in studies} | {"studies_normalize": own}
     own_search = engine == "cemg" and beams == config.decoding.beams
     scope += "" if own_search else f"-{engine}-{beams}-beams"  # nor does another search, or a study
     scope += "".join(f"-{name}" for name in studies) + (f"-{normalize}" if studies and normalize else "")
     second = _write(
         pipeline, config, f"{data.name}-cemg-{scope}", scored, about=about, seconds=seconds, further=further
     )
+    if copy is not None:
+        files.copy_file(second, copy)
+    return [first, second]
+
+
+def score_file(
+    pipeline: Pipeline, config: RunConfig, file: Path, *, part: str, copy: Path | None = None
+) -> list[Path]:
+    """Evaluate popularity and given lists (see ``read_lists``); the result files written, popularity's
+    first."""
+    data = pipeline.load_data()
+    split = data.split()
+    lists, notes = read_lists(file, data, split)
+    scored = evaluate_lists(lists, split, part=part)
+    popular = evaluate(PopularityRanker.fit(split), split, part=part)
+    first = _write(pipeline, config, f"{data.name}-popularity-{part}", popular, about={"model": "popularity"})
+    about = {"model": "recommendations", "file": file.name, "notes": notes}
+    for note in notes:
+        console.print(f"note: {note}")
+    name = f"{data.name}-recommendations-{file.stem}-{part}"
+    second = _write(pipeline, config, name, scored, about=about)
     if copy is not None:
         files.copy_file(second, copy)
     return [first, second]

@@ -90,7 +90,7 @@ def test_results_and_stage_seconds_stand_in_tables(run: Path) -> None:
     (run / "graph" / "manifest.json").write_text(json.dumps({"seconds": 12.34}))
     page = (write_report(run) / "report.md").read_text()
     assert "| graph | 12.34 |" in page
-    assert "| d-cemg-test | 0.2500 |" in page and "| - history removed | 0.5000 |" in page
+    assert "| d-cemg-test | 0.2500 |" in page and "| - history removed from the list | 0.5000 |" in page
 
 
 def test_a_report_leaves_pyplot_as_it_was(run: Path) -> None:

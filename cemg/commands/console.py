@@ -6,11 +6,13 @@ answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -18,9 +20,17 @@ from typer.core import TyperCommand
 from cemg import __version__
 from cemg.errors import UserError
 from cemg.files import storage_error
-from cemg.progress import printable
+from cemg.progress import console, printable
+
+if TYPE_CHECKING:
+    from cemg.config import RunConfig
 
 INFORMATION = ("-h", "--help", "--version")  # which need no working environment
+LIBRARIES = (
+    "accelerate", "matplotlib", "peft", "polars", "sklearn", "tensorboard", "torch", "torchvision",
+    "transformers",
+)  # fmt: skip
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 NOTHING = "nothing was written"
 _kept = NOTHING  # what an interrupted command leaves behind
 
@@ -86,6 +96,16 @@ def check_normalize(name: str | None) -> None:
         raise UserError(f"--normalize must be {', '.join(get_args(Normalize))}, got {name!r}")
 
 
+def warn_of_normalize(config: RunConfig, name: str | None) -> None:
+    """Say so where a model of loss "valid" is searched under another normalisation."""
+    if config.generator.loss == "valid" and name not in (None, "valid"):
+        console.print(
+            f"warning: this model was trained with generator.loss=valid, so --normalize {name} gives worse "
+            "lists: codes that continue no item were never trained",
+            soft_wrap=True,
+        )
+
+
 def check_result(path: Path | None, option: str = "--result") -> None:
     """UserError where a result file is to be written over a folder."""
     if path is not None and path.is_dir():
@@ -114,6 +134,26 @@ def run(app: Callable[[], Any]) -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack a letter of a title
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        _quieten()
+        _run(app)
+
+
+def _quieten() -> None:
+    """Keep the notices of other libraries off the terminal: a user can do nothing about them. Their errors
+    stay, and so do CEMG's own warnings, as one line each."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)  # read when transformers is imported
+    for kind in (UserWarning, DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=kind, module=rf"({'|'.join(LIBRARIES)})(\.|$)")
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    console.print(f"warning: {message}", soft_wrap=True)
+
+
+def _run(app: Callable[[], Any]) -> None:
     try:
         if not set(sys.argv[1:]) & {*INFORMATION}:
             _check_environment()

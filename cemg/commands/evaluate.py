@@ -35,6 +35,13 @@ def run_evaluation(
         str | None, typer.Option(help="vocab, level or valid, for the studies; the run's own if not given.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    recommendations: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Evaluate these lists instead: a Parquet or CSV table with columns user, item and rank.",
+        ),
+    ] = None,
     result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
     version: command.VersionOption = False,
 ) -> None:
@@ -47,7 +54,7 @@ def run_evaluation(
     from cemg.evaluation import CUTOFFS, result_table
     from cemg.evaluation.search_tables import search_tables
     from cemg.pipeline import Pipeline
-    from cemg.scoring import score
+    from cemg.scoring import score, score_file
 
     if part not in ("test", "valid"):
         raise UserError(f"--part must be test or valid, got {part!r}")
@@ -64,8 +71,15 @@ def run_evaluation(
         )
     command.check_result(result)
     command.check_device(device)
+    if recommendations is not None and (exact or certified or compare or users is not None):
+        raise UserError("--recommendations does not go with --users, --exact, --certified or --compare")
     pipeline = Pipeline.open(run, device=device)
     config = pipeline.config
+    if recommendations is not None:
+        paths = score_file(pipeline, config, recommendations, part=part, copy=result)
+        progress.plain_console().print(result_table(paths))
+        return
+    command.warn_of_normalize(config, normalize)
     width = config.decoding.beams if beams is None else beams
     wanted = {"exact": exact, "certificate": certified, "engines": compare}
     studies = [name for name, asked in wanted.items() if asked]

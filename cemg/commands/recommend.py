@@ -62,6 +62,7 @@ def recommend(
     recommender = Recommender.from_run(
         run, device=device, engine=engine, normalize=cast("Normalize | None", normalize)
     )
+    command.warn_of_normalize(recommender.pipeline.config, normalize)
     many = _read(histories, set(map(str, recommender.catalog.item_ids))) if histories else []
     own = many or [_history_of(user, recommender) if user else items]
     options = {"top": top, "beams": max(beams, top), "exclude_history": exclude_history, "exact": exact}

@@ -126,7 +126,7 @@ def _kernels(device: str) -> str:
 
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
-    from cemg.evaluation import result_table
+    from cemg.commands.ending import say_result
     from cemg.report import write_report
     from cemg.scoring import score
     from cemg_kernels.ranges import named_range
@@ -135,8 +135,7 @@ def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
         paths = score(pipeline, config, part="test", engine="cemg", beams=config.decoding.beams, copy=copy)
     with named_range("stage: report"):
         write_report(pipeline.run.folder)
-    console.print(f"report: {pipeline.run.folder / 'report'}", highlight=False)
-    console.print(result_table(paths))
+    say_result(pipeline, paths)
 
 
 def main() -> None:

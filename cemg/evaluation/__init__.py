@@ -13,7 +13,7 @@ from cemg.evaluation.metrics import (
     ranks_of_targets,
 )
 from cemg.evaluation.paper import PrintedRow, printed_rows
-from cemg.evaluation.protocol import COLD, Evaluation, Rank, evaluate, seeded_sample
+from cemg.evaluation.protocol import COLD, Evaluation, Rank, evaluate, evaluate_lists, seeded_sample
 from cemg.evaluation.results import hardware, result_markdown, result_table, write_result
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Rank",
     "bootstrap_interval",
     "evaluate",
+    "evaluate_lists",
     "gains",
     "hardware",
     "hr",

@@ -98,6 +98,44 @@ def evaluate(
     ``users`` are positions 0 … T-1 in ``split.users`` (see ``seeded_sample``); None means all.
     Raises UserError on an item outside the catalog and on an item listed twice.
     """
+
+    def ranked(batch: np.ndarray, histories: list[np.ndarray], top: int) -> Tensor:
+        return rank(histories, top)
+
+    return _evaluate(
+        ranked, split, part=part, cutoffs=cutoffs, users=users, batch_size=batch_size, max_list=max_list,
+        progress=progress,
+    )  # fmt: skip
+
+
+def evaluate_lists(
+    lists: Tensor, split: Split, *, part: str = "test", cutoffs: Sequence[int] = CUTOFFS
+) -> Evaluation:
+    """Score given lists [T, C] of item rows, best first, -1 for none: one per user of ``split.users``.
+
+    Raises UserError as ``evaluate`` does.
+    """
+    if lists.ndim != 2 or len(lists) != len(split.users):
+        raise UserError(f"lists must be [{len(split.users)}, C], one per user, got {list(lists.shape)}")
+
+    def given(batch: np.ndarray, histories: list[np.ndarray], top: int) -> Tensor:
+        return lists[torch.from_numpy(batch)]
+
+    return _evaluate(given, split, part=part, cutoffs=cutoffs, progress=False)
+
+
+def _evaluate(
+    lists_of: Callable[[np.ndarray, list[np.ndarray], int], Tensor],
+    split: Split,
+    *,
+    part: str,
+    cutoffs: Sequence[int],
+    users: np.ndarray | None = None,
+    batch_size: int = 256,
+    max_list: int | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """``lists_of(rows of users, their histories, top)`` returns the lists of a batch, as ``rank`` does."""
     rows = np.arange(len(split.users)) if users is None else np.asarray(users, dtype=np.int64)
     if len(rows) == 0:
         raise UserError("there is no user to evaluate", fix="give users three interactions or more")
@@ -109,7 +147,7 @@ def evaluate(
     for batch in track(batches, "evaluate") if progress else batches:
         known, wanted = [histories[r] for r in batch], torch.from_numpy(targets[batch]).long()
         top = min(most + max(map(len, known)), num_items, max_list or num_items)
-        items = _checked(rank(known, top), len(batch), num_items)
+        items = _checked(lists_of(batch, known, top), len(batch), num_items)
         scored.append(_score(items, known, wanted, most=min(most, num_items)))
     cold = split.train_counts(num_items)[targets[rows]] <= COLD
     fingerprint = split.fingerprint | _scope(part, users)

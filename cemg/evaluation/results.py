@@ -23,6 +23,7 @@ from cemg.evaluation.metrics import Metrics
 from cemg.evaluation.paper import printed_rows
 from cemg.evaluation.protocol import COLD, Evaluation
 
+EXCLUDED = "metrics_history_excluded_in_search"  # of a record: what exclude_history=True serves
 SEED = re.compile(r"-seed\d+$")
 
 
@@ -129,11 +130,15 @@ def _has_siblings(path: Path, paths: Sequence[Path]) -> bool:
 
 
 def _rows(name: str, group: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
-    """History kept, history removed, and, where there are any, cold targets (history kept)."""
+    """History kept, removed from the list, excluded in the search where that was measured, and, where there
+    are any, cold targets (history kept)."""
     label = name if len(group) == 1 else f"{name} ({len(group)} seeds)"
     rows = [[label, *_seed_cells([r["metrics"] for r in group], names)]]
     removed = [r["metrics_history_removed"] for r in group]
-    rows.append(["- history removed", *_seed_cells(removed, names)])
+    rows.append(["- history removed from the list", *_seed_cells(removed, names)])
+    excluded = [r.get(EXCLUDED, {}) for r in group]
+    if all(excluded):
+        rows.append(["- history excluded in the search", *_seed_cells(excluded, names)])
     cold = [r.get("cold", {}).get("metrics", {}) for r in group]
     return rows + ([["- cold targets", *_seed_cells(cold, names)]] if all(cold) else [])
 

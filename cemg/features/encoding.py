@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from cemg.errors import UserError
 from cemg.features.cache import Shelf
-from cemg.progress import plain_console
+from cemg.progress import bar
 
 Batches = Iterator[
     tuple[list[int], Tensor]
@@ -81,7 +80,7 @@ def encode_rows(
     known = shelf.find([key for key in keys if key is not None]) if shelf else {}
     first = {key: row for row, key in reversed(list(enumerate(keys))) if key is not None and key not in known}
     known |= _compute_rows(
-        keys, sorted(first.values()), compute, shelf=shelf, bar=_Bar(label, shown=progress)
+        keys, sorted(first.values()), compute, shelf=shelf, label=label if progress else ""
     )
     values = torch.zeros(len(keys), width)  # [N, F]
     present = torch.tensor([key is not None and key in known for key in keys], dtype=torch.bool)  # [N]
@@ -97,12 +96,13 @@ def _compute_rows(
     compute: Callable[[list[int]], Batches],
     *,
     shelf: Shelf | None,
-    bar: _Bar,
+    label: str,
 ) -> dict[bytes, Tensor]:
-    """Run ``compute`` over ``rows`` and file every batch; an interrupt loses nothing computed."""
+    """Run ``compute`` over ``rows`` and file every batch; an interrupt loses nothing computed. No bar is
+    shown without a ``label``."""
     made: dict[bytes, Tensor] = {}
     try:
-        with bar.over(len(rows)) as advance:
+        with bar(label, total=len(rows), shown=bool(label and rows)) as advance:
             for done, values in compute(rows):
                 batch = {key: value for row, value in zip(done, values, strict=True) if (key := keys[row])}
                 made |= batch
@@ -113,25 +113,3 @@ def _compute_rows(
         if shelf:
             shelf.flush()
     return made
-
-
-class _Bar:
-    """A progress bar on stderr, or none."""
-
-    def __init__(self, label: str, *, shown: bool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.label = label
-        self.progress = Progress(*columns, console=plain_console(stderr=True), disable=not shown)
-
-    def over(self, total: int) -> _Bar:
-        """Set how many rows there are to compute; nothing is shown for none."""
-        self.progress.disable = self.progress.disable or total == 0
-        self.task = self.progress.add_task(self.label, total=total)
-        return self
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.progress.start()
-        return lambda rows: self.progress.advance(self.task, rows)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()

@@ -28,7 +28,7 @@ from cemg import files
 from cemg.errors import UserError
 from cemg.generator.prompts import IGNORED, Buckets, Collate, Prompter, Samples
 from cemg.generator.vocabulary import Vocabulary
-from cemg.progress import Log, console
+from cemg.progress import Log, bar, console
 from cemg_kernels import Trie
 
 
@@ -174,16 +174,17 @@ class _Training:
     def run(self) -> Progress:
         self._resume()
         started = time.monotonic() - self.state.seconds
-        while self.state.epoch < self.config.epochs and not self._stale():
-            self._epoch(started)
-            self.state.seconds = time.monotonic() - started
-            self._close_epoch()
+        with bar("generator", total=self.total, done=self.state.step) as advance:
+            while self.state.epoch < self.config.epochs and not self._stale():
+                self._epoch(started, advance)
+                self.state.seconds = time.monotonic() - started
+                self._close_epoch()
         best = self.folder / "best.safetensors"
         if best.is_file():
             load_weights(self.plain, best)
         return self.state
 
-    def _epoch(self, started: float) -> None:
+    def _epoch(self, started: float, advance: Callable[[int], None]) -> None:
         self.samples.epoch = self.state.epoch
         self.loader.set_epoch(
             self.state.epoch
@@ -194,6 +195,7 @@ class _Training:
             self.state.epoch_loss += self._step(batch)
             self.state.epoch_steps += 1
             self.state.step += 1
+            advance(1)
             if time.monotonic() - self.saved_at > self.config.checkpoint_seconds:
                 self.state.seconds = time.monotonic() - started
                 self._checkpoint()

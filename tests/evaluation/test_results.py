@@ -67,7 +67,7 @@ def test_a_table_puts_equal_splits_and_the_papers_rows_side_by_side(tmp_path: Pa
     ours = "1.0000 | 1.0000 | 1.0000 | 0.5000 | 0.5000 | 0.5000 |"
     assert rows[0] == "| model | HR@5 | HR@10 | HR@20 | NDCG@5 | NDCG@10 | NDCG@20 |"
     assert rows[2] == f"| one | {ours}" and rows[5] == f"| two | {ours}"
-    assert rows[3] == "| - history removed |" + " 1.0000 |" * 6
+    assert rows[3] == "| - history removed from the list |" + " 1.0000 |" * 6
     assert rows[4] == f"| - cold targets | {ours}"
     assert "| CEMG (CEMG paper) |  | 0.0665 |  |  | 0.0348 |  |" in rows
     assert "| TIGER (TIGER paper) |  | 0.0648 |  |  | 0.0384 |  |" in rows

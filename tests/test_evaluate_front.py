@@ -1,0 +1,160 @@
+"""cemg-eval and the end of cemg-train: what is measured is what is served."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import shutil
+import warnings
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from cemg import progress
+from cemg.commands import console, evaluate, recommend, train
+from cemg.data import Dataset
+from cemg.recommender import Recommender
+
+SERVED = "metrics_history_excluded_in_search"
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What goes to stderr through the console."""
+    stream = io.StringIO()
+    monkeypatch.setattr(progress.console, "file", stream)
+    return stream
+
+
+def write_served(run: Path, path: Path) -> pl.DataFrame:
+    """What the run serves to each user before the test item, as a table."""
+    data, recommender = Dataset.load(run / "data"), Recommender.from_run(run)
+    split, rows = data.split(), []
+    for user, history in zip(split.users, split.histories("test"), strict=True):
+        own = [data.item_ids[row] for row in history]
+        found = recommender.recommend(own, top=10, beams=10, exclude_history=True)
+        rows += [(data.user_ids[user], rank, item) for rank, item in enumerate(found.ids[0], start=1)]
+    table = pl.DataFrame(rows, schema=["user", "rank", "item"], orient="row").drop_nulls()
+    table.sample(fraction=1, shuffle=True, seed=0).write_parquet(path)
+    return table
+
+
+def test_the_figures_with_history_excluded_are_those_of_what_is_served(tiny_run, tmp_path, command, capsys):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    record = json.loads((run / "results" / "synthetic-cemg-test.json").read_text())
+    write_served(run, tmp_path / "served.parquet")
+    arguments = ("--run", run, "--recommendations", tmp_path / "served.parquet")
+    assert command(evaluate.main, *arguments, "--result", tmp_path / "r.json") == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["metrics"] == record[SERVED] and record[SERVED].keys() == record["metrics"].keys()
+    assert found["metrics_history_removed"] == found["metrics"]  # there is none in the lists
+    assert found["config"] == {"model": "recommendations", "file": "served.parquet", "notes": []}
+    printed = capsys.readouterr().out
+    assert "synthetic-recommendations-served-test" in printed and "synthetic-popularity-test" in printed
+
+
+def test_the_table_shows_both_ways_to_leave_the_history_out(tiny_run):
+    page = (tiny_run / "report" / "report.md").read_text()
+    assert "- history removed from the list" in page and "- history excluded in the search" in page
+
+
+def test_lists_may_be_csv_or_one_row_per_user_and_gaps_are_said(tiny_run, tmp_path, command, said):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    table = write_served(run, tmp_path / "served.parquet")
+    table.write_csv(tmp_path / "a.csv")
+    table.group_by("user", maintain_order=True).agg("item").write_parquet(tmp_path / "b.parquet")
+    results = []
+    for name in ("served.parquet", "a.csv", "b.parquet"):
+        arguments = ("--run", run, "--recommendations", tmp_path / name, "--result", tmp_path / "r.json")
+        assert command(evaluate.main, *arguments) == 0
+        results.append(json.loads((tmp_path / "r.json").read_text())["metrics"])
+    assert results[1:] == results[:1] * 2
+    short = table.filter(pl.col("user") != table["user"][0])
+    pl.concat([short, short[:1].with_columns(user=pl.lit("stranger"))]).write_parquet(tmp_path / "c.parquet")
+    assert command(evaluate.main, "--run", run, "--recommendations", tmp_path / "c.parquet") == 0
+    lines = said.getvalue()
+    assert "note: 1 of 40 users have no recommendations and count as misses" in lines
+    assert "note: 1 users of the file are not among the evaluated ones" in lines
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"user": ["u"], "thing": ["x"]}, "has no column item"),
+        ({"user": ["user-0001"], "item": ["item-9999"]}, "item 'item-9999' is not among the 50 of this run"),
+        ({"user": ["a", "a"], "item": ["item-0001", "item-0001"]}, "user 'a' has item 'item-0001' more than"),
+        ({"user": ["a"], "item": ["item-0001"], "rank": ["first"]}, "a rank is not a number"),
+        ({"user": ["a", None], "item": ["item-0001", "item-0002"]}, "has rows without a user"),
+    ],
+)
+def test_a_table_that_holds_no_lists_is_refused(tiny_run, tmp_path, command, capsys, rows, message):
+    pl.DataFrame(rows).write_parquet(tmp_path / "l.parquet")
+    assert command(evaluate.main, "--run", tiny_run, "--recommendations", tmp_path / "l.parquet") == 2
+    assert message in capsys.readouterr().err
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    assert command(evaluate.main, "--run", tiny_run, "--recommendations", tmp_path / "torn.parquet") == 2
+    assert "torn.parquet cannot be read as a table" in capsys.readouterr().err
+
+
+def test_a_training_ends_with_the_table_five_titles_the_report_and_the_next_command(
+    tiny_run, tmp_path, command, said, capsys, feature_cache
+):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    assert command(train.main, "--run", run, "--cache", feature_cache) == 0
+    lines = [line for line in said.getvalue().splitlines() if line.strip()]
+    assert lines[-2] == f"report: {run}/report/report.md" and (run / "report" / "report.md").is_file()
+    shown = [line for line in lines if "item-00" in line]
+    data = Dataset.load(run / "data")
+    titles = dict(zip(data.item_ids, data.titles, strict=True))
+    assert len(shown) == 5 and "HR@10" in said.getvalue()
+    for line in shown:
+        item = next(cell.strip() for cell in line.split("│") if "item-" in cell)
+        assert (titles[item] or "") in line
+    program, *arguments = shlex.split(lines[-1].removeprefix("next:   "))
+    assert program == "cemg-recommend"
+    capsys.readouterr()
+    assert command(recommend.main, *arguments, "--json") == 0
+    served = [item["item"] for item in json.loads(capsys.readouterr().out)["items"]]
+    assert all(item in line for item, line in zip(served[:5], shown, strict=True))
+
+
+def test_a_model_of_valid_codes_warns_under_another_normalisation(said):
+    from cemg.config import load_config
+
+    valid = load_config(None, ["generator.loss=valid", "decoding.normalize=valid"])
+    for config, name in ((valid, None), (valid, "valid"), (load_config(None), "level")):
+        console.warn_of_normalize(config, name)
+    assert said.getvalue() == ""
+    console.warn_of_normalize(valid, "vocab")
+    assert said.getvalue().startswith("warning: this model was trained with generator.loss=valid, so")
+
+
+def test_warnings_of_other_libraries_are_not_shown_and_ours_are(said):
+    def body() -> None:
+        for module in ("torch.nn.modules", "sklearn.manifold", "transformers.modeling"):
+            warnings.warn_explicit("theirs", UserWarning, "x.py", 1, module=module)
+        warnings.warn_explicit("ours", UserWarning, "x.py", 1, module="cemg.features.vision")
+
+    before = warnings.showwarning
+    console.run(body)
+    assert said.getvalue() == "warning: ours\n" and warnings.showwarning is before
+
+
+def test_a_bar_ends_full_also_where_the_work_stops_early(monkeypatch):
+    from rich.console import Console
+
+    stream = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=stream, force_terminal=True, width=100))
+    with progress.bar("early", total=10) as advance:
+        advance(3)
+    assert "3/3" in stream.getvalue() and stream.getvalue().endswith("\x1b[?25h")  # the cursor is back
+    assert list(progress.track(range(4), "whole")) == [0, 1, 2, 3]
+    assert "4/4" in stream.getvalue()
+    for item in progress.track(range(4), "broken"):
+        if item == 1:
+            break
+    with progress.bar("after", total=1) as advance:  # nothing is left open: a second live bar would raise
+        advance(1)
+    assert "1/1" in stream.getvalue()
