@@ -50,6 +50,13 @@ def tie_rule(ties: str, seed: int) -> str:
     return f"equal times shuffled, seed {seed}"
 
 
+def exact_duplicates(interactions: pl.DataFrame) -> pl.Series:
+    """True for each row that equals an earlier one in every column, bool [rows]."""
+    if interactions.is_empty():
+        return pl.Series([], dtype=pl.Boolean)
+    return ~interactions.select(pl.struct(pl.all()).is_first_distinct()).to_series()
+
+
 def without_repeats(interactions: pl.DataFrame, duplicates: str) -> pl.DataFrame:
     """Keep all rows of a (user, item) pair, or its ``first`` or ``last`` only; rows must be in time order.
 

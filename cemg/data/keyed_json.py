@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cemg.data.readers.textfile import TextFile
 from cemg.errors import UserError
 
 
-def read_keyed(path: Path | str, what: str) -> dict[str, Any]:
+def read_keyed(path: Path | str, what: str, *, encoding: str = "") -> dict[str, Any]:
     """The object of a JSON file, its keys in file order; ``what`` its keys are is named in errors.
 
-    Raises UserError, with line or key, for a missing or unreadable file, for anything but valid UTF-8 JSON,
+    Raises UserError, with line or key, for a missing or unreadable file, for anything but valid JSON text,
     for another value than an object, for an object without keys, and for a key that occurs twice.
     """
     path = Path(path)
@@ -26,12 +27,12 @@ def read_keyed(path: Path | str, what: str) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+        value = json.loads(TextFile(path, encoding).text(), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         reason = f"not valid JSON: {error.msg} at column {error.colno}"
         raise UserError(f"{path}, line {error.lineno}: {reason}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except UserError:
+        raise
     except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
         raise UserError(f"{path} is not valid JSON: {error}") from error
     except OSError as error:

@@ -152,8 +152,8 @@ TEXTS = {
     "amazon-2023": (amazon_2023, 'It\'s "red". OPI. Shiny.'),
     "yelp": (yelp, 'It\'s "red". Reno, NV.'),
     "recbole": (recbole, 'It\'s "red". New Drama.'),
-    "csv": (csv, 'It\'s "red"'),
-    "parquet": (parquet, 'It\'s "red"'),
+    "csv": (csv, 'It\'s "red".'),
+    "parquet": (parquet, 'It\'s "red".'),
 }
 
 
@@ -246,17 +246,17 @@ HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
 @pytest.mark.parametrize(
     ("file", "text", "reason"),
     [
-        ("a.json", REVIEW * 3 + "{oops\n", r"a\.json, line 4: no valid JSON: .* at column 2"),
+        ("a.json", REVIEW * 3 + "{oops\n", r"a\.json, line 4: not valid JSON: .* at column 2"),
         ("a.json", REVIEW + "\n" + REVIEW.replace('"asin"', '"isbn"'), r"line 3: no field 'asin'"),
         (
             "a.json",
             REVIEW + REVIEW.replace(": 1,", ': "noon",'),
-            r"line 2: field 'unixReviewTime' is 'noon', wanted an integer",
+            r"line 2: field 'unixReviewTime' is 'noon', which is not a time",
         ),
         (
             "a.json",
-            REVIEW + REVIEW.replace(": 1,", ": 1.5,"),
-            r"line 2: field 'unixReviewTime' is 1\.5, wanted an integer",
+            REVIEW + REVIEW.replace(": 1,", ": true,"),
+            r"line 2: field 'unixReviewTime' is 'true', which is not a time",
         ),
         ("a.json", REVIEW + "[1, 2]\n", r"line 2: wanted a JSON object, got list"),
         (
@@ -270,16 +270,20 @@ HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
             r"line 2: field 'date' is 'yesterday'",
         ),
         ("u.data", "a\tx\t5\t1\na\tx\t5\n", r"u\.data, line 2: wanted user\titem\trating\ttimestamp"),
-        ("ratings.dat", "a::x::5::1\n\na::x::5::soon\n", r"ratings\.dat, line 3: wanted user::item::rating"),
+        (
+            "ratings.dat",
+            "a::x::5::1\n\na::x::5::soon\n",
+            r"ratings\.dat, line 3: column 'timestamp' is 'soon', which is not a time",
+        ),
         ("ratings.dat", "", r"ratings\.dat is empty"),
         (
             "s.inter",
             HEAD + "a\tx\t1\na\tx\tsoon\n",
-            r"s\.inter, line 3: column 'timestamp' is 'soon', wanted a number",
+            r"s\.inter, line 3: column 'timestamp' is 'soon', which is not a time",
         ),
-        ("s.inter", HEAD + "a\tx\tnan\n", r"line 2: column 'timestamp' is 'nan', wanted a number"),
+        ("s.inter", HEAD + "a\tx\tnan\n", r"line 2: column 'timestamp' is 'nan', which is not a time"),
         ("s.inter", HEAD + "a\tx\n", r"line 2: column 'timestamp' is empty"),
-        ("s.inter", HEAD + "a\tx\t1\t9\n", r"line 2: 4 fields where the header has 3"),
+        ("s.inter", HEAD + "a\tx\t1\t9\n", r"line 2: 4 fields where the first line has 3"),
         ("s.inter", "user_id\titem_id\na\tx\n", r"line 1: header 'user_id'; wanted name:type"),
         (
             "s.inter",
@@ -289,11 +293,11 @@ HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
         ("i.csv", "user,item\na,x\n", r"i\.csv, line 1: no column 'timestamp'; the columns are user, item"),
         (
             "i.csv",
-            "user,item,timestamp\na,x,1\n\na,x,1.5\n",
-            r"line 4: column 'timestamp' is '1\.5', wanted an integer",
+            "user,item,timestamp\na,x,1\n\na,x,1:5\n",
+            r"line 4: column 'timestamp' is '1:5', which is not a time",
         ),
         ("i.csv", 'user,item,timestamp\n"a\nb",x,1\n,x,2\n', r"line 4: column 'user' is empty"),
-        ("i.csv", "user,item,timestamp\na,x,1\na,x,1,2\n", r"line 3: 4 fields where the header has 3"),
+        ("i.csv", "user,item,timestamp\na,x,1\na,x,1,2\n", r"line 3: 4 fields where the first line has 3"),
         ("i.csv", "user,item,timestamp\n", r"i\.csv is empty"),
         ("i.parquet", "no parquet", r"i\.parquet cannot be read"),
     ],

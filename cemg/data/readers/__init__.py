@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from cemg.data.dataset import Dataset
 from cemg.data.readers.amazon import read_amazon
+from cemg.data.readers.columns import ColumnNames
 from cemg.data.readers.detect import detect_format
 from cemg.data.readers.inter_json import read_inter_json
 from cemg.data.readers.limits import check_source
@@ -15,7 +16,8 @@ from cemg.data.readers.movielens import read_movielens
 from cemg.data.readers.raw import Filters, Raw, assemble
 from cemg.data.readers.recbole import read_recbole
 from cemg.data.readers.sequence import read_sequence
-from cemg.data.readers.tables import ColumnNames, read_table
+from cemg.data.readers.table_sets import read_table_set
+from cemg.data.readers.textfile import check_encoding
 from cemg.data.readers.yelp import read_yelp
 from cemg.errors import UserError
 
@@ -43,39 +45,55 @@ def read_dataset(
     *,
     format: str = "auto",
     name: str | None = None,
+    items: Path | None = None,
     images: Path | None = None,
     min_count: int | None = None,
     columns: ColumnNames | None = None,
+    separator: str = "",
+    encoding: str = "",
     min_rating: float | None = None,
     ties: str = "source",
     duplicates: str = "keep",
+    drop_duplicates: bool = False,
     seed: int = 0,
 ) -> Dataset:
     """Read ``path`` (a file or a folder) in one of FORMATS.
 
-    Interactions below ``min_rating`` go first, then the users and items of fewer than ``min_count``
-    interactions, to a fixed point (default 5; 0, off, for ``sequence`` and ``inter-json``, which come
-    filtered). What is left is sorted by time; ``ties`` and ``seed`` order equal times, ``duplicates``
-    ("keep", "first", "last") says what of a repeated (user, item) stays. ``images`` is a folder of pictures
+    Rows that repeat another one exactly are counted, and dropped with ``drop_duplicates``. Interactions below
+    ``min_rating`` go next, then the users and items of fewer than ``min_count`` interactions, to a fixed
+    point (default 5; 0, off, for ``sequence`` and ``inter-json``, which come filtered). What is left is
+    sorted by time; ``ties`` and ``seed`` order equal times, ``duplicates`` ("keep", "first", "last") says what of a repeated
+    (user, item) stays. The dataset's ``notes`` say what was dropped.
+
+    ``items`` is the file that describes the items, None what lies beside. ``images`` is a folder of pictures
     named by the item's id, or as the items' ``image`` column says. ``columns`` names the columns of csv and
-    parquet.
+    parquet; ``separator`` "" takes the one that a csv's first line has most of, ``encoding`` "" the byte
+    order mark's or UTF-8.
 
     Raises UserError naming file, line and reason where the input is malformed.
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}", fix=f"use one of {', '.join(FORMATS)}")
-    check_source(path)
+    for source in (path, *([items] if items else [])):
+        check_source(source)
+    check_encoding(encoding)
     found = detect_format(path) if format == "auto" else format
     if found == "prepared":
         given = {
             "min_count": min_count, "min_rating": min_rating, "columns": columns, "images": images,
+            "items": items, "separator": separator or None, "encoding": encoding or None,
+            "drop_duplicates": drop_duplicates or None,
             "ties": None if ties == "source" else ties,
             "duplicates": None if duplicates == "keep" else duplicates,
         }  # fmt: skip
         return _load_prepared(path, name, [option for option, value in given.items() if value is not None])
-    if columns is not None and found not in ("csv", "parquet"):
-        raise UserError(f"{path} is {found}, whose columns have names of their own", fix="leave out columns")
-    raw = _read(path, found, columns)
+    if found not in ("csv", "parquet"):
+        for option, value in (("columns", columns), ("separator", separator)):
+            if value:
+                raise UserError(
+                    f"{path} is {found}, whose columns have names of their own", fix=f"leave out {option}"
+                )
+    raw = _read(path, found, columns, items=items, separator=separator, encoding=encoding)
     if min_count is None:
         min_count = 0 if found in ("sequence", "inter-json") else 5
     filters = Filters(
@@ -83,29 +101,35 @@ def read_dataset(
         min_rating=min_rating,
         ties=ties,
         duplicates=duplicates,
+        drop_duplicates=drop_duplicates,
         seed=seed,
     )
     return assemble(dataclasses.replace(raw, name=name or raw.name), filters, images=images)
 
 
-def _read(path: Path, format: str, columns: ColumnNames | None) -> Raw:
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
+def _read(
+    path: Path, format: str, columns: ColumnNames | None, *, items: Path | None, separator: str, encoding: str
+) -> Raw:
+    for file in (path, *([items] if items else [])):
+        if not file.exists():
+            raise UserError(f"{file} does not exist")
     match format:
         case "sequence":
-            return read_sequence(path)
+            return read_sequence(path, items=items, encoding=encoding)
         case "amazon-2014" | "amazon-2018" | "amazon-2023":
-            return read_amazon(path, edition=format)
+            return read_amazon(path, edition=format, items=items, encoding=encoding)
         case "yelp":
-            return read_yelp(path)
+            return read_yelp(path, items=items, encoding=encoding)
         case "movielens":
-            return read_movielens(path)
+            return read_movielens(path, items=items, encoding=encoding)
         case "recbole":
-            return read_recbole(path)
+            return read_recbole(path, items=items, encoding=encoding)
         case "inter-json":
-            return read_inter_json(path)
+            return read_inter_json(path, items=items, encoding=encoding)
         case _:
-            return read_table(path, columns, suffix=f".{format}")
+            return read_table_set(
+                path, columns, format=format, items=items, separator=separator, encoding=encoding
+            )
 
 
 def _load_prepared(path: Path, name: str | None, refused: list[str]) -> Dataset:

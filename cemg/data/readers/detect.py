@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cemg.data.readers.lines import first_line
+from cemg.data.readers.tables import shards
+from cemg.data.readers.textfile import TextFile
 from cemg.errors import UserError
 
 BY_NAME = {  # a glob in a folder -> its format; the first that matches wins
@@ -12,17 +13,21 @@ BY_NAME = {  # a glob in a folder -> its format; the first that matches wins
     "interactions.txt": "sequence",
     "*.inter": "recbole",
     "*.inter.json": "inter-json",
-    "yelp_academic_dataset_review.json": "yelp",
+    "yelp_academic_dataset_review.json*": "yelp",
     "*_item2attributes.json": "sequence",
     "interactions.csv": "csv",
+    "interactions.csv.gz": "csv",
+    "interactions.tsv": "csv",
+    "interactions.tsv.gz": "csv",
     "interactions.parquet": "parquet",
+    "interactions/**/*.parquet": "parquet",
     "u.data": "movielens",
     "ratings.dat": "movielens",
     "movies.csv": "movielens",
 }
 BY_SUFFIX = {
     ".txt": "sequence", ".data": "movielens", ".dat": "movielens", ".inter": "recbole", ".csv": "csv",
-    ".parquet": "parquet",
+    ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
 BY_FIELD = {  # in this order: the reviews of 2018 have a reviewerID too
     "business_id": "yelp",
@@ -39,9 +44,14 @@ def detect_format(path: Path) -> str:
         raise UserError(f"{path} does not exist")
     if path.name.endswith(".inter.json"):
         return "inter-json"
-    found = _of_folder(path) if path.is_dir() else BY_SUFFIX.get(path.suffix) or _of_records(path)
+    found = _of_folder(path) if path.is_dir() else _of_file(path)
     if found is None:
-        raise UserError(f"cannot tell the format of {path}", fix="name it: --format csv, or another")
+        holds = ", ".join(sorted(file.name for file in path.iterdir())[:8]) if path.is_dir() else ""
+        raise UserError(
+            f"cannot tell the format of {path}",
+            cause=f"it holds {holds or 'nothing'}" if path.is_dir() else None,
+            fix="name the files: --interactions FILE --items FILE; or the format: --format csv, or another",
+        )
     return found
 
 
@@ -51,9 +61,16 @@ def _of_folder(folder: Path) -> str | None:
         return named
     files = sorted(file for pattern in JSON_LINES for file in folder.glob(pattern))
     reviews = [file for file in files if not file.name.startswith("meta_")]
-    return next((name for file in reviews if (name := _of_records(file))), None)
+    found = next((name for file in reviews if (name := _of_records(file))), None)
+    return found or ("parquet" if shards(folder) else None)
+
+
+def _of_file(path: Path) -> str | None:
+    return BY_SUFFIX.get(TextFile(path).suffix) or _of_records(path)
 
 
 def _of_records(file: Path) -> str | None:
-    line = first_line(file)
-    return next((name for field, name in BY_FIELD.items() if f'"{field}"' in line), None)
+    line = TextFile(file).first_line()
+    return next(
+        (name for field, name in BY_FIELD.items() if f'"{field}"' in line or f"'{field}'" in line), None
+    )

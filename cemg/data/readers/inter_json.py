@@ -20,26 +20,30 @@ INTER, ITEM = ".inter.json", ".item.json"
 ORDER = "order of the source file, which has no timestamps"
 
 
-def read_inter_json(path: Path) -> Raw:
-    """Read a folder with one ``X.inter.json``, or that file. Ids stay as they are; items are in id order."""
+def read_inter_json(path: Path, *, items: Path | None = None, encoding: str = "") -> Raw:
+    """Read a folder with one ``X.inter.json``, or that file. Ids stay as they are; items are in id order.
+
+    ``items`` None is the ``X.item.json`` beside it. Users without items are counted and left out.
+    """
     file = _file(path)
-    interactions = _interactions(file)
-    about = file.with_name(file.name.removesuffix(INTER) + ITEM)
-    items = read_keyed(about, "item ids") if about.is_file() else {}
-    for item, fields in items.items():
+    interactions, notes = _interactions(file, encoding)
+    about = items or file.with_name(file.name.removesuffix(INTER) + ITEM)
+    described = read_keyed(about, "item ids", encoding=encoding) if about.is_file() else {}
+    for item, fields in described.items():
         if not isinstance(fields, dict):
             raise UserError(f"{about}, item {item!r}: an object is needed, got {short(fields)}")
     bought = interactions["item"].unique()
-    if items:
-        _check_known(file, about, interactions, items)
-    catalog = sorted({*items, *bought}, key=lambda item: (len(item), item))
+    if described:
+        _check_known(file, about, interactions, described)
+    catalog = sorted({*described, *bought}, key=lambda item: (len(item), item))
     return Raw(
         name=file.name.removesuffix(INTER),
         interactions=interactions,
-        describe=(lambda wanted: _describe(items)) if items else no_items,
+        describe=(lambda wanted: _describe(described)) if described else no_items,
         order=ORDER,
         catalog=catalog,
         image_folder=file.parent / "images",
+        notes=notes,
     )
 
 
@@ -54,11 +58,15 @@ def _file(path: Path) -> Path:
     return found[0]
 
 
-def _interactions(file: Path) -> pl.DataFrame:
-    """``user``, ``item``, ``timestamp`` = place in the list."""
+def _interactions(file: Path, encoding: str) -> tuple[pl.DataFrame, list[str]]:
+    """``user``, ``item``, ``timestamp`` = place in the list; and a note on users without items."""
     users, items, places = [], [], []
-    for user, history in read_keyed(file, "users").items():
-        if not isinstance(history, list) or not history:
+    histories = read_keyed(file, "users", encoding=encoding)
+    bare = [user for user, history in histories.items() if history == []]
+    if len(bare) == len(histories):
+        raise UserError(f"{file}: no user has an item")
+    for user, history in histories.items():
+        if not isinstance(history, list):
             raise UserError(f"{file}, user {user!r}: a list of item ids is needed, got {short(history)}")
         for item in history:
             if isinstance(item, bool) or not isinstance(item, int | str):
@@ -67,7 +75,9 @@ def _interactions(file: Path) -> pl.DataFrame:
         items += [str(item) for item in history]
         places += range(len(history))
     schema = {"user": pl.String, "item": pl.String, "timestamp": pl.Int64}
-    return pl.DataFrame({"user": users, "item": items, "timestamp": places}, schema=schema)
+    said = f"{len(bare):,} of {len(histories):,} users have no items and are left out, such as {bare[:1]}"
+    frame = pl.DataFrame({"user": users, "item": items, "timestamp": places}, schema=schema)
+    return frame, [said] if bare else []
 
 
 def _check_known(file: Path, about: Path, interactions: pl.DataFrame, items: dict[str, Any]) -> None:

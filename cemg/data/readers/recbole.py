@@ -2,63 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import polars as pl
 
-from cemg.data.readers.lines import bad_line
 from cemg.data.readers.raw import ITEM_SCHEMA, Raw, no_items
-from cemg.data.readers.tables import column, number_column, read_columns
-from cemg.data.readers.text import clean, sentences
+from cemg.data.readers.tables import Table, open_table
+from cemg.data.readers.text import clean, item_text
+from cemg.data.readers.textfile import bad_line
 from cemg.errors import UserError
 
 TYPES = ("token", "token_seq", "float", "float_seq")
 
 
-def read_recbole(path: Path) -> Raw:
-    """Read a ``.inter`` file or a folder with one; needs ``user_id``, ``item_id`` and ``timestamp``."""
+def read_recbole(path: Path, *, items: Path | None = None, encoding: str = "") -> Raw:
+    """Read a ``.inter`` file or a folder with one; needs ``user_id``, ``item_id`` and ``timestamp``.
+
+    ``items`` None is the ``.item`` file of the same name.
+    """
     files = sorted(path.glob("*.inter")) if path.is_dir() else [path]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise UserError(f"{path}: wanted one .inter file, found {names}", fix="name the file")
-    file, items = files[0], files[0].with_suffix(".item")
-    frame, _ = _read(file)
-    rows = {
-        "user": column(frame, file, "user_id"),
-        "item": column(frame, file, "item_id"),
-        "timestamp": number_column(frame, file, "timestamp", whole=False),
-    }
-    if "rating" in frame.columns:
-        rows["rating"] = number_column(frame, file, "rating", whole=False)
+    file, about = files[0], items or files[0].with_suffix(".item")
+    table, _ = _open(file, encoding)
+    rows = {"user": table.ids("user_id"), "item": table.ids("item_id"), "timestamp": table.times("timestamp")}
+    if table.has("rating"):
+        rows["rating"] = table.numbers("rating")
+    there = about.is_file()
     return Raw(
         name=file.stem,
         interactions=pl.DataFrame(rows),
-        describe=(lambda wanted: _describe(items)) if items.is_file() else no_items,
-        notes=[] if items.is_file() else [f"no {items.name}: items have no text"],
+        describe=(lambda wanted: _describe(about, encoding)) if there else no_items,
+        items_file=about if there else None,
+        notes=[*table.notes, *([] if there else [f"no {about.name}: items have no text"])],
     )
 
 
-def _read(file: Path) -> tuple[pl.DataFrame, dict[str, str]]:
-    """The columns under their bare names, and the type of each."""
-    frame = read_columns(file, separator="\t", quoted=False)
+def _open(file: Path, encoding: str) -> tuple[Table, dict[str, str]]:
+    """The table under the bare names of its columns, and the type of each."""
+    table = open_table(file, separator="\t", quoted=False, encoding=encoding)
     types: dict[str, str] = {}
-    for header in frame.columns:
+    for header in table.frame.columns:
         name, _, kind = header.partition(":")
         if kind not in TYPES:
-            raise bad_line(file, 1, f"header {header!r}; wanted name:type with a type of {', '.join(TYPES)}")
+            wanted = f"wanted name:type with a type of {', '.join(TYPES)}"
+            raise bad_line(file, 1, f"header {header!r}; {wanted}")
         types[name] = kind
-    return frame.rename(dict(zip(frame.columns, types, strict=True))), types
+    renamed = table.frame.rename(dict(zip(table.frame.columns, types, strict=True)))
+    return dataclasses.replace(table, frame=renamed), types
 
 
-def _describe(file: Path) -> pl.DataFrame:
+def _describe(file: Path, encoding: str) -> pl.DataFrame:
     """Title: the first column with "title" or "name" in its name. Text: it, then the other tokens."""
-    frame, types = _read(file)
-    ids = column(frame, file, "item_id")
+    table, types = _open(file, encoding)
+    ids = table.ids("item_id")
     tokens = [name for name, kind in types.items() if kind.startswith("token") and name != "item_id"]
     headline = next((name for name in tokens if "title" in name or "name" in name), None)
     rest = [name for name in tokens if name != headline]
     rows = []
-    for item, record in zip(ids, frame.iter_rows(named=True), strict=True):
+    for item, record in zip(ids, table.frame.iter_rows(named=True), strict=True):
         title = clean(record[headline]) if headline else ""
-        rows.append((item, title, sentences([title, *(clean(record[name]) for name in rest)]), None))
+        rows.append((item, title, item_text(title, [clean(record[name]) for name in rest]), None))
     return pl.DataFrame(rows, schema=ITEM_SCHEMA, orient="row")

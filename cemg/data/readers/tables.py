@@ -1,154 +1,188 @@
-"""CSV and Parquet with named columns, and the checked reading of tables that RecBole's reader shares."""
+"""CSV and Parquet with named columns, and the checked reading of tables that other readers share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 
-from cemg.data.readers.lines import (
-    READ_ERRORS,
-    bad_line,
-    check_lines,
-    check_width,
-    empty_file,
-    line_of_record,
-)
-from cemg.data.readers.raw import ITEM_SCHEMA, Raw, no_items
-from cemg.data.readers.text import clean
+from cemg.data.readers.columns import COLUMNS_FIX, ITEM_IDS, ColumnNames
+from cemg.data.readers.lines import READ_ERRORS, check_lines, check_width, line_of_record
+from cemg.data.readers.textfile import TextFile, bad_line, empty_file
+from cemg.data.readers.values import Refuse, read_ids, read_numbers, read_times
 from cemg.errors import UserError
+
+SEPARATORS = (",", ";", "\t", "|")
+SEPARATOR_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
+PARQUET = ".parquet"
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnNames:
-    """What the columns are called: ``user`` … ``rating`` of the interactions, the rest of the items file."""
+class Table:
+    """Columns as read, text where the file is text, and what it takes to name the line of a row.
 
-    user: str = "user"
-    item: str = "item"
-    timestamp: str = "timestamp"
-    rating: str = "rating"
-    title: str = "title"
-    text: str = "text"
-    image: str = "image"
-
-    def __post_init__(self) -> None:
-        required = (self.user, self.item, self.timestamp)
-        if len(set(required)) < len(required) or not all(required):
-            raise UserError(f"user, item and timestamp must be three columns, got {', '.join(required)}")
-
-
-COMMON_NAMES = (
-    ColumnNames(),
-    ColumnNames(user="user_id", item="item_id"),
-    ColumnNames(user="user_id", item="parent_asin"),
-    ColumnNames(user="userId", item="movieId"),
-)
-
-
-def read_table(path: Path, columns: ColumnNames | None, *, suffix: str) -> Raw:
-    """Read ``interactions.csv`` (or ``.parquet``) of a folder, or a file; ``items.*`` beside it is optional.
-
-    ``columns=None`` takes `ColumnNames` as they are, or user_id with item_id or parent_asin, or MovieLens's.
+    ``notes`` collects what the readers of columns have to say.
     """
-    file = path / f"interactions{suffix}" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"{file} is missing", fix="name the file of interactions in place of its folder")
-    frame = read_columns(file)
-    names = columns or _guess(frame)
-    items = file.parent / f"items{suffix}"
-    described = items.is_file() and items != file
-    return Raw(
-        name=path.resolve().name if path.is_dir() else file.stem,
-        interactions=_interactions(frame, file, names),
-        describe=(lambda wanted: _describe(items, names)) if described else no_items,
-        image_folder=file.parent,
-        notes=[] if described else [f"no {items.name}: items have no text"],
-    )
+
+    path: Path
+    frame: pl.DataFrame
+    text: TextFile | None = None  # None: Parquet
+    separator: str = ","
+    quoted: bool = True
+    header: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    def column(self, name: str) -> pl.Series:
+        """A column; UserError lists those there are. A missing value is refused with its line."""
+        if name not in self.frame.columns:
+            raise self._no_column(name)
+        series = self.frame[name]
+        if series.null_count():
+            raise self.refuse(series.is_null(), f"column {name!r} is empty", None)
+        return series
+
+    def has(self, name: str) -> bool:
+        return name in self.frame.columns
+
+    def ids(self, name: str) -> pl.Series:
+        """The column as ids, String; see `read_ids`."""
+        return self._read(name, read_ids)
+
+    def times(self, name: str) -> pl.Series:
+        """The column as times; see `read_times`."""
+        return self._read(name, read_times)
+
+    def numbers(self, name: str) -> pl.Series:
+        """The column as Float64."""
+        return read_numbers(self.column(name), self.refuse, decimal_comma=self.separator == ";")
+
+    def texts(self, name: str) -> list[str | None]:
+        """The column as text; UserError where it is not there."""
+        if name not in self.frame.columns:
+            raise self._no_column(name)
+        return self.frame[name].cast(pl.String).to_list()
+
+    def refuse(self, bad: pl.Series, reason: str, fix: str | None) -> UserError:
+        """The error about the first row of the mask ``bad``."""
+        row = int(bad.arg_true()[0])
+        if self.text is None:
+            return UserError(f"{self.path}, row {row + 1}: {reason}", fix=fix)
+        line = line_of_record(
+            self.text, row, separator=self.separator, quoted=self.quoted, header=self.header
+        )
+        if row == 0 and not self.header:
+            fix = "name the columns by their names if this line is a header; " + (fix or "")
+        return bad_line(self.path, line, reason, fix=fix and fix.removesuffix("; "))
+
+    def _read(self, name: str, read: Callable[[pl.Series, Refuse], tuple[pl.Series, list[str]]]) -> pl.Series:
+        values, notes = read(self.column(name), self.refuse)
+        self.notes.extend(f"{self.path.name}: {note}" for note in notes)
+        return values
+
+    def _no_column(self, name: str) -> UserError:
+        reason = f"no column {name!r}; the columns are {', '.join(self.frame.columns)}"
+        if self.text is None:
+            return UserError(f"{self.path}: {reason}", fix=COLUMNS_FIX)
+        return bad_line(self.path, 1, reason, fix=COLUMNS_FIX)
 
 
-def read_columns(file: Path, *, separator: str = ",", quoted: bool = True) -> pl.DataFrame:
-    """All columns of a table; as text where the file is text."""
-    try:
-        if file.suffix == ".parquet":
-            frame = pl.read_parquet(file)
-        else:
-            quote = '"' if quoted else None
-            frame = pl.read_csv(file, separator=separator, quote_char=quote, infer_schema=False)
-    except pl.exceptions.NoDataError as error:
-        raise empty_file(file) from error
-    except READ_ERRORS as error:
-        if file.suffix != ".parquet":
-            check_lines(file, lambda line: None)
-            check_width(file, separator=separator, quoted=quoted)
-        raise UserError(f"{file} cannot be read: {error}") from error
+def open_table(
+    path: Path, *, encoding: str = "", separator: str = "", quoted: bool = True, header: bool = True
+) -> Table:
+    """All columns of a CSV or Parquet file, or of a folder of Parquet files; rows without any value are
+    dropped.
+
+    ``separator`` "" is the one that the first line has most of. Without ``header`` the columns are called
+    "#1", "#2", …
+    """
+    if path.is_dir() or path.suffix == PARQUET:
+        return _checked(Table(path, _read_parquet(path)))
+    file = TextFile(path, encoding)
+    separator = _separator(file, separator)
+    frame = _read_csv(file, separator=separator, quoted=quoted, header=header)
+    if not header:
+        frame = frame.rename({name: f"#{n}" for n, name in enumerate(frame.columns, start=1)})
+    stripped = [name.strip() for name in frame.columns]
+    if len(set(stripped)) == len(stripped):
+        frame = frame.rename(dict(zip(frame.columns, stripped, strict=True)))
+    return _checked(Table(path, frame, file, separator, quoted, header))
+
+
+def shards(folder: Path) -> list[Path]:
+    """The Parquet files below a folder, in order of their names, without hidden ones and the items file."""
+    files = (file.relative_to(folder) for file in folder.rglob(f"*{PARQUET}") if file.is_file())
+    seen = [f for f in files if not any(part.startswith((".", "_")) for part in f.parts)]
+    return [folder / file for file in sorted(seen) if str(file) != f"items{PARQUET}"]
+
+
+def _checked(table: Table) -> Table:
     blank = pl.all_horizontal(pl.all().is_null())
-    if frame.is_empty() or (frame := frame.filter(~blank)).is_empty():
-        raise empty_file(file)
-    return frame
-
-
-def column(frame: pl.DataFrame, file: Path, name: str) -> pl.Series:
-    """A column; UserError lists those there are. A missing value is refused with its line."""
-    if name not in frame.columns:
-        there = ", ".join(frame.columns)
-        raise bad_line(file, 1, f"no column {name!r}; the columns are {there}")
-    series = frame[name]
-    if series.null_count():
-        raise _bad_row(file, series.is_null(), f"column {name!r} is empty")
-    return series
-
-
-def number_column(frame: pl.DataFrame, file: Path, name: str, *, whole: bool) -> pl.Series:
-    """A column as Int64 (``whole``) or Float64; what is no such number is refused with its line."""
-    series = column(frame, file, name)
-    if isinstance(series.dtype, pl.Datetime | pl.Date):
-        return series.cast(pl.Datetime("us")).dt.epoch("us")
-    numbers = series.cast(pl.Int64 if whole else pl.Float64, strict=False)
-    if series.dtype.is_float() and whole:
-        numbers = numbers.set(numbers.cast(pl.Float64) != series, None)
-    bad = numbers.is_null() if whole else numbers.is_null() | ~numbers.is_finite().fill_null(False)
-    if bad.any():
-        value = series.filter(bad)[0]
-        wanted = "an integer" if whole else "a number"
-        raise _bad_row(file, bad, f"column {name!r} is {value!r}, wanted {wanted}")
-    return numbers
-
-
-def _bad_row(file: Path, bad: pl.Series, reason: str) -> UserError:
-    row = int(bad.arg_true()[0])
-    if file.suffix == ".parquet":
-        return UserError(f"{file}, row {row + 1}: {reason}")
-    return bad_line(file, line_of_record(file, row, quoted=file.suffix == ".csv"), reason)
-
-
-def _guess(frame: pl.DataFrame) -> ColumnNames:
-    there = set(frame.columns)
-    fitting = (names for names in COMMON_NAMES if {names.user, names.item, names.timestamp} <= there)
-    return next(fitting, ColumnNames())
-
-
-def _interactions(frame: pl.DataFrame, file: Path, names: ColumnNames) -> pl.DataFrame:
-    rows = {
-        "user": column(frame, file, names.user).cast(pl.String),
-        "item": column(frame, file, names.item).cast(pl.String),
-        "timestamp": number_column(frame, file, names.timestamp, whole=True),
-    }
-    if names.rating in frame.columns:
-        rows["rating"] = number_column(frame, file, names.rating, whole=False)
-    return pl.DataFrame(rows)
-
-
-def _describe(file: Path, names: ColumnNames) -> pl.DataFrame:
-    """Titles, texts (the title where there is no text) and image paths, relative to the items file."""
-    frame = read_columns(file)
-    ids = column(frame, file, names.item).cast(pl.String)
-    titles, texts, images = (
-        frame[name].cast(pl.String).to_list() if name in frame.columns else [None] * frame.height
-        for name in (names.title, names.text, names.image)
+    if table.frame.is_empty() or table.frame.filter(~blank).is_empty():
+        raise empty_file(table.path)
+    return Table(
+        table.path, table.frame.filter(~blank), table.text, table.separator, table.quoted, table.header
     )
-    rows = [
-        (item, clean(title), clean(text) or clean(title) or None, image)
-        for item, title, text, image in zip(ids, titles, texts, images, strict=True)
-    ]
-    return pl.DataFrame(rows, schema=ITEM_SCHEMA, orient="row")
+
+
+def _separator(file: TextFile, named: str) -> str:
+    if named:
+        separator = SEPARATOR_NAMES.get(named, named)
+        if len(separator.encode()) != 1 or separator in '"\r\n':
+            raise UserError(f"{named!r} is not a valid separator", fix='one character, or "tab"')
+        return separator
+    outside = "".join(file.first_line().split('"')[::2])  # of an unquoted line: all of it
+    candidates = ("\t", *SEPARATORS) if file.suffix == ".tsv" else SEPARATORS
+    return max(candidates, key=outside.count)
+
+
+def _read_csv(file: TextFile, *, separator: str, quoted: bool, header: bool) -> pl.DataFrame:
+    def read(*, truncate: bool = False) -> pl.DataFrame:
+        return pl.read_csv(
+            file.source(), separator=separator, quote_char='"' if quoted else None, infer_schema=False,
+            has_header=header, truncate_ragged_lines=truncate,
+        )  # fmt: skip
+
+    try:
+        return read()
+    except pl.exceptions.NoDataError as error:
+        raise empty_file(file.path) from error
+    except READ_ERRORS as error:
+        check_lines(file, lambda line: None)
+        check_width(file, separator=separator, quoted=quoted)
+        try:
+            return read(truncate=True)  # what is too much is empty
+        except READ_ERRORS:
+            raise UserError(f"{file.path} cannot be read: {error}") from error
+
+
+def _read_parquet(path: Path) -> pl.DataFrame:
+    files = shards(path) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path} holds no {PARQUET} file")
+    frames = []
+    for file in files:
+        try:
+            frames.append(pl.read_parquet(file))
+        except READ_ERRORS as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+    for file, frame in zip(files, frames, strict=True):
+        if set(frame.columns) != set(frames[0].columns):
+            raise UserError(
+                f"{file} has other columns than {files[0]}",
+                cause=f"{', '.join(frame.columns)}; and {', '.join(frames[0].columns)}",
+            )
+    try:
+        return pl.concat([frame.select(frames[0].columns) for frame in frames], how="vertical_relaxed")
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"the files of {path} have columns of different types", cause=str(error)) from error
+
+
+def item_key(table: Table, columns: ColumnNames | None) -> str:
+    """The column of the items' ids: the one named, that of the interactions, or one of the usual names."""
+    if columns is not None and columns.id is not None:
+        return columns.id
+    own = columns.item if columns is not None else ColumnNames().item
+    usual = () if columns is not None and not columns.headerless else ITEM_IDS
+    return next((name for name in (own, *usual) if table.has(name)), own)

@@ -29,3 +29,13 @@ def sentences(parts: Iterable[str]) -> str | None:
     """The parts that are not empty, each closed by a full stop; None where all are empty."""
     closed = [part if part[-1] in ".!?" else f"{part}." for part in parts if part]
     return " ".join(closed) or None
+
+
+def item_text(title: str, parts: Iterable[str]) -> str | None:
+    """The title and then the parts, all cleaned, as sentences; None where all are empty.
+
+    The rule of every reader: a text begins with the title, once. A part that occurs twice counts once.
+    """
+    rest = [part for part in dict.fromkeys(parts) if part and part != title]
+    opens = bool(title and rest) and re.match(rf"{re.escape(title)}(?!\w)", rest[0]) is not None
+    return sentences(rest if opens else [title, *rest])

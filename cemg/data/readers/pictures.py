@@ -1,0 +1,76 @@
+"""Which picture belongs to which item."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from cemg.data.readers.values import other_forms
+from cemg.errors import UserError
+
+PICTURES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".jfif",
+    ".ppm",
+    ".pgm",
+)
+
+
+def image_paths(
+    about: pl.DataFrame, named_in: Path | None, images: Path | None
+) -> tuple[list[Path | None], list[str]]:
+    """The picture of each item, and notes: named files that are absent, a folder that fits no item.
+
+    ``about`` has ``item`` and ``image``, a path relative to ``images`` or else to ``named_in``. A picture
+    anywhere below ``images`` whose name without suffix is an item's id is that item's. Raises UserError for
+    two of them.
+    """
+    if images is not None and not images.is_dir():
+        raise UserError(f"{images} is not a folder of images")
+    by_id, notes = _by_id(images, about["item"]) if images else ({}, [])
+    folder = images or named_in or Path()
+    paths: list[Path | None] = []
+    absent = 0
+    for item, name in about.select("item", "image").iter_rows():
+        named = folder / name if name else None
+        found = named if named and named.is_file() else by_id.get(item)
+        absent += found is None and named is not None
+        paths.append(found)
+    if absent:
+        notes.append(f"{absent:,} named image files are absent from {folder}")
+    if images and not any(paths):
+        notes.append(f"no file of {images} is named by an item's id, such as {about['item'][0]}.jpg")
+    return paths, notes
+
+
+def _by_id(folder: Path, items: pl.Series) -> tuple[dict[str, Path], list[str]]:
+    """Item id to the picture of that name, in whatever subfolder; an id may be written in another form."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+    by_stem: dict[str, list[Path]] = {}
+    for file in files:
+        by_stem.setdefault(file.stem, []).append(file)
+    forms = other_forms(items, pl.Series("stem", list(by_stem), dtype=pl.String))
+    found = {item: by_stem[item] for item in items if item in by_stem}
+    found |= {item: by_stem[stem] for item, stem in forms.iter_rows()}
+    twice = next(((item, own) for item, own in found.items() if len(own) > 1), None)
+    if twice is not None:
+        item, own = twice
+        raise UserError(
+            f"item {item} has {len(own)} pictures below {folder}",
+            cause=" and ".join(str(file.relative_to(folder)) for file in own[:3]),
+            fix="leave one picture per item id",
+        )
+    notes = []
+    if forms.height:
+        item, stem = forms.row(0)
+        notes.append(f"{forms.height:,} pictures are named like {stem!r} for item {item!r}: they are matched")
+    return {item: own[0] for item, own in found.items()}, notes

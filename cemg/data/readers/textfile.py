@@ -1,0 +1,131 @@
+"""A text file as readers take it: plain or gzip, of any encoding, with or without a byte order mark."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from cemg.errors import UserError
+
+UTF8 = "utf-8"
+MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+DAMAGED = (OSError, EOFError, zlib.error)
+ENCODING_FIX = "name the file's encoding, for example --encoding cp1252, latin-1 or utf-16"
+
+
+def bad_line(path: Path, number: int, reason: str, *, fix: str | None = None) -> UserError:
+    """The error that says where a file is malformed."""
+    return UserError(f"{path}, line {number}: {reason}", fix=fix)
+
+
+def empty_file(path: Path) -> UserError:
+    return UserError(f"{path} is empty", fix="download or export it again")
+
+
+def check_encoding(name: str) -> None:
+    """UserError for a name that is not a text encoding of Python; "" is UTF-8, or what the mark says."""
+    try:
+        if name and not codecs.lookup(name)._is_text_encoding:
+            raise LookupError
+    except LookupError:
+        raise UserError(
+            f"{name!r} is not a valid encoding", fix="--encoding cp1252, latin-1 or utf-16"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """``encoding`` "" takes the byte order mark's, or UTF-8 where there is no mark."""
+
+    path: Path
+    encoding: str = ""
+
+    def __post_init__(self) -> None:
+        check_encoding(self.encoding)
+
+    @property
+    def suffix(self) -> str:
+        """The suffix before ``.gz``, in lower case: ``.csv`` of orders.CSV.gz."""
+        return Path(self.path.name.lower().removesuffix(".gz")).suffix
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def codec(self) -> str:
+        """Python's name of the encoding; the mark of a UTF-8 file is taken off."""
+        with self._open() as file:
+            head = file.read(4)
+        marked = next((codec for mark, codec in MARKS if head.startswith(mark)), UTF8)
+        if not self.encoding:
+            return marked
+        named = codecs.lookup(self.encoding).name
+        return marked if named == UTF8 else named
+
+    def source(self) -> Path | bytes:
+        """What Polars reads: the file itself where it is plain UTF-8, or else its text as UTF-8."""
+        return self.path if self.codec == UTF8 else self.text().encode()
+
+    def text(self) -> str:
+        """The whole text; UserError names the line of the first byte that cannot be decoded."""
+        codec = self.codec
+        try:
+            with self._open() as file:
+                raw = file.read()
+        except DAMAGED as error:
+            raise UserError(f"{self.path}: the file is damaged or cut short", cause=str(error)) from error
+        try:
+            return raw.decode(codec)
+        except UnicodeDecodeError as error:
+            before = raw[: error.start].decode(codec, errors="ignore")
+            raise self._undecodable(before.count("\n") + 1, codec, error) from error
+
+    def lines(self) -> Iterator[str]:
+        """The lines, line ends kept; UserError where one cannot be decoded or the file is cut short."""
+        codec = self.codec
+        if codec != UTF8:
+            yield from self.text().splitlines(keepends=True)
+            return
+        number = 1
+        try:
+            with self._open() as file:
+                for raw in file:
+                    yield raw.decode(codec)
+                    number += 1
+        except UnicodeDecodeError as error:
+            raise self._undecodable(number, codec, error) from error
+        except DAMAGED as error:
+            raise bad_line(self.path, number, f"the file is damaged or cut short: {error}") from error
+
+    def first_line(self) -> str:
+        """The first line that is not blank, 1 MiB at most; "" where there is none or it is not a text."""
+        try:
+            codec = self.codec
+            if codec not in (UTF8, "utf-8-sig"):
+                return next((line.strip() for line in self.lines() if line.strip()), "")
+            with self._open() as file:
+                lines = iter(lambda: file.readline(1 << 20), b"")
+                found = next((line for line in lines if line.strip(codecs.BOM_UTF8 + b" \t\r\n")), b"")
+            return found.decode("utf-8-sig", errors="ignore" if len(found) == 1 << 20 else "strict").strip()
+        except (*DAMAGED, UserError, UnicodeDecodeError):
+            return ""
+
+    def _open(self) -> IO[bytes]:
+        return gzip.open(self.path, "rb") if self.path.suffix.lower() == ".gz" else self.path.open("rb")  # type: ignore[return-value]
+
+    def _undecodable(self, number: int, codec: str, error: UnicodeDecodeError) -> UserError:
+        byte = error.object[error.start]
+        name = "UTF-8" if codec.startswith(UTF8) else codec
+        return bad_line(self.path, number, f"byte 0x{byte:02X} is not valid {name}", fix=ENCODING_FIX)
