@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cemg import settings
+from cemg.data.readers import ColumnNames, check_encoding
 from cemg.errors import UserError
 from cemg.features import ImageConfig, TextConfig
 from cemg.generator import BackboneConfig, GeneratorConfig
@@ -35,10 +36,39 @@ class DataConfig:
     """Folder of images named by item id."""
     name: str = ""
     """Name of the dataset in results."""
+    items: str = ""
+    """File that describes the items; empty is what lies beside the interactions."""
+    columns: str = ""
+    """Columns of csv and parquet: user=uid,item=sku,timestamp=ts,text=title+description."""
+    separator: str = ""
+    """Separator of csv files; empty is the most frequent in the first line."""
+    encoding: str = ""
+    """Encoding of text files; empty is UTF-8, or what the byte order mark says."""
+    min_count: int | None = None
+    """Interactions that every user and item keeps at least; null is 5, or 0 for the sequence format."""
+    min_rating: float | None = None
+    """Interactions rated lower are dropped."""
+    drop_duplicates: bool = False
+    """Whether rows that repeat another one exactly are dropped."""
+    duplicates: Literal["keep", "first", "last"] = "keep"
+    """Which interactions stay where a user has an item repeatedly."""
+    ties: Literal["source", "shuffle"] = "source"
+    """Order of one user's interactions of equal time."""
     synthetic_users: int = 1200
     """Users of the synthetic set."""
     synthetic_items: int = 400
     """Items of the synthetic set."""
+
+    def __post_init__(self) -> None:
+        for name in ("format", "images", "items", "columns", "separator", "encoding"):
+            if not self.path and getattr(self, name) not in ("", "auto"):
+                raise UserError(
+                    f"data.{name}={getattr(self, name)} has no effect on the synthetic set",
+                    fix="name the data: --interactions FILE, or --data PATH",
+                )
+        if self.columns:
+            ColumnNames.parse(self.columns)
+        check_encoding(self.encoding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,20 +175,27 @@ class RunConfig:
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[str] = (), *, data_path: str = "", preset: str = "", **top: Any
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    data_path: str = "",
+    preset: str = "",
+    source: Mapping[str, Any] | None = None,
+    **top: Any,
 ) -> RunConfig:
-    """Defaults, then the preset, then a YAML file, then ``top`` (values of RunConfig) and ``data_path``, then
-    ``section.name=value`` strings.
+    """Defaults, then the preset, then a YAML file, then ``top`` (values of RunConfig), ``data_path`` and
+    ``source`` (values of DataConfig), then ``section.name=value`` strings.
 
     Raises UserError naming the file or the override, the field and what it should have been.
     """
     tree = _read(path) if path is not None else {}
     tree = settings.merged(settings.preset(preset), tree) if preset else tree
     tree |= {name: value for name, value in top.items() if value is not None}
-    if data_path:
+    given = dict(source or {}) | ({"path": data_path} if data_path else {})
+    if given:
         if not isinstance(tree.setdefault("data", {}), dict):
             raise UserError(f"data is no section in {path}", cause=f"it is {tree['data']!r}")
-        tree["data"]["path"] = data_path
+        tree["data"] |= given
     for override in overrides:
         _override(tree, override)
     try:

@@ -18,8 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from cemg import files
-from cemg.config import RunConfig, load_config
+from cemg.config import DataConfig, RunConfig, load_config
 from cemg.data import Dataset, read_dataset, synthetic_dataset
+from cemg.data.readers import ColumnNames
 from cemg.decoding import Decoder, TransformersDecoder, VllmDecoder
 from cemg.errors import UserError
 from cemg.evaluation import Rank, evaluate, seeded_sample
@@ -115,10 +116,7 @@ class Pipeline:
     def data(self) -> None:
         source = self.config.data
         if source.path:
-            images = Path(source.images) if source.images else None
-            data = read_dataset(
-                Path(source.path), format=source.format, images=images, name=source.name or None
-            )
+            data = _read_source(source)
         else:
             console.print("no data was named: this run uses the SYNTHETIC set", highlight=False)
             world = self.run.folder / "synthetic"
@@ -389,6 +387,28 @@ def make_decoder(
     if engine == "vllm":
         return VllmDecoder(model, catalog, code_token_start, normalize)
     raise UserError(f"engine {engine!r} is not there", fix="one of cemg, transformers, vllm")
+
+
+def _read_source(source: DataConfig) -> Dataset:
+    """The interactions and items that the configuration names; what the reader has to say is printed."""
+    data = read_dataset(
+        Path(source.path),
+        format=source.format,
+        name=source.name or None,
+        items=Path(source.items) if source.items else None,
+        images=Path(source.images) if source.images else None,
+        columns=ColumnNames.parse(source.columns) if source.columns else None,
+        separator=source.separator,
+        encoding=source.encoding,
+        min_count=source.min_count,
+        min_rating=source.min_rating,
+        ties=source.ties,
+        duplicates=source.duplicates,
+        drop_duplicates=source.drop_duplicates,
+    )
+    for note in data.notes:
+        console.print(f"data: {note}", highlight=False)
+    return data
 
 
 def _content(data: Dataset) -> str:

@@ -423,9 +423,10 @@ def test_all_users_and_some_users_at_once_are_refused(tiny_run, command, capsys)
     [
         ("item,text\nitem-0001,a\n", "item item-0001 is in the catalog already"),
         ("item,text\nx,a\nx,b\n", "item x occurs more than once"),
-        ("item,text\nx,a\n,b\n", "row 3 has no item"),
-        ("id,text\nx,a\n", "needs the columns item and text or image, has id, text"),
-        ("", "cannot be read as CSV"),
+        ("item,text\nx,a\n,b\n", "line 3: column 'item' is empty"),
+        ("id,text\nx,a\n", "line 1: no column 'item'; the columns are id, text"),
+        ("item,price\nx,3\n", "needs a column title, text or image"),
+        ("", "is empty"),
     ],
 )
 def test_items_that_cannot_be_added_are_refused_and_the_catalog_stays(

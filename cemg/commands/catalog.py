@@ -11,6 +11,7 @@ import typer
 
 from cemg import files
 from cemg.commands import console as command
+from cemg.commands.sources import ColumnsOption, EncodingOption, ImagesOption, SeparatorOption
 from cemg.errors import UserError
 from cemg.progress import console
 
@@ -47,19 +48,28 @@ def show(
 def add(
     run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
     items: Annotated[
-        Path, typer.Option(help="CSV with columns item and text or image, and title if there is one.")
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Table with the columns item and title, text or image (csv, tsv, .gz, parquet).",
+        ),
     ],
+    columns: ColumnsOption = "",
+    images: ImagesOption = None,
+    separator: SeparatorOption = "",
+    encoding: EncodingOption = "",
 ) -> None:
     """Give new items semantic IDs through the frozen features and tokenizer; existing IDs never change.
 
     Example: cemg-catalog add --run runs/beauty --items new.csv
     """
+    from cemg.data.readers.pictures import image_paths
     from cemg.generator import symbol
     from cemg.pipeline import Pipeline
     from cemg.recommender import Recommender
     from cemg.run import Run
 
-    table = _read(items)
+    table = _read(items, columns, separator=separator, encoding=encoding, pictures=images is not None)
     Pipeline.open(run)  # before a typing error becomes a folder with a lock
     with Run(run).locked():
         recommender = Recommender.from_run(run)
@@ -67,31 +77,55 @@ def add(
         twice = next((i for i in table["item"] if i in known), None)
         if twice is not None:
             raise UserError(f"{items}: item {twice} is in the catalog already")
-        images = [items.parent / p if p else None for p in table["image"]]
-        codes = recommender.encode_items(table["text"].to_list(), images)
+        pictures, notes = image_paths(table, items.parent, images)
+        for note in (*notes, *_alike(table["item"], known, items)):
+            console.print(f"note: {note}", highlight=False)
+        codes = recommender.encode_items(table["text"].to_list(), pictures)
         _replace(run / "catalog", recommender.catalog.extended(codes, table["item"].to_list()), table)
     for name, row in zip(table["item"], codes.tolist(), strict=True):
         print(name, " ".join(symbol(level, code) for level, code in enumerate(row)))
     console.print(f"{len(table)} items added, {len(known) + len(table)} in the catalog", highlight=False)
 
 
-def _read(path: Path) -> pl.DataFrame:
+def _read(path: Path, columns: str, *, separator: str, encoding: str, pictures: bool) -> pl.DataFrame:
+    """The new items, ``item``, ``title``, ``text`` and ``image``, their texts made as in training."""
     import polars as pl
 
-    try:
-        table = pl.read_csv(path, infer_schema=False)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{path} cannot be read as CSV", cause=str(error).splitlines()[0]) from error
-    if "item" not in table.columns or not {"text", "image"} & set(table.columns):
-        raise UserError(f"{path} needs the columns item and text or image, has {', '.join(table.columns)}")
-    if table["item"].is_null().any():
-        raise UserError(f"{path}: row {table['item'].is_null().arg_max() + 2} has no item")  # type: ignore[operator]
+    from cemg.data.dataset import check_ids
+    from cemg.data.readers import ColumnNames
+    from cemg.data.readers.items import read_items
+    from cemg.data.readers.limits import check_source
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    check_source(path)
+    names = ColumnNames.parse(columns) if columns else None
+    table, notes = read_items(path, names, separator=separator, encoding=encoding)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False)
     if table["item"].is_duplicated().any():
         twice = table["item"].filter(table["item"].is_duplicated())[0]
         raise UserError(f"{path}: item {twice} occurs more than once")
-    wanted = ("text", "image", "title")
-    missing = [pl.lit(None, dtype=pl.String).alias(name) for name in wanted if name not in table.columns]
-    return table.with_columns(missing)
+    if table.select(pl.all_horizontal(pl.col("text", "image").is_null().all())).item() and not pictures:
+        raise UserError(
+            f"{path} needs a column title, text or image beside the items",
+            fix="--columns item=sku,text=title+description,image=picture",
+        )
+    check_ids(table["item"].to_list(), "item", source=str(path))
+    return table
+
+
+def _alike(added: pl.Series, known: set[str], path: Path) -> list[str]:
+    """A note where a new id differs from a known one only in form, as 0108 and 108."""
+    import polars as pl
+
+    from cemg.data.readers.values import other_forms
+
+    forms = other_forms(pl.Series("item", sorted(map(str, known)), dtype=pl.String), added)
+    if forms.is_empty():
+        return []
+    old, new = forms.row(0)
+    return [f"{path.name}: {new!r} is a new item, though the catalog has {old!r} ({forms.height:,} such ids)"]
 
 
 def _replace(folder: Path, catalog: Catalog, added: pl.DataFrame) -> None:

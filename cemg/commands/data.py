@@ -16,6 +16,16 @@ import typer
 
 from cemg import files
 from cemg.commands import console as command
+from cemg.commands.sources import (
+    ColumnsOption,
+    DropDuplicatesOption,
+    EncodingOption,
+    ImagesOption,
+    InteractionsOption,
+    ItemsOption,
+    SeparatorOption,
+    one_source,
+)
 from cemg.data.dataset import Dataset
 from cemg.data.filter import Duplicates, Ties
 from cemg.data.readers import ColumnNames, Format, read_dataset
@@ -36,13 +46,6 @@ MinCountOption = Annotated[
     ),
 ]
 MinRatingOption = Annotated[float | None, typer.Option(help="Drop interactions rated lower.")]
-ColumnsOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ROLE=NAME,…",
-        help="Columns of csv and parquet: user=uid,item=sku,timestamp=ts; also rating, title, text, image.",
-    ),
-]
 TiesOption = Annotated[Ties, typer.Option(help="Order of one user's interactions of equal time.")]
 DuplicatesOption = Annotated[Duplicates, typer.Option(help="What stays where a user has an item repeatedly.")]
 SeedOption = Annotated[int, typer.Option(help="For all that is drawn at random.")]
@@ -55,22 +58,38 @@ def _about(version: command.VersionOption = False) -> None: ...
 
 @app.command(cls=command.Command, epilog="Example: cemg-data stats data/beauty")
 def stats(
-    path: Annotated[Path, typer.Argument(help="A folder or file of any format, or a prepared folder.")],
+    path: Annotated[
+        Path | None, typer.Argument(help="A folder or file of any format, or a prepared folder.")
+    ] = None,
+    interactions: InteractionsOption = None,
+    items: ItemsOption = None,
+    images: ImagesOption = None,
+    columns: ColumnsOption = "",
+    separator: SeparatorOption = "",
+    encoding: EncodingOption = "",
     format: FormatOption = "auto",
     min_count: MinCountOption = None,
     min_rating: MinRatingOption = None,
-    columns: ColumnsOption = None,
     duplicates: DuplicatesOption = "keep",
+    drop_duplicates: DropDuplicatesOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print users, items, interactions, average length and sparsity."""
+    source = one_source(path, interactions, option="the argument")
+    if source is None:
+        raise UserError("no data is named", fix="cemg-data stats PATH, or --interactions FILE --items FILE")
     data = read_dataset(
-        path,
+        source,
         format=format,
+        items=items,
+        images=images,
+        columns=ColumnNames.parse(columns) if columns else None,
+        separator=separator,
+        encoding=encoding,
         min_count=min_count,
         min_rating=min_rating,
-        columns=_column_names(columns),
         duplicates=duplicates,
+        drop_duplicates=drop_duplicates,
     )
     print(_as_json(data) if as_json else _as_table(data))
     _say_notes(data)
@@ -78,31 +97,46 @@ def stats(
 
 @app.command(cls=command.Command, epilog="Example: cemg-data prepare raw/yelp data/yelp --min-rating 4")
 def prepare(
-    source: Annotated[Path, typer.Argument(help="A folder or file of any format.")],
-    out: Annotated[Path, typer.Argument(help="The prepared folder to write.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="[SOURCE] OUT",
+            help="A folder or file of any format, unless --interactions names one; the folder to write.",
+        ),
+    ],
+    interactions: InteractionsOption = None,
+    items: ItemsOption = None,
+    images: ImagesOption = None,
+    columns: ColumnsOption = "",
+    separator: SeparatorOption = "",
+    encoding: EncodingOption = "",
     format: FormatOption = "auto",
     name: Annotated[str | None, typer.Option(help="The dataset's name.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of images, named by item id.")] = None,
     min_count: MinCountOption = None,
     min_rating: MinRatingOption = None,
-    columns: ColumnsOption = None,
     ties: TiesOption = "source",
     duplicates: DuplicatesOption = "keep",
+    drop_duplicates: DropDuplicatesOption = False,
     seed: SeedOption = 0,
     force: ForceOption = False,
 ) -> None:
     """Read any format, filter, order by time, and write a prepared folder of Parquet files."""
+    source, out = _source_and_out(paths, interactions)
     _check_free(out, force=force, source=source)
     data = read_dataset(
         source,
         format=format,
         name=name,
+        items=items,
         images=images,
+        columns=ColumnNames.parse(columns) if columns else None,
+        separator=separator,
+        encoding=encoding,
         min_count=min_count,
         min_rating=min_rating,
-        columns=_column_names(columns),
         ties=ties,
         duplicates=duplicates,
+        drop_duplicates=drop_duplicates,
         seed=seed,
     )
     with _renamed_when_whole(out) as folder:
@@ -133,19 +167,15 @@ def main() -> None:
     command.run(app)
 
 
-def _column_names(roles: str | None) -> ColumnNames | None:
-    """``user=uid,item=sku`` as ColumnNames."""
-    if roles is None:
-        return None
-    pairs = dict(role.split("=", 1) for role in roles.split(",") if "=" in role)
-    known = {field.name for field in dataclasses.fields(ColumnNames)}
-    if len(pairs) != len(roles.split(",")) or not pairs.keys() <= known:
+def _source_and_out(paths: list[Path], interactions: Path | None) -> tuple[Path, Path]:
+    """SOURCE OUT, or OUT alone where --interactions names the source."""
+    named = one_source(paths[0] if len(paths) > 1 else None, interactions, option="SOURCE")
+    if len(paths) > 2 or named is None:
         raise UserError(
-            f"--columns {roles} is not understood",
-            cause=f"wanted role=name, separated by commas; roles: {', '.join(sorted(known))}",
-            fix="--columns user=uid,item=sku,timestamp=ts",
+            f"wanted SOURCE and OUT, got {', '.join(map(str, paths))}",
+            fix="cemg-data prepare SOURCE OUT, or cemg-data prepare --interactions FILE OUT",
         )
-    return ColumnNames(**pairs)
+    return named, paths[-1]
 
 
 def _as_table(data: Dataset) -> str:

@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cemg.commands import console as command
+from cemg.commands.sources import (
+    ColumnsOption,
+    DropDuplicatesOption,
+    EncodingOption,
+    ImagesOption,
+    InteractionsOption,
+    ItemsOption,
+    SeparatorOption,
+    one_source,
+)
 from cemg.progress import console
 
 if TYPE_CHECKING:
@@ -35,6 +45,13 @@ def train(
         str,
         typer.Option(help="Folder or file that cemg-data reads. None: the run's own, or the synthetic set."),
     ] = "",
+    interactions: InteractionsOption = None,
+    items: ItemsOption = None,
+    images: ImagesOption = None,
+    columns: ColumnsOption = "",
+    separator: SeparatorOption = "",
+    encoding: EncodingOption = "",
+    drop_duplicates: DropDuplicatesOption = False,
     preset: Annotated[
         str, typer.Option(help="Settings for a catalog size: small, medium or large; paper: its encoders.")
     ] = "",
@@ -79,7 +96,24 @@ def train(
     command.check_device(device)
     use_fast_kernels(fast_kernels)
     command.check_result(result)
-    top = {"without": tuple(without) if without else None, "dtype": dtype, "seed": seed, "preset": preset}
+    source = one_source(Path(data) if data else None, interactions, option="--data")
+    files = {
+        "items": items,
+        "images": images,
+        "columns": columns,
+        "separator": separator,
+        "encoding": encoding,
+    }
+    written: dict[str, Any] = {name: str(value) for name, value in files.items() if value}
+    written |= {"drop_duplicates": True} if drop_duplicates else {}
+    data = str(source) if source else ""
+    top = {
+        "source": written,
+        "without": tuple(without) if without else None,
+        "dtype": dtype,
+        "seed": seed,
+        "preset": preset,
+    }
     chosen = _config(run, data, config, list(set or []), **top)
     if print_config:
         print(explained(chosen), end="")
@@ -112,7 +146,7 @@ def _config(run: Path, data: str, config: Path | None, settings: list[str], **to
         return load_config(None, [*SYNTHETIC, *settings], **top)
     chosen = load_config(config, settings, **top)
     if own is not None and not chosen.data.path:
-        return dataclasses.replace(chosen, data=load_config(own).data)
+        return dataclasses.replace(chosen, data=load_config(own, source=top["source"]).data)
     return chosen
 
 

@@ -117,7 +117,7 @@ def test_a_folder_of_images_that_fits_no_item_is_mentioned(command, shop, tmp_pa
 def test_columns_are_given_as_roles(command, shop):
     (shop / "interactions.csv").write_text("uid,sku,ts\na,x,1\n")
     assert command("stats", shop, "--min-count", 0, "--columns", "user=uid,item=sku,timestamp=ts")[0] == 0
-    code, _, err = command("stats", shop, "--columns", "who=uid")
+    code, _, err = command("stats", "--interactions", shop, "--columns", "who=uid")
     assert code == 2 and "--columns who=uid is not understood" in err
 
 

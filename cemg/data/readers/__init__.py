@@ -37,7 +37,7 @@ Format = Literal[
 ]
 FORMATS: tuple[str, ...] = get_args(Format)
 
-__all__ = ["FORMATS", "ColumnNames", "Format", "detect_format", "read_dataset"]
+__all__ = ["FORMATS", "ColumnNames", "Format", "check_encoding", "detect_format", "read_dataset"]
 
 
 def read_dataset(
