@@ -54,7 +54,7 @@ def test_without_an_item_file_the_items_are_those_of_the_histories(tmp_path: Pat
         ('{"0": [1,\n', None, "Beauty.inter.json, line 2: not valid JSON"),
         ("[]", None, "must hold a JSON object keyed by users"),
         ({"0": 4}, None, "user '0': a list of item ids is needed, got 4"),
-        ({"0": []}, None, "user '0': a list of item ids is needed"),
+        ({"0": []}, None, "no user has an item"),
         ({"0": [1, 2.5]}, None, "user '0': 2.5 is not an item id"),
         ({"0": [1, True]}, None, "user '0': True is not an item id"),
         ({"0": [1, 99]}, ITEM, "user '0': item '99' is not in Beauty.item.json"),

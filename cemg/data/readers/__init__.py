@@ -62,8 +62,8 @@ def read_dataset(
     Rows that repeat another one exactly are counted, and dropped with ``drop_duplicates``. Interactions below
     ``min_rating`` go next, then the users and items of fewer than ``min_count`` interactions, to a fixed
     point (default 5; 0, off, for ``sequence`` and ``inter-json``, which come filtered). What is left is
-    sorted by time; ``ties`` and ``seed`` order equal times, ``duplicates`` ("keep", "first", "last") says what of a repeated
-    (user, item) stays. The dataset's ``notes`` say what was dropped.
+    sorted by time; ``ties`` and ``seed`` order equal times, ``duplicates`` ("keep", "first", "last") says
+    what of a repeated (user, item) stays. The dataset's ``notes`` say what was dropped.
 
     ``items`` is the file that describes the items, None what lies beside. ``images`` is a folder of pictures
     named by the item's id, or as the items' ``image`` column says. ``columns`` names the columns of csv and
