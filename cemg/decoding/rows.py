@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import ModelOutput
 
 from cemg.decoding.layers import Logits, Stepper, Unsupported, Wanted
 
@@ -74,7 +74,7 @@ class RowsStepper:
             self.inputs["logits_to_keep"] = 1
         if self.seq2seq:
             encoded = self.model.get_encoder()(input_ids=input_ids, attention_mask=mask, return_dict=True)
-            self.inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded.last_hidden_state)
+            self.inputs["encoder_outputs"] = encoded
             self.inputs["attention_mask"] = mask
             self.tokens = torch.full_like(input_ids[:, :1], start_token(self.model))
         else:
@@ -85,15 +85,15 @@ class RowsStepper:
         return Logits.of(self._prefill(), wanted)
 
     def _place(self, mask: Tensor) -> None:
-        """Positions and mask of causal prompts, as ``generate()`` passes them: no mask without padding."""
-        padding = not bool(mask.all())
-        if padding and "attention_mask" not in self.accepted:
+        """Mask and positions of causal prompts, as ``generate()`` passes them; neither without padding."""
+        if bool(mask.all()):
+            return
+        if "attention_mask" not in self.accepted:
             raise Unsupported("the model's forward takes no attention_mask, so prompts cannot be padded")
+        self.inputs["attention_mask"] = mask
         if "position_ids" in self.accepted and hasattr(self.model, "_prepare_position_ids_for_generation"):
             place = self.model._prepare_position_ids_for_generation
             self.inputs["position_ids"] = place(self.tokens, {"attention_mask": mask})
-        if "attention_mask" in self.accepted:
-            self.inputs["attention_mask"] = mask if padding else None
 
     def rewind(self) -> None:
         if self.stepped:  # the cache has been reordered, and states are overwritten in place
@@ -200,7 +200,7 @@ def start_token(model: PreTrainedModel) -> int:
     generation: Any = model.generation_config
     for token in (
         generation.decoder_start_token_id,
-        model.config.decoder_start_token_id,
+        getattr(model.config, "decoder_start_token_id", None),
         generation.bos_token_id,
     ):
         if token is not None:
@@ -230,8 +230,8 @@ def accepted(model: Any) -> set[str]:
 
 def _selected(name: str, value: Any, rows: Tensor) -> Any:
     """Of an input of the model, the rows that ``rows`` [R] names; what has no rows stays."""
-    if isinstance(value, BaseModelOutput):
-        return BaseModelOutput(last_hidden_state=value.last_hidden_state[rows])
+    if isinstance(value, ModelOutput):
+        return type(value)(**{part: _selected(part, held, rows) for part, held in value.items()})
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     return value.index_select(1 if "position_ids" in name and value.ndim == 3 else 0, rows)
