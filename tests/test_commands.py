@@ -281,6 +281,8 @@ def test_the_readmes_decoder_and_processor_agree_as_printed():
     names = {"codes": codes, "model": model, "code_token_start": start, "input_ids": ids, "torch": torch,
              "attention_mask": torch.ones_like(ids)}  # fmt: skip
     exec(own, names)
+    model.generation_config.update(do_sample=True, top_k=20, repetition_penalty=1.05, no_repeat_ngram_size=3)
+    model.generation_config.update(forced_bos_token_id=1, forced_eos_token_id=1, num_beams=4, min_length=9)
     exec(kept, names)
     assert names["items"].view(2, 50)[:, 0].tolist() == names["found"].items[:, 0].tolist()
 

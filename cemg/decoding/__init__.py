@@ -2,7 +2,7 @@
 
 from cemg.decoding.engine import Decoder, Normalize, Recommendations
 from cemg.decoding.exact import score_all
-from cemg.decoding.processor import TrieLogitsProcessor
+from cemg.decoding.processor import TrieLogitsProcessor, plain_generation
 from cemg.decoding.vllm import VllmDecoder
 from cemg.decoding.yardstick import TransformersDecoder, dict_trie
 
@@ -14,5 +14,6 @@ __all__ = [
     "TrieLogitsProcessor",
     "VllmDecoder",
     "dict_trie",
+    "plain_generation",
     "score_all",
 ]

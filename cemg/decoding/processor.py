@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
@@ -19,6 +24,10 @@ class TrieLogitsProcessor(LogitsProcessor):
     are the catalog's, or those that ``code_token_start`` names: code c of level m is token ``code_token_start
     + m·K + c``, or entry [m, c] of a table. All rows at once, on the model's device, without a Python loop.
 
+    ``generate`` also applies what the checkpoint's generation_config names: sampling, penalties, banned and
+    forced tokens. Call it within ``plain_generation(model)``, or results may be no items. The processor warns
+    once where it sees the effect of such a setting.
+
     The prompt is what the first call sees. One processor serves one ``generate`` after the other.
     """
 
@@ -31,7 +40,8 @@ class TrieLogitsProcessor(LogitsProcessor):
             self.trie = trie
             self.tokens = CodeTokens.of(code_token_start, [trie.codebook_size] * trie.levels)
         self.last_tokens = self.tokens.table.amax(1).tolist()
-        self.prompt = self.length = -1
+        self.prompt = self.length = self.rows = -1
+        self.warned = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """``input_ids`` [R, S + m] after m codes and ``scores`` [R, V] -> [R, V].
@@ -40,15 +50,18 @@ class TrieLogitsProcessor(LogitsProcessor):
         the first code, so that a softmax over it stays finite. Raises UserError where V is too small for the
         codes.
         """
-        level = self._level(input_ids.shape[1])
+        level = self._level(*input_ids.shape)
         if self.trie.device != scores.device:
             self.trie, self.tokens = self.trie.to(scores.device), self.tokens.to(scores.device)
         self._check(level, scores.shape[1])
         nodes = self.trie.lookup(self.tokens.codes_of(input_ids[:, self.prompt :]))  # [R]
         allowed = self.trie.mask(nodes)  # [R, K]
+        columns = self.tokens.columns(level, scores)
+        if not self.warned:
+            self._look_for_interference(nodes, allowed & columns.isneginf())
         allowed[:, self.tokens.first_codes[level]] |= nodes < 0
         out = torch.full_like(scores, float("-inf"))
-        codes = self.tokens.columns(level, scores).masked_fill(~allowed, float("-inf"))
+        codes = columns.masked_fill(~allowed, float("-inf"))
         self.tokens.spread(level, codes, out)
         return out
 
@@ -64,9 +77,64 @@ class TrieLogitsProcessor(LogitsProcessor):
             fix="pass the code_token_start of the vocabulary that the model was trained with",
         )
 
-    def _level(self, length: int) -> int:
-        """How many codes stand after the prompt; what does not go on from the last call is a new prompt."""
-        if length != self.length + 1 or length - self.prompt >= self.trie.levels:
+    def _look_for_interference(self, nodes: Tensor, removed: Tensor) -> None:
+        """Warn where codes that continue an item are ``removed`` [R, K], or a row that is the prefix of no
+        item, at ``nodes`` [R], is not one that ``generate`` fills up with."""
+        if bool(removed.any()):
+            self._warn("another logits processor has removed codes that continue an item")
+        elif not self._all_legal_or_filling(nodes):
+            self._warn("a row is the prefix of no item: tokens were chosen from other scores than these")
+
+    def _all_legal_or_filling(self, nodes: Tensor) -> bool:
+        """Beam search fills up with illegal rows only where each prompt has all legal prefixes already."""
+        live = nodes[nodes >= 0]
+        if len(live) == len(nodes):
+            return True
+        different = live.unique()
+        each, whole = (self.trie.interval(part.int()).diff(dim=1).sum() for part in (different, live))
+        items = self.trie.num_items
+        return bool(each == items) and bool(whole * len(different) == items * len(live))
+
+    def _warn(self, what: str) -> None:
+        self.warned = True
+        warnings.warn(
+            f"{what}; the results may be wrong or no items. Settings of the model's generation_config "
+            "(do_sample, top_k, penalties, forced or suppressed tokens, …) do this: call generate() within "
+            "`with cemg.decoding.plain_generation(model):`",
+            stacklevel=2,
+        )
+
+    def _level(self, rows: int, length: int) -> int:
+        """How many codes follow the prompt. A call that does not continue the last one has a new prompt."""
+        continues = rows == self.rows and length == self.length + 1
+        if not continues or length - self.prompt >= self.trie.levels:
             self.prompt = length
-        self.length = length
+        self.rows, self.length = rows, length
         return length - self.prompt
+
+
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """``generate`` without the settings of the checkpoint: sampling, penalties, banned and forced tokens.
+
+    A ``generation_config`` passed to ``generate`` does not do this: what it leaves open comes from the
+    model's own. Of that one, only the special tokens stay. The model's is back afterwards; until then no
+    other thread may generate with it.
+    """
+    own: Any = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    settings = GenerationConfig(**{name: getattr(own, name) for name in names})
+    owners: list[Any] = [model]
+    if hasattr(model, "get_base_model"):  # PEFT's wrapper hands its own to the model below
+        owners.append(model.get_base_model())
+    before = [vars(owner).get("generation_config") for owner in owners]
+    for owner in owners:
+        owner.generation_config = settings
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, before, strict=True):
+            if config is None:
+                del owner.generation_config
+            else:
+                owner.generation_config = config

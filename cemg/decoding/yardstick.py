@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from threading import Lock
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from transformers import (
 
 from cemg.decoding.engine import Normalize, Recommendations, check_fit
 from cemg.decoding.members import with_members
+from cemg.decoding.processor import plain_generation
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
 
@@ -52,14 +52,16 @@ class TransformersDecoder:
         """The leaves that ``generate`` ends on, by the ids that the trie gives them."""
         device = self.model.device
         prompt = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
+        settings = GenerationConfig(
+            do_sample=False, num_beams=beams, num_return_sequences=beams, early_stopping=False,
+            max_new_tokens=self.catalog.levels, min_new_tokens=self.catalog.levels, output_scores=True,
+            renormalize_logits=self.normalize == "valid", return_dict_in_generate=True,
+            output_logits=beams == 1, **({} if beams == 1 else {"length_penalty": 0.0}),
+        )  # fmt: skip
         with self.lock, plain_generation(self.model):
             out: Any = cast(Any, self.model).generate(
                 input_ids=input_ids.to(device), attention_mask=attention_mask.to(device),
-                do_sample=False, num_beams=beams, num_return_sequences=beams, early_stopping=False,
-                max_new_tokens=self.catalog.levels, min_new_tokens=self.catalog.levels, output_scores=True,
-                logits_processor=self._processors(prompt, beams), output_logits=beams == 1,
-                renormalize_logits=self.normalize == "valid", return_dict_in_generate=True,
-                **({} if beams == 1 else {"length_penalty": 0.0}),
+                generation_config=settings, logits_processor=self._processors(prompt, beams),
             )  # fmt: skip
         tokens = out.sequences[:, prompt:].cpu().reshape(len(input_ids), beams, -1)
         scores = self._greedy_scores(out, tokens) if beams == 1 else out.sequences_scores.cpu()
@@ -96,18 +98,6 @@ class TransformersDecoder:
             items, scores.masked_fill(dead, float("-inf")), codes.masked_fill(dead[:, :, None], -1),
             torch.zeros(len(scores), dtype=torch.int64),
         )  # fmt: skip
-
-
-@contextmanager
-def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Without what the checkpoint says about sampling: ``generate`` would mix its penalties and bans in."""
-    own = model.generation_config
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 class LevelOnly(LogitsProcessor):
