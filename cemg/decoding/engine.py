@@ -10,7 +10,7 @@ B users, W beams, M levels, K codes a level, S prompt tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,17 +28,17 @@ from cemg.decoding.beams import (
     trimmed,
 )
 from cemg.decoding.causal import CausalPlan
-from cemg.decoding.generic import GenericPlan
 from cemg.decoding.graphs import Graphs
-from cemg.decoding.layers import Stepper, Unsupported, Wanted
+from cemg.decoding.layers import Wanted
 from cemg.decoding.members import leaf_filter, with_members
 from cemg.decoding.native import NativePlan
-from cemg.decoding.rows import RowsPlan
+from cemg.decoding.plans import make_plan
+from cemg.decoding.self_check import SelfCheck
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, SharedFilter, TokenMap
 from cemg_kernels import RequestFilter, trie_beam_step
-from cemg_kernels.dispatch import choose, pick
+from cemg_kernels.dispatch import choose
 from cemg_kernels.ranges import named_range, ranges_enabled
 from cemg_kernels.trie_softmax import Normalize
 
@@ -84,47 +84,6 @@ def check_tokens(
     return known
 
 
-class Plan(Protocol):
-    """A model, arranged for decoding."""
-
-    def begin(self) -> Stepper:
-        """A stepper for one batch."""
-        ...
-
-
-def own_forward(model: PreTrainedModel) -> Plan:
-    """The plan that runs the model's own forward: one prefill per user where a tree mask can be exact."""
-    try:
-        return GenericPlan(model)
-    except Unsupported:
-        return RowsPlan(model)
-
-
-def make_plan(model: PreTrainedModel, code_tokens: range, backend: str | None) -> tuple[Plan, str]:
-    """The plan of a model and the path it takes, in words.
-
-    Raises UserError where ``backend`` is asked for and does not serve the model.
-    """
-    wanted = pick("decoder", model.device, backend)
-    try:
-        if wanted == "reference":
-            raise Unsupported(choose("decoder", model.device).why if backend is None else "asked for")
-        seq2seq = model.config.is_encoder_decoder
-        plan = T5Plan(model, code_tokens) if seq2seq else CausalPlan(model, code_tokens)
-        kind = "T5" if seq2seq else "decoder-only"
-    except Unsupported as reason:
-        if backend in ("native", "torch"):
-            raise UserError(f"the {backend} decoder does not serve this model: {reason}") from None
-        return own_forward(model), f"the model's own forward: {reason}"
-    try:
-        if wanted == "native":
-            return NativePlan(plan), f"fast {kind} in C++"
-    except Unsupported as reason:
-        if backend == "native":
-            raise UserError(f"the native decoder does not serve this model: {reason}") from None
-    return plan, f"fast {kind}"
-
-
 class Decoder:
     """``Decoder(model, catalog, code_token_start).decode(input_ids, attention_mask, beams)``.
 
@@ -136,20 +95,23 @@ class Decoder:
     log-probabilities (paper equation 6). ``backend``: "native" (C++, float32 on the CPU), "torch" (the same
     steps in PyTorch, on any device), "reference" (the model's own forward), or None for the dispatcher's;
     UserError where it does not serve the model. ``graphs``: record a CUDA graph a bucket of prompts (None:
-    on a GPU, yes). ``path`` says what runs and why. The fast paths read the weights here: after
+    on a GPU, yes). ``check``: compare each path with the model's own forward on two short prompts and two
+    beam steps, and use the next path where they differ; False saves these milliseconds and trusts the first
+    path that takes the model. ``path`` says what runs and why. The fast paths read the weights here: after
     further training, make a new Decoder.
     """
 
     def __init__(
         self, model: PreTrainedModel, catalog: Catalog,
         code_token_start: TokenMap | CodeTokens | None = None, normalize: Normalize = "vocab", *,
-        backend: str | None = None, graphs: bool | None = None,
+        backend: str | None = None, graphs: bool | None = None, check: bool = True,
     ) -> None:  # fmt: skip
         tokens = check_fit(model, catalog, code_token_start, normalize)
         self.model, self.catalog, self.normalize = model, catalog, normalize
         self.tokens = tokens.to(model.device)
         self.trie = catalog.trie.to(model.device)
-        self.plan, self.path = make_plan(model, tokens.span, backend)
+        proof = self._self_check() if check else None
+        self.plan, self.path = make_plan(model, tokens.span, backend, proof)
         self.graphs: Graphs | None = None
         own_stepper = isinstance(self.plan, (T5Plan, CausalPlan))
         if own_stepper and (model.device.type == "cuda" if graphs is None else graphs):
@@ -244,6 +206,14 @@ class Decoder:
         if start is None:
             return Wanted(-1, size, self.normalize == "vocab", tokens=self.tokens.table[level])
         return Wanted(start + level * size, size, self.normalize == "vocab")
+
+    def _self_check(self) -> SelfCheck:
+        levels = range(min(3, self.catalog.levels))
+        return SelfCheck(
+            self.model,
+            [self.wanted(level) for level in levels],
+            [self.tokens.table[level] for level in levels],
+        )
 
     def _search(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from cemg.decoding.eval_mode import InEvalMode
 from cemg.decoding.layers import Logits, Stepper, Unsupported, Wanted
 from cemg.decoding.rows import RowsStepper, accepted, plain
 
@@ -44,7 +45,8 @@ class GenericPlan:
     def begin(self) -> Stepper:
         """A stepper for one batch."""
         tree = TreeStepper(self)
-        return tree if self.window is None else WindowedStepper(self, self.window, tree)
+        stepper = tree if self.window is None else WindowedStepper(self, self.window, tree)
+        return InEvalMode(self.model, stepper)
 
 
 def _refusal(model: PreTrainedModel, names: set[str]) -> str | None:

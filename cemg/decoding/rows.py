@@ -7,7 +7,7 @@ local attention, encoder-decoders. B users, W beams, R = B * W rows, S prompt to
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
+from cemg.decoding.eval_mode import InEvalMode
 from cemg.decoding.layers import Logits, Stepper, Unsupported, Wanted
 
 CACHES = ("cache", "past_key_values", "cache_params")  # names under which ``generate`` passes a cache
@@ -31,6 +32,12 @@ class RowsPlan:
     Unsupported for a model that ``generate()`` does not serve.
     """
 
+    VARIANTS: ClassVar = (
+        {"cached": True, "padded": True},
+        {"cached": True, "padded": False},
+        {"cached": False, "padded": False},
+    )
+
     def __init__(self, model: PreTrainedModel, *, cached: bool = True, padded: bool = True) -> None:
         if not hasattr(model, "prepare_inputs_for_generation"):
             raise Unsupported(f"{type(model).__name__} has no prepare_inputs_for_generation")
@@ -39,11 +46,7 @@ class RowsPlan:
     @classmethod
     def variants(cls, model: PreTrainedModel) -> list[RowsPlan]:
         """All of them, the fastest first; the last one is right for every deterministic model."""
-        return [
-            cls(model),
-            cls(model, padded=False),
-            cls(model, cached=False, padded=False),
-        ]
+        return [cls(model, **options) for options in cls.VARIANTS]
 
     @property
     def path(self) -> str:
@@ -53,7 +56,8 @@ class RowsPlan:
 
     def begin(self) -> Stepper:
         """A stepper for one batch."""
-        return RowsStepper(self.model, cached=self.cached) if self.padded else ByLength(self)
+        stepper = RowsStepper(self.model, cached=self.cached) if self.padded else ByLength(self)
+        return InEvalMode(self.model, stepper)
 
 
 class RowsStepper:

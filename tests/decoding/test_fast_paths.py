@@ -197,7 +197,10 @@ def test_in_float16_a_t5_whose_hidden_states_leave_its_range_gives_the_scores_of
     catalog = random_catalog(60, 1)
     prompts = Bench(model, catalog).prompts([5, 3])
     exact = by_item(Decoder(model, catalog, START).decode(*prompts, 80))
-    half = by_item(Decoder(model.to(torch.float16), catalog, START, backend="torch").decode(*prompts, 80))
+    half_model = model.to(torch.float16)
+    with pytest.raises(UserError, match="differ from the model's"):  # whose own forward cuts them off
+        Decoder(half_model, catalog, START, backend="torch")
+    half = by_item(Decoder(half_model, catalog, START, backend="torch", check=False).decode(*prompts, 80))
     assert half.keys() == exact.keys()
     worst = max(abs(half[place] - exact[place]) for place in exact)
     assert 0 < worst < 0.02 * max(abs(score) for score in exact.values())
@@ -379,7 +382,7 @@ def test_padding_changes_nothing_in_half_precision(shape, dtype):
         for name, weight in model.named_parameters():
             if any(part in name for part in (".q.", "q_proj", "c_attn", ".k.", "k_proj")):
                 weight.mul_(30)
-    decoder = Decoder(model, random_catalog(60, 1), START, backend="torch")
+    decoder = Decoder(model, random_catalog(60, 1), START, backend="torch", check=False)  # roundings decide
     ids, mask = Bench(model, decoder.catalog).prompts([7, 3])
     together = by_item(decoder.decode(ids, mask, 80))
     own = mask[1].bool()
