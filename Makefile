@@ -26,8 +26,7 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	mkdir -p build/types && ln -sfn ../../kernels build/types/cemg_kernels  # under the name it imports as
-	MYPYPATH=build/types $(BIN)/mypy -p cemg -p cemg_kernels
+	MYPYPATH=src $(BIN)/mypy -p cemg -p cemg_kernels
 
 format: $(STAMP)
 	$(BIN)/clang-format -i $(CPP)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from glob import glob
 from pathlib import Path
@@ -35,6 +36,12 @@ CEMG_CUDA=1 makes this an error, CEMG_CUDA=0 leaves nvcc alone. Without it,
 CuPy compiles the kernels at first use: pip install cupy-cuda13x
 ******************************************************************************
 """
+NO_COMPILER = """
+cemg: {what}. Install what is missing and install cemg again:
+  Debian, Ubuntu:  apt-get install g++ python3-dev
+  Fedora, RHEL:    dnf install gcc-c++ python3-devel
+  conda:           conda install -c conda-forge gxx
+"""
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
@@ -42,6 +49,7 @@ class build_native(build_ext):
     """Adds OpenMP where the compiler has it, and CUDA where nvcc is; where not, a line says so."""
 
     def build_extensions(self) -> None:
+        self._check_compiler()
         problem = self._add_cuda()
         if problem:
             print(f"cemg: built for the CPU alone: {problem}")
@@ -54,6 +62,16 @@ class build_native(build_ext):
         else:
             print("cemg: this compiler has no OpenMP; the native trie will use one core")
         super().build_extensions()
+
+    def _check_compiler(self) -> None:
+        """SystemExit that names the packages to install, where the compiler or Python.h is missing."""
+        command = (getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so)[0]
+        headers = Path(sysconfig.get_paths()["include"], "Python.h")
+        what = f"no C++ compiler: {command} was not found" if shutil.which(command) is None else ""
+        if not what and not headers.is_file():
+            what = f"no headers of Python: {headers} does not exist"
+        if what:
+            sys.exit(NO_COMPILER.format(what=what))
 
     def _add_cuda(self) -> str:
         """Compile the CUDA half and add it to the extension; why not, where that is not possible."""
@@ -115,7 +133,7 @@ native = Pybind11Extension(
 
 ParallelCompile().install()  # a file a core
 setup(
-    packages=[*find_packages(include=["cemg", "cemg.*"]), "cemg_kernels"],
+    packages=find_packages("src", include=["cemg", "cemg.*", "cemg_kernels"]),
     ext_modules=[native],
     cmdclass={"build_ext": build_native},
 )

@@ -16,7 +16,7 @@ import yaml
 
 from cemg.errors import UserError
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS, CONFIGS = (Path(__file__).parent / name for name in ("presets", "configs"))
 
 
 def preset_names() -> list[str]:
@@ -28,6 +28,13 @@ def preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise UserError(f"unknown preset {name!r}", fix=f"--preset {' or '.join(preset_names())}")
     return yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def config_file(path: Path) -> Path:
+    """``path``, or where there is no such file, the installed configuration of that name: beauty, ml-100k."""
+    named = str(path.parent) in (".", "configs") and path.suffix in ("", ".yaml")
+    installed = CONFIGS / f"{path.stem}.yaml"
+    return installed if named and not path.exists() and installed.is_file() else path
 
 
 def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -78,3 +78,15 @@ def test_print_config_prints_every_setting_and_starts_nothing(tmp_path, command,
     settings = [line for line in printed.splitlines() if ":" in line and not line.startswith("#")]
     assert len(settings) > 60 and all("  # " in line for line in settings)
     assert not run.exists()
+
+
+def test_the_configurations_of_the_package_are_known_by_name(tmp_path, monkeypatch, command, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("beauty", "beauty.yaml", "configs/beauty.yaml"):
+        assert command(train.main, "--run", "r", "--data", "d", "--config", name, "--print-config") == 0
+        assert yaml.safe_load(capsys.readouterr().out)["tokenizer"]["epochs"] == 150
+    (tmp_path / "beauty.yaml").write_text("tokenizer: {epochs: 3}\n")  # a file of one's own comes first
+    arguments = ("--run", "r", "--data", "d", "--config", "beauty.yaml", "--print-config")
+    assert command(train.main, *arguments) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["tokenizer"]["epochs"] == 3
+    assert command(train.main, "--run", "r", "--data", "d", "--config", "elsewhere/beauty.yaml") == 2

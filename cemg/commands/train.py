@@ -56,7 +56,8 @@ def train(
         str, typer.Option(help="Settings for a catalog size: small, medium or large; paper: its encoders.")
     ] = "",
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with settings, which replace those of the preset.")
+        Path | None,
+        typer.Option(help="YAML file with settings, which replace those of the preset; or beauty, ml-100k."),
     ] = None,
     set: Annotated[
         list[str] | None, typer.Option(help="One setting, e.g. --set generator.epochs=10; repeatable.")
@@ -90,7 +91,7 @@ def train(
     """
     from cemg.pipeline import Pipeline
     from cemg.run import Run
-    from cemg.settings import explained
+    from cemg.settings import config_file, explained
     from cemg_kernels import use_fast_kernels
 
     command.check_device(device)
@@ -114,6 +115,7 @@ def train(
         "seed": seed,
         "preset": preset,
     }
+    config = config_file(config) if config is not None else None
     chosen = _config(run, data, config, list(set or []), **top)
     if print_config:
         print(explained(chosen), end="")

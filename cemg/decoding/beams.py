@@ -31,8 +31,8 @@ class Recommendations:
     scores: Tensor
     codes: Tensor
     certified: Tensor
-    ids: list[list[int | str | None]] = field(default_factory=list)
-    titles: list[list[str | None]] = field(default_factory=list)
+    ids: list[list[int | str | None]] = field(default_factory=list, kw_only=True)
+    titles: list[list[str | None]] = field(default_factory=list, kw_only=True)
 
     @classmethod
     def of_nobody(cls, top: int, levels: int) -> Recommendations:
