@@ -230,3 +230,18 @@ def test_a_refused_allocation_is_an_error_in_one_line(allocate, capsys):
         console.run(allocate)
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("error: not enough memory\n")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "{folder}/secret.png", "link.png"])
+def test_a_named_picture_stays_in_its_folder_unless_another_is_allowed(tmp_path, name):
+    (tmp_path / "secret.png").write_bytes(_png_of(8, 8))
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "link.png").symlink_to(tmp_path / "secret.png")
+    rows = [f"u{user},i{item},{item}" for user in range(5) for item in range(5)]
+    (shop / "interactions.csv").write_text("\n".join(["user,item,timestamp", *rows]))
+    (shop / "items.csv").write_text(f"item,title,image\ni0,One,{name.format(folder=tmp_path)}\n")
+    said = _refused(shop)
+    assert "item i0 names a picture outside of" in said
+    assert f"fix:   allow its folder: --images {tmp_path}" in said
+    assert read_dataset(shop, images=tmp_path).images[0] is not None

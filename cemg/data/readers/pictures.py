@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -32,24 +33,38 @@ def image_paths(
 
     ``about`` has ``item`` and ``image``, a path relative to ``images`` or else to ``named_in``. A picture
     anywhere below ``images`` whose name without suffix is an item's id is that item's. Raises UserError for
-    two of them.
+    two of them, and for a named picture that lies outside of both folders.
     """
     if images is not None and not images.is_dir():
         raise UserError(f"{images} is not a folder of images")
     by_id, notes = _by_id(images, about["item"]) if images else ({}, [])
     folder = images or named_in or Path()
+    folders = [one for one in (images, named_in) if one is not None] or [folder]
     paths: list[Path | None] = []
     absent = 0
     for item, name in about.select("item", "image").iter_rows():
-        named = folder / name if name else None
-        found = named if named and named.is_file() else by_id.get(item)
-        absent += found is None and named is not None
+        found = (_named(item, name, folders) if name else None) or by_id.get(item)
+        absent += found is None and bool(name)
         paths.append(found)
     if absent:
         notes.append(f"{absent:,} named image files are absent from {folder}")
     if images and not any(paths):
         notes.append(f"no file of {images} is named by an item's id, such as {about['item'][0]}.jpg")
     return paths, notes
+
+
+def _named(item: str, name: str, folders: Sequence[Path]) -> Path | None:
+    """The file that an item names, in the first of ``folders`` that has it; it may lie below any of them."""
+    file = next((path for path in (folder / name for folder in folders) if path.is_file()), None)
+    if file is None:
+        return None
+    if not any(file.resolve().is_relative_to(folder.resolve()) for folder in folders):
+        raise UserError(
+            f"item {item} names a picture outside of {folders[0]}",
+            cause=f"{name!r} is {file.resolve()}",
+            fix=f"allow its folder: --images {file.resolve().parent}",
+        )
+    return file
 
 
 def _by_id(folder: Path, items: pl.Series) -> tuple[dict[str, Path], list[str]]:
