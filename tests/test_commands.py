@@ -329,18 +329,6 @@ def test_a_request_that_cannot_be_is_refused(tiny_run, command, capsys, argument
     assert err.splitlines()[0] == f"error: {first}"
 
 
-@pytest.mark.parametrize(
-    "text", ['["item-0001"]\n{"a": 1}\n', '["item-0001"]\n[]\n', '["item-0001"]\nitem-2\n']
-)
-def test_a_line_that_is_no_history_is_refused(tiny_run, tmp_path, command, capsys, text):
-    (tmp_path / "h.jsonl").write_text(text)
-    err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--histories", tmp_path / "h.jsonl")
-    assert err.startswith(f"error: {tmp_path}/h.jsonl, line 2: wanted a JSON list of item ids")
-    (tmp_path / "h.jsonl").write_text('["item-0001"]\n\n["item-0002", "item-77"]\n')
-    err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--histories", tmp_path / "h.jsonl")
-    assert err == f"error: {tmp_path}/h.jsonl, line 3: item 'item-77' is not in the catalog\n"
-
-
 def test_what_the_system_and_the_environment_refuse_is_said_in_a_line(tmp_path, command, capsys, monkeypatch):
     from cemg_kernels import dispatch
 

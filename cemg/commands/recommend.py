@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from cemg.commands import console as command
+from cemg.commands.histories import (
+    SOME_FAILED,
+    STDIN,
+    answer_of,
+    in_batches,
+    parse_history,
+    read_requests,
+)
 from cemg.errors import UserError
 from cemg.progress import plain_console, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cemg.data import Dataset
     from cemg.decoding import Normalize
     from cemg.recommender import Recommender
 
@@ -25,10 +36,17 @@ app = command.command_line()
 @app.command(cls=command.Command)
 def recommend(
     run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
-    history: Annotated[str, typer.Option(help="Item ids, oldest first, parted by spaces or commas.")] = "",
+    history: Annotated[
+        str, typer.Option(help="Item ids, oldest first, between spaces or commas; or a JSON list.")
+    ] = "",
     user: Annotated[str, typer.Option(help="A user of the run's data, for all that is known of them.")] = "",
     histories: Annotated[
-        Path | None, typer.Option(help="A file, a JSON list of item ids a line; prints a JSON line for each.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='One JSON line per history: a list of item ids or {"user": …, "history": […]}; .gz, or - '
+            "for stdin. Prints one JSON line for each; exit code 3 where one has an error.",
+        ),
     ] = None,
     top: Annotated[int, typer.Option(help="How many items.")] = 10,
     beams: Annotated[int, typer.Option(help="Width of the beam search; --top at least.")] = 50,
@@ -56,22 +74,19 @@ def recommend(
         raise UserError(
             "name one of --history, --user and --histories", fix='for example --history "12 7 105"'
         )
-    items = history.replace(",", " ").split()
-    if history and not items:
-        raise UserError("--history names no item", fix='write it as --history "12 7 105"')
+    items = parse_history(history) if history else []
+    if histories and histories != STDIN and not histories.exists():
+        raise UserError(f"{histories} does not exist")
     recommender = Recommender.from_run(
         run, device=device, engine=engine, normalize=cast("Normalize | None", normalize)
     )
     command.warn_of_normalize(recommender.pipeline.config, normalize)
-    many = _read(histories, set(map(str, recommender.catalog.item_ids))) if histories else []
-    own = many or [_history_of(user, recommender) if user else items]
     options = {"top": top, "beams": max(beams, top), "exclude_history": exclude_history, "exact": exact}
-    answers = _answers(recommender, own, options)
     if histories:
-        for answer in answers:
-            print(json.dumps(answer))
+        _serve(recommender, histories, options)
         return
-    answer = next(answers)
+    own = _history_of(user, recommender) if user else items
+    answer = next(_answers(recommender, [own], options))
     if as_json:
         print(json.dumps(answer, indent=1))
         return
@@ -84,38 +99,46 @@ def recommend(
     plain_console().print(table)
 
 
-def _read(path: Path, known: set[str]) -> list[list[str]]:
-    """A file of histories; UserError names the line that is none, or has an unknown item."""
-    try:
-        lines = path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read", cause=str(error)) from error
-    found: list[list[str]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            items = json.loads(line) if line.strip() else []
-        except ValueError:
-            items = None
-        if not isinstance(items, list) or (line.strip() and not items):
-            raise UserError(f'{path}, line {number}: wanted a JSON list of item ids, such as ["12", "7"]')
-        unknown = next((str(item) for item in items if str(item) not in known), None)
-        if unknown is not None:
-            raise UserError(f"{path}, line {number}: item {unknown!r} is not in the catalog")
-        if items:
-            found.append([str(item) for item in items])
-    if not found:
-        raise UserError(f"{path} holds no history")
-    return found
+def _serve(recommender: Recommender, path: Path, options: dict[str, Any]) -> None:
+    """Print one JSON line per line of ``path``; exit code 3 where some could not be served."""
+    failed = lines = 0
+    known = set(map(str, recommender.catalog.item_ids))
+    requests = read_requests(path, known, _known_histories(recommender))
+    for batch in in_batches(requests, recommender.pipeline.config.decoding.batch_size):
+        histories = [request.history for request in batch if request.error is None]
+        answers = _answers(recommender, histories, options)
+        for request in batch:
+            print(json.dumps(answer_of(request, None if request.error else next(answers))), flush=True)
+        failed, lines = failed + len(batch) - len(histories), lines + len(batch)
+    if failed:
+        print(f'{failed:,} of {lines:,} lines could not be served; see their "error"', file=sys.stderr)
+        raise typer.Exit(SOME_FAILED)
+
+
+def _known_histories(recommender: Recommender) -> Callable[[str], list[str] | None]:
+    """User id to all items known of the user; the data are read when the first user is asked for."""
+
+    @functools.cache
+    def by_user() -> tuple[dict[str, int], Dataset]:
+        data = recommender.pipeline.load_data()
+        return {user: row for row, user in enumerate(data.user_ids)}, data
+
+    def history_of(user: str) -> list[str] | None:
+        rows, data = by_user()
+        return [data.item_ids[item] for item in data.sequences[rows[user]]] if user in rows else None
+
+    return history_of
 
 
 def _history_of(user: str, recommender: Recommender) -> list[str]:
-    data = recommender.pipeline.load_data()
-    if user not in data.user_ids:
+    history = _known_histories(recommender)(user)
+    if history is None:
+        data = recommender.pipeline.load_data()
         raise UserError(
             f"user {user!r} is not among the {data.num_users} of this run",
             fix=f"their ids are written like {data.user_ids[0]!r}",
         )
-    return [data.item_ids[row] for row in data.sequences[data.user_ids.index(user)]]
+    return history
 
 
 def _answers(
