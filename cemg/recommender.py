@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cemg.decoding import Decoder, Normalize, Recommendations
+from cemg.decoding import Decoder, Normalize, Recommendations, TransformersDecoder
 from cemg.decoding.beams import check_beams
+from cemg.decoding.pretrained import save_pretrained
 from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
 from cemg.pipeline import Pipeline, make_decoder
@@ -33,6 +34,11 @@ class Recommender:
     ) -> None:
         self.pipeline, self.engine = pipeline, engine
         self.catalog: Catalog = pipeline.load_catalog()
+        if self.catalog.shared is not None:
+            raise UserError(
+                "a run's catalog has one item per semantic ID, this one shares them",
+                fix="use Decoder, which serves such catalogs",
+            )
         self.removed: list[str | int] = read_removed(pipeline.run.path("catalog"))
         model, vocabulary = pipeline.load_generator()
         self.prompter = pipeline.prompter(model, vocabulary, self.catalog)
@@ -50,6 +56,23 @@ class Recommender:
         Raises UserError where a part of the run is missing, or vLLM, or a model that vLLM cannot serve.
         """
         return cls(Pipeline.open(Path(folder), device=device), normalize=normalize, engine=engine)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write model, token map and catalog, without removed items, to a folder that needs no run.
+
+        ``AutoModelForSeq2SeqLM`` or ``AutoModelForCausalLM`` and ``Decoder.from_pretrained`` load it; LoRA is
+        merged into the weights. ``cemg_catalog/cemg_decoder.json`` says how prompts are made: the special
+        tokens, and how many items of a history they hold. Raises UserError under engine "vllm".
+        """
+        if not isinstance(self.decoder, Decoder | TransformersDecoder):
+            raise UserError(f"engine={self.engine} holds no model to save", fix="use engine=cemg")
+        gone = set(self.catalog.rows_of([self._id(item) for item in self.removed]))
+        kept = [row for row in range(len(self.catalog)) if row not in gone]
+        prompts = {**self.prompter.vocabulary.to_dict(), "history_items": self.prompter.history_items}
+        save_pretrained(
+            folder, self.decoder.model, self.catalog.take(kept) if gone else self.catalog,
+            tokens=self.decoder.tokens.to("cpu"), normalize=self.decoder.normalize, prompts=prompts,
+        )  # fmt: skip
 
     def recommend(
         self,

@@ -342,17 +342,20 @@ void step_search(cemg::BeamSearch& search, Address tokens, Address parents, Addr
   search.step(grown, places_at(places), wanted_at(wanted));
 }
 
-// numbers: normalize, width, first token, start token. level_fields: of each, the places of its step and the
-// columns of its codes. out: scores, leaves, codes and what was pruned.
+// numbers: normalize, width, first token, start token, and where there is one the address of the table of
+// tokens. level_fields: of each, the places of its step and the columns of its codes. out: scores, leaves,
+// codes and what was pruned.
 using SpentFields = std::tuple<double, double, double, int64_t>;  // prompt, model, selection; rows
 
 SpentFields run_search(cemg::BeamSearch& search, const View& view, const Filter& fields,
                        const std::array<Address, 2>& tokens_and_mask, const std::array<int64_t, 2>& shape,
                        const PlaceFields& prompt_places,
                        const std::vector<std::pair<PlaceFields, LinearFields>>& level_fields,
-                       const LinearFields& all, const std::array<int64_t, 4>& numbers,
+                       const LinearFields& all, const std::vector<int64_t>& numbers,
                        const std::array<Address, 4>& out) {
-  if (numbers[1] < 1 || level_fields.empty()) throw std::invalid_argument("a search has a beam and a level");
+  if (numbers.size() < 4 || numbers[1] < 1 || level_fields.empty()) {
+    throw std::invalid_argument("a search has a beam and a level");
+  }
   const auto prompts = prompts_at(search, tokens_and_mask[0], tokens_and_mask[1], shape);
   cemg::Question question{static_cast<cemg::Normalize>(numbers[0]),
                           numbers[1],
@@ -366,6 +369,7 @@ SpentFields run_search(cemg::BeamSearch& search, const View& view, const Filter&
     question.own_places.push_back(places_at(places));
     question.columns.push_back(linear_at(columns));
   }
+  if (numbers.size() > 4) question.tokens = at<const int64_t>(static_cast<Address>(numbers[4]));
   const cemg::Found found{at<float>(out[0]), at<int32_t>(out[1]), at<int64_t>(out[2]), at<float>(out[3])};
   return std::visit(
       [&](auto trie) -> SpentFields {

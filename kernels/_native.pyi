@@ -86,5 +86,5 @@ class BeamSearch:
     def search(
         self, view: TrieView, filter: Filter, tokens_and_mask: tuple[int, int], shape: tuple[int, int],
         prompt_places: Places, levels: list[tuple[Places, Linear]], all: Linear,
-        numbers: tuple[int, int, int, int], out: tuple[int, int, int, int], /,
+        numbers: list[int], out: tuple[int, int, int, int], /,
     ) -> tuple[float, float, float, int]: ...  # fmt: skip  # seconds: prompts, model, selection; rows

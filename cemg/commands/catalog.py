@@ -87,6 +87,22 @@ def add(
     console.print(f"{len(table)} items added, {len(known) + len(table)} in the catalog", highlight=False)
 
 
+@app.command(cls=command.Command)
+def export(
+    run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
+    out: Annotated[Path, typer.Argument(help="OUT.csv, OUT.parquet or OUT.index.json.")],
+) -> None:
+    """Write the codes of all items for other programs: columns item, code_0, code_1, …, or an index.json.
+
+    Example: cemg-catalog export --run runs/beauty codes.parquet
+    """
+    from cemg.tokenizer import Catalog
+
+    catalog = Catalog.load(run / "catalog")
+    catalog.write_codes(out)
+    console.print(f"{len(catalog)} items in {out}", highlight=False, markup=False)
+
+
 def _read(path: Path, columns: str, *, separator: str, encoding: str, pictures: bool) -> pl.DataFrame:
     """The new items, ``item``, ``title``, ``text`` and ``image``, their texts made as in training."""
     import polars as pl

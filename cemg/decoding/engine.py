@@ -10,7 +10,8 @@ B users, W beams, M levels, K codes a level, S prompt tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from cemg.decoding.layers import Wanted
 from cemg.decoding.members import leaf_filter, with_members
 from cemg.decoding.native import NativePlan
 from cemg.decoding.plans import make_plan
+from cemg.decoding.pretrained import load_pretrained, save_pretrained
 from cemg.decoding.self_check import SelfCheck
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
@@ -118,6 +120,29 @@ class Decoder:
             pad_left = not model.config.is_encoder_decoder
             self.graphs = Graphs(pad_left=pad_left, device=self.trie.device)
             self.path += ", CUDA graphs"
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write model, token map, catalog and ``normalize`` to a folder; LoRA is merged into the weights.
+
+        ``AutoModelForSeq2SeqLM`` or ``AutoModelForCausalLM`` and ``Decoder.from_pretrained`` load it; the
+        catalog alone is in ``cemg_catalog``, for ``Catalog.load``. Other files of the folder stay. Raises
+        UserError for adapters that cannot be merged.
+        """
+        tokens = self.tokens.to("cpu")
+        save_pretrained(folder, self.model, self.catalog, tokens=tokens, normalize=self.normalize)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path | str, *, device: str = "cpu", normalize: Normalize | None = None,
+        backend: str | None = None, graphs: bool | None = None, check: bool = True,
+    ) -> Decoder:  # fmt: skip
+        """The decoder of a folder that ``save_pretrained`` wrote; ``normalize`` None: as it was saved.
+
+        Raises UserError where a part of the folder is missing or damaged.
+        """
+        model, catalog, saved = load_pretrained(folder, device=device)
+        chosen = cast(Normalize, normalize or saved)
+        return cls(model, catalog, normalize=chosen, backend=backend, graphs=graphs, check=check)
 
     @torch.inference_mode()
     def decode(
@@ -236,6 +261,7 @@ class Decoder:
                 input_ids, attention_mask, beams=beams, trie=self.trie.arrays,
                 filter=self.trie.filter_tensors(filter, len(input_ids)), normalize=self.normalize,
                 wanted=[self.wanted(level) for level in range(self.catalog.levels)],
+                table=self.tokens.fed if self.tokens.start is None else None,
             )  # fmt: skip
             return Recommendations.of_leaves(self.trie, *ended)
         stepper = self.plan.begin()
@@ -265,7 +291,6 @@ class Decoder:
         """Whether C++ may go through the whole search: its selection is the chosen one, no ranges are to be
         named, and no step, taken or not, would lack a position."""
         selects = choose("trie_beam_step", self.trie.device).backend == "native"
-        selects = selects and self.tokens.start is not None
         last = prompts.shape[1] + self.catalog.levels - 1
         return selects and not ranges_enabled() and plan.has_places(last)
 

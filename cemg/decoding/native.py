@@ -131,8 +131,10 @@ class NativePlan:
     def beam_search(
         self, input_ids: Tensor, attention_mask: Tensor, *, beams: int, trie: TrieArrays,
         filter: FilterTensors | None, normalize: Normalize, wanted: Sequence[Wanted],
+        table: Tensor | None = None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Spent]:  # fmt: skip
-        """A whole search in one call; ``wanted`` of each level.
+        """A whole search in one call; ``wanted`` of each level. ``table`` [M, K] int64: the codes' tokens
+        where they do not follow each other.
 
         Scores [B, W], leaves [B, W], codes [B, W, M] and the best that was cut [B].
         """
@@ -145,6 +147,9 @@ class NativePlan:
         scores, pruned = torch.empty(batch, beams), torch.empty(batch)
         leaves = torch.empty(batch, beams, dtype=torch.int32)
         codes = torch.empty(batch, beams, trie.levels, dtype=torch.int64)
+        numbers = [OVER[normalize], beams, wanted[0].first, self.start_token]
+        if table is not None:
+            numbers.append(table.data_ptr())
         room = self.search(torch.get_num_threads())
         room.note_laps(False)
         try:
@@ -153,7 +158,7 @@ class NativePlan:
                 (tokens.data_ptr(), mask.data_ptr()), (batch, length),
                 prompt_places.addresses(),
                 [(own.addresses(), columns) for own, (columns, _) in zip(places, linears, strict=True)],
-                linears[0][1], (OVER[normalize], beams, wanted[0].first, self.start_token),
+                linears[0][1], numbers,
                 (scores.data_ptr(), leaves.data_ptr(), codes.data_ptr(), pruned.data_ptr()),
             )  # fmt: skip
         finally:

@@ -10,14 +10,13 @@ B users, W beams, R living beams of all users, M levels, K codes a level, S prom
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from cemg.decoding.beams import Beams, Recommendations, check_prompts
 from cemg.decoding.engine import Normalize, check_tokens
 from cemg.decoding.members import with_members
+from cemg.decoding.pretrained import plain_model
 from cemg.decoding.vllm_processor import PROMPT, SETTINGS
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
@@ -139,23 +139,9 @@ class VllmDecoder:
 
     def _written(self, model: PreTrainedModel) -> str:
         """The folder that a model was written to; adapters are merged in a copy first."""
-        if hasattr(model, "peft_config"):
-            model = copy.deepcopy(cast(Any, model)).merge_and_unload()
         folder = Path(self.folder.name, "model")
-        unmarked(model).save_pretrained(folder)
+        plain_model(model).save_pretrained(folder)
         return str(folder)
-
-
-def unmarked(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that can be saved: read from GGUF, it counts as quantized, though its weights are plain."""
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is None or quantizer.quantization_config.quant_method != "gguf":
-        return model
-    plain: Any = copy.copy(model)
-    plain.hf_quantizer, plain.config = None, copy.deepcopy(model.config)
-    if hasattr(plain.config, "quantization_config"):
-        del plain.config.quantization_config
-    return cast(PreTrainedModel, plain)
 
 
 def columns(logprobs: list[Any], known: CodeTokens, level: int) -> Tensor:

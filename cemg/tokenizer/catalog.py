@@ -247,14 +247,24 @@ class Catalog:
             [*self.item_ids, *item_ids], tokens=self.tokens, shared=self.shared is not None, counts=counts,
         )  # fmt: skip
 
+    def with_tokens(self, tokens: TokenMap | CodeTokens) -> Catalog:
+        """The same catalog with a token map; UserError where it has another one."""
+        return Catalog(
+            self.codes, self.codebook_sizes, self.item_ids, tokens=self.code_tokens(tokens),
+            shared=self.shared is not None, counts=self.counts,
+        )  # fmt: skip
+
     def first(self, count: int) -> Catalog:
         """The catalog of the first ``count`` items."""
-        if count >= len(self):
-            return self
-        counts = None if self.counts is None else self.counts[:count]
+        return self if count >= len(self) else self.take(range(count))
+
+    def take(self, rows: Sequence[int]) -> Catalog:
+        """The catalog of some rows, in the given order."""
+        kept: list = [self.item_ids[row] for row in rows]
+        places = torch.tensor(rows, dtype=torch.int64)
         return Catalog(
-            self.codes[:count], self.codebook_sizes, self.item_ids[:count], tokens=self.tokens,
-            shared=self.shared is not None, counts=counts,
+            self.codes[places], self.codebook_sizes, kept, tokens=self.tokens,
+            shared=self.shared is not None, counts=None if self.counts is None else self.counts[places],
         )  # fmt: skip
 
     def save(self, folder: Path | str) -> None:

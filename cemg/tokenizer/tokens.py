@@ -88,10 +88,15 @@ class CodeTokens:
         return self.table[torch.arange(codes.shape[-1], device=codes.device), codes.long()]
 
     def of_level(self, level: int, codes: Tensor) -> Tensor:
-        """Codes of one level, any shape -> their tokens."""
+        """Codes of one level, any shape -> tokens to feed; any token for a code without one."""
         if self.start is not None:
             return codes + (self.start + level * self.size)
-        return self.table[level][codes]
+        return self.fed[level][codes]
+
+    @cached_property
+    def fed(self) -> Tensor:
+        """``table`` with some code's token where there is none: what dead beams, whose code is 0, are fed."""
+        return self.table.masked_fill(self.table < 0, self.span.start)
 
     def codes_of(self, tokens: Tensor) -> Tensor:
         """Tokens [..., m] -> the codes of the first m levels; −1 for a token that is no code of its level."""

@@ -28,6 +28,13 @@ bool BeamSearch::ask(const TrieView<Code>& trie, Normalize normalize) {
   return count_ > 0;
 }
 
+// The codes of a level in `fed_` become their tokens.
+void BeamSearch::feed(const Question& question, int64_t level, int64_t size) {
+  const int64_t* const table = question.tokens ? question.tokens + level * size : nullptr;
+  const int64_t first = question.first_token + level * size;
+  for (int64_t& token : fed_) token = table ? table[token] : token + first;
+}
+
 // The answers for the beams that were asked for, moved to their places; 0 for the others.
 void BeamSearch::spread(int64_t size, bool with_totals) {
   int64_t from = count_;
@@ -106,7 +113,7 @@ Spent BeamSearch::search(const Prompts& prompts, TrieView<Code> trie, FilterView
   for (; level < levels; ++level) {
     if (level > 0) {
       if (!ask(trie, question.normalize)) break;
-      for (int64_t& token : fed_) token += question.first_token + (level - 1) * size;
+      feed(question, level - 1, size);
       const bool whole = count_ == users * width;
       step({fed_.data(), parents_.data(), whole ? nullptr : asked_.data(), width}, question.own_places[level],
            wanted(level));

@@ -193,6 +193,26 @@ def test_the_logits_processor_leaves_the_mapped_tokens(models, kind, family):
     assert torch.equal(catalog.trie.items(catalog.trie.lookup(codes)).view(3, 6), items)
 
 
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_more_beams_than_items_where_code_0_has_no_token(models, family, normalize):
+    codes = torch.tensor([[3, 2, 7], [3, 5, 7], [4, 2, 6]])
+    table = torch.full((3, 8), -1)
+    for level, used in enumerate(([3, 4], [2, 5], [6, 7])):
+        table[level, used] = torch.tensor([70 - level, 30 + level])
+    catalog = Catalog.from_codes(codes, 8, tokens=table)
+    model = models[family]
+    found = [
+        Decoder(model, catalog, normalize=normalize, backend=b).decode(*prompts(model), 9) for b in BACKENDS
+    ]
+    scores = score_all(Decoder(model, catalog, normalize=normalize), *prompts(model))
+    for one in found:
+        assert torch.equal(one.items, found[-1].items) and (one.items >= 0).sum() == 9
+        torch.testing.assert_close(
+            one.scores[:, :3], scores.sort(1, descending=True).values, rtol=0, atol=1e-5
+        )
+
+
 def test_a_map_given_to_the_decoder_is_the_one_of_the_catalog(models):
     own = Decoder(models["t5"], catalog_of("scattered")).decode(*prompts(models["t5"]), 5)
     given = Decoder(models["t5"], catalog_of("scattered", own=False), scattered())

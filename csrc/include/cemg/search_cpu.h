@@ -10,7 +10,8 @@
 namespace cemg {
 
 // What a search is asked for. `columns` and `own_places` [levels] are of each code's level; `all` of the
-// whole head for kVocab, else nothing. Code c of level m is token first_token + m * K + c.
+// whole head for kVocab, else nothing. Code c of level m is token first_token + m * K + c, or
+// tokens[m * K + c] where there is such a table.
 struct Question {
   Normalize normalize;
   int64_t width, first_token, start_token;
@@ -18,6 +19,7 @@ struct Question {
   std::vector<Places> own_places;
   std::vector<Linear> columns;
   Linear all;
+  const int64_t* tokens = nullptr;  // [levels, K], all of the model's vocabulary
 
   int64_t levels() const noexcept { return static_cast<int64_t>(columns.size()); }
 };
@@ -51,6 +53,7 @@ class BeamSearch : public BeamDecoder {
   bool ask(const TrieView<Code>& trie, Normalize normalize);
   template <class Code>
   void finish(const TrieView<Code>& trie, int64_t level, int64_t levels, const Found& found);
+  void feed(const Question& question, int64_t level, int64_t size);
   void spread(int64_t size, bool with_totals);
   void grow(int64_t users, int64_t width, int64_t level, const Found& found);
 
