@@ -151,11 +151,26 @@ def token_count(mask: Tensor) -> int | None:
     return int((mask != 0).sum()) if mask.device.type == "cpu" else None
 
 
-def trimmed(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [B, S] without the columns before and behind all tokens; as they are where they lie on a GPU,
-    which would have to be waited for."""
+def trimmed(input_ids: Tensor, attention_mask: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Prompts [B, S] as every path reads them, without the columns that hold no token.
+
+    ``causal``: prompts of a decoder-only model, padded on the left; padding behind or between tokens is moved
+    there, so that the answer does not depend on it. An encoder reads tokens where they are. On a GPU, which
+    would have to be waited for, no column is cut off.
+    """
+    if causal:
+        input_ids, attention_mask = left_padded(input_ids, attention_mask)
     if attention_mask.device.type != "cpu":
         return input_ids, attention_mask
     used = attention_mask.any(0).nonzero()
-    held = slice(int(used[0]), int(used[-1]) + 1)
+    held = slice(int(used[0]) if causal else 0, int(used[-1]) + 1)
     return input_ids[:, held], attention_mask[:, held]
+
+
+def left_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same prompts [B, S] with each one's tokens at the right end, in their order."""
+    held = attention_mask != 0
+    if held.device.type == "cpu" and not bool((held[:, 1:] < held[:, :-1]).any()):
+        return input_ids, attention_mask
+    order = held.byte().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)

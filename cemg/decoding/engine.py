@@ -111,14 +111,14 @@ class Decoder:
         tokens = check_fit(model, catalog, code_token_start, normalize)
         self.model, self.catalog, self.normalize = model, catalog, normalize
         self.tokens = tokens.to(model.device)
+        self.causal = not model.config.is_encoder_decoder
         self.trie = catalog.trie.to(model.device)
         proof = self._self_check() if check else None
         self.plan, self.path = make_plan(model, tokens.span, backend, proof)
         self.graphs: Graphs | None = None
         own_stepper = isinstance(self.plan, (T5Plan, CausalPlan))
         if own_stepper and (model.device.type == "cuda" if graphs is None else graphs):
-            pad_left = not model.config.is_encoder_decoder
-            self.graphs = Graphs(pad_left=pad_left, device=self.trie.device)
+            self.graphs = Graphs(pad_left=self.causal, device=self.trie.device)
             self.path += ", CUDA graphs"
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -149,8 +149,8 @@ class Decoder:
         self, input_ids: Array, attention_mask: Array, beams: int, *,
         filter: Filter | SharedFilter | None = None,
     ) -> Recommendations:  # fmt: skip
-        """The ``beams`` best items for prompts [B, S] (a decoder's padded on the left), best first. Prompts
-        are tensors, arrays or lists of equal length.
+        """The ``beams`` best items for prompts [B, S], padded anywhere, best first. Prompts are tensors,
+        arrays or lists of equal length.
 
         ``filter`` admits some of the items only, the same for all (ItemFilter) or each prompt's own
         (RequestFilter of B requests), as ``catalog.only`` and ``catalog.excluding`` return them;
@@ -173,7 +173,7 @@ class Decoder:
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None
     ) -> Recommendations:
         """The leaves that a search ends on, by the ids that the trie gives them."""
-        input_ids, attention_mask = trimmed(input_ids, attention_mask)
+        input_ids, attention_mask = trimmed(input_ids, attention_mask, causal=self.causal)
         self.check_places(attention_mask)
         if self.graphs is None:
             return self._search(input_ids, attention_mask, beams, filter)
@@ -212,7 +212,7 @@ class Decoder:
                 allowed = filter.select(torch.tensor([row]))
             leaves = leaf_filter(allowed, self.catalog, self.trie)
             floor = found.scores[own, -1].to(self.model.device) - 2 * MARGIN
-            prompt = trimmed(input_ids[own], attention_mask[own])
+            prompt = trimmed(input_ids[own], attention_mask[own], causal=self.causal)
             better = with_members(self._search(*prompt, budget, leaves, floor), self.catalog, allowed, budget)
             better = better.top(top)
             for kept, new in zip(found.parts(), better.padded(top).parts(), strict=True):

@@ -124,6 +124,8 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     own: Any = model.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     settings = GenerationConfig(**{name: getattr(own, name) for name in names})
+    if settings.decoder_start_token_id is None:
+        settings.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
     owners: list[Any] = [model]
     if hasattr(model, "get_base_model"):  # PEFT's wrapper hands its own to the model below
         owners.append(model.get_base_model())

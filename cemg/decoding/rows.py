@@ -201,11 +201,11 @@ class ByLength:
 
 def start_token(model: PreTrainedModel) -> int:
     """The token that an encoder-decoder starts with under ``generate()``."""
-    generation: Any = model.generation_config
+    generation: Any = getattr(model, "generation_config", None)
     for token in (
-        generation.decoder_start_token_id,
+        getattr(generation, "decoder_start_token_id", None),
         getattr(model.config, "decoder_start_token_id", None),
-        generation.bos_token_id,
+        getattr(generation, "bos_token_id", None),
     ):
         if token is not None:
             return int(token)

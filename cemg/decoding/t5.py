@@ -31,6 +31,7 @@ from cemg.decoding.layers import (
     padding_of,
 )
 from cemg.decoding.plain import unwrapped, weight_of
+from cemg.decoding.rows import start_token
 from cemg_kernels.ranges import named_range
 
 CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
@@ -66,7 +67,7 @@ class T5Plan:
         source = unwrapped(model, CLASSES)
         config = source.config
         self.dtype, self.device = source.dtype, source.device
-        self.heads, self.start_token = config.num_heads, config.decoder_start_token_id
+        self.heads, self.start_token = config.num_heads, start_token(source)
         self.encoder_embedding = weight_of(source.encoder.embed_tokens)
         self.embedding = weight_of(source.decoder.embed_tokens)  # the same tensor, some adapters aside
         self.encoder = [self._encoder_layer(block) for block in source.encoder.block]

@@ -16,7 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from cemg.decoding.beams import left_padded
 from cemg.decoding.engine import Normalize, Recommendations, check_fit
+from cemg.decoding.eval_mode import evaluating
 from cemg.decoding.members import with_members
 from cemg.decoding.processor import plain_generation
 from cemg.errors import UserError
@@ -51,14 +53,17 @@ class TransformersDecoder:
     def _leaves(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
         """The leaves that ``generate`` ends on, by the ids that the trie gives them."""
         device = self.model.device
-        prompt = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
+        prompt = 1  # the decoder's start
+        if not self.model.config.is_encoder_decoder:
+            input_ids, attention_mask = left_padded(input_ids, attention_mask)
+            prompt = input_ids.shape[1]
         settings = GenerationConfig(
             do_sample=False, num_beams=beams, num_return_sequences=beams, early_stopping=False,
             max_new_tokens=self.catalog.levels, min_new_tokens=self.catalog.levels, output_scores=True,
             renormalize_logits=self.normalize == "valid", return_dict_in_generate=True,
             output_logits=beams == 1, **({} if beams == 1 else {"length_penalty": 0.0}),
         )  # fmt: skip
-        with self.lock, plain_generation(self.model):
+        with self.lock, plain_generation(self.model), evaluating(self.model):
             out: Any = cast(Any, self.model).generate(
                 input_ids=input_ids.to(device), attention_mask=attention_mask.to(device),
                 generation_config=settings, logits_processor=self._processors(prompt, beams),

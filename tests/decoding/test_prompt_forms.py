@@ -1,0 +1,138 @@
+"""Prompts padded on either side or with gaps, and the decoder's start token: one answer on every path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BartConfig, BartForConditionalGeneration
+
+from cemg.decoding import Decoder, TransformersDecoder, score_all
+from cemg.decoding.beams import left_padded
+from cemg.errors import UserError
+
+from .conftest import START, VOCABULARY, Bench, random_catalog
+from .test_fast_paths import SHAPES, build
+
+BACKENDS = ["native", "torch", "reference", "transformers"]
+CAUSAL = ["gpt2", "llama, as many key heads"]
+FORMS = ("left", "right", "mixed", "gaps")
+
+
+def decoder_of(backend: str, made: Bench) -> Any:
+    if backend == "transformers":
+        return TransformersDecoder(made.model, made.catalog, START)
+    return Decoder(made.model, made.catalog, START, backend=backend)
+
+
+def in_form(form: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts padded on the left, in another form; padding holds a token that must not be read."""
+    rows = [own[held.bool()] for own, held in zip(ids, mask, strict=True)]
+    width = ids.shape[1] + 3
+    placed, there = torch.full((len(rows), width), START + 7), torch.zeros(len(rows), width, dtype=mask.dtype)
+    for row, tokens in enumerate(rows):
+        place = torch.arange(len(tokens))
+        if form == "left" or (form == "mixed" and row % 2):
+            place += width - len(tokens)
+        elif form == "gaps":
+            place = place + torch.linspace(0, 2, len(tokens)).long()
+        placed[row, place], there[row, place] = tokens, 1
+    return placed, there
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", CAUSAL)
+def test_a_decoder_only_model_answers_alike_wherever_padding_is(shape, backend, form, same_lists):
+    made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
+    ids, mask = made.prompts([7, 2, 5])
+    expected = Decoder(made.model, made.catalog, START).decode(ids, mask, 20)
+    same_lists(decoder_of(backend, made).decode(*in_form(form, ids, mask), 20), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:3])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_exact_searches_take_the_same_forms(form, backend, same_lists):
+    made = Bench(build(*SHAPES["gpt2"]), random_catalog(60, 1))
+    ids, mask = made.prompts([7, 2, 5])
+    decoder, moved = decoder_of(backend, made), in_form(form, ids, mask)
+    same_lists(decoder.decode_exact(*moved, 5, 6), decoder.decode_exact(ids, mask, 5, 6))
+    torch.testing.assert_close(score_all(decoder, *moved), score_all(decoder, ids, mask), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["left", "right", "mixed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_encoder_answers_alike_wherever_padding_is(backend, form, same_lists):
+    """A T5's positions are relative; a gap would be a distance, on every path the same."""
+    made = Bench(build(*SHAPES["t5 tied"]), random_catalog(60, 1))
+    ids, mask = made.prompts([7, 2, 5])
+    expected = Decoder(made.model, made.catalog, START).decode(ids, mask, 20)
+    same_lists(decoder_of(backend, made).decode(*in_form(form, ids, mask), 20), expected)
+
+
+def test_a_gap_in_an_encoders_prompt_is_the_same_distance_on_every_path(same_lists):
+    made = Bench(build(*SHAPES["t5 tied"]), random_catalog(60, 1))
+    ids, mask = in_form("gaps", *made.prompts([7, 2, 5]))
+    found = [decoder_of(backend, made).decode(ids, mask, 20) for backend in BACKENDS]
+    for each in found[:-1]:
+        same_lists(each, found[-1])
+
+
+def test_an_encoder_with_absolute_positions_reads_tokens_where_they_are(same_lists):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}  # fmt: skip
+    model = BartForConditionalGeneration(
+        BartConfig(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+                   decoder_start_token_id=2, forced_eos_token_id=None, init_std=0.2, **sizes)
+    ).eval()  # fmt: skip
+    made = Bench(model, random_catalog(60, 1))
+    for form in ("left", "right"):
+        prompts = in_form(form, *made.prompts([7, 2, 5]))
+        same_lists(
+            decoder_of("reference", made).decode(*prompts, 20),
+            decoder_of("transformers", made).decode(*prompts, 20),
+        )
+
+
+def test_tokens_keep_their_order_and_prompts_that_fit_are_not_copied():
+    ids = torch.tensor([[5, 6, 0, 7], [0, 0, 8, 9]])
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1]])
+    moved, there = left_padded(ids, mask)
+    assert moved.tolist() == [[0, 5, 6, 7], [0, 0, 8, 9]] and there.tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
+    again, same = left_padded(moved, there)
+    assert again is moved and same is there
+
+
+def test_padding_on_the_right_takes_no_places():
+    made = Bench(build("GPT2", SHAPES["gpt2"][1] | {"n_positions": 10}), random_catalog(60, 1))
+    ids, mask = (F.pad(part, (0, 7)) for part in made.prompts([8]))
+    for backend in BACKENDS[:3]:
+        assert (decoder_of(backend, made).decode(ids, mask, 5).items >= 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_start_token_is_that_of_generate(backend, same_lists):
+    """transformers 5 writes it to ``generation_config``; a configuration alone may have it too."""
+    made = Bench(build(*SHAPES["t5 tied"]), random_catalog(60, 1))
+    prompts = made.prompts([5, 3])
+    with_two = decoder_of(backend, made).decode(*prompts, 20)
+    for own, generation in ((None, 2), (2, None), (5, 2)):
+        made.model.config.decoder_start_token_id = own
+        made.model.generation_config.decoder_start_token_id = generation
+        same_lists(decoder_of(backend, made).decode(*prompts, 20), with_two)
+    made.model.generation_config.decoder_start_token_id = 5
+    other = decoder_of(backend, made).decode(*prompts, 20)
+    assert (other.scores - with_two.scores).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("backend", [None, "native", "torch", "reference"])
+def test_a_model_without_a_start_token_is_refused(backend):
+    model = build(*SHAPES["t5 tied"])
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id = config.bos_token_id = None
+    with pytest.raises(UserError, match="decoder_start_token_id"):
+        Decoder(model, random_catalog(60, 1), START, backend=backend)
