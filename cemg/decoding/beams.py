@@ -151,19 +151,22 @@ def token_count(mask: Tensor) -> int | None:
     return int((mask != 0).sum()) if mask.device.type == "cpu" else None
 
 
-def trimmed(input_ids: Tensor, attention_mask: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+def trimmed(
+    input_ids: Tensor, attention_mask: Tensor, *, causal: bool, relative: bool = True
+) -> tuple[Tensor, Tensor]:
     """Prompts [B, S] as every path reads them, without the columns that hold no token.
 
     ``causal``: prompts of a decoder-only model, padded on the left; padding behind or between tokens is moved
-    there, so that the answer does not depend on it. An encoder reads tokens where they are. On a GPU, which
-    would have to be waited for, no column is cut off.
+    there, so that the answer does not depend on it. An encoder reads tokens where they are; unless its
+    positions are ``relative``, the columns before all tokens stay. On a GPU, which would have to be waited
+    for, no column is cut off.
     """
     if causal:
         input_ids, attention_mask = left_padded(input_ids, attention_mask)
     if attention_mask.device.type != "cpu":
         return input_ids, attention_mask
     used = attention_mask.any(0).nonzero()
-    held = slice(int(used[0]) if causal else 0, int(used[-1]) + 1)
+    held = slice(int(used[0]) if causal or relative else 0, int(used[-1]) + 1)
     return input_ids[:, held], attention_mask[:, held]
 
 

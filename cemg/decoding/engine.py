@@ -173,7 +173,7 @@ class Decoder:
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None
     ) -> Recommendations:
         """The leaves that a search ends on, by the ids that the trie gives them."""
-        input_ids, attention_mask = trimmed(input_ids, attention_mask, causal=self.causal)
+        input_ids, attention_mask = self.trimmed(input_ids, attention_mask)
         self.check_places(attention_mask)
         if self.graphs is None:
             return self._search(input_ids, attention_mask, beams, filter)
@@ -212,12 +212,17 @@ class Decoder:
                 allowed = filter.select(torch.tensor([row]))
             leaves = leaf_filter(allowed, self.catalog, self.trie)
             floor = found.scores[own, -1].to(self.model.device) - 2 * MARGIN
-            prompt = trimmed(input_ids[own], attention_mask[own], causal=self.causal)
+            prompt = self.trimmed(input_ids[own], attention_mask[own])
             better = with_members(self._search(*prompt, budget, leaves, floor), self.catalog, allowed, budget)
             better = better.top(top)
             for kept, new in zip(found.parts(), better.padded(top).parts(), strict=True):
                 kept[row] = new[0]
         return found
+
+    def trimmed(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts [B, S] as the plan reads them, without needless padding."""
+        relative = isinstance(self.plan, (NativePlan, T5Plan))
+        return trimmed(input_ids, attention_mask, causal=self.causal, relative=relative)
 
     def check_places(self, mask: Tensor) -> None:
         """UserError where a step in PyTorch would feed a token behind the learned positions. The C++ looks at

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cemg.decoding.beams import check_prompts, token_count, trimmed
+from cemg.decoding.beams import check_prompts, token_count
 from cemg.decoding.engine import Decoder
 from cemg.decoding.generic import GenericPlan
 from cemg.decoding.layers import Logits, Stepper
@@ -64,7 +64,7 @@ def score_all(
     scores = torch.empty(len(input_ids), len(codes), device=trie.device)
     for begin in range(0, len(input_ids), users):
         group = torch.arange(begin, min(begin + users, len(input_ids)))
-        ids, mask = trimmed(input_ids[group], attention_mask[group], causal=decoder.causal)
+        ids, mask = decoder.trimmed(input_ids[group], attention_mask[group])
         prompts = ids.to(trie.device), mask.to(trie.device)
         chunks = codes.split(max(1, rows // len(group)))
         parts = list(_score_runs(decoder, prompts, token_count(mask), chunks))
