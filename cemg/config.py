@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cemg import settings
+from cemg.artifacts import check_file, digest, read_text
 from cemg.data.readers import ColumnNames, check_encoding
-from cemg.errors import UserError
+from cemg.errors import DamagedError, UserError
 from cemg.features import ImageConfig, TextConfig
 from cemg.generator import BackboneConfig, GeneratorConfig
 from cemg.graph import GraphConfig
@@ -22,6 +24,9 @@ from cemg_kernels.trie_softmax import Normalize
 
 MAX_YAML = 100_000  # characters of a configuration, and values in it
 WITHOUT = ("collab", "image", "text", "llm")
+SIGNATURE = re.compile(
+    r"# cemg-train wrote these settings: sha256 ([0-9a-f]{64}), generator ([0-9a-f]{64}|none)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +179,23 @@ class RunConfig:
         return dataclasses.replace(self, **parts)
 
 
+def config_text(config: RunConfig, *, generator: str | None = None) -> str:
+    """The settings of a run as a YAML file, signed in its first line.
+
+    ``generator`` is the key of the generator that was trained with them, once there is one.
+    """
+    tree = config.to_dict()
+    sha = digest([_parse(yaml.safe_dump(tree)), generator])
+    head = f"# cemg-train wrote these settings: sha256 {sha}, generator {generator or 'none'}\n"
+    return head + yaml.safe_dump(tree, sort_keys=False)
+
+
+def generator_of(path: Path) -> str | None:
+    """The key of the generator that belongs to a run's settings; None where the file does not tell."""
+    match = SIGNATURE.match(read_text(path))
+    return match[2] if match and match[2] != "none" else None
+
+
 def load_config(
     path: Path | None,
     overrides: Sequence[str] = (),
@@ -181,14 +203,16 @@ def load_config(
     data_path: str = "",
     preset: str = "",
     source: Mapping[str, Any] | None = None,
+    own: bool = False,
     **top: Any,
 ) -> RunConfig:
     """Defaults, then the preset, then a YAML file, then ``top`` (values of RunConfig), ``data_path`` and
-    ``source`` (values of DataConfig), then ``section.name=value`` strings.
+    ``source`` (values of DataConfig), then ``section.name=value`` strings. ``own``: the file is a run's,
+    where no section may be missing.
 
     Raises UserError naming the file or the override, the field and what it should have been.
     """
-    tree = _read(path) if path is not None else {}
+    tree = _read(path, own=own) if path is not None else {}
     tree = settings.merged(settings.preset(preset), tree) if preset else tree
     tree |= {name: value for name, value in top.items() if value is not None}
     given = dict(source or {}) | ({"path": data_path} if data_path else {})
@@ -210,7 +234,8 @@ def load_config(
         ) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *, own: bool) -> dict[str, Any]:
+    check_file(path, fix="restore it from a copy" if own else "name a file that exists")
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_YAML + 1)
@@ -218,12 +243,28 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text", cause=str(error)) from error
+        raise DamagedError(f"{path} is not UTF-8 text", cause=str(error)) from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML", cause=_first_line(error)) from error
+        raise DamagedError(f"{path} is not valid YAML", cause=_first_line(error)) from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold sections such as `generator:`, got {type(tree).__name__}")
+        raise DamagedError(f"{path} must hold sections such as `generator:`, got {type(tree).__name__}")
+    _check_signature(path, text, tree, own=own)
     return {name: part for name, part in tree.items() if part is not None}  # an empty section: its defaults
+
+
+def _check_signature(path: Path, text: str, tree: dict[str, Any], *, own: bool) -> None:
+    """Settings that ``config_text`` wrote are unchanged; a run's own that somebody wrote are complete."""
+    match = SIGNATURE.match(text)
+    if match and digest([tree, None if match[2] == "none" else match[2]]) != match[1]:
+        raise DamagedError(
+            f"{path} was changed after cemg-train had written it",
+            cause="its settings do not have the sha256 in its first line",
+            fix="restore it from a copy; or, if the change is yours, delete the first line",
+        )
+    missing = [field.name for field in dataclasses.fields(RunConfig) if field.name not in tree]
+    if own and not match and missing:
+        raise DamagedError(f"{path} is damaged", cause=f"{missing[0]} is missing in it",
+                           fix="restore it from a copy")  # fmt: skip
 
 
 def _parse(text: str) -> Any:
@@ -238,7 +279,7 @@ def _parse(text: str) -> Any:
         return None if node is None else loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
-    except ValueError as error:  # such as a date in month 13, or an integer of 5,000 digits
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # of numbers and dates
         raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()

@@ -16,3 +16,7 @@ class UserError(ValueError):
             f"  {name + ':':<6} {text}" for name, text in (("cause", self.cause), ("fix", self.fix)) if text
         ]
         return [self.message, *extra]
+
+
+class DamagedError(UserError):
+    """A file is missing, or its content is not what was written: what it belongs to has to be built again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -11,18 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from cemg import files
-from cemg.config import DataConfig, RunConfig, load_config
+from cemg.artifacts import digest, read_json, read_tensors
+from cemg.config import DataConfig, RunConfig, config_text, generator_of, load_config
 from cemg.data import Dataset, read_dataset, synthetic_dataset
 from cemg.data.readers import ColumnNames
 from cemg.decoding import Decoder, TransformersDecoder, VllmDecoder
-from cemg.errors import UserError
+from cemg.errors import DamagedError, UserError
 from cemg.evaluation import Rank, evaluate, seeded_sample
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
 from cemg.generator import (
@@ -35,11 +35,14 @@ from cemg.generator import (
     weights_of,
 )
 from cemg.graph import train_lightgcn
+from cemg.manifest import Manifest, read_clock, remedy, verify, write_clock
 from cemg.progress import console
-from cemg.run import Run, digest
-from cemg.tokenizer import MODALITIES, Catalog, Tokenizer, make_unique, train_tokenizer
+from cemg.run import Run
+from cemg.tokenizer import CONTENT, MODALITIES, Catalog, Tokenizer, make_unique, read_items, train_tokenizer
 from cemg_kernels import RequestFilter
 
+ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
+REMOVED = "removed.json"  # there too: ids of items that are not recommended
 CONFIG, PENDING = "config.yaml", ".config.next.yaml"  # of what a run holds; of what it is being made into
 
 
@@ -73,22 +76,35 @@ class Pipeline:
     """All stages of one run. ``train`` makes or reuses each; the properties read what is there."""
 
     def __init__(
-        self, run: Run, config: RunConfig, *, device: str = "cpu", cache: Path | None = None
-    ) -> None:
+        self, run: Run, config: RunConfig, *, device: str = "cpu", cache: Path | None = None,
+        verify: bool = True,
+    ) -> None:  # fmt: skip
         self.run, self.asked, self.config, self.device = run, config, config.seeded(), device
+        self.verify = verify
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
         if torch.device(device).type == "cuda" and torch.device(device).index is not None:
             torch.cuda.set_device(device)  # kernels, and accelerate, take the current one
 
     @classmethod
-    def open(cls, folder: Path, *, device: str = "cpu") -> Pipeline:
-        """The pipeline of a run that ``cemg-train`` wrote, with the configuration that made it."""
+    def open(cls, folder: Path, *, device: str = "cpu", verify: bool = True) -> Pipeline:
+        """The pipeline of a run that ``cemg-train`` wrote, with the configuration that made it.
+
+        Each file is compared with its hash where it is opened; ``verify`` False reads it as it is.
+        Raises UserError where the run is not finished, and where its parts are damaged or of other runs.
+        """
         path = folder / CONFIG
-        if not path.is_file():
+        if not path.exists() and not path.is_symlink():
             why = "its training has not ended" if (folder / PENDING).is_file() else f"it has no {CONFIG}"
             raise UserError(f"{folder} is no run: {why}", fix=f"cemg-train --run {folder}")
-        Run(folder).check_whole()
-        return cls(Run(folder), load_config(path), device=device)
+        config, generator = load_config(path, own=True), generator_of(path)
+        if verify:
+            Run(folder).check_whole()
+            if generator not in (None, Manifest.read(folder / "generator").key):
+                cause = f"{path} names another generator than {folder / 'generator'}"
+                raise DamagedError(
+                    f"{path} belongs to another run", cause=cause, fix=remedy(folder / "generator")
+                )
+        return cls(Run(folder), config, device=device, verify=verify)
 
     def train(self) -> None:
         """Data, features, graph, tokenizer, catalog, generator, in this order.
@@ -98,7 +114,7 @@ class Pipeline:
         """
         self.data()
         pending, own = (self.run.folder / name for name in (PENDING, CONFIG))
-        files.write_text(pending, yaml.safe_dump(self.asked.to_dict(), sort_keys=False))
+        files.write_text(pending, config_text(self.asked))
         try:
             self.features()
             self.graph()
@@ -109,7 +125,8 @@ class Pipeline:
             if own.is_file():
                 pending.unlink()  # a mistake is nothing to go on with
             raise
-        pending.replace(own)
+        files.write_text(own, config_text(self.asked, generator=self.run.keys["generator"]))
+        pending.unlink()
 
     # ---- stages
 
@@ -228,8 +245,8 @@ class Pipeline:
         files.save_tensors(tensors, folder / "items.safetensors")
 
     def _build_catalog(self, folder: Path) -> None:
-        items = load_file(self.run.path("tokenizer") / "items.safetensors")
-        codebooks = Tokenizer.load(self.run.path("tokenizer")).model.codebooks.detach()
+        items = read_items(self.file("tokenizer", "items.safetensors"))
+        codebooks = self.load_tokenizer().model.codebooks.detach()
         unique = make_unique(items["codes"], items["z"], codebooks, method=self.config.tokenizer.unique)
         Catalog.from_codes(unique.codes, self.config.tokenizer.codebook_size, self.load_data().item_ids).save(
             folder
@@ -245,7 +262,12 @@ class Pipeline:
         )  # fmt: skip
 
     def _build_generator(self, folder: Path) -> None:
-        if not (folder / "seconds.json").is_file():  # which is written last
+        try:
+            trained = read_clock(folder) is not None
+        except DamagedError as error:
+            console.print(f"generator: trained again, for {error.message}", highlight=False, soft_wrap=True)
+            trained = False
+        if not trained:
             self._train_generator(folder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # five times the weights
 
@@ -255,7 +277,7 @@ class Pipeline:
         torch.manual_seed(self.config.seed)
         model, vocabulary = self._backbone(catalog)
         if self.config.backbone.codebook_init:
-            codebooks = Tokenizer.load(self.run.path("tokenizer")).model.codebooks.detach()
+            codebooks = self.load_tokenizer().model.codebooks.detach()
             start_from_codebooks(model, vocabulary, codebooks)
         prompter = self.prompter(model, vocabulary, catalog)
         split = data.split()
@@ -274,7 +296,7 @@ class Pipeline:
             progress = train_generator(
                 model, vocabulary, prompter, split.train, catalog.trie, validate=validate,
                 config=self.config.generator, folder=folder / "checkpoints", device=self.device,
-                dtype=self.config.dtype, log=log,
+                dtype=self.config.dtype, log=log, identity=self.run.keys.get("generator", ""),
             )  # fmt: skip
         files.save_tensors(weights_of(model), folder / "weights.safetensors")
         files.write_json(folder / "vocabulary.json", vocabulary.to_dict())
@@ -284,40 +306,84 @@ class Pipeline:
             "validation_ndcg10": progress.best,
         }
         files.write_json(folder / "training.json", best)
-        files.write_json(folder / "seconds.json", progress.seconds)
+        write_clock(folder, progress.seconds)
 
     # ---- what is there
 
+    def file(self, stage: str, name: str) -> Path:
+        """The path of a file of a finished stage, verified unless the pipeline was opened otherwise.
+
+        Raises DamagedError where the file, or the stage's manifest, is missing or not what was written.
+        """
+        folder = self.run.path(stage)
+        if self.verify:
+            verify(folder, (name,))
+        return folder / name
+
+    def has_file(self, stage: str, name: str) -> bool:
+        """Whether a stage was written with a file of that name. DamagedError where it came there since."""
+        there = os.path.lexists(self.run.path(stage) / name)
+        if not self.verify:
+            return there
+        listed = name in Manifest.read(self.run.path(stage)).files
+        return bool(self.file(stage, name)) if there or listed else False
+
     def load_data(self) -> Dataset:
+        for name in Dataset.FILES:
+            self.file("data", name)
         return Dataset.load(self.run.path("data"))
 
     def load_features(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Raw e_v, e_t, e_c after PCA and LightGCN, and which items have them, by modality."""
-        tensors = load_file(self.run.path("features") / "features.safetensors")
-        tensors |= load_file(self.run.path("graph") / "graph.safetensors")
+        tensors: dict[str, Tensor] = {}
+        for stage, names in (("features", CONTENT), ("graph", ("collab",))):
+            spec: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {}
+            for name in names:
+                spec |= {name: (torch.float32, ("N", name)), f"{name}_present": (torch.bool, ("N",))}
+            tensors |= read_tensors(self.file(stage, f"{stage}.safetensors"), spec)
         return {k: tensors[k] for k in MODALITIES}, {k: tensors[f"{k}_present"] for k in MODALITIES}
 
     def load_catalog(self) -> Catalog:
+        for name in Catalog.FILES:
+            self.file("catalog", name)
         return Catalog.load(self.run.path("catalog"))
+
+    def added_titles(self) -> dict[str, str]:
+        """Titles of the items that were added to the catalog, by item id."""
+        if not self.has_file("catalog", ADDED_TITLES):
+            return {}
+        return read_json(self.file("catalog", ADDED_TITLES), dict[str, str])
+
+    def removed_items(self) -> list[str | int]:
+        """Ids of the items that ``cemg-catalog remove`` took out."""
+        if not self.has_file("catalog", REMOVED):
+            return []
+        return read_json(self.file("catalog", REMOVED), list[str | int])
+
+    def load_tokenizer(self) -> Tokenizer:
+        for name in Tokenizer.FILES:
+            self.file("tokenizer", name)
+        return Tokenizer.load(self.run.path("tokenizer"))
 
     def load_generator(self) -> tuple[PreTrainedModel, Vocabulary]:
         """The trained model on the device, float32, in evaluation mode; UserError for another catalog's."""
-        path = self.run.path("generator") / "weights.safetensors"
-        if not path.is_file():
+        if not self.run.path("generator").is_dir():
             raise UserError(
                 f"{self.run.folder} holds no trained generator", fix=f"cemg-train --run {self.run.folder}"
             )
+        path = self.file("generator", "weights.safetensors")
         catalog = self.load_catalog()
         self._check_catalog(catalog)
         torch.manual_seed(self.config.seed)
         model, vocabulary = self._backbone(catalog)
+        self._check_vocabulary(vocabulary)
         load_weights(model, path)
         model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps torch's own
         return model.eval(), vocabulary
 
     def _check_catalog(self, catalog: Catalog) -> None:
-        trained = json.loads((self.run.path("generator") / "vocabulary.json").read_text())
-        shape = trained["levels"], trained["codebook_size"]
+        trained = read_json(self.file("generator", "vocabulary.json"), Vocabulary)
+        shape = trained.levels, trained.codebook_size
         if shape != (catalog.levels, catalog.codebook_size):
             raise UserError(
                 "this catalog does not belong to the generator",
@@ -325,6 +391,15 @@ class Pipeline:
                 f"{self.run.path('catalog')} has {catalog.levels} levels of {catalog.codebook_size}",
                 fix=f"train a generator on that catalog: cemg-train --run {self.run.folder}",
             )
+
+    def _check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        path = self.file("generator", "vocabulary.json")
+        trained = read_json(path, Vocabulary)
+        if trained != vocabulary:
+            raise DamagedError(
+                f"{path} belongs to another generator", cause=f"it is {trained}, not {vocabulary}",
+                fix=remedy(self.run.path("generator")),
+            )  # fmt: skip
 
     def ranker(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +21,6 @@ from cemg.pipeline import Pipeline, make_decoder
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
 from cemg_kernels import ItemFilter, RequestFilter, Trie
 
-ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
-REMOVED = "removed.json"  # there too: ids of items that are not recommended
-
 
 class Recommender:
     """``Recommender.from_run(folder).recommend([["12", "7", "105"]], top=10)``."""
@@ -39,7 +35,7 @@ class Recommender:
                 "a run's catalog has one item per semantic ID, this one shares them",
                 fix="use Decoder, which serves such catalogs",
             )
-        self.removed: list[str | int] = read_removed(pipeline.run.path("catalog"))
+        self.removed: list[str | int] = pipeline.removed_items()
         model, vocabulary = pipeline.load_generator()
         self.prompter = pipeline.prompter(model, vocabulary, self.catalog)
         normalize = normalize or pipeline.config.decoding.normalize
@@ -47,15 +43,18 @@ class Recommender:
 
     @classmethod
     def from_run(
-        cls, folder: Path | str, device: str = "cpu", normalize: Normalize | None = None, engine: str = "cemg"
-    ) -> Recommender:
+        cls, folder: Path | str, device: str = "cpu", normalize: Normalize | None = None,
+        engine: str = "cemg", *, verify: bool = True,
+    ) -> Recommender:  # fmt: skip
         """Open what ``cemg-train`` wrote. ``engine`` is "cemg", "transformers", the yardstick, or "vllm".
 
-        ``normalize`` None is the run's own.
+        ``normalize`` None is the run's own. ``verify`` False skips the comparison of each file with its hash.
 
         Raises UserError where a part of the run is missing, or vLLM, or a model that vLLM cannot serve.
         """
-        return cls(Pipeline.open(Path(folder), device=device), normalize=normalize, engine=engine)
+        return cls(
+            Pipeline.open(Path(folder), device=device, verify=verify), normalize=normalize, engine=engine
+        )
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write model, token map and catalog, without removed items, to a folder that needs no run.
@@ -182,8 +181,7 @@ class Recommender:
         known: dict[int | str, str] = dict(
             zip(self.catalog.item_ids, self.pipeline.load_data().titles, strict=False)
         )
-        added = self.pipeline.run.path("catalog") / ADDED_TITLES
-        return known | (json.loads(added.read_text()) if added.is_file() else {})
+        return known | self.pipeline.added_titles()
 
     def item_ids(self, found: Recommendations) -> list[list[int | str | None]]:
         """Item ids [B][top] of recommendations; None where there were fewer items."""
@@ -196,8 +194,7 @@ class Recommender:
         """
         if len(texts) != len(images):
             raise UserError(f"{len(texts)} texts for {len(images)} images")
-        folder = self.pipeline.run.path("tokenizer")
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = self.pipeline.load_tokenizer()
         items = tokenizer.features(*self._content(tokenizer, texts, images))
         if not bool(items.present.any(1).all()):
             bare = torch.nonzero(~items.present.any(1)).flatten()[0].item()
@@ -219,9 +216,10 @@ class Recommender:
         values = {k: torch.zeros(len(texts), w) for k, w in widths.items()}
         present = {k: torch.zeros(len(texts), dtype=torch.bool) for k in widths}
         for name in CONTENT:
-            path = self.pipeline.run.path("features") / f"pca_{name}.safetensors"
-            if name in raw and path.is_file():
-                values[name] = PCA.load(path).transform(raw[name].values, raw[name].present)
+            projection = f"pca_{name}.safetensors"
+            if name in raw and self.pipeline.has_file("features", projection):
+                pca = PCA.load(self.pipeline.file("features", projection))
+                values[name] = pca.transform(raw[name].values, raw[name].present)
                 present[name] = raw[name].present
         return values, present
 
@@ -264,20 +262,6 @@ def as_histories(given: Any) -> list[list[Any]]:
             fix='one history is ["12", "7"], two are [["12", "7"], ["3"]]',
         )
     return [one.tolist() if isinstance(one, np.ndarray | Tensor) else list(one) for one in items]
-
-
-def read_removed(catalog: Path) -> list[str | int]:
-    """Ids of the items that ``cemg-catalog remove`` took out. UserError where the file is damaged."""
-    path = catalog / REMOVED
-    if not path.is_file():
-        return []
-    try:
-        removed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read", cause=str(error)) from error
-    if not isinstance(removed, list) or not all(isinstance(item, str | int) for item in removed):
-        raise UserError(f"{path} must hold a list of item ids")
-    return removed
 
 
 def allowed_items(

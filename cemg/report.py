@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
+from pydantic import FiniteFloat
 from torch import Tensor
 
 from cemg import files
-from cemg.errors import UserError
-from cemg.evaluation import result_markdown
-from cemg.tokenizer import CONTENT, MODALITIES, Catalog
+from cemg.artifacts import parse_json, read_bytes, read_json
+from cemg.errors import DamagedError, UserError
+from cemg.evaluation import result_markdown, results_of
+from cemg.manifest import Manifest, stages_of, verify
+from cemg.tokenizer import CONTENT, MODALITIES, Catalog, read_items
 
 TSNE_ITEMS = 2000  # t-SNE of more items takes minutes and shows no more
 LOSSES = {  # title of a plot: its stage, and how the names it shows begin
@@ -59,31 +61,42 @@ def write_report(run: Path) -> Path:
 def _or_missing(draw: Callable[[Path, Path], str], run: Path, folder: Path) -> str:
     try:
         return draw(run, folder)
-    except FileNotFoundError as error:
-        return f"Left out: {Path(str(error.filename)).relative_to(run)} is missing."
     except UserError as error:  # a drawing must not fail the run that it is made of
         return "Left out: " + " ".join(str(error).replace(str(run), "RUN").split())
 
 
 def _results(run: Path, folder: Path) -> str:
-    paths = sorted((run / "results").glob("*-test.json"))
-    return result_markdown(paths) if paths else "No test has been run: `cemg-eval --run RUN`."
+    paths, wrong = results_of(run / "results", "*-test.json", generator=_generator_key(run))
+    said = [f"Left out: {what.replace(str(run), 'RUN')}." for what in wrong]
+    if paths:
+        said.insert(0, result_markdown(paths))
+    return "\n\n".join(said) or "No test has been run: `cemg-eval --run RUN`."
+
+
+def _generator_key(run: Path) -> str:
+    return Manifest.read(run / "generator").key if (run / "generator").exists() else ""
 
 
 def _stages(run: Path, folder: Path) -> str:
-    manifests = sorted(run.glob("*/manifest.json"))
+    manifests = stages_of(run)
     if not manifests:
         return "Left out: no stage is finished."
-    rows = [
-        f"| {path.parent.name} | {json.loads(path.read_text()).get('seconds', '')} |" for path in manifests
-    ]
+    rows = [f"| {name} | {manifest.seconds} |" for name, manifest in manifests.items()]
     return "\n".join(["| stage | seconds |", "|---|---:|", *rows])
 
 
 def _uniqueness(run: Path, folder: Path) -> str:
-    facts = json.loads((run / "catalog" / "uniqueness.json").read_text())
+    facts = read_json(_file(run, "catalog", "uniqueness.json"), dict[str, int | float])
     rows = [f"| {name.replace('_', ' ')} | {_number(value)} |" for name, value in facts.items()]
     return "\n".join(["| codes | |", "|---|---:|", *rows])
+
+
+def _file(run: Path, stage: str, name: str) -> Path:
+    """The path of a file of a finished stage, verified."""
+    if not (run / stage).is_dir():
+        raise DamagedError(f"{run / stage} is missing")
+    verify(run / stage, (name,))
+    return run / stage / name
 
 
 def _number(value: float) -> str:
@@ -91,9 +104,16 @@ def _number(value: float) -> str:
 
 
 def _losses(run: Path, folder: Path) -> str:
-    logs = {stage: _log_of(run, stage) for stage, _ in LOSSES.values()}
+    logs, said = {}, []
+    for stage in dict.fromkeys(stage for stage, _ in LOSSES.values()):
+        try:
+            logs[stage] = _log_of(run, stage)
+        except UserError as error:
+            logs[stage] = []
+            said.append(f"Left out: {error.message.replace(str(run), 'RUN')}.")
+        else:
+            said += [] if logs[stage] else [f"Left out: {stage}/log.jsonl is missing or empty."]
     shown = [title for title, (stage, names) in LOSSES.items() if _curves(logs[stage], names)]
-    said = [f"Left out: {stage}/log.jsonl is missing or empty." for stage, log in logs.items() if not log]
     if shown:
         figure, axes = _figure(len(shown))
         for axis, title in zip(axes, shown, strict=True):
@@ -108,8 +128,10 @@ def _losses(run: Path, folder: Path) -> str:
 
 def _log_of(run: Path, stage: str) -> list[dict[str, float]]:
     """The log of a stage, or of one that is still under way; empty where there is none."""
-    paths = (run / stage / "log.jsonl", run / f".{stage}.part" / "log.jsonl")
-    return next((read_log(path) for path in paths if path.is_file()), [])
+    if (run / stage).is_dir():
+        return read_log(_file(run, stage, "log.jsonl"))
+    path = run / f".{stage}.part" / "log.jsonl"
+    return read_log(path) if path.is_file() else []
 
 
 def _curves(log: list[dict[str, float]], beginnings: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
@@ -127,6 +149,8 @@ def _plot(axis: Any, curves: dict[str, list[tuple[float, float]]]) -> None:
 
 
 def _codebooks(run: Path, folder: Path) -> str:
+    for name in Catalog.FILES:
+        _file(run, "catalog", name)
     catalog = Catalog.load(run / "catalog")
     figure, axes = _figure(catalog.levels)
     for level, axis in enumerate(axes):
@@ -198,20 +222,19 @@ def fusion_facts(attention: Tensor, present: Tensor) -> dict[str, Any]:
 
 
 def _items(run: Path) -> dict[str, Tensor]:
-    path = run / "tokenizer" / "items.safetensors"
-    path.stat()  # load_file's own error does not carry the name
-    return load_file(path)
+    return read_items(_file(run, "tokenizer", "items.safetensors"))
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """Rows of a ``log.jsonl``; a line torn by a killed run is passed over, a step logged twice kept once."""
     rows: dict[tuple[float, tuple[str, ...]], dict[str, float]] = {}
-    for line in path.read_text().splitlines():
+    for line in read_bytes(path).splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line, dict[str, FiniteFloat], name=str(path))
+        except DamagedError:
             continue
-        rows[(row["step"], tuple(sorted(row)))] = row
+        if "step" in row:
+            rows[(row["step"], tuple(sorted(row)))] = row
     return sorted(rows.values(), key=lambda row: row["step"])
 
 

@@ -1,13 +1,12 @@
 """A run is a folder, a stage a folder in it: written under a temporary name, renamed when whole (DESIGN §8).
 
-A stage whose key (its config and its inputs' keys) has not changed is reused; everything else is made anew.
+A stage whose key (its config and its inputs' keys) has not changed is reused if its files are those that
+were written and its inputs those that it was made of; everything else is made anew.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -17,17 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-import transformers
-from safetensors import safe_open
-
 import cemg
 from cemg import files
-from cemg.errors import UserError
+from cemg.artifacts import check_signature, digest, read_json, signed
+from cemg.errors import DamagedError, UserError
+from cemg.manifest import KEY, MANIFEST, Manifest, check_origin, describe, read_clock, stages_of, verify
 from cemg.progress import console
 from cemg_kernels.ranges import named_range
-
-MANIFEST, KEY = "manifest.json", "key.json"
 
 
 class Run:
@@ -58,33 +53,47 @@ class Run:
         )
         self.keys[name] = key
         done, doing = self.path(name), self.folder / f".{name}.part"
-        if _key_of(done / MANIFEST) == key:
+        if self._stands(done, key):
             console.print(f"{name}: reused", highlight=False)
         else:
-            if _key_of(doing / MANIFEST) != key:  # else all but the renaming was done when it was killed
+            if not self._stands(doing, key):  # else all but the renaming was done when it was killed
                 with named_range(f"stage: {name}"):
                     self._build(name, key, config, build, inputs)
             self._place(name)
-        self.seconds[name] = json.loads((done / MANIFEST).read_text())["seconds"]
+        self.seconds[name] = Manifest.read(done).seconds
         return done
+
+    def _stands(self, folder: Path, key: str) -> bool:
+        """Whether the stage in ``folder`` is the one of ``key``, whole, and made of the inputs of now.
+
+        A damaged one is built anew, and a line says so.
+        """
+        if not (folder / MANIFEST).exists() and (files.hidden(folder) or not folder.exists()):
+            return False
+        try:
+            manifest = verify(folder)
+        except DamagedError as error:
+            why = f"{error.message} ({error.cause})" if error.cause else error.message
+            console.print(f"{folder.name}: built anew, for {why}", highlight=False, soft_wrap=True)
+            return False
+        return manifest.key == key and check_origin(self.folder, manifest) is None
 
     def _build(
         self, name: str, key: str, config: Mapping[str, Any], build: Callable[[Path], None],
         inputs: tuple[str, ...],
     ) -> None:  # fmt: skip
         doing = self.folder / f".{name}.part"
-        if _key_of(doing / KEY) != key:
+        if _key_of(doing) != key:
             shutil.rmtree(doing, ignore_errors=True)
             doing.mkdir(parents=True)
-            files.write_json(doing / KEY, {"key": key})
+            files.write_json(doing / KEY, signed({"key": key}))
         console.print(f"{name}: started", highlight=False)
         started = time.monotonic()
         build(doing)
-        clock = doing / "seconds.json"  # of training that was interrupted before
-        before = json.loads(clock.read_text()) if clock.is_file() else 0.0
+        before = read_clock(doing) or 0.0  # of training that was interrupted before
         seconds = round(max(time.monotonic() - started, before), 2)
-        own = {name: self.keys[name] for name in inputs}
-        manifest = {"key": key, "inputs": own, "seconds": seconds, **_contents(doing), "config": dict(config)}
+        made_of = {name: Manifest.read(self.path(name)) for name in inputs}
+        manifest = describe(doing, key=key, config=config, seconds=seconds, made_of=made_of)
         files.write_json(doing / MANIFEST, manifest)
         console.print(f"{name}: done in {seconds:.1f} s", highlight=False)
 
@@ -100,14 +109,14 @@ class Run:
 
     def check_whole(self) -> None:
         """UserError where a stage was made of another one than stands there: a training has not ended."""
-        for manifest in sorted(self.folder.glob(f"*/{MANIFEST}")):
-            for name, key in json.loads(manifest.read_text()).get("inputs", {}).items():
-                if _key_of(self.path(name) / MANIFEST) != key:
-                    raise UserError(
-                        f"{self.folder} is between two trainings",
-                        cause=f"its {manifest.parent.name} was not made of the {name} that is there now",
-                        fix=f"cemg-train --run {self.folder} goes on",
-                    )
+        for stage, manifest in stages_of(self.folder).items():
+            name = check_origin(self.folder, manifest)
+            if name is not None:
+                raise UserError(
+                    f"{self.folder} is between two trainings",
+                    cause=f"its {stage} was not made of the {name} that is there now",
+                    fix=f"cemg-train --run {self.folder} goes on",
+                )
 
     def locked(self) -> AbstractContextManager[None]:
         """Refuses a second command on the same folder while the first one lives."""
@@ -141,30 +150,16 @@ class _Lock(AbstractContextManager[None]):
         self.file.close()
 
 
-def digest(value: object) -> str:
-    """sha256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _key_of(path: Path) -> str | None:
-    try:
-        return json.loads(path.read_text())["key"]
-    except (OSError, ValueError, KeyError, TypeError):
+def _key_of(doing: Path) -> str | None:
+    """The key of the stage that is under way in ``doing``; None where there is none, or none can be read."""
+    path = doing / KEY
+    if not doing.is_dir():
         return None
-
-
-def _contents(folder: Path) -> dict[str, Any]:
-    """Hashes of a folder's files, shapes of its tensors, and the versions that made them."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != KEY)
-    hashes = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    shapes: dict[str, list[int]] = {}
-    for path in files:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                shapes |= {f"{path.name}:{k}": list(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-    versions = {
-        "cemg": cemg.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    return {"files": hashes, "shapes": shapes, "versions": versions}
+    try:
+        record = read_json(path, dict[str, str])
+        check_signature(record, name=str(path))
+        return record.get("key")
+    except DamagedError as error:
+        if path.exists():
+            console.print(f"{error.message}: its stage starts from the beginning", highlight=False)
+        return None

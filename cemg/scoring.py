@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -23,6 +22,7 @@ from cemg.evaluation.lists import read_lists
 from cemg.evaluation.results import EXCLUDED
 from cemg.evaluation.search import Search, certificate_study, engine_study, exact_study
 from cemg.generator import Vocabulary
+from cemg.manifest import Manifest, stages_of
 from cemg.pipeline import Pipeline
 from cemg.progress import console
 from cemg.run import Run
@@ -160,12 +160,11 @@ def _write(
         hardware=hardware(pipeline.device),
         seconds=sum((seconds or {}).values()),
         evaluation=scored,
-        further=further or {},
+        further={**(further or {}), "generator_key": Manifest.read(pipeline.run.path("generator")).key},
     )
     return path
 
 
 def stage_seconds(run: Run) -> dict[str, float]:
     """Wall seconds of each finished stage, from its manifest."""
-    manifests = {p.parent.name: json.loads(p.read_text()) for p in sorted(run.folder.glob("*/manifest.json"))}
-    return {name: manifest["seconds"] for name, manifest in manifests.items() if "seconds" in manifest}
+    return {name: manifest.seconds for name, manifest in stages_of(run.folder).items()}

@@ -113,7 +113,7 @@ def test_a_file_that_is_no_configuration_is_refused_by_its_name(tmp_path, conten
     with pytest.raises(UserError, match=said) as error:
         load_config(path)
     assert str(path) in error.value.message
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="is missing"):
         load_config(tmp_path / "absent.yaml")
 
 

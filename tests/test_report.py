@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cemg.manifest import describe
 from cemg.report import fusion_facts, read_log, write_report
 from cemg.tokenizer import Catalog
 
@@ -31,7 +32,15 @@ def run(tmp_path: Path) -> Path:
         (tmp_path / stage).mkdir(exist_ok=True)
         lines = [json.dumps({"step": step, key: 1.0 / (step + 1)}) for step in range(5)]
         (tmp_path / stage / "log.jsonl").write_text("\n".join(lines))
+    for stage in ("graph", "tokenizer", "catalog", "generator"):
+        finish(tmp_path / stage)
     return tmp_path
+
+
+def finish(stage: Path, *, seconds: float = 1.0) -> None:
+    """Write the manifest of a stage's files as they are."""
+    about = describe(stage, key="0" * 64, config={}, seconds=seconds, made_of={})
+    (stage / "manifest.json").write_text(json.dumps(about))
 
 
 def test_a_whole_run_gets_every_picture_and_a_page_that_names_them(run: Path) -> None:
@@ -46,14 +55,14 @@ def test_a_whole_run_gets_every_picture_and_a_page_that_names_them(run: Path) ->
 def test_a_missing_stage_is_named_and_the_rest_is_drawn(run: Path) -> None:
     (run / "tokenizer" / "items.safetensors").unlink()
     folder = write_report(run)
-    assert "Left out: tokenizer/items.safetensors is missing." in (folder / "report.md").read_text()
+    assert "Left out: RUN/tokenizer/items.safetensors is missing" in (folder / "report.md").read_text()
     assert (folder / "codebooks.png").is_file() and not (folder / "tsne.png").exists()
 
 
 def test_a_stage_without_a_log_is_named_and_the_other_curves_are_drawn(run: Path) -> None:
     (run / "generator" / "log.jsonl").unlink()
     page = (write_report(run) / "report.md").read_text()
-    assert "Left out: generator/log.jsonl is missing or empty." in page
+    assert "Left out: RUN/generator/log.jsonl is missing." in page
     assert "![losses.png](losses.png)" in page and "graph/log.jsonl" not in page
 
 
@@ -66,7 +75,7 @@ def test_an_empty_run_gets_a_report_that_leaves_everything_out(tmp_path: Path) -
     folder = write_report(tmp_path)
     page = (folder / "report.md").read_text()
     assert [path.name for path in folder.iterdir()] == ["report.md"]
-    assert "no stage is finished" in page and "catalog/uniqueness.json is missing" in page
+    assert "no stage is finished" in page and "RUN/catalog is missing" in page
     assert page.count("log.jsonl is missing or empty") == 3  # graph, tokenizer, generator
     assert str(tmp_path) not in page
 
@@ -87,7 +96,7 @@ def test_results_and_stage_seconds_stand_in_tables(run: Path) -> None:
     record = {"dataset": "d", "split": {"users": 5, "items": N}, "metrics": {"HR@10": 0.25}}
     record["metrics_history_removed"] = {"HR@10": 0.5}
     (run / "results" / "d-cemg-test.json").write_text(json.dumps(record))
-    (run / "graph" / "manifest.json").write_text(json.dumps({"seconds": 12.34}))
+    finish(run / "graph", seconds=12.34)
     page = (write_report(run) / "report.md").read_text()
     assert "| graph | 12.34 |" in page
     assert "| d-cemg-test | 0.2500 |" in page and "| - history removed from the list | 0.5000 |" in page
@@ -104,6 +113,7 @@ def test_a_latent_of_one_dimension_is_drawn_too(run: Path) -> None:
     path = run / "tokenizer" / "items.safetensors"
     items = load_file(path)
     save_file(items | {"z": items["z"][:, :1].contiguous()}, path)
+    finish(path.parent)
     assert (write_report(run) / "tsne.png").is_file()
 
 

@@ -5,20 +5,21 @@ B users, L positions, D embedding, N items, P valid positions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from pydantic import ConfigDict, PositiveInt
 from torch import Tensor, nn
 
 from cemg import files
+from cemg.artifacts import STRICT, check_signature, file_digest, read_json, read_tensors, signed
 from cemg.baselines.sequences import pad_histories
-from cemg.errors import UserError
+from cemg.errors import DamagedError, UserError
 
 LOSSES = ("ce", "bce")
 COUNTS = ("dim", "blocks", "heads", "inner", "max_length", "batch_size", "epochs", "patience", "valid_users")
@@ -160,15 +161,36 @@ class SasrecRanker:
         """``sasrec.safetensors`` and ``sasrec.json``."""
         files.save_tensors(self.model.state_dict(), folder / "sasrec.safetensors")
         about = {"num_items": self.model.items.num_embeddings, "config": asdict(self.config)}
-        files.write_json(folder / "sasrec.json", about)
+        about["weights_sha256"] = file_digest(folder / "sasrec.safetensors")
+        files.write_json(folder / "sasrec.json", signed(about))
 
     @classmethod
     def load(cls, folder: Path) -> SasrecRanker:
-        """Read what ``save`` wrote; UserError where it is not there."""
-        if not (folder / "sasrec.json").is_file():
+        """Read what ``save`` wrote; UserError where it is missing or damaged."""
+        path, weights = folder / "sasrec.json", folder / "sasrec.safetensors"
+        if not path.exists():
             raise UserError(f"{folder} holds no SASRec", fix="train one: python -m cemg.baselines")
-        about = json.loads((folder / "sasrec.json").read_text())
-        config = SasrecConfig(**about["config"])
-        model = Sasrec(about["num_items"], config)
-        model.load_state_dict(load_file(folder / "sasrec.safetensors"))
-        return cls(model.eval(), config)
+        fix = "restore it from a copy, or train again: python -m cemg.baselines"
+        record = read_json(path, dict[str, Any], fix=fix)
+        about = read_json(path, _About, fix=fix)
+        if about.sha256 is not None or about.weights_sha256 is not None:
+            check_signature(record, name=str(path), fix=fix)
+            if file_digest(weights, fix=fix) != about.weights_sha256:
+                cause = "its bytes do not have the sha256 that they were written with"
+                raise DamagedError(f"{weights} is damaged", cause=cause, fix=fix)
+        model = Sasrec(about.num_items, about.config)
+        spec = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+        model.load_state_dict(read_tensors(weights, spec, fix=fix))
+        return cls(model.eval(), about.config)
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """``sasrec.json``; earlier versions wrote no digests."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    num_items: PositiveInt
+    config: SasrecConfig
+    weights_sha256: str | None = None
+    sha256: str | None = None

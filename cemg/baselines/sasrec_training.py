@@ -11,19 +11,20 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from cemg import files
+from cemg.artifacts import parse_json, read_tensor_file, tensors_digest
 from cemg.baselines.cross_entropy import linear_cross_entropy
 from cemg.baselines.sasrec import PRODUCTS, Sasrec, SasrecConfig, SasrecRanker
 from cemg.baselines.sequences import Batch, num_batches, training_batches
 from cemg.data.dataset import Dataset, Split
-from cemg.errors import UserError
+from cemg.errors import DamagedError, UserError
 from cemg.evaluation import evaluate, seeded_sample
 from cemg.progress import console
 
@@ -169,19 +170,30 @@ class _Run:
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
         counters = {k: getattr(self, k) for k in ("epoch", "stale", "best_score", "log", "identity")}
-        files.save_tensors(tensors, _checkpoint_file(folder), metadata={"run": json.dumps(counters)})
+        state, kept = json.dumps(counters), {k: v.cpu().contiguous() for k, v in tensors.items()}
+        about = {"run": state, "sha256": tensors_digest(kept, state)}
+        files.save_tensors(kept, _checkpoint_file(folder), metadata=about)
 
     def resume(self, folder: Path) -> None:
-        """Go on from the folder's checkpoint; where there is none, from the start."""
+        """Go on from the folder's checkpoint; where there is none, from the start.
+
+        Raises UserError where it is damaged, or of another config or split.
+        """
         path = _checkpoint_file(folder)
-        if not path.is_file():
+        if not path.exists() and not path.is_symlink():
             return
-        with safe_open(path, framework="pt", device=str(self.model.items.weight.device)) as file:
-            counters = json.loads(file.metadata()["run"])
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - the file is no mapping
-        _refuse_other_run(path, counters.pop("identity"), self.identity)
+        fix = f"delete {path} and run the same command again: the training starts from the beginning"
+        tensors, about = read_tensor_file(path, finite=False, fix=fix)
+        state = about.get("run", "")
+        if tensors_digest(tensors, state) != about.get("sha256"):
+            cause = "its tensors do not have the sha256 that they were written with"
+            raise DamagedError(f"{path} is damaged", cause=cause, fix=fix)
+        counters = parse_json(state, dict[str, Any], name=f"the state in {path}", fix=fix)
+        _refuse_other_run(path, counters.pop("identity", {}), self.identity)
         for name, value in counters.items():
             setattr(self, name, value)
+        device = self.model.items.weight.device
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.model.load_state_dict(_below(tensors, "model."))
         self.best = _below(tensors, "best.")
         self.optimizer.load_state_dict(_optimizer_state(self.optimizer, _below(tensors, "optimizer.")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,14 +30,20 @@ def _about(version: command.VersionOption = False) -> None: ...
 def show(
     run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
     item: Annotated[str, typer.Option(help="One item id.")],
+    no_verify: command.NoVerifyOption = False,
 ) -> None:
     """Print the semantic ID of an item.
 
     Example: cemg-catalog show --run runs/beauty --item 12
     """
     from cemg.generator import symbol
+    from cemg.manifest import verify
+    from cemg.run import Run
     from cemg.tokenizer import Catalog
 
+    if not no_verify:
+        Run(run).check_whole()
+        verify(run / "catalog", Catalog.FILES)
     catalog = Catalog.load(run / "catalog")
     codes = catalog.codes[catalog.rows_of([item])[0]].tolist()
     print(" ".join(symbol(level, code) for level, code in enumerate(codes)))
@@ -58,6 +63,7 @@ def add(
     images: ImagesOption = None,
     separator: SeparatorOption = "",
     encoding: EncodingOption = "",
+    no_verify: command.NoVerifyOption = False,
 ) -> None:
     """Give new items semantic IDs through the frozen features and tokenizer; existing IDs never change.
 
@@ -70,9 +76,9 @@ def add(
     from cemg.run import Run
 
     table = _read(items, columns, separator=separator, encoding=encoding, pictures=images is not None)
-    Pipeline.open(run)  # before a typing error becomes a folder with a lock
+    Pipeline.open(run, verify=not no_verify)  # before a typing error becomes a folder with a lock
     with Run(run).locked():
-        recommender = Recommender.from_run(run)
+        recommender = Recommender.from_run(run, verify=not no_verify)
         known = set(recommender.catalog.item_ids)
         twice = next((i for i in table["item"] if i in known), None)
         if twice is not None:
@@ -81,7 +87,9 @@ def add(
         for note in (*notes, *_alike(table["item"], known, items)):
             console.print(f"note: {note}", highlight=False)
         codes = recommender.encode_items(table["text"].to_list(), pictures)
-        _replace(run / "catalog", recommender.catalog.extended(codes, table["item"].to_list()), table)
+        titles = recommender.pipeline.added_titles()
+        titles |= {i: t for i, t in zip(table["item"], table["title"], strict=True) if t}
+        _replace(run / "catalog", recommender.catalog.extended(codes, table["item"].to_list()), titles)
     for name, row in zip(table["item"], codes.tolist(), strict=True):
         print(name, " ".join(symbol(level, code) for level, code in enumerate(row)))
     console.print(f"{len(table)} items added, {len(known) + len(table)} in the catalog", highlight=False)
@@ -144,21 +152,21 @@ def _alike(added: pl.Series, known: set[str], path: Path) -> list[str]:
     return [f"{path.name}: {new!r} is a new item, though the catalog has {old!r} ({forms.height:,} such ids)"]
 
 
-def _replace(folder: Path, catalog: Catalog, added: pl.DataFrame) -> None:
-    """Write the larger catalog beside the old one and swap; its manifest stays: the run is unchanged.
+def _replace(folder: Path, catalog: Catalog, titles: dict[str, str]) -> None:
+    """Write the larger catalog beside the old one and swap; its key stays: the run is unchanged.
 
     Killed between the two renamings, the fresh one is what `Run.stage` takes for a stage to be placed.
     """
-    from cemg.recommender import ADDED_TITLES
+    from cemg.manifest import renew
+    from cemg.pipeline import ADDED_TITLES
 
     fresh, old = folder.with_name(".catalog.part"), folder.with_name(".catalog.old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(folder, fresh)
     catalog.save(fresh)
-    path = fresh / ADDED_TITLES
-    titles = json.loads(path.read_text()) if path.is_file() else {}
-    files.write_json(path, titles | {i: t for i, t in zip(added["item"], added["title"], strict=True) if t})
+    files.write_json(fresh / ADDED_TITLES, titles)
+    renew(fresh)
     folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old)

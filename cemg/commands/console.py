@@ -66,6 +66,9 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+NoVerifyOption = Annotated[
+    bool, typer.Option("--no-verify", help="Read the run's files without comparing them with their hashes.")
+]
 VersionOption = Annotated[
     bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +42,7 @@ def run_evaluation(
         ),
     ] = None,
     result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
+    no_verify: command.NoVerifyOption = False,
     version: command.VersionOption = False,
 ) -> None:
     """Test a trained run on the whole catalog, next to popularity.
@@ -51,7 +51,7 @@ def run_evaluation(
 
     Example: cemg-eval --run runs/beauty --beams 50
     """
-    from cemg.evaluation import CUTOFFS, result_table
+    from cemg.evaluation import CUTOFFS, read_result, result_table
     from cemg.evaluation.search_tables import search_tables
     from cemg.pipeline import Pipeline
     from cemg.scoring import score, score_file
@@ -73,7 +73,7 @@ def run_evaluation(
     command.check_device(device)
     if recommendations is not None and (exact or certified or compare or users is not None):
         raise UserError("--recommendations does not go with --users, --exact, --certified or --compare")
-    pipeline = Pipeline.open(run, device=device)
+    pipeline = Pipeline.open(run, device=device, verify=not no_verify)
     config = pipeline.config
     if recommendations is not None:
         paths = score_file(pipeline, config, recommendations, part=part, copy=result)
@@ -97,7 +97,7 @@ def run_evaluation(
     out = progress.plain_console()
     if width < max(CUTOFFS):
         progress.console.print(f"lists of {width} items: HR@k and NDCG@k of a larger k count these alone")
-    for table in (result_table(paths), *search_tables(json.loads(paths[-1].read_text()))):
+    for table in (result_table(paths), *search_tables(read_result(paths[-1]))):
         out.print(table)
 
 

@@ -58,6 +58,7 @@ def recommend(
     exact: Annotated[bool, typer.Option(help="Search on until the list is proven to be the top.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    no_verify: command.NoVerifyOption = False,
     version: command.VersionOption = False,
 ) -> None:
     """Recommend the next items after a history, a user's, or each of a file of histories.
@@ -78,8 +79,9 @@ def recommend(
     if histories and histories != STDIN and not histories.exists():
         raise UserError(f"{histories} does not exist")
     recommender = Recommender.from_run(
-        run, device=device, engine=engine, normalize=cast("Normalize | None", normalize)
-    )
+        run, device=device, engine=engine, normalize=cast("Normalize | None", normalize),
+        verify=not no_verify,
+    )  # fmt: skip
     command.warn_of_normalize(recommender.pipeline.config, normalize)
     options = {"top": top, "beams": max(beams, top), "exclude_history": exclude_history, "exact": exact}
     if histories:

@@ -6,19 +6,27 @@ U users, N items; an item is its row 0 … N-1, and keeps the identifier its sou
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
+from pydantic import ConfigDict
 
 from cemg import files
-from cemg.errors import UserError
+from cemg.artifacts import STRICT, check_signature, file_digest, read_json, read_parquet, signed
+from cemg.errors import DamagedError, UserError
 from cemg.progress import UNPRINTABLE
 
 FORMAT = 1  # of the prepared folder; raised when its files change meaning
+REMEDY = "prepare the data again: cemg-data prepare"
+TABLES = {  # name to columns
+    "users.parquet": {"user_id": pl.String},
+    "items.parquet": {"item_id": pl.String, "title": pl.String, "text": pl.String, "image": pl.String},
+    "interactions.parquet": {"user": pl.Int32, "item": pl.Int32},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,8 @@ class Dataset:
     hold None where an item has none: a missing modality is masked later, never made up.
     ``tie_rule`` says in words how interactions of equal time were ordered.
     """
+
+    FILES: ClassVar[tuple[str, ...]] = ("dataset.json", *TABLES)  # of a prepared folder
 
     name: str
     user_ids: list[str]
@@ -108,49 +118,76 @@ class Dataset:
             "synthetic": self.synthetic,
             "notes": self.notes,
         }
-        files.write_json(folder / "dataset.json", about)
+        about["files"] = {name: file_digest(folder / name) for name in TABLES}
+        files.write_json(folder / "dataset.json", signed(about))
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
         """Read a prepared folder; UserError names the file that is missing, damaged or of another format."""
-        for name in ("dataset.json", "interactions.parquet", "users.parquet", "items.parquet"):
-            if not (folder / name).is_file():
-                raise UserError(
-                    f"{folder / name} is missing", fix="prepare the data again: cemg-data prepare"
-                )
-        try:
-            return cls._load(folder)
-        except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{folder} holds no readable dataset", cause=str(error).splitlines()[0],
-                fix="prepare the data again: cemg-data prepare",
-            ) from error  # fmt: skip
-
-    @classmethod
-    def _load(cls, folder: Path) -> Dataset:
-        about = json.loads((folder / "dataset.json").read_text())
-        if about.get("format") != FORMAT:
-            raise UserError(
-                f"{folder}/dataset.json has format {about.get('format')}, this version reads {FORMAT}",
-                fix="prepare the data again: cemg-data prepare",
-            )
-        users = pl.read_parquet(folder / "users.parquet")["user_id"].to_list()
-        items = pl.read_parquet(folder / "items.parquet")
-        pairs = pl.read_parquet(folder / "interactions.parquet")
+        about = _read_about(folder / "dataset.json")
+        for name, sha in (about.files or {}).items():
+            if file_digest(folder / name, fix=REMEDY) != sha:
+                cause = "its bytes do not have the sha256 that they were written with"
+                raise DamagedError(f"{folder / name} is damaged", cause=cause, fix=REMEDY)
+        users, items, pairs = (read_parquet(folder / name, TABLES[name], fix=REMEDY) for name in TABLES)
+        _check_tables(folder, users, items, pairs)
         return cls(
-            name=about["name"],
-            user_ids=users,
+            name=about.name,
+            user_ids=users["user_id"].to_list(),
             item_ids=items["item_id"].to_list(),
             sequences=_unflatten(pairs["user"].to_numpy(), pairs["item"].to_numpy(), len(users)),
             titles=items["title"].to_list(),
             texts=items["text"].to_list(),
             images=[Path(p) if p else None for p in items["image"]],
-            tie_rule=about["tie_rule"],
-            synthetic=about["synthetic"],
-            notes=about["notes"],
+            tie_rule=about.tie_rule,
+            synthetic=about.synthetic,
+            notes=about.notes,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """``dataset.json``; ``files`` are the tables' sha256."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    format: int
+    name: str
+    tie_rule: str
+    synthetic: bool
+    notes: list[str]
+    files: dict[str, str] | None = None  # which earlier versions did not write, nor the digest
+    sha256: str | None = None
+
+
+def _read_about(path: Path) -> _About:
+    record = read_json(path, dict[str, Any], fix=REMEDY)
+    if record.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {str(record.get('format'))[:80]}, this version reads {FORMAT}", fix=REMEDY
+        )
+    about = read_json(path, _About, fix=REMEDY)
+    if about.files is not None or about.sha256 is not None:
+        check_signature(record, name=str(path), fix=REMEDY)
+    return about
+
+
+def _check_tables(folder: Path, users: pl.DataFrame, items: pl.DataFrame, pairs: pl.DataFrame) -> None:
+    """DamagedError for tables that do not belong together, or do not hold what every dataset has."""
+    problem = None
+    for name, ids in (("users.parquet", users["user_id"]), ("items.parquet", items["item_id"])):
+        if ids.null_count() or ids.is_duplicated().any():
+            problem = f"an id of {name} is missing or occurs twice"
+    if items["title"].null_count():
+        problem = "a title is missing"
+    if pairs["user"].null_count() or pairs["item"].null_count() or not pairs["user"].is_sorted():
+        problem = "interactions.parquet is not in the order of the users"
+    for column, count in (("user", len(users)), ("item", len(items))):
+        rows = pairs[column]
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < count):  # type: ignore[arg-type]
+            problem = f"interactions.parquet names a {column} that is not among the {count}"
+    if problem:
+        raise DamagedError(f"{folder} holds a damaged dataset", cause=problem, fix=REMEDY)
 
 
 @dataclass(frozen=True, slots=True)

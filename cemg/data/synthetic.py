@@ -19,6 +19,7 @@ import polars as pl
 from PIL import Image, ImageDraw
 
 from cemg import files
+from cemg.artifacts import read_parquet
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 
@@ -128,10 +129,8 @@ def synthetic_dataset(folder: Path, *, users: int = 1200, items: int = 400, seed
 
 def planted_clusters(folder: Path) -> pl.DataFrame:
     """The planted labels, a row per item: ``item``, ``visual``, ``textual``, ``collaborative``, all int32."""
-    if not (folder / "planted.parquet").is_file():
-        fix = f"draw the set: cemg-data synthetic {folder}"
-        raise UserError(f"{folder / 'planted.parquet'} is missing", fix=fix)
-    return pl.read_parquet(folder / "planted.parquet")
+    schema = {name: pl.Int32 for name in ("item", *KINDS)}
+    return read_parquet(folder / "planted.parquet", schema, fix=f"draw the set: cemg-data synthetic {folder}")
 
 
 def _following(likes: np.ndarray) -> np.ndarray:

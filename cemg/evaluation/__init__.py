@@ -14,7 +14,14 @@ from cemg.evaluation.metrics import (
 )
 from cemg.evaluation.paper import PrintedRow, printed_rows
 from cemg.evaluation.protocol import COLD, Evaluation, Rank, evaluate, evaluate_lists, seeded_sample
-from cemg.evaluation.results import hardware, result_markdown, result_table, write_result
+from cemg.evaluation.results import (
+    hardware,
+    read_result,
+    result_markdown,
+    result_table,
+    results_of,
+    write_result,
+)
 
 __all__ = [
     "COLD",
@@ -35,8 +42,10 @@ __all__ = [
     "ndcg",
     "printed_rows",
     "ranks_of_targets",
+    "read_result",
     "result_markdown",
     "result_table",
+    "results_of",
     "seeded_sample",
     "write_result",
 ]

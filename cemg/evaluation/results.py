@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict
 from rich import box
 from rich.table import Table
 from scipy.stats import t as student
 
 from cemg import files
-from cemg.errors import UserError
+from cemg.artifacts import check_signature, parse_json, read_bytes, signed
+from cemg.errors import DamagedError, UserError
 from cemg.evaluation.metrics import Metrics
 from cemg.evaluation.paper import printed_rows
 from cemg.evaluation.protocol import COLD, Evaluation
@@ -69,7 +70,7 @@ def write_result(
         **_figures(evaluation),
         **(further or {}),
     }
-    files.write_json(path, record)
+    files.write_json(path, signed(record | {"file": path.name}))
 
 
 def result_table(paths: Sequence[Path], *, paper: bool = True) -> Table:
@@ -105,7 +106,7 @@ class _Board:
 
 
 def _board(paths: Sequence[Path], paper: bool) -> _Board:
-    records = [_read(p) for p in paths]
+    records = [read_result(p) for p in paths]
     if not records:
         raise UserError("there is no result to put in a table", fix="name one result file or more")
     _refuse_mixed(paths, records)
@@ -172,17 +173,75 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing", fix="name a result file")
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON", cause=str(error)) from error
+@dataclass(frozen=True, slots=True)
+class _Cold:
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False)
+
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
+
+    users: int
+    items: int
+    subset: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """What a table shows of a result file; there is more in it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False)
+
+    dataset: str
+    split: _Split
+    metrics: dict[str, float]
+    metrics_history_removed: dict[str, float]
+    cold: _Cold | None = None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The record of a result file. Raises DamagedError where it is missing, altered or something else.
+
+    Files that earlier versions wrote have no digest to compare.
+    """
+    fix = "name a result file, or write it again: cemg-eval --run RUN"
+    content = read_bytes(path, fix=fix)
+    record = parse_json(content, dict[str, Any], name=str(path), fix=fix)
     for key in ("dataset", "split", "metrics", "metrics_history_removed"):
         if key not in record:
-            raise UserError(f"{path} is no result file", cause=f"it has no {key!r}")
+            raise DamagedError(f"{path} is not a result file", cause=f"it has no {key!r}", fix=fix)
+    parse_json(content, _Figures, name=str(path), fix=fix)
+    if record["metrics"].keys() != record["metrics_history_removed"].keys():
+        raise DamagedError(f"{path} is damaged", cause="its figures are of different metrics", fix=fix)
+    if "sha256" in record:
+        check_signature(record, name=str(path), fix=fix)
     return record
+
+
+def results_of(folder: Path, pattern: str, *, generator: str) -> tuple[list[Path], list[str]]:
+    """The result files of a run that belong to its generator, and what is wrong with the others.
+
+    ``generator`` is the key of the generator's manifest.
+    """
+    good, wrong = [], []
+    for path in sorted(folder.glob(pattern)):
+        if path.name.startswith("."):
+            continue
+        try:
+            record = read_result(path)
+        except UserError as error:
+            wrong.append(error.message)
+            continue
+        if record.get("file", path.name) != path.name:
+            wrong.append(f"{path} is a copy of {record['file']}")
+        elif record.get("generator_key", generator) != generator:
+            wrong.append(f"{path} was measured with another generator")
+        else:
+            good.append(path)
+    return good, wrong
 
 
 def _refuse_mixed(paths: Sequence[Path], records: list[dict[str, Any]]) -> None:

@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from cemg import files
-from cemg.errors import UserError
+from cemg.artifacts import file_digest, read_tensors
+from cemg.errors import DamagedError, UserError
 
 KEY_BYTES = 32
+SHARD = {"keys": (torch.uint8, ("n", KEY_BYTES)), "values": (torch.float32, ("n", "F"))}
 ABANDONED = 3600.0  # seconds after which no process is still writing a shard
 
 
@@ -96,14 +97,15 @@ def _write_shard(folder: Path, rows: Mapping[bytes, Tensor]) -> None:
 def _read_shard(path: Path) -> dict[bytes, Tensor]:
     """The rows of one shard; a shard that is not what was written is left out with a warning."""
     try:
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != path.stem:
-            raise ValueError("its bytes do not match its name")
-        shard = load(content)
-        keys, values = shard["keys"], shard["values"]
-        return {bytes(key.tolist()): value for key, value in zip(keys, values, strict=True)}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if file_digest(path) != path.stem:
+            raise DamagedError("its bytes do not match its name")
+        shard = read_tensors(
+            path, {"keys": (torch.uint8, ("n", KEY_BYTES)), "values": (torch.float32, ("n", "F"))}
+        )
+    except UserError as error:
         warnings.warn(
-            f"{path}: damaged cache shard ignored ({error}); its rows are computed again", stacklevel=2
+            f"{path}: damaged cache shard ignored ({error.message}); its rows are computed again",
+            stacklevel=2,
         )
         return {}
+    return {bytes(key.tolist()): value for key, value in zip(shard["keys"], shard["values"], strict=True)}

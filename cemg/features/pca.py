@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cemg import files
-from cemg.errors import UserError
+from cemg.artifacts import check_tensors, read_tensor_file
+from cemg.errors import DamagedError, UserError
 from cemg.features.encoding import Features
+
+SPEC = {
+    "mean": (torch.float64, ("F",)), "components": (torch.float64, ("D", "F")),
+    "variance": (torch.float64, ("D",)), "explained_variance_ratio": (torch.float64, ("D",)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +83,16 @@ class PCA:
     @classmethod
     def load(cls, path: str | Path) -> PCA:
         """Read what ``save`` wrote. Raises ``UserError`` on a file that is absent or something else."""
+        fix = "fit it again and save it"
         try:
-            with safe_open(path, framework="pt") as file:
-                names = ("mean", "components", "variance", "explained_variance_ratio")
-                mean, components, variance, ratio = (file.get_tensor(name) for name in names)
-                whiten = (file.metadata() or {})["whiten"] == "true"
-        except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(
-                f"{path}: not a saved PCA", cause=str(error), fix="fit it again and save it"
-            ) from error
-        return cls(mean, components, variance, ratio, whiten)
+            tensors, metadata = read_tensor_file(Path(path), fix=fix)
+            check_tensors(Path(path), tensors, SPEC, fix=fix)
+        except DamagedError as error:
+            cause = f"{error.message}: {error.cause}" if error.cause else error.message
+            raise DamagedError(f"{path}: not a saved PCA", cause=cause, fix=fix) from error
+        if metadata.get("whiten") not in ("true", "false"):
+            raise DamagedError(f"{path}: not a saved PCA", cause="it does not tell `whiten`", fix=fix)
+        return cls(**tensors, whiten=metadata["whiten"] == "true")
 
 
 def _check_rows(rows: Tensor, dim: int) -> None:

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from pydantic import ConfigDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from cemg import files
-from cemg.errors import UserError
+from cemg.artifacts import STRICT, parse_json, read_tensor_file, read_tensors, tensors_digest
+from cemg.errors import DamagedError, UserError
 from cemg.generator.prompts import IGNORED, Buckets, Collate, Prompter, Samples
 from cemg.generator.vocabulary import Vocabulary
 from cemg.progress import Log, bar, console
@@ -103,6 +104,9 @@ class Progress:
     best_epoch: int = -1
     stale: int = 0
     seconds: float = 0.0
+    best_sha256: str = ""  # of the weights of the best validation
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
 
 def train_generator(
@@ -118,11 +122,13 @@ def train_generator(
     device: str = "cpu",
     dtype: str = "float32",
     log: Log | None = None,
+    identity: str = "",
 ) -> Progress:
     """Train in place; at the end the model holds the weights of the best validation.
 
     ``train`` are users' item rows, ``trie`` the catalog's, ``validate`` gives NDCG@10. ``folder`` keeps the
-    checkpoints; a later call with the same arguments resumes there. Raises UserError where no position can be
+    checkpoints; a later call with the same arguments resumes there, or starts from the beginning where they
+    are damaged or of another ``identity``, and says so. Raises UserError where no position can be
     trained on, and where the device's memory runs out.
     """
     samples = prompter.samples(train, crop=config.crop, first_item=config.first_item, seed=config.seed)
@@ -132,8 +138,9 @@ def train_generator(
         )
     try:
         return _Training(
-            model, vocabulary, samples, trie, prompter.seq2seq, validate, config, folder, device, dtype, log
-        ).run()
+            model, vocabulary, samples, trie, prompter.seq2seq, validate, config, folder, device, dtype, log,
+            identity,
+        ).run()  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{device} ran out of memory with batches of {config.batch_size}",
@@ -146,9 +153,10 @@ class _Training:
     def __init__(
         self, model: PreTrainedModel, vocabulary: Vocabulary, samples: Samples, trie: Trie, seq2seq: bool,
         validate: Callable[[PreTrainedModel], float], config: GeneratorConfig, folder: Path, device: str,
-        dtype: str, log: Log | None,
+        dtype: str, log: Log | None, identity: str,
     ) -> None:  # fmt: skip
         self.config, self.folder, self.log, self.validate = config, folder, log, validate
+        self.identity = identity
         precision = {"float32": "no", "bfloat16": "bf16"}[dtype]
         AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier training's precision stays
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
@@ -179,10 +187,16 @@ class _Training:
                 self._epoch(started, advance)
                 self.state.seconds = time.monotonic() - started
                 self._close_epoch()
-        best = self.folder / "best.safetensors"
-        if best.is_file():
-            load_weights(self.plain, best)
+        if self.state.best_sha256:
+            self._take_best()
         return self.state
+
+    def _take_best(self) -> None:
+        path = self.folder / "best.safetensors"
+        tensors, about = self._read(path)
+        if about["sha256"] != self.state.best_sha256:
+            raise DamagedError(f"{path} holds the weights of another validation", fix=_restart(self.folder))
+        _assign(self.plain, tensors, path)
 
     def _epoch(self, started: float, advance: Callable[[int], None]) -> None:
         self.samples.epoch = self.state.epoch
@@ -258,7 +272,7 @@ class _Training:
         state = self.state
         if score > state.best:
             state.best, state.best_epoch, state.stale = score, state.epoch, 0
-            files.save_tensors(weights_of(self.plain), self.folder / "best.safetensors")
+            state.best_sha256 = self._write(weights_of(self.plain), self.folder / "best.safetensors")
         else:
             state.stale += 1
         if self.log is not None:
@@ -273,32 +287,59 @@ class _Training:
         tensors = {f"model.{k}": v for k, v in weights_of(self.plain).items()}
         for index, slot in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in slot.items()}
-        state = {name: getattr(self.state, name) for name in Progress.__slots__}
-        files.save_tensors(
-            tensors, self.folder / "checkpoint.safetensors", metadata={"state": json.dumps(state)}
-        )
+        self._write(tensors, self.folder / "checkpoint.safetensors", state=json.dumps(asdict(self.state)))
         self.saved_at = time.monotonic()
 
+    def _write(self, tensors: dict[str, Tensor], path: Path, *, state: str = "") -> str:
+        """Write tensors with the training's identity and the digest of it all, which is returned."""
+        kept = {k: v.cpu().contiguous() for k, v in tensors.items()}
+        sha = tensors_digest(kept, state + self.identity)
+        about = {"state": state, "identity": self.identity, "sha256": sha}
+        files.save_tensors(kept, path, metadata=about)
+        return sha
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and the metadata that ``_write`` wrote in this training."""
+        tensors, about = read_tensor_file(path, finite=False, fix=_restart(path.parent))
+        if about.get("identity") != self.identity:
+            raise DamagedError(f"{path} belongs to another training", fix=_restart(path.parent))
+        if tensors_digest(tensors, about.get("state", "") + self.identity) != about.get("sha256"):
+            cause = "its tensors do not have the sha256 that they were written with"
+            raise DamagedError(f"{path} is damaged", cause=cause, fix=_restart(path.parent))
+        return tensors, about
+
     def _resume(self) -> None:
+        """Continue from the checkpoint; from the beginning where there is none, or where it is damaged."""
         path = self.folder / "checkpoint.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
+        if not path.exists() and not path.is_symlink():
             return
-        with safe_open(path, framework="pt") as file:
-            self.state = Progress(**json.loads(file.metadata()["state"]))
-        tensors = load_file(path)
-        _assign(
-            self.plain, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        )
-        full = self.optimizer.state_dict()
+        try:
+            tensors, about = self._read(path)
+            state = parse_json(about.get("state", ""), Progress, name=f"the state in {path}")
+            if state.best_sha256:
+                self._read(self.folder / "best.safetensors")  # or a later one, which will be written again
+            self._restore(tensors, state)
+        except DamagedError as error:
+            why = f"{error.message} ({error.cause})" if error.cause else error.message
+            said = f"generator: {why}; the training starts from the beginning"
+            console.print(said, highlight=False, soft_wrap=True, markup=False)
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            return
+        console.print(f"generator: resumed at step {self.state.step} of {self.total}", highlight=False)
+
+    def _restore(self, tensors: dict[str, Tensor], state: Progress) -> None:
+        path = self.folder / "checkpoint.safetensors"
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".", 2)
                 slots.setdefault(int(index), {})[name] = value
-        full["state"] = slots
-        self.optimizer.load_state_dict(full)
-        console.print(f"generator: resumed at step {self.state.step} of {self.total}", highlight=False)
+        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        _assign(self.plain, weights, path)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+        self.state = state
 
 
 def valid_cross_entropy(logits: Tensor, labels: Tensor, trie: Trie, vocabulary: Vocabulary) -> Tensor:
@@ -338,28 +379,31 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 def load_weights(model: PreTrainedModel, path: Path) -> None:
     """Put what ``weights_of`` gave into a model of the same shape; UserError for a file that is damaged or of
     another model, and what differs."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read", cause=str(error), fix="restore it from a copy, or train again"
-        ) from error
-    _assign(model, tensors, path)
+    _assign(model, read_tensors(path), path)
 
 
 @torch.no_grad()
-def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], path: Path | str = "the checkpoint") -> None:
+def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], path: Path) -> None:
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
-        raise UserError(
+        raise DamagedError(
             f"{path} holds other weights than this model", cause=f"{len(odd)} differ, first {odd[0]}"
         )
     for name, parameter in own.items():
-        if parameter.shape != tensors[name].shape:
-            cause = f"{name} is {list(tensors[name].shape)} there and {list(parameter.shape)} here"
-            raise UserError(f"{path} holds weights of another shape", cause=cause)
+        there = tensors[name]
+        if parameter.shape != there.shape:
+            cause = f"{name} is {list(there.shape)} there and {list(parameter.shape)} here"
+            raise DamagedError(f"{path} holds weights of another shape", cause=cause)
+        if parameter.dtype != there.dtype:
+            cause = f"{name} is {there.dtype} there and {parameter.dtype} here"
+            raise DamagedError(f"{path} holds weights of another dtype", cause=cause)
+    for name, parameter in own.items():
         parameter.copy_(tensors[name])
+
+
+def _restart(folder: Path) -> str:
+    return f"delete {folder} and run the same command again: the training starts from the beginning"
 
 
 def _groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:

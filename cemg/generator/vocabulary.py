@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
+
+from cemg.artifacts import STRICT
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +18,8 @@ class Vocabulary:
 
     ``instruction`` holds text tokens that open each prompt of a pre-trained decoder.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     levels: int
     codebook_size: int

@@ -6,10 +6,10 @@ from cemg.tokenizer.fusion import CONTENT, MODALITIES, Fusion, ItemFeatures, Sca
 from cemg.tokenizer.rqvae import RQVAE, Losses, TokenizerConfig
 from cemg.tokenizer.shared import SharedFilter
 from cemg.tokenizer.tokens import CodeTokens, TokenMap
-from cemg.tokenizer.training import Tokenizer, train_tokenizer
+from cemg.tokenizer.training import Tokenizer, read_items, train_tokenizer
 
 __all__ = [
     "CONTENT", "MODALITIES", "RQVAE", "Catalog", "CodeTokens", "Fusion", "ItemFeatures", "Losses", "Scaling",
     "SharedFilter", "TokenMap", "Tokenizer", "TokenizerConfig", "Uniqueness", "make_unique", "place_new",
-    "train_tokenizer",
+    "read_items", "train_tokenizer",
 ]  # fmt: skip

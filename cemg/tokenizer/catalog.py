@@ -6,25 +6,46 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import ConfigDict
 from torch import Tensor
 
 from cemg import files
+from cemg.artifacts import STRICT, Shape, check_tensors, read_json, read_tensors
 from cemg.data.dataset import check_ids
-from cemg.errors import UserError
+from cemg.errors import DamagedError, UserError
 from cemg.tokenizer.shared import SharedFilter, SharedIds
 from cemg.tokenizer.tokens import CodeTokens, TokenMap
 from cemg_kernels import ItemFilter, RequestFilter, Trie
 from cemg_kernels.trie_arrays import MAX_CODEBOOK_SIZE
 
 REMEDY = "restore it from a copy, or delete the folder and build it again: cemg-train --run RUN"
+CODES: dict[str, tuple[torch.dtype, Shape]] = {"codes": (torch.int64, ("items", "levels"))}
+OPTIONAL: dict[str, tuple[torch.dtype, Shape]] = {
+    "tokens": (torch.int64, ("levels", "size")),
+    "counts": (torch.int64, ("items",)),
+}  # which only some catalogs have
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """``catalog.json``."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    format: Literal[1]
+    codebook_size: int
+    item_ids: list[int] | list[str]
+    sha256: str | None = None  # of all that is saved
+    codebook_sizes: list[int] | None = None
+    shared: bool = False
+    code_token_start: int | None = None
 
 
 class Catalog:
@@ -36,6 +57,8 @@ class Catalog:
     ids are strings they give catalog rows, and ``ids_of`` turns those into strings. Where ``shared`` is not
     None, leaves are numbers of semantic IDs, and ``shared`` says which items have each.
     """
+
+    FILES: ClassVar[tuple[str, ...]] = ("catalog.json", "catalog.safetensors")
 
     def __init__(
         self, codes: Tensor, codebook_size: int | Sequence[int], item_ids: list[int] | list[str], *,
@@ -283,20 +306,23 @@ class Catalog:
         """Read what ``save`` wrote, and check it again. Raises UserError where it is missing or damaged."""
         folder = Path(folder)
         try:
-            about = json.loads((folder / "catalog.json").read_text())
-            tensors = load_file(folder / "catalog.safetensors")
+            about = read_json(folder / "catalog.json", _About, fix=REMEDY)
+            tensors = read_tensors(folder / "catalog.safetensors", fix=REMEDY)
+            spec = {name: OPTIONAL[name] for name in tensors.keys() & OPTIONAL.keys()} | CODES
+            check_tensors(folder / "catalog.safetensors", tensors, spec, fix=REMEDY)
+            start = about.code_token_start
             catalog = cls.from_codes(
-                tensors["codes"], about.get("codebook_sizes", about["codebook_size"]), about["item_ids"],
-                tokens=about.get("code_token_start", tensors.get("tokens")),
-                shared=about.get("shared", False), counts=tensors.get("counts"),
+                tensors["codes"], about.codebook_sizes or about.codebook_size, about.item_ids,
+                tokens=tensors.get("tokens") if start is None else start,
+                shared=about.shared, counts=tensors.get("counts"),
             )  # fmt: skip
-            written = about.get("sha256", catalog.digest())
-        except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
-            cause = f"{error} is missing in it" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{folder} holds no readable catalog", cause=cause, fix=REMEDY) from error
+        except UserError as error:
+            cause = f"{error.message}: {error.cause}" if error.cause else error.message
+            raise DamagedError(f"{folder} holds no readable catalog", cause=cause, fix=REMEDY) from error
+        written = about.sha256 or catalog.digest()
         if written != catalog.digest():
             cause = "codes and item ids are not those that were saved together"
-            raise UserError(f"{folder} holds a damaged catalog", cause=cause, fix=REMEDY)
+            raise DamagedError(f"{folder} holds a damaged catalog", cause=cause, fix=REMEDY)
         return catalog
 
     def digest(self) -> str:

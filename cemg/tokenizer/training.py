@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import ConfigDict, PositiveFloat, PositiveInt
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 from cemg import files
-from cemg.errors import UserError
+from cemg.artifacts import STRICT, read_json, read_tensors
+from cemg.errors import DamagedError, UserError
 from cemg.progress import Log, track
 from cemg.tokenizer.fusion import MODALITIES, ItemFeatures, Scaling
 from cemg.tokenizer.rqvae import RQVAE, Losses, TokenizerConfig
 
+Modality = Literal["image", "text", "collab"]
 INIT_ROWS = 8192  # items that the k-means initialisation of a codebook looks at
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
     """A trained RQ-VAE and the scaling of its inputs. Frozen: the same item gives the same codes for good."""
+
+    FILES: ClassVar[tuple[str, ...]] = ("tokenizer.json", "tokenizer.safetensors")
 
     model: RQVAE
     scaling: dict[str, Scaling]
@@ -61,28 +63,53 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Read what ``save`` wrote; UserError where it is missing or damaged."""
-        if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"{folder} holds no tokenizer", fix="train one: cemg-train --run RUN")
+        fix = "train it again: cemg-train --run RUN"
+        if not (folder / "tokenizer.json").exists():
+            raise DamagedError(f"{folder} holds no tokenizer", fix=fix)
         try:
-            about = json.loads((folder / "tokenizer.json").read_text())
-            tensors = load_file(folder / "tokenizer.safetensors")
+            about = read_json(folder / "tokenizer.json", _About, fix=fix)
+            tensors = read_tensors(folder / "tokenizer.safetensors", fix=fix)
             return cls._restored(about, tensors)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"{folder} holds no readable tokenizer",
-                cause=str(error),
-                fix="delete the folder and train it again: cemg-train --run RUN",
-            ) from error
+        except DamagedError as error:
+            cause = f"{error.message}: {error.cause}" if error.cause else error.message
+            raise DamagedError(f"{folder} holds no readable tokenizer", cause=cause, fix=fix) from error
+        except (KeyError, RuntimeError, UserError) as error:  # of a model of another shape
+            cause = str(error).splitlines()[0]
+            raise DamagedError(f"{folder} holds no readable tokenizer", cause=cause, fix=fix) from error
 
     @classmethod
-    def _restored(cls, about: dict[str, Any], tensors: dict[str, Tensor]) -> Tokenizer:
-        about["config"]["hidden"] = tuple(about["config"]["hidden"])
-        model = RQVAE(about["widths"], config=TokenizerConfig(**about["config"]))
-        model.load_state_dict(
-            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        )
-        scaling = {k: Scaling(tensors[f"mean.{k}"], rms) for k, rms in about["rms"].items()}
-        return cls(model.eval(), scaling, tuple(about["without"]))
+    def _restored(cls, about: _About, tensors: dict[str, Tensor]) -> Tokenizer:
+        model = RQVAE(about.widths, config=about.config)
+        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        model.load_state_dict(weights)
+        scaling = {k: Scaling(tensors[f"mean.{k}"], rms) for k, rms in about.rms.items()}
+        for name, width in about.widths.items():
+            if scaling[name].mean.shape != (width,):
+                raise UserError(f"mean.{name} has the shape {list(scaling[name].mean.shape)}, not [{width}]")
+        return cls(model.eval(), scaling, about.without)
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """``tokenizer.json``."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    config: TokenizerConfig
+    widths: dict[Modality, PositiveInt]
+    rms: dict[Modality, PositiveFloat]
+    without: tuple[Modality, ...]
+
+
+ITEMS = {
+    "codes": (torch.int64, ("N", "M")), "z": (torch.float32, ("N", "Z")),
+    "attention": (torch.float32, ("N", 2)), "present": (torch.bool, ("N", len(MODALITIES))),
+}  # fmt: skip
+
+
+def read_items(path: Path) -> dict[str, Tensor]:
+    """``items.safetensors`` of a tokenizer's folder: codes, z, attention and presence of every item."""
+    return read_tensors(path, ITEMS)
 
 
 def train_tokenizer(

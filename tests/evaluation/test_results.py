@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from cemg.artifacts import signed
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 from cemg.evaluation import evaluate, hardware, printed_rows, result_markdown, result_table, write_result
@@ -82,7 +83,7 @@ def test_files_that_differ_in_the_seed_alone_are_one_row_with_an_interval(tmp_pa
         write(tmp_path / name, last=last)
     record = json.loads((tmp_path / "a-seed1.json").read_text())
     record["metrics"]["HR@5"] = 0.5
-    (tmp_path / "a-seed1.json").write_text(json.dumps(record))
+    (tmp_path / "a-seed1.json").write_text(json.dumps(signed(record)))
     text = result_markdown([tmp_path / name for name in names], paper=False)
     assert "| a (2 seeds) | 0.7500 ± 3.1766 | 1.0000 ± 0.0000 |" in text  # 12.706 · .35355 / √2
     assert "| b-seed0 | 1.0000 |" in text
@@ -110,7 +111,7 @@ def test_validation_figures_are_not_put_beside_test_figures(tmp_path: Path) -> N
         result_markdown([tmp_path / "one.json", tmp_path / "two.json"])
 
 
-@pytest.mark.parametrize("content, message", [("{", "is no JSON"), ("{}", "is no result file")])
+@pytest.mark.parametrize("content, message", [("{", "is not valid JSON"), ("{}", "is not a result file")])
 def test_another_file_is_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=f"x.json {message}"):

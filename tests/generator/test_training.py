@@ -275,7 +275,7 @@ def test_weights_of_another_model_are_refused_with_what_differs(tmp_path, change
     }
     assert error.value.cause == causes[change]
     (tmp_path / "weights.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"weights\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"weights\.safetensors is not a valid safetensors file"):
         load_weights(model, tmp_path / "weights.safetensors")
 
 

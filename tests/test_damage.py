@@ -1,0 +1,36 @@
+"""Damaged files of a run are refused or built again; none gives other results, a traceback or a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def count(tmp_path: Path, settings: list[str], *options: object) -> dict[str, int]:
+    """What the script counts, in a process of its own: it forks, which no thread survives."""
+    done = subprocess.run(
+        [sys.executable, "-m", "damaged", "--settings", json.dumps(settings), *map(str, options)],
+        cwd=Path(__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    print(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_sample_of_damages_to_a_finished_run_is_refused_or_harmless(tiny_run, tiny_settings, tmp_path):
+    found = count(tmp_path, tiny_settings, "--cases", 25, "--seed", 7, "--whole", tiny_run)
+    assert found["cases"] == 25 and found["refused"] > 5
+    assert not {"silent", "traceback", "crash"} & found.keys()
+
+
+@pytest.mark.slow
+def test_of_2600_damages_none_is_silent_and_none_ends_in_a_traceback(tiny_settings, tmp_path):
+    found = count(tmp_path, tiny_settings, "--cases", 2600, "--folder", tmp_path / "runs")
+    assert found["cases"] >= 2600 and found["refused"] > 1500
+    assert not {"silent", "traceback", "crash"} & found.keys()
