@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -20,8 +20,9 @@ from cemg.commands.histories import (
     parse_history,
     read_requests,
 )
+from cemg.commands.items import read_ids
 from cemg.errors import UserError
-from cemg.progress import plain_console, printable
+from cemg.progress import console, plain_console, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from cemg.data import Dataset
     from cemg.decoding import Normalize
     from cemg.recommender import Recommender
+    from cemg_kernels import ItemFilter
 
 app = command.command_line()
 
@@ -48,6 +50,18 @@ def recommend(
             "for stdin. Prints one JSON line for each; exit code 3 where one has an error.",
         ),
     ] = None,
+    everyone: Annotated[
+        Path | None,
+        typer.Option(
+            "--all",
+            metavar="OUT.parquet",
+            help="Write the lists of all users as a table.",
+        ),
+    ] = None,
+    part: Annotated[
+        str,
+        typer.Option(help="With --all: the histories before the test or valid item, for cemg-eval; or all."),
+    ] = "all",
     top: Annotated[int, typer.Option(help="How many items.")] = 10,
     beams: Annotated[int, typer.Option(help="Width of the beam search; --top at least.")] = 50,
     engine: Annotated[str, typer.Option(help="cemg; transformers, the yardstick; or vllm.")] = "cemg",
@@ -55,6 +69,10 @@ def recommend(
         str | None, typer.Option(help="vocab, level or valid; the run's own if not given.")
     ] = None,
     exclude_history: Annotated[bool, typer.Option(help="Leave out the items of the history.")] = False,
+    only: Annotated[
+        str, typer.Option(metavar="IDS|FILE", help="Recommend these items alone; a file has one id per line.")
+    ] = "",
+    exclude: Annotated[str, typer.Option(metavar="IDS|FILE", help="Never recommend these items.")] = "",
     exact: Annotated[bool, typer.Option(help="Search on until the list is proven to be the top.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -71,10 +89,11 @@ def recommend(
     command.check_normalize(normalize)
     if beams < 1:
         raise UserError(f"--beams must be at least 1, got {beams}")
-    if sum(map(bool, (history, user, histories))) != 1:
+    if sum(map(bool, (history, user, histories, everyone))) != 1:
         raise UserError(
-            "name one of --history, --user and --histories", fix='for example --history "12 7 105"'
+            "name one of --history, --user, --histories and --all", fix='for example --history "12 7 105"'
         )
+    _check_all(everyone, part)
     items = parse_history(history) if history else []
     if histories and histories != STDIN and not histories.exists():
         raise UserError(f"{histories} does not exist")
@@ -83,7 +102,22 @@ def recommend(
         verify=not no_verify,
     )  # fmt: skip
     command.warn_of_normalize(recommender.pipeline.config, normalize)
-    options = {"top": top, "beams": max(beams, top), "exclude_history": exclude_history, "exact": exact}
+    options: dict[str, Any] = {
+        "top": top,
+        "beams": max(beams, top),
+        "exclude_history": exclude_history,
+        "exact": exact,
+    }
+    if only or exclude:
+        allowed = read_ids(only, option="--only") if only else []
+        forbidden = read_ids(exclude, option="--exclude") if exclude else []
+        options["filter"] = _filter(recommender, allowed, forbidden)
+    if everyone:
+        from cemg.commands.everyone import write_all
+
+        count = write_all(recommender, everyone, part=part, options=options)
+        console.print(f"wrote {everyone}: {count:,} users, {top} items each at most", soft_wrap=True)
+        return
     if histories:
         _serve(recommender, histories, options)
         return
@@ -99,6 +133,23 @@ def recommend(
         table.caption = f"the first {proven} of {len(rows)} are proven to be the best"
         table.caption += "; --exact searches on" if proven < len(rows) and not exact else ""
     plain_console().print(table)
+
+
+def _check_all(out: Path | None, part: str) -> None:
+    if part not in ("all", "test", "valid"):
+        raise UserError(f"--part must be all, test or valid, got {part!r}")
+    if out is None and part != "all":
+        raise UserError("--part goes with --all")
+    if out is not None and out.suffix != ".parquet":
+        raise UserError(f"--all {out} must end in .parquet", fix=f"--all {out.with_suffix('.parquet')}")
+
+
+def _filter(recommender: Recommender, only: Sequence[str], exclude: Sequence[str]) -> ItemFilter:
+    """Admits the items of ``only``, or all where it names none, but those of ``exclude``."""
+    if not exclude:
+        return recommender.only(only)
+    kept = ~recommender.only(exclude)
+    return recommender.only(only) & kept if only else kept
 
 
 def _serve(recommender: Recommender, path: Path, options: dict[str, Any]) -> None:

@@ -1,0 +1,25 @@
+"""Item ids on the command line: several in one word, or a file of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cemg.errors import UserError
+
+
+def read_ids(value: str, *, option: str) -> list[str]:
+    """Ids between commas or spaces, or where ``value`` is a file, its lines; each once, in order.
+
+    Raises UserError where there is none, and for a file that is not UTF-8 text.
+    """
+    path = Path(value)
+    try:
+        is_file = path.is_file()
+        lines = path.read_text(encoding="utf-8-sig").splitlines() if is_file else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option} {value} cannot be read", cause=str(error)) from error
+    found = [line.strip() for line in lines] if is_file else value.replace(",", " ").split()
+    ids = list(dict.fromkeys(filter(None, found)))
+    if not ids:
+        raise UserError(f"{option} names no item", fix=f'{option} "12 7 105", or a file with one id per line')
+    return ids
