@@ -308,14 +308,15 @@ def test_an_unknown_item_is_refused(tiny_run, command, capsys):
 
 def test_an_empty_history_is_refused(tiny_run, command, capsys):
     err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--history", " , ")
-    assert err == 'error: --history names no item\n  fix:   write it as --history "12 7 105"\n'
+    fix = """write it as --history "12 7 105", or --history '["12", "a, b"]'"""
+    assert err == f"error: --history names no item\n  fix:   {fix}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "first"),
     [
-        ((), "name one of --history, --user and --histories"),
-        (("--history", "item-0001", "--user", "1"), "name one of --history, --user and --histories"),
+        ((), "name one of --history, --user, --histories and --all"),
+        (("--history", "item-0001", "--user", "1"), "name one of --history, --user, --histories and --all"),
         (("--user", "nobody"), "user 'nobody' is not among the 40 of this run"),
         (
             ("--history", "item-0001", "--normalize", "item"),
