@@ -78,12 +78,9 @@ class Catalog:
             else:
                 self.trie = Trie.from_codes(self.shared.codes, self.codebook_size)
         except ValueError as error:
-            several = "share theirs" in str(error)
-            raise UserError(
-                "these codes make no catalog",
-                cause=str(error),
-                fix="pass shared=True to keep several items on one semantic ID" if several else None,
-            ) from error
+            if "share theirs" in str(error):
+                raise self._repeated() from error
+            raise UserError("these codes make no catalog", cause=str(error)) from error
         if tokens is not None:
             tokens.check_codes(codes)
 
@@ -181,6 +178,18 @@ class Catalog:
     def num_ids(self) -> int:
         """How many different semantic IDs the items have: the leaves of the trie."""
         return self.trie.num_items
+
+    def _repeated(self) -> UserError:
+        """The error for items with one semantic ID, which names two of them."""
+        ids = SharedIds.of(self.codes, None)
+        first = int((ids.begins.diff() > 1).int().argmax())
+        one, other = (self.item_ids[row] for row in ids.members[ids.begins[first] :][:2].tolist())
+        return UserError(
+            "these codes make no catalog",
+            cause=f"{len(self)} items have {len(ids.codes)} different semantic IDs: items {one!r} and "
+            f"{other!r} both have {ids.codes[first].tolist()}",
+            fix="pass shared=True to keep several items on one semantic ID",
+        )
 
     def _check_sizes(self) -> None:
         wide = (self.codes >= torch.tensor(self.codebook_sizes)).nonzero()

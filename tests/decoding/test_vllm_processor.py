@@ -20,9 +20,8 @@ SWAP, ONE_WAY = SimpleNamespace(name="SWAP"), SimpleNamespace(name="UNIDIRECTION
 
 @pytest.fixture
 def make(tmp_path):
-    TRIE.save(tmp_path / "trie.safetensors")
-
-    def made(normalize="vocab", start=START, vocabulary=VOCABULARY):
+    def made(normalize="vocab", start=START, vocabulary=VOCABULARY, trie=TRIE):
+        trie.save(tmp_path / "trie.safetensors")
         settings = {"trie": str(tmp_path / "trie.safetensors"), "code_token_start": start}
         config = SimpleNamespace(
             additional_config={SETTINGS: settings | {"normalize": normalize}},
@@ -116,6 +115,34 @@ def test_it_admits_what_the_processor_for_generate_admits(make):
     expected = other(torch.tensor([[7, *own] for own in outputs]), logits).isfinite()
     processor.update_state(update(added=[(row, params(1), [7], own) for row, own in enumerate(outputs)]))
     assert torch.equal(processor.apply(logits).isfinite(), expected)
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+def test_a_table_of_tokens_in_any_order_is_followed(make, normalize):
+    """Level 0 has no token for code 0, which the padding of dead rows must not need."""
+    table = [[-1, 9, 2, 21, 5, 7], [4, 13, 0, 22, 8, 6], [11, 1, 23, 3, 12, 10]]
+    trie = Trie.from_codes(torch.tensor([[1, 1, 2], [1, 1, 5], [4, 0, 0]]), SIZE)
+    processor = make(normalize, start=table, trie=trie)
+    outputs: list[list[int]] = [[], [9], [5, 4], [9, 13], [2]]
+    processor.update_state(update(added=[(row, params(1), [7], own) for row, own in enumerate(outputs)]))
+    logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    found = processor.apply(logits.clone())
+    finite = [row.isfinite().nonzero().flatten().tolist() for row in found]
+    assert finite == [
+        [5, 9],
+        [13],
+        [11],
+        [10, 23],
+        [4],
+    ]  # the last begins no item: the first code of its level
+    over = {
+        "vocab": logits[0], "level": logits[0, [t for t in table[0] if t >= 0]], "valid": logits[0, [5, 9]],
+    }[normalize]  # fmt: skip
+    expected = logits[0, [5, 9]] - over.logsumexp(0)
+    torch.testing.assert_close(found[0, [5, 9]], expected, rtol=0, atol=26 * 2**-21)
+    other = TrieLogitsProcessor(trie, table)
+    other(torch.full((1, 1), 7), logits[:1])
+    assert other(torch.tensor([[7, 9]]), logits[:1]).isfinite().nonzero()[:, 1].tolist() == [13]
 
 
 def test_a_vocabulary_without_the_codes_is_refused(make):

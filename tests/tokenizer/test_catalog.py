@@ -42,8 +42,10 @@ def test_a_truncated_file_is_refused_with_its_folder(tmp_path: Path, name: str, 
 
 
 def test_two_items_with_one_semantic_id_are_refused() -> None:
-    with pytest.raises(UserError, match="these codes make no catalog"):
-        Catalog.from_codes(torch.tensor([[0, 1], [0, 1]]), 4)
+    codes = torch.tensor([[0, 1], [3, 1], [0, 0], [3, 1], [3, 1]])
+    with pytest.raises(UserError, match="these codes make no catalog") as caught:
+        Catalog.from_codes(codes, 4, ["a", "b", "c", "d", "e"])
+    assert caught.value.cause == ("5 items have 3 different semantic IDs: items 'b' and 'd' both have [3, 1]")
 
 
 @pytest.mark.parametrize("codes", [torch.tensor([[0, 4]]), torch.tensor([[-1, 0]])])

@@ -60,7 +60,9 @@ def _file(path: Path) -> Path:
 
 def _interactions(file: Path, encoding: str) -> tuple[pl.DataFrame, list[str]]:
     """``user``, ``item``, ``timestamp`` = place in the list; and a note on users without items."""
-    users, items, places = [], [], []
+    users: list[str] = []
+    items: list[str] = []
+    places: list[int] = []
     histories = read_keyed(file, "users", encoding=encoding)
     bare = [user for user, history in histories.items() if history == []]
     if len(bare) == len(histories):
