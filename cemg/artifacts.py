@@ -16,15 +16,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from cemg.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     import polars as pl
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 Shape = tuple[int | str, ...]  # a name stands for any size, the same wherever it occurs
@@ -116,6 +115,8 @@ def read_tensor_file(
     path: Path, *, finite: bool = True, fix: str = RESTORE
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors as ``read_tensors`` returns them, and the metadata of the file's header."""
+    from safetensors import SafetensorError, safe_open
+
     check_file(path, fix=fix)
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -157,6 +158,8 @@ def check_tensors(
 
 def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
     """sha256 over names, dtypes, shapes and bytes of CPU tensors, and the text ``about``."""
+    import torch
+
     found = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
