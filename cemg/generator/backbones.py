@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,6 +19,7 @@ from transformers import (
 )
 
 from cemg.errors import UserError
+from cemg.generator.checkpoints import add_tokens, load_checkpoint
 from cemg.generator.dropout import DropoutEmbedding, DropoutLinear
 from cemg.generator.vocabulary import Vocabulary
 
@@ -34,8 +33,9 @@ class BackboneConfig:
     ``scratch`` is built like ``architecture``: "gpt2" (learned positions, dropout) or "llama" (rotary
     positions, RMSNorm, SwiGLU of 8/3 × dim); both with dropout of the embeddings and of what attention and
     feed-forward add. ``codebook_init`` starts the code tokens' embeddings from the RQ-VAE's codebooks.
-    ``pretrained`` is a hub name or a folder; ``gguf_file`` a file in it. Both, ``lora_rank`` and
-    ``instruction``, are refused where the model starts from scratch. ``lora_rank`` 0 trains every weight.
+    ``pretrained`` is a hub name or a folder, for ``t5`` of any encoder-decoder; ``gguf_file`` a file in it.
+    Both, ``lora_rank`` and ``instruction``, are refused where the model starts from scratch. ``lora_rank`` 0
+    trains every weight.
     ``ff`` 0 means 4 × dim. TIGER's T5 is layers 4, heads 6, ff 1024, dropout .1.
     """
 
@@ -168,26 +168,28 @@ def _t5(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTr
 def _pretrained_t5(
     config: BackboneConfig, levels: int, codebook_size: int
 ) -> tuple[PreTrainedModel, Vocabulary]:
-    model = _load(T5ForConditionalGeneration, config)
-    start = model.config.vocab_size
-    pad, eos = model.config.pad_token_id, model.config.eos_token_id
+    model = load_checkpoint("t5", config.pretrained, config.gguf_file)
+    start = cast(int, model.get_input_embeddings().num_embeddings)
+    eos = _first(model.config.eos_token_id, 0)
+    pad = _first(model.config.pad_token_id, eos)
     vocabulary = Vocabulary(levels, codebook_size, start, pad, pad, eos)
-    model.resize_token_embeddings(vocabulary.size)
+    add_tokens(model, vocabulary.size)
     return _with_lora(model, config, "SEQ_2_SEQ_LM"), vocabulary
 
 
 def _causal(config: BackboneConfig, levels: int, codebook_size: int) -> tuple[PreTrainedModel, Vocabulary]:
-    model = _load(AutoModelForCausalLM, config)
+    model = load_checkpoint("causal", config.pretrained, config.gguf_file)
     instruction: tuple[int, ...] = ()
     if config.instruction:
-        tokenizer = AutoTokenizer.from_pretrained(config.pretrained, trust_remote_code=False, **_gguf(config))
+        gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+        tokenizer = AutoTokenizer.from_pretrained(config.pretrained, trust_remote_code=False, **gguf)
         instruction = tuple(tokenizer(config.instruction, add_special_tokens=False)["input_ids"])
     start = cast(int, model.get_input_embeddings().num_embeddings)
     eos = _first(model.config.eos_token_id, 0)
     bos = _first(model.config.bos_token_id, eos)
     pad = _first(model.config.pad_token_id, eos)
     vocabulary = Vocabulary(levels, codebook_size, start, pad, bos, eos, instruction)
-    model.resize_token_embeddings(vocabulary.size)
+    add_tokens(model, vocabulary.size)
     return _with_lora(model, config, "CAUSAL_LM"), vocabulary
 
 
@@ -195,24 +197,6 @@ def _first(token: int | list[int] | None, default: int) -> int:
     if token is None:
         return default
     return token[0] if isinstance(token, list) else token
-
-
-def _gguf(config: BackboneConfig) -> dict[str, str]:
-    return {"gguf_file": config.gguf_file} if config.gguf_file else {}
-
-
-def _load(family: Any, config: BackboneConfig) -> PreTrainedModel:
-    try:
-        return family.from_pretrained(
-            config.pretrained, dtype=torch.float32, trust_remote_code=False, **_gguf(config)
-        )
-    except (OSError, ValueError, ImportError) as error:
-        where = "folder" if Path(config.pretrained).exists() else "hub name (is the network reachable?)"
-        raise UserError(
-            f"backbone.pretrained={config.pretrained} cannot be loaded as a {where}",
-            cause=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="name a folder with config.json and weights, or a model of the Hugging Face hub",
-        ) from error
 
 
 def _with_lora(model: PreTrainedModel, config: BackboneConfig, task: str) -> PreTrainedModel:
