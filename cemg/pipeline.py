@@ -291,6 +291,7 @@ class Pipeline:
             )
             return done.metrics["NDCG@10"]
 
+        self.ranker(model, vocabulary, catalog, beams=1)  # refuses what cannot be decoded before it trains
         resumes = (folder / "checkpoints" / "checkpoint.safetensors").is_file()
         with StageLog(folder, resumes=resumes) as log:
             progress = train_generator(
