@@ -160,7 +160,10 @@ def tiny_config(kind: type[PretrainedConfig], seq2seq: bool, **more: Any) -> Pre
         settings["decoder_start_token_id"] = 1
     elif hasattr(example, "is_decoder"):
         settings["is_decoder"] = True
-    return kind(**(settings | patch(kind.model_type) | more))
+    config = kind(**(settings | patch(kind.model_type) | more))
+    if kind.model_type == "encoder-decoder":
+        config.decoder.is_decoder = config.decoder.add_cross_attention = True
+    return config
 
 
 def build(name: str, seq2seq: bool, **more: Any) -> PreTrainedModel:
