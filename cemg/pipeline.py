@@ -392,6 +392,13 @@ class Pipeline:
                 f"{self.run.path('catalog')} has {catalog.levels} levels of {catalog.codebook_size}",
                 fix=f"train a generator on that catalog: cemg-train --run {self.run.folder}",
             )
+        uneven = min(catalog.codebook_sizes) < catalog.codebook_size
+        if catalog.shared is not None or catalog.tokens is not None or uneven:
+            raise UserError(
+                f"{self.run.path('catalog')} is not the catalog of a run",
+                cause="it has shared semantic IDs, a token map or another number of codes on a level",
+                fix="pass it to cemg.decoding.Decoder, which serves such catalogs",
+            )
 
     def _check_vocabulary(self, vocabulary: Vocabulary) -> None:
         path = self.file("generator", "vocabulary.json")

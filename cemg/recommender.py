@@ -30,11 +30,6 @@ class Recommender:
     ) -> None:
         self.pipeline, self.engine = pipeline, engine
         self.catalog: Catalog = pipeline.load_catalog()
-        if self.catalog.shared is not None:
-            raise UserError(
-                "a run's catalog has one item per semantic ID, this one shares them",
-                fix="use Decoder, which serves such catalogs",
-            )
         self.removed: list[str | int] = pipeline.removed_items()
         model, vocabulary = pipeline.load_generator()
         self.prompter = pipeline.prompter(model, vocabulary, self.catalog)

@@ -15,6 +15,7 @@ from cemg.decoding import Decoder
 from cemg.errors import UserError
 from cemg.generator import Vocabulary
 from cemg.generator.prompts import Prompter
+from cemg.pipeline import Pipeline
 from cemg.tokenizer import Catalog
 
 
@@ -52,11 +53,16 @@ def test_a_saved_recommender_decodes_without_its_run(tiny_run: Path, tmp_path: P
     assert torch.equal(again.scores, found.scores) and torch.equal(again.certified, found.certified)
 
 
-def test_a_run_whose_catalog_shares_ids_is_refused(tiny_run: Path, tmp_path: Path, monkeypatch):
-    from cemg.pipeline import Pipeline
-
+@pytest.mark.parametrize("kind", ["shared", "tokens", "sizes"])
+def test_a_catalog_that_no_run_has_is_refused_in_one(tiny_run: Path, tmp_path: Path, monkeypatch, kind: str):
+    """Its prompts and filters count on one item per semantic ID and on K tokens per level."""
     own = Catalog.load(tiny_run / "catalog")
-    shared = Catalog.from_codes(own.codes, own.codebook_size, own.item_ids, shared=True)
-    monkeypatch.setattr(Pipeline, "load_catalog", lambda pipeline: shared)
-    with pytest.raises(UserError, match="one item per semantic ID"):
+    size = own.codebook_size
+    few = own.take((own.codes[:, -1] < size - 1).nonzero().flatten().tolist())
+    sizes = (*[size] * (own.levels - 1), size - 1 if kind == "sizes" else size)
+    other = Catalog.from_codes(
+        few.codes, sizes, few.item_ids, shared=kind == "shared", tokens=7 if kind == "tokens" else None
+    )
+    monkeypatch.setattr(Pipeline, "load_catalog", lambda pipeline: other)
+    with pytest.raises(UserError, match="is not the catalog of a run"):
         Recommender.from_run(tiny_run)

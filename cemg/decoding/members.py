@@ -20,6 +20,11 @@ def leaf_filter(filter: Filter | SharedFilter | None, catalog: Catalog, trie: Tr
     Raises UserError for a filter of another kind than the catalog's.
     """
     if not isinstance(filter, SharedFilter):
+        if filter is not None and catalog.shared is not None:
+            raise UserError(
+                "this catalog's items share semantic IDs, and the filter is one of IDs",
+                fix="make it with catalog.only(item_ids) or catalog.excluding(histories)",
+            )
         return filter
     if filter.ids is not catalog.shared:
         raise UserError("the filter belongs to another catalog", fix="make it with this catalog's only()")

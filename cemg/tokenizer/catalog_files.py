@@ -21,7 +21,7 @@ from cemg.tokenizer.catalog import Catalog
 from cemg.tokenizer.tokens import TokenMap
 from cemg_kernels.trie_arrays import MAX_CODEBOOK_SIZE
 
-TOKEN = re.compile(r"<([^<>\s]+?)_(\d{1,9})>")  # of a level's name and a code: <a_197>
+TOKEN = re.compile(r"(.*?\D|)(\d{1,9})(\D*)")  # the last number in it is the code: <a_197>
 CODE = re.compile(r"code_(\d+)")
 HELD_OUT = 2  # last items of a user that training does not see: validation and test
 INDEX, FORMATS = ".index.json", ".index.json, .csv, .parquet and .pt"
@@ -126,7 +126,7 @@ def _parsed(path: Path, index: dict[str, Any]) -> tuple[list[dict[str, int]], Te
     """Per level, the code of each token in use; and the codes [N, L]."""
     levels = next((len(row) for row in index.values() if isinstance(row, list)), 0)
     names: list[dict[str, int]] = [{} for _ in range(levels)]
-    prefixes: list[str | None] = [None] * levels
+    around: list[tuple[str, str] | None] = [None] * levels  # what stands around the numbers of a level
     rows = []
     for item, row in index.items():
         if not isinstance(row, list) or not row:
@@ -138,10 +138,10 @@ def _parsed(path: Path, index: dict[str, Any]) -> tuple[list[dict[str, int]], Te
             found = TOKEN.fullmatch(token) if isinstance(token, str) else None
             if found is None:
                 raise UserError(f"{path}, item {item!r}: {short(token)} is not a token like <a_197>")
-            prefixes[level] = prefixes[level] or found[1]
-            if found[1] != prefixes[level]:
-                first = f"<{prefixes[level]}_…>"
-                raise UserError(f"{path}, item {item!r}: token {token} on level {level}, which has {first}")
+            before, after = around[level] = around[level] or (found[1], found[3])
+            if (found[1], found[3]) != (before, after):
+                others = f"{before}…{after}"
+                raise UserError(f"{path}, item {item!r}: token {token} on level {level}, which has {others}")
             if int(found[2]) >= MAX_CODEBOOK_SIZE:
                 raise UserError(
                     f"{path}, item {item!r}: {token}: a level has {MAX_CODEBOOK_SIZE} codes at most"
@@ -210,16 +210,30 @@ def _of_table(path: Path, item: str | None, columns: Sequence[str] | None) -> tu
         )
     if table.is_empty():
         raise UserError(f"{path} holds no items")
+    table, chosen = _unpacked(path, table, chosen)
     numbers = table.select(pl.col(chosen).cast(pl.Int64, strict=False))
     for column in chosen:
         if numbers[column].null_count():
             row = int(numbers[column].is_null().arg_max() or 0)
             shown = short(table[column][row])
             raise UserError(f"{path}, row {row + 1}: {column} is {shown}, a code is an integer")
-    ids = table[name].cast(pl.String)
+    ids = table[name].cast(pl.String, strict=False)
     if ids.null_count():
         raise UserError(f"{path}, row {int(ids.is_null().arg_max() or 0) + 1}: {name} is empty")
     return ids.to_list(), torch.from_numpy(numbers.to_numpy().copy()).contiguous()
+
+
+def _unpacked(path: Path, table: pl.DataFrame, chosen: list[str]) -> tuple[pl.DataFrame, list[str]]:
+    """A column of lists of codes, all of one length, as one column per level."""
+    column = table[chosen[0]]
+    if len(chosen) > 1 or not isinstance(column.dtype, pl.List | pl.Array):
+        return table, chosen
+    lists = column.cast(pl.List(column.dtype.inner))  # type: ignore[union-attr,arg-type]
+    levels = lists.list.len()
+    if levels.null_count() or levels.n_unique() > 1 or not levels[0]:
+        raise UserError(f"{path}: the lists of {chosen[0]} must have one code per level, all the same number")
+    names = [f"{chosen[0]}[{level}]" for level in range(levels[0])]
+    return table.with_columns(lists.list.get(n).alias(name) for n, name in enumerate(names)), names
 
 
 def _of_tensor(path: Path) -> Tensor:

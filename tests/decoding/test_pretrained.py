@@ -65,6 +65,19 @@ def test_auto_models_load_the_folder_and_generate_the_same_items(tmp_path: Path,
     assert torch.equal(items, decoder.decode(ids, mask, 8).items)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_keep_their_dtype(tmp_path: Path, dtype: torch.dtype):
+    make_model("llama").save_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=dtype)
+    made = Bench(model, random_catalog(40, 2))
+    decoder = Decoder(made.model, made.catalog, START)
+    found = decoder.decode(*made.prompts([6, 3]), 10)
+    decoder.save_pretrained(tmp_path / "out")
+    again = Decoder.from_pretrained(tmp_path / "out")
+    assert again.model.dtype == dtype
+    assert torch.equal(again.decode(*made.prompts([6, 3]), 10).scores, found.scores)
+
+
 def test_a_plain_layout_comes_back_as_one(tmp_path: Path):
     made = Bench(make_model("t5"), random_catalog(40, 2))
     Decoder(made.model, made.catalog, START, "level").save_pretrained(tmp_path)

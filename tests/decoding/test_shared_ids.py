@@ -16,6 +16,7 @@ from cemg.errors import UserError
 from cemg.evaluation.metrics import ranks_of_targets
 from cemg.evaluation.search import best_rows
 from cemg.tokenizer import Catalog
+from cemg_kernels import RequestFilter
 
 from .conftest import FAMILIES, SIZE, START, Bench, random_catalog
 
@@ -199,6 +200,17 @@ def test_a_shared_catalog_comes_back_from_its_files(tmp_path):
 def test_counts_of_another_number_than_the_items_are_refused():
     with pytest.raises(UserError, match=r"counts must be \[2\]"):
         Catalog.from_codes(torch.tensor([[0, 1], [0, 1]]), 4, shared=True, counts=np.ones(3, dtype=int))
+
+
+def test_a_filter_of_the_trie_is_refused_for_it_knows_ids_and_not_items(bench):
+    catalog = shared_catalog(5, 9, 1)
+    made = Bench(bench("t5").model, catalog)
+    decoder, prompts = Decoder(made.model, catalog, START), made.prompts([3])
+    with pytest.raises(UserError, match="the filter is one of IDs") as caught:
+        decoder.decode(*prompts, 3, filter=RequestFilter.excluding(catalog.trie, [[0]]))
+    assert "catalog.excluding(histories)" in str(caught.value.fix)
+    found = decoder.decode(*prompts, 9, filter=catalog.excluding([catalog.item_ids[:4]]))
+    assert sorted(i for i in found.items[0].tolist() if i >= 0) == sorted(catalog.item_ids[4:])
 
 
 def test_a_filter_of_another_shared_catalog_is_refused(bench):

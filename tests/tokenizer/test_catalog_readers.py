@@ -50,6 +50,26 @@ def test_without_a_tokenizer_the_tokens_follow_the_sorted_names_in_use(index: Pa
     assert int((tokens.table >= 0).sum()) == 7
 
 
+@pytest.mark.parametrize("form", ["<a_{}>", "<|sid_0_{}|>", "[A{}]", "{}", "a-{}"])
+def test_tokens_of_any_form_have_their_last_number_as_their_code(tmp_path: Path, form: str) -> None:
+    path = write(tmp_path, {str(i): [form.format(code)] for i, code in enumerate((7, 10, 0))})
+    catalog = Catalog.read(path, code_token_start=50)
+    assert catalog.codes.flatten().tolist() == [7, 10, 0]
+    ranks = {form.format(c): r for r, c in enumerate(sorted((7, 10, 0), key=lambda c: form.format(c)))}
+    assert catalog.code_tokens().of_codes(catalog.codes).flatten().tolist() == [
+        50 + ranks[form.format(code)] for code in (7, 10, 0)
+    ]
+
+
+def test_a_column_of_lists_has_one_code_per_level(tmp_path: Path) -> None:
+    pl.DataFrame({"item": [5, 6], "codes": [[1, 2, 3], [4, 5, 6]]}).write_parquet(tmp_path / "x.parquet")
+    catalog = Catalog.read(tmp_path / "x.parquet")
+    assert catalog.codes.tolist() == [[1, 2, 3], [4, 5, 6]] and catalog.item_ids == ["5", "6"]
+    pl.DataFrame({"item": [5, 6], "codes": [[1, 2, 3], [4, 5]]}).write_parquet(tmp_path / "y.parquet")
+    with pytest.raises(UserError, match="all the same number"):
+        Catalog.read(tmp_path / "y.parquet")
+
+
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     (tmp_path / "x.index.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(INDEX).encode())
     assert len(Catalog.read(tmp_path / "x.index.json")) == 3
@@ -69,7 +89,9 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
         ({"0": []}, "item '0': a list of tokens is needed"),
         ({"0": ["<a_1>"], "7": None}, "item '7': a list of tokens is needed, got None"),
         ({"0": ["<a_1>", "<b_1>"], "7": ["<a_1>"]}, "item '7': 1 tokens where the first item has 2"),
-        ({"0": ["<a_1>"], "7": ["a_1"]}, "item '7': 'a_1' is not a token like <a_197>"),
+        ({"0": ["<a_1>"], "7": ["<a>"]}, "item '7': '<a>' is not a token like <a_197>"),
+        ({"0": ["<a_1>"], "7": ["a_1"]}, "item '7': token a_1 on level 0, which has <a_…>"),
+        ({"0": ["<a_1>"], "7": ["<a_1|"]}, "item '7': token <a_1| on level 0"),
         ({"0": ["<a_1>"], "7": [12]}, "item '7': 12 is not a token"),
         ({"0": ["<a_1>"], "7": [["<a_1>"]]}, "item '7': .* is not a token"),
         (
