@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from cemg.generator import (
 )
 from cemg.graph import train_lightgcn
 from cemg.manifest import Manifest, read_clock, remedy, verify, write_clock
+from cemg.preflight import check_before_training
 from cemg.progress import console
 from cemg.run import Run
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog, Tokenizer, make_unique, read_items, train_tokenizer
@@ -145,6 +147,7 @@ class Pipeline:
                 f"{data.name} has no user to test on: nobody has three interactions or more",
                 fix="cemg-data stats tells how long the histories are",
             )
+        check_before_training(self.config, data, self.run)
         self.run.stage("data", {"content": _content(data), "images": source.images}, data.save)
 
     def features(self) -> None:
@@ -205,14 +208,19 @@ class Pipeline:
         """PCA of one modality, where there is enough of it to fit one."""
         rows = int(features.present.sum())
         dim = min(self.config.pca.dim, rows, features.width)
-        if rows < 2:
+        first = features.values[features.present][:1]
+        alike = rows > 1 and bool((features.values[features.present] == first).all())
+        if alike:
+            console.print(f"{name}: all {rows} items have the same one, so it is left out", highlight=False)
+        if rows < 2 or alike:
             values = torch.zeros(len(features.present), 1)
             return {name: values, f"{name}_present": torch.zeros_like(features.present)}
         if dim < self.config.pca.dim:
             console.print(
                 f"{name}: {rows} items × {features.width} features, so PCA keeps {dim}", highlight=False
             )
-        pca = PCA.fit(features, dim=dim, whiten=self.config.pca.whiten, seed=self.config.seed)
+        fitted = PCA.fit(features, dim=dim, seed=self.config.seed).without_noise()
+        pca = dataclasses.replace(fitted, whiten=self.config.pca.whiten)
         pca.save(folder / f"pca_{name}.safetensors")
         kept = float(pca.explained_variance_ratio.sum())
         console.print(

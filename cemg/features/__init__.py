@@ -3,7 +3,17 @@
 from cemg.features.cache import FeatureCache
 from cemg.features.encoding import Features
 from cemg.features.pca import PCA
-from cemg.features.text import TextConfig, encode_texts
-from cemg.features.vision import ImageConfig, encode_images
+from cemg.features.text import TextConfig, check_text_model, encode_texts
+from cemg.features.vision import ImageConfig, check_image_model, encode_images
 
-__all__ = ["PCA", "FeatureCache", "Features", "ImageConfig", "TextConfig", "encode_images", "encode_texts"]
+__all__ = [
+    "PCA",
+    "FeatureCache",
+    "Features",
+    "ImageConfig",
+    "TextConfig",
+    "check_image_model",
+    "check_text_model",
+    "encode_images",
+    "encode_texts",
+]

@@ -77,19 +77,41 @@ def load_backbone(name: str, weights: str) -> Backbone:
     return _torchvision(name, weights)
 
 
+def check_backbone(name: str, weights: str) -> None:
+    """UserError for a name or a weight file that does not exist, or a package that is not installed.
+
+    Nothing is loaded or downloaded.
+    """
+    installed = importlib.util.find_spec(LITE0_CODE) and importlib.util.find_spec(LITE0_WEIGHTS)
+    if name == "efficientnet-lite0" and not installed:
+        name = "timm:efficientnet_lite0"
+    if name.startswith("timm:"):
+        _timm_model(name.removeprefix("timm:"))
+    elif name not in ("hed-vgg16", "efficientnet-lite0"):
+        _torchvision_models(name)
+    if weights not in ("DEFAULT", "random") and not Path(weights).is_file():
+        raise _unreadable(Path(weights), FileNotFoundError("there is no such file"))
+
+
 def _torchvision(name: str, weights: str) -> Backbone:
     """A classification network of torchvision, its last linear layer taken away."""
+    models = _torchvision_models(name)
+    published = models.get_model_weights(name).DEFAULT
+    network = _build(name, weights, lambda use: models.get_model(name, weights=published if use else None))
+    head = _remove_head(network, name)
+    _load_local(network, weights, ignored=head)
+    return Backbone(network, published.transforms(), repr(published.transforms()))
+
+
+def _torchvision_models(name: str) -> Any:
+    """torchvision.models, which has a classifier of that name."""
     models = _import("torchvision.models", needed_for=name)
     if name not in models.list_models(module=models):
         raise UserError(
             f"unknown image backbone {name!r}",
             fix="a classifier of torchvision (vgg16, resnet50, …), timm:NAME, or efficientnet-lite0",
         )
-    published = models.get_model_weights(name).DEFAULT
-    network = _build(name, weights, lambda use: models.get_model(name, weights=published if use else None))
-    head = _remove_head(network, name)
-    _load_local(network, weights, ignored=head)
-    return Backbone(network, published.transforms(), repr(published.transforms()))
+    return models
 
 
 def _remove_head(network: nn.Module, name: str) -> str:
@@ -105,17 +127,23 @@ def _remove_head(network: nn.Module, name: str) -> str:
 
 def _timm(name: str, weights: str) -> Backbone:
     """A network of timm with ``num_classes=0``: its pooled features."""
-    timm = _import("timm", needed_for=f"timm:{name}")
-    if not timm.is_model(name.split(".")[0]):
-        raise UserError(
-            f"timm has no model {name!r}", fix="python -c 'import timm; print(timm.list_models())'"
-        )
+    timm = _timm_model(name)
     network = _build(name, weights, lambda use: timm.create_model(name, pretrained=use, num_classes=0))
     head = network.pretrained_cfg.get("classifier") or "head"
     _load_local(network, weights, ignored=head if isinstance(head, str) else head[0])
     config = timm.data.resolve_model_data_config(network)
     transform = timm.data.create_transform(**config, is_training=False)
     return Backbone(network, transform, repr(sorted((key, str(value)) for key, value in config.items())))
+
+
+def _timm_model(name: str) -> Any:
+    """timm, which has a model of that name."""
+    timm = _import("timm", needed_for=f"timm:{name}")
+    if not timm.is_model(name.split(".")[0]):
+        raise UserError(
+            f"timm has no model {name!r}", fix="python -c 'import timm; print(timm.list_models())'"
+        )
+    return timm
 
 
 def _lite0(weights: str) -> Backbone:

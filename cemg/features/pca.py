@@ -20,6 +20,7 @@ SPEC = {
     "mean": (torch.float64, ("F",)), "components": (torch.float64, ("D", "F")),
     "variance": (torch.float64, ("D",)), "explained_variance_ratio": (torch.float64, ("D",)),
 }  # fmt: skip
+NOISE = 1e-12  # of the largest variance
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,12 @@ class PCA:
         if whiten:
             _check_variance(variance)
         return cls(mean, components, variance.clamp(min=0), ratio.clamp(min=0), whiten)
+
+    def without_noise(self) -> PCA:
+        """The same without the components that hold rounding noise alone: features of a lower rank than D."""
+        kept = max(int((self.variance > self.variance[0] * NOISE).sum()), 1)
+        parts = (self.components[:kept], self.variance[:kept], self.explained_variance_ratio[:kept])
+        return PCA(self.mean, *parts, self.whiten)
 
     def transform(self, values: Tensor, present: Tensor) -> Tensor:
         """Projected features float32 [N, D] of ``values`` [N, F]; rows not ``present`` stay zero."""
@@ -115,7 +122,7 @@ def _check_rows(rows: Tensor, dim: int) -> None:
 
 def _check_variance(variance: Tensor) -> None:
     """Whitening divides by a component's deviation: one that is rounding noise would be blown up to 1."""
-    kept = int((variance > variance[0] * 1e-12).sum())
+    kept = int((variance > variance[0] * NOISE).sum())
     if kept < len(variance):
         raise UserError(
             f"whitening {len(variance)} components, of which only {kept} have any variance",

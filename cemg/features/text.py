@@ -83,7 +83,7 @@ class TextEncoder:
     def __init__(self, config: TextConfig, *, device: str | torch.device, dtype: torch.dtype) -> None:
         self.config, self.device = config, torch.device(device)
         model, self.tokenizer, ignored = _load(config)
-        _check(config, model, self.tokenizer)
+        _check(config, model.config, self.tokenizer)
         self.width = int(model.config.hidden_size)
         self.identity = hash_model(model, description=_describe(config, self.tokenizer, dtype), skip=ignored)
         self.model = model.to(self.device, dtype).eval()
@@ -122,6 +122,19 @@ def resolve_text_model(name: str) -> str:
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     return str(Path(folders[0]) / "model") if folders else MINILM_HUB
+
+
+def check_text_model(config: TextConfig) -> None:
+    """UserError where the model's configuration or tokenizer cannot be loaded or does not fit ``config``."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    name = resolve_text_model(config.model)
+    try:
+        about = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", trust_remote_code=False)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise _not_loaded(name, error) from error
+    _check(config, about, tokenizer)
 
 
 def _load(config: TextConfig) -> tuple[Any, Any, set[str]]:
@@ -163,11 +176,11 @@ def _not_loaded(name: str, error: Exception) -> UserError:
     )
 
 
-def _check(config: TextConfig, model: Any, tokenizer: Any) -> None:
+def _check(config: TextConfig, about: Any, tokenizer: Any) -> None:
     """Refuse a pooling or a length that this model does not have; let the end token pad where none does."""
     if config.pooling == "cls" and tokenizer.cls_token_id is None:
         raise UserError(f"{config.model} has no [CLS] token to pool", fix='pooling="mean"')
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    limit = min(tokenizer.model_max_length, getattr(about, "max_position_embeddings", None) or 1 << 30)
     if config.max_tokens > limit:
         raise UserError(
             f"max_tokens is {config.max_tokens}, {config.model} reads at most {limit}",

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from cemg.errors import UserError
-from cemg.features.backbones import load_backbone
+from cemg.features.backbones import check_backbone, load_backbone
 from cemg.features.cache import FeatureCache
 from cemg.features.encoding import Batches, Features, content_key, encode_rows, hash_model
 
@@ -77,6 +77,11 @@ def encode_images(
     _spread_reasons(keys, features, reasons)
     _warn_of_broken(paths, reasons)
     return replace(features, reasons=reasons)
+
+
+def check_image_model(config: ImageConfig) -> None:
+    """UserError where the backbone, its package or its weight file does not exist."""
+    check_backbone(config.backbone, config.weights)
 
 
 class ImageEncoder:

@@ -1,0 +1,172 @@
+"""Settings that a later stage would refuse, found before the first stage: seconds instead of hours.
+
+No weights are loaded; of models only their configurations and tokenizers are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cemg.errors import UserError
+from cemg.features import check_image_model, check_text_model
+from cemg.manifest import Manifest
+from cemg_kernels.trie_arrays import MAX_LEVELS
+
+if TYPE_CHECKING:
+    from cemg.config import RunConfig
+    from cemg.data import Dataset
+    from cemg.generator import BackboneConfig
+    from cemg.run import Run
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+
+
+def check_before_training(config: RunConfig, data: Dataset, run: Run) -> None:
+    """UserError where items, codes, models or lengths do not go together.
+
+    A model that a finished stage of ``run`` was made with is not looked for again: it may be gone since.
+    """
+    _check_modalities(config, data)
+    _check_capacity(config, data.num_items)
+    _check_heads(config.backbone)
+    features, generator = _config_of(run, "features"), _config_of(run, "generator")
+    plain = config.to_dict()
+    if any(data.texts) and features.get("text") != plain["text"]:
+        check_text_model(config.text)
+    if any(data.images) and features.get("image") != plain["image"]:
+        check_image_model(config.image)
+    if config.backbone.pretrained and generator.get("backbone") != plain["backbone"]:
+        _check_pretrained(config)
+
+
+def _config_of(run: Run, stage: str) -> dict[str, Any]:
+    """The settings that a finished stage was made with; {} where there is none."""
+    try:
+        return Manifest.read(run.path(stage)).config
+    except UserError:
+        return {}
+
+
+def _check_modalities(config: RunConfig, data: Dataset) -> None:
+    there = {"text": any(data.texts), "image": any(data.images), "collab": True}
+    left = [name for name, found in there.items() if found and name not in config.without]
+    if not left:
+        absent = " and ".join(f"{name}s" for name in ("text", "image") if not there[name])
+        raise UserError(
+            "nothing is left to make semantic IDs of",
+            cause=f"without: {', '.join(config.without)}"
+            + (f"; the items have no {absent}" if absent else ""),
+            fix="--set 'without=[]', or leave out fewer parts",
+        )
+
+
+def _check_capacity(config: RunConfig, items: int) -> None:
+    """Every item needs a semantic ID of its own."""
+    tokenizer = config.tokenizer
+    suffix = tokenizer.unique == "suffix"
+    levels = tokenizer.levels + suffix
+    if levels > MAX_LEVELS:
+        raise UserError(
+            f"tokenizer.levels={tokenizer.levels} and a suffix are {levels} codes per item; the limit is "
+            f"{MAX_LEVELS}",
+            fix="--set tokenizer.unique=assign, or fewer levels",
+        )
+    room = tokenizer.codebook_size**levels
+    if items > room:
+        raise UserError(
+            f"{items:,} items do not fit {levels} levels of {tokenizer.codebook_size} codes",
+            cause=f"there are {room:,} semantic IDs",
+            fix="raise tokenizer.levels or tokenizer.codebook_size",
+        )
+
+
+def _check_heads(backbone: BackboneConfig) -> None:
+    """Rotary positions turn pairs of numbers."""
+    rotary = backbone.kind == "scratch" and backbone.architecture == "llama"
+    if rotary and backbone.dim // backbone.heads % 2:
+        raise UserError(
+            f"backbone.dim={backbone.dim} and backbone.heads={backbone.heads} make heads of "
+            f"{backbone.dim // backbone.heads}, which is odd",
+            fix="choose a dim that is an even multiple of heads",
+        )
+
+
+def _check_pretrained(config: RunConfig) -> None:
+    """The checkpoint exists, is of the kind that was named, and its prompts are long enough."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    backbone = config.backbone
+    about = _load_config(backbone)
+    name, seq2seq = type(about).__name__, bool(getattr(about, "is_encoder_decoder", False))
+    if backbone.kind == "t5" and not seq2seq:
+        raise UserError(
+            f"backbone.pretrained={backbone.pretrained} is not an encoder-decoder", cause=f"it has a {name}",
+            fix="--set backbone.kind=causal",
+        )  # fmt: skip
+    if backbone.kind == "causal" and (seq2seq or type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise UserError(
+            f"backbone.pretrained={backbone.pretrained} is not a decoder-only language model",
+            cause=f"it has a {name}",
+            fix="--set backbone.kind=t5" if seq2seq else "name another model",
+        )
+    if backbone.lora_rank and importlib.util.find_spec("peft") is None:
+        raise UserError("backbone.lora_rank needs the package peft", fix="pip install peft")
+    instruction = _instruction_length(backbone)
+    if backbone.kind == "causal":
+        _check_positions(config, about, instruction)
+
+
+def _load_config(backbone: BackboneConfig) -> Any:
+    from transformers import AutoConfig
+
+    folder = Path(backbone.pretrained)
+    gguf = {"gguf_file": backbone.gguf_file} if backbone.gguf_file else {}
+    try:
+        found = AutoConfig.from_pretrained(backbone.pretrained, trust_remote_code=False, **gguf)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        where = "folder" if folder.exists() else "hub name (is the network reachable?)"
+        raise UserError(
+            f"backbone.pretrained={backbone.pretrained} cannot be loaded as a {where}",
+            cause=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="name a folder with config.json and weights, or a model of the Hugging Face hub",
+        ) from error
+    if folder.is_dir() and not gguf and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise UserError(
+            f"{folder} has no weights", cause="no *.safetensors and no *.bin", fix="complete the folder"
+        )
+    return found
+
+
+def _instruction_length(backbone: BackboneConfig) -> int:
+    """Tokens of the instruction; UserError where the checkpoint has no tokenizer to read it."""
+    if not backbone.instruction:
+        return 0
+    from transformers import AutoTokenizer
+
+    gguf = {"gguf_file": backbone.gguf_file} if backbone.gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(backbone.pretrained, trust_remote_code=False, **gguf)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise UserError(
+            f"backbone.instruction needs a tokenizer, and {backbone.pretrained} has none that loads",
+            cause=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="add the tokenizer's files, or leave the instruction out",
+        ) from error
+    return len(tokenizer(backbone.instruction, add_special_tokens=False)["input_ids"])
+
+
+def _check_positions(config: RunConfig, about: Any, instruction: int) -> None:
+    """The longest prompt and the codes of the answer fit the model's positions."""
+    text = about.get_text_config() if hasattr(about, "get_text_config") else about
+    limit = getattr(text, "max_position_embeddings", None)
+    codes = config.tokenizer.levels + (config.tokenizer.unique == "suffix")
+    needed = 1 + instruction + codes * (config.generator.history_items + 1)
+    if isinstance(limit, int) and needed > limit:
+        raise UserError(
+            f"prompts of {needed} tokens do not fit the {limit} positions of {config.backbone.pretrained}",
+            cause=f"{config.generator.history_items} items and the next one, of {codes} codes each; "
+            f"{instruction} tokens of instruction",
+            fix="lower generator.history_items or tokenizer.levels",
+        )
