@@ -65,6 +65,10 @@ def use_fast_kernels(enabled: bool | None) -> None:
 
     None gives the word back to the environment, which is read again.
     """
+    if not isinstance(enabled, bool | None):
+        raise ValueError(
+            f"fast kernels are on (True), off (False) or as the environment says (None), got {enabled!r}"
+        )
     global _override, _environment
     _override, _environment = enabled, os.environ.get(ENVIRONMENT, "1")
     _choose.cache_clear()
@@ -130,7 +134,11 @@ def pick(op: str, device: torch.device, backend: str | None = None) -> str:
 
 def backends(device: str | torch.device = "cpu") -> dict[str, Choice]:
     """Every operation's backend on ``device`` and why: what ``cemg-doctor`` and ``cemg-train`` print."""
-    return {op: choose(op, torch.device(device)) for op in OPS}
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{device!r} is not a device; use cpu, or cuda") from error
+    return {op: choose(op, found) for op in OPS}
 
 
 def on_its_gpu(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

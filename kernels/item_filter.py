@@ -16,15 +16,18 @@ from .filter_tensors import (
     WORD_BITS,
     FilterTensors,
     closed_nodes,
+    distinct,
     fill_inner,
     is_set,
     open_nodes,
     unpack_bits,
 )
+from .operands import device_of, integers_on, tensor_of
 from .packed_ascending import popcount
 from .trie_arrays import TrieArrays
 
 if TYPE_CHECKING:
+    from .operands import Numbers
     from .request_filter import RequestFilter
     from .trie import Trie
 
@@ -40,18 +43,23 @@ class ItemFilter:
     __slots__ = ("__weakref__", "fingerprint", "tensors", "trie")
 
     def __init__(self, trie: TrieArrays, open: Tensor, fingerprint: str) -> None:
-        """Internal: ``open`` [words] int64 as ``open_nodes`` makes them."""
+        """Internal: ``open`` [words] int64 as ``open_nodes`` makes them; ValueError for another trie's."""
+        if open.dtype != torch.int64 or open.shape != (trie.num_nodes // WORD_BITS + 1,):
+            raise ValueError(
+                f"a filter of {trie.num_nodes} nodes has int64 [{trie.num_nodes // WORD_BITS + 1}] words, "
+                f"got {open.dtype} {list(open.shape)}; make it with ItemFilter.from_mask"
+            )
         self.trie, self.fingerprint = trie, fingerprint
         none = torch.empty(0, 0, dtype=torch.int32, device=open.device)
         self.tensors = FilterTensors(open[None], none.flatten(), none)
 
     @classmethod
-    def from_mask(cls, trie: Trie, allowed: Tensor | Sequence[bool]) -> ItemFilter:
+    def from_mask(cls, trie: Trie, allowed: Numbers) -> ItemFilter:
         """Allow the rows where ``allowed`` [N] bool is True, in the order ``Trie.from_codes`` was given.
 
-        ``allowed`` may be a list or an array. Raises ValueError where the shape or dtype is another.
+        A numpy array or a list may be given, too. Raises ValueError where the shape or dtype is another.
         """
-        allowed = torch.as_tensor(allowed)
+        allowed = tensor_of("allowed", allowed)
         if allowed.shape != (trie.num_items,) or allowed.dtype != torch.bool:
             raise ValueError(
                 f"allowed must be bool [{trie.num_items}], got {allowed.dtype} {list(allowed.shape)}; "
@@ -67,9 +75,9 @@ class ItemFilter:
         return cls(trie.arrays, open_nodes(trie.arrays, every), trie.fingerprint)
 
     @classmethod
-    def from_items(cls, trie: Trie, allowed_ids: Tensor | Sequence[int]) -> ItemFilter:
+    def from_items(cls, trie: Trie, allowed_ids: Numbers) -> ItemFilter:
         """Allow the items with these ids, and no others; ValueError names an id the trie does not have."""
-        ids = torch.as_tensor(allowed_ids, dtype=torch.int64, device=trie.device).flatten()
+        ids = integers_on("allowed_ids", allowed_ids, trie.device).flatten()
         rank = trie.ranks_of(ids)
         unknown = ids[rank < 0]
         if unknown.numel():
@@ -123,11 +131,15 @@ class ItemFilter:
 
     def to(self, device: str | torch.device) -> ItemFilter:
         """The same filter on another device."""
+        device = device_of(device)
         return ItemFilter(self.trie.to(device), self.open.to(device), self.fingerprint)
 
-    def without_ranks(self, ranks: Tensor) -> ItemFilter:
-        """This filter less the items of these distinct ranks, [R] integers: a walk from each to the root."""
-        excluded = ranks.to(torch.int32).sort().values[None]
+    def without_ranks(self, ranks: Numbers) -> ItemFilter:
+        """This filter less the items of these ranks (any shape): a walk from each to the root.
+
+        Raises ValueError for a rank that the trie does not have.
+        """
+        excluded = distinct(self._ranks(ranks).flatten()[None])
         first = torch.zeros(1, dtype=torch.int32, device=self.device)
         closed = closed_nodes(self.trie, self.tensors.open, first, excluded).flatten().long()
         closed = closed[closed != NO_NODE]
@@ -139,13 +151,26 @@ class ItemFilter:
         """Whether each rank is allowed, bool [N]."""
         return unpack_bits(self.open, self.trie.num_nodes)[self.trie.num_inner :]
 
-    def allows_ranks(self, ranks: Tensor) -> Tensor:
-        """Whether each of ``ranks`` (any shape) is allowed, bool."""
-        return is_set(self.tensors.open, ranks.long() + self.trie.num_inner, torch.zeros_like(ranks).long())
+    def allows_ranks(self, ranks: Numbers) -> Tensor:
+        """Whether each of ``ranks`` (any shape) is allowed, bool; ValueError for one that there is not."""
+        ranks = self._ranks(ranks)
+        return is_set(self.tensors.open, ranks + self.trie.num_inner, torch.zeros_like(ranks))
+
+    def _ranks(self, ranks: Numbers) -> Tensor:
+        """Checked ranks, int64, on the filter's device."""
+        found, items = integers_on("ranks", ranks, self.device), self.trie.rows.numel()
+        if found.numel():
+            lowest, highest = map(int, found.aminmax())
+            if lowest < 0 or highest >= items:
+                wrong = lowest if lowest < 0 else highest
+                raise ValueError(f"ranks are 0 to {items - 1}, got {wrong}; Trie.ranks_of gives an id's")
+        return found
 
     def _matching(self, other: ItemFilter) -> ItemFilter:
         if other.fingerprint != self.fingerprint:
             raise ValueError("these filters belong to different tries; make both from the same trie")
+        if other.device != self.device:
+            raise ValueError(f"these filters are on {self.device} and {other.device}; move one with .to()")
         return other
 
     def _with(self, open: Tensor) -> ItemFilter:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dispatch import fast_kernels_enabled, native, pick
+from .operands import device_of, integers_of, tensor_of
 from .ranges import named_range, ranged
+
+if TYPE_CHECKING:
+    from .operands import Numbers
+
+
+MAX_VERTICES = 2**31 - 1
+MAX_LAYERS = 10_000
+FIELDS = ("num_users", "num_items", "row_ptr", "neighbours", "inv_sqrt_degree")  # of a graph
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -26,7 +35,8 @@ class BipartiteGraph:
     """Who interacted with what, both directions, as one symmetric CSR over users and then items.
 
     ``row_ptr`` [V + 1] and ``neighbours`` [2 E] are int64, neighbours ascending; ``inv_sqrt_degree`` [V]
-    float32, 0 where the degree is 0. Made by ``from_edges``.
+    float32, 0 where the degree is 0. Made by ``from_edges``. The constructor raises ValueError for arrays
+    of another shape or dtype, and where ``row_ptr`` or ``neighbours`` leave their range.
     """
 
     num_users: int
@@ -35,13 +45,28 @@ class BipartiteGraph:
     neighbours: Tensor
     inv_sqrt_degree: Tensor
 
+    def __post_init__(self) -> None:
+        _check_sizes(self.num_users, self.num_items)
+        _check_csr(self)
+
     @classmethod
-    def from_edges(cls, users: Tensor, items: Tensor, num_users: int, num_items: int) -> BipartiteGraph:
+    def _of(cls, sizes: tuple[int, int], arrays: tuple[Tensor, Tensor, Tensor]) -> BipartiteGraph:
+        """The graph of arrays that are right: none is looked at, so that no GPU is waited for."""
+        graph = object.__new__(cls)
+        for name, value in zip(FIELDS, (*sizes, *arrays), strict=True):
+            object.__setattr__(graph, name, value)
+        return graph
+
+    @classmethod
+    def from_edges(cls, users: Numbers, items: Numbers, num_users: int, num_items: int) -> BipartiteGraph:
         """The graph of edges (users[e], items[e]), integers [E]; a repeated edge counts once.
 
         Raises ValueError where the shapes differ or an index is outside its range.
         """
-        users, items = torch.as_tensor(users), torch.as_tensor(items)
+        _check_sizes(num_users, num_items)
+        users, items = integers_of("users", users), integers_of("items", items)
+        if users.device != items.device:
+            raise ValueError(f"users are on {users.device}, items on {items.device}; move one with .to()")
         if users.shape != items.shape or users.dim() != 1:
             raise ValueError(f"users and items must be [E], got {list(users.shape)} and {list(items.shape)}")
         _check_indices("users", users, num_users)
@@ -58,7 +83,7 @@ class BipartiteGraph:
         row_ptr = torch.cat((degree.new_zeros(1), degree.cumsum(0)))
         neighbours = target[source.argsort(stable=True)]
         inverse = degree.double().rsqrt().masked_fill(degree == 0, 0).float()
-        return cls(num_users, num_items, row_ptr, neighbours, inverse)
+        return cls._of((num_users, num_items), (row_ptr, neighbours, inverse))
 
     @property
     def num_edges(self) -> int:
@@ -71,10 +96,9 @@ class BipartiteGraph:
 
     def to(self, device: str | torch.device) -> BipartiteGraph:
         """The same graph on another device."""
-        row_ptr, neighbours, scale = (
-            t.to(device) for t in (self.row_ptr, self.neighbours, self.inv_sqrt_degree)
-        )
-        return BipartiteGraph(self.num_users, self.num_items, row_ptr, neighbours, scale)
+        device = device_of(device)
+        arrays = self.row_ptr.to(device), self.neighbours.to(device), self.inv_sqrt_degree.to(device)
+        return self._of((self.num_users, self.num_items), arrays)
 
 
 @ranged
@@ -99,6 +123,7 @@ def lightgcn_propagate(
     more than 1,024 dimensions, go to "sparse" on a GPU and to "torch" elsewhere.
     Raises ValueError where shape, dtype or device do not fit, or layers < 0.
     """
+    x = tensor_of("x", x)
     _check(graph, x, layers, table_dtype)
     if torch.compiler.is_compiling():
         arrays = graph.row_ptr, graph.neighbours, graph.inv_sqrt_degree
@@ -216,7 +241,8 @@ def _custom_op(
     row_ptr: Tensor, neighbours: Tensor, inv_sqrt_degree: Tensor, x: Tensor, layers: int,
     table_dtype: torch.dtype | None, backend: str | None,
 ) -> Tensor:  # fmt: skip
-    graph = BipartiteGraph(x.shape[0], 0, row_ptr, neighbours, inv_sqrt_degree)  # the split plays no part
+    arrays = row_ptr, neighbours, inv_sqrt_degree
+    graph = BipartiteGraph._of((x.shape[0], 0), arrays)  # the split plays no part
     with torch.no_grad():
         out = _propagate(graph, x.contiguous(), layers, table_dtype, backend)
     return out.clone() if layers == 0 else out  # never its own input
@@ -254,14 +280,49 @@ def _check(graph: BipartiteGraph, x: Tensor, layers: int, table_dtype: torch.dty
         )
     if x.device != graph.device:
         raise ValueError(f"x is on {x.device}, the graph on {graph.device}; move one with .to()")
-    if layers < 0:
-        raise ValueError(f"layers must be 0 or more, got {layers}")
+    if not 0 <= layers <= MAX_LAYERS:
+        raise ValueError(f"layers must be 0 to {MAX_LAYERS}, got {layers}")
     if table_dtype not in (None, torch.bfloat16):
         raise ValueError(f"table_dtype must be torch.bfloat16, or None for exact tables, got {table_dtype}")
 
 
+def _check_sizes(num_users: int, num_items: int) -> None:
+    if num_users < 0 or num_items < 0 or num_users + num_items > MAX_VERTICES:
+        raise ValueError(
+            f"num_users and num_items must be 0 or more, together {MAX_VERTICES} at most, "
+            f"got {num_users} and {num_items}"
+        )
+
+
+def _check_csr(graph: BipartiteGraph) -> None:
+    """ValueError where the arrays are not those of a CSR over the graph's vertices, on one device."""
+    vertices, row_ptr, neighbours = graph.num_users + graph.num_items, graph.row_ptr, graph.neighbours
+    _check_array("row_ptr", row_ptr, torch.int64, vertices + 1)
+    _check_array("neighbours", neighbours, torch.int64, None)
+    _check_array("inv_sqrt_degree", graph.inv_sqrt_degree, torch.float32, vertices)
+    if not row_ptr.device == neighbours.device == graph.inv_sqrt_degree.device:
+        raise ValueError("a graph's arrays lie on one device; these do not: move them with .to()")
+    if int(row_ptr[0]) != 0 or int(row_ptr[-1]) != neighbours.numel() or bool((row_ptr.diff() < 0).any()):
+        raise ValueError(f"row_ptr must rise from 0 to {neighbours.numel()}, the number of neighbours")
+    if not bool(graph.inv_sqrt_degree.isfinite().all()):
+        raise ValueError(
+            "inv_sqrt_degree holds what is not finite; make graphs with BipartiteGraph.from_edges"
+        )
+    _check_indices("neighbours", neighbours, vertices)
+
+
+def _check_array(name: str, array: Tensor, dtype: torch.dtype, count: int | None) -> None:
+    if not isinstance(array, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(array).__name__}")
+    tensor_of(name, array)
+    length = array.numel() if count is None else count
+    if array.dtype != dtype or array.shape != (length,) or not array.is_contiguous() or array.is_neg():
+        raise ValueError(
+            f"{name} must be contiguous {dtype} [{length}], got {array.dtype} {list(array.shape)}; "
+            "make graphs with BipartiteGraph.from_edges"
+        )
+
+
 def _check_indices(name: str, index: Tensor, size: int) -> None:
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {index.dtype}")
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
         raise ValueError(f"{name} must lie in 0 to {size - 1}, got {int(index.min())} to {int(index.max())}")

@@ -6,18 +6,22 @@ N items, A of them new, L levels.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from .item_filter import ItemFilter
+from .operands import integers_on
 from .request_filter import RequestFilter
 from .trie import Filter, Trie
 from .trie_arrays import check_codes
+
+if TYPE_CHECKING:
+    from .operands import Numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ class Snapshot:
         """
         if filter is None:
             return self.allowed
+        if not isinstance(filter, ItemFilter | RequestFilter):
+            raise TypeError(f"filter must be an ItemFilter or a RequestFilter, got {type(filter).__name__}")
         if filter.fingerprint != self.trie.fingerprint:
             raise ValueError(f"the filter belongs to another version than {self.version}; make it anew")
         if self.allowed is None:
@@ -93,12 +99,12 @@ class LiveTrie:
             now = self._now
             return (now.trie.num_items if now.allowed is None else len(now.allowed)) + len(self._pending)
 
-    def remove(self, item_ids: Tensor | Sequence[int]) -> None:
+    def remove(self, item_ids: Numbers) -> None:
         """Take items out, from the next snapshot on; all of them or, where one is unknown, none.
 
         Raises ValueError naming an id that the catalog does not have.
         """
-        ids = torch.as_tensor(item_ids, dtype=torch.int64).flatten().unique()
+        ids = integers_on("item_ids", item_ids, torch.device("cpu")).flatten().unique()
         with self._lock:
             serving = self._serving(ids)
             waiting = [int(i) in self._pending for i in ids]
@@ -111,15 +117,15 @@ class LiveTrie:
                 self._removed.update(ids.tolist())
             self._now = _without(self._now, serving[serving >= 0])
 
-    def add(self, codes: Tensor, item_ids: Tensor | Sequence[int]) -> None:
+    def add(self, codes: Numbers, item_ids: Numbers) -> None:
         """Put in items of ``codes`` [A, L] and ``item_ids`` [A]; all of them or, where one is wrong, none.
 
         An id may come back after its removal. Raises ValueError on codes out of range, and naming items
         whose id or codes another item has; RuntimeError where an earlier rebuild failed.
         """
         trie = self._now.trie
-        ids = torch.as_tensor(item_ids, dtype=torch.int64).flatten().cpu()
-        codes = torch.as_tensor(codes).to("cpu", torch.int64)
+        ids = integers_on("item_ids", item_ids, torch.device("cpu")).flatten()
+        codes = integers_on("codes", codes, torch.device("cpu"))
         if codes.dim() != 2 or codes.shape != (ids.numel(), trie.levels):
             raise ValueError(f"codes must be [{ids.numel()}, {trie.levels}], got {list(codes.shape)}")
         if ids.numel() == 0:

@@ -6,16 +6,18 @@ B requests, F distinct filters among them, H excluded items a request, R rows of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .filter_tensors import NO_NODE, FilterTensors, closed_nodes, distinct
 from .item_filter import ItemFilter
+from .operands import device_of, integers_on
 from .trie_arrays import TrieArrays
 
 if TYPE_CHECKING:
+    from .operands import Numbers
     from .trie import Trie
 
 
@@ -44,34 +46,30 @@ class RequestFilter:
     def stack(cls, filters: Sequence[ItemFilter | None]) -> RequestFilter:
         """One filter a request, None where all items are allowed; at least one must be a filter.
 
-        Raises ValueError where they belong to different tries or devices.
+        Raises ValueError where they belong to different tries or devices, TypeError for what is not a filter.
         """
         given = [one for one in filters if one is not None]
         if not given:
             raise ValueError("a stack needs at least one ItemFilter; pass filter=None where all is allowed")
         first = given[0]
-        if any(one.fingerprint != first.fingerprint or one.device != first.device for one in given):
-            raise ValueError("the filters of a stack belong to one trie on one device; these do not")
+        _check_filters(given, first)
         none = torch.empty(len(filters), 0, dtype=torch.int32, device=first.device)
         return cls(first.trie, first.fingerprint, filters, none)
 
     @classmethod
-    def excluding(cls, trie: Trie, ids: Tensor | Sequence[Sequence[int]]) -> RequestFilter:
+    def excluding(cls, trie: Trie, ids: Numbers) -> RequestFilter:
         """Everything but, for each request, the items of its row of ``ids`` [B, H], padded with -1.
 
         "Not what this user had already". Ids the trie does not have, and repeats, change nothing. H ranks
         are kept a request, so that short lists cost little. Rows of different lengths may be given as lists.
         """
-        if not isinstance(ids, Tensor):
-            most = max((len(row) for row in ids), default=0)
-            ids = torch.tensor([[*row, *[-1] * (most - len(row))] for row in ids]).view(len(ids), most).long()
-        if ids.dim() != 2 or ids.shape[0] < 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(
-                f"excluded ids must be integers [B, H], a row a request, got {ids.dtype} {list(ids.shape)}"
-            )
-        rank = trie.ranks_of(ids.to(trie.device, torch.int64))
+        rows = _padded(ids) if isinstance(ids, Sequence) else ids
+        given = integers_on("excluded ids", rows, trie.device)
+        if given.dim() != 2 or given.shape[0] < 1:
+            raise ValueError(f"excluded ids must be [B, H], a row a request, got {list(given.shape)}")
+        rank = trie.ranks_of(given)
         excluded = distinct(torch.where(rank < 0, NO_NODE, rank))
-        return cls(trie.arrays, trie.fingerprint, [None] * ids.shape[0], excluded)
+        return cls(trie.arrays, trie.fingerprint, [None] * given.shape[0], excluded)
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +80,8 @@ class RequestFilter:
         if not isinstance(other, RequestFilter | ItemFilter):
             return NotImplemented
         requests = self.num_requests if isinstance(other, ItemFilter) else other.num_requests
+        if other.device != self.device:
+            raise ValueError(f"these filters are on {self.device} and {other.device}; move one with .to()")
         if other.fingerprint != self.fingerprint or requests != self.num_requests:
             raise ValueError(
                 f"filters of {self.num_requests} and {requests} requests do not combine, nor those "
@@ -96,19 +96,32 @@ class RequestFilter:
     __rand__ = __and__
 
     def with_filters(self, filters: Sequence[ItemFilter | None]) -> RequestFilter:
-        """The same exclusions under other filters, one a request."""
+        """The same exclusions under other filters, one a request; ValueError for another number of them."""
+        if len(filters) != self.num_requests:
+            raise ValueError(f"{self.num_requests} requests need as many filters, got {len(filters)}")
+        _check_filters([one for one in filters if one is not None], self)
         return RequestFilter(self.trie, self.fingerprint, filters, self.excluded)
 
-    def select(self, requests: Tensor) -> RequestFilter:
-        """The filter of another batch: its request i is request ``requests[i]`` of this one."""
-        chosen, old = requests.to(self.device, torch.int64), self.tensors
-        filters = [self.filters[request] for request in requests.tolist()]
+    def select(self, requests: Numbers) -> RequestFilter:
+        """The filter of another batch: its request i is request ``requests[i]`` of this one.
+
+        Raises ValueError for a request that there is not, and where none is chosen.
+        """
+        chosen, old = integers_on("requests", requests, self.device), self.tensors
+        numbers = chosen.flatten().tolist()
+        if chosen.dim() != 1 or not numbers or min(numbers) < 0 or max(numbers) >= self.num_requests:
+            raise ValueError(
+                f"requests must be one or more numbers from 0 to {self.num_requests - 1}, "
+                f"got {numbers[:5]} in the shape {list(chosen.shape)}"
+            )
+        filters = [self.filters[request] for request in numbers]
         places = old.filter_of[chosen] if old.filter_of.numel() else old.filter_of
         tensors = FilterTensors(old.open, places, old.closed[chosen])
         return RequestFilter(self.trie, self.fingerprint, filters, self.excluded[chosen], tensors)
 
     def to(self, device: str | torch.device) -> RequestFilter:
         """The same filter on another device."""
+        device = device_of(device)
         moved = {id(one): one.to(device) for one in self.filters if one is not None}
         filters = [moved.get(id(one)) for one in self.filters]
         excluded, tensors = self.excluded.to(device), self.tensors.to(device)
@@ -126,6 +139,25 @@ def _tensors_of(trie: TrieArrays, filters: Sequence[ItemFilter | None], excluded
     else:
         open_ = torch.cat(list(bitmaps.values())) if len(bitmaps) > 1 else next(iter(bitmaps.values()))
     return FilterTensors(open_, of_requests, closed_nodes(trie, open_, of_requests, excluded))
+
+
+def _check_filters(filters: Sequence[ItemFilter], like: ItemFilter | RequestFilter) -> None:
+    """TypeError for what is not an ItemFilter, ValueError for another trie's, or another device's, than
+    ``like``."""
+    for one in filters:
+        if not isinstance(one, ItemFilter):
+            raise TypeError(f"a request has one ItemFilter, or None, got {type(one).__name__}")
+        if one.fingerprint != like.fingerprint or one.device != like.device:
+            raise ValueError("the filters of a stack belong to one trie on one device; these do not")
+
+
+def _padded(rows: Sequence[Any]) -> list[list[Any]]:
+    """Rows of one length, the shorter ones filled up with -1."""
+    try:
+        most = max((len(row) for row in rows), default=0)
+        return [[*row, *[-1] * (most - len(row))] for row in rows]
+    except TypeError:
+        raise ValueError("excluded ids must be a list of ids for each request; one of these is not") from None
 
 
 def _both(left: Sequence[ItemFilter | None], right: Sequence[ItemFilter | None]) -> list[ItemFilter | None]:

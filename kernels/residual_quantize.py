@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import native, pick
+from .operands import tensor_of
 from .ranges import ranged
 
 TILE_CELLS = 2**18  # of scores in one tile: 1 MB, so they are read again from cache
@@ -39,6 +40,7 @@ def residual_quantize(
     Raises ValueError where shapes, dtypes or devices do not fit, and for a ``code_dtype`` that cannot
     hold K - 1.
     """
+    x, codebooks = tensor_of("x", x), tensor_of("codebooks", codebooks)
     _check(x, codebooks, code_dtype)
     if torch.compiler.is_compiling():
         return torch.ops.cemg.residual_quantize(x.detach(), codebooks.detach(), code_dtype, backend)

@@ -7,10 +7,11 @@ Under 3 bytes an item (``nbytes``; random codes, K = 256, 4 levels, 1e6 items), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
+from operator import index
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +19,13 @@ from torch import Tensor
 from . import trie_file, trie_ops
 from .filter_tensors import FilterTensors
 from .item_filter import ItemFilter
+from .operands import device_of, integers_of
 from .ranges import ranged
 from .request_filter import RequestFilter
 from .trie_arrays import DuplicateCodes, TrieArrays, build, check_codes, fingerprint_of
+
+if TYPE_CHECKING:
+    from .operands import Numbers
 
 Filter = ItemFilter | RequestFilter
 
@@ -42,20 +47,19 @@ class Trie:
     @classmethod
     def from_codes(
         cls,
-        codes: Tensor,
+        codes: Numbers,
         codebook_size: int,
-        item_ids: Tensor | Sequence[int] | None = None,
+        item_ids: Numbers | None = None,
         device: str | torch.device = "cpu",
     ) -> Trie:
         """The trie of ``codes`` [N, levels] (any integer dtype), each in 0 ... codebook_size - 1.
 
-        ``item_ids`` [N] are distinct integers from 0 on; without them an item's id is its row.
+        ``item_ids`` [N] are distinct integers from 0 on; without them an item's id is its row. Both may be
+        numpy arrays or lists, here and in all methods.
         Raises ValueError on codes out of range, a dtype or shape that is no code, equal codes (naming the
         items), or more nodes than int32 counts.
         """
-        codes = torch.as_tensor(codes)
-        if codes.dtype in (torch.uint16, torch.uint32, torch.uint64):
-            codes = codes.to(torch.int64)  # torch compares few of these
+        device, codes, codebook_size = device_of(device), integers_of("codes", codes), index(codebook_size)
         check_codes(codes, codebook_size)
         ids = None if item_ids is None else _checked_ids(item_ids, codes.shape[0])
         try:
@@ -113,7 +117,7 @@ class Trie:
 
     def to(self, device: str | torch.device) -> Trie:
         """The same trie on another device; itself where it is there already."""
-        device = torch.device(device)
+        device = device_of(device)
         if device == self.device:
             return self
         moved = Trie(self.arrays.to(device), None if self._ids is None else self._ids.to(device))
@@ -121,28 +125,30 @@ class Trie:
             moved.fingerprint = self.fingerprint
         return moved
 
-    def lookup(self, prefixes: Tensor, *, filter: Filter | None = None) -> Tensor:
+    def lookup(self, prefixes: Numbers, *, filter: Filter | None = None) -> Tensor:
         """The node each prefix leads to from the root: [B, m] integers, 0 <= m <= levels -> [B] int32.
 
         -1 where no item (that the filter allows) starts with the prefix.
         """
+        prefixes = self._here("prefixes", prefixes).long().contiguous()
         if prefixes.dim() != 2 or prefixes.shape[1] > self.levels:
             raise ValueError(f"prefixes must be [B, m] with m <= {self.levels}, got {list(prefixes.shape)}")
-        prefixes = self._here("prefixes", prefixes).long().contiguous()
         return trie_ops.run("lookup", self.arrays, self.filter_tensors(filter, prefixes.shape[0]), prefixes)
 
-    def advance(self, nodes: Tensor, codes: Tensor, *, filter: Filter | None = None) -> Tensor:
+    def advance(self, nodes: Numbers, codes: Numbers, *, filter: Filter | None = None) -> Tensor:
         """The child of each node along each code: any equal shapes -> the same shape, int32.
 
         -1 where there is no such child, or where the filter allows nothing below it.
         """
+        nodes = self._nodes(nodes)
+        codes = self._here("codes", codes).long().contiguous()
         if nodes.shape != codes.shape:
             raise ValueError(f"nodes {list(nodes.shape)} and codes {list(codes.shape)} must have one shape")
-        flat, codes = self._nodes(nodes).flatten(), self._here("codes", codes).long().contiguous().flatten()
-        allowed = self.filter_tensors(filter, flat.numel())
-        return trie_ops.run("advance", self.arrays, allowed, flat, codes).view(nodes.shape)
+        allowed = self.filter_tensors(filter, nodes.numel())
+        found = trie_ops.run("advance", self.arrays, allowed, nodes.flatten(), codes.flatten())
+        return found.view(nodes.shape)
 
-    def children(self, nodes: Tensor, *, filter: Filter | None = None) -> tuple[Tensor, Tensor]:
+    def children(self, nodes: Numbers, *, filter: Filter | None = None) -> tuple[Tensor, Tensor]:
         """Codes and nodes of the children of ``nodes`` [B]: two int32 [B, K].
 
         A row holds its children first, by ascending code, and then -1.
@@ -150,13 +156,13 @@ class Trie:
         nodes = self._nodes(nodes, 1)
         return trie_ops.run("children", self.arrays, self.filter_tensors(filter, nodes.numel()), nodes)
 
-    def mask(self, nodes: Tensor, *, filter: Filter | None = None) -> Tensor:
+    def mask(self, nodes: Numbers, *, filter: Filter | None = None) -> Tensor:
         """Which codes continue each of ``nodes`` [B]: bool [B, K]; a row of -1 is all False."""
         nodes = self._nodes(nodes, 1)
         return trie_ops.run("mask", self.arrays, self.filter_tensors(filter, nodes.numel()), nodes)
 
     @ranged
-    def items(self, leaves: Tensor, *, filter: Filter | None = None) -> Tensor:
+    def items(self, leaves: Numbers, *, filter: Filter | None = None) -> Tensor:
         """The item id at each leaf (any shape), int64; -1 for -1 and for whatever is no leaf."""
         leaves = self._nodes(leaves)
         allowed = self.filter_tensors(filter, leaves.numel())
@@ -168,13 +174,13 @@ class Trie:
         ids = self.arrays.rows[safe].long() if self._ids is None else self._ids[safe]
         return torch.where(is_leaf, ids, -1)
 
-    def interval(self, nodes: Tensor) -> Tensor:
+    def interval(self, nodes: Numbers) -> Tensor:
         """The ranks of the items below each of ``nodes`` [B]: [B, 2] int32, half open; (0, 0) for -1."""
         return trie_ops.run("interval", self.arrays, None, self._nodes(nodes, 1))
 
-    def ranks_of(self, ids: Tensor) -> Tensor:
+    def ranks_of(self, ids: Numbers) -> Tensor:
         """The rank of each item id (any shape), int64; -1 where the trie has no such item."""
-        known, order = self._by_id
+        ids, (known, order) = self._here("ids", ids).long(), self._by_id
         place = ids if known is None else torch.searchsorted(known, ids)
         safe = place.clamp(0, self.num_items - 1)
         found = safe == ids if known is None else known[safe] == ids
@@ -190,6 +196,7 @@ class Trie:
 
         Raises ValueError where the file is missing, foreign, or not as it was written.
         """
+        device = device_of(device)
         arrays, ids, fingerprint = trie_file.read(Path(path))
         trie = cls(arrays, ids)
         trie.fingerprint = fingerprint
@@ -203,6 +210,11 @@ class Trie:
         """
         if filter is None:
             return None
+        if not isinstance(filter, ItemFilter | RequestFilter):
+            raise TypeError(
+                f"filter must be an ItemFilter or a RequestFilter, got {type(filter).__name__}; "
+                "make one with ItemFilter.from_mask"
+            )
         if filter.fingerprint != self.fingerprint:
             raise ValueError("the filter belongs to another trie; make it anew with ItemFilter.from_mask")
         if filter.device != self.device:
@@ -224,17 +236,20 @@ class Trie:
         rank[self.arrays.rows.long()] = torch.arange(self.num_items, dtype=torch.int32, device=self.device)
         return None, rank
 
-    def _here(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() or tensor.dtype == torch.bool:
-            raise ValueError(f"{name} must be integers, got {tensor.dtype}")
+    def _here(self, name: str, value: Numbers) -> Tensor:
+        """Integers on the trie's device; lists and numpy arrays are moved there."""
+        tensor = integers_of(name, value)
         if tensor.device != self.device:
-            raise ValueError(f"{name} are on {tensor.device}, the trie on {self.device}; use .to()")
+            if isinstance(value, Tensor):
+                raise ValueError(f"{name} are on {tensor.device}, the trie on {self.device}; use .to()")
+            tensor = tensor.to(self.device)
         return tensor
 
-    def _nodes(self, nodes: Tensor, dim: int | None = None) -> Tensor:
+    def _nodes(self, nodes: Numbers, dim: int | None = None) -> Tensor:
+        nodes = self._here("nodes", nodes)
         if dim is not None and nodes.dim() != dim:
             raise ValueError(f"nodes must be one-dimensional, got {list(nodes.shape)}; use .flatten()")
-        return as_nodes(self._here("nodes", nodes), self.num_nodes)
+        return as_nodes(nodes, self.num_nodes)
 
 
 def as_nodes(nodes: Tensor, num_nodes: int) -> Tensor:
@@ -245,11 +260,8 @@ def as_nodes(nodes: Tensor, num_nodes: int) -> Tensor:
     return nodes.contiguous()
 
 
-def _checked_ids(item_ids: Tensor | Sequence[int], num_items: int) -> Tensor:
-    ids = torch.as_tensor(item_ids)
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"item_ids must be integers, got {ids.dtype}")
-    ids = ids.to("cpu", torch.int64).contiguous()
+def _checked_ids(item_ids: Numbers, num_items: int) -> Tensor:
+    ids = integers_of("item_ids", item_ids).to("cpu", torch.int64).contiguous()
     problem = trie_file.ids_problem(ids, num_items)
     if problem:
         raise ValueError(f"{problem}; pass one distinct integer from 0 on for each item")

@@ -24,12 +24,15 @@ from .trie_softmax import (
     NEVER,
     OVER,
     Normalize,
+    check_like,
     check_logits,
     check_normalize,
     dense,
     flat,
     masked_log_prob,
 )
+
+MAX_WIDTH = 2**24  # of a user: 400 MB of results
 
 
 class BeamStep(NamedTuple):
@@ -72,14 +75,11 @@ def trie_beam_step(
     may differ in the last bits, and so may the order of candidates as close as that.
     Raises ValueError where shapes, dtypes, devices or arguments do not fit.
     """
-    check_normalize(normalize, logsumexp, nodes.shape)
     check_logits(logits, nodes, trie, 3)
-    if scores.shape != nodes.shape or width < 1:
-        raise ValueError(
-            f"scores must be {list(nodes.shape)} and width >= 1, got {list(scores.shape)}, {width}"
-        )
-    if scores.device != logits.device:
-        raise ValueError(f"scores are on {scores.device}, logits on {logits.device}; move one with .to()")
+    check_normalize(normalize, logsumexp, nodes)
+    check_like("scores", scores, nodes)
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"width must be 1 to {MAX_WIDTH}, got {width}")
     allowed = trie.filter_tensors(filter, nodes.numel())
     operands = logits, scores, as_nodes(nodes, trie.num_nodes), width, OVER[normalize], logsumexp, backend
     if torch.compiler.is_compiling():
@@ -115,6 +115,7 @@ def _native(
 ) -> BeamStep:  # fmt: skip
     users, beams = nodes.shape
     logits, scores, total = dense(logits), dense(scores), None if logsumexp is None else dense(logsumexp)
+    nodes = nodes.resolve_neg()
     step = best, parents, codes, grown, pruned = empty_step(scores, nodes, width)
     trie.view.beam_step(
         None if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),

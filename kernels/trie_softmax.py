@@ -14,6 +14,7 @@ from torch import Tensor
 from . import trie_ops
 from .dispatch import pick
 from .filter_tensors import FilterTensors
+from .operands import INTEGERS
 from .ranges import ranged
 from .trie import Filter, Trie, as_nodes
 from .trie_arrays import TrieArrays
@@ -45,8 +46,8 @@ def trie_softmax(
     dispatcher's; their log-sum-exps may differ in the last bits. It has no gradient.
     Raises ValueError where shapes, dtypes, devices or arguments do not fit.
     """
-    check_normalize(normalize, logsumexp, nodes.shape)
     check_logits(logits, nodes, trie, 2)
+    check_normalize(normalize, logsumexp, nodes)
     allowed = trie.filter_tensors(filter, nodes.numel())
     operands = logits, as_nodes(nodes, trie.num_nodes), OVER[normalize], logsumexp, backend
     if torch.compiler.is_compiling():
@@ -76,6 +77,7 @@ def _native(
     logsumexp: Tensor | None,
 ) -> Tensor:  # fmt: skip
     logits, total = dense(logits), None if logsumexp is None else dense(logsumexp)
+    nodes = nodes.resolve_neg()
     out = torch.empty_like(logits)
     trie.view.softmax(
         None if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),
@@ -86,9 +88,9 @@ def _native(
 
 def dense(tensor: Tensor) -> Tensor:
     """The same float32 and contiguous, as the kernels read it; itself where it is so already."""
-    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+    if tensor.dtype is torch.float32 and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
-    return tensor.float().contiguous()
+    return tensor.float().contiguous().resolve_neg()
 
 
 def masked_log_prob(logits: Tensor, allowed: Tensor, normalize: int, logsumexp: Tensor | None) -> Tensor:
@@ -112,8 +114,8 @@ def tame(logits: Tensor) -> Tensor:
     return torch.nan_to_num(logits.float(), nan=NEVER, neginf=NEVER)
 
 
-def check_normalize(normalize: str, logsumexp: Tensor | None, shape: torch.Size) -> None:
-    """ValueError where ``normalize`` is unknown or ``logsumexp`` does not go with it."""
+def check_normalize(normalize: str, logsumexp: Tensor | None, nodes: Tensor) -> None:
+    """ValueError where ``normalize`` is unknown or ``logsumexp`` does not go with it and ``nodes``."""
     if normalize not in OVER:
         raise ValueError(f"normalize must be one of {', '.join(OVER)}, got {normalize!r}")
     if (normalize == "vocab") != (logsumexp is not None):
@@ -123,20 +125,37 @@ def check_normalize(normalize: str, logsumexp: Tensor | None, shape: torch.Size)
             else "has no use for logsumexp"
         )
         raise ValueError(f"normalize={normalize!r} {needs}; vocab takes it, level and valid do not")
-    if logsumexp is not None and logsumexp.shape != shape:
-        raise ValueError(f"logsumexp must be {list(shape)}, got {list(logsumexp.shape)}")
+    if logsumexp is not None:
+        check_like("logsumexp", logsumexp, nodes)
+
+
+def check_like(name: str, tensor: Tensor, nodes: Tensor) -> None:
+    """ValueError where ``tensor`` does not hold a floating-point number for each of ``nodes``, beside it."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.shape != nodes.shape:
+        raise ValueError(f"{name} must be {list(nodes.shape)}, got {list(tensor.shape)}")
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        raise ValueError(f"{name} must be floating point and dense, got {tensor.dtype}, {tensor.layout}")
+    if tensor.device != nodes.device:
+        raise ValueError(f"{name} are on {tensor.device}, nodes on {nodes.device}; move one with .to()")
 
 
 def check_logits(logits: Tensor, nodes: Tensor, trie: Trie, dim: int) -> None:
-    """ValueError where ``logits`` [..., K] do not fit ``nodes`` [...] and the trie."""
+    """ValueError where ``logits`` [..., K] do not fit ``nodes`` [...] and the trie, TypeError for what is not
+    a tensor."""
+    if not isinstance(logits, Tensor) or not isinstance(nodes, Tensor):
+        raise TypeError(
+            f"logits and nodes must be tensors, got {type(logits).__name__} and {type(nodes).__name__}"
+        )
     shape, device = logits.shape, logits.device
     if len(shape) != dim or shape != (*nodes.shape, trie.codebook_size):
         wanted = [*nodes.shape, trie.codebook_size]
         raise ValueError(f"logits must be {wanted}: nodes and codebook_size; got {list(shape)}")
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point, got {logits.dtype}")
-    if nodes.is_floating_point() or nodes.dtype == torch.bool:
-        raise ValueError(f"nodes must be integers, got {nodes.dtype}")
+    if not logits.is_floating_point() or logits.layout is not torch.strided:
+        raise ValueError(f"logits must be floating point and dense, got {logits.dtype}, {logits.layout}")
+    if nodes.dtype not in INTEGERS or nodes.layout is not torch.strided:
+        raise ValueError(f"nodes must be integers and dense, got {nodes.dtype}, {nodes.layout}")
     if nodes.device != device:
         raise ValueError(f"nodes are on {nodes.device}, logits on {device}; move one with .to()")
     if device != trie.device:

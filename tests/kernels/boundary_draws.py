@@ -1,0 +1,516 @@
+"""Draws arguments, right and wrong, for every public call of ``cemg_kernels``; runs it in C++ and in PyTorch.
+
+    python tests/kernels/boundary_draws.py --seed 0 --count 50
+
+Each draw takes valid arguments and changes up to two: shape, dtype, stride, range, device, layout, kind. The
+call must give the reference's answer in C++, or raise ValueError or TypeError (UserError is one) in both. The
+draw under way is written to stderr first, so that a crash can be told and repeated: ``--call NAME --seed S
+--count 1``. Prints the counts of each call as JSON; exits with 1 where a draw failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cemg_kernels import (
+    BipartiteGraph,
+    ItemFilter,
+    LiveTrie,
+    RequestFilter,
+    Trie,
+    backends,
+    lightgcn_propagate,
+    residual_quantize,
+    trie_beam_step,
+    trie_softmax,
+    use_fast_kernels,
+)
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
+            torch.uint64)  # fmt: skip
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OTHERS = (torch.bool, torch.complex64)
+EDGES = (-(2**63), -(2**31) - 1, -(2**31), -2, -1, 0, 1, 2**31 - 1, 2**31, 2**32, 2**63 - 1)
+JUNK: tuple[Any, ...] = (None, "text", 3, 1.5, object(), {}, [[1], [1, 2]], ["1"], b"12", [None])
+REFUSALS = (ValueError, TypeError)
+Arguments = dict[str, Any]
+Case = Callable[[random.Random], tuple[Arguments, Callable[[Arguments], Any]]]
+CALLS: dict[str, Case] = {}
+ITEMS, LEVELS, SIZE = 40, 3, 6
+
+
+def call(name: str) -> Callable[[Case], Case]:
+    def register(case: Case) -> Case:
+        CALLS[name] = case
+        return case
+
+    return register
+
+
+# ---- what a draw changes
+
+
+def shapes(t: Tensor, rng: random.Random) -> Iterator[Callable[[], Tensor]]:
+    """Other shapes of the same kind."""
+    yield lambda: t[None]
+    yield lambda: t[..., None]
+    yield lambda: t.flatten()
+    yield lambda: t[:0]
+    yield lambda: t[..., :0]
+    if t.dim():
+        yield lambda: t[0]
+        yield lambda: t[:-1]
+        yield lambda: t[..., :-1]
+        yield lambda: torch.cat((t, t[:1]))
+        yield lambda: torch.cat((t, t[..., :1]), -1)
+
+
+def strides(t: Tensor, rng: random.Random) -> Iterator[Callable[[], Tensor]]:
+    """The same values otherwise in memory; of an expanded one, the first row's."""
+    yield lambda: t.repeat_interleave(2, -1)[..., ::2]
+    yield lambda: torch.cat((t, t))[len(t) :]
+    yield lambda: t.movedim(0, -1).contiguous().movedim(-1, 0)
+    yield lambda: t[:1].expand_as(t)
+    yield lambda: torch._neg_view(t) if t.dtype in (torch.float32, torch.int32, torch.int64) else t
+
+
+def values(t: Tensor, rng: random.Random) -> Iterator[Callable[[], Tensor]]:
+    """One value at an edge of its range, or beyond that of the call."""
+
+    def put(value: float) -> Tensor:
+        changed = t.clone()
+        if changed.numel():
+            changed.view(-1)[rng.randrange(changed.numel())] = value
+        return changed
+
+    if t.is_floating_point():
+        edges: tuple[float, ...] = (float("nan"), float("inf"), float("-inf"), 1e38, -1e38, 0.0)
+        yield from (lambda value=value: put(value) for value in edges)
+    elif t.dtype != torch.bool and not t.is_complex():
+        info = torch.iinfo(t.dtype)
+        fitting = [edge for edge in (*EDGES, ITEMS, SIZE, 57, 58, 100) if info.min <= edge <= info.max]
+        yield from (lambda value=value: put(value) for value in fitting)
+
+
+def kinds(t: Tensor, rng: random.Random) -> Iterator[Callable[[], Any]]:
+    """Tensors of other devices, layouts and dtypes, numpy arrays, lists and what is none of these."""
+    yield from (lambda dtype=dtype: t.to(dtype) for dtype in (*INTEGERS, *FLOATS, *OTHERS))
+    yield lambda: t.to("meta")
+    yield lambda: t.to_sparse()
+    yield lambda: torch.quantize_per_tensor(t.float(), 1.0, 0, torch.quint8)
+    yield lambda: t.clone().requires_grad_() if t.is_floating_point() else t
+    yield lambda: t.numpy()
+    yield lambda: t.numpy()[::-1]
+    yield lambda: t.numpy().astype(">i8")
+    yield lambda: t.tolist()
+    yield lambda: _frozen(t.numpy().copy())
+    yield from (lambda junk=junk: junk for junk in JUNK)
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.setflags(write=False)
+    return array
+
+
+def changed(value: Any, rng: random.Random) -> Any:
+    """Another argument in place of a valid one."""
+    if isinstance(value, Tensor):
+        family = rng.choice((shapes, strides, values, values, kinds))
+        options = list(family(value, rng))
+        try:
+            return rng.choice(options)() if options else value
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            return value  # torch itself cannot make it
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return rng.choice(JUNK)
+    if isinstance(value, int):
+        return rng.choice((*EDGES, value + 1, value - 1, 2**40, 10**12, 1.5, "3", None, np.int64(value)))
+    return value
+
+
+# ---- the calls
+
+
+def numbers(rng: random.Random, high: int, *shape: int, low: int = 0) -> Tensor:
+    drawn = [rng.randrange(low, high) for _ in range(int(np.prod(shape)))]
+    return torch.tensor(drawn, dtype=torch.int64).view(*shape)
+
+
+def reals(rng: random.Random, *shape: int) -> Tensor:
+    drawn = [rng.gauss(0, 3) for _ in range(int(np.prod(shape)))]
+    return torch.tensor(drawn, dtype=torch.float32).view(*shape)
+
+
+def made_trie(seed: int = 0, ids: bool = False) -> Trie:
+    every = torch.cartesian_prod(*[torch.arange(SIZE)] * LEVELS)
+    codes = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:ITEMS]]
+    return Trie.from_codes(codes, SIZE, torch.arange(ITEMS) * 3 + 1 if ids else None)
+
+
+TRIES = made_trie(), made_trie(0, True)
+OTHER = made_trie(1)
+
+
+def any_filter(rng: random.Random, trie: Trie, rows: int) -> Any:
+    """None, a filter that fits or one that does not."""
+    requests = rng.choice((1, 2, rows)) if rows else 1
+    one = ItemFilter.from_mask(trie, numbers(rng, 2, ITEMS).bool())
+    return rng.choice((
+        None, None, one, ItemFilter.everything(trie), ~one,
+        ItemFilter.stack([rng.choice((None, one)) for _ in range(requests)] + [one])
+        if requests > 1 else ItemFilter.stack([one]),
+        RequestFilter.excluding(trie, numbers(rng, 3 * ITEMS, requests, 4)),
+        ItemFilter.everything(OTHER), RequestFilter.excluding(OTHER, [[1]] * requests), one.open, "all",
+    ))  # fmt: skip
+
+
+def left_open(trie: Trie, filter: ItemFilter | RequestFilter) -> Tensor:
+    """What a filter leaves open below each node, for each request."""
+    requests = filter.num_requests if isinstance(filter, RequestFilter) else 1
+    return trie.mask(torch.arange(trie.num_nodes).repeat(requests), filter=filter)
+
+
+def on_nodes(method: str, dim: int) -> Case:
+    def case(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+        trie, shape = rng.choice(TRIES), [rng.randrange(7) for _ in range(dim)]
+        given: Arguments = {
+            "nodes": numbers(rng, trie.num_nodes, *shape, low=-1).to(rng.choice(INTEGERS[3:5]))
+        }
+        if method == "advance":
+            given["codes"] = numbers(rng, SIZE, *shape)
+        if method != "interval":
+            given["filter"] = any_filter(rng, trie, int(np.prod(shape)))
+        return given, lambda a: getattr(trie, method)(
+            *(a[name] for name in ("nodes", "codes") if name in a),
+            **({"filter": a["filter"]} if "filter" in a else {}),
+        )
+
+    return case
+
+
+for name, dim in (("advance", 2), ("children", 1), ("mask", 1), ("items", 2), ("interval", 1)):
+    call(f"Trie.{name}")(on_nodes(name, dim))
+
+
+@call("Trie.lookup")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie, rows = rng.choice(TRIES), rng.randrange(6)
+    given = {"prefixes": numbers(rng, SIZE, rows, rng.randrange(LEVELS + 1)),
+             "filter": any_filter(rng, trie, rows)}  # fmt: skip
+    return given, lambda a: trie.lookup(a["prefixes"], filter=a["filter"])
+
+
+@call("Trie.ranks_of")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie = rng.choice(TRIES)
+    return {"ids": numbers(rng, 3 * ITEMS, rng.randrange(6), 2, low=-1)}, lambda a: trie.ranks_of(a["ids"])
+
+
+@call("Trie.from_codes")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    items = rng.randrange(1, 30)
+    given = {"codes": torch.unique(numbers(rng, SIZE, items, LEVELS), dim=0), "codebook_size": SIZE}
+    given["item_ids"] = rng.choice((None, torch.arange(len(given["codes"])) * 2))
+
+    def build(a: Arguments) -> Any:
+        trie = Trie.from_codes(a["codes"], a["codebook_size"], a["item_ids"])
+        return trie.codes_by_rank(), trie.ids_by_rank, trie.arrays.code, trie.arrays.first_child
+
+    return given, build
+
+
+@call("Trie.to")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie = made_trie()
+    device = rng.choice(
+        ("cpu", "cpu:0", torch.device("cpu"), "tpu", "nonsense", "", 3.5, None, "cuda:99", -1)
+    )
+    moved = rng.choice((trie, ItemFilter.everything(trie), RequestFilter.excluding(trie, [[1]])))
+    return {"device": device}, lambda a: str(moved.to(a["device"]).device)
+
+
+@call("ItemFilter.from_mask")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie = rng.choice(TRIES)
+    given = {"allowed": numbers(rng, 2, ITEMS).bool()}
+    return given, lambda a: ItemFilter.from_mask(trie, a["allowed"]).by_rank()
+
+
+@call("ItemFilter.from_items")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie = rng.choice(TRIES)
+    ids = trie.ids_by_rank[numbers(rng, ITEMS, rng.randrange(9))]
+    return {"ids": ids}, lambda a: ItemFilter.from_items(trie, a["ids"]).open
+
+
+@call("ItemFilter, combined")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie = rng.choice(TRIES)
+    one, two = (any_filter(rng, trie, 4) for _ in range(2))
+    operation = rng.choice(
+        (lambda a, b: a & b, lambda a, b: a | b, lambda a, b: ItemFilter.stack([a, b, None]))
+    )
+
+    def combine(_: Arguments) -> Any:
+        return left_open(trie, operation(one, two))
+
+    return {}, combine
+
+
+for name in ("without_ranks", "allows_ranks"):
+
+    @call(f"ItemFilter.{name}")
+    def _(rng: random.Random, name: str = name) -> tuple[Arguments, Callable[[Arguments], Any]]:
+        trie = rng.choice(TRIES)
+        base = ItemFilter.from_mask(trie, numbers(rng, 2, ITEMS).bool())
+
+        def ask(a: Arguments) -> Any:
+            found = getattr(base, name)(a["ranks"])
+            return found if isinstance(found, Tensor) else found.open
+
+        return {"ranks": numbers(rng, ITEMS, rng.randrange(9))}, ask
+
+
+@call("RequestFilter.excluding")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie = rng.choice(TRIES)
+    ids = numbers(rng, 3 * ITEMS, rng.randrange(1, 5), rng.randrange(6), low=-1)
+    return {"ids": ids}, lambda a: left_open(trie, RequestFilter.excluding(trie, a["ids"]))
+
+
+@call("RequestFilter.select")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie = rng.choice(TRIES)
+    base = RequestFilter.excluding(trie, numbers(rng, ITEMS, 4, 3))
+    base = base & ItemFilter.stack([ItemFilter.everything(trie), None, None, None])
+    return {"requests": numbers(rng, 4, rng.randrange(1, 6))}, lambda a: left_open(
+        trie, base.select(a["requests"])
+    )
+
+
+@call("RequestFilter.with_filters")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie = rng.choice(TRIES)
+    base = RequestFilter.excluding(trie, numbers(rng, ITEMS, 3, 3))
+    filters = [any_filter(rng, trie, 3) for _ in range(rng.choice((3, 3, 3, 2, 4, 0)))]
+    return {}, lambda _: left_open(trie, base.with_filters(filters))
+
+
+def step_operands(rng: random.Random, *shape: int) -> Arguments:
+    trie = rng.choice(TRIES)
+    normalize = rng.choice(("vocab", "level", "valid", "none"))
+    given: Arguments = {
+        "trie": trie, "logits": reals(rng, *shape, SIZE),
+        "nodes": numbers(rng, trie.num_nodes, *shape, low=-1).to(rng.choice(INTEGERS[3:5])),
+        "normalize": normalize, "logsumexp": reals(rng, *shape) + 9 if normalize == "vocab" else None,
+        "filter": any_filter(rng, trie, int(np.prod(shape))),
+    }  # fmt: skip
+    return given
+
+
+@call("trie_softmax")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    return step_operands(rng, rng.randrange(6)), lambda a: trie_softmax(**a)
+
+
+@call("trie_beam_step")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    shape = rng.randrange(4), rng.randrange(5)
+    given = step_operands(rng, *shape) | {"scores": -reals(rng, *shape).abs(), "width": rng.randrange(1, 9)}
+
+    def step(a: Arguments) -> Any:
+        found = trie_beam_step(**a)
+        return found if a["normalize"] == "vocab" else (found.scores, found.pruned)
+
+    return given, step
+
+
+@call("residual_quantize")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    dim = rng.randrange(1, 20)
+    given = {
+        "x": reals(rng, rng.randrange(20), dim),
+        "codebooks": reals(rng, rng.randrange(1, 4), rng.randrange(1, 40), dim),
+        "code_dtype": rng.choice((*INTEGERS[:5], torch.float32, "int64", None, torch.int64)),
+    }
+    return given, lambda a: residual_quantize(a["x"], a["codebooks"], code_dtype=a["code_dtype"])
+
+
+def bounded(found: Tensor) -> Any:
+    """The sums, or their shape where they are huge or not numbers: those depend on the order of addition."""
+    return found.detach() if bool((found.detach().abs() < 1e30).all()) else list(found.shape)
+
+
+def edges(rng: random.Random) -> Arguments:
+    users, items, count = rng.randrange(1, 6), rng.randrange(1, 7), rng.randrange(30)
+    return {"users": numbers(rng, users, count), "items": numbers(rng, items, count), "num_users": users,
+            "num_items": items}  # fmt: skip
+
+
+@call("BipartiteGraph.from_edges")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    def build(a: Arguments) -> Any:
+        graph = BipartiteGraph.from_edges(**a)
+        return graph.row_ptr, graph.neighbours, graph.inv_sqrt_degree
+
+    given = edges(rng)
+    return given, build
+
+
+@call("BipartiteGraph")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    sizes = edges(rng)
+    made = BipartiteGraph.from_edges(**sizes)
+    given = {name: getattr(made, name) for name in BipartiteGraph.__slots__ if name != "__weakref__"}
+    x = reals(rng, made.num_users + made.num_items, 5)
+    return given, lambda a: bounded(lightgcn_propagate(BipartiteGraph(**a), x, 2))
+
+
+@call("lightgcn_propagate")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    graph = BipartiteGraph.from_edges(**edges(rng))
+    given: Arguments = {"x": reals(rng, graph.num_users + graph.num_items, rng.randrange(40))}
+    given["layers"] = rng.randrange(4)
+    given["table_dtype"] = rng.choice((None, torch.bfloat16, torch.float16, "bfloat16"))
+
+    return given, lambda a: bounded(
+        lightgcn_propagate(graph, a["x"], a["layers"], table_dtype=a["table_dtype"])
+    )
+
+
+@call("LiveTrie")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie = TRIES[0]
+    held = {tuple(row) for row in trie.codes_by_rank().tolist()}
+    new = numbers(rng, SIZE, 3, LEVELS)
+    new = torch.unique(
+        torch.stack([row for row in new if tuple(row.tolist()) not in held] or [new[0]]), dim=0
+    )
+    given = {"codes": new, "ids": torch.arange(100, 100 + len(new)), "gone": numbers(rng, ITEMS, 3)}
+    restricting = any_filter(rng, trie, 2)
+
+    def live(a: Arguments) -> Any:
+        catalog = LiveTrie(trie)
+        catalog.snapshot().restrict(restricting)
+        catalog.add(a["codes"], a["ids"])
+        catalog.wait(30)
+        catalog.remove(a["gone"])
+        now = catalog.snapshot()
+        return now.trie.codes_by_rank(), now.trie.ids_by_rank, now.allowed.open if now.allowed else None
+
+    return given, live
+
+
+@call("use_fast_kernels and backends")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    device = rng.choice(("cpu", torch.device("cpu"), "nonsense", 1.5, None, "cuda:99", ""))
+    enabled = rng.choice((True, False, None, "no", [], 2, torch.tensor([1, 2])))
+
+    def switch(_: Arguments) -> Any:
+        try:
+            backends(device)
+            use_fast_kernels(enabled)
+        finally:
+            use_fast_kernels(True)
+
+    return {}, switch
+
+
+# ---- running them
+
+
+def answer(run: Callable[[Arguments], Any], given: Arguments) -> Any:
+    """What a call gives, or the exception it raises."""
+    try:
+        return run(given)
+    except Exception as error:
+        return error
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Whether two answers, tensors or tuples of them, are not the same; floats but for rounding."""
+    if isinstance(one, tuple | list):
+        return len(one) != len(other) or any(differ(a, b) for a, b in zip(one, other, strict=True))
+    if not isinstance(one, Tensor):
+        return bool(one != other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return True
+    if not one.is_floating_point():
+        return not torch.equal(one, other)
+    loose = 1e-4 if one.dtype in (torch.float32, torch.float64) else 2e-2
+    return not torch.allclose(one.detach(), other.detach(), rtol=loose, atol=loose, equal_nan=True)
+
+
+def problem(run: Callable[[Arguments], Any], given: Arguments) -> tuple[str, str]:
+    """What is wrong with a draw, empty where nothing is; and whether it was answered or refused."""
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    dense = {name: t for name, t in tensors.items() if not t.is_meta and t.layout is torch.strided}
+    before = {name: t.clone() for name, t in dense.items() if not t.is_quantized}
+    use_fast_kernels(True)
+    ours = answer(run, given)
+    use_fast_kernels(False)
+    definition = answer(run, given)
+    use_fast_kernels(True)
+    if isinstance(ours, Exception) or isinstance(definition, Exception):
+        for where, found in (("C++", ours), ("PyTorch", definition)):
+            if isinstance(found, Exception) and not isinstance(found, REFUSALS):
+                return f"{where} raises {type(found).__name__}: {str(found)[:300]}", ""
+        if type(ours) is not type(definition):
+            return f"C++ gives {str(ours)[:200]!r}, PyTorch {str(definition)[:200]!r}", ""
+        return "", "refused"
+    if any(differ(kept, given[name]) for name, kept in before.items()):
+        return "the call changed its arguments", ""
+    return ("C++ and PyTorch differ", "") if differ(ours, definition) else ("", "answered")
+
+
+def described(given: Arguments) -> str:
+    def one(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return f"{type(value).__name__} {str(value)[:60]}"
+        return f"{value.dtype} {list(value.shape)} strides {value.layout is torch.strided and value.stride()}"
+
+    return "; ".join(f"{name}: {one(value)}" for name, value in given.items())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of the first draw")
+    parser.add_argument("--count", type=int, default=50, help="draws a call")
+    parser.add_argument("--call", choices=CALLS, help="only this one")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    counts: dict[str, dict[str, int]] = {}
+    failed = False
+    for name, case in CALLS.items():
+        if options.call not in (None, name):
+            continue
+        own = counts[name] = {"answered": 0, "refused": 0, "failed": 0}
+        for seed in range(options.seed, options.seed + options.count):
+            rng = random.Random(f"{name} {seed}")
+            given, run = case(rng)
+            changeable = [key for key in given if key != "trie"]
+            for key in rng.sample(changeable, min(len(changeable), rng.choice((0, 1, 1, 1, 2)))):
+                given[key] = changed(given[key], rng)
+            print(f"{name} --seed {seed}: {described(given)}", file=sys.stderr, flush=True)
+            wrong, outcome = problem(run, given)
+            own[outcome or "failed"] += 1
+            if wrong:
+                failed = True
+                print(f"FAILED {name} --seed {seed}: {wrong}; {described(given)}")
+    print(json.dumps(counts))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
