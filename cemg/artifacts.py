@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cemg.errors import DamagedError, UserError
+from cemg.forks import check_polars
 
 if TYPE_CHECKING:
     import polars as pl
@@ -168,7 +169,9 @@ def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
 
 
 def read_parquet(path: Path, schema: Mapping[str, Any], *, fix: str = RESTORE) -> pl.DataFrame:
-    """A Parquet file with exactly the columns of ``schema`` (name to Polars dtype)."""
+    """A Parquet file with exactly the columns of ``schema`` (name to Polars dtype). Raises UserError in a
+    process that was forked after Polars had run."""
+    check_polars(f"reading {path}")
     import polars as pl
 
     check_file(path, fix=fix)

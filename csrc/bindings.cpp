@@ -321,9 +321,25 @@ cemg::Prompts prompts_at(const cemg::BeamSearch& search, Address tokens, Address
   return prompts;
 }
 
+void check_token(const cemg::BeamSearch& search, int64_t token) {
+  if (search.knows(token)) return;
+  throw std::invalid_argument("token " + std::to_string(token) + " lies outside the decoder's vocabulary");
+}
+
+void check_codes(const cemg::BeamSearch& search, const cemg::Question& question, int64_t size) {
+  const int64_t codes = question.levels() * size;
+  if (question.tokens == nullptr) {
+    check_token(search, question.first_token);
+    check_token(search, question.first_token + codes - 1);
+    return;
+  }
+  for (int64_t code = 0; code < codes; ++code) check_token(search, question.tokens[code]);
+}
+
 void start_search(cemg::BeamSearch& search, Address tokens, Address mask, const std::array<int64_t, 2>& shape,
                   const PlaceFields& places, int64_t start_token, const PlaceFields& own_places,
                   const WantedFields& wanted) {
+  check_token(search, start_token);
   search.start(prompts_at(search, tokens, mask, shape), places_at(places), start_token, places_at(own_places),
                wanted_at(wanted));
 }
@@ -333,12 +349,14 @@ void step_search(cemg::BeamSearch& search, Address tokens, Address parents, Addr
   if (search.steps() >= cemg::kMostSteps) {
     throw std::invalid_argument("a search has no more than " + std::to_string(cemg::kMostSteps) + " steps");
   }
+  if (search.batch() < 1) throw std::invalid_argument("a search begins with its prompts: call start");
   const cemg::Grown grown{at<const int64_t>(tokens), at<const int64_t>(parents), at<const uint8_t>(asked),
                           beams};
   if (const int64_t orphan = search.orphan(grown); orphan >= 0) {
     throw std::invalid_argument("beam " + std::to_string(orphan % beams) + " of user " +
                                 std::to_string(orphan / beams) + " grew from no beam that was asked for");
   }
+  if (const int64_t wrong = search.stranger(grown); wrong >= 0) check_token(search, grown.tokens[wrong]);
   search.step(grown, places_at(places), wanted_at(wanted));
 }
 
@@ -353,9 +371,12 @@ SpentFields run_search(cemg::BeamSearch& search, const View& view, const Filter&
                        const std::vector<std::pair<PlaceFields, LinearFields>>& level_fields,
                        const LinearFields& all, const std::vector<int64_t>& numbers,
                        const std::array<Address, 4>& out) {
-  if (numbers.size() < 4 || numbers[1] < 1 || level_fields.empty()) {
-    throw std::invalid_argument("a search has a beam and a level");
+  const auto levels = static_cast<int64_t>(level_fields.size());
+  if (numbers.size() < 4 || numbers[1] < 1 || levels < 1 || levels > cemg::kMostSteps) {
+    throw std::invalid_argument("a search has a beam or more and 1 to " + std::to_string(cemg::kMostSteps) +
+                                " levels");
   }
+  check_token(search, numbers[3]);
   const auto prompts = prompts_at(search, tokens_and_mask[0], tokens_and_mask[1], shape);
   cemg::Question question{static_cast<cemg::Normalize>(numbers[0]),
                           numbers[1],
@@ -374,10 +395,21 @@ SpentFields run_search(cemg::BeamSearch& search, const View& view, const Filter&
   return std::visit(
       [&](auto trie) -> SpentFields {
         check_beams(question.width, trie.codebook_size);
+        check_codes(search, question, trie.codebook_size);
+        for (const cemg::Linear& columns : question.columns) {
+          if (columns.out != trie.codebook_size) throw std::invalid_argument("a level has a column a code");
+        }
         const auto spent = search.search(prompts, trie, filter_at(fields), question, found);
         return {spent.prompt, spent.model, spent.selection, spent.rows};
       },
       view.trie);
+}
+
+// Of the calling thread's parallel regions.
+void use_one_thread() {
+#if defined(_OPENMP)
+  omp_set_num_threads(1);
+#endif
 }
 
 py::dict build_info() {
@@ -412,6 +444,7 @@ PYBIND11_MODULE(_native, module) {
   using release = py::call_guard<py::gil_scoped_release>;
   module.doc() = "The trie in C++: raw addresses in, raw addresses out. Use cemg_kernels.Trie.";
   module.def("build_info", &build_info);
+  module.def("use_one_thread", &use_one_thread);
 #if defined(CEMG_CUDA)
   module.def("launch_trie_kernel", &launch_trie_kernel, release());
 #endif

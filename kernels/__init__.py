@@ -7,6 +7,7 @@ any name of it raises.
 
 if __name__ == "cemg_kernels":
     from .dispatch import backends, fast_kernels_enabled, use_fast_kernels
+    from .forking import watch_forks
     from .item_filter import ItemFilter
     from .lightgcn_propagate import BipartiteGraph, lightgcn_propagate
     from .live_trie import LiveTrie
@@ -15,6 +16,8 @@ if __name__ == "cemg_kernels":
     from .trie import Trie
     from .trie_beam_step import trie_beam_step
     from .trie_softmax import trie_softmax
+
+    watch_forks()
 
     __all__ = [
         "BipartiteGraph",

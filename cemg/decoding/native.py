@@ -19,6 +19,7 @@ from torch import Tensor
 from cemg.decoding.causal import CausalPlan
 from cemg.decoding.layers import Feed, Logits, Norm, Projection, Unsupported, Wanted
 from cemg.decoding.t5 import T5Plan
+from cemg.errors import UserError
 from cemg_kernels.dispatch import native
 from cemg_kernels.filter_tensors import FilterTensors
 from cemg_kernels.ranges import ranges_enabled
@@ -77,15 +78,40 @@ def large_pages(count: int) -> Tensor:
 
 
 def prompt_fields(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [B, S] and which of their tokens there are, int64, as the C++ reads them."""
+    """Prompts [B, S] and which of their tokens there are, int64, as the C++ reads them; UserError for what
+    is neither."""
+    if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape or input_ids.is_floating_point():
+        raise UserError(
+            f"prompts must be integers [B, S] with a mask of that shape, got {input_ids.dtype} "
+            f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
+        )
     return input_ids.to(torch.int64).contiguous(), (attention_mask != 0).to(torch.int64).contiguous()
+
+
+class Sizes(NamedTuple):
+    """Of all layers of a stack."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def check_sizes(parts: Sequence[tuple[Projection | Norm | None, tuple[int, ...]]]) -> None:
+    """Unsupported where a weight has another shape than its layer needs: the C++ reads as much memory."""
+    for part, shape in parts:
+        if part is None:
+            continue
+        found = part.weight.shape, part.bias is None or part.bias.shape == shape[:1]
+        if found != (shape, True):
+            raise Unsupported(f"one of its layers is {list(part.weight.shape)}, not {list(shape)}")
 
 
 class NativePlan:
     """The weights of a plan as the C++ reads them, copied once: make a new one after training.
 
-    Raises Unsupported for other weights than float32 on the CPU, and for activations that the C++ does not
-    know.
+    Raises Unsupported for other weights than float32 on the CPU, for activations that the C++ does not know,
+    and for layers of different sizes. Weights that are not finite give the lists that they give in PyTorch.
     """
 
     def __init__(self, plan: T5Plan | CausalPlan) -> None:
@@ -138,8 +164,8 @@ class NativePlan:
 
         Scores [B, W], leaves [B, W], codes [B, W, M] and the best that was cut [B].
         """
-        batch, length = input_ids.shape
         tokens, mask = prompt_fields(input_ids, attention_mask)
+        batch, length = input_ids.shape
         longest = int(mask.sum(1).max())
         prompt_places = self.prompt_places(length, longest)  # kept until the C++ has read it
         places = [self.own_places(level, longest) for level in range(trie.levels)]
@@ -232,7 +258,9 @@ class NativePlan:
     ) -> Transformer:  # fmt: skip
         """A stack without its layers; all of a model's have the same sizes."""
         qkv = (plan.decoder if isinstance(plan, T5Plan) else plan.layers)[0].qkv.weight
-        sizes = (embedding.shape[1], plan.heads, kv_heads, qkv.shape[0] // (plan.heads + 2 * kv_heads))
+        size = qkv.shape[0] // (plan.heads + 2 * kv_heads)
+        self.sizes = sizes = Sizes(embedding.shape[1], plan.heads, kv_heads, size)
+        check_sizes([(last, (sizes.width,)), (plan.head.whole, (len(plan.head.whole.weight), sizes.width))])
         return native().Transformer(
             sizes, scale, self._address(embedding), len(embedding), self._norm(last), last_scale
         )
@@ -247,6 +275,13 @@ class NativePlan:
             raise Unsupported(f"its C++ knows no activation {name}")
         norms = (norm, *head_norms, cross_norm, feed.norm)
         linears = (qkv, out, *cross, feed.gate, feed.up, feed.down)
+        width, heads, kv_heads, size = self.sizes
+        own, both, hidden = heads * size, 2 * kv_heads * size, len(feed.up.weight)
+        outputs = (own + both, width, own, both, width, hidden, hidden, width)
+        inputs = (width, own, width, width, own, width, width, hidden)
+        check_sizes(list(zip(linears, zip(outputs, inputs, strict=True), strict=True)))
+        of_norms = ((width,), (size,), (size,), (width,), (width,))
+        check_sizes(list(zip(norms, of_norms, strict=True)))
         model.add_layer([self._norm(n) for n in norms], [self._linear(p) for p in linears], ACTIVATIONS[name])
 
     def _linear(self, projection: Projection | None) -> LinearFields:
@@ -290,6 +325,7 @@ class NativeStepper:
         self.plan = plan
         self.search = plan.search(torch.get_num_threads())
         self.laps: list[list[tuple[str, float]]] = []
+        self.batch = self.step_number = self.longest = 0  # until it starts
         self.search.note_laps(ranges_enabled())
 
     def __del__(self) -> None:
@@ -298,23 +334,28 @@ class NativeStepper:
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
     ) -> Logits:
-        batch, length = input_ids.shape
-        self.step_number = 0  # of the first code
         tokens, mask = prompt_fields(input_ids, attention_mask)
+        self.batch, length = input_ids.shape
+        self.step_number = 0  # of the first code
         self.longest = int(mask.sum(1).max())
         places, own = self.plan.prompt_places(length, self.longest), self.plan.own_places(0, self.longest)
-        logits, room = self._room((batch, 1), wanted)
+        logits, room = self._room((self.batch, 1), wanted)
         self.search.start(
-            tokens.data_ptr(), mask.data_ptr(), (batch, length), places.addresses(),
+            tokens.data_ptr(), mask.data_ptr(), (self.batch, length), places.addresses(),
             self.plan.start_token, own.addresses(), room,
         )  # fmt: skip
         self._note_laps()
         return logits
 
     def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
-        self.step_number += 1
         fed, parents = tokens.contiguous(), parents.contiguous()
         asked = None if wanted.rows is None else wanted.rows.contiguous()
+        if fed.dim() != 2 or len(fed) != self.batch or not fed.dtype == parents.dtype == torch.int64:
+            raise ValueError(f"tokens and parents must be int64 [{self.batch}, W], got {fed.dtype} "
+                             f"{list(fed.shape)} and {parents.dtype}")  # fmt: skip
+        if parents.shape != fed.shape or (asked is not None and asked.shape != fed.shape):
+            raise ValueError(f"tokens, parents and rows must have one shape, tokens have {list(fed.shape)}")
+        self.step_number += 1
         places = self.plan.own_places(self.step_number, self.longest)
         shape = tuple(fed.shape) if asked is None else (int(asked.sum()),)
         logits, room = self._room(shape, wanted)

@@ -144,6 +144,13 @@ int64_t BeamDecoder::orphan(const Grown& grown) const noexcept {
   return -1;
 }
 
+int64_t BeamDecoder::stranger(const Grown& grown) const noexcept {
+  for (int64_t beam = 0; beam < batch_ * grown.beams; ++beam) {
+    if ((!grown.asked || grown.asked[beam]) && !knows(grown.tokens[beam])) return beam;
+  }
+  return -1;
+}
+
 void BeamDecoder::step(const Grown& grown, const Places& places, const Wanted& wanted) {
   begin_laps();
   std::vector<int32_t> row_of(static_cast<size_t>(batch_ * grown.beams), -1), from;

@@ -131,6 +131,12 @@ class BeamDecoder {
   // The place in [B, S] of a token outside the vocabulary; -1 where there is none.
   int64_t wrong_token(const Prompts& prompts) const noexcept;
 
+  // Whether the decoder has an embedding for a token.
+  bool knows(int64_t token) const noexcept { return token >= 0 && token < decoder_.vocabulary; }
+
+  // Users of the search; 0 before its start.
+  int64_t batch() const noexcept { return batch_; }
+
   // Reads prompts, one or more, each of a token or more, and answers for one row a user. After an encoder the
   // decoder is fed `start_token`. `places` are the encoder's, or the prompt's; `own_places` those of the
   // start token. Returns the seconds that the prompts took.
@@ -139,6 +145,9 @@ class BeamDecoder {
 
   // The first beam that is asked for and grew from none that was; -1 where there is none.
   int64_t orphan(const Grown& grown) const noexcept;
+
+  // The first beam that is asked for with a token that the decoder does not know; -1 where there is none.
+  int64_t stranger(const Grown& grown) const noexcept;
 
   // Feeds one row or more and answers for them, in their order.
   void step(const Grown& grown, const Places& places, const Wanted& wanted);

@@ -1,0 +1,106 @@
+"""What may cross from the decoder into C++: tokens, prompts, beams, weights, whatever is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from cemg.decoding import Decoder
+from cemg.decoding.causal import CausalPlan
+from cemg.decoding.layers import Projection, Unsupported, Wanted
+from cemg.decoding.native import NativePlan, NativeStepper, prompt_fields
+from cemg.decoding.t5 import T5Plan
+from cemg.errors import UserError
+
+from .conftest import FAMILIES, LEVELS, SIZE, START, VOCABULARY, Bench, make_model, random_catalog
+
+FIRST = Wanted(START, SIZE, total=False)
+NEXT = Wanted(START + SIZE, SIZE, total=False)
+CODES = range(START, START + LEVELS * SIZE)
+
+
+def started(family: str = "llama") -> NativeStepper:
+    """A stepper of two users, behind their prompts."""
+    made = Bench(make_model(family), random_catalog(60, 1))
+    kind = T5Plan if made.seq2seq else CausalPlan
+    stepper = NativePlan(kind(made.model, CODES)).begin()
+    stepper.start(*made.prompts([4, 2]), FIRST)
+    return stepper
+
+
+def test_a_step_without_prompts_is_refused():
+    stepper = NativePlan(CausalPlan(make_model("llama"), CODES)).begin()
+    beams = torch.zeros(0, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="begins with its prompts"):
+        stepper.step(beams, beams, NEXT)
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY, 2**62, -(2**63)])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_token_outside_the_vocabulary_is_named(family, token):
+    beams = torch.tensor([[3], [token]])
+    with pytest.raises(ValueError, match=f"token {token} lies outside the decoder's vocabulary"):
+        started(family).step(beams, torch.zeros_like(beams), NEXT)
+
+
+def test_beams_of_another_shape_or_dtype_are_refused():
+    stepper, right = started(), torch.full((2, 1), 3)
+    parents, rows = torch.zeros_like(right), torch.ones(2, 1, dtype=torch.bool)
+    for tokens, own, asked in (
+        (right.int(), parents, None), (right, parents.int(), None), (right[:1], parents, None),
+        (right.flatten(), parents, None), (torch.cat((right, right)), parents, None),
+        (right, torch.zeros(2, 2, dtype=torch.int64), None), (right, parents, rows[:1]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="tokens"):
+            stepper.step(tokens, own, NEXT._replace(rows=asked))
+    with pytest.raises(ValueError, match="grew from no beam"):
+        stepper.step(right, parents + 1, NEXT)
+    assert stepper.step(right, parents, NEXT).columns.shape == (2, 1, SIZE)  # none of these has been fed
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask"),
+    [((2, 3), (2, 2)), ((2, 3), (3, 2)), ((6,), (6,)), ((1, 2, 3), (1, 2, 3))],
+)
+def test_prompts_and_masks_of_different_shapes_are_refused(ids, mask):
+    with pytest.raises(UserError, match="with a mask of that shape"):
+        prompt_fields(torch.ones(ids, dtype=torch.int64), torch.ones(mask, dtype=torch.int64))
+
+
+def test_prompts_that_are_not_integers_are_refused():
+    with pytest.raises(UserError, match=r"torch\.float32"):
+        prompt_fields(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("field", ["qkv", "out", "norm"])
+def test_a_layer_of_another_size_than_the_rest_is_not_read(field):
+    plan = CausalPlan(make_model("llama"), CODES)
+    layer = plan.layers[1]
+    short = getattr(layer, field).weight[:-1].contiguous()
+    part = Projection(short) if field != "norm" else dataclasses.replace(layer.norm, weight=short)
+    plan.layers[1] = dataclasses.replace(layer, **{field: part})
+    with pytest.raises(Unsupported, match="one of its layers is"):
+        NativePlan(plan)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_not_finite_give_the_lists_that_they_give_in_pytorch(family, value):
+    made = Bench(make_model(family), random_catalog(60, 1))
+    decoder = Decoder(made.model, made.catalog, START, backend="native")
+    kind = T5Plan if made.seq2seq else CausalPlan
+    prompts = made.prompts([5, 3])
+    with torch.no_grad():
+        made.model.get_output_embeddings().weight[START + 2, 1] = value  # of one code
+    decoder.plan = NativePlan(kind(made.model, CODES))
+    ours = decoder.decode(*prompts, 10)
+    decoder.plan = kind(made.model, CODES)
+    theirs = decoder.decode(*prompts, 10)
+    assert torch.equal(ours.items, theirs.items)
+    with torch.no_grad():
+        for weight in made.model.parameters():
+            weight.fill_(value)
+    decoder.plan = NativePlan(kind(made.model, CODES))
+    assert (decoder.decode(*prompts, 10).items == -1).all()
