@@ -144,10 +144,10 @@ class Catalog:
         which these projects add them.
         ``.csv`` and ``.parquet``: a column of ids, ``item``, and one per level, ``columns`` (by default
         code_0, code_1, …, or all others). ``.pt``: one tensor [levels, items] of codes, as GRID writes it.
-        ``code_token_start`` then is what ``from_codes`` takes as ``tokens``, and ``codebook_size`` is one
-        more than the largest code of each level unless it is given.
-        ``shared`` allows several items on one semantic ID, ordered by how often the training part of
-        ``interactions``, an ``X.inter.json``, has them.
+        ``code_token_start`` then is what ``from_codes`` takes as ``tokens``. ``codebook_size`` is one more
+        than the largest code of each level unless it is given. ``shared`` allows several items on one
+        semantic ID, ordered by how often the training part of ``interactions``, an ``X.inter.json``, has
+        them.
 
         Raises UserError that names the file, and the item or row, for whatever is malformed.
         """

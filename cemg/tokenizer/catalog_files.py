@@ -34,13 +34,18 @@ def read_catalog(
 ) -> Catalog:  # fmt: skip
     """The catalog of a file; see ``Catalog.read``."""
     path = Path(path)
+    table = path.suffix in (".csv", ".parquet")
+    if not table and (item is not None or columns is not None):
+        raise UserError(f"{path} is not a table", cause="item and columns name columns", fix="leave them out")
     if path.name.endswith(".json"):
-        return _of_index(path, tokenizer, code_token_start, shared=shared, interactions=interactions)
+        return _of_index(
+            path, tokenizer, code_token_start, shared=shared, interactions=interactions, size=codebook_size
+        )
     if tokenizer is not None:
         raise UserError(
             f"{path} names no tokens", cause="only an index.json does", fix="pass code_token_start"
         )
-    if path.suffix in (".csv", ".parquet"):
+    if table:
         ids, codes = _of_table(path, item, columns)
     elif path.suffix == ".pt":
         ids, codes = None, _of_tensor(path)
@@ -91,8 +96,9 @@ def write_codes(catalog: Catalog, path: Path | str) -> None:
 
 
 def _of_index(
-    path: Path, tokenizer: Any, start: TokenMap | None, *, shared: bool, interactions: Path | str | None
-) -> Catalog:
+    path: Path, tokenizer: Any, start: TokenMap | None, *, shared: bool, interactions: Path | str | None,
+    size: int | Sequence[int] | None,
+) -> Catalog:  # fmt: skip
     """The catalog of an ``X.index.json``: item id -> one token per level."""
     index = read_keyed(path, "item ids")
     names, codes = _parsed(path, index)
@@ -104,14 +110,15 @@ def _of_index(
         numbers = _numbers(path, index, names, tokenizer)
     elif isinstance(start, int):
         numbers = {name: start + rank for rank, name in enumerate(sorted({n for own in names for n in own}))}
-    tokens: TokenMap | None = start
+    tokens: TokenMap | None = start  # a table or lists, by code
     if numbers is not None:
         tokens = torch.full((len(sizes), max(sizes)), -1)
         for level, own in enumerate(names):
             for name, code in own.items():
                 tokens[level, code] = numbers[name]
     counts = None if interactions is None else training_counts(interactions, index)
-    return _named(path, codes, sizes, list(index), tokens=tokens, shared=shared, counts=counts)
+    wanted = sizes if size is None else size
+    return _named(path, codes, wanted, list(index), tokens=tokens, shared=shared, counts=counts)
 
 
 def _named(path: Path, codes: Tensor, sizes: Any, ids: list | None, **options: Any) -> Catalog:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
@@ -191,6 +193,21 @@ def test_the_logits_processor_leaves_the_mapped_tokens(models, kind, family):
     )  # fmt: skip
     codes = catalog.code_tokens().codes_of(out[:, -LEVELS:])
     assert torch.equal(catalog.trie.items(catalog.trie.lookup(codes)).view(3, 6), items)
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+def test_a_model_with_one_row_per_beam_takes_a_map_too(normalize):
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0,
+                         bos_token_id=1, eos_token_id=1, initializer_range=0.2)  # fmt: skip
+    model = BloomForCausalLM(config).eval()
+    catalog = catalog_of("scattered")
+    decoder = Decoder(model, catalog, normalize=normalize)
+    assert "one row per beam" in decoder.path
+    found = decoder.decode(*prompts(model), 8)
+    expected = TransformersDecoder(model, catalog, normalize=normalize).decode(*prompts(model), 8)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+    assert torch.equal(found.items, expected.items)
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])

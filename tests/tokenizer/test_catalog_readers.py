@@ -50,6 +50,23 @@ def test_without_a_tokenizer_the_tokens_follow_the_sorted_names_in_use(index: Pa
     assert int((tokens.table >= 0).sum()) == 7
 
 
+def test_a_given_codebook_size_is_the_one_of_the_catalog(index: Path) -> None:
+    catalog = Catalog.read(index, code_token_start=100, codebook_size=256)
+    assert catalog.codebook_sizes == (256,) * 3
+    assert torch.equal(
+        catalog.code_tokens().of_codes(catalog.codes),
+        Catalog.read(index, code_token_start=100).code_tokens().of_codes(catalog.codes),
+    )
+    with pytest.raises(UserError, match="make no catalog"):
+        Catalog.read(index, codebook_size=100)
+
+
+@pytest.mark.parametrize("option", [{"item": "sku"}, {"columns": ["a"]}])
+def test_names_of_columns_are_refused_where_there_are_none(index: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="is not a table"):
+        Catalog.read(index, **option)
+
+
 @pytest.mark.parametrize("form", ["<a_{}>", "<|sid_0_{}|>", "[A{}]", "{}", "a-{}"])
 def test_tokens_of_any_form_have_their_last_number_as_their_code(tmp_path: Path, form: str) -> None:
     path = write(tmp_path, {str(i): [form.format(code)] for i, code in enumerate((7, 10, 0))})
