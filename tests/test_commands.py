@@ -250,6 +250,10 @@ def test_added_items_get_codes_and_titles_and_old_ones_keep_theirs(tiny_run, tmp
     assert "n3" in Catalog.load(run / "catalog").item_ids
     command(recommend.main, "--run", run, "--history", "n1", "--top", 60, "--beams", 60, "--json")
     assert "First" in capsys.readouterr().out  # titles outlive the next addition
+    (tmp_path / "latin.tsv").write_bytes("sku\tname\tabout\nn4\tCafé\ta rudder\n05\tThé\t\n".encode("cp1252"))
+    named = ("--columns", "id=sku,title=name,text=about", "--encoding", "cp1252")
+    assert command(catalog.main, "add", "--run", run, "--items", tmp_path / "latin.tsv", *named) == 0
+    assert Catalog.load(run / "catalog").item_ids[-2:] == ["n4", "05"]
 
 
 def readme_snippets() -> list[str]:

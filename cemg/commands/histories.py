@@ -140,4 +140,4 @@ def _id(value: Any) -> str:
     """An id as text: numbers as they are written, whole floats as integers."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{str(value)[:40]!r} is not an id")
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()

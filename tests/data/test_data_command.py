@@ -56,7 +56,7 @@ def test_a_users_mistake_is_three_short_lines_and_exit_code_2(command, shop):
     assert err == (
         "error: shop: none of 4 interactions is left\n"
         "  cause: ratings of any height, 5-core\n"
-        "  fix:   lower min_count\n"
+        "  fix:   lower min_count: --min-count of cemg-data, --set data.min_count=… of cemg-train\n"
     )
 
 
@@ -119,6 +119,59 @@ def test_columns_are_given_as_roles(command, shop):
     assert command("stats", shop, "--min-count", 0, "--columns", "user=uid,item=sku,timestamp=ts")[0] == 0
     code, _, err = command("stats", "--interactions", shop, "--columns", "who=uid")
     assert code == 2 and "--columns who=uid is not understood" in err
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> list[str]:
+    """The options that name two tables of a shop: semicolons, cp1252, other names, a repeated row."""
+    orders = "uid;sku;ts\na;01;2020-01-01\na;02;2020-01-02\na;03;2020-01-03\na;03;2020-01-03\n"
+    (tmp_path / "orders.csv").write_text(orders)
+    products = "id;name;about\n01;Café;Noir\n02;Thé;Vert\n03;Eau;\n"
+    (tmp_path / "products.csv").write_bytes(products.encode("cp1252"))
+    return [
+        "--interactions", str(tmp_path / "orders.csv"), "--items", str(tmp_path / "products.csv"),
+        "--columns", "user=uid,item=sku,timestamp=ts,id=id,title=name,text=about", "--encoding", "cp1252",
+        "--separator", ";",
+    ]  # fmt: skip
+
+
+def test_tables_of_other_names_are_named_by_the_same_options_in_stats_and_prepare(command, tables, tmp_path):
+    code, out, err = command("stats", *tables, "--min-count", 0, "--json")
+    numbers = json.loads(out)
+    assert code == 0 and (numbers["items"], numbers["interactions"], numbers["items_with_text"]) == (3, 4, 3)
+    assert "note: 1 of 4 interactions repeat another one exactly: kept; --drop-duplicates drops them\n" in err
+    out_folder = tmp_path / "prepared"
+    code, out, _ = command("prepare", *tables, "--min-count", 0, "--drop-duplicates", out_folder)
+    data = Dataset.load(out_folder)
+    assert (code, out, data.num_interactions) == (0, f"{out_folder}\n", 3)
+    assert (data.item_ids, data.texts) == (["01", "02", "03"], ["Café. Noir.", "Thé. Vert.", "Eau."])
+
+
+def test_data_that_are_named_twice_or_not_at_all_are_refused(command, tables, shop, tmp_path):
+    code, _, err = command("stats", shop, *tables)
+    assert code == 2 and "both name the data" in err
+    code, _, err = command("stats")
+    assert code == 2 and "no data is named" in err
+    code, _, err = command("prepare", tmp_path / "out")
+    assert code == 2 and "wanted SOURCE and OUT" in err
+    code, _, err = command("prepare", shop, tmp_path / "out", *tables)
+    assert code == 2 and "both name the data" in err
+
+
+def test_cemg_train_takes_the_same_options(tables, tmp_path, monkeypatch, capsys):
+    import yaml
+
+    from cemg.commands import train
+
+    words = ["cemg-train", "--run", str(tmp_path / "run"), *tables, "--drop-duplicates", "--print-config"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert not ended.value.code
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    named = dict(zip((word[2:] for word in tables[::2]), tables[1::2], strict=True))
+    assert data["path"] == named.pop("interactions") and data["drop_duplicates"] is True
+    assert {name: data[name] for name in named} == named
 
 
 def test_the_synthetic_set_is_whole_says_so_and_finds_its_pictures(command, tmp_path):

@@ -29,6 +29,7 @@ def read_inter_json(path: Path, *, items: Path | None = None, encoding: str = ""
     interactions, notes = _interactions(file, encoding)
     about = items or file.with_name(file.name.removesuffix(INTER) + ITEM)
     described = read_keyed(about, "item ids", encoding=encoding) if about.is_file() else {}
+    described = {item.strip(): fields for item, fields in described.items()}
     for item, fields in described.items():
         if not isinstance(fields, dict):
             raise UserError(f"{about}, item {item!r}: an object is needed, got {short(fields)}")
@@ -73,8 +74,8 @@ def _interactions(file: Path, encoding: str) -> tuple[pl.DataFrame, list[str]]:
         for item in history:
             if isinstance(item, bool) or not isinstance(item, int | str):
                 raise UserError(f"{file}, user {user!r}: {short(item)} is not an item id")
-        users += [user] * len(history)
-        items += [str(item) for item in history]
+        users += [user.strip()] * len(history)
+        items += [str(item).strip() for item in history]
         places += range(len(history))
     schema = {"user": pl.String, "item": pl.String, "timestamp": pl.Int64}
     said = f"{len(bare):,} of {len(histories):,} users have no items and are left out, such as {bare[:1]}"

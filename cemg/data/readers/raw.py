@@ -114,11 +114,12 @@ def _filtered(raw: Raw, filters: Filters) -> tuple[pl.DataFrame, list[str]]:
         )
     rows = k_core(once, filters.min_count)
     if rows.is_empty():
+        which = "min_count" if filters.min_rating is None else "min_count or min_rating"
         least = "any height" if filters.min_rating is None else f"{filters.min_rating:g} or more"
         raise UserError(
             f"{raw.name}: none of {raw.interactions.height:,} interactions is left",
             cause=f"ratings of {least}, {filters.min_count}-core",
-            fix="lower min_count" if filters.min_rating is None else "lower min_count or min_rating",
+            fix=f"lower {which}: --min-count of cemg-data, --set data.min_count=… of cemg-train",
         )
     if filters.min_count > 1:
         notes.append(_core_note(once, rows, filters.min_count))
