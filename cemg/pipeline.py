@@ -39,12 +39,12 @@ from cemg.graph import train_lightgcn
 from cemg.manifest import Manifest, read_clock, remedy, verify, write_clock
 from cemg.preflight import check_before_training
 from cemg.progress import console
+from cemg.removed import read_removed
 from cemg.run import Run
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog, Tokenizer, make_unique, read_items, train_tokenizer
 from cemg_kernels import RequestFilter
 
 ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
-REMOVED = "removed.json"  # there too: ids of items that are not recommended
 CONFIG, PENDING = "config.yaml", ".config.next.yaml"  # of what a run holds; of what it is being made into
 
 
@@ -365,9 +365,7 @@ class Pipeline:
 
     def removed_items(self) -> list[str | int]:
         """Ids of the items that ``cemg-catalog remove`` took out."""
-        if not self.has_file("catalog", REMOVED):
-            return []
-        return read_json(self.file("catalog", REMOVED), list[str | int])
+        return read_removed(self.run.folder)
 
     def load_tokenizer(self) -> Tokenizer:
         for name in Tokenizer.FILES:

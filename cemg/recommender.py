@@ -30,7 +30,8 @@ class Recommender:
     ) -> None:
         self.pipeline, self.engine = pipeline, engine
         self.catalog: Catalog = pipeline.load_catalog()
-        self.removed: list[str | int] = pipeline.removed_items()
+        known = set(self.catalog.item_ids)  # a retraining may have dropped some of the removed
+        self.removed = [item for item in pipeline.removed_items() if item in known]
         model, vocabulary = pipeline.load_generator()
         self.prompter = pipeline.prompter(model, vocabulary, self.catalog)
         normalize = normalize or pipeline.config.decoding.normalize
@@ -173,10 +174,7 @@ class Recommender:
 
     def titles(self) -> dict[int | str, str]:
         """Titles by item id, those of added items too."""
-        known: dict[int | str, str] = dict(
-            zip(self.catalog.item_ids, self.pipeline.load_data().titles, strict=False)
-        )
-        return known | self.pipeline.added_titles()
+        return item_titles(self.pipeline)
 
     def item_ids(self, found: Recommendations) -> list[list[int | str | None]]:
         """Item ids [B][top] of recommendations; None where there were fewer items."""
@@ -257,6 +255,13 @@ def as_histories(given: Any) -> list[list[Any]]:
             fix='one history is ["12", "7"], two are [["12", "7"], ["3"]]',
         )
     return [one.tolist() if isinstance(one, np.ndarray | Tensor) else list(one) for one in items]
+
+
+def item_titles(pipeline: Pipeline) -> dict[int | str, str]:
+    """Titles by item id of a run, those of added items too."""
+    data = pipeline.load_data()
+    known: dict[int | str, str] = dict(zip(data.item_ids, data.titles, strict=True))
+    return known | pipeline.added_titles()
 
 
 def allowed_items(

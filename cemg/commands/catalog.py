@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cemg import files
+from cemg.commands import catalog_items
 from cemg.commands import console as command
 from cemg.commands.sources import ColumnsOption, EncodingOption, ImagesOption, SeparatorOption
 from cemg.errors import UserError
@@ -170,6 +171,11 @@ def _replace(folder: Path, catalog: Catalog, titles: dict[str, str]) -> None:
     folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old)
+
+
+for name, act in (("list", catalog_items.list_items), ("remove", catalog_items.remove),
+                  ("restore", catalog_items.restore)):  # fmt: skip
+    app.command(name, cls=command.Command)(act)
 
 
 def main() -> None:

@@ -1,0 +1,36 @@
+"""The items of a run that are not recommended: ``removed.json`` in its folder.
+
+Their semantic IDs stay, so a history may still have them. A retraining keeps the list.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cemg import files
+from cemg.artifacts import check_signature, read_json, signed
+from cemg.errors import DamagedError
+
+REMOVED = "removed.json"
+
+
+def read_removed(run: Path) -> list[str | int]:
+    """Ids of the removed items, none where there is no list. DamagedError where the list is damaged."""
+    path = run / REMOVED
+    if not os.path.lexists(path):
+        return []
+    fix = f"delete it, which restores all items, and remove them again: rm {path}"
+    record = read_json(path, dict[str, Any], fix=fix)
+    check_signature(record, name=str(path), fix=fix)
+    items = record.get("items")
+    if not isinstance(items, list) or not all(isinstance(item, str | int) for item in items):
+        raise DamagedError(f"{path} is damaged", cause="it holds no list of items", fix=fix)
+    return items
+
+
+def write_removed(run: Path, items: Sequence[str | int]) -> None:
+    """Replace the list, whole or not at all."""
+    files.write_json(run / REMOVED, signed({"items": list(items)}))
