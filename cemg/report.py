@@ -19,7 +19,7 @@ from cemg import files
 from cemg.artifacts import parse_json, read_bytes, read_json
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation import result_markdown, results_of
-from cemg.manifest import Manifest, stages_of, verify
+from cemg.manifest import STAGES, Manifest, check_origin, verify
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog, read_items
 
 TSNE_ITEMS = 2000  # t-SNE of more items takes minutes and shows no more
@@ -78,11 +78,26 @@ def _generator_key(run: Path) -> str:
 
 
 def _stages(run: Path, folder: Path) -> str:
-    manifests = stages_of(run)
-    if not manifests:
+    if not any((run / name).is_dir() for name in STAGES):
         return "Left out: no stage is finished."
-    rows = [f"| {name} | {manifest.seconds} |" for name, manifest in manifests.items()]
-    return "\n".join(["| stage | seconds |", "|---|---:|", *rows])
+    rows, said = ["| stage | seconds |", "|---|---:|"], []
+    for name in STAGES:
+        try:
+            rows.append(f"| {name} | {_manifest(run, name).seconds} |")
+        except UserError as error:
+            said.append(f"Left out: {error.message.replace(str(run), 'RUN')}.")
+    return "\n".join([*rows, "", *said])
+
+
+def _manifest(run: Path, stage: str) -> Manifest:
+    """The manifest of a stage. DamagedError where it is missing, altered or of other inputs."""
+    if not (run / stage).is_dir():
+        raise DamagedError(f"{run / stage} is missing")
+    manifest = Manifest.read(run / stage)
+    other = check_origin(run, manifest)
+    if other is not None:
+        raise DamagedError(f"{run / stage} was not made of the {other} that is there now")
+    return manifest
 
 
 def _uniqueness(run: Path, folder: Path) -> str:
@@ -93,8 +108,7 @@ def _uniqueness(run: Path, folder: Path) -> str:
 
 def _file(run: Path, stage: str, name: str) -> Path:
     """The path of a file of a finished stage, verified."""
-    if not (run / stage).is_dir():
-        raise DamagedError(f"{run / stage} is missing")
+    _manifest(run, stage)
     verify(run / stage, (name,))
     return run / stage / name
 

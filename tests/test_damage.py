@@ -24,8 +24,8 @@ def count(tmp_path: Path, settings: list[str], *options: object) -> dict[str, in
 
 
 def test_a_sample_of_damages_to_a_finished_run_is_refused_or_harmless(tiny_run, tiny_settings, tmp_path):
-    found = count(tmp_path, tiny_settings, "--cases", 25, "--seed", 7, "--whole", tiny_run)
-    assert found["cases"] == 25 and found["refused"] > 5
+    found = count(tmp_path, tiny_settings, "--cases", 16, "--seed", 7, "--whole", tiny_run)
+    assert found["cases"] == 16 and found["refused"] > 3
     assert not {"silent", "traceback", "crash"} & found.keys()
 
 

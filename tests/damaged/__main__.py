@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -43,9 +44,10 @@ from damaged.cases import (
     stats,
     train,
 )
-from damaged.kinds import Damage, copy_run, kinds_for
+from damaged.kinds import Damage, another_stage, copy_run, kinds_for, stage_deleted, table_changed
 
 LIMIT = 120  # seconds of one case
+STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")
 BAD = ("silent", "traceback", "crash")
 SAID = ("built anew", "trained again", "from the beginning", "computed again", "damaged")
 
@@ -186,6 +188,7 @@ def make_places(places: Places, settings: Sequence[str]) -> None:
     in_child(torn, limit=600)
     do(data)
     do(lambda: bool(resume_baseline(places.baseline, places)))
+    shutil.copytree(places.cache, places.shelves)  # trainings add to the cache
 
 
 class Damages:
@@ -198,28 +201,37 @@ class Damages:
         self.bad: list[str] = []
 
     def run(self, cases: int) -> None:
-        drawers = (
-            *[self._of_run] * 15,
-            *[self._of_torn] * 2,
-            self._of_data,
-            self._of_baseline,
-            self._of_cache,
-        )
-        while sum(self.counts.values()) < cases:
-            self.rng.choice(drawers)()
-            done = sum(self.counts.values())
-            if done % 100 == 0:
+        """Draw cases until so many are counted."""
+        weights: dict[Callable[[], None], int] = {self._of_run: 150}
+        if self.places.torn.exists():  # else there is a finished run only
+            weights |= {self._of_torn: 12, self._of_data: 12, self._of_baseline: 12, self._of_cache: 8}
+            weights |= {self._of_stage: 10, self._of_pictures: 2}
+        while (done := sum(self.counts.values())) < cases:
+            self.rng.choices(list(weights), list(weights.values()))[0]()
+            if done and done % 100 == 0:
                 print(done, dict(self.counts), flush=True)
 
     def _of_run(self) -> None:
         places = self.places
         path = self._draw(places.whole, lambda p: p.parts[0] in READERS and "tensorboard" not in p.parts)
         reader = self.rng.choice(READERS[path.parts[0]])
-        if reader in EXPENSIVE and (self.rng.random() < 0.5 or not places.torn.exists()):
+        if reader in EXPENSIVE and (self.rng.random() < 0.7 or not places.torn.exists()):
             reader = READERS[path.parts[0]][0]
         twin = places.other / path
         donors = [*self._files(places.whole), *([twin] * 40 if twin.is_file() else [])]
         self.case(places.whole, path, reader, donors)
+
+    def _of_stage(self) -> None:
+        """A whole stage is gone, or is that of another run."""
+        places, stage = self.places, self.rng.choice(STAGES)
+        reader = self.rng.choice([r for r in READERS[stage] if r not in (*EXPENSIVE, recommend_unverified)])
+        damage = self.rng.choice((another_stage, stage_deleted))
+        self.case(places.whole, Path(stage), reader, [places.other / stage], damage=damage)
+
+    def _of_pictures(self) -> None:
+        """The pictures of the synthetic set are drawn anew by every training."""
+        path = self._draw(self.places.whole, lambda p: p.suffix == ".png" and p.parts[0] == "synthetic")
+        self.case(self.places.whole, path, train, self._files(self.places.other / "synthetic"))
 
     def _of_torn(self) -> None:
         path = self._draw(
@@ -244,8 +256,8 @@ class Damages:
         self.case(self.places.baseline, path, reader, self._files(self.places.baseline))
 
     def _of_cache(self) -> None:
-        path = self._draw(self.places.cache, lambda p: p.suffix == ".safetensors")
-        self.case(self.places.cache, path, cached_features, self._files(self.places.cache))
+        path = self._draw(self.places.shelves, lambda p: p.suffix == ".safetensors")
+        self.case(self.places.shelves, path, cached_features, self._files(self.places.shelves))
 
     def _files(self, folder: Path) -> list[Path]:
         return sorted(p for p in folder.rglob("*") if p.is_file())
@@ -265,14 +277,16 @@ class Damages:
         return found["value"]
 
     def case(
-        self, source: Path, path: Path, reader: Reader, donors: Sequence[Path], *, wanted: Any = None
-    ) -> None:
+        self, source: Path, path: Path, reader: Reader, donors: Sequence[Path], *, wanted: Any = None,
+        damage: Damage | None = None,
+    ) -> None:  # fmt: skip
         key = (source, reader.__name__)
         if wanted is None:
             if key not in self.wanted:
                 self.wanted[key] = self._undamaged(source, reader)
             wanted = self.wanted[key]
-        damage, state = self.rng.choice(kinds_for(path)), self.rng.randrange(2**32)
+        damage = damage or self.rng.choice(kinds_for(path))
+        state = self.rng.randrange(2**32)
         with tempfile.TemporaryDirectory(prefix="damaged-") as folder:
             copy = Path(folder) / "run"
             copy_run(source, copy)
@@ -286,7 +300,9 @@ class Damages:
         self.counts[kind] += 1
 
     def _apply(self, damage: Damage, path: Path, state: int, donors: Sequence[Path]) -> bool:
-        """In a child as well: Polars starts threads."""
+        """In a child where it writes Parquet: Polars starts threads."""
+        if damage is not table_changed:
+            return damage(path, random.Random(state), donors) is not False
         found = in_child(lambda: damage(path, random.Random(state), donors) is not False)
         return bool(found.get("value"))
 
@@ -318,11 +334,12 @@ def main() -> None:
     import cemg.scoring  # noqa: F401
 
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="damaged-runs-"))
-    places = Places(*(folder / name for name in ("whole", "other", "torn", "data", "baseline", "cache")))
+    places = Places(*(folder / field.name for field in dataclasses.fields(Places)))
     if arguments.whole:
         places = dataclasses.replace(places, whole=arguments.whole)
-    elif not (places.baseline / "sasrec.json").is_file():
+    elif not places.shelves.is_dir():
         make_places(places, json.loads(arguments.settings))
+    gc.freeze()  # what is imported stays shared between the children
     started = time.monotonic()
     damages = Damages(places, seed=arguments.seed)
     damages.run(arguments.cases)

@@ -25,6 +25,7 @@ class Places:
     data: Path  # what cemg-data synthetic wrote
     baseline: Path  # a SASRec
     cache: Path
+    shelves: Path  # a copy of the cache
 
     def settings(self) -> list[str]:
         return ["--cache", str(self.cache)]

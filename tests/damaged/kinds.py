@@ -107,6 +107,16 @@ def a_pipe(path: Path, rng: random.Random, donors: Sequence[Path]) -> None:
     os.mkfifo(path)
 
 
+def another_stage(path: Path, rng: random.Random, donors: Sequence[Path]) -> None:
+    """A whole folder is that of another run, its manifest included."""
+    shutil.rmtree(path)
+    shutil.copytree(donors[0], path)
+
+
+def stage_deleted(path: Path, rng: random.Random, donors: Sequence[Path]) -> None:
+    shutil.rmtree(path)
+
+
 def deep_nesting(path: Path, rng: random.Random, donors: Sequence[Path]) -> None:
     put(path, rng.choice([b"[" * 100_000, b'{"a":' * 50_000, b"[" * 60_000 + b"]" * 60_000]))
 
