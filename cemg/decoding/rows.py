@@ -20,6 +20,8 @@ from cemg.decoding.eval_mode import InEvalMode
 from cemg.decoding.layers import Logits, Stepper, Unsupported, Wanted
 
 CACHES = ("cache", "past_key_values", "cache_params")  # names under which ``generate`` passes a cache
+# how many tokens the cache lacks; early versions of transformers 5 take their positions instead
+CUTS_BY_LENGTH = "next_sequence_length" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
 STEPS_AHEAD = 64  # positions reserved behind a prompt; only caches of a fixed size read it
 
 
@@ -139,8 +141,15 @@ class RowsStepper:
 
     def _forward(self, *, new: int | None = None, first: bool = False) -> Tensor:
         """Logits [R, V] after the last token; ``new``: how many tokens the cache lacks, None for all."""
+        length = self.tokens.shape[1]
+        if CUTS_BY_LENGTH:
+            self.inputs["next_sequence_length"] = new
+        else:
+            self.inputs["cache_position"] = torch.arange(length, device=self.tokens.device)[
+                -(new or length) :
+            ]
         inputs = self.model.prepare_inputs_for_generation(
-            self.tokens, next_sequence_length=new, is_first_iteration=first, **self.inputs
+            self.tokens, is_first_iteration=first, **self.inputs
         )
         out = self.model(**inputs, return_dict=True)
         self.inputs = self.model._update_model_kwargs_for_generation(
@@ -236,6 +245,6 @@ def _selected(name: str, value: Any, rows: Tensor) -> Any:
     """Of an input of the model, the rows that ``rows`` [R] names; what has no rows stays."""
     if isinstance(value, ModelOutput):
         return type(value)(**{part: _selected(part, held, rows) for part, held in value.items()})
-    if not isinstance(value, Tensor) or value.ndim == 0:
+    if not isinstance(value, Tensor) or value.ndim == 0 or name == "cache_position":
         return value
     return value.index_select(1 if "position_ids" in name and value.ndim == 3 else 0, rows)
