@@ -20,7 +20,7 @@ from cemg.commands.sources import (
     SeparatorOption,
     one_source,
 )
-from cemg.progress import console
+from cemg.progress import console, printable
 
 if TYPE_CHECKING:
     from cemg.config import RunConfig
@@ -78,6 +78,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of every stage.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of cached features; runs may share one.")] = None,
     result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print which stages would be built or reused, and why.")
+    ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print all settings, explained, as a --config file.")
     ] = False,
@@ -120,6 +123,9 @@ def train(
     if print_config:
         print(explained(chosen), end="")
         return
+    if dry_run:
+        _print_plan(run, chosen, device=device)
+        return
     console.print(_kernels(device))
     folder = Run(run)
     with folder.locked():
@@ -150,6 +156,13 @@ def _config(run: Path, data: str, config: Path | None, settings: list[str], **to
     if own is not None and not chosen.data.path:
         return dataclasses.replace(chosen, data=load_config(own, source=top["source"]).data)
     return chosen
+
+
+def _print_plan(run: Path, config: RunConfig, *, device: str) -> None:
+    from cemg.plan import plan
+
+    for stage, verdict in plan(run, config, device=device).items():
+        print(f"{stage:<10} {printable(verdict)}")
 
 
 def _kernels(device: str) -> str:

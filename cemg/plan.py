@@ -1,0 +1,94 @@
+"""What a training would do: which stages it would build or reuse, and why. Nothing in the run is written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import cemg
+from cemg.artifacts import digest
+from cemg.config import RunConfig
+from cemg.errors import DamagedError
+from cemg.manifest import MANIFEST, STAGES, Manifest, verify
+from cemg.pipeline import Pipeline
+from cemg.run import Run
+
+REUSED = "reused"
+
+
+def plan(folder: Path, config: RunConfig, *, device: str = "cpu") -> dict[str, str]:
+    """Each stage, in order, with "reused" or "built: …" and the reason.
+
+    Works on a temporary folder of links to the stages of ``folder``. Raises UserError where the data cannot
+    be read or the settings do not fit them, as the training does.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        shadow = Path(name) / folder.name
+        shadow.mkdir()
+        for stage in STAGES:
+            if (folder / stage).is_dir():
+                (shadow / stage).symlink_to((folder / stage).resolve(), target_is_directory=True)
+        run = _Plan(shadow)
+        pipeline = Pipeline(run, config, device=device)
+        for stage in STAGES:
+            if stage == "generator" and {run.said["data"], run.said["catalog"]} != {REUSED}:
+                run.stage(stage, {}, lambda _: None, inputs=("data", "catalog"))  # its settings need both
+            else:
+                getattr(pipeline, stage)()
+        return run.said
+
+
+class _Plan(Run):
+    """A run whose stages are compared and not built; ``said`` holds the verdicts."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.said: dict[str, str] = {}
+
+    def stage(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        build: Callable[[Path], None],
+        *,
+        inputs: tuple[str, ...] = (),
+        **others: Any,
+    ) -> Path:
+        key = digest(
+            {"config": config, "inputs": {i: self.keys[i] for i in inputs}, "version": cemg.__version__}
+        )
+        self.keys[name] = key
+        self.said[name] = self._verdict(name, key, config, inputs)
+        return self.path(name)
+
+    def _verdict(self, name: str, key: str, config: Mapping[str, Any], inputs: tuple[str, ...]) -> str:
+        folder = self.path(name)
+        if not (folder / MANIFEST).exists():
+            return "built: there is none yet"
+        changed = next((i for i in inputs if self.said[i] != REUSED), None)
+        if changed is not None:
+            return f"built: its {changed} is built again"
+        try:
+            manifest = verify(folder)
+        except DamagedError:
+            return "built: it is damaged"
+        return REUSED if manifest.key == key else f"built: {_difference(name, manifest, config)}"
+
+
+def _difference(name: str, manifest: Manifest, config: Mapping[str, Any]) -> str:
+    if name == "data":
+        return "the data differ from those that are there"
+    before, after = _flat(manifest.config), _flat(config)
+    names = [n for n in before | after if before.get(n) != after.get(n)]
+    said = [f"{n}: {before.get(n)} → {after.get(n)}" for n in names[:5]]
+    return ", ".join(said) or "another version of CEMG built it, or from other inputs"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        flat |= inner
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}

@@ -1,0 +1,62 @@
+"""cemg-train --dry-run: which stages would be built or reused, and why; nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cemg.commands import train
+
+
+def verdicts(printed: str) -> dict[str, str]:
+    """Stage to what is said of it."""
+    return dict(line.split(maxsplit=1) for line in printed.splitlines())
+
+
+def files_of(folder: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("options", "built", "why"),
+    [
+        ((), set(), ""),
+        (("--set", "generator.epochs=2"), {"generator"}, "generator.epochs: 6 → 2"),
+        (("--set", "graph.epochs=2"), {"graph", "tokenizer", "catalog", "generator"}, "epochs: 3 → 2"),
+        (
+            ("--set", "data.synthetic_users=41"),
+            {"data", "features", "graph", "tokenizer", "catalog", "generator"},
+            "the data differ",
+        ),
+    ],
+)
+def test_the_stages_that_a_change_reaches_are_named_with_the_reason(
+    tiny_run, tmp_path, command, capsys, options, built, why
+):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    before = files_of(run)
+    assert command(train.main, "--run", run, *options, "--dry-run") == 0
+    said = verdicts(capsys.readouterr().out)
+    assert list(said) == ["data", "features", "graph", "tokenizer", "catalog", "generator"]
+    assert {stage for stage, text in said.items() if text.startswith("built")} == built
+    assert all(text == "reused" for stage, text in said.items() if stage not in built)
+    assert not built or why in next(text for stage, text in said.items() if stage in built)
+    assert files_of(run) == before
+
+
+def test_a_new_run_would_build_everything_and_is_not_made(tmp_path, command, capsys):
+    options = ("--set", "data.synthetic_users=40", "--set", "data.synthetic_items=50")
+    assert command(train.main, "--run", tmp_path / "new", *options, "--dry-run") == 0
+    assert set(verdicts(capsys.readouterr().out).values()) == {"built: there is none yet"}
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_stage_would_be_built_again(tiny_run, tmp_path, command, capsys):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    (run / "graph" / "graph.safetensors").write_bytes(b"torn")
+    assert command(train.main, "--run", run, "--dry-run") == 0
+    said = verdicts(capsys.readouterr().out)
+    assert said["features"] == "reused" and said["graph"] == "built: it is damaged"
+    assert said["tokenizer"] == "built: its graph is built again"
