@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,7 +141,7 @@ def _read(path: Path, columns: str, *, separator: str, encoding: str, pictures: 
     return table
 
 
-def _alike(added: pl.Series, known: set[str], path: Path) -> list[str]:
+def _alike(added: pl.Series, known: Iterable[object], path: Path) -> list[str]:
     """A note where a new id differs from a known one only in form, as 0108 and 108."""
     import polars as pl
 

@@ -203,6 +203,17 @@ def test_orders_and_products_are_joined_by_the_columns_that_are_named(tmp_path):
     assert "1 named image files are absent" in " ".join(data.notes)
 
 
+def test_an_items_file_whose_ids_have_another_name_is_an_error_that_tells_how_to_name_them(tmp_path):
+    write(tmp_path / "items.csv", ITEMS.replace("item,", "product,"))
+    orders = write(tmp_path / "orders.csv", CSV)
+    with pytest.raises(
+        UserError, match=r"no column 'item'; the columns are product, title, text\n.*--columns id="
+    ):
+        read_dataset(orders, min_count=0)
+    data = read_dataset(orders, columns=ColumnNames.parse("id=product"), min_count=0)
+    assert data.titles[data.item_ids.index("x")] == "Red"
+
+
 def test_a_headerless_items_file_takes_positions_of_its_own(tmp_path):
     write(tmp_path / "items.csv", ITEMS.split("\n", 1)[1])
     orders = write(tmp_path / "orders.csv", CSV)

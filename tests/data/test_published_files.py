@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cemg.data import read_dataset
+from cemg.data.readers import ColumnNames
 from cemg.errors import UserError
 
 
@@ -108,6 +109,25 @@ def test_amazons_real_file_names_are_read_with_their_metadata(name, tmp_path):
     elsewhere = write(tmp_path / "else" / "where" / path.name, line + "\n")
     assert read_dataset(elsewhere, min_count=0).titles == [""]
     assert read_dataset(elsewhere, items=tmp_path / metadata, min_count=0).titles == ["Red"]
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "columns"),
+    [
+        ("ratings_Beauty.csv", "a,x,5.0,1400000000", "user=#1,item=#2,rating=#3,timestamp=#4"),  # 2014
+        ("All_Beauty.csv", "x,a,5.0,1400000000", "item=#1,user=#2,rating=#3,timestamp=#4"),  # 2018
+    ],
+)
+def test_amazons_ratings_without_a_header_are_refused_until_their_columns_are_named(
+    file, row, columns, tmp_path
+):
+    path = write(tmp_path / file, f"{row}\n{row.replace('x', 'y')}\n")
+    with pytest.raises(
+        UserError, match=r"no column 'user'(.|\n)*in a file without a header, --columns user=#1"
+    ):
+        read_dataset(path, min_count=0)
+    data = read_dataset(path, columns=ColumnNames.parse(columns), min_count=0)
+    assert (data.user_ids, data.item_ids) == (["a"], ["x", "y"])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,10 @@ def read_items(
     """
     headerless = columns is not None and columns.items_headerless
     table = open_table(path, separator=separator, encoding=encoding, header=not headerless)
-    ids = table.ids(item_key(table, columns))
+    key = item_key(table, columns)
+    if not table.has(key):
+        raise table.no_column(key, fix="--columns id=NAME names the column of the item ids in this file")
+    ids = table.ids(key)
     titles = _optional(table, columns.title if columns else None, "title")
     images = _optional(table, columns.image if columns else None, "image")
     names = columns.texts if columns and columns.texts else ("text",) if table.has("text") else ()

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from cemg.data.readers.columns import COLUMNS_FIX, ITEM_IDS, ColumnNames
+from cemg.data.readers.limits import check_source
 from cemg.data.readers.lines import READ_ERRORS, check_lines, check_width, line_of_record
 from cemg.data.readers.textfile import TextFile, bad_line, empty_file
 from cemg.data.readers.values import Refuse, read_ids, read_numbers, read_times
@@ -37,7 +38,7 @@ class Table:
     def column(self, name: str) -> pl.Series:
         """A column; UserError lists those there are. A missing value is refused with its line."""
         if name not in self.frame.columns:
-            raise self._no_column(name)
+            raise self.no_column(name)
         series = self.frame[name]
         if series.null_count():
             raise self.refuse(series.is_null(), f"column {name!r} is empty", None)
@@ -61,7 +62,7 @@ class Table:
     def texts(self, name: str) -> list[str | None]:
         """The column as text; UserError where it is not there."""
         if name not in self.frame.columns:
-            raise self._no_column(name)
+            raise self.no_column(name)
         return self.frame[name].cast(pl.String).to_list()
 
     def refuse(self, bad: pl.Series, reason: str, fix: str | None) -> UserError:
@@ -81,11 +82,12 @@ class Table:
         self.notes.extend(f"{self.path.name}: {note}" for note in notes)
         return values
 
-    def _no_column(self, name: str) -> UserError:
+    def no_column(self, name: str, *, fix: str = COLUMNS_FIX) -> UserError:
+        """The error about a column that is not there; it lists those that are."""
         reason = f"no column {name!r}; the columns are {', '.join(self.frame.columns)}"
         if self.text is None:
-            return UserError(f"{self.path}: {reason}", fix=COLUMNS_FIX)
-        return bad_line(self.path, 1, reason, fix=COLUMNS_FIX)
+            return UserError(f"{self.path}: {reason}", fix=fix)
+        return bad_line(self.path, 1, reason, fix=fix)
 
 
 def open_table(
@@ -111,8 +113,10 @@ def open_table(
 
 
 def shards(folder: Path) -> list[Path]:
-    """The Parquet files below a folder, in order of their names, without hidden ones and the items file."""
-    files = (file.relative_to(folder) for file in folder.rglob(f"*{PARQUET}") if file.is_file())
+    """The Parquet files of a folder, in order of their names, without hidden ones and the items file."""
+    patterns = (f"*{PARQUET}", f"*=*/**/*{PARQUET}")  # beside each other, or in partitions such as day=3
+    found = (file for pattern in patterns for file in folder.glob(pattern))
+    files = (file.relative_to(folder) for file in found if file.is_file())
     seen = [f for f in files if not any(part.startswith((".", "_")) for part in f.parts)]
     return [folder / file for file in sorted(seen) if str(file) != f"items{PARQUET}"]
 
@@ -163,6 +167,7 @@ def _read_parquet(path: Path) -> pl.DataFrame:
         raise UserError(f"{path} holds no {PARQUET} file")
     frames = []
     for file in files:
+        check_source(file)
         try:
             frames.append(pl.read_parquet(file))
         except READ_ERRORS as error:
