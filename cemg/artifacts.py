@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -78,7 +78,7 @@ def read_json(path: Path, shape: type[T], *, fix: str = RESTORE) -> T:
 def parse_json(content: str | bytes, shape: type[T], *, name: str, fix: str = RESTORE) -> T:
     """JSON text as a ``shape``; ``name`` says in errors where it comes from."""
     try:
-        return _adapter(shape).validate_json(content, strict=True)
+        return _adapter(cast(Hashable, shape)).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
@@ -164,7 +164,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
     found = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
