@@ -379,4 +379,4 @@ def level_sizes(size: int | Sequence[int], levels: int) -> tuple[int, ...]:
 
 def ids_are_valid(ids: list[int] | list[str]) -> bool:
     """Whether ids are strings or integers from 0 on; without shared IDs the trie checks that."""
-    return all(isinstance(i, str) or (isinstance(i, int) and i >= 0) for i in ids)
+    return all(isinstance(i, str) or (isinstance(i, int | np.integer) and i >= 0) for i in ids)

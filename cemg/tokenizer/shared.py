@@ -46,7 +46,8 @@ class SharedFilter:
     """Which items of a catalog with shared IDs may be returned; combine with ``&``, ``|`` and ``~``.
 
     Made by ``Catalog.only`` and ``Catalog.excluding``. ``allowed``: bool [N], the same for all requests, or
-    [B, N]. A semantic ID stays open while one of its items is allowed; its other items are dropped.
+    [B, N], a byte per entry. A semantic ID stays open while one of its items is allowed; its other items are
+    dropped.
     """
 
     def __init__(self, ids: SharedIds, allowed: Tensor) -> None:

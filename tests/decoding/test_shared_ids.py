@@ -197,6 +197,12 @@ def test_a_shared_catalog_comes_back_from_its_files(tmp_path):
     assert again.first(2).num_ids == 2
 
 
+@pytest.mark.parametrize("ids", [[-1, 0], [0.5, 1.5], [None, 3]])
+def test_ids_that_are_none_are_refused(ids):
+    with pytest.raises(UserError, match="item ids must be strings, or integers from 0 on"):
+        Catalog.from_codes(torch.tensor([[0, 1], [0, 1]]), 4, ids, shared=True)
+
+
 def test_counts_of_another_number_than_the_items_are_refused():
     with pytest.raises(UserError, match=r"counts must be \[2\]"):
         Catalog.from_codes(torch.tensor([[0, 1], [0, 1]]), 4, shared=True, counts=np.ones(3, dtype=int))
