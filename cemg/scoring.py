@@ -77,6 +77,7 @@ def score(
     own_search = engine == "cemg" and beams == config.decoding.beams
     scope += "" if own_search else f"-{engine}-{beams}-beams"  # nor does another search, or a study
     scope += "".join(f"-{name}" for name in studies) + (f"-{normalize}" if studies and normalize else "")
+    further["beside"] = first.name
     second = _write(
         pipeline, config, f"{data.name}-cemg-{scope}", scored, about=about, seconds=seconds, further=further
     )
@@ -100,7 +101,7 @@ def score_file(
     for note in notes:
         console.print(f"note: {note}")
     name = f"{data.name}-recommendations-{file.stem}-{part}"
-    second = _write(pipeline, config, name, scored, about=about)
+    second = _write(pipeline, config, name, scored, about=about, further={"beside": first.name})
     if copy is not None:
         files.copy_file(second, copy)
     return [first, second]

@@ -226,7 +226,8 @@ def results_of(folder: Path, pattern: str, *, generator: str) -> tuple[list[Path
 
     ``generator`` is the key of the generator's manifest.
     """
-    good, wrong = [], []
+    good: dict[Path, dict[str, Any]] = {}
+    wrong: list[str] = []
     for path in sorted(folder.glob(pattern)):
         if path.name.startswith("."):
             continue
@@ -240,8 +241,18 @@ def results_of(folder: Path, pattern: str, *, generator: str) -> tuple[list[Path
         elif record.get("generator_key", generator) != generator:
             wrong.append(f"{path} was measured with another generator")
         else:
-            good.append(path)
-    return good, wrong
+            good[path] = record
+    return list(good), wrong + _alone(folder, good)
+
+
+def _alone(folder: Path, records: Mapping[Path, dict[str, Any]]) -> list[str]:
+    """What is missing of the pairs that an evaluation writes: a model's result and popularity's beside it."""
+    beside = {record["beside"] for record in records.values() if "beside" in record}
+    gone = [f"{folder / name} is missing" for name in sorted(beside) if not (folder / name).exists()]
+    for path, record in records.items():
+        if "file" in record and record["config"].get("model") == "popularity" and path.name not in beside:
+            gone.append(f"the result of a model beside {path} is missing")
+    return gone
 
 
 def _refuse_mixed(paths: Sequence[Path], records: list[dict[str, Any]]) -> None:

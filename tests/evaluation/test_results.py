@@ -15,7 +15,15 @@ from rich.console import Console
 from cemg.artifacts import signed
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
-from cemg.evaluation import evaluate, hardware, printed_rows, result_markdown, result_table, write_result
+from cemg.evaluation import (
+    evaluate,
+    hardware,
+    printed_rows,
+    result_markdown,
+    result_table,
+    results_of,
+    write_result,
+)
 
 
 def write(path: Path, *, last: int = 2, name: str = "Beauty", part: str = "test") -> None:
@@ -128,3 +136,26 @@ def test_a_missing_file_and_an_empty_list_are_refused(tmp_path: Path) -> None:
 def test_the_papers_rows_are_known_for_its_three_datasets() -> None:
     assert [len(printed_rows(name)) for name in ("Beauty", "sports", "yelp", "ml-100k")] == [12, 12, 11, 0]
     assert [r.hr10 for r in printed_rows("yelp") if r.model == "CEMG"] == [0.0458]
+
+
+def test_the_results_of_a_run_are_its_own_and_complete(tmp_path: Path) -> None:
+    """A copy, another generator's and a missing one are named; the others are listed."""
+
+    def put(name: str, **further: object) -> None:
+        write(tmp_path / name)
+        record = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(signed(record | {"generator_key": "g"} | further)))
+
+    put("d-popularity-test.json", config={"model": "popularity"})
+    put("d-cemg-test.json", beside="d-popularity-test.json")
+    good, wrong = results_of(tmp_path, "*-test.json", generator="g")
+    assert [path.name for path in good] == ["d-cemg-test.json", "d-popularity-test.json"] and wrong == []
+    assert results_of(tmp_path, "*-test.json", generator="h")[0] == []
+    (tmp_path / "d-copy-test.json").write_bytes((tmp_path / "d-cemg-test.json").read_bytes())
+    assert "is a copy of d-cemg-test.json" in results_of(tmp_path, "*-test.json", generator="g")[1][0]
+    (tmp_path / "d-copy-test.json").unlink()
+    (tmp_path / "d-popularity-test.json").rename(tmp_path / "kept")
+    assert "d-popularity-test.json is missing" in results_of(tmp_path, "*-test.json", generator="g")[1][0]
+    (tmp_path / "kept").rename(tmp_path / "d-popularity-test.json")
+    (tmp_path / "d-cemg-test.json").unlink()
+    assert "beside" in results_of(tmp_path, "*-test.json", generator="g")[1][0]
