@@ -121,14 +121,15 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     model's own. Of that one, only the special tokens stay. The model's is back afterwards; until then no
     other thread may generate with it.
     """
+    wrapper: Any = model
     own: Any = model.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     settings = GenerationConfig(**{name: getattr(own, name) for name in names})
     if settings.decoder_start_token_id is None:
         settings.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
-    owners: list[Any] = [model]
-    if hasattr(model, "get_base_model"):  # PEFT's wrapper hands its own to the model below
-        owners.append(model.get_base_model())
+    owners: list[Any] = [wrapper]
+    if hasattr(wrapper, "get_base_model"):  # PEFT's wrapper hands its own to the model below
+        owners.append(wrapper.get_base_model())
     before = [vars(owner).get("generation_config") for owner in owners]
     for owner in owners:
         owner.generation_config = settings
