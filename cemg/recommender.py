@@ -53,7 +53,8 @@ class Recommender:
         )
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write model, token map and catalog, without removed items, to a folder that needs no run.
+        """Write model, token map and catalog to a folder that needs no run. Removed items are left out, so
+        prompts built from that catalog cannot hold them.
 
         ``AutoModelForSeq2SeqLM`` or ``AutoModelForCausalLM`` and ``Decoder.from_pretrained`` load it; LoRA is
         merged into the weights. ``cemg_catalog/cemg_decoder.json`` says how prompts are made: the special

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,24 @@ def test_a_saved_recommender_decodes_without_its_run(tiny_run: Path, tmp_path: P
     again = decoder.decode(*prompter.batch([rows]), 50).top(8)
     assert decoder.catalog.ids_of(again.items) == recommender.item_ids(found)
     assert torch.equal(again.scores, found.scores) and torch.equal(again.certified, found.certified)
+
+
+def test_removed_items_are_not_in_what_a_recommender_saves(tiny_run: Path, tmp_path: Path, command):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    history = Catalog.load(run / "catalog").item_ids[:3]
+    best = Recommender.from_run(run).recommend([history], top=1).ids[0][0]
+    assert command(catalog.main, "remove", "--run", run, "--items", best) == 0
+    recommender = Recommender.from_run(run)
+    recommender.save_pretrained(tmp_path / "checkpoint")
+    saved = Decoder.from_pretrained(tmp_path / "checkpoint")
+    assert best not in saved.catalog.item_ids and len(saved.catalog) == len(recommender.catalog) - 1
+    own = recommender.catalog.rows_of(history)
+    prompt = recommender.prompter.batch([np.array(own)])
+    found = recommender.recommend([history], top=8)
+    again = saved.decode(*prompt, 50).top(8)
+    assert saved.catalog.ids_of(again.items) == found.ids
+    torch.testing.assert_close(again.scores, found.scores, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["shared", "tokens", "sizes"])
