@@ -15,7 +15,6 @@ import torch
 from pydantic import ConfigDict
 from rich import box
 from rich.table import Table
-from scipy.stats import t as student
 
 from cemg import files
 from cemg.artifacts import check_signature, parse_json, read_bytes, signed
@@ -147,6 +146,8 @@ def _rows(name: str, group: list[dict[str, Any]], names: list[str]) -> list[list
 def _seed_cells(seeds: list[Metrics], names: list[str]) -> list[str]:
     if len(seeds) == 1:
         return _cells(seeds[0], names)
+    from scipy.stats import t as student  # late: a recommendation does not need it
+
     half = float(student.ppf(0.975, len(seeds) - 1)) / len(seeds) ** 0.5
     columns = [[values[name] for values in seeds] for name in names]
     return [f"{statistics.mean(c):.4f} ± {half * statistics.stdev(c):.4f}" for c in columns]

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from cemg.errors import UserError
@@ -127,6 +126,8 @@ def _last_cost(z: Tensor, prefix: tuple[int, ...], codebooks: Tensor) -> Tensor:
 def _assign_groups(codes: Tensor, loose: Tensor, z: Tensor, codebooks: Tensor) -> None:
     """Exact minimum-cost assignment of the loose items [N] bool of each group to the last codes that the
     others leave; in place."""
+    from scipy.optimize import linear_sum_assignment  # late: a recommendation does not need it
+
     for prefix, members in _groups(codes).items():
         group = torch.tensor(members)
         items, others = group[loose[group]], group[~loose[group]]

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, PositiveFloat, PositiveInt
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from cemg import files
@@ -212,6 +211,8 @@ def codebook_use(counts: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def initialise_codebooks(model: RQVAE, items: ItemFeatures, *, generator: torch.Generator) -> None:
     """k-means on the residuals of INIT_ROWS items, level after level; if fewer than K differ, some stay."""
+    from sklearn.cluster import KMeans  # late: a recommendation does not need it
+
     rows = torch.randperm(len(items), generator=generator)[:INIT_ROWS].to(items.present.device)
     residual = model.encode(items.rows(rows)).cpu()
     for level in range(len(model.codebooks)):
