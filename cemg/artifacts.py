@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Shape = tuple[int | str, ...]  # a name stands for any size, the same wherever it occurs
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of a dataclass that a file holds
-RESTORE = "restore it from a copy, or build it again: cemg-train --run RUN"
+RESTORE = "restore it from a copy, or build it again: cemg-train --run RUN --rebuild"
 
 
 def check_file(path: Path, *, fix: str = RESTORE) -> os.stat_result:

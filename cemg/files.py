@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TEMPORARY = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")  # .NAME.PID.part, and what safetensors writes first
 CONTINUE = "then run the same command again; it continues where it stopped"
+ABANDONED = 3600.0  # seconds after which no process is still writing a file
 MODE = 0o666  # less the umask, as for any file that a program creates
 
 _open, _fsync, _replace, _mkdir = os.open, os.fsync, os.replace, os.mkdir  # a test makes each of them fail
@@ -178,17 +179,31 @@ def hidden(path: Path | str) -> bool:
     return Path(path).name.startswith(".")
 
 
-def sweep(folder: Path | str, *, older_than: float = 0.0) -> None:
-    """Remove the temporary files that killed processes left in ``folder``, ``older_than`` seconds at least.
+def sweep(folder: Path | str, *, shared: bool = False) -> None:
+    """Remove the temporary files that killed processes left in ``folder``.
 
-    Where other processes may be writing, name an age that no write takes.
+    ``shared``: other processes may be writing there, so only files of processes that have ended, or of an
+    age that no write takes.
     """
     with suppress(OSError):
         for path in Path(folder).iterdir():
-            if TEMPORARY.fullmatch(path.name) and path.is_file():
-                with suppress(OSError):
-                    if time.time() - path.stat().st_mtime >= older_than:
-                        path.unlink()
+            if TEMPORARY.fullmatch(path.name) and path.is_file() and not (shared and _in_use(path)):
+                path.unlink(missing_ok=True)
+
+
+def _in_use(path: Path) -> bool:
+    """Whether the process that a temporary file is named after may still be writing it."""
+    with suppress(OSError):
+        if time.time() - path.stat().st_mtime > ABANDONED:
+            return False
+    found = re.search(r"\.(\d+)\.part$", path.name)
+    try:
+        os.kill(int(found[1]), 0) if found else None
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def storage_error(error: BaseException, path: Path | str | None = None) -> StorageError | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,9 +17,11 @@ import cemg
 from cemg import files
 from cemg.artifacts import STRICT, check_file, check_signature, digest, file_digest, read_json, signed
 from cemg.errors import DamagedError
+from cemg.files import hidden
 
-MANIFEST, KEY, CLOCK = "manifest.json", "key.json", "seconds.json"
-STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")  # of every finished run
+MANIFEST, KEY, CLOCK, CONFIG = "manifest.json", "key.json", "seconds.json", "config.yaml"
+STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")  # in the order of training
+READY = ".ready"  # folder of published stages that are not in place yet, and of their configuration
 OLD_KEYS = {"key", "inputs", "seconds", "files", "shapes", "versions", "config"}  # without a signature
 LOGS = ("log.jsonl", CLOCK, "tensorboard")  # which differ between two builds of the same
 
@@ -27,7 +29,8 @@ LOGS = ("log.jsonl", CLOCK, "tensorboard")  # which differ between two builds of
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """``files``: sha256 by name; ``bytes``: their sizes. ``inputs``: keys of the stages that it was made of;
-    ``made_of``: their ``contents``, the digest of the files a stage was built with, logs left out."""
+    ``made_of``: their ``contents``, the digest of the files a stage was built with, logs left out.
+    ``settings``: those of the whole run, as they were when the stage was built."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -41,6 +44,7 @@ class Manifest:
     bytes: dict[str, int] | None = None
     made_of: dict[str, str] | None = None
     contents: str | None = None
+    settings: dict[str, Any] | None = None
     sha256: str | None = None
 
     @classmethod
@@ -55,7 +59,8 @@ class Manifest:
 
 def remedy(stage: Path) -> str:
     """The command that builds a damaged stage again."""
-    return f"cemg-train --run {stage.parent}"
+    run = stage.parent.parent if hidden(stage.parent) else stage.parent
+    return f"cemg-train --run {run} --rebuild"
 
 
 def verify(stage: Path, names: Iterable[str] | None = None) -> Manifest:
@@ -80,15 +85,16 @@ def verify(stage: Path, names: Iterable[str] | None = None) -> Manifest:
 
 
 def describe(
-    folder: Path, *, key: str, config: Mapping[str, Any], seconds: float, made_of: Mapping[str, Manifest]
-) -> dict[str, Any]:
+    folder: Path, *, key: str, config: Mapping[str, Any], seconds: float, made_of: Mapping[str, Manifest],
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The manifest of a finished stage as a JSON value; ``made_of`` are the manifests of its inputs."""
     found = _files(folder)
     record = {
         "key": key, "inputs": {name: manifest.key for name, manifest in made_of.items()}, "seconds": seconds,
         **found, "versions": _versions(), "config": dict(config),
         "made_of": {name: manifest.contents for name, manifest in made_of.items()},
-        "contents": _contents(found["files"]),
+        "contents": _contents(found["files"]), "settings": None if settings is None else dict(settings),
     }  # fmt: skip
     return signed(record)
 
@@ -102,11 +108,20 @@ def renew(folder: Path) -> None:
     files.write_json(folder / MANIFEST, signed(record | _files(folder)))
 
 
-def check_origin(run: Path, manifest: Manifest) -> str | None:
-    """The first input of a stage that is not the one that it was made of; None where all are."""
+def place_of(run: Path, name: str) -> Path:
+    """Where a stage of a run, or its configuration, is: also one that is published and not yet in place."""
+    ready = run / READY / name
+    return ready if ready.exists() else run / name
+
+
+def check_origin(path: Callable[[str], Path], manifest: Manifest) -> str | None:
+    """The first input of a stage that is not the one that it was made of; None where all are.
+
+    ``path`` gives the folder of a stage.
+    """
     for name, key in manifest.inputs.items():
         try:
-            now = Manifest.read(run / name)
+            now = Manifest.read(path(name))
         except DamagedError:
             return name
         contents = now.contents if manifest.made_of is None else manifest.made_of.get(name)
@@ -138,9 +153,10 @@ def read_clock(folder: Path) -> float | None:
 
 def stages_of(run: Path) -> dict[str, Manifest]:
     """The manifests of a run's finished stages, by name. Raises DamagedError where one is damaged."""
-    found = {p.parent.name for p in run.glob(f"*/{MANIFEST}") if not files.hidden(p.parent)}
-    found |= {name for name in STAGES if (run / name).is_dir()}
-    return {name: Manifest.read(run / name) for name in sorted(found)}
+    found = [*run.glob(f"*/{MANIFEST}"), *(run / READY).glob(f"*/{MANIFEST}")]
+    names = {path.parent.name for path in found if not hidden(path.parent)}
+    names |= {name for name in STAGES if place_of(run, name).is_dir()}
+    return {name: Manifest.read(place_of(run, name)) for name in sorted(names)}
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -158,9 +174,11 @@ def _files(folder: Path) -> dict[str, Any]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """sha256 of the files below a folder, by name; checkpoints and what describes the stage left out."""
+    """sha256 of the files below a folder, by name; checkpoints, what describes the stage and temporary files
+    left out."""
     paths = sorted(p for p in folder.rglob("*") if stat.S_ISREG(os.lstat(p).st_mode))
-    names = {p.relative_to(folder).as_posix(): p for p in paths if p.name not in (KEY, MANIFEST)}
+    kept = [p for p in paths if p.name not in (KEY, MANIFEST) and not hidden(p)]
+    names = {p.relative_to(folder).as_posix(): p for p in kept}
     return {name: file_digest(path) for name, path in names.items() if not name.startswith("checkpoints/")}
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from cemg import files
-from cemg.artifacts import digest, read_json, read_tensors
-from cemg.config import DataConfig, RunConfig, config_text, generator_of, load_config
+from cemg.artifacts import read_json, read_tensors
+from cemg.changes import IMAGES, content_digest, image_digests
+from cemg.config import DataConfig, RunConfig, generator_of
 from cemg.data import Dataset, read_dataset, synthetic_dataset
 from cemg.data.readers import ColumnNames
 from cemg.decoding import Decoder, TransformersDecoder, VllmDecoder
@@ -36,16 +38,16 @@ from cemg.generator import (
     weights_of,
 )
 from cemg.graph import train_lightgcn
-from cemg.manifest import Manifest, read_clock, remedy, verify, write_clock
+from cemg.manifest import CONFIG, STAGES, Manifest, read_clock, remedy, verify, write_clock
 from cemg.preflight import check_before_training
 from cemg.progress import console
 from cemg.removed import read_removed
-from cemg.run import Run
+from cemg.run import Guard, Run
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog, Tokenizer, make_unique, read_items, train_tokenizer
+from cemg.transition import Transition, own_settings, settings_file
 from cemg_kernels import RequestFilter
 
 ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
-CONFIG, PENDING = "config.yaml", ".config.next.yaml"  # of what a run holds; of what it is being made into
 
 
 class StageLog:
@@ -83,6 +85,8 @@ class Pipeline:
     ) -> None:  # fmt: skip
         self.run, self.asked, self.config, self.device = run, config, config.seeded(), device
         self.verify = verify
+        self.transition: Transition | None = None  # of a training
+        self.images: list[Path | None] | None = None  # where the pictures are now; the data may name others
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
         if torch.device(device).type == "cuda" and torch.device(device).index is not None:
             torch.cuda.set_device(device)  # kernels, and accelerate, take the current one
@@ -94,45 +98,61 @@ class Pipeline:
         Each file is compared with its hash where it is opened; ``verify`` False reads it as it is.
         Raises UserError where the run is not finished, and where its parts are damaged or of other runs.
         """
-        path = folder / CONFIG
-        if not path.exists() and not path.is_symlink():
-            why = "its training has not ended" if (folder / PENDING).is_file() else f"it has no {CONFIG}"
-            raise UserError(f"{folder} is no run: {why}", fix=f"cemg-train --run {folder}")
-        config, generator = load_config(path, own=True), generator_of(path)
+        run = Run.existing(folder)
+        if not run.finished():
+            settings_file(folder)  # raises where it is damaged
+            raise UserError(f"the training of {folder} has not ended", fix=f"cemg-train --run {folder}")
+        path = run.path(CONFIG)
+        config, generator = own_settings(run), generator_of(path)
         if verify:
-            Run(folder).check_whole()
-            if generator not in (None, Manifest.read(folder / "generator").key):
-                cause = f"{path} names another generator than {folder / 'generator'}"
-                raise DamagedError(
-                    f"{path} belongs to another run", cause=cause, fix=remedy(folder / "generator")
-                )
-        return cls(Run(folder), config, device=device, verify=verify)
+            run.check_whole()
+            if generator not in (None, Manifest.read(run.path("generator")).key):
+                cause = f"{path} names another generator than {run.path('generator')}"
+                fix = remedy(run.path("generator"))
+                raise DamagedError(f"{path} belongs to another run", cause=cause, fix=fix)
+        return cls(run, config, device=device, verify=verify)
 
-    def train(self) -> None:
+    def train(self, *, agree: Callable[[list[str], bool], None] | None = None, rebuild: bool = False) -> None:
         """Data, features, graph, tokenizer, catalog, generator, in this order.
 
-        The configuration becomes the run's own when all are there; until then a further call finds it
-        beside the old one.
+        The configuration is written first, and a further call continues with it; a run that is finished
+        keeps its own stages and configuration until the last new stage is there. ``agree`` and ``rebuild``:
+        see `Transition`.
         """
-        self.data()
-        pending, own = (self.run.folder / name for name in (PENDING, CONFIG))
-        files.write_text(pending, config_text(self.asked))
+        self.transition = Transition(self.run, self.asked, agree=agree, rebuild=rebuild)
+        self.transition.begin()
         try:
-            self.features()
-            self.graph()
-            self.tokenizer()
-            self.catalog()
-            self.generator()
-        except UserError:
-            if own.is_file():
-                pending.unlink()  # a mistake is nothing to go on with
+            for stage in STAGES:
+                getattr(self, stage)()
+        except UserError as error:
+            if not isinstance(error, files.StorageError):  # after which the same settings are tried again
+                self.transition.withdraw()
             raise
-        files.write_text(own, config_text(self.asked, generator=self.run.keys["generator"]))
-        pending.unlink()
+        self.transition.commit()
+
+    def _stage(
+        self, name: str, config: Mapping[str, Any], build: Callable[[Path], None], *,
+        inputs: tuple[str, ...] = (), guard: Guard | None = None,
+    ) -> None:  # fmt: skip
+        if guard is None and self.transition is not None:
+            guard = self.transition.guard
+        self.run.stage(name, config, build, inputs=inputs, settings=self.asked.to_dict(), guard=guard)
 
     # ---- stages
 
     def data(self) -> None:
+        data = self._read_data()
+        self.images = data.images
+        digests = image_digests(data.images, self.run.folder)
+
+        def build(folder: Path) -> None:
+            data.save(folder)
+            files.write_json(folder / IMAGES, digests)
+
+        guard = None if self.transition is None else self.transition.data_guard(data, digests)
+        self._stage("data", {"content": content_digest(data, digests)}, build, guard=guard)
+
+    def _read_data(self) -> Dataset:
         source = self.config.data
         if source.path:
             data = _read_source(source)
@@ -148,26 +168,26 @@ class Pipeline:
                 fix="cemg-data stats tells how long the histories are",
             )
         check_before_training(self.config, data, self.run)
-        self.run.stage("data", {"content": _content(data), "images": source.images}, data.save)
+        return data
 
     def features(self) -> None:
         config = self.config
         parts = {"text": asdict(config.text), "image": asdict(config.image), "pca": asdict(config.pca)}
         parts["pca"]["seed"] = config.seed
-        self.run.stage("features", parts, self._build_features, inputs=("data",))
+        self._stage("features", parts, self._build_features, inputs=("data",))
 
     def graph(self) -> None:
-        self.run.stage("graph", asdict(self.config.graph), self._build_graph, inputs=("data",))
+        self._stage("graph", asdict(self.config.graph), self._build_graph, inputs=("data",))
 
     def tokenizer(self) -> None:
         config = asdict(self.config.tokenizer) | {
             "without": [k for k in self.config.without if k in MODALITIES]
         }
-        self.run.stage("tokenizer", config, self._build_tokenizer, inputs=("features", "graph"))
+        self._stage("tokenizer", config, self._build_tokenizer, inputs=("features", "graph"))
 
     def catalog(self) -> None:
         config = {"unique": self.config.tokenizer.unique}
-        self.run.stage("catalog", config, self._build_catalog, inputs=("data", "tokenizer"))
+        self._stage("catalog", config, self._build_catalog, inputs=("data", "tokenizer"))
 
     def generator(self) -> None:
         parts = {name: asdict(getattr(self.config, name)) for name in ("backbone", "generator", "decoding")}
@@ -183,12 +203,14 @@ class Pipeline:
             "seed": self.config.seed,
             "catalog_sha256": catalog.digest(),  # made anew it may have other codes, on a GPU
         }
-        self.run.stage("generator", config, self._build_generator, inputs=("data", "catalog"))
+        self._stage("generator", config, self._build_generator, inputs=("data", "catalog"))
 
     # ---- how each is built
 
     def _build_features(self, folder: Path) -> None:
         data = self.load_data()
+        if self.images is not None:
+            data = dataclasses.replace(data, images=self.images)
         text = encode_texts(data.texts, config=self.config.text, device=self.device, cache=self.cache)
         image = self._encode_images(data)
         tensors: dict[str, Tensor] = {}
@@ -498,23 +520,6 @@ def _read_source(source: DataConfig) -> Dataset:
     for note in data.notes:
         console.print(f"data: {note}", highlight=False)
     return data
-
-
-def _content(data: Dataset) -> str:
-    """Hash of all that a run learns from: interactions, ids, texts, images by name, size and time.
-
-    The pictures of the synthetic set are drawn anew each time, alike: there the time says nothing.
-    """
-    images = [
-        (p.name, p.stat().st_size, 0 if data.synthetic else p.stat().st_mtime_ns)
-        if p and p.is_file()
-        else None
-        for p in data.images
-    ]
-    sequences = [s.tolist() for s in data.sequences]
-    return digest(
-        [data.name, data.user_ids, data.item_ids, sequences, data.titles, data.texts, images, data.tie_rule]
-    )
 
 
 def _missing(features: Features, data: Dataset) -> dict[str, str]:

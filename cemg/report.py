@@ -94,7 +94,7 @@ def _manifest(run: Path, stage: str) -> Manifest:
     if not (run / stage).is_dir():
         raise DamagedError(f"{run / stage} is missing")
     manifest = Manifest.read(run / stage)
-    other = check_origin(run, manifest)
+    other = check_origin(lambda name: run / name, manifest)
     if other is not None:
         raise DamagedError(f"{run / stage} was not made of the {other} that is there now")
     return manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Generator
@@ -95,6 +96,33 @@ def command() -> Callable[..., int]:
         return 0
 
     return call
+
+
+@pytest.fixture(scope="session")
+def fail_disk() -> Callable[..., list[int]]:
+    """``fail_disk(patch, call)``: the ``call``-th step of `cemg.files`, counted from 0, fails with ``code``.
+
+    Returns the count of steps so far.
+    """
+    from cemg import files
+
+    def fail(patch: pytest.MonkeyPatch, call: int, code: int = errno.ENOSPC) -> list[int]:
+        count = [0]
+
+        def failing(step: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*arguments: Any, **options: Any) -> Any:
+                count[0] += 1
+                if count[0] == call + 1:
+                    raise OSError(code, os.strerror(code), str(arguments[0]))
+                return step(*arguments, **options)
+
+            return wrapped
+
+        for name in ("_open", "_fsync", "_replace", "_mkdir"):
+            patch.setattr(files, name, failing(getattr(files, name)))
+        return count
+
+    return fail
 
 
 @pytest.fixture(scope="session")

@@ -122,19 +122,21 @@ def test_another_search_or_a_study_leaves_the_results_of_the_runs_own(tiny_run, 
     }  # fmt: skip
 
 
-def test_a_run_goes_on_with_its_own_settings(tiny_run, tmp_path, command, capsys, monkeypatch, feature_cache):
-    """What its errors say to type: cemg-train --run RUN. It would train the synthetic set of its defaults."""
+def test_a_damaged_stage_is_built_again_by_the_command_that_the_error_prints(
+    tiny_run, tmp_path, command, capsys, feature_cache
+):
+    """With the run's own settings: those of the synthetic set's defaults would train for minutes."""
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     kept = (run / "config.yaml").read_text(), (run / "catalog" / "catalog.safetensors").read_bytes()
     (run / "generator" / "weights.safetensors").unlink()
     err = refusal(command, capsys, recommend.main, "--run", run, "--history", "item-0001")
-    typed = err.splitlines()[-1].removeprefix("  fix:   cemg-train ").split()
-    (run / "generator" / "manifest.json").unlink()
-    stderr = io.StringIO()
-    monkeypatch.setattr(progress.console, "file", stderr)
+    errors = (err, refusal(command, capsys, train.main, "--run", run))
+    typed, again = (text.splitlines()[-1].partition("cemg-train ")[2].split() for text in errors)
+    assert typed == again
+    assert typed == ["--run", str(run), "--rebuild"]
     assert command(train.main, *typed, "--cache", feature_cache) == 0
-    said = stderr.getvalue()
-    assert "goes on with its own settings" in " ".join(said.split())
+    said = capsys.readouterr().err
+    assert "continues with its own settings" in " ".join(said.split())
     assert [line for line in said.splitlines() if line.endswith("started")] == ["generator: started"]
     assert ((run / "config.yaml").read_text(), (run / "catalog" / "catalog.safetensors").read_bytes()) == kept
     assert command(recommend.main, "--run", run, "--history", "item-0001") == 0
@@ -155,11 +157,12 @@ def test_a_training_that_dies_leaves_the_run_as_it_was_and_is_gone_on_with(
 
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     kept = (run / "config.yaml").read_text()
-    err = refusal(command, capsys, train.main, "--run", run, "--data", tmp_path / "no #1")
+    err = refusal(command, capsys, train.main, "--run", run, "--data", tmp_path / "no #1", "--force")
+    assert not (run / ".config.next.yaml").exists() and not (run / ".next").exists()
     assert err.splitlines()[-1] == f"error: {tmp_path}/no #1 does not exist"
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         patch.setattr(Pipeline, "generator", lambda self: (_ for _ in ()).throw(RuntimeError("power cut")))
-        command(train.main, "--run", run, "--cache", feature_cache, "--set", "generator.epochs=2")
+        command(train.main, "--run", run, "--cache", feature_cache, "--set", "generator.epochs=2", "--force")
     assert (run / "config.yaml").read_text() == kept
     assert command(recommend.main, "--run", run, "--history", "item-0001") == 0
     assert command(train.main, "--run", run, "--cache", feature_cache) == 0
@@ -351,7 +354,8 @@ def test_a_missing_run_is_refused(tmp_path, command, capsys, main):
     extra = ("--history", "1") if main is recommend.main else ()
     err = refusal(command, capsys, main, "--run", tmp_path / "no", *extra)
     assert err == (
-        f"error: {tmp_path}/no is no run: it has no config.yaml\n  fix:   cemg-train --run {tmp_path}/no\n"
+        f"error: there is no run {tmp_path}/no\n"
+        f"  fix:   train one: cemg-train --data DATA --run {tmp_path}/no\n"
     )
 
 

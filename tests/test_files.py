@@ -25,25 +25,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "copy": lambda path: files.copy_file(__file__, path),
     "trie": lambda path: Trie.from_codes(torch.tensor([[0, 1]]), 2).save(path),
 }
-STEPS = ("_open", "_fsync", "_replace", "_mkdir")
-
-
-def fail(patch: pytest.MonkeyPatch, call: int, code: int = errno.ENOSPC) -> list[int]:
-    """The ``call``-th step of `cemg.files`, counted from 0, raises ``code``. Returns the count so far."""
-    count = [0]
-
-    def failing(step: Callable) -> Callable:
-        def wrapped(*arguments: object, **options: object) -> object:
-            count[0] += 1
-            if count[0] == call + 1:
-                raise OSError(code, os.strerror(code), str(arguments[0]))
-            return step(*arguments, **options)
-
-        return wrapped
-
-    for name in STEPS:
-        patch.setattr(files, name, failing(getattr(files, name)))
-    return count
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -59,13 +40,15 @@ def test_a_file_has_the_mode_of_the_umask_and_leaves_nothing_beside_it(tmp_path,
 
 @pytest.mark.parametrize("kind", ["text", "json", "tensors", "copy"])
 @pytest.mark.parametrize("there", [False, True])
-def test_a_full_disk_at_any_step_keeps_the_old_file_and_leaves_no_temporary_one(tmp_path, kind, there):
+def test_a_full_disk_at_any_step_keeps_the_old_file_and_leaves_no_temporary_one(
+    tmp_path, fail_disk, kind, there
+):
     path = tmp_path / "folder" / "file"
     if there:
         files.write_text(path, "old")
     for call in range(99):
         with pytest.MonkeyPatch.context() as patch:
-            count = fail(patch, call)
+            count = fail_disk(patch, call)
             try:
                 WRITERS[kind](path)
             except StorageError as error:
@@ -79,7 +62,7 @@ def test_a_full_disk_at_any_step_keeps_the_old_file_and_leaves_no_temporary_one(
     assert call >= 5 and count[0] == call
 
 
-def test_a_full_disk_is_recognised_in_the_errors_of_safetensors_and_polars(tmp_path, monkeypatch):
+def test_a_full_disk_is_recognised_in_the_errors_of_safetensors_and_polars(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     with pytest.raises(StorageError, match="disk full"), files.durable(tmp_path / "a") as part:
@@ -102,8 +85,8 @@ def test_a_full_disk_is_recognised_in_the_errors_of_safetensors_and_polars(tmp_p
         (errno.EACCES, "permission denied"),
     ],
 )  # fmt: skip
-def test_a_closed_disk_is_said_in_one_line(tmp_path, monkeypatch, code, said):
-    fail(monkeypatch, 0, code)
+def test_a_closed_disk_is_said_in_one_line(tmp_path, monkeypatch, fail_disk, code, said):
+    fail_disk(monkeypatch, 0, code)
     with pytest.raises(StorageError, match=f"^{said}: {tmp_path}/a cannot be written"):
         files.write_text(tmp_path / "a", "")
 
@@ -123,12 +106,12 @@ def folder(path: Path, content: str) -> Path:
     return path
 
 
-def test_a_replaced_folder_is_the_old_or_the_new_one_after_a_failure_at_any_step(tmp_path):
+def test_a_replaced_folder_is_the_old_or_the_new_one_after_a_failure_at_any_step(tmp_path, fail_disk):
     target = folder(tmp_path / "target", "old")
     for call in range(99):
         new = folder(tmp_path / ".new", "new")
         with pytest.MonkeyPatch.context() as patch:
-            fail(patch, call)
+            fail_disk(patch, call)
             try:
                 files.replace_folder(new, target)
             except StorageError:
@@ -150,11 +133,19 @@ def test_a_kill_between_the_two_renames_of_a_folder_is_undone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
-def test_only_temporary_files_of_an_age_are_swept(tmp_path):
-    for name in (".a.json.12.part", ".tmpAb12Cd", "a.json", ".config.next.yaml"):
+def test_temporary_files_of_killed_processes_are_swept(tmp_path):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    own, dead = f".a.json.{os.getpid()}.part", f".a.json.{child}.part"
+    for name in (own, dead, ".tmpAb12Cd", "a.json", ".config.next.yaml"):
         (tmp_path / name).write_text("")
-    files.sweep(tmp_path, older_than=60)
-    assert len(list(tmp_path.iterdir())) == 4
+    files.sweep(tmp_path, shared=True)
+    assert not (tmp_path / dead).exists() and len(list(tmp_path.iterdir())) == 4
+    os.utime(tmp_path / ".tmpAb12Cd", (1, 1))
+    files.sweep(tmp_path, shared=True)
+    assert not (tmp_path / ".tmpAb12Cd").exists() and (tmp_path / own).exists()
     files.sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".config.next.yaml", "a.json"]
     files.sweep(tmp_path / "absent")

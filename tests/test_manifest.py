@@ -86,7 +86,7 @@ def test_a_manifest_that_was_altered_is_refused(stage: Path, change: dict[str, o
 def test_a_manifest_of_an_earlier_version_still_names_its_files(stage: Path) -> None:
     path = stage / "manifest.json"
     record = json.loads(path.read_text())
-    for name in ("sha256", "bytes", "made_of", "contents"):
+    for name in ("sha256", "bytes", "made_of", "contents", "settings"):
         del record[name]
     path.write_text(json.dumps(record))
     verify(stage)
@@ -99,7 +99,9 @@ def test_a_zero_length_file_of_a_finished_stage_is_never_reused(stage: Path, mon
     """The line says which file, and the stage is built again."""
     (stage / "t.safetensors").write_bytes(b"")
     monkeypatch.setattr(console, "file", io.StringIO())
-    Run(stage.parent).stage("a", {"x": 1}, build)
+    run = Run(stage.parent)
+    run.stage("a", {"x": 1}, build)
+    run.commit("x: 1")
     assert torch.equal(load_file(stage / "t.safetensors")["codes"], torch.zeros(3, 2))
     assert "t.safetensors is damaged" in console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -113,6 +115,7 @@ def chain(folder: Path, value: float) -> Run:
 
     run.stage("a", {}, write)
     run.stage("b", {}, write, inputs=("a",))
+    run.commit("")
     return run
 
 
@@ -124,7 +127,7 @@ def test_a_stage_of_another_run_is_noticed_though_both_have_the_same_configurati
     (tmp_path / "other" / "a").rename(tmp_path / "one" / "a")
     with pytest.raises(UserError, match="b was not made of the a that is there now"):
         one.check_whole()
-    assert check_origin(tmp_path / "one", Manifest.read(tmp_path / "one" / "b")) == "a"
+    assert check_origin(one.path, Manifest.read(tmp_path / "one" / "b")) == "a"
 
 
 def test_a_stage_built_again_to_other_files_builds_what_follows_again(tmp_path: Path) -> None:
@@ -140,6 +143,14 @@ def test_what_a_command_adds_to_a_stage_leaves_what_was_made_of_it(tmp_path: Pat
     renew(tmp_path / "run" / "a")
     assert "added.json" in verify(tmp_path / "run" / "a").files
     run.check_whole()
+
+
+def test_a_temporary_file_of_a_killed_process_is_not_part_of_a_stage(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"1")
+    (tmp_path / ".weights.safetensors.77.part").write_bytes(b"2")
+    write_clock(tmp_path, 3.0)
+    (tmp_path / ".weights.safetensors.77.part").unlink()
+    assert read_clock(tmp_path) == 3.0
 
 
 def test_hidden_folders_are_not_stages(stage: Path) -> None:

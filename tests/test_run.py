@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from cemg import files
 from cemg.errors import UserError
 from cemg.run import Run
 
@@ -43,8 +46,11 @@ def test_an_unchanged_stage_is_reused(tmp_path):
 def test_a_stage_of_another_configuration_is_made_anew_in_a_clean_folder(tmp_path):
     Run(tmp_path).stage("a", {"x": 1}, Stage("old"))
     (tmp_path / "a" / "leftover.txt").write_text("old")
-    Run(tmp_path).stage("a", {"x": 2}, Stage("new"))
-    assert (tmp_path / "a" / "whole.txt").read_text() == "new"
+    run = Run(tmp_path)
+    assert run.stage("a", {"x": 2}, Stage("new")) == run.path("a") != tmp_path / "a"
+    assert (tmp_path / "a" / "whole.txt").read_text() == "old"  # until all that replaces it is there
+    run.commit("x: 2")
+    assert (tmp_path / "a" / "whole.txt").read_text() == "new" and run.path("a") == tmp_path / "a"
     assert not (tmp_path / "a" / "leftover.txt").exists()
 
 
@@ -54,6 +60,7 @@ def test_a_changed_input_makes_what_follows_anew_and_nothing_else(tmp_path):
         made.stage("a", {"x": of_a}, stages[0])
         made.stage("b", {}, stages[1], inputs=("a",))
         made.stage("c", {}, stages[2])
+        made.commit(f"x: {of_a}")
         return [stage.calls for stage in stages]
 
     assert run(1) == [1, 1, 1]
@@ -79,48 +86,66 @@ def test_an_interrupted_stage_of_another_configuration_leaves_nothing_behind(tmp
     assert "half.txt" not in again.found
 
 
-@pytest.mark.parametrize("call", range(4))
-def test_a_kill_while_the_whole_stage_is_put_into_place_costs_no_second_build(tmp_path, monkeypatch, call):
-    """The ``call``-th change to the disk after the build does not happen, nor does any later one."""
-    Run(tmp_path).stage("a", {"x": 1}, Stage("old"))
-    left = [call]
+def dying_at(patch: pytest.MonkeyPatch, call: int) -> list[int]:
+    """From the ``call``-th change to the disk on, counted from 0, every change raises KeyboardInterrupt."""
+    count = [0]
 
     def dying(change):
         def wrapped(*arguments, **options):
-            if left[0] == 0:
+            count[0] += 1
+            if count[0] > call:
                 raise KeyboardInterrupt
-            left[0] -= 1
             return change(*arguments, **options)
 
         return wrapped
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", dying(Path.unlink))
-        patch.setattr("shutil.rmtree", dying(__import__("shutil").rmtree))
-        stage = Stage("new")
+    for name in ("_open", "_fsync", "_replace", "_mkdir"):
+        patch.setattr(files, name, dying(getattr(files, name)))
+    for owner, name in ((Path, "unlink"), (Path, "rmdir"), (Path, "replace"), (shutil, "rmtree")):
+        patch.setattr(owner, name, dying(getattr(owner, name)))
+    return count
 
-        def build(folder: Path) -> None:
-            patch.setattr(Path, "replace", dying(Path.replace))
-            left[0] = call + 1  # the manifest itself is renamed first
-            stage(folder)
 
-        left[0] = 9  # before the build all is well
-        with pytest.raises(KeyboardInterrupt):
-            Run(tmp_path).stage("a", {"x": 2}, build)
-    again = Stage("new")
-    Run(tmp_path).stage("a", {"x": 2}, again)
-    assert again.calls == 0
-    assert {p.name: p.read_text() for p in (tmp_path / "a").glob("*.txt")} == {
-        "half.txt": "new", "whole.txt": "new",
-    }  # fmt: skip
-    assert not (tmp_path / "a" / "key.json").exists()
+def test_a_kill_at_any_change_to_the_disk_leaves_the_old_run_or_the_new_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_fsync", lambda number: None)  # slow, and no test can see what it does
+
+    def train(folder: Path, content: str) -> list[int]:
+        run, stages = Run(folder), [Stage(content), Stage(content)]
+        with run.locked():
+            run.stage("a", {"x": content}, stages[0])
+            run.stage("b", {}, stages[1], inputs=("a",))
+            run.commit(content)
+        return [stage.calls for stage in stages]
+
+    rebuilt = []
+    for call in range(999):
+        folder = tmp_path / str(call)
+        train(folder, "old")
+        with pytest.MonkeyPatch.context() as patch:
+            count = dying_at(patch, call)
+            with suppress(KeyboardInterrupt):
+                train(folder, "new")
+        run = Run(folder)
+        names = {run.path(name).read_text() for name in ("config.yaml", "a/whole.txt", "b/whole.txt")}
+        assert names in ({"old"}, {"new"})  # for one that only reads, before anything is settled
+        with run.locked():
+            assert {(folder / n / "whole.txt").read_text() for n in "ab"} == names
+        run.check_whole()
+        rebuilt.append(sum(train(folder, "new")))
+        assert sorted(p.name for p in folder.iterdir()) == [".lock", "a", "b", "config.yaml"]
+        assert {(folder / n / "whole.txt").read_text() for n in "ab"} == {"new"}
+        if count[0] <= call:
+            break
+    assert call > 40 and rebuilt == sorted(rebuilt, reverse=True) and set(rebuilt) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("torn", ["", "{", '{"seconds": 1}', "[]"])
 def test_a_stage_with_a_torn_manifest_is_made_anew(tmp_path, torn):
     Run(tmp_path).stage("a", {"x": 1}, Stage("old"))
     (tmp_path / "a" / "manifest.json").write_text(torn)
-    Run(tmp_path).stage("a", {"x": 1}, Stage("new"))
+    run = Run(tmp_path)
+    run.stage("a", {"x": 1}, Stage("new"))
+    run.commit("x: 1")
     assert (tmp_path / "a" / "whole.txt").read_text() == "new"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +18,6 @@ from cemg.progress import console
 if TYPE_CHECKING:
     import polars as pl
 
-    from cemg.tokenizer import Catalog
 
 app = command.command_line(help="The catalog of a run: its items and their semantic IDs.")
 
@@ -43,10 +41,12 @@ def show(
     from cemg.run import Run
     from cemg.tokenizer import Catalog
 
+    opened = Run.existing(run)
+    folder = opened.path("catalog")
     if not no_verify:
-        Run(run).check_whole()
-        verify(run / "catalog", Catalog.FILES)
-    catalog = Catalog.load(run / "catalog")
+        opened.check_whole()
+        verify(folder, Catalog.FILES)
+    catalog = Catalog.load(folder)
     codes = catalog.codes[catalog.rows_of([item])[0]].tolist()
     print(" ".join(symbol(level, code) for level, code in enumerate(codes)))
 
@@ -73,7 +73,7 @@ def add(
     """
     from cemg.data.readers.pictures import image_paths
     from cemg.generator import symbol
-    from cemg.pipeline import Pipeline
+    from cemg.pipeline import ADDED_TITLES, Pipeline
     from cemg.recommender import Recommender
     from cemg.run import Run
 
@@ -91,7 +91,10 @@ def add(
         codes = recommender.encode_items(table["text"].to_list(), pictures)
         titles = recommender.pipeline.added_titles()
         titles |= {i: t for i, t in zip(table["item"], table["title"], strict=True) if t}
-        _replace(run / "catalog", recommender.catalog.extended(codes, table["item"].to_list()), titles)
+        larger = recommender.catalog.extended(codes, table["item"].to_list())
+        with Run(run).revised("catalog") as folder:  # with the same key: the run is unchanged
+            larger.save(folder)
+            files.write_json(folder / ADDED_TITLES, titles)
     for name, row in zip(table["item"], codes.tolist(), strict=True):
         print(name, " ".join(symbol(level, code) for level, code in enumerate(row)))
     console.print(f"{len(table)} items added, {len(known) + len(table)} in the catalog", highlight=False)
@@ -106,9 +109,10 @@ def export(
 
     Example: cemg-catalog export --run runs/beauty codes.parquet
     """
+    from cemg.run import Run
     from cemg.tokenizer import Catalog
 
-    catalog = Catalog.load(run / "catalog")
+    catalog = Catalog.load(Run.existing(run).path("catalog"))
     catalog.write_codes(out)
     console.print(f"{len(catalog)} items in {out}", highlight=False, markup=False)
 
@@ -152,26 +156,6 @@ def _alike(added: pl.Series, known: Iterable[object], path: Path) -> list[str]:
         return []
     old, new = forms.row(0)
     return [f"{path.name}: {new!r} is a new item, though the catalog has {old!r} ({forms.height:,} such ids)"]
-
-
-def _replace(folder: Path, catalog: Catalog, titles: dict[str, str]) -> None:
-    """Write the larger catalog beside the old one and swap; its key stays: the run is unchanged.
-
-    Killed between the two renamings, the fresh one is what `Run.stage` takes for a stage to be placed.
-    """
-    from cemg.manifest import renew
-    from cemg.pipeline import ADDED_TITLES
-
-    fresh, old = folder.with_name(".catalog.part"), folder.with_name(".catalog.old")
-    for path in (fresh, old):
-        shutil.rmtree(path, ignore_errors=True)
-    shutil.copytree(folder, fresh)
-    catalog.save(fresh)
-    files.write_json(fresh / ADDED_TITLES, titles)
-    renew(fresh)
-    folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old)
 
 
 for name, act in (("list", catalog_items.list_items), ("remove", catalog_items.remove),

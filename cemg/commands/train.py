@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +22,7 @@ from cemg.commands.sources import (
     SeparatorOption,
     one_source,
 )
+from cemg.errors import UserError
 from cemg.progress import console, printable
 
 if TYPE_CHECKING:
@@ -59,6 +62,12 @@ def train(
         Path | None,
         typer.Option(help="YAML file with settings, which replace those of the preset; or beauty, ml-100k."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what a finished run was trained with, without asking.")
+    ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build damaged stages again, and restore damaged settings.")
+    ] = False,
     set: Annotated[
         list[str] | None, typer.Option(help="One setting, e.g. --set generator.epochs=10; repeatable.")
     ] = None,
@@ -88,7 +97,8 @@ def train(
 ) -> None:
     """Train CEMG from raw data to a tested generator; without arguments on the synthetic set.
 
-    A run that is there goes on with its own settings where neither --data nor --config is given.
+    An existing run continues with its own settings where neither --data nor --config is given. What a
+    finished run was trained with is replaced only with --force, or where you agree.
 
     Example: cemg-train --data data/beauty --run runs/beauty --set generator.epochs=40
     """
@@ -119,7 +129,7 @@ def train(
         "preset": preset,
     }
     config = config_file(config) if config is not None else None
-    chosen = _config(run, data, config, list(set or []), **top)
+    chosen = _config(run, data, config, list(set or []), rebuild=rebuild, **top)
     if print_config:
         print(explained(chosen), end="")
         return
@@ -133,24 +143,29 @@ def train(
             f"finished stages and the last checkpoint are kept; cemg-train --run {run} continues"
         )
         pipeline = Pipeline(folder, chosen, device=device, cache=cache)
-        pipeline.train()
+        pipeline.train(agree=None if force else partial(_agree, run), rebuild=rebuild)
         _test(pipeline, chosen, copy=result)
 
 
-def _config(run: Path, data: str, config: Path | None, settings: list[str], **top: Any) -> RunConfig:
-    """What the command names; where it names no data, the run's own, or the synthetic set's settings."""
+def _config(
+    run: Path, data: str, config: Path | None, settings: list[str], *, rebuild: bool, **top: Any
+) -> RunConfig:
+    """What the command names; where it names no data, the run's own; the synthetic set for a new run."""
     from cemg.config import load_config
-    from cemg.pipeline import CONFIG, PENDING
+    from cemg.manifest import CONFIG
+    from cemg.run import PENDING
+    from cemg.transition import settings_file
 
     if data:
         return load_config(config, settings, data_path=data, **top)
-    own = next((path for path in (run / PENDING, run / CONFIG) if path.is_file()), None)
+    own = settings_file(run, rebuild=rebuild)
     if own is not None and config is None and not top["preset"]:
-        console.print(f"{run} goes on with its own settings, {own}", highlight=False)
+        console.print(f"{run} continues with its own settings, {own}", highlight=False)
         if own.name == PENDING and (run / CONFIG).is_file():
             console.print(f"delete {own} to go back to those of {run / CONFIG}", highlight=False)
         return load_config(own, settings, **top)
     if config is None and not top["preset"] and not any(s.startswith("data.path=") for s in settings):
+        console.print(f"{run} is new and no --data is given: training on the SYNTHETIC set", highlight=False)
         return load_config(None, [*SYNTHETIC, *settings], **top)
     chosen = load_config(config, settings, **top)
     if own is not None and not chosen.data.path:
@@ -163,6 +178,21 @@ def _print_plan(run: Path, config: RunConfig, *, device: str) -> None:
 
     for stage, verdict in plan(run, config, device=device).items():
         print(f"{stage:<10} {printable(verdict)}")
+
+
+def _agree(run: Path, changes: list[str], damaged: bool) -> None:
+    """Ask on a terminal whether what a run holds may be replaced. UserError if not, or without one."""
+    shown = [*changes[:12], *([f"and {len(changes) - 12} more"] if len(changes) > 12 else [])]
+    what = f"{run} is damaged" if damaged else f"{run} is trained, and this would train it anew"
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        for line in (what, *(f"  {change}" for change in shown)):
+            console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
+        if typer.confirm("Build it again?" if damaged else "Replace it?", err=True):
+            return
+    fix = f"--force replaces it; another --run keeps it; without a change: cemg-train --run {run}"
+    if damaged:
+        fix = f"restore it from a copy, or build it again: cemg-train --run {run} --rebuild"
+    raise UserError(what, cause="; ".join(shown), fix=fix)
 
 
 def _kernels(device: str) -> str:

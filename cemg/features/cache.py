@@ -22,7 +22,6 @@ from cemg.errors import DamagedError, UserError
 
 KEY_BYTES = 32
 SHARD = {"keys": (torch.uint8, ("n", KEY_BYTES)), "values": (torch.float32, ("n", "F"))}
-ABANDONED = 3600.0  # seconds after which no process is still writing a shard
 
 
 class FeatureCache:
@@ -62,7 +61,7 @@ class Shelf:
         self.rows: dict[bytes, Tensor] = {}  # key -> values [F]
         self.unsaved: dict[bytes, Tensor] = {}
         files.make_folder(folder)
-        files.sweep(folder, older_than=ABANDONED)
+        files.sweep(folder, shared=True)
         for path in sorted(folder.glob("*.safetensors")):
             self.rows |= _read_shard(path)
 

@@ -1,0 +1,187 @@
+"""From the settings of a run to those that it is trained with: nothing finished is replaced unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from cemg import files
+from cemg.artifacts import read_json, read_text
+from cemg.changes import IMAGES, data_changed, flat, settings_changed
+from cemg.config import RunConfig, config_text, load_config
+from cemg.data import Dataset
+from cemg.errors import DamagedError, UserError
+from cemg.manifest import CONFIG, STAGES, Manifest, verify
+from cemg.progress import console
+from cemg.run import NEXT, PENDING, Run
+
+CHECKPOINT = Path(".generator.part") / "checkpoints" / "checkpoint.safetensors"
+
+
+class Transition:
+    """One training of a run, from its first question to its commit.
+
+    ``agree(changes, damaged)`` is called once, before anything that is finished would be replaced, and raises
+    where that is not wanted; None replaces unasked. ``rebuild`` builds damaged stages again unasked.
+    """
+
+    def __init__(
+        self, run: Run, asked: RunConfig, *, agree: Callable[[list[str], bool], None] | None = None,
+        rebuild: bool = False,
+    ) -> None:  # fmt: skip
+        self.run, self.asked, self.agree, self.rebuild = run, asked, agree, rebuild
+        self.pending = run.folder / PENDING
+        self.before = read_text(self.pending) if self.pending.is_file() else None
+        self.agreed = agree is None
+
+    def begin(self) -> None:
+        """Ask about changed settings, then write them: an interrupted training continues with them."""
+        pending, own = _readable(self.pending), _readable(self.run.path(CONFIG))
+        if pending is not None and self.run.approved() and _alike(pending, self.asked):
+            self.agreed = True  # when that training was started
+        base = own if self.run.finished() else pending
+        changes = [] if base is None else settings_changed(base, self.asked)
+        if changes and not self.agreed and self._valuable():
+            self._ask(changes)
+        if self.agreed and self.run.started():
+            self.run.approve()
+        elif not self.agreed and self.run.finished():
+            self.run.abandon()  # what an earlier training built for other settings
+        files.write_text(self.pending, config_text(self.asked))
+
+    def guard(self, name: str, old: Path, config: Mapping[str, Any]) -> None:
+        """What `Run.stage` calls before it builds a stage that will replace the one in ``old``."""
+        if self.agreed:
+            return
+        try:
+            manifest = verify(old)
+        except DamagedError as error:
+            if self.run.finished() and not self.rebuild:
+                self._ask([f"{error.message}: {error.cause}" if error.cause else error.message], damaged=True)
+            return
+        rebuilt = self.rebuild and manifest.key == self.run.keys[name]
+        if not rebuilt and self._valuable():
+            self._ask(self._changes(name, old, manifest, config))
+
+    def data_guard(self, data: Dataset, images: list[str | None]) -> Callable[..., None]:
+        """``guard`` for the stage of the data, which says what differs in them."""
+
+        def guard(name: str, old: Path, config: Mapping[str, Any]) -> None:
+            self.new_data = (data, images)
+            self.guard(name, old, config)
+
+        return guard
+
+    def _changes(self, name: str, old: Path, manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
+        if name == "data":
+            data, images = self.new_data
+            known = read_json(old / IMAGES, list[str | None])
+            return data_changed(Dataset.load(old), data, old_images=known, new_images=images)
+        before, after = flat(manifest.config), flat(config)
+        names = [n for n in before | after if before.get(n) != after.get(n)]
+        said = [f"{name}: {n}: {before.get(n)} → {after.get(n)}" for n in names]
+        return said or [f"{name}: it was built by another version, or from other inputs"]
+
+    def _ask(self, changes: list[str], *, damaged: bool = False) -> None:
+        added = 0 if damaged else _added_items(self.run)
+        if added:
+            changes = [*changes, f"catalog: the {added} items that cemg-catalog added are removed"]
+        assert self.agree is not None
+        self.agree(changes, damaged)
+        self.agreed = True
+        self.run.approve()
+
+    def _valuable(self) -> bool:
+        """Whether there is a trained generator, or one in training."""
+        places = (self.run.folder / CHECKPOINT, self.run.folder / NEXT / CHECKPOINT)
+        return self.run.finished() or self.run.path("generator").exists() or any(p.exists() for p in places)
+
+    def withdraw(self) -> None:
+        """After an error that the settings caused: they are not resumed, and the run is what it was."""
+        if self.before is not None:
+            files.write_text(self.pending, self.before)
+        elif self.run.finished() or not any(self.run.path(name).exists() for name in STAGES):
+            self.pending.unlink(missing_ok=True)
+            self.run.abandon()
+
+    def commit(self) -> None:
+        """The new stages and their settings become the run's own."""
+        self.run.commit(config_text(self.asked, generator=self.run.keys["generator"]))
+
+
+def settings_file(folder: Path, *, rebuild: bool = False) -> Path | None:
+    """The file with the settings that a run continues with; None for a new run.
+
+    A missing or damaged file raises DamagedError, with what restores it. ``rebuild`` restores the settings
+    that the stages were built with.
+    """
+    run = Run(folder)
+    for path in (folder / PENDING, run.path(CONFIG)):
+        if path.exists() or path.is_symlink():
+            try:
+                load_config(path, own=True)
+                return path
+            except DamagedError as error:
+                return _restored(run, error, rebuild=rebuild)
+    if not run.started():
+        return None
+    return _restored(run, DamagedError(f"{folder} has stages but no {CONFIG}"), rebuild=rebuild)
+
+
+def _restored(run: Run, error: DamagedError, *, rebuild: bool) -> Path:
+    settings = recorded_settings(run)
+    if settings is None:
+        fix = f"name its data and settings: cemg-train --run {run.folder} --data DATA --config FILE"
+        raise DamagedError(error.message, cause=error.cause, fix=fix) from error
+    if not rebuild:
+        fix = f"restore those that it was trained with: cemg-train --run {run.folder} --rebuild"
+        raise DamagedError(error.message, cause=error.cause, fix=fix) from error
+    said = f"{error.message}: restored from what the stages of {run.folder} were built with"
+    console.print(said, highlight=False, soft_wrap=True, markup=False)
+    files.write_text(run.folder / PENDING, config_text(settings))
+    return run.folder / PENDING
+
+
+def own_settings(run: Run) -> RunConfig:
+    """The settings of a finished run. Raises DamagedError, with what restores them."""
+    try:
+        return load_config(run.path(CONFIG), own=True)
+    except DamagedError as error:
+        _restored(run, error, rebuild=False)
+        raise
+
+
+def recorded_settings(run: Run) -> RunConfig | None:
+    """The settings in the manifest of a run's last stage; None where no manifest has them."""
+    for name in reversed(STAGES):
+        try:
+            settings = Manifest.read(run.path(name)).settings
+            if settings is not None:
+                return TypeAdapter(RunConfig).validate_python(settings)
+        except (UserError, ValidationError):
+            continue
+    return None
+
+
+def _readable(path: Path) -> RunConfig | None:
+    try:
+        return load_config(path, own=True) if path.is_file() else None
+    except UserError:
+        return None
+
+
+def _alike(one: RunConfig, other: RunConfig) -> bool:
+    return one.data == other.data and not settings_changed(one, other)
+
+
+def _added_items(run: Run) -> int:
+    """How many items were added to a run's catalog after its training."""
+    catalog = run.path("catalog")
+    try:
+        now = read_json(catalog / "catalog.json", dict[str, Any]).get("item_ids", [])
+        return len(now) - int(read_json(catalog / "uniqueness.json", dict[str, Any])["items"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return 0

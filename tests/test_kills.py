@@ -1,0 +1,27 @@
+"""Over a hundred kills of real commands; the count stands in the note of a release."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_no_kill_of_a_training_a_retraining_or_an_addition_loses_anything(
+    tmp_path, tiny_settings, feature_cache
+):
+    """Twenty minutes on one core."""
+    settings = [*tiny_settings, "generator.epochs=3", "tokenizer.epochs=10"]
+    about = tmp_path / "about.json"
+    about.write_text(json.dumps({"settings": settings, "cache": str(feature_cache)}))
+    script = Path(__file__).with_name("kills.py")
+    ended = subprocess.run(
+        [sys.executable, script, tmp_path / "runs", about, "105"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    print(ended.stdout)
+    assert ended.returncode == 0, ended.stdout

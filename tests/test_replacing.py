@@ -1,0 +1,380 @@
+"""A user's work is not replaced unasked: changed settings and data, damaged state, leftovers, full disks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from cemg import files
+from cemg.artifacts import signed
+from cemg.commands import catalog, evaluate, recommend, train
+from cemg.config import RunConfig, load_config
+from cemg.data import Dataset
+from cemg.pipeline import Pipeline
+from cemg.recommender import Recommender
+from cemg.run import Run
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
+Trainer = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def copy(tiny_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def training(command, feature_cache: Path, monkeypatch) -> Trainer:
+    """``training(run, *options)``: cemg-train without its test and report, which write beside the stages."""
+    monkeypatch.setattr(train, "_test", lambda *_, **__: None)
+    return lambda run, *options: command(train.main, "--run", run, "--cache", feature_cache, *options)
+
+
+@pytest.fixture
+def data(tiny_run: Path, tmp_path: Path) -> Path:
+    """A prepared folder of the run's data under another name, with pictures of its own."""
+    own = Dataset.load(tiny_run / "data")
+    images = tmp_path / "images"
+    images.mkdir()
+    moved = [Path(shutil.copy(p, images / p.name)) if p else None for p in own.images]
+    dataclasses.replace(own, name="shop", synthetic=False, notes=[], images=moved).save(tmp_path / "shop")
+    return tmp_path / "shop"
+
+
+@pytest.fixture(scope="module")
+def shop_run(tiny_run: Path, tmp_path_factory, tiny_settings, feature_cache, command) -> tuple[Path, Path]:
+    """A prepared folder with pictures, and a run trained on it."""
+    folder = tmp_path_factory.mktemp("shop")
+    own = Dataset.load(tiny_run / "data")
+    (folder / "images").mkdir()
+    moved = [Path(shutil.copy(p, folder / "images" / p.name)) if p else None for p in own.images]
+    dataclasses.replace(own, name="shop", synthetic=False, notes=[], images=moved).save(folder / "shop")
+    settings = [part for setting in tiny_settings for part in ("--set", setting)]
+    arguments = ("--data", folder / "shop", "--run", folder / "run", "--cache", feature_cache, *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_test", lambda *_, **__: None)
+        assert command(train.main, *arguments) == 0
+    return folder / "shop", folder / "run"
+
+
+@pytest.fixture
+def shop(shop_run: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of both, to be changed; the pictures' folder is another one then."""
+    folder, run = shop_run
+    data = Dataset.load(folder)
+    (tmp_path / "pictures").mkdir()
+    moved = [Path(shutil.copy(p, tmp_path / "pictures" / p.name)) if p else None for p in data.images]
+    dataclasses.replace(data, images=moved).save(tmp_path / "shop")
+    return tmp_path / "shop", Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def state(run: Path) -> dict[str, bytes]:
+    """What a run is: its settings and the files of its stages."""
+    names = ("config.yaml", "data", "features", "graph", "tokenizer", "catalog", "generator", "synthetic")
+    paths = [path for name in names for path in [run / name, *(run / name).rglob("*")] if path.is_file()]
+    kept = [path for path in paths if path.parent.name != "tensorboard"]
+    return {str(path.relative_to(run)): path.read_bytes() for path in kept}
+
+
+def hidden(run: Path) -> set[str]:
+    return {p.name for p in run.rglob(".*")} - {".lock", ".image-hashes.json"}
+
+
+def error_of(capsys: pytest.CaptureFixture, code: int) -> list[str]:
+    """The lines of the error that a command ended with."""
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("error: ")) :]
+
+
+# ---- replacing
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--seed", 3), "seed: 0 → 3"),
+        (("--set", "graph.epochs=4"), "graph.epochs: 3 → 4"),
+        (("--without", "text"), 'without: [] → ["text"]'),
+        (("--set", "data.synthetic_users=41"), "data.synthetic_users: 40 → 41"),
+        (("--set", "decoding.normalize=level"), "decoding.normalize: vocab → level"),
+    ],
+)
+def test_a_finished_run_is_not_trained_anew_unasked(copy, training, capsys, options, said):
+    before = state(copy)
+    lines = error_of(capsys, training(copy, *options))
+    assert lines[0] == f"error: {copy} is trained, and this would train it anew"
+    assert lines[1] == f"  cause: {said}"
+    assert lines[2].startswith("  fix:   --force replaces it; another --run keeps it")
+    assert state(copy) == before and hidden(copy) == set()
+
+
+def test_force_replaces_a_finished_run(copy, training):
+    before = state(copy)
+    assert training(copy, "--set", "tokenizer.epochs=1", "--force") == 0
+    after = state(copy)
+    assert hidden(copy) == set() and before.keys() == after.keys()
+    changed = {name.split("/")[0] for name in after if before[name] != after[name]}
+    assert changed == {"config.yaml", "tokenizer", "catalog", "generator"}
+
+
+def test_settings_that_train_nothing_are_changed_unasked(copy, training):
+    assert training(copy, "--set", "decoding.beams=7", "--set", "generator.checkpoint_seconds=9") == 0
+    assert "beams: 7\n" in (copy / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_on_a_terminal_the_question_is_put_and_the_answer_counts(copy, training, capsys, monkeypatch, answer):
+    questions = []
+    monkeypatch.setattr(train.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(train.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(train.typer, "confirm", lambda text, err: questions.append(text) or answer)
+    before = state(copy)
+    code = training(copy, "--set", "tokenizer.epochs=1")
+    assert questions == ["Replace it?"] and code == (0 if answer else 2)
+    assert (state(copy) == before) is not answer
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def load(run: Path, *overrides: str) -> RunConfig:
+    return load_config(run / "config.yaml", overrides)
+
+
+def test_an_approved_retraining_is_continued_unasked(copy, training, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Pipeline, "_build_catalog", killed)
+        Pipeline(Run(copy), load(copy, "tokenizer.epochs=1")).train()
+    assert training(copy) == 0
+    assert "epochs: 1\n" in (copy / "config.yaml").read_text() and hidden(copy) == set()
+
+
+def test_items_that_were_added_are_named_before_a_retraining_removes_them(
+    copy, training, command, capsys, tmp_path
+):
+    (tmp_path / "new.csv").write_text("item,text\nn1,a plain telescope\n")
+    assert command(catalog.main, "add", "--run", copy, "--items", tmp_path / "new.csv") == 0
+    assert training(copy) == 0  # reuses the larger catalog
+    lines = error_of(capsys, training(copy, "--seed", 3))
+    assert lines[1].endswith("; catalog: the 1 items that cemg-catalog added are removed")
+
+
+# ---- data
+
+
+def test_moved_and_touched_pictures_and_a_moved_dataset_change_nothing(shop, training):
+    folder, run = shop
+    before = state(run)
+    for path in (folder.parent / "pictures").iterdir():
+        os.utime(path, (1, 1))
+    assert training(run, "--data", folder, "--config", run / "config.yaml") == 0
+    after = state(run)
+    assert {name for name in before if before[name] != after[name]} <= {"config.yaml"}
+    assert load(run).data.path == str(folder)
+
+
+def test_pictures_are_read_from_where_they_are_now(shop, training, monkeypatch):
+    folder, run = shop
+    seen = []
+    encode = Pipeline._encode_images
+    monkeypatch.setattr(
+        Pipeline, "_encode_images", lambda self, data: seen.extend(data.images) or encode(self, data)
+    )
+    options = ("--data", folder, "--config", run / "config.yaml", "--set", "pca.dim=4", "--force")
+    assert training(run, *options) == 0
+    assert {p.parent.name for p in seen if p} == {"pictures"}
+
+
+def test_an_unchanged_picture_is_not_read_again(shop, training, monkeypatch):
+    folder, run = shop
+    arguments = (run, "--data", folder, "--config", run / "config.yaml")
+    assert training(*arguments) == 0
+    monkeypatch.setattr("cemg.changes.file_digest", lambda path: pytest.fail(f"{path} is read again"))
+    assert training(*arguments) == 0
+    (run / ".image-hashes.json").write_text("{")
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        training(*arguments)
+
+
+def test_changed_data_are_named_and_not_trained_on_unasked(shop, training, capsys):
+    folder, run = shop
+    data, before = Dataset.load(folder), state(run)
+    arguments = ("--data", folder, "--config", run / "config.yaml")
+
+    def refused(changed: Dataset) -> str:
+        changed.save(folder)
+        lines = error_of(capsys, training(run, *arguments))
+        assert lines[0] == f"error: {run} is trained, and this would train it anew"
+        assert state(run) == before and hidden(run) == set()
+        return lines[1].removeprefix("  cause: ")
+
+    longer = [*data.sequences[:-1], data.sequences[-1].repeat(2)]
+    texts = ["another text", *data.texts[1:]]
+    assert refused(dataclasses.replace(data, sequences=longer)) == "data: 1 of 40 users' histories changed"
+    assert refused(dataclasses.replace(data, texts=texts)) == "data: 1 of 50 texts changed"
+    assert refused(dataclasses.replace(data, name="toys")) == "data: shop → toys"
+    fewer = dataclasses.replace(data, user_ids=data.user_ids[1:], sequences=data.sequences[1:])
+    assert refused(fewer) == "data: of 40 users, 1 removed"
+    path = next(path for path in data.images if path)
+    Image.new("RGB", (8, 8)).save(path)
+    assert refused(data) == "data: 1 of 50 images changed"
+    path.unlink()
+    assert refused(data) == "data: 1 of 50 images changed, 1 of them missing now"
+
+
+def test_other_data_are_refused_with_what_they_share(copy, data, training, capsys):
+    before = state(copy)
+    lines = error_of(capsys, training(copy, "--data", data))
+    assert lines[1].startswith(f"  cause: data: the synthetic set → {data}; ") and state(copy) == before
+
+
+# ---- state that is missing or damaged
+
+
+@pytest.mark.parametrize("damage", ["", "{", None])
+def test_settings_that_are_gone_are_damage_and_the_printed_fix_restores_them(copy, training, capsys, damage):
+    before = state(copy)
+    path = copy / "config.yaml"
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_text(damage)
+    lines = error_of(capsys, training(copy))
+    assert str(copy) in lines[0] and "config.yaml" in lines[0]
+    fix = lines[-1].partition("cemg-train --run ")[2].split()
+    assert fix == [str(copy), "--rebuild"]
+    assert training(*fix) == 0
+    assert state(copy) == before
+
+
+def test_settings_that_no_stage_knows_are_named_by_the_user(copy, training, capsys, tmp_path):
+    before = state(copy)
+    shutil.copy(copy / "config.yaml", tmp_path / "c.yaml")
+    (copy / "config.yaml").unlink()
+    for name in ("data", "features", "graph", "tokenizer", "catalog", "generator"):
+        path = copy / name / "manifest.json"
+        about = json.loads(path.read_text())
+        about["settings"] = None
+        path.write_text(json.dumps(signed(about)))
+    lines = error_of(capsys, training(copy))
+    assert lines[-1].endswith(f"cemg-train --run {copy} --data DATA --config FILE")
+    assert training(copy, "--config", tmp_path / "c.yaml") == 2  # the data are not named
+    assert state(copy)["generator/weights.safetensors"] == before["generator/weights.safetensors"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_kill_while_the_data_are_read_loses_no_settings(
+    copy, training, tmp_path, tiny_settings, monkeypatch, finished
+):
+    run = copy if finished else tmp_path / "new"
+    asked = load_config(None, [*tiny_settings, "generator.epochs=1"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Pipeline, "_read_data", killed)
+        Pipeline(Run(run), asked).train()
+    assert training(run) == 0
+    assert load(run) == asked and hidden(run) == set()
+
+
+def test_an_invalid_setting_of_a_new_run_is_not_kept(training, tmp_path, capsys):
+    run = tmp_path / "new"
+    error_of(capsys, training(run, "--data", tmp_path / "typo"))
+    assert not (run / ".config.next.yaml").exists()
+
+
+# ---- leftovers
+
+
+def test_a_kill_between_the_two_renamings_of_earlier_versions_is_recovered(copy, command, training):
+    before = state(copy)
+    (copy / "catalog").rename(copy / ".catalog.old")
+    assert command(recommend.main, "--run", copy, "--history", "item-0001") == 0
+    assert state(copy) == before and hidden(copy) == set()
+    (copy / "catalog").rename(copy / ".catalog.old")
+    assert training(copy) == 0
+    assert state(copy) == before and hidden(copy) == set()
+
+
+def test_leftovers_are_swept_and_are_not_stages(copy, command, training, capsys):
+    before = state(copy)
+    for name in (".catalog.old", ".generator.part"):
+        shutil.copytree(copy / "catalog", copy / name)
+        (copy / name / "manifest.json").write_text(
+            '{"key": "other", "inputs": {"data": "other"}, "seconds": 1}'
+        )
+    (copy / ".config.yaml.77.part").write_text("")
+    assert command(evaluate.main, "--run", copy, "--users", 5) == 0
+    assert command(recommend.main, "--run", copy, "--history", "item-0001") == 0
+    assert training(copy) == 0
+    assert state(copy) == before and hidden(copy) == set()
+
+
+# ---- runs that are not there
+
+
+@pytest.mark.parametrize("main", [recommend.main, evaluate.main, catalog.main])
+def test_a_mistyped_run_is_answered_with_those_that_there_are(copy, tmp_path, command, capsys, main):
+    options = {
+        recommend.main: ("--history", "item-0001"), evaluate.main: ("--users", 3), catalog.main: (),
+    }[main]  # fmt: skip
+    extra = ("show", "--item", "item-0001") if main is catalog.main else ()
+    shutil.copytree(copy, tmp_path / "beauty")
+    lines = error_of(capsys, command(main, *extra, "--run", tmp_path / "baeuty", *options))
+    assert lines == [
+        f"error: there is no run {tmp_path}/baeuty",
+        f"  cause: there are {tmp_path}/beauty, {tmp_path}/run",
+        f"  fix:   --run {tmp_path}/beauty",
+    ]
+    assert not (tmp_path / "baeuty").exists()
+    assert command(main, *extra, *lines[2].split()[1:], *options) == 0
+
+
+def test_a_folder_of_runs_names_them(copy, command, capsys):
+    lines = error_of(capsys, command(recommend.main, "--run", copy.parent, "--history", "item-0001"))
+    assert lines[0] == f"error: {copy.parent} is not a run: it has no config.yaml"
+    assert lines[2] == f"  fix:   --run {copy}"
+
+
+# ---- full disks
+
+
+def test_a_full_disk_while_items_are_added_keeps_the_catalog(
+    copy, command, capsys, tmp_path, monkeypatch, fail_disk
+):
+    (tmp_path / "new.csv").write_text("item,text\nn1,a plain telescope\n")
+    before = state(copy)
+    opened = Recommender.from_run(copy)
+    monkeypatch.setattr(Recommender, "from_run", lambda *_, **__: opened)
+    monkeypatch.setattr(files, "_fsync", lambda number: None)
+    for call in range(99):
+        with pytest.MonkeyPatch.context() as patch:
+            fail_disk(patch, call)
+            code = command(catalog.main, "add", "--run", copy, "--items", tmp_path / "new.csv")
+        if code == 0:
+            break
+        lines = error_of(capsys, code)
+        assert lines[0].startswith("error: disk full: ") and lines[-1].startswith("  fix:   free space")
+        Pipeline.open(copy)  # as any command does; what was published is moved into place
+        assert hidden(copy) == set()
+        if state(copy) != before:  # published, and the flush of a folder failed
+            assert "n1" in (copy / "catalog" / "catalog.json").read_text()
+            break
+    assert call > 10
