@@ -54,10 +54,12 @@ class StageLog:
     """Writes a stage's figures to ``log.jsonl`` and to TensorBoard; one that ``resumes`` goes on there."""
 
     def __init__(self, folder: Path, *, resumes: bool = False) -> None:
+        path = folder / "log.jsonl"
         if not resumes:  # what an interrupted attempt wrote
-            (folder / "log.jsonl").unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        self.lines = (folder / "log.jsonl").open("a")
+        if not resumes or not path.is_file():  # a pipe would wait for its reader
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.lines = path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def __call__(self, step: int, values: dict[str, float]) -> None:

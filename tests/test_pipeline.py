@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from cemg.config import load_config
 from cemg.errors import UserError
 from cemg.manifest import Manifest, describe
-from cemg.pipeline import Pipeline
+from cemg.pipeline import Pipeline, StageLog
 from cemg.recommender import Recommender
 from cemg.run import Run
 from cemg.tokenizer import Catalog
@@ -477,3 +477,12 @@ def test_the_split_of_a_run_is_that_of_its_data(tiny_run, pipeline):
     assert record["split"] == made.load_data().split().fingerprint
     assert record["config"]["generator"] == dataclasses.asdict(made.config.generator)
     assert all(0 <= value <= 1 and np.isfinite(value) for value in record["metrics"].values())
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a folder", "a dangling link"])
+def test_a_log_that_is_not_a_file_is_begun_again(tmp_path, what):
+    path = tmp_path / "log.jsonl"
+    {"a pipe": os.mkfifo, "a folder": os.mkdir, "a dangling link": lambda p: p.symlink_to("no")}[what](path)
+    with StageLog(tmp_path, resumes=True) as log:
+        log(3, {"loss": 0.5})
+    assert json.loads(path.read_text()) == {"step": 3, "loss": 0.5}

@@ -81,7 +81,7 @@ def add(
     Pipeline.open(run, verify=not no_verify)  # before a typing error becomes a folder with a lock
     with Run(run).locked():
         recommender = Recommender.from_run(run, verify=not no_verify)
-        known = set(recommender.catalog.item_ids)
+        known = set(map(str, recommender.catalog.item_ids))
         twice = next((i for i in table["item"] if i in known), None)
         if twice is not None:
             raise UserError(f"{items}: item {twice} is in the catalog already")

@@ -22,7 +22,7 @@ from cemg.progress import UNPRINTABLE
 
 FORMAT = 1  # of the prepared folder; raised when its files change meaning
 REMEDY = "prepare the data again: cemg-data prepare"
-TABLES = {  # name to columns
+TABLES: dict[str, dict[str, Any]] = {  # name to columns
     "users.parquet": {"user_id": pl.String},
     "items.parquet": {"item_id": pl.String, "title": pl.String, "text": pl.String, "image": pl.String},
     "interactions.parquet": {"user": pl.Int32, "item": pl.Int32},

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from cemg import files
-from cemg.artifacts import STRICT, read_json, read_tensors
+from cemg.artifacts import STRICT, Shape, read_json, read_tensors
 from cemg.errors import DamagedError, UserError
 from cemg.progress import Log, track
 from cemg.tokenizer.fusion import MODALITIES, ItemFeatures, Scaling
@@ -78,6 +78,8 @@ class Tokenizer:
 
     @classmethod
     def _restored(cls, about: _About, tensors: dict[str, Tensor]) -> Tokenizer:
+        if {*about.widths} != {*MODALITIES} or {*about.rms} != {*MODALITIES}:
+            raise UserError(f"its modalities are {', '.join(about.widths)}, not {', '.join(MODALITIES)}")
         model = RQVAE(about.widths, config=about.config)
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         model.load_state_dict(weights)
@@ -95,12 +97,12 @@ class _About:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     config: TokenizerConfig
-    widths: dict[Modality, PositiveInt]
-    rms: dict[Modality, PositiveFloat]
+    widths: dict[str, PositiveInt]
+    rms: dict[str, PositiveFloat]
     without: tuple[Modality, ...]
 
 
-ITEMS = {
+ITEMS: dict[str, tuple[torch.dtype, Shape]] = {
     "codes": (torch.int64, ("N", "M")), "z": (torch.float32, ("N", "Z")),
     "attention": (torch.float32, ("N", 2)), "present": (torch.bool, ("N", len(MODALITIES))),
 }  # fmt: skip
