@@ -164,11 +164,11 @@ class Trie:
     @ranged
     def items(self, leaves: Numbers, *, filter: Filter | None = None) -> Tensor:
         """The item id at each leaf (any shape), int64; -1 for -1 and for whatever is no leaf."""
-        leaves = self._nodes(leaves)
-        allowed = self.filter_tensors(filter, leaves.numel())
+        found: Tensor = self._nodes(leaves)
+        allowed = self.filter_tensors(filter, found.numel())
         if allowed is not None:
-            leaves = trie_ops.run("keep", self.arrays, allowed, leaves.flatten()).view(leaves.shape)
-        rank = leaves.long() - self.arrays.num_inner
+            found = trie_ops.run("keep", self.arrays, allowed, found.flatten()).view(found.shape)
+        rank = found.long() - self.arrays.num_inner
         is_leaf = (rank >= 0) & (rank < self.num_items)
         safe = torch.where(is_leaf, rank, 0)
         ids = self.arrays.rows[safe].long() if self._ids is None else self._ids[safe]
@@ -180,7 +180,8 @@ class Trie:
 
     def ranks_of(self, ids: Numbers) -> Tensor:
         """The rank of each item id (any shape), int64; -1 where the trie has no such item."""
-        ids, (known, order) = self._here("ids", ids).long(), self._by_id
+        ids = self._here("ids", ids).long()
+        known, order = self._by_id
         place = ids if known is None else torch.searchsorted(known, ids)
         safe = place.clamp(0, self.num_items - 1)
         found = safe == ids if known is None else known[safe] == ids

@@ -5,13 +5,16 @@
 Each draw takes valid arguments and changes up to two: shape, dtype, stride, range, device, layout, kind. The
 call must give the reference's answer in C++, or raise ValueError or TypeError (UserError is one) in both. The
 draw under way is written to stderr first, so that a crash can be told and repeated: ``--call NAME --seed S
---count 1``. Prints the counts of each call as JSON; exits with 1 where a draw failed.
+--count 1``. ``CEMG_NATIVE`` in the environment names another build of the module. Prints the counts of each
+call as JSON; exits with 1 where a draw failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import random
 import sys
 import warnings
@@ -21,6 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+if os.environ.get("CEMG_NATIVE"):  # another build of the module, such as one under AddressSanitizer
+    spec = importlib.util.spec_from_file_location("cemg_kernels._native", os.environ["CEMG_NATIVE"])
+    assert spec is not None and spec.loader is not None
+    sys.modules["cemg_kernels._native"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["cemg_kernels._native"])
 
 from cemg_kernels import (
     BipartiteGraph,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +23,12 @@ DRAWS = Path(__file__).with_name("boundary_draws.py")
 CODES = [[0, 1, 2], [0, 1, 3], [3, 0, 0], [3, 2, 1]]
 
 
-def drawn(seed: int, count: int) -> dict[str, dict[str, int]]:
+def drawn(seed: int, count: int, **environment: str) -> dict[str, dict[str, int]]:
     """The counts of so many draws a call, in a process of their own, so that a crash is a failure."""
     command = [sys.executable, str(DRAWS), "--seed", str(seed), "--count", str(count)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=3600, env=os.environ | environment
+    )
     last = ran.stderr.splitlines()[-1:]
     assert ran.returncode >= 0, f"signal {-ran.returncode} in the draw {last}"
     assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{last}"
@@ -45,7 +51,32 @@ def test_wrong_shapes_types_strides_and_ranges_are_answered_as_by_the_reference_
 
 @pytest.mark.slow
 def test_more_of_them_are_too():
-    check(drawn(1000, 4000), 4000)
+    check(drawn(1000, 1500), 1500)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+def test_no_draw_reads_or_writes_outside_its_memory(tmp_path: Path):
+    """The module under AddressSanitizer and UndefinedBehaviorSanitizer, loaded into Python."""
+    import pybind11
+
+    module, csrc = tmp_path / "_native.so", DRAWS.parents[2] / "csrc"
+    sources = [csrc / "bindings.cpp", *sorted((csrc / "src").glob("*.cpp"))]
+    includes = [pybind11.get_include(), sysconfig.get_path("include"), csrc / "include"]
+    command = ["g++", "-std=c++20", "-O1", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden",
+               "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
+               *(f"-I{folder}" for folder in includes), *map(str, sources), "-o", str(module)]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    libraries = [  # the second, since what ASan intercepts has to be there when it starts
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    preloaded = " ".join(found.stdout.strip() for found in libraries)
+    counts = drawn(
+        5000, 100, CEMG_NATIVE=str(module), LD_PRELOAD=preloaded,
+        ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
+    )  # fmt: skip
+    check(counts, 100)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +143,26 @@ def test_what_is_not_a_filter_is_refused(trie):
         trie.mask(torch.zeros(1, dtype=torch.int64), filter=mask)
     with pytest.raises(TypeError, match="a request has one ItemFilter, or None, got Tensor"):
         ItemFilter.stack([mask])
+
+
+def test_threads_may_share_a_new_trie():
+    """What a trie computes late, its fingerprint and the order of its ids, is asked for by all at once."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.unique(torch.randint(0, 32, (3000, 3), generator=generator), dim=0)
+    shared = Trie.from_codes(codes, 32, torch.arange(len(codes)) * 2)
+
+    def ask(seed: int) -> bool:
+        rows = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))[:600]
+        own = RequestFilter.excluding(shared, rows[None, :20] * 2)
+        found = shared.items(shared.lookup(codes[rows]), filter=own)
+        expected = torch.cat((torch.full((20,), -1), rows[20:] * 2))
+        return torch.equal(found, expected) and torch.equal(
+            ItemFilter.from_items(shared, rows * 2).by_rank().nonzero()[:, 0],
+            shared.ranks_of(rows * 2).sort().values,
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(64)))
 
 
 def test_the_words_of_another_tries_filter_are_refused(trie):
