@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,19 +162,22 @@ def trimmed(
     positions are ``relative``, the columns before all tokens stay. On a GPU, which would have to be waited
     for, no column is cut off.
     """
-    if causal:
-        input_ids, attention_mask = left_padded(input_ids, attention_mask)
     if attention_mask.device.type != "cpu":
+        return left_padded(input_ids, attention_mask) if causal else (input_ids, attention_mask)
+    held = (attention_mask != 0).numpy()  # NumPy's calls cost a fraction of torch's at this size
+    if np.count_nonzero(held) == held.size:
+        return input_ids, attention_mask
+    if causal and np.count_nonzero(held[:, 1:] < held[:, :-1]):
+        input_ids, attention_mask = left_padded(input_ids, attention_mask)
+        held = (attention_mask != 0).numpy()
+    if np.count_nonzero(held[:, 0]) and np.count_nonzero(held[:, -1]):
         return input_ids, attention_mask
     used = attention_mask.any(0).nonzero()
-    held = slice(int(used[0]) if causal or relative else 0, int(used[-1]) + 1)
-    return input_ids[:, held], attention_mask[:, held]
+    columns = slice(int(used[0]) if causal or relative else 0, int(used[-1]) + 1)
+    return input_ids[:, columns], attention_mask[:, columns]
 
 
 def left_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same prompts [B, S] with each one's tokens at the right end, in their order."""
-    held = attention_mask != 0
-    if held.device.type == "cpu" and not bool((held[:, 1:] < held[:, :-1]).any()):
-        return input_ids, attention_mask
-    order = held.byte().argsort(dim=1, stable=True)
+    order = (attention_mask != 0).byte().argsort(dim=1, stable=True)
     return input_ids.gather(1, order), attention_mask.gather(1, order)

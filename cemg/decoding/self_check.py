@@ -94,7 +94,7 @@ class SelfCheck:
         """The prompts and the model's answers; the first call runs the model."""
         places = self._places()
         long = max(1, min(LONG, places))
-        lengths = [(long, max(1, min(SHORT, long - 1)))]
+        lengths: list[tuple[int, ...]] = [(long, max(1, min(SHORT, long - 1)))]
         window = self._window()
         if window is not None and window + 2 <= places:
             lengths.append((window + 2,))

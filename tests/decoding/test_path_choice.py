@@ -141,17 +141,16 @@ def test_weights_of_another_kind_run_on_the_models_own_forward():
         Decoder(model, random_catalog(60, 1), START, backend="torch")
 
 
-def test_a_real_8_bit_model_runs_on_its_own_forward(same_lists):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model: Any = build(*SHAPES["llama, as many key heads"])
-    for layer in model.model.layers:
-        old = layer.mlp.up_proj
-        new = bitsandbytes.nn.Linear8bitLt(
-            old.in_features, old.out_features, bias=False, has_fp16_weights=False
-        )
-        new.weight = bitsandbytes.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
-        layer.mlp.up_proj = new.to("cpu")
-    assert "Linear8bitLt" in Decoder(model, random_catalog(60, 1), START).path
+@pytest.mark.parametrize("settings", [{"load_in_8bit": True}, {"load_in_4bit": True}])
+def test_a_model_that_bitsandbytes_quantized_gives_the_lists_of_generate(settings, same_lists, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    kind, shape = SHAPES["llama, as many key heads"]
+    build(kind, shape | {"hidden_size": 64, "intermediate_size": 128}).save_pretrained(tmp_path)
+    options = settings | ({"bnb_4bit_compute_dtype": torch.float32} if "load_in_4bit" in settings else {})
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.BitsAndBytesConfig(**options), device_map="cpu"
+    )
+    assert "bitsandbytes.nn.modules.Linear" in check(model, same_lists)
 
 
 def test_hooks_that_only_watch_keep_the_fast_path(same_lists):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration
 
 from cemg.decoding import Decoder, TransformersDecoder, score_all
-from cemg.decoding.beams import left_padded
+from cemg.decoding.beams import left_padded, trimmed
 from cemg.errors import UserError
 
 from .conftest import START, VOCABULARY, Bench, random_catalog
@@ -103,8 +103,12 @@ def test_tokens_keep_their_order_and_prompts_that_fit_are_not_copied():
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1]])
     moved, there = left_padded(ids, mask)
     assert moved.tolist() == [[0, 5, 6, 7], [0, 0, 8, 9]] and there.tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
-    again, same = left_padded(moved, there)
-    assert again is moved and same is there
+    moved, there = moved[:, 1:], there[:, 1:]
+    for causal in (True, False):
+        again, same = trimmed(moved, there, causal=causal)
+        assert again is moved and same is there
+    cut, short = trimmed(F.pad(ids, (2, 1)), F.pad(mask, (2, 1)), causal=True)
+    assert cut.tolist() == [[5, 6, 7], [0, 8, 9]] and short.tolist() == [[1, 1, 1], [0, 1, 1]]
 
 
 def test_padding_on_the_right_takes_no_places():
