@@ -207,4 +207,4 @@ def test_every_family_decodes_as_its_plain_forward_scores_or_says_why_not():
     assert len(of_kind["equal"]) >= 150
     if transformers.__version__.startswith("5.24."):
         assert of_kind["not built"] <= NOT_BUILT and of_kind["refused"] <= REFUSED
-        assert differs <= GENERATE_DIFFERS
+        assert differs <= GENERATE_DIFFERS and len(of_kind["equal"]) >= 210
