@@ -49,7 +49,8 @@ def list_items(
 
     pipeline = Pipeline.open(run)
     catalog, titles, removed = pipeline.load_catalog(), item_titles(pipeline), set(read_removed(run))
-    for item, codes in zip(catalog.item_ids, catalog.codes.tolist(), strict=True):
+    ids: list[int | str] = [*catalog.item_ids]
+    for item, codes in zip(ids, catalog.codes.tolist(), strict=True):
         title = titles.get(item) or ""
         if as_json:
             print(json.dumps({"item": item, "codes": codes, "title": title, "removed": item in removed}))
