@@ -47,7 +47,7 @@ def test_train_says_which_backends_the_environment_or_the_option_picks(
     try:
         for option, backend in (((), "reference"), (("--fast-kernels",), "native")):
             said = io.StringIO()
-            monkeypatch.setattr(progress.console, "file", said)
+            monkeypatch.setattr(progress.console, "_file", said)
             assert command(train.main, "--run", run, "--cache", feature_cache, *option) == 0
             lines = [line for line in said.getvalue().splitlines() if "kernels" in line]
             assert len(lines) == 1 and lines[0].startswith(f"kernels by backend: {backend} ")

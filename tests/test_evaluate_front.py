@@ -24,7 +24,7 @@ SERVED = "metrics_history_excluded_in_search"
 def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What goes to stderr through the console."""
     stream = io.StringIO()
-    monkeypatch.setattr(progress.console, "file", stream)
+    monkeypatch.setattr(progress.console, "_file", stream)
     return stream
 
 

@@ -98,7 +98,7 @@ def test_a_manifest_of_an_earlier_version_still_names_its_files(stage: Path) -> 
 def test_a_zero_length_file_of_a_finished_stage_is_never_reused(stage: Path, monkeypatch) -> None:
     """The line says which file, and the stage is built again."""
     (stage / "t.safetensors").write_bytes(b"")
-    monkeypatch.setattr(console, "file", io.StringIO())
+    monkeypatch.setattr(console, "_file", io.StringIO())
     run = Run(stage.parent)
     run.stage("a", {"x": 1}, build)
     run.commit("x: 1")
