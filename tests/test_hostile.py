@@ -50,7 +50,7 @@ def test_recommendations_with_hostile_titles_are_a_table(tiny_run, tmp_path, com
     titles = {f"item-{row:04d}": "[/b]\x1b[31mTitle\nof two lines" for row in range(60)}
     (run / "catalog" / "added_titles.json").write_text(json.dumps(titles))
     monkeypatch.setenv("COLUMNS", "160")
-    assert command(recommend.main, "--run", run, "--user", "user-0001", "--top", 3) == 0
+    assert command(recommend.main, "--run", run, "--no-verify", "--user", "user-0001", "--top", 3) == 0
     printed = capsys.readouterr().out
     assert printed.count(r"[/b]\x1b[31mTitle\nof two lines") == 3
     assert "\x1b[31m" not in printed
@@ -110,7 +110,7 @@ def test_a_configuration_that_would_grow_is_refused(tmp_path, text, said):
 
 
 def test_a_configuration_is_not_read_from_a_device_without_end():
-    with pytest.raises(UserError, match="at most 100,000 characters"):
+    with pytest.raises(UserError, match="pipe or a device in place of a file"):
         load_config(Path("/dev/zero"))
 
 
