@@ -106,6 +106,14 @@ def train(run: Path, places: Places) -> Any:
     return outcome(run)
 
 
+def rebuild(run: Path, places: Places) -> Any:
+    """The run, damaged stages built again: what the fix of an error says to type."""
+    from cemg.commands.train import main
+
+    call(main, "--run", run, "--rebuild", *places.settings())
+    return outcome(run)
+
+
 def outcome(run: Path) -> Any:
     """The weights, codes and figures of a finished run."""
     weights = load_file(run / "generator" / "weights.safetensors")
@@ -172,13 +180,13 @@ def cached_features(folder: Path, places: Places) -> Any:
 
 Reader = Callable[[Path, Places], Any]
 READERS: dict[str, tuple[Reader, ...]] = {  # by the first part of a file's path in the run
-    "config.yaml": (recommend, evaluate, add, train),
+    "config.yaml": (recommend, evaluate, add, train, rebuild),
     "data": (recommend, recommend, evaluate, add, report, recommend_unverified),
-    "features": (add, train, report, recommend),
-    "graph": (report, train, recommend),
-    "tokenizer": (add, report, train, recommend),
+    "features": (add, train, report, recommend, rebuild),
+    "graph": (report, train, recommend, rebuild),
+    "tokenizer": (add, report, train, recommend, rebuild),
     "catalog": (recommend, recommend, show, evaluate, add, report, recommend_unverified),
     "generator": (recommend, recommend, evaluate, report, recommend_unverified),
     "results": (report, report, evaluate),
 }
-EXPENSIVE = (train,)
+EXPENSIVE = (train, rebuild)
