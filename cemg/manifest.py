@@ -94,7 +94,8 @@ def describe(
         "key": key, "inputs": {name: manifest.key for name, manifest in made_of.items()}, "seconds": seconds,
         **found, "versions": _versions(), "config": dict(config),
         "made_of": {name: manifest.contents for name, manifest in made_of.items()},
-        "contents": _contents(found["files"]), "settings": None if settings is None else dict(settings),
+        "contents": _contents(found["files"], config),
+        "settings": None if settings is None else dict(settings),
     }  # fmt: skip
     return signed(record)
 
@@ -182,8 +183,12 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: file_digest(path) for name, path in names.items() if not name.startswith("checkpoints/")}
 
 
-def _contents(files: Mapping[str, str]) -> str:
-    return digest({name: sha for name, sha in files.items() if name.split("/")[0] not in LOGS})
+def _contents(hashes: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """The digest of what a stage holds. That of the data is in their config: their files name the places of
+    pictures, which a moved run changes."""
+    if "content" in config:
+        return digest(config["content"])
+    return digest({name: sha for name, sha in hashes.items() if name.split("/")[0] not in LOGS})
 
 
 def _versions() -> dict[str, str]:

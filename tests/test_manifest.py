@@ -167,3 +167,15 @@ def test_a_training_that_has_ended_is_known_by_what_it_wrote(tmp_path: Path) -> 
     (tmp_path / "weights").write_text("20")
     with pytest.raises(DamagedError, match="weights is damaged"):
         read_clock(tmp_path)
+
+
+def test_data_at_another_place_are_the_same_data(tmp_path: Path) -> None:
+    """Prepared data name their pictures by path; a moved run rebuilds nothing else."""
+
+    def contents(place: str) -> str | None:
+        def write(stage: Path) -> None:
+            (stage / "items").write_text(place)
+
+        return Manifest.read(Run(tmp_path / place).stage("data", {"content": "c"}, write)).contents
+
+    assert contents("here") == contents("there")
