@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from cemg import files
-from cemg.artifacts import digest, file_digest
+from cemg.artifacts import digest
 from cemg.config import RunConfig
 from cemg.data import Dataset
+from cemg.errors import UserError
+from cemg.features.vision import read_image_file
 
 UNTRAINED = ("generator.checkpoint_seconds", "decoding.beams", "decoding.batch_size")  # which train nothing
 IMAGES = "images.json"  # in the stage of the data: sha256 of each item's picture, or null
@@ -53,11 +56,11 @@ def data_changed(
 ) -> list[str]:
     """What differs between two datasets; ``old_images`` and ``new_images`` are the sha256 of each item's."""
     said = [f"data: {old.name} → {new.name}"] if old.name != new.name else []
-    for what, before, after in (("user", old.user_ids, new.user_ids), ("item", old.item_ids, new.item_ids)):
-        gone, come = len(set(before) - set(after)), len(set(after) - set(before))
+    for what, ids, new_ids in (("user", old.user_ids, new.user_ids), ("item", old.item_ids, new.item_ids)):
+        gone, come = len(set(ids) - set(new_ids)), len(set(new_ids) - set(ids))
         if gone or come:
             parts = [f"{count} {verb}" for count, verb in ((come, "added"), (gone, "removed")) if count]
-            said.append(f"data: of {len(before)} {what}s, {' and '.join(parts)}")
+            said.append(f"data: of {len(ids)} {what}s, {' and '.join(parts)}")
     said += _differences("users' histories", _histories(old), _histories(new))
     for what, before, after in (("titles", old.titles, new.titles), ("texts", old.texts, new.texts)):
         said += _differences(what, _by_item(old, before), _by_item(new, after))
@@ -93,18 +96,29 @@ def image_digests(images: Sequence[Path | None], folder: Path) -> list[str | Non
     ``folder`` (a run's) keeps the hashes with size, time and inode, so that an unchanged picture is not read
     again.
     """
-    known, fresh = _read_hashes(folder / HASHES), {}
+    known: dict[str, list[Any]] = _read_hashes(folder / HASHES)
+    fresh: dict[str, list[Any]] = {}
     for path in images:
         if path is None or not path.is_file():
             continue
         status = path.stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
         entry = known.get(str(path))
-        sha = entry[3] if entry is not None and entry[:3] == stamp else file_digest(path)
+        sha = entry[3] if entry is not None and entry[:3] == stamp else _picture_digest(path)
         fresh[str(path)] = [*stamp, sha]
     if fresh != known:
         files.write_json(folder / HASHES, {"pictures": fresh, "sha256": digest(fresh)}, indent=None)
     return [fresh[str(path)][3] if path is not None and str(path) in fresh else None for path in images]
+
+
+def _picture_digest(path: Path) -> str:
+    """sha256 of a picture that can be used; for any other, which is masked later, why it cannot."""
+    try:
+        return hashlib.sha256(read_image_file(path)).hexdigest()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    except UserError as error:
+        return str(error)
 
 
 def _read_hashes(path: Path) -> dict[str, list[Any]]:

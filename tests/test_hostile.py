@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import polars as pl
 import pytest
 import torch
 
+from cemg.changes import image_digests
 from cemg.commands import console, recommend
 from cemg.config import load_config
 from cemg.data import Dataset, read_dataset
@@ -245,3 +247,15 @@ def test_a_named_picture_stays_in_its_folder_unless_another_is_allowed(tmp_path,
     assert "item i0 names a picture outside of" in said
     assert f"fix:   allow its folder: --images {tmp_path}" in said
     assert read_dataset(shop, images=tmp_path).images[0] is not None
+
+
+def test_the_hash_of_a_picture_that_is_too_large_does_not_read_it(tmp_path):
+    (tmp_path / "small.png").write_bytes(_png_of(8, 8))
+    with (tmp_path / "sparse.png").open("wb") as sparse:
+        sparse.truncate(1 << 44)
+    os.mkfifo(tmp_path / "pipe.png")
+    paths = [tmp_path / name for name in ("small.png", "sparse.png", "pipe.png", "absent.png")]
+    small, sparse_size, pipe, absent = image_digests([*paths], tmp_path)
+    assert small == hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    assert sparse_size is not None and "the limit is 268,435,456" in sparse_size
+    assert pipe is None and absent is None
