@@ -252,7 +252,7 @@ def test_a_named_picture_stays_in_its_folder_unless_another_is_allowed(tmp_path,
 def test_the_hash_of_a_picture_that_is_too_large_does_not_read_it(tmp_path):
     (tmp_path / "small.png").write_bytes(_png_of(8, 8))
     with (tmp_path / "sparse.png").open("wb") as sparse:
-        sparse.truncate(1 << 44)
+        sparse.truncate(1 << 40)
     os.mkfifo(tmp_path / "pipe.png")
     paths = [tmp_path / name for name in ("small.png", "sparse.png", "pipe.png", "absent.png")]
     small, sparse_size, pipe, absent = image_digests([*paths], tmp_path)

@@ -208,7 +208,7 @@ def test_an_unchanged_picture_is_not_read_again(shop, training, monkeypatch):
     folder, run = shop
     arguments = (run, "--data", folder, "--config", run / "config.yaml")
     assert training(*arguments) == 0
-    monkeypatch.setattr("cemg.changes.file_digest", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr("cemg.changes.read_image_file", lambda path: pytest.fail(f"{path} is read again"))
     assert training(*arguments) == 0
     (run / ".image-hashes.json").write_text("{")
     with pytest.raises(pytest.fail.Exception, match="read again"):
