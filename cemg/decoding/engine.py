@@ -111,6 +111,7 @@ class Decoder:
         tokens = check_fit(model, catalog, code_token_start, normalize)
         self.model, self.catalog, self.normalize = model, catalog, normalize
         self.tokens = tokens.to(model.device)
+        self.code_token_start = self.tokens.start  # None for a token map
         self.causal = not model.config.is_encoder_decoder
         self.trie = catalog.trie.to(model.device)
         proof = self._self_check() if check else None

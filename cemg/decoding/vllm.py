@@ -67,6 +67,7 @@ class VllmDecoder:
         )
         check_family(config)
         self.tokens = check_tokens(config.vocab_size, catalog, code_token_start, normalize)
+        self.code_token_start = self.tokens.start  # None for a token map
         self.catalog, self.trie = catalog, catalog.trie.to("cpu")
         self.normalize = normalize
         self.folder = tempfile.TemporaryDirectory(prefix="cemg-vllm-")  # lives as long as the decoder

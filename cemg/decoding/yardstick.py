@@ -35,6 +35,7 @@ class TransformersDecoder:
         code_token_start: TokenMap | CodeTokens | None = None, normalize: Normalize = "vocab",
     ) -> None:  # fmt: skip
         self.tokens = check_fit(model, catalog, code_token_start, normalize)
+        self.code_token_start = self.tokens.start  # None for a token map
         self.model, self.catalog = model, catalog
         self.normalize = normalize
         self.root = dict_trie(self.tokens.of_codes(catalog.codes))
