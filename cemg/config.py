@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -322,10 +323,11 @@ def _checked_names(tree: dict[str, Any], kind: type, path: Path | None, prefix: 
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for name, value in tree.items():
         if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
             raise UserError(
-                f"{prefix}{name} is no setting",
+                f"{prefix}{name} is not a setting",
                 cause=str(path or "command line"),
-                fix=f"one of {', '.join(fields)}",
+                fix=(f"{prefix}{near[0]}? " if near else "") + f"one of {', '.join(fields)}",
             )
         part = fields[name].default_factory
         if dataclasses.is_dataclass(part) and isinstance(value, dict):

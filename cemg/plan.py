@@ -69,7 +69,7 @@ class _Plan(Run):
             return "built: there is none yet"
         changed = next((i for i in inputs if self.said[i] != REUSED), None)
         if changed is not None:
-            return f"built: its {changed} is built again"
+            return f"built: {changed} is built again"
         try:
             manifest = verify(folder)
         except DamagedError:

@@ -95,7 +95,8 @@ class Recommender:
         and for filters of another number than histories.
         """
         if not 1 <= top <= beams:
-            raise UserError(f"top must be within 1 … beams, got top={top} and beams={beams}")
+            fix = f"beams={top}" if top > beams else None
+            raise UserError(f"top must be within 1 … beams, got top={top} and beams={beams}", fix=fix)
         check_beams(beams)
         many = as_histories(histories)
         if not many:

@@ -252,6 +252,13 @@ def runs_in(folder: Path) -> list[Path]:
     return []
 
 
+def nearest_run(folder: Path) -> Path | None:
+    """The run beside ``folder``, which does not exist, whose name is spelled much like its own."""
+    others = [] if folder.exists() else runs_in(folder.parent)
+    near = difflib.get_close_matches(folder.name, [path.name for path in others], n=1, cutoff=0.75)
+    return folder.with_name(near[0]) if near else None
+
+
 def no_such_run(folder: Path) -> UserError:
     """The error for a folder that is not a run: what runs there are, and the nearest name."""
     others = runs_in(folder) or runs_in(folder.parent)

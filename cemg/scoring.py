@@ -17,7 +17,15 @@ from cemg.baselines import PopularityRanker
 from cemg.config import RunConfig
 from cemg.data.dataset import Split
 from cemg.decoding import Decoder, Normalize, TransformersDecoder
-from cemg.evaluation import Evaluation, evaluate, evaluate_lists, hardware, seeded_sample, write_result
+from cemg.evaluation import (
+    CUTOFFS,
+    Evaluation,
+    evaluate,
+    evaluate_lists,
+    hardware,
+    seeded_sample,
+    write_result,
+)
 from cemg.evaluation.lists import read_lists
 from cemg.evaluation.results import EXCLUDED
 from cemg.evaluation.search import Search, certificate_study, engine_study, exact_study
@@ -98,9 +106,12 @@ def score_file(
     popular = evaluate(PopularityRanker.fit(split), split, part=part)
     first = _write(pipeline, config, f"{data.name}-popularity-{part}", popular, about={"model": "popularity"})
     about = {"model": "recommendations", "file": file.name, "notes": notes}
+    if lists.shape[1] < max(CUTOFFS):
+        notes = [*notes, f"lists of {lists.shape[1]} items: HR@k and NDCG@k of a larger k count these alone"]
     for note in notes:
         console.print(f"note: {note}")
-    name = f"{data.name}-recommendations-{file.stem}-{part}"
+    stem = file.stem.removesuffix(f"-{part}")
+    name = f"{data.name}-recommendations{'' if stem == part else f'-{stem}'}-{part}"
     second = _write(pipeline, config, name, scored, about=about, further={"beside": first.name})
     if copy is not None:
         files.copy_file(second, copy)

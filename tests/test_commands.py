@@ -362,9 +362,11 @@ def test_a_missing_run_is_refused(tmp_path, command, capsys, main):
 def test_a_setting_that_is_none_is_refused_before_anything_is_written(tmp_path, command, capsys):
     err = refusal(command, capsys, train.main, "--run", tmp_path / "run", "--set", "generator.epoch=3")
     first, cause, fix = err.splitlines()[-3:]
-    assert first == "error: generator.epoch is no setting"
+    assert first == "error: generator.epoch is not a setting"
     assert cause == "  cause: command line"
-    assert fix.startswith("  fix:   one of history_items, epochs, batch_size, learning_rate")
+    assert fix.startswith(
+        "  fix:   generator.epochs? one of history_items, epochs, batch_size, learning_rate"
+    )
     assert not (tmp_path / "run").exists()
 
 

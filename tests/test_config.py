@@ -32,12 +32,12 @@ def test_overrides_win_over_options_over_the_file_over_the_defaults(tmp_path):
 
 def test_a_typo_is_refused_with_the_names_there_are(tmp_path):
     error = refusal("generator.epoch=3")
-    assert error.message == "generator.epoch is no setting" and error.cause == "command line"
+    assert error.message == "generator.epoch is not a setting" and error.cause == "command line"
     assert "epochs" in (error.fix or "") and "batch_size" in (error.fix or "")
-    assert refusal("genrator.epochs=3").message == "genrator is no setting"
+    assert refusal("genrator.epochs=3").message == "genrator is not a setting"
     path = tmp_path / "c.yaml"
     path.write_text("tokenizer: {level: 3}\n")
-    with pytest.raises(UserError, match=r"tokenizer\.level is no setting") as caught:
+    with pytest.raises(UserError, match=r"tokenizer\.level is not a setting") as caught:
         load_config(path)
     assert caught.value.cause == str(path)
 

@@ -378,3 +378,11 @@ def test_a_full_disk_while_items_are_added_keeps_the_catalog(
             assert "n1" in (copy / "catalog" / "catalog.json").read_text()
             break
     assert call > 10
+
+
+def test_a_new_run_without_data_whose_name_is_nearly_an_existing_one_is_refused(shop, training, capsys):
+    _, run = shop
+    typo = run.with_name(run.name + "s")
+    lines = error_of(capsys, training(typo))
+    assert lines[0] == f"error: there is no run {typo}, and no --data is given for a new one"
+    assert lines[2].startswith(f"  fix:   cemg-train --run {run};") and not typo.exists()

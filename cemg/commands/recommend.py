@@ -87,8 +87,9 @@ def recommend(
 
     command.check_device(device)
     command.check_normalize(normalize)
-    if beams < 1:
-        raise UserError(f"--beams must be at least 1, got {beams}")
+    for name, count in (("top", top), ("beams", beams)):
+        if count < 1:
+            raise UserError(f"--{name} must be at least 1, got {count}")
     if sum(map(bool, (history, user, histories, everyone))) != 1:
         raise UserError(
             "name one of --history, --user, --histories and --all", fix='for example --history "12 7 105"'

@@ -165,6 +165,7 @@ def _config(
             console.print(f"delete {own} to go back to those of {run / CONFIG}", highlight=False)
         return load_config(own, settings, **top)
     if config is None and not top["preset"] and not any(s.startswith("data.path=") for s in settings):
+        _check_spelling(run)
         console.print(f"{run} is new and no --data is given: training on the SYNTHETIC set", highlight=False)
         return load_config(None, [*SYNTHETIC, *settings], **top)
     chosen = load_config(config, settings, **top)
@@ -173,17 +174,37 @@ def _config(
     return chosen
 
 
-def _print_plan(run: Path, config: RunConfig, *, device: str) -> None:
-    from cemg.plan import plan
+def _check_spelling(run: Path) -> None:
+    """UserError for a new run without data whose name is nearly that of an existing one: a typo, perhaps."""
+    from cemg.run import nearest_run
 
-    for stage, verdict in plan(run, config, device=device).items():
+    near = nearest_run(run)
+    if near is not None:
+        raise UserError(
+            f"there is no run {run}, and no --data is given for a new one",
+            cause=f"there is {near}",
+            fix=f"cemg-train --run {near}; for the synthetic set in a new run: --set data.path=",
+        )
+
+
+def _print_plan(run: Path, config: RunConfig, *, device: str) -> None:
+    from cemg.plan import REUSED, plan
+    from cemg.run import Run
+
+    verdicts = plan(run, config, device=device)
+    for stage, verdict in verdicts.items():
         print(f"{stage:<10} {printable(verdict)}")
+    if Run(run).finished() and {*verdicts.values()} != {REUSED}:
+        console.print(f"{run} is trained: to replace what it holds needs --force")
 
 
 def _agree(run: Path, changes: list[str], damaged: bool) -> None:
     """Ask on a terminal whether what a run holds may be replaced. UserError if not, or without one."""
+    from cemg.run import Run
+
     shown = [*changes[:12], *([f"and {len(changes) - 12} more"] if len(changes) > 12 else [])]
-    what = f"{run} is damaged" if damaged else f"{run} is trained, and this would train it anew"
+    trained = "is trained" if Run(run).finished() else "is partly trained"
+    what = f"{run} is damaged" if damaged else f"{run} {trained}, and this would train it anew"
     if sys.stdin.isatty() and sys.stderr.isatty():
         for line in (what, *(f"  {change}" for change in shown)):
             console.print(printable(line), highlight=False, soft_wrap=True, markup=False)

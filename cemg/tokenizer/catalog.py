@@ -167,6 +167,9 @@ class Catalog:
 
         write_codes(self, path)
 
+    def __repr__(self) -> str:
+        return f"Catalog({len(self):,} items, {self.levels} levels, codebook_size={self.codebook_size})"
+
     def __len__(self) -> int:
         return len(self.codes)
 

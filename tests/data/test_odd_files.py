@@ -200,7 +200,7 @@ def test_orders_and_products_are_joined_by_the_columns_that_are_named(tmp_path):
     assert about["x"] == ("Red", "Red. It is red.", tmp_path / "in" / "p" / "x.png")
     assert about["y"] == ("Blue", "Blue sky.", None)  # which begins with the title already
     assert about["z"] == ("", "Plain.", None)
-    assert "1 named image files are absent" in " ".join(data.notes)
+    assert "named images are absent" in " ".join(data.notes)
 
 
 def test_an_items_file_whose_ids_have_another_name_is_an_error_that_tells_how_to_name_them(tmp_path):

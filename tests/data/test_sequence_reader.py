@@ -43,7 +43,7 @@ def test_a_text_is_title_attributes_and_keywords_unescaped_or_none(tmp_path):
 def test_a_poster_is_found_and_an_absent_one_is_none_and_noted(tmp_path):
     write(tmp_path, "1 1 2 10\n")
     data = read_dataset(tmp_path)
-    assert data.images == [None, None, None] and "1 named image files are absent" in data.notes[-1]
+    assert data.images == [None, None, None] and "named images are absent" in data.notes[-1]
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "10.jpg").touch()
     data = read_dataset(tmp_path)

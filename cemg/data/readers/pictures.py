@@ -41,13 +41,15 @@ def image_paths(
     folder = images or named_in or Path()
     folders = [one for one in (images, named_in) if one is not None] or [folder]
     paths: list[Path | None] = []
-    absent = 0
+    absent: list[str] = []
     for item, name in about.select("item", "image").iter_rows():
         found = (_named(item, name, folders) if name else None) or by_id.get(item)
-        absent += found is None and bool(name)
+        if found is None and name:
+            absent.append(name)
         paths.append(found)
     if absent:
-        notes.append(f"{absent:,} named image files are absent from {folder}")
+        more = f" and {len(absent) - 1:,} others" if len(absent) > 1 else ""
+        notes.append(f"named images are absent from {folder}: {absent[0]}{more}; --images names their folder")
     if images and not any(paths):
         notes.append(f"no file of {images} is named by an item's id, such as {about['item'][0]}.jpg")
     return paths, notes
