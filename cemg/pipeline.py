@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -45,7 +45,7 @@ from cemg.removed import read_removed
 from cemg.run import Guard, Run
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog, Tokenizer, make_unique, read_items, train_tokenizer
 from cemg.transition import Transition, own_settings, settings_file
-from cemg_kernels import RequestFilter
+from cemg_kernels import ItemFilter, RequestFilter
 
 ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
 
@@ -448,17 +448,23 @@ class Pipeline:
         beams: int,
         engine: str = "cemg",
         exclude_history: bool = False,
+        removed: Sequence[int] = (),
     ) -> Rank:
         """Histories to ranked catalog rows through beam search; lists of ``beams`` at most.
 
         ``exclude_history`` keeps each history's items out of the search, as in ``Recommender.recommend``; of
-        engine "cemg" alone.
+        engine "cemg" alone. ``removed``: catalog rows that are never listed.
         """
         prompter = self.prompter(model, vocabulary, catalog)
         decoder = make_decoder(
             engine, model, catalog, vocabulary.code_token_start, self.config.decoding.normalize
         )
         size = self.config.decoding.batch_size
+        offered = None
+        if removed and isinstance(decoder, Decoder):
+            kept = torch.ones(len(catalog), dtype=torch.bool)
+            kept[list(removed)] = False
+            offered = ItemFilter.from_mask(catalog.trie, kept).to(decoder.trie.device)
 
         def rank(histories: list[np.ndarray], top: int) -> Tensor:
             model.eval()
@@ -467,11 +473,14 @@ class Pipeline:
 
         def search(part: list[np.ndarray]) -> Tensor:
             prompts, width = prompter.batch(part), min(beams, len(catalog))
+            if not isinstance(decoder, Decoder):
+                items = decoder.decode(*prompts, width).items.cpu()
+                gone = torch.isin(items, torch.tensor([*removed], dtype=torch.int64))
+                return items.masked_fill(gone, -1)  # which holds no place
             if not exclude_history:
-                return decoder.decode(*prompts, width).items
-            assert isinstance(decoder, Decoder)
+                return decoder.decode(*prompts, width, filter=offered).items
             own = RequestFilter.excluding(decoder.trie, [history.tolist() for history in part])
-            return decoder.decode(*prompts, width, filter=own).items
+            return decoder.decode(*prompts, width, filter=own if offered is None else own & offered).items
 
         return rank
 

@@ -61,7 +61,8 @@ def score(
         users = None  # that is all of them
     rows = None if users is None else seeded_sample(split, users, seed=config.seed)
     model, vocabulary = pipeline.load_generator()
-    rank = pipeline.ranker(model, vocabulary, catalog, beams=beams, engine=engine)
+    removed, notes = _removed(pipeline, catalog, studies)
+    rank = pipeline.ranker(model, vocabulary, catalog, beams=beams, engine=engine, removed=removed)
     scope = part if rows is None else f"{part}-{len(rows)}-users"  # a sample never replaces the whole
     popular = evaluate(PopularityRanker.fit(split), split, part=part, users=rows)
     first = _write(
@@ -71,11 +72,13 @@ def score(
     scored = evaluate(rank, split, part=part, users=rows, max_list=beams)
     further: dict[str, Any] = {}
     if engine == "cemg":
-        served = pipeline.ranker(model, vocabulary, catalog, beams=beams, exclude_history=True)
+        served = pipeline.ranker(
+            model, vocabulary, catalog, beams=beams, exclude_history=True, removed=removed
+        )
         further[EXCLUDED] = evaluate(served, split, part=part, users=rows, max_list=beams).metrics
     seconds = {**stage_seconds(pipeline.run), "evaluation": round(time.monotonic() - started, 1)}
-    about = {"model": "cemg", "engine": engine, "beams": beams, "stage_seconds": seconds, "notes": data.notes}
-    about |= config.to_dict()
+    about = {"model": "cemg", "engine": engine, "beams": beams, "stage_seconds": seconds}
+    about |= {"notes": [*data.notes, *notes], **config.to_dict()}
     if studies:
         own = normalize or config.decoding.normalize
         search = _search(
@@ -94,6 +97,20 @@ def score(
     return [first, second]
 
 
+def _removed(pipeline: Pipeline, catalog: Catalog, studies: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Catalog rows that ``cemg-catalog remove`` took out, and notes on them, which are printed too."""
+    row_of = {item: row for row, item in enumerate(catalog.item_ids)}
+    rows = [row_of[item] for item in pipeline.removed_items() if item in row_of]  # type: ignore[index]
+    if not rows:
+        return [], []
+    notes = [f"{len(rows)} of {len(catalog)} items are removed: they are not listed and count as misses"]
+    if studies:
+        notes.append("the studies search the removed items too")
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    return rows, notes
+
+
 def score_file(
     pipeline: Pipeline, config: RunConfig, file: Path, *, part: str, copy: Path | None = None
 ) -> list[Path]:
@@ -101,8 +118,9 @@ def score_file(
     first."""
     data = pipeline.load_data()
     split = data.split()
-    lists, notes = read_lists(file, data, split)
-    scored = evaluate_lists(lists, split, part=part)
+    catalog = pipeline.load_catalog()
+    lists, notes = read_lists(file, data, split, catalog=catalog.item_ids)
+    scored = evaluate_lists(lists, split, part=part, others=len(catalog))
     popular = evaluate(PopularityRanker.fit(split), split, part=part)
     first = _write(pipeline, config, f"{data.name}-popularity-{part}", popular, about={"model": "popularity"})
     about = {"model": "recommendations", "file": file.name, "notes": notes}

@@ -7,16 +7,19 @@ import json
 import shlex
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 import pytest
 
 from cemg import progress
-from cemg.commands import console, evaluate, recommend, train
+from cemg.commands import catalog, console, evaluate, recommend, train
 from cemg.data import Dataset
+from cemg.pipeline import Pipeline
 from cemg.recommender import Recommender
 
+WORDS = ["plain", "sturdy", "garden", "kitchen", "music", "office", "telescope", "small", "blue", "old"]
 SERVED = "metrics_history_excluded_in_search"
 
 
@@ -158,3 +161,46 @@ def test_a_bar_ends_full_also_where_the_work_stops_early(monkeypatch):
     with progress.bar("after", total=1) as advance:  # nothing is left open: a second live bar would raise
         advance(1)
     assert "1/1" in stream.getvalue()
+
+
+def test_removed_and_added_items_are_evaluated_as_they_are_served(tiny_run, tmp_path, command, said):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    before = write_served(run, tmp_path / "a.parquet")
+    gone = before.filter(pl.col("rank") == 1)["item"].unique().to_list()
+    command(catalog.main, "remove", "--run", run, "--items", " ".join(gone))
+    new = "item,title,text\n" + "".join(f"n{k},{word},{word} rudder\n" for k, word in enumerate(WORDS))
+    (tmp_path / "new.csv").write_text(new)
+    assert command(catalog.main, "add", "--run", run, "--items", tmp_path / "new.csv") == 0
+    assert command(evaluate.main, "--run", run, "--result", tmp_path / "r.json") == 0
+    record = json.loads((tmp_path / "r.json").read_text())
+    note = f"{len(gone)} of 50 items are removed: they are not listed and count as misses"
+    assert note in record["config"]["notes"] and f"note: {note}" in said.getvalue()
+    served = write_served(run, tmp_path / "served.parquet")
+    assert not set(gone) & set(served["item"]) and served["item"].str.starts_with("n").any()
+    old = served.filter(~pl.col("item").str.starts_with("n"))
+    arguments = ("--run", run, "--result", tmp_path / "r.json", "--recommendations")
+    assert command(evaluate.main, *arguments, tmp_path / "served.parquet") == 0
+    whole = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    old.write_parquet(tmp_path / "old.parquet")
+    assert command(evaluate.main, *arguments, tmp_path / "old.parquet") == 0
+    closed_up = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert (
+        all(whole[name] <= closed_up[name] for name in whole) and whole != closed_up
+    )  # new items take ranks
+
+
+@pytest.mark.parametrize("engine", ["cemg", "transformers"])
+def test_a_ranker_lists_no_removed_item(tiny_run, engine):
+    pipeline = Pipeline.open(tiny_run)
+    catalog, data = pipeline.load_catalog(), pipeline.load_data()
+    model, vocabulary = pipeline.load_generator()
+    histories = data.split().histories("test")[:5]
+    rank = partial(pipeline.ranker, model, vocabulary, catalog, beams=10, engine=engine)
+    gone = rank()(histories, 10)[:, 0].unique().tolist()
+    found = rank(removed=gone)(histories, 10)
+    assert not set(gone) & set(found.flatten().tolist()) and (found >= 0).sum() >= 20
+    if engine == "cemg":
+        excluded = rank(removed=gone, exclude_history=True)(histories, 10).tolist()
+        assert not any(
+            {*gone, *own.tolist()} & set(row) for own, row in zip(histories, excluded, strict=True)
+        )

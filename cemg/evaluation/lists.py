@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,12 @@ from cemg.data.dataset import Dataset, Split
 from cemg.errors import UserError
 
 
-def read_lists(path: Path, data: Dataset, split: Split) -> tuple[Tensor, list[str]]:
+def read_lists(
+    path: Path, data: Dataset, split: Split, *, catalog: Sequence[str | int] = ()
+) -> tuple[Tensor, list[str]]:
     """Lists [T, C] int64 of item rows, best first, -1 for none, one per user of ``split.users``; and notes.
+
+    The items of ``catalog`` that the data lack are rows from ``data.num_items`` on.
 
     The table (Parquet or CSV) has the columns ``user``, ``item`` and maybe ``rank``; without ranks a user's
     rows are best first. ``item`` may be a list per user. Users that the file lacks have an empty list.
@@ -22,10 +27,12 @@ def read_lists(path: Path, data: Dataset, split: Split) -> tuple[Tensor, list[st
     user has twice.
     """
     table = _long(_read(path), path)
-    unknown = table.filter(~pl.col("item").is_in(data.item_ids))
+    items = dict.fromkeys([*data.item_ids, *map(str, catalog)])  # the data's first
+    row_of = {item: row for row, item in enumerate(items)}
+    unknown = table.filter(~pl.col("item").is_in(list(row_of)))
     if unknown.height:
         raise UserError(
-            f"{path}: item {unknown['item'][0]!r} is not among the {data.num_items} of this run",
+            f"{path}: item {unknown['item'][0]!r} is not among the {len(row_of)} of this run",
             fix=f"its ids are written like {data.item_ids[0]!r}",
         )
     twice = table.filter(table.select("user", "item").is_duplicated())
@@ -33,7 +40,6 @@ def read_lists(path: Path, data: Dataset, split: Split) -> tuple[Tensor, list[st
         user, item = twice.select("user", "item").row(0)
         raise UserError(f"{path}: user {user!r} has item {item!r} more than once")
     place = {data.user_ids[user]: row for row, user in enumerate(split.users)}
-    row_of = {item: row for row, item in enumerate(data.item_ids)}
     known = table.filter(pl.col("user").is_in(list(place)))
     groups = {user: items for user, items in known.group_by("user").agg("item").iter_rows()}
     lists = np.full((len(place), max(map(len, groups.values()), default=1)), -1, dtype=np.int64)

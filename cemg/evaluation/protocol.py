@@ -109,10 +109,11 @@ def evaluate(
 
 
 def evaluate_lists(
-    lists: Tensor, split: Split, *, part: str = "test", cutoffs: Sequence[int] = CUTOFFS
+    lists: Tensor, split: Split, *, part: str = "test", cutoffs: Sequence[int] = CUTOFFS, others: int = 0
 ) -> Evaluation:
     """Score given lists [T, C] of item rows, best first, -1 for none: one per user of ``split.users``.
 
+    ``others``: how many items the lists have beyond the split's N, as rows N, N + 1, …; they are misses.
     Raises UserError as ``evaluate`` does.
     """
     if lists.ndim != 2 or len(lists) != len(split.users):
@@ -121,7 +122,7 @@ def evaluate_lists(
     def given(batch: np.ndarray, histories: list[np.ndarray], top: int) -> Tensor:
         return lists[torch.from_numpy(batch)]
 
-    return _evaluate(given, split, part=part, cutoffs=cutoffs, progress=False)
+    return _evaluate(given, split, part=part, cutoffs=cutoffs, progress=False, others=others)
 
 
 def _evaluate(
@@ -134,6 +135,7 @@ def _evaluate(
     batch_size: int = 256,
     max_list: int | None = None,
     progress: bool = True,
+    others: int = 0,
 ) -> Evaluation:
     """``lists_of(rows of users, their histories, top)`` returns the lists of a batch, as ``rank`` does."""
     rows = np.arange(len(split.users)) if users is None else np.asarray(users, dtype=np.int64)
@@ -147,7 +149,7 @@ def _evaluate(
     for batch in track(batches, "evaluate") if progress else batches:
         known, wanted = [histories[r] for r in batch], torch.from_numpy(targets[batch]).long()
         top = min(most + max(map(len, known)), num_items, max_list or num_items)
-        items = _checked(lists_of(batch, known, top), len(batch), num_items)
+        items = _checked(lists_of(batch, known, top), len(batch), num_items + others)
         scored.append(_score(items, known, wanted, most=min(most, num_items)))
     cold = split.train_counts(num_items)[targets[rows]] <= COLD
     fingerprint = split.fingerprint | _scope(part, users)
