@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from cemg import files
-from cemg.artifacts import read_json, read_text
+from cemg.artifacts import read_json, read_tensors, read_text
 from cemg.changes import IMAGES, data_changed, flat, settings_changed
 from cemg.config import RunConfig, config_text, load_config
 from cemg.data import Dataset
@@ -19,6 +20,7 @@ from cemg.progress import console
 from cemg.run import NEXT, PENDING, Run
 
 CHECKPOINT = Path(".generator.part") / "checkpoints" / "checkpoint.safetensors"
+REMOVED = "that cemg-catalog added are removed"  # what a question says of added items
 
 
 class Transition:
@@ -36,16 +38,17 @@ class Transition:
         self.pending = run.folder / PENDING
         self.before = read_text(self.pending) if self.pending.is_file() else None
         self.agreed = agree is None
+        self.named = agree is None  # whether the loss of added items has been agreed to
 
     def begin(self) -> None:
         """Ask about changed settings, then write them: an interrupted training continues with them."""
         pending, own = _readable(self.pending), _readable(self.run.path(CONFIG))
         if pending is not None and self.run.approved() and _alike(pending, self.asked):
-            self.agreed = True  # when that training was started
+            self.agreed = self.named = True  # when that training was started
         base = own if self.run.finished() else pending
         changes = [] if base is None else settings_changed(base, self.asked)
         if changes and not self.agreed and self._valuable():
-            self._ask(changes)
+            self._ask(changes, catalog=base is not None and _remakes_catalog(base, self.asked))
         if self.agreed and self.run.started():
             self.run.approve()
         elif not self.agreed and self.run.finished():
@@ -54,17 +57,20 @@ class Transition:
 
     def guard(self, name: str, old: Path, config: Mapping[str, Any]) -> None:
         """What `Run.stage` calls before it builds a stage that will replace the one in ``old``."""
-        if self.agreed:
+        loses = name == "catalog" and not self.named and _added_items(self.run) > 0
+        if self.agreed and not loses:
             return
         try:
             manifest = verify(old)
         except DamagedError as error:
-            if self.run.finished() and not self.rebuild:
-                self._ask([f"{error.message}: {error.cause}" if error.cause else error.message], damaged=True)
+            if self.run.finished() and (loses or not self.rebuild):
+                said = f"{error.message}: {error.cause}" if error.cause else error.message
+                self._ask([said], damaged=True, catalog=loses)
             return
         rebuilt = self.rebuild and manifest.key == self.run.keys[name]
-        if not rebuilt and self._valuable():
-            self._ask(self._changes(name, old, manifest, config))
+        if loses or (not rebuilt and self._valuable()):
+            changes = self._changes(name, old, manifest, config)
+            self._ask(changes, catalog=name != "generator")
 
     def data_guard(self, data: Dataset, images: list[str | None]) -> Callable[..., None]:
         """``guard`` for the stage of the data, which says what differs in them."""
@@ -85,13 +91,14 @@ class Transition:
         said = [f"{name}: {n}: {before.get(n)} → {after.get(n)}" for n in names]
         return said or [f"{name}: it was built by another version, or from other inputs"]
 
-    def _ask(self, changes: list[str], *, damaged: bool = False) -> None:
-        added = 0 if damaged else _added_items(self.run)
+    def _ask(self, changes: list[str], *, damaged: bool = False, catalog: bool = False) -> None:
+        """``catalog``: whether that is built again, and so loses the items that were added to it."""
+        added = _added_items(self.run) if catalog else 0
         if added:
-            changes = [*changes, f"catalog: the {added} items that cemg-catalog added are removed"]
+            changes = [*changes, f"catalog: the {added} items {REMOVED}"]
         assert self.agree is not None
         self.agree(changes, damaged)
-        self.agreed = True
+        self.agreed, self.named = True, self.named or catalog
         self.run.approve()
 
     def _valuable(self) -> bool:
@@ -177,11 +184,32 @@ def _alike(one: RunConfig, other: RunConfig) -> bool:
     return one.data == other.data and not settings_changed(one, other)
 
 
+def _remakes_catalog(old: RunConfig, new: RunConfig) -> bool:
+    """Whether a change of settings changes a stage before the generator, and so the catalog."""
+    parts = ["backbone", "generator", "decoding", "dtype", "without"]
+    parts += ["data"] if old.data.path and new.data.path else []  # the content of both is compared later
+    one, other = ({k: v for k, v in c.to_dict().items() if k not in parts} for c in (old, new))
+    return one != other or {*old.without} - {"llm"} != {*new.without} - {"llm"}
+
+
 def _added_items(run: Run) -> int:
-    """How many items were added to a run's catalog after its training."""
+    """How many items were added to a run's catalog after its training; what is damaged is left out."""
     catalog = run.path("catalog")
-    try:
-        now = read_json(catalog / "catalog.json", dict[str, Any]).get("item_ids", [])
-        return len(now) - int(read_json(catalog / "uniqueness.json", dict[str, Any])["items"])
-    except (UserError, KeyError, TypeError, ValueError):
-        return 0
+
+    def counted(*ways: Callable[[], int]) -> int:
+        found = 0
+        for way in ways:
+            with suppress(UserError, KeyError, TypeError, ValueError, IndexError):
+                found = found or way()
+        return found
+
+    trained = counted(
+        lambda: Manifest.read(run.path("tokenizer")).shapes["items.safetensors:codes"][0],
+        lambda: int(read_json(catalog / "uniqueness.json", dict[str, Any])["items"]),
+    )
+    now = counted(
+        lambda: Manifest.read(catalog).shapes["catalog.safetensors:codes"][0],
+        lambda: len(read_json(catalog / "catalog.json", dict[str, Any])["item_ids"]),
+        lambda: len(read_tensors(catalog / "catalog.safetensors")["codes"]),
+    )
+    return max(0, now - trained) if trained else 0

@@ -178,6 +178,42 @@ def test_items_that_were_added_are_named_before_a_retraining_removes_them(
     assert lines[1].endswith("; catalog: the 1 items that cemg-catalog added are removed")
 
 
+@pytest.fixture
+def grown(copy, command, tmp_path) -> Path:
+    """The run after ``cemg-catalog add`` of one item."""
+    (tmp_path / "new.csv").write_text("item,text\nn1,a plain telescope\n")
+    assert command(catalog.main, "add", "--run", copy, "--items", tmp_path / "new.csv") == 0
+    return copy
+
+
+@pytest.mark.parametrize("name", ["catalog.json", "catalog.safetensors", "uniqueness.json", "manifest.json"])
+def test_a_damaged_catalog_is_not_built_again_without_its_added_items_unasked(grown, training, capsys, name):
+    (grown / "catalog" / name).write_text("{")
+    before = state(grown)
+    for options in ((), ("--rebuild",)):
+        lines = error_of(capsys, training(grown, *options))
+        assert lines[0] == f"error: {grown} is damaged" and name in lines[1]
+        assert lines[1].endswith("; catalog: the 1 items that cemg-catalog added are removed")
+        assert state(grown) == before and hidden(grown) == set()
+    fix = lines[2].partition("cemg-train --run ")[2].split()
+    assert fix == [str(grown), "--rebuild", "--force"] and training(*fix) == 0
+    assert "n1" not in (grown / "catalog" / "catalog.json").read_text()
+
+
+def test_another_damaged_stage_is_built_again_and_the_added_items_stay(grown, training):
+    catalog_before = state(grown)["catalog/catalog.json"]
+    (grown / "generator" / "vocabulary.json").write_text("{")
+    assert training(grown, "--rebuild") == 0
+    assert state(grown)["catalog/catalog.json"] == catalog_before
+
+
+def test_added_items_that_a_retraining_keeps_are_not_said_to_be_removed(grown, training, capsys):
+    lines = error_of(capsys, training(grown, "--set", "generator.epochs=2"))
+    assert lines[1] == "  cause: generator.epochs: 6 → 2"
+    assert training(grown, "--set", "generator.epochs=2", "--force") == 0
+    assert "n1" in (grown / "catalog" / "catalog.json").read_text()
+
+
 # ---- data
 
 

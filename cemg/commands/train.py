@@ -201,6 +201,7 @@ def _print_plan(run: Path, config: RunConfig, *, device: str) -> None:
 def _agree(run: Path, changes: list[str], damaged: bool) -> None:
     """Ask on a terminal whether what a run holds may be replaced. UserError if not, or without one."""
     from cemg.run import Run
+    from cemg.transition import REMOVED
 
     shown = [*changes[:12], *([f"and {len(changes) - 12} more"] if len(changes) > 12 else [])]
     trained = "is trained" if Run(run).finished() else "is partly trained"
@@ -212,7 +213,8 @@ def _agree(run: Path, changes: list[str], damaged: bool) -> None:
             return
     fix = f"--force replaces it; another --run keeps it; without a change: cemg-train --run {run}"
     if damaged:
-        fix = f"restore it from a copy, or build it again: cemg-train --run {run} --rebuild"
+        forced = " --force" if any(REMOVED in change for change in changes) else ""
+        fix = f"restore it from a copy, or build it again: cemg-train --run {run} --rebuild{forced}"
     raise UserError(what, cause="; ".join(shown), fix=fix)
 
 
