@@ -28,6 +28,18 @@ def test_a_runs_codes_are_exported_and_read_again(tiny_run: Path, tmp_path: Path
     assert str(tmp_path / name) in capsys.readouterr().err.replace("\n", "")
 
 
+def test_a_changed_catalog_is_exported_only_without_verifying(
+    tiny_run: Path, tmp_path: Path, command, capsys
+):
+    run, out = tmp_path / "run", tmp_path / "codes.csv"
+    shutil.copytree(tiny_run, run)
+    about = run / "catalog" / "catalog.json"
+    about.write_text(about.read_text() + "\n")
+    assert command(catalog.main, "export", "--run", run, out) != 0
+    assert "catalog.json" in capsys.readouterr().err.replace("\n", "") and not out.exists()
+    assert command(catalog.main, "export", "--run", run, out, "--no-verify") == 0 and out.is_file()
+
+
 def test_another_format_is_refused(tiny_run: Path, tmp_path: Path, command, capsys):
     assert command(catalog.main, "export", "--run", tiny_run, tmp_path / "codes.xlsx") == 2
     assert "name it .csv, .parquet or .index.json" in capsys.readouterr().err

@@ -104,15 +104,15 @@ def add(
 def export(
     run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
     out: Annotated[Path, typer.Argument(help="OUT.csv, OUT.parquet or OUT.index.json.")],
+    no_verify: command.NoVerifyOption = False,
 ) -> None:
     """Write the codes of all items for other programs: columns item, code_0, code_1, …, or an index.json.
 
     Example: cemg-catalog export --run runs/beauty codes.parquet
     """
-    from cemg.run import Run
-    from cemg.tokenizer import Catalog
+    from cemg.pipeline import Pipeline
 
-    catalog = Catalog.load(Run.existing(run).path("catalog"))
+    catalog = Pipeline.open(run, verify=not no_verify).load_catalog()
     catalog.write_codes(out)
     console.print(f"{len(catalog)} items in {out}", highlight=False, markup=False)
 
