@@ -176,7 +176,7 @@ def read_parquet(path: Path, schema: Mapping[str, Any], *, fix: str = RESTORE) -
 
     check_file(path, fix=fix)
     with _polars_errors(path, fix=fix):
-        table = pl.read_parquet(path)
+        table = pl.read_parquet(path, glob=False)
         if dict(table.schema) != dict(schema):
             columns = ", ".join(f"{name} {dtype}" for name, dtype in table.schema.items())
             wanted = ", ".join(f"{name} {dtype}" for name, dtype in schema.items())

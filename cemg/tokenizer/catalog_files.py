@@ -199,9 +199,9 @@ def _of_table(path: Path, item: str | None, columns: Sequence[str] | None) -> tu
     """Ids and codes [N, L] of a table: ``item``, and ``columns`` or all columns code_0, code_1, …"""
     try:
         if path.suffix == ".csv":
-            table = pl.read_csv(path, infer_schema=False, encoding="utf8")
+            table = pl.read_csv(path, infer_schema=False, encoding="utf8", glob=False)
         else:
-            table = pl.read_parquet(path)
+            table = pl.read_parquet(path, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{path} cannot be read", cause=str(error).splitlines()[0]) from error
     name = item or next((one for one in ("item", "item_id") if one in table.columns), "item")

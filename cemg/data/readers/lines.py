@@ -19,6 +19,7 @@ def scan_lines(file: TextFile) -> pl.LazyFrame:
     """A frame ``number`` (from 1), ``line`` (null where blank) of a text file."""
     return pl.scan_csv(
         file.source(),
+        glob=False,
         has_header=False,
         separator="\x01",  # no text holds it: the line is the only column
         quote_char=None,

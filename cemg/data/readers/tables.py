@@ -145,7 +145,7 @@ def _read_csv(file: TextFile, *, separator: str, quoted: bool, header: bool) -> 
     def read(*, truncate: bool = False) -> pl.DataFrame:
         return pl.read_csv(
             file.source(), separator=separator, quote_char='"' if quoted else None, infer_schema=False,
-            has_header=header, truncate_ragged_lines=truncate,
+            has_header=header, truncate_ragged_lines=truncate, glob=False,
         )  # fmt: skip
 
     try:
@@ -169,7 +169,7 @@ def _read_parquet(path: Path) -> pl.DataFrame:
     for file in files:
         check_source(file)
         try:
-            frames.append(pl.read_parquet(file))
+            frames.append(pl.read_parquet(file, glob=False))
         except READ_ERRORS as error:
             raise UserError(f"{file} cannot be read: {error}") from error
     for file, frame in zip(files, frames, strict=True):

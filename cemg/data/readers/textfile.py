@@ -13,6 +13,7 @@ from typing import IO
 from cemg.errors import UserError
 
 UTF8 = "utf-8"
+PATTERN = frozenset("*?[")  # a path with one of them is a pattern to Polars
 MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -75,8 +76,13 @@ class TextFile:
         return marked if named == UTF8 else named
 
     def source(self) -> Path | bytes:
-        """What Polars reads: the file itself where it is plain UTF-8, or else its text as UTF-8."""
-        return self.path if self.codec == UTF8 else self.text().encode()
+        """What Polars reads: the file itself where it is plain UTF-8, or else its text as UTF-8.
+
+        The text too where the path holds a character of a pattern: `scan_ndjson` would read all files that
+        match it, and takes no ``glob=False``.
+        """
+        plain = self.codec == UTF8 and not PATTERN & set(str(self.path))
+        return self.path if plain else self.text().encode()
 
     def text(self) -> str:
         """The whole text; UserError names the line of the first byte that cannot be decoded."""
