@@ -41,6 +41,7 @@ from cemg.progress import console
 from cemg_kernels.ranges import named_range
 
 PENDING, NEXT = ".config.next.yaml", ".next"  # the configuration and the stages that a run is being made into
+CHECKPOINT = Path(".generator.part") / "checkpoints" / "checkpoint.safetensors"
 ADDING = ".adding"  # where a command changes a copy of a stage
 Guard = Callable[[str, Path, Mapping[str, Any]], None]
 
@@ -160,6 +161,11 @@ class Run:
 
     def approved(self) -> bool:
         return (self.folder / NEXT).is_dir()
+
+    def retrained(self) -> bool:
+        """Whether stages, or a checkpoint, of an unfinished retraining are there."""
+        fresh = self.folder / NEXT
+        return any(fresh.glob(f"*/{MANIFEST}")) or (fresh / CHECKPOINT).exists()
 
     def commit(self, config: str) -> None:
         """Publish the stages of this training with their configuration; killed at any line, the run is the

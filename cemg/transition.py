@@ -17,9 +17,9 @@ from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
 from cemg.manifest import CONFIG, STAGES, Manifest, verify
 from cemg.progress import console
-from cemg.run import NEXT, PENDING, Run
+from cemg.run import CHECKPOINT, NEXT, PENDING, Run
 
-CHECKPOINT = Path(".generator.part") / "checkpoints" / "checkpoint.safetensors"
+DISCARDED = "the interrupted retraining"
 REMOVED = "that cemg-catalog added are removed"  # what a question says of added items
 
 
@@ -47,6 +47,7 @@ class Transition:
             self.agreed = self.named = True  # when that training was started
         base = own if self.run.finished() else pending
         changes = [] if base is None else settings_changed(base, self.asked)
+        changes += self._discarded(own, pending)
         if changes and not self.agreed and self._valuable():
             self._ask(changes, catalog=base is not None and _remakes_catalog(base, self.asked))
         if self.agreed and self.run.started():
@@ -100,6 +101,13 @@ class Transition:
         self.agree(changes, damaged)
         self.agreed, self.named = True, self.named or catalog
         self.run.approve()
+
+    def _discarded(self, own: RunConfig | None, pending: RunConfig | None) -> list[str]:
+        """The retraining of a finished run that was interrupted and has other settings than this one."""
+        if self.agreed or not self.run.finished() or not self.pending.exists() or not self.run.retrained():
+            return []
+        changes = settings_changed(own, pending) if own is not None and pending is not None else []
+        return [f"{DISCARDED} with {', '.join(changes)}" if changes else DISCARDED]
 
     def _valuable(self) -> bool:
         """Whether there is a trained generator, or one in training."""

@@ -214,6 +214,34 @@ def test_added_items_that_a_retraining_keeps_are_not_said_to_be_removed(grown, t
     assert "n1" in (grown / "catalog" / "catalog.json").read_text()
 
 
+def test_an_interrupted_retraining_is_not_discarded_unasked(shop, training, monkeypatch, capsys):
+    folder, run = shop
+    original = ("--data", folder, "--config", shutil.copy(run / "config.yaml", run.parent / "c.yaml"))
+
+    def interrupted(pipeline: Pipeline) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "generator", interrupted)
+        assert training(run, "--force", "--set", "seed=7") == 130
+    fresh = sorted(path.name for path in (run / ".next").iterdir())
+    assert "features" in fresh
+    lines = error_of(capsys, training(run, *original))
+    assert lines[0] == f"error: {run} has an interrupted retraining, and this would discard it"
+    assert lines[1] == "  cause: the interrupted retraining with seed: 0 → 7"
+    fix = f"continue it: cemg-train --run {run}; discard it: the same command with --force"
+    assert lines[2] == f"  fix:   {fix}"
+    assert sorted(path.name for path in (run / ".next").iterdir()) == fresh
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "generator", interrupted)
+        assert training(run) == 130  # continues it
+    assert load(run, "seed=7") == load_config(run / ".config.next.yaml")
+    before = state(run)
+    assert training(run, *original, "--force") == 0
+    assert hidden(run) == set() and state(run).keys() == before.keys()
+    assert load(run).seed == 0
+
+
 # ---- data
 
 

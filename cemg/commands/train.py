@@ -201,17 +201,22 @@ def _print_plan(run: Path, config: RunConfig, *, device: str) -> None:
 def _agree(run: Path, changes: list[str], damaged: bool) -> None:
     """Ask on a terminal whether what a run holds may be replaced. UserError if not, or without one."""
     from cemg.run import Run
-    from cemg.transition import REMOVED
+    from cemg.transition import DISCARDED, REMOVED
 
     shown = [*changes[:12], *([f"and {len(changes) - 12} more"] if len(changes) > 12 else [])]
     trained = "is trained" if Run(run).finished() else "is partly trained"
     what = f"{run} is damaged" if damaged else f"{run} {trained}, and this would train it anew"
+    interrupted = any(change.startswith(DISCARDED) for change in changes)
+    if interrupted:
+        what = f"{run} has an interrupted retraining, and this would discard it"
     if sys.stdin.isatty() and sys.stderr.isatty():
         for line in (what, *(f"  {change}" for change in shown)):
             console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
         if typer.confirm("Build it again?" if damaged else "Replace it?", err=True):
             return
     fix = f"--force replaces it; another --run keeps it; without a change: cemg-train --run {run}"
+    if interrupted:
+        fix = f"continue it: cemg-train --run {run}; discard it: the same command with --force"
     if damaged:
         forced = " --force" if any(REMOVED in change for change in changes) else ""
         fix = f"restore it from a copy, or build it again: cemg-train --run {run} --rebuild{forced}"
