@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from cemg.decoding.causal import CausalPlan
 from cemg.decoding.generic import GenericPlan
+from cemg.decoding.lengths import rope_of_lengths
 from cemg.decoding.native import NativePlan
 from cemg.decoding.plain import Unsupported
 from cemg.decoding.rows import RowsPlan
@@ -41,6 +42,9 @@ def make_plan(
     wrong: list[str] = []  # what the check found
     if wanted == "reference":
         refused.append("asked for" if backend else choose("decoder", model.device).why)
+    rope = rope_of_lengths(model)
+    if rope is not None:
+        refused.append(f"rotary embeddings of the type {rope}, which follow the length of a sequence")
     for name, build in candidates(model, code_tokens, wanted, backend):
         try:
             plan = build()
@@ -70,7 +74,14 @@ def make_plan(
 def candidates(
     model: PreTrainedModel, code_tokens: range, wanted: str, backend: str | None
 ) -> Iterator[Candidate]:
-    """The ways to run a model, the fastest first; a named ``backend`` admits only its own."""
+    """The ways to run a model, the fastest first; a named ``backend`` admits only its own.
+
+    Where rotary embeddings follow the length of a sequence, only whole sequences without padding are right.
+    """
+    if rope_of_lengths(model) is not None:
+        if backend not in ("native", "torch"):
+            yield Candidate("one row per beam", partial(RowsPlan, model, cached=False, padded=False))
+        return
     seq2seq = bool(model.config.is_encoder_decoder)
     fast = partial(T5Plan if seq2seq else CausalPlan, model, code_tokens)
     if wanted == "native":

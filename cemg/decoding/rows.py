@@ -18,6 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from cemg.decoding.eval_mode import InEvalMode
 from cemg.decoding.layers import Logits, Stepper, Unsupported, Wanted
+from cemg.decoding.lengths import forget_lengths, rope_of_lengths
 
 CACHES = ("cache", "past_key_values", "cache_params")  # names under which ``generate`` passes a cache
 # how many tokens the cache lacks; early versions of transformers 5 take their positions instead
@@ -70,6 +71,7 @@ class RowsStepper:
         self.cached = cached
         self.seq2seq = bool(model.config.is_encoder_decoder)
         self.accepted = accepted(model)
+        self.follows_length = rope_of_lengths(model) is not None
 
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
@@ -79,6 +81,8 @@ class RowsStepper:
         if "logits_to_keep" in self.accepted:
             self.inputs["logits_to_keep"] = 1
         if self.seq2seq:
+            if self.follows_length:
+                forget_lengths(self.model)
             encoded = self.model.get_encoder()(input_ids=input_ids, attention_mask=mask, return_dict=True)
             self.inputs["encoder_outputs"] = encoded
             self.inputs["attention_mask"] = mask
@@ -151,6 +155,8 @@ class RowsStepper:
         inputs = self.model.prepare_inputs_for_generation(
             self.tokens, is_first_iteration=first, **self.inputs
         )
+        if self.follows_length:
+            forget_lengths(self.model)
         out = self.model(**inputs, return_dict=True)
         self.inputs = self.model._update_model_kwargs_for_generation(
             out, self.inputs, is_encoder_decoder=self.seq2seq

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from cemg.decoding.eval_mode import evaluating
 from cemg.decoding.layers import Logits, Stepper, Wanted
+from cemg.decoding.lengths import forget_lengths, rope_of_lengths
 from cemg.decoding.rows import accepted, start_token
 from cemg.errors import UserError
 
@@ -149,8 +150,26 @@ class SelfCheck:
         fed = codes.new_empty(BEAMS, 0)  # [W, n] the tokens of each beam so far
         for step, tokens in enumerate(codes):
             fed = torch.cat((fed[list(PARENTS[step])], tokens[:, None]), dim=1)
+        if rope_of_lengths(self.model) is not None:  # a prefix of a longer sequence is another sequence
+            every = [codes.new_empty(BEAMS, 0)]
+            for step, tokens in enumerate(codes):
+                every.append(torch.cat((every[-1][list(PARENTS[step])], tokens[:, None]), dim=1))
+            answers = [self._logits(prompt, each, 1)[:, 0] for each in every]
+            return [answers[0][:1], *answers[1:]]
         # A beam that another one grew from has the same prefix, so the rows of the last step answer for all
         # steps: row PARENTS[1][w] of step 1 is the prefix of row w.
+        logits = self._logits(prompt, fed, len(codes) + 1)  # [W, n + 1, V]
+        first = logits[:1, 0]
+        if len(codes) < 2:
+            return [first, *logits[:, 1:].unbind(1)]
+        swapped = logits[:, 1].clone()
+        swapped[list(PARENTS[1])] = logits[:, 1]
+        return [first, swapped, logits[:, 2]]
+
+    def _logits(self, prompt: Tensor, fed: Tensor, last: int) -> Tensor:
+        """The model's own logits [W, last, V] at the last places of one prompt [1, S] and of each beam's
+        tokens ``fed`` [W, n]."""
+        forget_lengths(self.model)
         rows = prompt.expand(BEAMS, -1)
         inputs: dict[str, Tensor | bool] = {"use_cache": False} if "use_cache" in self._names else {}
         if self.model.config.is_encoder_decoder:
@@ -158,13 +177,8 @@ class SelfCheck:
             inputs |= {"input_ids": rows, "decoder_input_ids": torch.cat((start, fed), dim=1)}
         else:
             inputs |= {"input_ids": torch.cat((rows, fed), dim=1)}
-        logits: Tensor = self.model(**inputs).logits[:, -len(codes) - 1 :]  # [W, n + 1, V]
-        first = logits[:1, 0]
-        if len(codes) < 2:
-            return [first, *logits[:, 1:].unbind(1)]
-        swapped = logits[:, 1].clone()
-        swapped[list(PARENTS[1])] = logits[:, 1]
-        return [first, swapped, logits[:, 2]]
+        logits: Tensor = self.model(**inputs).logits[:, -last:]
+        return logits
 
     @cached_property
     def _names(self) -> set[str]:
