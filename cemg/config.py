@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from cemg import settings
 from cemg.artifacts import check_file, digest, read_text
 from cemg.data.readers import ColumnNames, check_encoding
+from cemg.decoding.beams import MAX_BEAMS
 from cemg.errors import DamagedError, UserError
 from cemg.features import ImageConfig, TextConfig
 from cemg.generator import BackboneConfig, GeneratorConfig
@@ -110,6 +112,10 @@ class DecodingConfig:
         for name in ("beams", "validation_beams", "validation_users", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"decoding.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("beams", "validation_beams"):
+            width = getattr(self, name)
+            if width > MAX_BEAMS:
+                raise UserError(f"decoding.{name} must be within 1 … {MAX_BEAMS:,}, got {width:,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +148,7 @@ class RunConfig:
     """float32, or bfloat16 (mixed precision)."""
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         for name in self.without:
             if name not in WITHOUT:
                 raise UserError(f"--without {name}: no such part", fix=f"one of {', '.join(WITHOUT)}")
@@ -178,6 +185,16 @@ class RunConfig:
                 lora_rank=0,
             )
         return dataclasses.replace(self, **parts)
+
+
+def _check_finite(config: Any, prefix: str = "") -> None:
+    """UserError for a setting, here or in a section, that is not a finite number."""
+    for part in dataclasses.fields(config):
+        name, value = f"{prefix}{part.name}", getattr(config, part.name)
+        if dataclasses.is_dataclass(value):
+            _check_finite(value, f"{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} must be a finite number, got {value}")
 
 
 def config_text(config: RunConfig, *, generator: str | None = None) -> str:

@@ -22,6 +22,7 @@ from cemg.evaluation import result_markdown, results_of
 from cemg.manifest import STAGES, Manifest, check_origin, verify
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog, read_items
 
+ALIKE = 1e-6  # values that differ by less, relatively, are the same up to rounding
 TSNE_ITEMS = 2000  # t-SNE of more items takes minutes and shows no more
 LOSSES = {  # title of a plot: its stage, and how the names it shows begin
     "LightGCN": ("graph", ("graph/bpr", "graph/l2")),
@@ -186,6 +187,8 @@ def _tsne(run: Path, folder: Path) -> str:
     if len(rows) < 5:
         return f"Left out: {len(rows)} items are too few for t-SNE."
     perplexity, z = min(30.0, (len(rows) - 1) / 3), items["z"][rows].numpy()
+    if np.ptp(z, axis=0).max() <= ALIKE * np.abs(z).max():  # scikit-learn crashes on it
+        return "Left out: all items have the same z."
     start = "pca" if z.shape[1] > 1 else "random"  # PCA to two dimensions needs two
     flat = TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(z)
     figure, (axis,) = _figure(1)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from cemg.commands import recommend
 from cemg.commands.histories import in_batches, parse_history, read_requests
+from cemg.commands.items import read_ids
 from cemg.errors import UserError
 
 KNOWN = {"12", "7", "a b", "x, y", "é"}
@@ -122,6 +125,33 @@ def test_stdin_is_served_line_by_line(tiny_run, command, capsys, monkeypatch, tm
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["history"] for answer in answers] == [["item-0001"], ["item-0002"]]
     assert answers[1]["user"] == "0"
+
+
+def test_a_caller_that_waits_for_an_answer_before_it_writes_on_gets_one(monkeypatch):
+    ours, theirs = os.pipe()
+    with open(ours) as stdin, open(theirs, "wb", buffering=0) as caller:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        batches = in_batches(read_requests(Path("-"), KNOWN, history_of), 64)
+        caller.write(b'["12"]\n')
+        assert [request.history for request in next(batches)] == [["12"]]
+        caller.write(b'["7"]\n\n["12"]\n["12", ')  # the last line is not whole yet
+        assert [request.line for request in next(batches)] == [2, 3, 4]
+        caller.write(b'"7"]')
+        caller.close()
+        assert [(request.line, request.history) for request in next(batches)] == [(5, ["12", "7"])]
+        assert next(batches, None) is None
+
+
+def test_stdin_that_is_closed_is_refused(tiny_run, command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert command(recommend.main, "--run", tiny_run, "--histories", "-") == 2
+    assert "--histories - reads stdin, which is closed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("separator", [",", " "])
+def test_many_ids_in_one_word_are_not_taken_for_a_file(separator):
+    ids = [f"item-{number:04}" for number in range(1000)]
+    assert read_ids(separator.join(ids), option="--only") == ids
 
 
 def test_a_file_of_histories_that_does_not_exist_is_refused_and_an_empty_one_has_no_answers(

@@ -152,6 +152,12 @@ def test_on_a_terminal_the_question_is_put_and_the_answer_counts(copy, training,
     assert (state(copy) == before) is not answer
 
 
+def test_without_stdin_nobody_is_asked(copy, training, capsys, monkeypatch):
+    monkeypatch.setattr(train.sys, "stdin", None)  # cemg-train … <&-
+    assert training(copy, "--set", "tokenizer.epochs=1") == 2
+    assert "--force replaces it" in capsys.readouterr().err
+
+
 def killed(*_: object) -> None:
     raise KeyboardInterrupt
 

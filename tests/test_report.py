@@ -117,6 +117,17 @@ def test_a_latent_of_one_dimension_is_drawn_too(run: Path) -> None:
     assert (write_report(run) / "tsne.png").is_file()
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-8])
+def test_items_that_are_all_alike_are_not_drawn(run: Path, spread: float) -> None:
+    path = run / "tokenizer" / "items.safetensors"
+    items = load_file(path)
+    save_file(items | {"z": 1 + spread * items["z"]}, path)
+    finish(path.parent)
+    folder = write_report(run)
+    assert "Left out: all items have the same z." in (folder / "report.md").read_text()
+    assert not (folder / "tsne.png").exists()
+
+
 def test_a_second_report_replaces_the_first_and_leaves_nothing_half_written(run: Path) -> None:
     (write_report(run) / "stale.txt").write_text("old")
     assert not (write_report(run) / "stale.txt").exists()

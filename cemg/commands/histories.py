@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import select
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cemg.errors import UserError
 
@@ -52,29 +54,33 @@ def parse_history(text: str) -> list[str]:
 
 def read_requests(
     path: Path, known: Set[str], history_of: Callable[[str], list[str] | None]
-) -> Iterator[Request]:
+) -> Iterator[Request | None]:
     """A request for each line of a file, plain or gzip, or of stdin where ``path`` is "-".
 
+    None is yielded where the next line of stdin is not written yet: who writes it may wait for an answer.
     ``known`` are the items of the catalog; ``history_of`` returns a user's history, None for an unknown user.
     Raises UserError where the file cannot be read.
     """
     number = 0
     try:
-        with _open(path) as file:
-            for number, raw in enumerate(file, start=1):
-                yield _request(number, raw, known, history_of)
+        for raw in _lines(path):
+            number += raw is not None
+            yield None if raw is None else _request(number, raw, known, history_of)
     except (OSError, EOFError, zlib.error) as error:
         where = f"{path}, line {number + 1}" if number else f"{path}"
         raise UserError(f"{where}: the file cannot be read", cause=str(error)) from error
 
 
-def in_batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
-    """Requests in order: ``size`` that have a history per list, and at most as many that have none."""
+def in_batches(requests: Iterable[Request | None], size: int) -> Iterator[list[Request]]:
+    """Requests in order: ``size`` that have a history per list, and at most as many that have none.
+
+    A list ends early where ``requests`` has None.
+    """
     batch: list[Request] = []
     for request in requests:
-        batch.append(request)
+        batch += [] if request is None else [request]
         served = sum(one.error is None for one in batch)
-        if served == size or len(batch) == 2 * size:
+        if served == size or len(batch) == 2 * size or (batch and request is None):
             yield batch
             batch = []
     if batch:
@@ -90,10 +96,30 @@ def answer_of(request: Request, found: dict[str, Any] | None) -> dict[str, Any]:
     return {**said, **found, **unknown}
 
 
-def _open(path: Path) -> IO[bytes]:
+def _lines(path: Path) -> Iterator[bytes | None]:
     if path == STDIN:
-        return open(sys.stdin.fileno(), "rb", closefd=False)
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+        if sys.stdin is None:
+            raise UserError("--histories - reads stdin, which is closed", fix="pipe lines in, or name a file")
+        yield from _written(sys.stdin.fileno())
+        return
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        yield from file
+
+
+def _written(stream: int) -> Iterator[bytes | None]:
+    """The lines of a file descriptor, and None where the next one is not there yet."""
+    parts: list[bytes] = []  # of a line that has not ended
+    while chunk := os.read(stream, 1 << 16):
+        first, *others = chunk.split(b"\n")
+        parts.append(first)
+        if others:
+            yield b"".join(parts)
+            yield from others[:-1]
+            parts = others[-1:]
+            if not select.select([stream], [], [], 0)[0]:
+                yield None
+    if any(parts):
+        yield b"".join(parts)
 
 
 def _request(

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from cemg.errors import UserError
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
+        return False  # a file cannot have such a name
 
 
 def read_ids(value: str, *, option: str) -> list[str]:
@@ -14,7 +24,7 @@ def read_ids(value: str, *, option: str) -> list[str]:
     """
     path = Path(value)
     try:
-        is_file = path.is_file()
+        is_file = _is_file(path)
         lines = path.read_text(encoding="utf-8-sig").splitlines() if is_file else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {value} cannot be read", cause=str(error)) from error

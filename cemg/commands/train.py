@@ -209,7 +209,7 @@ def _agree(run: Path, changes: list[str], damaged: bool) -> None:
     interrupted = any(change.startswith(DISCARDED) for change in changes)
     if interrupted:
         what = f"{run} has an interrupted retraining, and this would discard it"
-    if sys.stdin.isatty() and sys.stderr.isatty():
+    if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)):
         for line in (what, *(f"  {change}" for change in shown)):
             console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
         if typer.confirm("Build it again?" if damaged else "Replace it?", err=True):

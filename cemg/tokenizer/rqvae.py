@@ -64,6 +64,8 @@ class TokenizerConfig:
         for name in ("levels", "codebook_size", "dim", "latent", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.hidden, default=1) < 1:
+            raise UserError(f"tokenizer.hidden must hold widths of at least 1, got {list(self.hidden)}")
         for name, most in (("codebook_size", MAX_CODEBOOK_SIZE), ("levels", MAX_LEVELS)):  # of a trie
             if getattr(self, name) > most:
                 raise UserError(f"tokenizer.{name} must be within 1 … {most}, got {getattr(self, name)}")
