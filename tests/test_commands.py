@@ -330,6 +330,7 @@ def test_an_empty_history_is_refused(tiny_run, command, capsys):
             "--normalize must be vocab, level, valid, got 'item'",
         ),
         (("--history", "item-0001", "--device", "gpu"), "--device gpu is no device"),
+        (("--history", "item-0001", "--device", "meta"), "--device meta is no device"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused(tiny_run, command, capsys, arguments, first):

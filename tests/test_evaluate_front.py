@@ -90,6 +90,11 @@ def test_lists_may_be_csv_or_one_row_per_user_and_gaps_are_said(tiny_run, tmp_pa
         ({"user": ["a", "a"], "item": ["item-0001", "item-0001"]}, "user 'a' has item 'item-0001' more than"),
         ({"user": ["a"], "item": ["item-0001"], "rank": ["first"]}, "a rank is not a number"),
         ({"user": ["a", None], "item": ["item-0001", "item-0002"]}, "has rows without a user"),
+        ({"user": ["a"], "item": ["item-0001"], "rank": [[1]]}, "column rank is of type List(Int64)"),
+        ({"user": [["a"]], "item": ["item-0001"]}, "column user is of type List(String)"),
+        ({"user": ["a"], "item": [[["item-0001"]]]}, "column item is of type List(String)"),
+        ({"user": ["a"], "item": [{"id": "item-0001"}]}, "column item is of type Struct"),
+        ({"user": [b"\xff"], "item": ["item-0001"]}, "column user is of type Binary"),
     ],
 )
 def test_a_table_that_holds_no_lists_is_refused(tiny_run, tmp_path, command, capsys, rows, message):

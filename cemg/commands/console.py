@@ -79,9 +79,11 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        found = torch.device(device)
+        found: torch.device | None = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device {device} is no device", fix="--device cpu, cuda or cuda:1") from None
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is no device", fix="--device cpu, cuda or cuda:1")
     gpus = torch.cuda.device_count() if found.type == "cuda" and torch.cuda.is_available() else 0
     if found.type == "cuda" and (found.index or 0) >= gpus:
         sees = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "no GPU"

@@ -69,7 +69,11 @@ def _long(table: pl.DataFrame, path: Path) -> pl.DataFrame:
             raise UserError(f"{path} has no column {name}", cause=f"it has {', '.join(table.columns)}")
     if isinstance(table["item"].dtype, pl.List | pl.Array):
         table = table.select("user", "item").explode("item")
-    elif "rank" in table.columns:
+    for name in ("user", "item", "rank"):
+        kind = table[name].dtype if name in table.columns else pl.String()
+        if kind.is_nested() or kind in (pl.Binary, pl.Object):
+            raise UserError(f"{path}: column {name} is of type {kind}, not of numbers or texts")
+    if "rank" in table.columns:
         table = table.with_columns(pl.col("rank").cast(pl.Float64, strict=False))
         if table["rank"].is_null().any():
             raise UserError(f"{path}: a rank is not a number")

@@ -108,7 +108,7 @@ class Catalog:
         for duplicate codes.
         """
         codes = torch.as_tensor(codes)
-        if codes.ndim != 2 or codes.dtype.is_floating_point:
+        if codes.ndim != 2 or codes.dtype.is_floating_point or codes.dtype.is_complex:
             raise UserError(f"codes must be integers [items, levels], got {codes.dtype} {list(codes.shape)}")
         ids: list = range(len(codes)) if item_ids is None else item_ids  # type: ignore[assignment]
         ids = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
@@ -122,7 +122,7 @@ class Catalog:
             check_ids(ids, "item", source="catalog")
         if shared and not ids_are_valid(ids):
             raise UserError("item ids must be strings, or integers from 0 on")
-        trained = None if counts is None else torch.as_tensor(counts, dtype=torch.int64)
+        trained = None if counts is None else _whole(counts)
         if trained is not None and trained.shape != (len(codes),):
             raise UserError(f"counts must be [{len(codes)}], one per item, got {list(trained.shape)}")
         sizes = level_sizes(codebook_size, codes.shape[1])
@@ -383,3 +383,12 @@ def level_sizes(size: int | Sequence[int], levels: int) -> tuple[int, ...]:
 def ids_are_valid(ids: list[int] | list[str]) -> bool:
     """Whether ids are strings or integers from 0 on; without shared IDs the trie checks that."""
     return all(isinstance(i, str) or (isinstance(i, int | np.integer) and i >= 0) for i in ids)
+
+
+def _whole(counts: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+    """Counts as int64 [N]. Raises UserError for what is negative or not an integer."""
+    given = torch.as_tensor(counts)
+    whole = given.to(torch.int64) if not given.dtype.is_complex else None
+    if whole is None or not torch.equal(whole.to(given.dtype), given) or bool((whole < 0).any()):
+        raise UserError("counts must be integers from 0 on, one per item")
+    return whole

@@ -218,6 +218,10 @@ def _of_table(path: Path, item: str | None, columns: Sequence[str] | None) -> tu
     if table.is_empty():
         raise UserError(f"{path} holds no items")
     table, chosen = _unpacked(path, table, chosen)
+    for column in (name, *chosen):
+        kind = table[column].dtype
+        if kind.is_nested() or kind in (pl.Binary, pl.Object):
+            raise UserError(f"{path}: column {column} is of type {kind}, which holds no ids or codes")
     numbers = table.select(pl.col(chosen).cast(pl.Int64, strict=False))
     for column in chosen:
         if numbers[column].null_count():
@@ -250,6 +254,8 @@ def _of_tensor(path: Path) -> Tensor:
     except Exception as error:  # of many kinds, by what is wrong with the file
         cause = str(error).strip().splitlines()
         raise UserError(f"{path} holds no readable tensor", cause=cause[0] if cause else None) from error
+    if isinstance(codes, Tensor) and (codes.layout != torch.strided or codes.dtype.is_complex):
+        raise UserError(f"{path}: a dense tensor of integers is needed, got {codes.layout}, {codes.dtype}")
     if not isinstance(codes, Tensor) or codes.ndim != 2 or not codes.numel():
         got = f"a tensor {list(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
         raise UserError(f"{path}: a tensor [levels, items] is needed, got {got}")

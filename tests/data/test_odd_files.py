@@ -345,7 +345,10 @@ def test_a_byte_order_mark_is_understood_in_every_format(name, mark, tmp_path):
     assert data.num_interactions > 0 and not any("\ufeff" in item for item in data.item_ids + data.user_ids)
 
 
-@pytest.mark.parametrize("encoding", ["klingon", "rot13", "base64"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["klingon", "rot13", "base64", "undefined", "idna", "punycode", "utf7", "unicode_escape", "a\0b"],
+)
 def test_an_unknown_encoding_is_refused(encoding, tmp_path):
     with pytest.raises(UserError, match="is not a valid encoding"):
         read_dataset(write(tmp_path / "o.csv", CSV), encoding=encoding)

@@ -76,3 +76,11 @@ def test_an_extended_catalog_keeps_what_it_had_and_gives_back_its_first_items() 
 def test_an_unknown_item_is_named() -> None:
     with pytest.raises(UserError, match="item 'x' is not in the catalog of 4 items"):
         Catalog.from_codes(CODES, 4, ["a", "b", "c", "d"]).rows_of(["a", "x"])
+
+
+@pytest.mark.parametrize("counts", [[-1, 2], [float("nan"), 1.0], [0.5, 1.0], [1j, 2]])
+def test_counts_are_integers_from_0_on(counts: list) -> None:
+    with pytest.raises(UserError, match="counts must be integers from 0 on"):
+        Catalog.from_codes([[0], [0]], 1, shared=True, counts=counts)
+    found = Catalog.from_codes([[0], [0]], 1, shared=True, counts=[1.0, 2.0])  # type: ignore[list-item]
+    assert found.counts is not None and found.counts.tolist() == [1, 2]

@@ -190,6 +190,20 @@ def test_a_malformed_table_is_refused_with_its_row(tmp_path: Path, text: str, me
     assert str(path) in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"item": ["a"], "code_0": [{"x": 1}]}, {"item": ["a"], "codes": [[[1], [2]]]},
+        {"item": [["a"]], "code_0": [1]}, {"item": [b"\xff"], "code_0": [1]},
+    ],
+)  # fmt: skip
+def test_nested_and_binary_columns_are_refused(tmp_path: Path, columns: dict[str, list]) -> None:
+    path = tmp_path / "codes.parquet"
+    pl.DataFrame(columns).write_parquet(path)
+    with pytest.raises(UserError, match=r"codes\.parquet: column .* is of type"):
+        Catalog.read(path)
+
+
 def test_a_start_without_a_codebook_size_is_refused_and_the_fix_works(tmp_path: Path) -> None:
     path = tmp_path / "codes.csv"
     path.write_text("item,code_0,code_1\n1,2,0\n5,3,1\n")
@@ -226,7 +240,13 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("value", [torch.zeros(2), torch.zeros(2, 2), torch.rand(2, 3), {"codes": 1}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(2), torch.zeros(2, 2), torch.rand(2, 3), {"codes": 1},
+        torch.zeros(2, 3, dtype=torch.complex64), torch.eye(3)[:2].to_sparse(),
+    ],
+)  # fmt: skip
 def test_another_tensor_than_codes_is_refused(tmp_path: Path, value: Any) -> None:
     torch.save(value, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt"):

@@ -21,6 +21,7 @@ MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+NOT_CHARSETS = ("undefined", "idna", "punycode", "utf-7", "unicode-escape", "raw-unicode-escape")
 DAMAGED = (OSError, EOFError, zlib.error)
 ENCODING_FIX = "name the file's encoding, for example --encoding cp1252, latin-1 or utf-16"
 
@@ -37,9 +38,10 @@ def empty_file(path: Path) -> UserError:
 def check_encoding(name: str) -> None:
     """UserError for a name that is not a text encoding of Python; "" is UTF-8, or what the mark says."""
     try:
-        if name and not codecs.lookup(name)._is_text_encoding:
+        found = codecs.lookup(name or UTF8)
+        if not found._is_text_encoding or found.name in NOT_CHARSETS:
             raise LookupError
-    except LookupError:
+    except (LookupError, ValueError):
         raise UserError(
             f"{name!r} is not a valid encoding", fix="--encoding cp1252, latin-1 or utf-16"
         ) from None
