@@ -33,6 +33,7 @@ from cemg.manifest import (
     describe,
     place_of,
     read_clock,
+    remedy,
     renew,
     stages_of,
     verify,
@@ -242,7 +243,7 @@ class Run:
                 raise UserError(
                     f"{self.folder} is between two trainings",
                     cause=f"its {stage} was not made of the {name} that is there now",
-                    fix=f"cemg-train --run {self.folder} continues it",
+                    fix=f"restore it from a copy, or build it again: {remedy(self.path(stage))}",
                 )
 
     def locked(self) -> AbstractContextManager[None]:

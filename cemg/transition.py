@@ -12,10 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 from cemg import files
 from cemg.artifacts import read_json, read_tensors, read_text
 from cemg.changes import IMAGES, data_changed, flat, settings_changed
-from cemg.config import RunConfig, config_text, load_config
+from cemg.config import RunConfig, config_text, generator_of, load_config
 from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
-from cemg.manifest import CONFIG, STAGES, Manifest, verify
+from cemg.manifest import CONFIG, STAGES, Manifest, check_origin, remedy, verify
 from cemg.progress import console
 from cemg.run import CHECKPOINT, NEXT, PENDING, Run
 
@@ -42,7 +42,7 @@ class Transition:
 
     def begin(self) -> None:
         """Ask about changed settings, then write them: an interrupted training continues with them."""
-        pending, own = _readable(self.pending), _readable(self.run.path(CONFIG))
+        pending, own = _readable(self.pending), _trained_with(self.run)
         if pending is not None and self.run.approved() and _alike(pending, self.asked):
             self.agreed = self.named = True  # when that training was started
         base = own if self.run.finished() else pending
@@ -68,10 +68,26 @@ class Transition:
                 said = f"{error.message}: {error.cause}" if error.cause else error.message
                 self._ask([said], damaged=True, catalog=loses)
             return
-        rebuilt = self.rebuild and manifest.key == self.run.keys[name]
-        if loses or (not rebuilt and self._valuable()):
-            changes = self._changes(name, old, manifest, config)
-            self._ask(changes, catalog=name != "generator")
+        foreign = self._foreign(name, manifest)
+        if loses or (self._valuable() and not (foreign and self.rebuild)):
+            changes = [foreign] if foreign else self._changes(name, old, manifest, config)
+            self._ask(changes, damaged=bool(foreign), catalog=loses if foreign else name != "generator")
+
+    def _foreign(self, name: str, manifest: Manifest) -> str | None:
+        """Says so where a stage came from another run: it was made of other stages than those that are here,
+        or those here of another one, which the settings of now make."""
+        key = self.run.keys[name]
+        made_of = check_origin(self.run.path, manifest)
+        if manifest.key == key and made_of is not None:
+            return f"its {name} was not made of the {made_of} that is there now"
+        for other in STAGES:
+            with suppress(DamagedError):
+                if Manifest.read(self.run.path(other)).inputs.get(name) == key != manifest.key:
+                    return f"its {other} was not made of the {name} that is there now"
+        path = self.run.path(CONFIG)
+        if name == "generator" and path.is_file() and generator_of(path) == key != manifest.key:
+            return f"{path} names another generator than {self.run.path(name)}"
+        return None
 
     def data_guard(self, data: Dataset, images: list[str | None]) -> Callable[..., None]:
         """``guard`` for the stage of the data, which says what differs in them."""
@@ -138,12 +154,24 @@ def settings_file(folder: Path, *, rebuild: bool = False) -> Path | None:
         if path.exists() or path.is_symlink():
             try:
                 load_config(path, own=True)
+                if path.name == CONFIG:
+                    check_generator(run)
                 return path
             except DamagedError as error:
                 return _restored(run, error, rebuild=rebuild)
     if not run.started():
         return None
     return _restored(run, DamagedError(f"{folder} has stages but no {CONFIG}"), rebuild=rebuild)
+
+
+def check_generator(run: Run) -> None:
+    """DamagedError where a run's settings name another generator than the one that belongs to its stages."""
+    path, stage = run.path(CONFIG), run.path("generator")
+    named = generator_of(path)
+    manifest = Manifest.read(stage) if named is not None and stage.is_dir() else None
+    if manifest is not None and named != manifest.key and check_origin(run.path, manifest) is None:
+        cause = f"it names another generator than {stage}"
+        raise DamagedError(f"{path} belongs to another run", cause=cause, fix=remedy(stage))
 
 
 def _restored(run: Run, error: DamagedError, *, rebuild: bool) -> Path:
@@ -186,6 +214,18 @@ def _readable(path: Path) -> RunConfig | None:
         return load_config(path, own=True) if path.is_file() else None
     except UserError:
         return None
+
+
+def _trained_with(run: Run) -> RunConfig | None:
+    """The settings in a run's config.yaml, or those that its stages record where that is another run's."""
+    own = _readable(run.path(CONFIG))
+    if own is None:
+        return None
+    try:
+        check_generator(run)
+    except DamagedError:
+        return recorded_settings(run) or own
+    return own
 
 
 def _alike(one: RunConfig, other: RunConfig) -> bool:

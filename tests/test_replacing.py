@@ -370,6 +370,55 @@ def test_an_invalid_setting_of_a_new_run_is_not_kept(training, tmp_path, capsys)
     assert not (run / ".config.next.yaml").exists()
 
 
+@pytest.fixture(scope="module")
+def other_run(tiny_run: Path, tmp_path_factory, feature_cache, command) -> Path:
+    """A finished run with other data, codes and weights."""
+    run = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("other") / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_test", lambda *_, **__: None)
+        changed = ("--force", "--seed", 3, "--set", "generator.epochs=2", "--cache", feature_cache)
+        assert command(train.main, "--run", run, *changed) == 0
+    return run
+
+
+@pytest.mark.parametrize("name", ["data", "features", "graph", "tokenizer", "catalog", "generator"])
+def test_a_stage_copied_from_another_run_is_built_again_by_the_printed_fix(
+    copy, other_run, command, training, capsys, name
+):
+    before = state(copy)
+    shutil.rmtree(copy / name)
+    shutil.copytree(other_run / name, copy / name)
+    lines = error_of(capsys, command(recommend.main, "--run", copy, "--history", "item-0001"))
+    fix = lines[-1].partition("cemg-train --run ")[2].split()
+    assert fix == [str(copy), "--rebuild"]
+    lines = error_of(capsys, training(copy))
+    assert lines[-1].partition("cemg-train --run ")[2].split() == fix
+    assert training(*fix) == 0
+    after = state(copy)
+    differ = {n for n in before if before[n] != after[n]}  # the data name the places of pictures
+    assert {n.split("/")[0] for n in differ} <= {"data", name} and hidden(copy) == set()
+    for weights in ("generator/weights.safetensors", "catalog/catalog.safetensors"):
+        assert after[weights] == before[weights]
+    assert command(recommend.main, "--run", copy, "--history", "item-0001") == 0
+
+
+def test_settings_copied_from_another_run_are_restored_by_the_printed_fix(
+    copy, other_run, command, training, capsys
+):
+    before = state(copy)
+    shutil.copy(other_run / "config.yaml", copy)
+    for call in (
+        lambda: command(recommend.main, "--run", copy, "--history", "item-0001"),
+        lambda: training(copy),
+    ):
+        lines = error_of(capsys, call())
+        assert lines[0] == f"error: {copy}/config.yaml belongs to another run"
+        fix = lines[-1].partition("cemg-train --run ")[2].split()
+        assert fix == [str(copy), "--rebuild"]
+    assert training(*fix) == 0
+    assert state(copy) == before
+
+
 # ---- leftovers
 
 
