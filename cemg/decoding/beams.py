@@ -152,32 +152,40 @@ def token_count(mask: Tensor) -> int | None:
     return int((mask != 0).sum()) if mask.device.type == "cpu" else None
 
 
-def trimmed(
-    input_ids: Tensor, attention_mask: Tensor, *, causal: bool, relative: bool = True
-) -> tuple[Tensor, Tensor]:
+def trimmed(input_ids: Tensor, attention_mask: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Prompts [B, S] as every path reads them, without the columns that hold no token.
 
-    ``causal``: prompts of a decoder-only model, padded on the left; padding behind or between tokens is moved
-    there, so that the answer does not depend on it. An encoder reads tokens where they are; unless its
-    positions are ``relative``, the columns before all tokens stay. On a GPU, which would have to be waited
-    for, no column is cut off.
+    ``causal``: prompts of a decoder-only model, whose padding is moved to the left; an encoder's is moved to
+    the right, so that its tokens have the positions of a prompt alone. The answer does not depend on where
+    the padding was. On a GPU, which would have to be waited for, no column is cut off.
     """
+    pad = left_padded if causal else right_padded
     if attention_mask.device.type != "cpu":
-        return left_padded(input_ids, attention_mask) if causal else (input_ids, attention_mask)
+        return pad(input_ids, attention_mask)
     held = (attention_mask != 0).numpy()  # NumPy's calls cost a fraction of torch's at this size
     if np.count_nonzero(held) == held.size:
         return input_ids, attention_mask
-    if causal and np.count_nonzero(held[:, 1:] < held[:, :-1]):
-        input_ids, attention_mask = left_padded(input_ids, attention_mask)
+    before, after = (held[:, :-1], held[:, 1:]) if causal else (held[:, 1:], held[:, :-1])
+    if np.count_nonzero(before > after):
+        input_ids, attention_mask = pad(input_ids, attention_mask)
         held = (attention_mask != 0).numpy()
     if np.count_nonzero(held[:, 0]) and np.count_nonzero(held[:, -1]):
         return input_ids, attention_mask
     used = attention_mask.any(0).nonzero()
-    columns = slice(int(used[0]) if causal or relative else 0, int(used[-1]) + 1)
+    columns = slice(int(used[0]), int(used[-1]) + 1)
     return input_ids[:, columns], attention_mask[:, columns]
 
 
 def left_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same prompts [B, S] with each one's tokens at the right end, in their order."""
-    order = (attention_mask != 0).byte().argsort(dim=1, stable=True)
+    return _moved(input_ids, attention_mask, first=False)
+
+
+def right_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same prompts [B, S] with each one's tokens at the left end, in their order."""
+    return _moved(input_ids, attention_mask, first=True)
+
+
+def _moved(input_ids: Tensor, attention_mask: Tensor, *, first: bool) -> tuple[Tensor, Tensor]:
+    order = (attention_mask != 0).byte().argsort(dim=1, stable=True, descending=first)
     return input_ids.gather(1, order), attention_mask.gather(1, order)

@@ -222,8 +222,7 @@ class Decoder:
 
     def trimmed(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Prompts [B, S] as the plan reads them, without needless padding."""
-        relative = isinstance(self.plan, (NativePlan, T5Plan))
-        return trimmed(input_ids, attention_mask, causal=self.causal, relative=relative)
+        return trimmed(input_ids, attention_mask, causal=self.causal)
 
     def check_places(self, mask: Tensor) -> None:
         """UserError where a step in PyTorch would feed a token behind the learned positions. The C++ looks at

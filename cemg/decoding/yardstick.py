@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from cemg.decoding.beams import left_padded
+from cemg.decoding.beams import left_padded, right_padded
 from cemg.decoding.engine import Normalize, Recommendations, check_fit
 from cemg.decoding.eval_mode import evaluating
 from cemg.decoding.members import with_members
@@ -55,7 +55,9 @@ class TransformersDecoder:
         """The leaves that ``generate`` ends on, by the ids that the trie gives them."""
         device = self.model.device
         prompt = 1  # the decoder's start
-        if not self.model.config.is_encoder_decoder:
+        if self.model.config.is_encoder_decoder:
+            input_ids, attention_mask = right_padded(input_ids, attention_mask)
+        else:
             input_ids, attention_mask = left_padded(input_ids, attention_mask)
             prompt = input_ids.shape[1]
         settings = GenerationConfig(

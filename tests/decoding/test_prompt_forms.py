@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BartConfig, BartForConditionalGeneration
 
 from cemg.decoding import Decoder, TransformersDecoder, score_all
-from cemg.decoding.beams import left_padded, trimmed
+from cemg.decoding.beams import left_padded, right_padded, trimmed
 from cemg.errors import UserError
 
-from .conftest import START, VOCABULARY, Bench, random_catalog
+from . import families
+from .conftest import START, Bench, random_catalog
+from .test_families import forward_scores
 from .test_fast_paths import SHAPES, build
 
 BACKENDS = ["native", "torch", "reference", "transformers"]
@@ -63,39 +64,27 @@ def test_the_exact_searches_take_the_same_forms(form, backend, same_lists):
     torch.testing.assert_close(score_all(decoder, *moved), score_all(decoder, ids, mask), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["left", "right", "mixed"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_encoder_answers_alike_wherever_padding_is(backend, form, same_lists):
-    """A T5's positions are relative; a gap would be a distance, on every path the same."""
     made = Bench(build(*SHAPES["t5 tied"]), random_catalog(60, 1))
     ids, mask = made.prompts([7, 2, 5])
     expected = Decoder(made.model, made.catalog, START).decode(ids, mask, 20)
     same_lists(decoder_of(backend, made).decode(*in_form(form, ids, mask), 20), expected)
 
 
-def test_a_gap_in_an_encoders_prompt_is_the_same_distance_on_every_path(same_lists):
-    made = Bench(build(*SHAPES["t5 tied"]), random_catalog(60, 1))
-    ids, mask = in_form("gaps", *made.prompts([7, 2, 5]))
-    found = [decoder_of(backend, made).decode(ids, mask, 20) for backend in BACKENDS]
-    for each in found[:-1]:
-        same_lists(each, found[-1])
-
-
-def test_an_encoder_with_absolute_positions_reads_tokens_where_they_are(same_lists):
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-             "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}  # fmt: skip
-    model = BartForConditionalGeneration(
-        BartConfig(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-                   decoder_start_token_id=2, forced_eos_token_id=None, init_std=0.2, **sizes)
-    ).eval()  # fmt: skip
-    made = Bench(model, random_catalog(60, 1))
-    for form in ("left", "right"):
-        prompts = in_form(form, *made.prompts([7, 2, 5]))
-        same_lists(
-            decoder_of("reference", made).decode(*prompts, 20),
-            decoder_of("transformers", made).decode(*prompts, 20),
-        )
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["bart", "longt5", "t5"])
+def test_an_encoder_scores_as_its_plain_forward_wherever_padding_is(name, form):
+    """BART has absolute positions; LongT5 sums up blocks of 4 tokens, counted from the first place."""
+    more = {"encoder_attention_type": "transient-global", "global_block_size": 4, "local_radius": 3}
+    made = Bench(families.build(name, True, **(more if name == "longt5" else {})), random_catalog(60, 1))
+    ids, mask = made.prompts([19, 2, 5, 12])
+    decoder = Decoder(made.model, made.catalog, START)
+    found = decoder.decode(*in_form(form, ids, mask), 60)
+    for row in range(len(ids)):
+        expected = forward_scores(made.model, made.catalog, ids[row][mask[row].bool()]).sum(0)
+        torch.testing.assert_close(found.scores[row], expected[found.items[row]], rtol=0, atol=1e-3)
 
 
 def test_tokens_keep_their_order_and_prompts_that_fit_are_not_copied():
@@ -103,12 +92,15 @@ def test_tokens_keep_their_order_and_prompts_that_fit_are_not_copied():
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1]])
     moved, there = left_padded(ids, mask)
     assert moved.tolist() == [[0, 5, 6, 7], [0, 0, 8, 9]] and there.tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
-    moved, there = moved[:, 1:], there[:, 1:]
-    for causal in (True, False):
-        again, same = trimmed(moved, there, causal=causal)
-        assert again is moved and same is there
+    first, held = right_padded(ids, mask)
+    assert first.tolist() == [[5, 6, 7, 0], [8, 9, 0, 0]] and held.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    for causal, prompts in ((True, (moved[:, 1:], there[:, 1:])), (False, (first[:, :3], held[:, :3]))):
+        again, same = trimmed(*prompts, causal=causal)
+        assert again is prompts[0] and same is prompts[1]
     cut, short = trimmed(F.pad(ids, (2, 1)), F.pad(mask, (2, 1)), causal=True)
     assert cut.tolist() == [[5, 6, 7], [0, 8, 9]] and short.tolist() == [[1, 1, 1], [0, 1, 1]]
+    cut, short = trimmed(F.pad(ids, (2, 1)), F.pad(mask, (2, 1)), causal=False)
+    assert cut.tolist() == [[5, 6, 7], [8, 9, 0]] and short.tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_padding_on_the_right_takes_no_places():
