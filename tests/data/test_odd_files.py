@@ -432,3 +432,25 @@ def test_a_folder_of_unknown_files_is_refused_with_what_it_holds(tmp_path):
         read_dataset(tmp_path)
     assert refused.value.cause == "it holds orders.csv, products.csv"
     assert "--interactions FILE --items FILE" in str(refused.value)
+
+
+BROKEN = {  # a table, and what its error says
+    "a quote that is not closed": (CSV.replace("b,y", 'b,"y'), "line 4: a quoted field is not closed"),
+    "text behind a quote": (CSV.replace("b,y", 'b,"y"q'), "line 4: a quoted field is not closed, or text"),
+    "carriage returns": (CSV.replace("\n", "\r"), "line 1: lines end with a carriage return alone"),
+    "a column twice": ("user,item,timestamp,item\na,x,1,y\n", "line 1: two columns are called 'item'"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_table_is_refused_with_its_line(name, tmp_path):
+    content, said = BROKEN[name]
+    with pytest.raises(UserError) as refused:
+        read_dataset(write(tmp_path / "o.csv", content), min_count=0)
+    assert f"o.csv, {said}" in refused.value.message and "\n" not in refused.value.message
+
+
+def test_users_that_differ_only_in_form_are_said_too(tmp_path):
+    write(tmp_path / "o.csv", "user,item,timestamp\n1.0,x,1\n1,x,2\n")
+    notes = " ".join(read_dataset(tmp_path / "o.csv", min_count=0).notes)
+    assert "2 user ids differ from another one only in form, such as '1.0' and '1'" in notes

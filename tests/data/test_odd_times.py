@@ -107,6 +107,7 @@ BAD_TIMES = {
     "numbers and dates": (["5", "2020-01-01", "2020-01-02"], "mixes numbers and dates: here '5'"),
     "a day that is none": (["2020-01-01", "2020-02-30"], "is '2020-02-30', which is not a time"),
     "day first": (["31.12.2020", "30.12.2020"], "is '31.12.2020', which is not a time"),
+    "a zone that is none": (["2020-01-01T10:00:00+99:00", "2020-01-01"], "is '2020-01-01T10:00:00+99:00'"),
     "words": (["soon", "later"], "is 'soon', which is not a time"),
     "infinite": (["inf", "1"], "is 'inf', which is not a time"),
     "beyond": (["99999999999999999999", "1"], "is '99999999999999999999', which is not a time"),

@@ -63,6 +63,20 @@ def check_width(file: TextFile, *, separator: str, quoted: bool) -> None:
             )
 
 
+def check_quotes(file: TextFile, *, separator: str) -> None:
+    """Raise for the first record of a table whose quoted field is not closed, or goes on behind it."""
+    rows = csv.reader(file.lines(), delimiter=separator, strict=True)
+    begin = 1
+    try:
+        for _ in rows:
+            begin = rows.line_num + 1
+    except csv.Error:
+        raise bad_line(
+            file.path, begin, "a quoted field is not closed, or text follows its closing quote",
+            fix='write a quote within a quoted field twice: "say ""hi"""',
+        ) from None  # fmt: skip
+
+
 def line_of_record(file: TextFile, record: int, *, separator: str, quoted: bool, header: bool) -> int:
     """The line on which a table's record (from 0, blank lines and the header not counted) ends."""
     rows = csv.reader(file.lines(), delimiter=separator, quotechar='"' if quoted else None)

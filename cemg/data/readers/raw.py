@@ -93,7 +93,14 @@ def assemble(raw: Raw, filters: Filters, *, images: Path | None = None) -> Datas
         texts=about["text"].to_list(),
         images=paths,
         tie_rule=raw.order or tie_rule(filters.ties, filters.seed),
-        notes=[*raw.notes, *dropped, *_alike_ids(items), *described, *pictures],
+        notes=[
+            *raw.notes,
+            *dropped,
+            *_alike_ids(users, "user"),
+            *_alike_ids(items, "item"),
+            *described,
+            *pictures,
+        ],
     )
 
 
@@ -157,16 +164,16 @@ def _bought_items(rows: pl.DataFrame, catalog: list[str] | None) -> pl.Series:
     return pl.Series("item", [item for item in catalog if item in left])
 
 
-def _alike_ids(items: pl.Series) -> list[str]:
-    """A note where two items' ids differ only in form, as 108 and 0108."""
-    forms = items.to_frame("item").with_columns(canonical(pl.col("item")).alias("plain"))
+def _alike_ids(ids: pl.Series, what: str) -> list[str]:
+    """A note where two ids differ only in form, as 108 and 0108."""
+    forms = ids.to_frame("id").with_columns(canonical(pl.col("id")).alias("plain"))
     alike = forms.filter(pl.len().over("plain") > 1)
     if alike.is_empty():
         return []
-    first = alike.filter(pl.col("plain") == alike["plain"][0])["item"].to_list()
+    first = alike.filter(pl.col("plain") == alike["plain"][0])["id"].to_list()
     return [
-        f"{alike.height:,} item ids differ from another one only in form, such as {first[0]!r} and "
-        f"{first[1]!r}: they stay different items"
+        f"{alike.height:,} {what} ids differ from another one only in form, such as {first[0]!r} and "
+        f"{first[1]!r}: they stay different {what}s"
     ]
 
 

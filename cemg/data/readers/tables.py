@@ -10,13 +10,14 @@ import polars as pl
 
 from cemg.data.readers.columns import COLUMNS_FIX, ITEM_IDS, ColumnNames
 from cemg.data.readers.limits import check_source
-from cemg.data.readers.lines import READ_ERRORS, check_lines, check_width, line_of_record
+from cemg.data.readers.lines import READ_ERRORS, check_lines, check_quotes, check_width, line_of_record
 from cemg.data.readers.textfile import TextFile, bad_line, empty_file
 from cemg.data.readers.values import Refuse, read_ids, read_numbers, read_times
 from cemg.errors import UserError
 
 SEPARATORS = (",", ";", "\t", "|")
 SEPARATOR_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
+AGAIN = "_duplicated_0"  # what Polars appends to a name that it reads a second time
 PARQUET = ".parquet"
 
 
@@ -39,6 +40,9 @@ class Table:
         """A column; UserError lists those there are. A missing value is refused with its line."""
         if name not in self.frame.columns:
             raise self.no_column(name)
+        again = f"{name}{AGAIN}" in self.frame.columns
+        if again and self.text is not None and AGAIN not in self.text.first_line():
+            raise bad_line(self.path, 1, f"two columns are called {name!r}", fix="rename one of them")
         series = self.frame[name]
         if series.null_count():
             raise self.refuse(series.is_null(), f"column {name!r} is empty", None)
@@ -122,6 +126,8 @@ def shards(folder: Path) -> list[Path]:
 
 
 def _checked(table: Table) -> Table:
+    if table.text is not None and any("\r" in name for name in table.frame.columns):
+        raise bad_line(table.path, 1, "lines end with a carriage return alone", fix="end them with a newline")
     blank = pl.all_horizontal(pl.all().is_null())
     if table.frame.is_empty() or table.frame.filter(~blank).is_empty():
         raise empty_file(table.path)
@@ -155,6 +161,8 @@ def _read_csv(file: TextFile, *, separator: str, quoted: bool, header: bool) -> 
     except READ_ERRORS as error:
         check_lines(file, lambda line: None)
         check_width(file, separator=separator, quoted=quoted)
+        if quoted:
+            check_quotes(file, separator=separator)
         try:
             return read(truncate=True)  # what is too much is empty
         except READ_ERRORS:

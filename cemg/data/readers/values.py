@@ -20,7 +20,7 @@ TIME_FIX = "write times as numbers, or as dates such as 2018-07-07 or 2018-07-07
 MOMENT = (
     r"^(?<year>\d{4})[-/](?<month>\d{1,2})[-/](?<day>\d{1,2})"
     r"(?:[T ]+(?<hour>\d{1,2}):(?<minute>\d{2})(?::(?<second>\d{2})(?:[.,](?<fraction>\d{1,9}))?)?)?"
-    r"\s*(?<zone>[Zz]|UTC|GMT|[+-]\d{2}(?::?\d{2})?)?$"
+    r"\s*(?<zone>[Zz]|UTC|GMT|[+-](?:0\d|1[0-4])(?::?[0-5]\d)?)?$"
 )
 CLOCK = "%Y-%m-%d %H:%M:%S"
 MICROSECOND = 1_000_000
