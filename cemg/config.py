@@ -149,6 +149,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_finite(self)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}", fix="--seed 0")
         for name in self.without:
             if name not in WITHOUT:
                 raise UserError(f"--without {name}: no such part", fix=f"one of {', '.join(WITHOUT)}")

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, ClassVar
 
 import torch
@@ -60,7 +61,7 @@ class Manifest:
 def remedy(stage: Path) -> str:
     """The command that builds a damaged stage again."""
     run = stage.parent.parent if hidden(stage.parent) else stage.parent
-    return f"cemg-train --run {run} --rebuild"
+    return f"cemg-train --run {quote(str(run))} --rebuild"
 
 
 def verify(stage: Path, names: Iterable[str] | None = None) -> Manifest:

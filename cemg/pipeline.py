@@ -126,8 +126,11 @@ class Pipeline:
         try:
             for stage in STAGES:
                 getattr(self, stage)()
-        except UserError as error:
-            if not isinstance(error, files.StorageError):  # after which the same settings are tried again
+        except Exception as error:
+            # the same settings are tried again after a full disk; a checkpoint shows that they work
+            transient = isinstance(error, OSError | MemoryError | files.StorageError)
+            trained = not isinstance(error, UserError) and self.run.trains()
+            if not transient and not trained:
                 self.transition.withdraw()
             raise
         self.transition.commit()

@@ -163,6 +163,10 @@ class Run:
     def approved(self) -> bool:
         return (self.folder / NEXT).is_dir()
 
+    def trains(self) -> bool:
+        """Whether there is a checkpoint of an unfinished generator."""
+        return any((base / CHECKPOINT).exists() for base in (self.folder, self.folder / NEXT))
+
     def retrained(self) -> bool:
         """Whether stages, or a checkpoint, of an unfinished retraining are there."""
         fresh = self.folder / NEXT

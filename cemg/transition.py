@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -17,7 +18,7 @@ from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
 from cemg.manifest import CONFIG, STAGES, Manifest, check_origin, remedy, verify
 from cemg.progress import console
-from cemg.run import CHECKPOINT, NEXT, PENDING, Run
+from cemg.run import PENDING, Run
 
 DISCARDED = "the interrupted retraining"
 REMOVED = "that cemg-catalog added are removed"  # what a question says of added items
@@ -127,8 +128,7 @@ class Transition:
 
     def _valuable(self) -> bool:
         """Whether there is a trained generator, or one in training."""
-        places = (self.run.folder / CHECKPOINT, self.run.folder / NEXT / CHECKPOINT)
-        return self.run.finished() or self.run.path("generator").exists() or any(p.exists() for p in places)
+        return self.run.finished() or self.run.path("generator").exists() or self.run.trains()
 
     def withdraw(self) -> None:
         """After an error that the settings caused: they are not resumed, and the run is what it was."""
@@ -177,10 +177,12 @@ def check_generator(run: Run) -> None:
 def _restored(run: Run, error: DamagedError, *, rebuild: bool) -> Path:
     settings = recorded_settings(run)
     if settings is None:
-        fix = f"name its data and settings: cemg-train --run {run.folder} --data DATA --config FILE"
+        fix = (
+            f"name its data and settings: cemg-train --run {quote(str(run.folder))} --data DATA --config FILE"
+        )
         raise DamagedError(error.message, cause=error.cause, fix=fix) from error
     if not rebuild:
-        fix = f"restore those that it was trained with: cemg-train --run {run.folder} --rebuild"
+        fix = f"restore those that it was trained with: cemg-train --run {quote(str(run.folder))} --rebuild"
         raise DamagedError(error.message, cause=error.cause, fix=fix) from error
     said = f"{error.message}: restored from what the stages of {run.folder} were built with"
     console.print(said, highlight=False, soft_wrap=True, markup=False)

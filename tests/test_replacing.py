@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -246,6 +247,34 @@ def test_an_interrupted_retraining_is_not_discarded_unasked(shop, training, monk
     assert training(run, *original, "--force") == 0
     assert hidden(run) == set() and state(run).keys() == before.keys()
     assert load(run).seed == 0
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_of_random_numbers_takes_is_refused(copy, training, capsys, seed):
+    lines = error_of(capsys, training(copy, "--seed", seed))
+    assert lines[0] == f"error: seed must be from 0 to 4294967295, got {seed}"
+    assert training(copy) == 0
+
+
+def test_settings_that_end_in_a_fault_of_the_program_are_not_continued_with(copy, training, monkeypatch):
+    before = state(copy)
+
+    def fails(*_: object) -> None:
+        raise ValueError("not a value")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="not a value"):
+        patch.setattr(Pipeline, "_build_tokenizer", fails)
+        training(copy, "--force", "--set", "tokenizer.epochs=1")
+    assert not (copy / ".config.next.yaml").exists()
+    assert training(copy) == 0 and state(copy) == before
+
+
+def test_printed_commands_quote_a_run_with_a_space_in_its_name(copy, training, capsys):
+    run = copy.rename(copy.with_name("my run"))
+    (run / "generator" / "vocabulary.json").write_text("{")
+    lines = error_of(capsys, training(run))
+    fix = shlex.split(lines[2].partition("cemg-train --run ")[2])
+    assert fix == [str(run), "--rebuild"] and training(*fix) == 0
 
 
 # ---- data

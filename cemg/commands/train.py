@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -140,7 +141,7 @@ def train(
     folder = Run(run)
     with folder.locked():
         command.say_if_interrupted(
-            f"finished stages and the last checkpoint are kept; cemg-train --run {run} continues"
+            f"finished stages and the last checkpoint are kept; cemg-train --run {quote(str(run))} continues"
         )
         pipeline = Pipeline(folder, chosen, device=device, cache=cache)
         pipeline.train(agree=None if force else partial(_agree, run), rebuild=rebuild)
@@ -214,12 +215,14 @@ def _agree(run: Path, changes: list[str], damaged: bool) -> None:
             console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
         if typer.confirm("Build it again?" if damaged else "Replace it?", err=True):
             return
-    fix = f"--force replaces it; another --run keeps it; without a change: cemg-train --run {run}"
+    fix = f"--force replaces it; another --run keeps it; without a change: cemg-train --run {quote(str(run))}"
     if interrupted:
-        fix = f"continue it: cemg-train --run {run}; discard it: the same command with --force"
+        fix = f"continue it: cemg-train --run {quote(str(run))}; discard it: the same command with --force"
     if damaged:
         forced = " --force" if any(REMOVED in change for change in changes) else ""
-        fix = f"restore it from a copy, or build it again: cemg-train --run {run} --rebuild{forced}"
+        fix = (
+            f"restore it from a copy, or build it again: cemg-train --run {quote(str(run))} --rebuild{forced}"
+        )
     raise UserError(what, cause="; ".join(shown), fix=fix)
 
 
