@@ -38,7 +38,7 @@ from cemg.generator import (
     weights_of,
 )
 from cemg.graph import train_lightgcn
-from cemg.manifest import CONFIG, STAGES, Manifest, read_clock, remedy, verify, write_clock
+from cemg.manifest import CONFIG, STAGES, Manifest, read_clock, remedy, stages_of, verify, write_clock
 from cemg.preflight import check_before_training
 from cemg.progress import console
 from cemg.removed import read_removed
@@ -87,6 +87,7 @@ class Pipeline:
     ) -> None:  # fmt: skip
         self.run, self.asked, self.config, self.device = run, config, config.seeded(), device
         self.verify = verify
+        self.opened: dict[str, tuple[str, str | None]] = {}  # of a run that is read: its stages, by name
         self.transition: Transition | None = None  # of a training
         self.images: list[Path | None] | None = None  # where the pictures are now; the data may name others
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
@@ -104,6 +105,7 @@ class Pipeline:
         if not run.finished():
             settings_file(folder)  # raises where it is damaged
             raise UserError(f"the training of {folder} has not ended", fix=f"cemg-train --run {folder}")
+        opened = _stages(folder) if verify else {}
         path = run.path(CONFIG)
         config, generator = own_settings(run), generator_of(path)
         if verify:
@@ -112,7 +114,20 @@ class Pipeline:
                 cause = f"{path} names another generator than {run.path('generator')}"
                 fix = remedy(run.path("generator"))
                 raise DamagedError(f"{path} belongs to another run", cause=cause, fix=fix)
-        return cls(run, config, device=device, verify=verify)
+        pipeline = cls(run, config, device=device, verify=verify)
+        pipeline.opened = opened
+        pipeline.check_unchanged()
+        return pipeline
+
+    def check_unchanged(self) -> None:
+        """UserError where a training has replaced a stage since the run was opened: what is read now does
+        not belong to what was read before. Items that were added to the catalog change nothing."""
+        if self.opened and _stages(self.run.folder) != self.opened:
+            raise UserError(
+                f"{self.run.folder} was trained anew while it was opened",
+                cause="what was read before belongs to other stages",
+                fix="open it again",
+            )
 
     def train(self, *, agree: Callable[[list[str], bool], None] | None = None, rebuild: bool = False) -> None:
         """Data, features, graph, tokenizer, catalog, generator, in this order.
@@ -367,7 +382,9 @@ class Pipeline:
     def load_data(self) -> Dataset:
         for name in Dataset.FILES:
             self.file("data", name)
-        return Dataset.load(self.run.path("data"))
+        data = Dataset.load(self.run.path("data"))
+        self.check_unchanged()
+        return data
 
     def load_features(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Raw e_v, e_t, e_c after PCA and LightGCN, and which items have them, by modality."""
@@ -382,7 +399,9 @@ class Pipeline:
     def load_catalog(self) -> Catalog:
         for name in Catalog.FILES:
             self.file("catalog", name)
-        return Catalog.load(self.run.path("catalog"))
+        catalog = Catalog.load(self.run.path("catalog"))
+        self.check_unchanged()
+        return catalog
 
     def added_titles(self) -> dict[str, str]:
         """Titles of the items that were added to the catalog, by item id."""
@@ -397,7 +416,9 @@ class Pipeline:
     def load_tokenizer(self) -> Tokenizer:
         for name in Tokenizer.FILES:
             self.file("tokenizer", name)
-        return Tokenizer.load(self.run.path("tokenizer"))
+        tokenizer = Tokenizer.load(self.run.path("tokenizer"))
+        self.check_unchanged()
+        return tokenizer
 
     def load_generator(self) -> tuple[PreTrainedModel, Vocabulary]:
         """The trained model on the device, float32, in evaluation mode; UserError for another catalog's."""
@@ -412,6 +433,7 @@ class Pipeline:
         model, vocabulary = self._backbone(catalog)
         self._check_vocabulary(vocabulary)
         load_weights(model, path)
+        self.check_unchanged()
         model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps torch's own
         return model.eval(), vocabulary
 
@@ -499,6 +521,11 @@ class Pipeline:
             vocabulary, catalog.codes, history_items=self.config.generator.history_items,
             seq2seq=model.config.is_encoder_decoder,
         )  # fmt: skip
+
+
+def _stages(folder: Path) -> dict[str, tuple[str, str | None]]:
+    """Key and contents of each finished stage of a run."""
+    return {name: (made.key, made.contents) for name, made in stages_of(folder).items()}
 
 
 def make_decoder(

@@ -216,6 +216,7 @@ class Recommender:
                 pca = PCA.load(self.pipeline.file("features", projection))
                 values[name] = pca.transform(raw[name].values, raw[name].present)
                 present[name] = raw[name].present
+        self.pipeline.check_unchanged()
         return values, present
 
     def _id(self, item: str | int) -> str | int:

@@ -1,0 +1,60 @@
+"""A run that is trained anew while a program has it open."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cemg import Recommender, files
+from cemg.artifacts import read_json, signed
+from cemg.commands import catalog
+from cemg.errors import UserError
+from cemg.manifest import MANIFEST
+from cemg.pipeline import Pipeline
+
+READS: dict[str, Callable[[Pipeline], object]] = {
+    "data": Pipeline.load_data,
+    "catalog": Pipeline.load_catalog,
+    "tokenizer": Pipeline.load_tokenizer,
+    "generator": Pipeline.load_generator,
+}
+
+
+def _retrain(run: Path, stage: str) -> None:
+    """As a training does that commits: the stage has another key."""
+    record = read_json(run / stage / MANIFEST, dict)
+    record.pop("sha256", None)
+    files.write_json(run / stage / MANIFEST, signed(record | {"key": "0" * len(record["key"])}))
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("stage", ["data", "catalog", "generator"])
+def test_a_run_that_was_trained_anew_since_it_was_opened_is_not_read(
+    tiny_run: Path, tmp_path: Path, read: str, stage: str
+):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    pipeline = Pipeline.open(tmp_path / "run")
+    READS[read](pipeline)
+    _retrain(tmp_path / "run", stage)
+    with pytest.raises(UserError, match="was trained anew while it was opened"):
+        READS[read](pipeline)
+
+
+def test_titles_and_codes_of_a_long_lived_recommender_are_of_its_own_run(tiny_run: Path, tmp_path: Path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    recommender = Recommender.from_run(tmp_path / "run")
+    _retrain(tmp_path / "run", "data")
+    for read in (recommender.titles, lambda: recommender.encode_items(["A thing"], [None])):
+        with pytest.raises(UserError, match="was trained anew while it was opened"):
+            read()
+
+
+def test_items_that_are_added_meanwhile_leave_a_recommender_open(tiny_run: Path, tmp_path: Path, command):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    recommender = Recommender.from_run(tmp_path / "run")
+    (tmp_path / "new.csv").write_text("item,title\nnew,A new thing\n")
+    assert command(catalog.main, "add", "--run", tmp_path / "run", "--items", tmp_path / "new.csv") == 0
+    assert recommender.titles()["new"] == "A new thing"
