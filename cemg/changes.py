@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cemg import files
-from cemg.artifacts import digest
+from cemg.artifacts import digest, read_json
 from cemg.config import RunConfig
 from cemg.data import Dataset
 from cemg.errors import UserError
@@ -124,11 +124,11 @@ def _picture_digest(path: Path) -> str:
 def _read_hashes(path: Path) -> dict[str, list[Any]]:
     """What an earlier call kept; nothing where that is missing or damaged: the pictures are read again."""
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json(path, dict[str, Any])
         entries, sha = record["pictures"], record["sha256"]
-        return dict(entries) if sha == digest(entries) else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, KeyError):
         return {}
+    return dict(entries) if sha == digest(entries) else {}
 
 
 def content_digest(data: Dataset, images: Sequence[str | None]) -> str:

@@ -309,9 +309,11 @@ def test_an_unchanged_picture_is_not_read_again(shop, training, monkeypatch):
     assert training(*arguments) == 0
     monkeypatch.setattr("cemg.changes.read_image_file", lambda path: pytest.fail(f"{path} is read again"))
     assert training(*arguments) == 0
-    (run / ".image-hashes.json").write_text("{")
-    with pytest.raises(pytest.fail.Exception, match="read again"):
-        training(*arguments)
+    for damaged in (lambda path: path.write_text("{"), os.mkfifo):
+        (run / ".image-hashes.json").unlink()
+        damaged(run / ".image-hashes.json")
+        with pytest.raises(pytest.fail.Exception, match="read again"):
+            training(*arguments)
 
 
 def test_changed_data_are_named_and_not_trained_on_unasked(shop, training, capsys):
