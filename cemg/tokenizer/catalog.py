@@ -108,7 +108,8 @@ class Catalog:
         for duplicate codes.
         """
         codes = torch.as_tensor(codes)
-        if codes.ndim != 2 or codes.dtype.is_floating_point or codes.dtype.is_complex:
+        integers = not (codes.dtype.is_floating_point or codes.dtype.is_complex)
+        if codes.ndim != 2 or codes.shape[1] == 0 or not integers:
             raise UserError(f"codes must be integers [items, levels], got {codes.dtype} {list(codes.shape)}")
         ids: list = range(len(codes)) if item_ids is None else item_ids  # type: ignore[assignment]
         ids = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)

@@ -156,3 +156,10 @@ def test_ids_of_two_kinds_are_refused():
 def test_negative_ids_are_refused_for_they_mean_no_item():
     with pytest.raises(UserError, match="these codes make no catalog"):
         Catalog.from_codes(CODES, 4, [-1, 0, 1, 2])
+
+
+def test_codes_without_a_level_are_refused():
+    with pytest.raises(
+        UserError, match=r"codes must be integers \[items, levels\], got torch.int64 \[3, 0\]"
+    ):
+        Catalog.from_codes(torch.empty(3, 0, dtype=torch.int64), 4)
