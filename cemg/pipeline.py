@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from cemg import files
@@ -40,7 +37,7 @@ from cemg.generator import (
 from cemg.graph import train_lightgcn
 from cemg.manifest import CONFIG, STAGES, Manifest, read_clock, remedy, stages_of, verify, write_clock
 from cemg.preflight import check_before_training
-from cemg.progress import console
+from cemg.progress import StageLog, console
 from cemg.removed import read_removed
 from cemg.run import Guard, Run
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog, Tokenizer, make_unique, read_items, train_tokenizer
@@ -48,34 +45,6 @@ from cemg.transition import Transition, own_settings, settings_file
 from cemg_kernels import ItemFilter, RequestFilter
 
 ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
-
-
-class StageLog:
-    """Writes a stage's figures to ``log.jsonl`` and to TensorBoard; one that ``resumes`` goes on there."""
-
-    def __init__(self, folder: Path, *, resumes: bool = False) -> None:
-        path = folder / "log.jsonl"
-        if not resumes:  # what an interrupted attempt wrote
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        if not resumes or not path.is_file():  # a pipe would wait for its reader
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self.lines = path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"))
-
-    def __call__(self, step: int, values: dict[str, float]) -> None:
-        self.lines.write(json.dumps({"step": step} | values) + "\n")
-        self.lines.flush()
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-
-    def __enter__(self) -> StageLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.lines.close()
-        self.board.close()
 
 
 class Pipeline:

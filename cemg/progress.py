@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 from typing import Protocol, TypeVar
 
 from rich.console import Console
@@ -71,3 +75,33 @@ def bar(
     with progress:
         yield lambda steps: progress.advance(task, steps)
         progress.update(task, total=progress.tasks[0].completed)
+
+
+class StageLog:
+    """Writes a stage's figures to ``log.jsonl`` and to TensorBoard; one that ``resumes`` goes on there."""
+
+    def __init__(self, folder: Path, *, resumes: bool = False) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a slow import that only training needs
+
+        path = folder / "log.jsonl"
+        if not resumes:  # what an interrupted attempt wrote
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        if not resumes or not path.is_file():  # a pipe would wait for its reader
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.lines = path.open("a")
+        self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self.lines.write(json.dumps({"step": step} | values) + "\n")
+        self.lines.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def __enter__(self) -> StageLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lines.close()
+        self.board.close()

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from cemg.config import load_config
 from cemg.errors import UserError
 from cemg.manifest import Manifest, describe
-from cemg.pipeline import Pipeline, StageLog
+from cemg.pipeline import Pipeline
+from cemg.progress import StageLog
 from cemg.recommender import Recommender
 from cemg.run import Run
 from cemg.tokenizer import Catalog
@@ -142,7 +143,7 @@ def test_a_generator_that_died_in_the_middle_resumes_to_the_same_weights(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cemg.pipeline.StageLog.__call__", dying)
+        patch.setattr("cemg.progress.StageLog.__call__", dying)
         pipeline(copy).train()
     assert (copy / ".generator.part" / "checkpoints" / "checkpoint.safetensors").is_file()
     pipeline(copy).train()

@@ -155,7 +155,7 @@ def make_places(places: Places, settings: Sequence[str]) -> None:
         call(main, "--run", place, *places.settings(), *options, *more)
 
     def torn() -> None:
-        from cemg.pipeline import StageLog
+        from cemg.progress import StageLog
 
         log, steps = StageLog.__call__, [0]
 
