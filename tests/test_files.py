@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from cemg import files
+from cemg.commands import train
 from cemg.files import StorageError
 from cemg_kernels import Trie
 
@@ -154,3 +155,25 @@ def test_temporary_files_of_killed_processes_are_swept(tmp_path):
 def test_tensors_of_any_stride_are_saved(tmp_path):
     files.save_tensors({"a": torch.arange(6.0).view(2, 3).T}, tmp_path / "a")
     assert load_file(tmp_path / "a")["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+@pytest.mark.slow  # some forty attempts
+@pytest.mark.filterwarnings("ignore:.*has random weights")
+def test_a_training_whose_disk_fills_again_and_again_ends_as_if_it_had_not(
+    tiny_run, tiny_settings, feature_cache, command, fail_disk, tmp_path, capsys
+):
+    run, settings = tmp_path / "run", [part for one in tiny_settings for part in ("--set", one)]
+    code, attempts = 2, 0
+    while code != 0 and attempts < 400:
+        with pytest.MonkeyPatch.context() as patch:
+            fail_disk(patch, 5 + 7 * attempts)
+            code = command(train.main, "--run", run, "--cache", feature_cache, *settings)
+        attempts += 1
+        said = capsys.readouterr().err.splitlines()
+        if code != 0:
+            lines = [line for line in said if line.startswith("error: ")]
+            assert len(lines) == 1 and lines[0].startswith("error: disk full: "), said[-20:]
+    assert code == 0 and attempts > 10
+    for name in ("catalog/catalog.safetensors", "generator/weights.safetensors"):
+        assert (run / name).read_bytes() == (tiny_run / name).read_bytes(), name
+    assert not [path for path in run.rglob("*") if files.TEMPORARY.fullmatch(path.name)]
