@@ -39,10 +39,13 @@ def settings_changed(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; a tuple is the list that JSON makes of it."""
     parts: dict[str, Any] = {}
     for name, value in tree.items():
-        parts |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        if isinstance(value, Mapping):
+            parts |= flat(value, f"{prefix}{name}.")
+        else:
+            parts[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return parts
 
 

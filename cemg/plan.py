@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import cemg
-from cemg.artifacts import digest
+from cemg.changes import flat
 from cemg.config import RunConfig
 from cemg.errors import DamagedError
 from cemg.manifest import MANIFEST, STAGES, Manifest, verify
@@ -56,9 +55,7 @@ class _Plan(Run):
         inputs: tuple[str, ...] = (),
         **others: Any,
     ) -> Path:
-        key = digest(
-            {"config": config, "inputs": {i: self.keys[i] for i in inputs}, "version": cemg.__version__}
-        )
+        key = self.key_of(config, inputs)
         self.keys[name] = key
         self.said[name] = self._verdict(name, key, config, inputs)
         return self.path(name)
@@ -80,15 +77,7 @@ class _Plan(Run):
 def _difference(name: str, manifest: Manifest, config: Mapping[str, Any]) -> str:
     if name == "data":
         return "the data differ from those that are there"
-    before, after = _flat(manifest.config), _flat(config)
+    before, after = flat(manifest.config), flat(config)
     names = [n for n in before | after if before.get(n) != after.get(n)]
     said = [f"{n}: {before.get(n)} → {after.get(n)}" for n in names[:5]]
     return ", ".join(said) or "another version of CEMG built it, or from other inputs"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-        flat |= inner
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}

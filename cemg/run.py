@@ -69,6 +69,12 @@ class Run:
         """Where a stage, or the configuration, is now."""
         return self._places.get(name) or place_of(self.folder, name)
 
+    def key_of(self, config: Mapping[str, Any], inputs: tuple[str, ...]) -> str:
+        """What identifies a stage: its settings, the keys of its inputs and the version of CEMG."""
+        return digest(
+            {"config": config, "inputs": {i: self.keys[i] for i in inputs}, "version": cemg.__version__}
+        )
+
     def stage(
         self,
         name: str,
@@ -85,9 +91,7 @@ class Run:
         ``settings`` are those of the whole run, for the manifest. ``guard(name, folder, config)`` is called
         before anything is built that will replace ``folder``, and raises where that is not wanted.
         """
-        key = digest(
-            {"config": config, "inputs": {i: self.keys[i] for i in inputs}, "version": cemg.__version__}
-        )
+        key = self.key_of(config, inputs)
         self.keys[name] = key
         self._places.pop(name, None)
         old = self.path(name)
