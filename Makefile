@@ -44,4 +44,4 @@ $(STAMP): pyproject.toml $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf build dist kernels/_native*.so *.egg-info
+	rm -rf build dist kernels/cemg_kernels/_native*.so *.egg-info

@@ -133,7 +133,7 @@ native = Pybind11Extension(
 
 ParallelCompile().install()  # a file a core
 setup(
-    packages=find_packages("src", include=["cemg", "cemg.*", "cemg_kernels"]),
+    packages=find_packages("src", include=["cemg", "cemg.*", "cemg_kernels", "cemg_kernels.*"]),
     ext_modules=[native],
     cmdclass={"build_ext": build_native},
 )

@@ -279,7 +279,7 @@ def parts() -> dict[str, float]:
     """
     from cemg.decoding import engine, t5
     from cemg.decoding.native import NativePlan
-    from cemg_kernels.ranges import ranges_enabled, use_ranges
+    from cemg_kernels.runtime.ranges import ranges_enabled, use_ranges
 
     decoder, bench = RUNNING["decoder"], RUNNING["bench"]
     spent = dict.fromkeys(("encoder", "start", "step", "selection", "all"), 0.0)
@@ -340,7 +340,7 @@ def trace(path: str) -> None:
     """A Chrome trace of three runs of our engine, with the names of its ranges."""
     from torch.profiler import ProfilerActivity, profile
 
-    from cemg_kernels.ranges import use_ranges
+    from cemg_kernels.runtime.ranges import use_ranges
 
     decoder, bench = RUNNING["decoder"], RUNNING["bench"]
     begin, laps = decoder.plan.begin, []

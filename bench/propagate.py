@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from harness import Report, Work, arguments, checked, copy_bandwidth, last_cache, optional, start
 from torch import Tensor
 
-from cemg_kernels import BipartiteGraph, dispatch, lightgcn_propagate
+from cemg_kernels import BipartiteGraph, lightgcn_propagate
+from cemg_kernels.runtime import dispatch
 
 Operator = Callable[[Tensor], Tensor]
 LAYERS, DIM = 3, 64

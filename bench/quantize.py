@@ -9,7 +9,8 @@ import torch
 from harness import Report, Work, arguments, gemm_rate, optional, start
 from torch import Tensor
 
-from cemg_kernels import dispatch, residual_quantize
+from cemg_kernels import residual_quantize
+from cemg_kernels.runtime import dispatch
 
 DIM, LEVELS, SAMPLE = 64, 4, 2000
 ITEMS, SIZES = 100_000, (256, 2048)  # rows N, and codes a level K of the cases

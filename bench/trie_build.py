@@ -23,7 +23,8 @@ from torch import Tensor
 from trie_step import MOST_FOR_GRAMMAR, grammar_of
 
 from cemg.decoding import dict_trie
-from cemg_kernels import Trie, dispatch
+from cemg_kernels import Trie
+from cemg_kernels.runtime import dispatch
 
 LEVELS = 4
 ITEMS, SIZES = (10**4, 10**6, 10**7), (256,)  # N and K of the cases

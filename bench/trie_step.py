@@ -37,9 +37,10 @@ from harness import (
 )
 from torch import Tensor
 
-from cemg_kernels import ItemFilter, RequestFilter, Trie, dispatch, trie_beam_step, trie_softmax
-from cemg_kernels.trie_beam_step import BeamStep
-from cemg_kernels.trie_softmax import Normalize
+from cemg_kernels import ItemFilter, RequestFilter, Trie, trie_beam_step, trie_softmax
+from cemg_kernels.constrained.beam_step import BeamStep
+from cemg_kernels.constrained.softmax import Normalize
+from cemg_kernels.runtime import dispatch
 
 WIDTH, LEVELS = 50, 4
 SIZES, ITEMS, USERS = (256, 2048), (10**4, 10**5, 10**6, 10**7), (1, 8)  # K, N and B of the cases

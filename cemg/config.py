@@ -23,7 +23,7 @@ from cemg.features import ImageConfig, TextConfig
 from cemg.generator import BackboneConfig, GeneratorConfig
 from cemg.graph import GraphConfig
 from cemg.tokenizer import TokenizerConfig
-from cemg_kernels.trie_softmax import Normalize
+from cemg_kernels.constrained.softmax import Normalize
 
 MAX_YAML = 100_000  # characters of a configuration, and values in it
 WITHOUT = ("collab", "image", "text", "llm")

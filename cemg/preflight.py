@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cemg.errors import UserError
 from cemg.features import check_image_model, check_text_model
 from cemg.manifest import Manifest
-from cemg_kernels.trie_arrays import MAX_LEVELS
+from cemg_kernels.trie.arrays import MAX_LEVELS
 
 if TYPE_CHECKING:
     from cemg.config import RunConfig

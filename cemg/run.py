@@ -39,7 +39,7 @@ from cemg.manifest import (
     verify,
 )
 from cemg.progress import console
-from cemg_kernels.ranges import named_range
+from cemg_kernels.runtime.ranges import named_range
 
 PENDING, NEXT = ".config.next.yaml", ".next"  # the configuration and the stages that a run is being made into
 CHECKPOINT = Path(".generator.part") / "checkpoints" / "checkpoint.safetensors"

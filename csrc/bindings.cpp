@@ -1,5 +1,5 @@
 // The only file that knows Python: addresses and sizes come in as integers, the GIL is released around work.
-// The caller owns all memory and has checked dtypes, shapes and devices (kernels/trie.py).
+// The caller owns all memory and has checked dtypes, shapes and devices (cemg_kernels/trie/ops.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -343,7 +343,7 @@ def test_a_request_that_cannot_be_is_refused(tiny_run, command, capsys, argument
 
 
 def test_what_the_system_and_the_environment_refuse_is_said_in_a_line(tmp_path, command, capsys, monkeypatch):
-    from cemg_kernels import dispatch
+    from cemg_kernels.runtime import dispatch
 
     (tmp_path / "file").touch()
     err = refusal(command, capsys, train.main, "--run", tmp_path / "file")

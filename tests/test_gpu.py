@@ -15,19 +15,19 @@ from cemg_kernels import (
     ItemFilter,
     RequestFilter,
     Trie,
-    dispatch,
     lightgcn_propagate,
     residual_quantize,
     trie_beam_step,
-    trie_cuda,
     trie_softmax,
     use_fast_kernels,
 )
-from cemg_kernels.ancestor_attention import ancestor_attention
-from cemg_kernels.filter_tensors import NO_NODE
-from cemg_kernels.prompt_attention import prompt_attention
-from cemg_kernels.row_logsumexp import row_logsumexp
-from cemg_kernels.trie_arrays import DuplicateCodes, build
+from cemg_kernels.attention.beam_tree import ancestor_attention
+from cemg_kernels.attention.logsumexp import row_logsumexp
+from cemg_kernels.attention.shared_prefix import prompt_attention
+from cemg_kernels.runtime import dispatch
+from cemg_kernels.trie import cuda_launch as trie_cuda
+from cemg_kernels.trie.arrays import DuplicateCodes, build
+from cemg_kernels.trie.filter_tensors import NO_NODE
 
 pytestmark = [
     pytest.mark.gpu,

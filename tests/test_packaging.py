@@ -77,7 +77,7 @@ def test_without_a_compiler_the_build_says_which_package_to_install(tree, tmp_pa
 
 def test_the_packages_lie_under_the_names_that_they_import_as():
     """So that an editable install is a path, which type checkers follow, and not an import hook."""
-    for name, folder in (("cemg", "cemg"), ("cemg_kernels", "kernels")):
+    for name, folder in (("cemg", "cemg"), ("cemg_kernels", "kernels/cemg_kernels")):
         assert (ROOT / "src" / name).resolve() == ROOT / folder
 
 
@@ -88,7 +88,7 @@ def test_wheel_and_sdist_carry_configurations_presets_and_types(tree, tmp_path, 
     assert done.returncode == 0, done.stderr
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     wanted = {"cemg/configs/beauty.yaml", "cemg/presets/small.yaml", "cemg/py.typed", "cemg_kernels/py.typed"}
-    wanted |= {"cemg_kernels/_native.pyi", "cemg/commands/train.py", "cemg_kernels/trie.py"}
+    wanted |= {"cemg_kernels/_native.pyi", "cemg/commands/train.py", "cemg_kernels/trie/trie.py"}
     assert wanted <= names
     done = run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=tree, env=quick)
     assert done.returncode == 0, done.stderr
@@ -115,5 +115,5 @@ def test_types_are_visible_to_mypy_after_an_editable_install(tree, tmp_path, qui
     checked = run(sys.executable, "-m", "mypy", "--python-executable", python, "user.py", cwd=tmp_path)
     assert "import-untyped" not in checked.stdout and "import-not-found" not in checked.stdout
     assert 'Revealed type is "list[list[int | str | None]]"' in checked.stdout
-    assert "cemg_kernels.item_filter.ItemFilter" in checked.stdout
+    assert "cemg_kernels.trie.item_filter.ItemFilter" in checked.stdout
     assert 'error: Incompatible types in assignment (expression has type "list[' in checked.stdout

@@ -17,7 +17,7 @@ from cemg.config import load_config
 from cemg.errors import UserError
 from cemg.pipeline import Pipeline
 from cemg.run import Run
-from cemg_kernels.trie_arrays import MAX_LEVELS
+from cemg_kernels.trie.arrays import MAX_LEVELS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
 Shop = Callable[..., Path]

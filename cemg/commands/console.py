@@ -95,7 +95,7 @@ def check_device(device: str) -> None:
 
 def check_normalize(name: str | None) -> None:
     """UserError for what is no normalisation; None is the run's own."""
-    from cemg_kernels.trie_softmax import Normalize
+    from cemg_kernels.constrained.softmax import Normalize
 
     if name not in (None, *get_args(Normalize)):
         raise UserError(f"--normalize must be {', '.join(get_args(Normalize))}, got {name!r}")

@@ -95,7 +95,7 @@ def _describe_device(device: torch.device) -> dict[str, str]:
 
 
 def _describe_native() -> dict[str, str]:
-    from cemg_kernels.dispatch import NATIVE_ERROR, native, native_available
+    from cemg_kernels.runtime.dispatch import NATIVE_ERROR, native, native_available
 
     if not native_available():
         return {"built": "no", "why": NATIVE_ERROR, "remedy": "pip install -e ."}

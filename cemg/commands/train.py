@@ -239,7 +239,7 @@ def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
     from cemg.commands.ending import say_result
     from cemg.report import write_report
     from cemg.scoring import score
-    from cemg_kernels.ranges import named_range
+    from cemg_kernels.runtime.ranges import named_range
 
     with named_range("stage: test"):
         paths = score(pipeline, config, part="test", engine="cemg", beams=config.decoding.beams, copy=copy)

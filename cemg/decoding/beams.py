@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cemg.errors import UserError
 from cemg_kernels import ItemFilter, RequestFilter, Trie
-from cemg_kernels.trie_beam_step import BeamStep
+from cemg_kernels.constrained.beam_step import BeamStep
 
 Filter = ItemFilter | RequestFilter
 MAX_BEAMS = 100_000  # per prompt; every tensor of a search has a row per beam

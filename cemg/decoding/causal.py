@@ -31,7 +31,7 @@ from cemg.decoding.layers import (
 )
 from cemg.decoding.plain import Unsupported, unwrapped, weight_of
 from cemg.errors import UserError
-from cemg_kernels.prompt_attention import prompt_attention
+from cemg_kernels.attention.shared_prefix import prompt_attention
 
 ROTARY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 

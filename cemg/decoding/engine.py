@@ -40,9 +40,9 @@ from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, SharedFilter, TokenMap
 from cemg_kernels import RequestFilter, trie_beam_step
-from cemg_kernels.dispatch import choose
-from cemg_kernels.ranges import named_range, ranges_enabled
-from cemg_kernels.trie_softmax import Normalize
+from cemg_kernels.constrained.softmax import Normalize
+from cemg_kernels.runtime.dispatch import choose
+from cemg_kernels.runtime.ranges import named_range, ranges_enabled
 
 Array = Tensor | np.ndarray | Sequence[Sequence[int]]  # [B, S] of integers
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cemg.decoding.beams import Filter, token_count
 from cemg_kernels import RequestFilter
-from cemg_kernels.filter_tensors import NO_NODE, FilterTensors
+from cemg_kernels.trie.filter_tensors import NO_NODE, FilterTensors
 
 Outputs = tuple[Tensor, ...]  # each [B, ...], on the device
 # Of Inputs, and of how many tokens they have at most; never waits for the device.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cemg.decoding.beams import token_count
 from cemg.decoding.plain import Unsupported, linear_of
-from cemg_kernels.ancestor_attention import ancestor_attention
-from cemg_kernels.prompt_attention import prompt_attention, served_by_triton
-from cemg_kernels.row_logsumexp import row_logsumexp
+from cemg_kernels.attention.beam_tree import ancestor_attention
+from cemg_kernels.attention.logsumexp import row_logsumexp
+from cemg_kernels.attention.shared_prefix import prompt_attention, served_by_triton
 
 BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
 WORTH_PACKING = 0.9  # prompts are packed where their tokens are no larger a share of their cells

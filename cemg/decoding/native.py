@@ -20,11 +20,11 @@ from cemg.decoding.causal import CausalPlan
 from cemg.decoding.layers import Feed, Logits, Norm, Projection, Unsupported, Wanted
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
-from cemg_kernels.dispatch import native
-from cemg_kernels.filter_tensors import FilterTensors
-from cemg_kernels.ranges import ranges_enabled
-from cemg_kernels.trie_arrays import TrieArrays
-from cemg_kernels.trie_softmax import OVER, Normalize
+from cemg_kernels.constrained.softmax import OVER, Normalize
+from cemg_kernels.runtime.dispatch import native
+from cemg_kernels.runtime.ranges import ranges_enabled
+from cemg_kernels.trie.arrays import TrieArrays
+from cemg_kernels.trie.filter_tensors import FilterTensors
 
 if TYPE_CHECKING:
     from cemg_kernels._native import BeamSearch, Transformer
@@ -318,7 +318,7 @@ class NativeStepper:
     """The search's state lies in C++.
 
     ``laps``: of each call, what was done and the seconds after its
-    begin at which it ended; noted where ranges are on (``cemg_kernels.ranges``).
+    begin at which it ended; noted where ranges are on (``cemg_kernels.runtime.ranges``).
     """
 
     def __init__(self, plan: NativePlan) -> None:

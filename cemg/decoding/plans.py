@@ -18,7 +18,7 @@ from cemg.decoding.rows import RowsPlan
 from cemg.decoding.self_check import Disagreement, ModelFails, Plan, SelfCheck, first_line
 from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
-from cemg_kernels.dispatch import choose, pick
+from cemg_kernels.runtime.dispatch import choose, pick
 
 
 class Candidate(NamedTuple):

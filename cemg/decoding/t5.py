@@ -32,7 +32,7 @@ from cemg.decoding.layers import (
 )
 from cemg.decoding.plain import unwrapped, weight_of
 from cemg.decoding.rows import start_token
-from cemg_kernels.ranges import named_range
+from cemg_kernels.runtime.ranges import named_range
 
 CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 

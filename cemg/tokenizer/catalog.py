@@ -23,7 +23,7 @@ from cemg.errors import DamagedError, UserError
 from cemg.tokenizer.shared import SharedFilter, SharedIds
 from cemg.tokenizer.tokens import CodeTokens, TokenMap
 from cemg_kernels import ItemFilter, RequestFilter, Trie
-from cemg_kernels.trie_arrays import MAX_CODEBOOK_SIZE
+from cemg_kernels.trie.arrays import MAX_CODEBOOK_SIZE
 
 REMEDY = "restore it from a copy, or delete the folder and build it again: cemg-train --run RUN"
 CODES: dict[str, tuple[torch.dtype, Shape]] = {"codes": (torch.int64, ("items", "levels"))}

@@ -19,7 +19,7 @@ from cemg.data.keyed_json import read_keyed, short
 from cemg.errors import UserError
 from cemg.tokenizer.catalog import Catalog
 from cemg.tokenizer.tokens import TokenMap
-from cemg_kernels.trie_arrays import MAX_CODEBOOK_SIZE
+from cemg_kernels.trie.arrays import MAX_CODEBOOK_SIZE
 
 TOKEN = re.compile(r"(.*?\D|)(\d{1,9})(\D*)")  # the last number in it is the code: <a_197>
 CODE = re.compile(r"code_(\d+)")

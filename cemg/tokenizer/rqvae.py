@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cemg.errors import UserError
 from cemg.tokenizer.fusion import MODALITIES, Fusion, ItemFeatures
 from cemg_kernels import residual_quantize
-from cemg_kernels.trie_arrays import MAX_CODEBOOK_SIZE, MAX_LEVELS
+from cemg_kernels.trie.arrays import MAX_CODEBOOK_SIZE, MAX_LEVELS
 
 ReconTarget = Literal["modalities", "h"]
 Unique = Literal["assign", "sinkhorn", "suffix"]

@@ -105,7 +105,7 @@ int64_t nearest_exact(const float* residual, const Codebooks& books, int64_t lev
   return code;
 }
 
-// Twice the error bound E derived in kernels/residual_quantize.py, for float32 inputs kept as they are.
+// Twice the error bound E derived in cemg_kernels/quantize/residual.py, for float32 inputs kept as they are.
 double doubt(const float* residual, int64_t dim, double longest) {
   double square = 0;
   for (int64_t d = 0; d < dim; ++d)

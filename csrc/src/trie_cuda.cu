@@ -1,5 +1,5 @@
 // Grid loops over the cells of trie_cells.h. nvcc builds them into the module; where there was no nvcc, CuPy
-// compiles this file at first use (kernels/trie_cuda.py), and then the launcher below is left out.
+// compiles this file at first use (cemg_kernels/trie/cuda_launch.py), and then the launcher below is left out.
 // Every argument is a pointer or an int64_t, so that one launcher serves all.
 #if defined(__CUDACC_RTC__)
 using int8_t = signed char;

@@ -22,7 +22,7 @@ from transformers import (
 
 from cemg.decoding import Recommendations
 from cemg.tokenizer import Catalog
-from cemg_kernels.ranges import ranges_enabled, use_ranges
+from cemg_kernels.runtime.ranges import ranges_enabled, use_ranges
 
 LEVELS, SIZE, START, VOCABULARY = 3, 6, 3, 24  # tokens 0 … 2 are special, 3 … 20 codes, 21 … 23 nothing
 Family = Literal["t5", "gpt2", "llama"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels.ancestor_attention import ancestor_attention
+from cemg_kernels.attention.beam_tree import ancestor_attention
 
 BACKENDS = ["reference", "triton"]
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]

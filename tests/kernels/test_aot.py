@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cemg_kernels import aot, dispatch, trie_cuda
+from cemg_kernels.runtime import aot, dispatch
+from cemg_kernels.trie import cuda_launch as trie_cuda
 
 CUDA_OPERATIONS = ("lookup", "advance", "children", "mask", "interval", "keep", "open_level", "close")
 
@@ -25,7 +26,7 @@ CUDA_OPERATIONS = ("lookup", "advance", "children", "mask", "interval", "keep", 
 def test_every_configuration_compiles_for_both_architectures_and_none_spills(tmp_path: Path, every: bool):
     table = tmp_path / "aot.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "cemg_kernels.aot", "--json", str(table), *["--all"] * every]
+    command = [sys.executable, "-m", "cemg_kernels.runtime.aot", "--json", str(table), *["--all"] * every]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = json.loads(table.read_text())
@@ -102,7 +103,7 @@ def test_every_op_with_a_triton_backend_brings_its_cases():
 
 def test_the_cases_are_what_launches_can_pick():
     """Whatever shape a beam step has, its kernels are among those compiled."""
-    from cemg_kernels import trie_step_triton as step
+    from cemg_kernels.constrained import step_triton as step
 
     cases = list(aot.triton_cases(every=True))
     assert len({case.name for case in cases}) == len(cases)

@@ -17,7 +17,7 @@ import torch
 
 import cemg_kernels
 from cemg_kernels import BipartiteGraph, ItemFilter, RequestFilter, Trie, trie_beam_step, trie_softmax
-from cemg_kernels.operands import integers_of
+from cemg_kernels.runtime.operands import integers_of
 
 DRAWS = Path(__file__).with_name("boundary_draws.py")
 CODES = [[0, 1, 2], [0, 1, 3], [3, 0, 0], [3, 2, 1]]

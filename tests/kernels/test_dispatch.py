@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,15 +16,14 @@ from cemg_kernels import (
     RequestFilter,
     Trie,
     backends,
-    dispatch,
     fast_kernels_enabled,
     lightgcn_propagate,
-    ranges,
     residual_quantize,
     trie_beam_step,
     trie_softmax,
     use_fast_kernels,
 )
+from cemg_kernels.runtime import dispatch, ranges
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,12 +83,6 @@ def test_without_the_native_module_the_reference_serves_and_says_why(monkeypatch
     assert choice.backend == "reference" and "no such file" in choice.why
     with pytest.raises(RuntimeError, match="pip install -e"):
         dispatch.native()
-
-
-def test_using_the_folder_by_its_own_name_names_the_right_one():
-    command = [sys.executable, "-c", "from kernels import Trie"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode != 0 and "from cemg_kernels import Trie" in result.stderr
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

@@ -8,7 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from cemg.commands.doctor import app
-from cemg_kernels import backends, dispatch, use_fast_kernels
+from cemg_kernels import backends, use_fast_kernels
+from cemg_kernels.runtime import dispatch
 
 
 def test_json_holds_the_versions_and_every_operations_backend():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cemg_kernels import ItemFilter, RequestFilter, Trie, use_fast_kernels
-from cemg_kernels.filter_tensors import NO_NODE, unpack_bits
-from cemg_kernels.packed_ascending import popcount
+from cemg_kernels.trie.filter_tensors import NO_NODE, unpack_bits
+from cemg_kernels.trie.packed import popcount
 
 
 def make_trie(num_items: int, *, ids: bool = False) -> Trie:

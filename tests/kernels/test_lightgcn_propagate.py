@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels import BipartiteGraph, lightgcn_propagate, lightgcn_propagate_triton
+from cemg_kernels import BipartiteGraph, lightgcn_propagate
+from cemg_kernels.graph import propagate_triton as lightgcn_propagate_triton
 
 BACKENDS = ["reference", "torch", "sparse", "native", "triton"]
 
@@ -112,7 +113,7 @@ def test_tuned_equals_reference_forward_and_backward(num_users, num_items, edges
 
 
 def test_what_is_too_wide_for_triton_goes_to_torch(monkeypatch):
-    module = sys.modules["cemg_kernels.lightgcn_propagate"]
+    module = sys.modules["cemg_kernels.graph.propagate"]
     monkeypatch.setattr(module, "pick", lambda op, device, backend: backend or "triton")  # as on a GPU
     graph = BipartiteGraph.from_edges(torch.tensor([0]), torch.tensor([0]), 1, 1)
     x = torch.randn(2, 1025)
@@ -158,7 +159,7 @@ def test_a_table_of_another_dtype_is_refused():
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
 def test_triton_sums_vertices_of_any_number_of_neighbours(monkeypatch, table_dtype):
     """Every kind of vertex: few neighbours, more, several chunks of them; small, for the interpreter."""
-    from cemg_kernels import lightgcn_propagate_triton as triton_backend
+    from cemg_kernels.graph import propagate_triton as triton_backend
 
     monkeypatch.setattr(triton_backend, "FEW", 3)
     monkeypatch.setattr(triton_backend, "CHUNK", 8)

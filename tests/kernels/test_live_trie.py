@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cemg_kernels import ItemFilter, LiveTrie, Trie, live_trie
-from cemg_kernels.live_trie import Snapshot
+from cemg_kernels import ItemFilter, LiveTrie, Trie
+from cemg_kernels.trie import live as live_trie
+from cemg_kernels.trie.live import Snapshot
 
 
 def make_live(num_items: int = 10) -> LiveTrie:

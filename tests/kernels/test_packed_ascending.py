@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cemg_kernels.packed_ascending import at, pack, unpack, unpack_any
+from cemg_kernels.trie.packed import at, pack, unpack, unpack_any
 
 
 def numbers_of(gaps: list[int]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels.prompt_attention import prompt_attention
+from cemg_kernels.attention.shared_prefix import prompt_attention
 
 BACKENDS = ["reference", "triton"]
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -171,7 +171,7 @@ def test_codes_come_in_the_dtype_that_is_asked_for(backend, dtype):
     [(40, torch.float32), (100, torch.float32), (40, torch.bfloat16), (100, torch.float16)],
 )
 def test_the_tiles_of_an_a100_give_the_same_codes(monkeypatch, dim, dtype):
-    from cemg_kernels import residual_quantize_triton as kernels
+    from cemg_kernels.quantize import residual_triton as kernels
 
     monkeypatch.setattr(kernels, "architecture_of", lambda device: 80)
     generator = torch.Generator().manual_seed(3)

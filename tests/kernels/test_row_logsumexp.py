@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cemg_kernels.row_logsumexp import row_logsumexp
+from cemg_kernels.attention.logsumexp import row_logsumexp
 
 BACKENDS = ["reference", "triton"]
 INF = math.inf

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cemg_kernels
 from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
-from cemg_kernels.trie_arrays import DuplicateCodes, build, build_reference
+from cemg_kernels.trie.arrays import DuplicateCodes, build, build_reference
 
 SHAPES = [  # N, L, K
     (1, 1, 1),

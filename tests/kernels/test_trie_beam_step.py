@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels import ItemFilter, RequestFilter, Trie, dispatch, trie_beam_step, trie_softmax
-from cemg_kernels.trie_softmax import flat, tame
+from cemg_kernels import ItemFilter, RequestFilter, Trie, trie_beam_step, trie_softmax
+from cemg_kernels.constrained.softmax import flat, tame
+from cemg_kernels.runtime import dispatch
 
 INF = float("inf")
 BACKENDS = ["reference", "torch", "native", "triton"]

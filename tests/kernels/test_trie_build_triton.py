@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels import Trie, dispatch
-from cemg_kernels.trie_arrays import DuplicateCodes, build, build_reference
-from cemg_kernels.trie_build_triton import BLOCK
+from cemg_kernels import Trie
+from cemg_kernels.runtime import dispatch
+from cemg_kernels.trie.arrays import DuplicateCodes, build, build_reference
+from cemg_kernels.trie.build_triton import BLOCK
 
 
 def draw_codes(num_items: int, levels: int, size: int, *, seed: int = 0) -> Tensor:

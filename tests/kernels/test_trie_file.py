@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import cemg_kernels
 from cemg_kernels import Trie
-from cemg_kernels.packed_ascending import pack, unpack
-from cemg_kernels.trie_arrays import TrieArrays, problem_reference, verify
-from cemg_kernels.trie_file import FORMAT, ids_problem
+from cemg_kernels.trie.arrays import TrieArrays, problem_reference, verify
+from cemg_kernels.trie.file import FORMAT, ids_problem
+from cemg_kernels.trie.packed import pack, unpack
 
 
 @pytest.fixture(params=[True, False], ids=["native", "reference"])

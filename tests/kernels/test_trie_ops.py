@@ -8,7 +8,7 @@ from torch import Tensor
 
 import cemg_kernels
 from cemg_kernels import ItemFilter, RequestFilter, Trie
-from cemg_kernels.trie_ops import OPERATIONS
+from cemg_kernels.trie.ops import OPERATIONS
 
 ROWS = 6
 

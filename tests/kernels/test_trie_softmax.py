@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cemg_kernels import ItemFilter, Trie, trie_softmax
-from cemg_kernels.trie_softmax import flat
+from cemg_kernels.constrained.softmax import flat
 
 INF = float("inf")
 every_backend = pytest.mark.parametrize("backend", ["reference", "native", "triton"])

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import cemg_kernels
-from cemg_kernels import ItemFilter, LiveTrie, RequestFilter, Trie, live_trie
-from cemg_kernels.live_trie import Snapshot
+from cemg_kernels import ItemFilter, LiveTrie, RequestFilter, Trie
+from cemg_kernels.trie import live as live_trie
+from cemg_kernels.trie.live import Snapshot
 
 Codes = tuple[int, ...]
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
-from cemg_kernels.packed_ascending import pack
-from cemg_kernels.request_filter import RequestFilter
+from cemg_kernels.trie.packed import pack
+from cemg_kernels.trie.request_filter import RequestFilter
 
-kernels = pytest.importorskip("cemg_kernels.trie_step_triton")
-child_range = import_module("cemg_kernels.trie_filter_triton").child_range
+kernels = pytest.importorskip("cemg_kernels.constrained.step_triton")
+child_range = import_module("cemg_kernels.trie.filter_triton").child_range
 triton, tl = import_module("triton"), import_module("triton.language")
 
 INF = float("inf")
@@ -198,7 +198,7 @@ def test_a_step_beyond_the_limits_is_refused_by_name_and_left_to_torch_by_choice
     wide = logits, scores, nodes, trie, 300, "level"
     with pytest.raises(ValueError, match=r"width 256, got 2, 3 and 300; use backend='torch'"):
         trie_beam_step(*wide, backend="triton")
-    beam_step = import_module("cemg_kernels.trie_beam_step")  # the module: the package's name is the function
+    beam_step = import_module("cemg_kernels.constrained.beam_step")
     monkeypatch.setattr(beam_step, "pick", lambda op, device, backend: backend or "triton")
     assert_equal_in_every_bit(trie_beam_step(*wide), trie_beam_step(*wide, backend="torch"))
 

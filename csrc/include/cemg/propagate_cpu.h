@@ -1,4 +1,4 @@
-// LightGCN propagation on the CPU in float32: kernels/lightgcn_propagate.py says what it computes.
+// LightGCN propagation on the CPU in float32: cemg_kernels/graph/propagate.py says what it computes.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,7 @@ struct Codebooks {
   const float* vectors;  // [M, K, D]
 };
 
-// x [N, D] -> codes [N, M], quantized [N, D]: the contract of kernels/residual_quantize.py.
+// x [N, D] -> codes [N, M], quantized [N, D]: the contract of cemg_kernels/quantize/residual.py.
 void residual_quantize(const float* x, int64_t rows, const Codebooks& books, int64_t* codes,
                        float* quantized);
 

@@ -1,0 +1,1 @@
+"""LightGCN propagation over the user–item graph."""

@@ -1,0 +1,1 @@
+"""Residual quantization: the nearest code of every level."""

@@ -1,0 +1,212 @@
+"""Residual quantization: M times the nearest of K codebook vectors, each to what the last left over.
+
+N rows, M levels, K codes a level, D dimensions.
+
+    for m in range(M):
+        codes[:, m] = argmin_k ||residual - codebooks[m, k]||^2
+        residual   -= codebooks[m, codes[:, m]]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..runtime.dispatch import native, pick
+from ..runtime.operands import tensor_of
+from ..runtime.ranges import ranged
+
+TILE_CELLS = 2**18  # of scores in one tile: 1 MB, so they are read again from cache
+EXACT_CELLS = 2**22  # of fp64 differences in one tile: 32 MB
+CODE_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+MAY_OVERFLOW = 1e38  # a partial sum this large may not fit float32
+
+
+@ranged
+def residual_quantize(
+    x: Tensor, codebooks: Tensor, *, code_dtype: torch.dtype = torch.int64, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes [N, M] of ``code_dtype`` and quantized [N, D] float32 of ``x`` [N, D] by ``codebooks`` [M, K, D].
+
+    The residual is float32, by sequential subtraction from ``x``; quantized is the float32 sum of the
+    chosen vectors, first level first. A code is the argmin of the float64 squared distance (the sum over
+    (residual - vector)^2) to that residual; ties go to the lowest index. A distance that is NaN counts as
+    infinite; where no distance is finite the code is 0. No gradient flows: add the straight-through
+    estimate around it. ``backend``: "triton", "native" (C++ on the CPU), "torch", "reference", or None for
+    the dispatcher's, by which on a GPU more than 128 dimensions (256, where both are bfloat16 or both
+    float16) go to "torch". ``code_dtype``: int64, int32, int16 or uint8.
+    Raises ValueError where shapes, dtypes or devices do not fit, and for a ``code_dtype`` that cannot
+    hold K - 1.
+    """
+    x, codebooks = tensor_of("x", x), tensor_of("codebooks", codebooks)
+    _check(x, codebooks, code_dtype)
+    if torch.compiler.is_compiling():
+        return torch.ops.cemg.residual_quantize(x.detach(), codebooks.detach(), code_dtype, backend)
+    return _quantize(x, codebooks, code_dtype, backend)
+
+
+@torch.no_grad()
+def _quantize(
+    x: Tensor, codebooks: Tensor, code_dtype: torch.dtype, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Checked input, on the backend of this name or the dispatcher's."""
+    chosen = pick("residual_quantize", x.device, backend)
+    if backend is None and chosen == "triton" and not _fits_triton(x, codebooks):
+        chosen = "torch"
+    if chosen == "triton":
+        from .residual_triton import quantize
+
+        return quantize(x, codebooks, code_dtype)
+    run = {"native": _quantize_native, "torch": _quantize_tiled, "reference": residual_quantize_reference}
+    codes, quantized = run[chosen](x.float().contiguous(), codebooks.float().contiguous())
+    return codes.to(code_dtype), quantized
+
+
+_op = torch.library.custom_op(
+    "cemg::residual_quantize", _quantize, mutates_args=(),
+    schema="(Tensor x, Tensor codebooks, ScalarType code_dtype, str? backend) -> (Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_op.register_fake
+def _fake(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype, _: str | None) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(x.shape[0], codebooks.shape[0], dtype=code_dtype)
+    return codes, x.new_empty(x.shape, dtype=torch.float32)
+
+
+def residual_quantize_reference(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, on float32: every distance in float64."""
+    residual, quantized = x, torch.zeros_like(x)
+    codes = torch.empty(x.shape[0], codebooks.shape[0], dtype=torch.int64, device=x.device)
+    for m, codebook in enumerate(codebooks):
+        codes[:, m] = _nearest_reference(residual, codebook)
+        vectors = codebook[codes[:, m]]  # [N, D]
+        residual, quantized = residual - vectors, quantized + vectors
+    return codes, quantized
+
+
+def _fits_triton(x: Tensor, codebooks: Tensor) -> bool:
+    """Whether the kernel takes so many dimensions without spilling."""
+    from .residual_triton import MAX_DIM
+
+    dtype = x.dtype if x.dtype == codebooks.dtype and x.dtype in MAX_DIM else torch.float32
+    return x.shape[1] <= MAX_DIM[dtype]
+
+
+def _check(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype) -> None:
+    if x.dim() != 2 or codebooks.dim() != 3 or x.shape[1] != codebooks.shape[2]:
+        raise ValueError(
+            f"x must be [N, D] and codebooks [M, K, D], got {list(x.shape)} and {list(codebooks.shape)}"
+        )
+    if min(codebooks.shape) < 1:
+        raise ValueError(f"codebooks must not be empty, got {list(codebooks.shape)}")
+    if code_dtype not in CODE_DTYPES or torch.iinfo(code_dtype).max < codebooks.shape[1] - 1:
+        raise ValueError(
+            f"code_dtype must be int64, int32, int16 or uint8 and hold codes 0 to {codebooks.shape[1] - 1}, "
+            f"got {code_dtype}; take a wider one"
+        )
+    if not (x.is_floating_point() and codebooks.is_floating_point()):
+        raise ValueError(f"x and codebooks must be floating point, got {x.dtype} and {codebooks.dtype}")
+    if x.device != codebooks.device:
+        raise ValueError(f"x is on {x.device}, codebooks on {codebooks.device}; move one with .to()")
+
+
+def _nearest_reference(residual: Tensor, codebook: Tensor) -> Tensor:
+    """The definition of one level: [N, D], [K, D] -> [N]; float64, in tiles so that memory stays bounded."""
+    vectors = codebook.double()
+    rows = max(1, EXACT_CELLS // codebook.numel())
+    tiles = [_argmin_distance(tile.double(), vectors) for tile in residual.split(rows)]
+    return torch.cat(tiles) if tiles else residual.new_empty(0, dtype=torch.int64)
+
+
+def _argmin_distance(residual: Tensor, vectors: Tensor) -> Tensor:
+    distance = (residual[:, None] - vectors).square_().sum(2)  # [N, K]
+    return torch.nan_to_num_(distance, nan=float("inf"), posinf=float("inf")).argmin(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Codebook:
+    """One level's vectors [K, D], ||c||^2 / 2 [K] in float32, and the longest vector's norm in float64."""
+
+    vectors: Tensor
+    half_norm: Tensor
+    longest: Tensor
+
+    @classmethod
+    def of(cls, vectors: Tensor) -> _Codebook:
+        half_norm = vectors.double().square().sum(1) / 2
+        return cls(vectors, half_norm.float(), half_norm.max().mul(2).sqrt())
+
+
+def _quantize_native(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(x.shape[0], codebooks.shape[0], dtype=torch.int64)
+    quantized = torch.empty_like(x)
+    levels, size, dim = codebooks.shape
+    addresses = codebooks.data_ptr(), codes.data_ptr(), quantized.data_ptr()
+    native().residual_quantize(x.data_ptr(), x.shape[0], (levels, size, dim), *addresses)
+    return codes, quantized
+
+
+def _quantize_tiled(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    """All levels of one tile of rows before the next, so that residuals and scores stay in cache."""
+    levels = [_Codebook.of(vectors) for vectors in codebooks]
+    unit = _input_roundoff(x.device)
+    codes = torch.empty(x.shape[0], len(levels), dtype=torch.int64, device=x.device)
+    quantized = torch.zeros_like(x)
+    rows = max(1, TILE_CELLS // codebooks.shape[1])
+    for begin in range(0, x.shape[0], rows):
+        tile = slice(begin, begin + rows)
+        residual = x[tile]
+        for m, book in enumerate(levels):
+            codes[tile, m] = code = _nearest(residual, book, unit)
+            vectors = book.vectors[code]
+            residual = residual - vectors
+            quantized[tile] += vectors
+    return codes, quantized
+
+
+def _nearest(residual: Tensor, book: _Codebook, input_roundoff: float) -> Tensor:
+    """One level by matrix product, exact: rows whose winner is within rounding of another are done again.
+
+    The score s_k = ||c_k||^2 / 2 - r . c_k orders as the distance does (d_k = 2 s_k + ||r||^2). With unit
+    roundoff u, R = ||r|| and C = max ||c_k||, a computed score is off by at most
+        E = (D + 8) u (R C + C^2 / 2)            a dot product of D terms in any order, then one addition
+          + (D + 8) 2^-52 (R + C)^2              the reference's own rounding
+          + D 2^-125                             products lost to underflow
+    (inputs rounded to TF32 or bf16 add their unit; see ``_input_roundoff``). A code that wins by more than
+    2 E wins in float64 too; the others go to the reference. So do NaN, which fails the comparison, and
+    sums that might overflow, whose E is infinite.
+    """
+    score = torch.addmm(book.half_norm, residual, book.vectors.t(), alpha=-1)  # [rows, K]
+    code = score.argmin(1, keepdim=True)
+    best = score.gather(1, code)
+    second = score.scatter_(1, code, float("inf")).amin(1)
+    certain = second > best[:, 0] + 2 * _error_bound(residual, book.longest, input_roundoff)
+    code = code[:, 0]
+    if score.shape[1] > 1:
+        doubtful = (~certain).nonzero()[:, 0]
+        code[doubtful] = _nearest_reference(residual[doubtful], book.vectors)
+    return code
+
+
+def _error_bound(residual: Tensor, longest: Tensor, input_roundoff: float) -> Tensor:
+    """E of ``_nearest`` for each row of ``residual`` [N, D]: [N] float32, rounded up."""
+    norm = residual.double().square().sum(1).sqrt()
+    terms = residual.shape[1] + 8
+    size = norm * longest + longest.square() / 2
+    bound = (terms * 2.0**-24 + input_roundoff) * size
+    bound = bound + terms * 2.0**-52 * (norm + longest).square() + terms * 2.0**-125
+    return (bound * 1.001).float().masked_fill(size > MAY_OVERFLOW, float("inf"))
+
+
+def _input_roundoff(device: torch.device) -> float:
+    """What a matrix product may round its float32 inputs by, both factors: 0 where it keeps them."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer per-backend switches are in use, and disagree
+        precision = "medium"
+    if device.type == "cpu" and precision == "high":
+        precision = "medium"
+    return {"highest": 0.0, "high": 2.0**-9}.get(precision, 2.0**-6)  # TF32 has 11 bits, bf16 8

@@ -1,0 +1,1 @@
+"""The trie of semantic IDs: arrays, construction, files, lookups and filters."""
