@@ -173,7 +173,7 @@ def vllm_trie(cell: Cell) -> Runner:
 def vllm_unconstrained(cell: Cell) -> Runner:
     """vLLM's own beam search, which takes no logits processor: what it returns need not exist."""
     check_vllm(cell)
-    from cemg.decoding.vllm import start_engine
+    from cemg.decoding.integrations.vllm import start_engine
 
     bench = Bench(cell)
     folder = Path(TEMPORARY.name, f"vllm-{cell.model}-{cell.levels}x{cell.codes}")
@@ -277,8 +277,9 @@ def parts() -> dict[str, float]:
 
     The C++ says what its parts took; PyTorch's steps are timed from outside.
     """
-    from cemg.decoding import engine, t5
-    from cemg.decoding.native import NativePlan
+    from cemg.decoding import engine
+    from cemg.decoding.models import t5
+    from cemg.decoding.models.native import NativePlan
     from cemg_kernels.runtime.ranges import ranges_enabled, use_ranges
 
     decoder, bench = RUNNING["decoder"], RUNNING["bench"]

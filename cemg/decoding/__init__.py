@@ -2,9 +2,9 @@
 
 from cemg.decoding.engine import Decoder, Normalize, Recommendations
 from cemg.decoding.exact import score_all
-from cemg.decoding.processor import TrieLogitsProcessor, plain_generation
-from cemg.decoding.vllm import VllmDecoder
-from cemg.decoding.yardstick import TransformersDecoder, dict_trie
+from cemg.decoding.integrations.logits_processor import TrieLogitsProcessor, plain_generation
+from cemg.decoding.integrations.transformers import TransformersDecoder, dict_trie
+from cemg.decoding.integrations.vllm import VllmDecoder
 
 __all__ = [
     "Decoder",

@@ -28,15 +28,15 @@ from cemg.decoding.beams import (
     token_count,
     trimmed,
 )
-from cemg.decoding.causal import CausalPlan
+from cemg.decoding.factory import make_plan
 from cemg.decoding.graphs import Graphs
-from cemg.decoding.layers import Wanted
 from cemg.decoding.members import leaf_filter, with_members
-from cemg.decoding.native import NativePlan
-from cemg.decoding.plans import make_plan
+from cemg.decoding.models.causal import CausalPlan
+from cemg.decoding.models.layers import Wanted
+from cemg.decoding.models.native import NativePlan
+from cemg.decoding.models.t5 import T5Plan
 from cemg.decoding.pretrained import load_pretrained, save_pretrained
 from cemg.decoding.self_check import SelfCheck
-from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, SharedFilter, TokenMap
 from cemg_kernels import RequestFilter, trie_beam_step

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cemg.decoding.beams import check_prompts, token_count
 from cemg.decoding.engine import Decoder
-from cemg.decoding.generic import GenericPlan
-from cemg.decoding.layers import Logits, Stepper
-from cemg.decoding.rows import RowsPlan
+from cemg.decoding.models.generic import GenericPlan
+from cemg.decoding.models.layers import Logits, Stepper
+from cemg.decoding.models.rows import RowsPlan
 from cemg.errors import UserError
 from cemg_kernels import trie_softmax
 

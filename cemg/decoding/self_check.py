@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cemg.decoding.eval_mode import evaluating
-from cemg.decoding.layers import Logits, Stepper, Wanted
-from cemg.decoding.lengths import forget_lengths, rope_of_lengths
-from cemg.decoding.rows import accepted, start_token
+from cemg.decoding.models.eval_mode import evaluating
+from cemg.decoding.models.layers import Logits, Stepper, Wanted
+from cemg.decoding.models.rope_lengths import forget_lengths, rope_of_lengths
+from cemg.decoding.models.rows import accepted, start_token
 from cemg.errors import UserError
 
 LONG, SHORT = 9, 5  # tokens of the two prompts

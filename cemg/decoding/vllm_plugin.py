@@ -1,33 +1,13 @@
-"""What vLLM loads by name: ``logits_processors=["cemg.decoding.vllm_plugin:VllmTrieProcessor"]``.
+"""The name of ``cemg.decoding.integrations.vllm_plugin`` in version 0.1, kept for one release."""
 
-Apart from ``vllm_processor``, so that nothing else imports vLLM, which takes seconds.
-"""
+import warnings
 
-from typing import Any
+from cemg.decoding.integrations.vllm_plugin import VllmTrieProcessor
 
-from vllm.v1.sample.logits_processor import LogitsProcessor
+__all__ = ["VllmTrieProcessor"]
 
-from cemg.decoding.vllm_processor import TrieProcessor
-
-try:  # the second model runner takes another kind, and says of ours that it is none, but not what to do
-    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as OfTheSecondRunner
-except ImportError:  # an older vLLM
-
-    class OfTheSecondRunner:  # type: ignore[no-redef]
-        pass
-
-
-class VllmTrieProcessor(TrieProcessor, LogitsProcessor, OfTheSecondRunner):  # type: ignore[misc]
-    """``TrieProcessor`` as vLLM's v1 engine and its first model runner know its kind.
-
-    Raises ValueError under the second runner, which vLLM 0.32 takes of its own accord where it finds
-    Triton.
-    """
-
-    def __init__(self, vllm_config: Any, *others: Any) -> None:
-        if len(others) != 2:  # device and is_pin_memory; the second runner passes its request states
-            raise ValueError(
-                "the trie's logits processor does not run on vLLM's second model runner; "
-                "set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"
-            )
-        super().__init__(vllm_config, *others)
+warnings.warn(
+    "cemg.decoding.vllm_plugin moved; name cemg.decoding.integrations.vllm_plugin:VllmTrieProcessor",
+    DeprecationWarning,
+    stacklevel=2,
+)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cemg.decoding import Decoder, TransformersDecoder
-from cemg.decoding.layers import Wanted
+from cemg.decoding.models.layers import Wanted
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter

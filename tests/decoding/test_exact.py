@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cemg.decoding import Decoder, score_all
-from cemg.decoding.layers import Logits, Stepper, Wanted
-from cemg.decoding.t5 import T5Stepper
+from cemg.decoding.models.layers import Logits, Stepper, Wanted
+from cemg.decoding.models.t5 import T5Stepper
 from cemg.errors import UserError
 
 from .conftest import FAMILIES, SIZE, START
@@ -45,7 +45,7 @@ def test_they_are_the_scores_of_a_search_with_a_beam_for_every_item(bench, famil
 
 def test_a_valid_prefix_of_one_item_is_not_fed(bench, monkeypatch):
     """60 of 216 items: fewer rows than prefixes for "valid", all of them for "level"."""
-    from cemg.decoding.native import NativeStepper
+    from cemg.decoding.models.native import NativeStepper
 
     made, fed = bench("llama"), []
     step = NativeStepper.step

@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor
 
 from cemg.decoding import Decoder, Recommendations, score_all
-from cemg.decoding.layers import Feed, padding_of
-from cemg.decoding.native import large_pages
+from cemg.decoding.models.layers import Feed, padding_of
+from cemg.decoding.models.native import large_pages
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter, RequestFilter, use_fast_kernels
@@ -268,7 +268,7 @@ def test_searches_side_by_side_do_not_disturb_each_other_and_leave_their_room(sh
 
 
 def test_a_search_whose_room_is_large_does_not_keep_it(monkeypatch):
-    from cemg.decoding import native
+    from cemg.decoding.models import native
 
     monkeypatch.setattr(native, "MOST_KEPT", 0)
     made = Bench(build(*SHAPES["gpt2"]), random_catalog(60, 1))
@@ -393,7 +393,7 @@ def test_padding_changes_nothing_in_half_precision(shape, dtype):
 
 
 def test_the_head_some_rows_at_a_time_equals_the_head_at_once(monkeypatch, same_lists):
-    from cemg.decoding import layers
+    from cemg.decoding.models import layers
 
     model = build(*SHAPES["gpt2"])
     catalog = random_catalog(60, 1)
@@ -404,7 +404,7 @@ def test_the_head_some_rows_at_a_time_equals_the_head_at_once(monkeypatch, same_
 
 
 def test_codes_too_many_for_the_table_are_projected_each_time(monkeypatch, same_lists):
-    from cemg.decoding import layers
+    from cemg.decoding.models import layers
 
     for shape in ("t5 tied", "qwen3, normed heads"):
         model = build(*SHAPES[shape])

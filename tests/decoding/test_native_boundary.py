@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cemg.decoding import Decoder
-from cemg.decoding.causal import CausalPlan
-from cemg.decoding.layers import Projection, Unsupported, Wanted
-from cemg.decoding.native import NativePlan, NativeStepper, prompt_fields
-from cemg.decoding.t5 import T5Plan
+from cemg.decoding.models.causal import CausalPlan
+from cemg.decoding.models.layers import Projection, Unsupported, Wanted
+from cemg.decoding.models.native import NativePlan, NativeStepper, prompt_fields
+from cemg.decoding.models.t5 import T5Plan
 from cemg.errors import UserError
 
 from .conftest import FAMILIES, LEVELS, SIZE, START, VOCABULARY, Bench, make_model, random_catalog

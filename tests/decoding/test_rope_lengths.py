@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cemg.decoding import Decoder
-from cemg.decoding.lengths import rope_of_lengths
+from cemg.decoding.models.rope_lengths import rope_of_lengths
 from cemg.errors import UserError
 
 from .conftest import START, Bench, random_catalog

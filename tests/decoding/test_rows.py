@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from cemg.decoding import Decoder, score_all
-from cemg.decoding.layers import Unsupported
-from cemg.decoding.rows import RowsPlan
+from cemg.decoding.models.layers import Unsupported
+from cemg.decoding.models.rows import RowsPlan
 
 from .conftest import START, VOCABULARY, Bench, Family, random_catalog
 

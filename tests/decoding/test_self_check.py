@@ -11,15 +11,15 @@ from torch import nn
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from cemg.decoding import Decoder, TransformersDecoder, score_all
-from cemg.decoding import generic as generic_module
-from cemg.decoding.causal import CausalStepper
-from cemg.decoding.eval_mode import evaluating
-from cemg.decoding.generic import TreeStepper
-from cemg.decoding.layers import Logits
-from cemg.decoding.native import NativeStepper
-from cemg.decoding.rows import RowsStepper
+from cemg.decoding.models import generic as generic_module
+from cemg.decoding.models.causal import CausalStepper
+from cemg.decoding.models.eval_mode import evaluating
+from cemg.decoding.models.generic import TreeStepper
+from cemg.decoding.models.layers import Logits
+from cemg.decoding.models.native import NativeStepper
+from cemg.decoding.models.rows import RowsStepper
+from cemg.decoding.models.t5 import T5Stepper
 from cemg.decoding.self_check import BEAMS, SelfCheck, precision_of
-from cemg.decoding.t5 import T5Stepper
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 

@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from cemg.decoding import Decoder, TransformersDecoder, VllmDecoder
-from cemg.decoding import vllm as backend
+from cemg.decoding.integrations import vllm as backend
 from cemg.errors import UserError
 
 HERE = importlib.util.find_spec("vllm") is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cemg.decoding import TrieLogitsProcessor
-from cemg.decoding.vllm_processor import PROMPT, SETTINGS, TrieProcessor
+from cemg.decoding.integrations.vllm_processor import PROMPT, SETTINGS, TrieProcessor
 from cemg_kernels import Trie
 
 START, LEVELS, SIZE, VOCABULARY = 3, 3, 6, 24
@@ -171,9 +171,9 @@ def test_the_plugin_says_what_to_do_under_the_second_model_runner(monkeypatch):
             whole = ".".join(parts[:end])
             monkeypatch.setitem(sys.modules, whole, ModuleType(whole))
         sys.modules[whole].LogitsProcessor = kinds[-1]
-    monkeypatch.delitem(sys.modules, "cemg.decoding.vllm_plugin", raising=False)
-    plugin = importlib.import_module("cemg.decoding.vllm_plugin").VllmTrieProcessor
-    monkeypatch.delitem(sys.modules, "cemg.decoding.vllm_plugin")
+    monkeypatch.delitem(sys.modules, "cemg.decoding.integrations.vllm_plugin", raising=False)
+    plugin = importlib.import_module("cemg.decoding.integrations.vllm_plugin").VllmTrieProcessor
+    monkeypatch.delitem(sys.modules, "cemg.decoding.integrations.vllm_plugin")
     assert all(issubclass(plugin, kind) for kind in kinds)  # so that its own words are heard
     with pytest.raises(ValueError, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
         plugin(SimpleNamespace(), SimpleNamespace())

@@ -24,14 +24,14 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from cemg.decoding.beams import Beams, Recommendations, check_prompts
 from cemg.decoding.engine import Normalize, check_tokens
+from cemg.decoding.integrations.vllm_processor import PROMPT, SETTINGS
 from cemg.decoding.members import with_members
 from cemg.decoding.pretrained import plain_model
-from cemg.decoding.vllm_processor import PROMPT, SETTINGS
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
 from cemg_kernels import trie_beam_step
 
-PLUGIN = "cemg.decoding.vllm_plugin:VllmTrieProcessor"
+PLUGIN = "cemg.decoding.integrations.vllm_plugin:VllmTrieProcessor"
 ENVIRONMENT = {  # read when vLLM is imported or started; what the user set stays
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process between us: B · W requests a step
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one takes processors of another kind

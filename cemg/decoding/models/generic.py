@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from cemg.decoding.eval_mode import InEvalMode
-from cemg.decoding.layers import Logits, Stepper, Unsupported, Wanted
-from cemg.decoding.rows import RowsStepper, accepted, plain
+from cemg.decoding.models.eval_mode import InEvalMode
+from cemg.decoding.models.layers import Logits, Stepper, Unsupported, Wanted
+from cemg.decoding.models.rows import RowsStepper, accepted, plain
 
 WINDOWS = ("sliding_window", "attention_chunk_size")  # settings that limit how far back a layer attends
 ATTENTION = ("attention", "full_attention", "global", "sliding_attention", "chunked_attention")

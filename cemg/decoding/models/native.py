@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cemg.decoding.causal import CausalPlan
-from cemg.decoding.layers import Feed, Logits, Norm, Projection, Unsupported, Wanted
-from cemg.decoding.t5 import T5Plan
+from cemg.decoding.models.causal import CausalPlan
+from cemg.decoding.models.layers import Feed, Logits, Norm, Projection, Unsupported, Wanted
+from cemg.decoding.models.t5 import T5Plan
 from cemg.errors import UserError
 from cemg_kernels.constrained.softmax import OVER, Normalize
 from cemg_kernels.runtime.dispatch import native

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from cemg.decoding.causal import CausalPlan
-from cemg.decoding.generic import GenericPlan
-from cemg.decoding.lengths import rope_of_lengths
-from cemg.decoding.native import NativePlan
-from cemg.decoding.plain import Unsupported
-from cemg.decoding.rows import RowsPlan
+from cemg.decoding.models.causal import CausalPlan
+from cemg.decoding.models.generic import GenericPlan
+from cemg.decoding.models.native import NativePlan
+from cemg.decoding.models.rope_lengths import rope_of_lengths
+from cemg.decoding.models.rows import RowsPlan
+from cemg.decoding.models.t5 import T5Plan
+from cemg.decoding.models.weights import Unsupported
 from cemg.decoding.self_check import Disagreement, ModelFails, Plan, SelfCheck, first_line
-from cemg.decoding.t5 import T5Plan
 from cemg.errors import UserError
 from cemg_kernels.runtime.dispatch import choose, pick
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from cemg.decoding.layers import Logits, Stepper, Wanted
+from cemg.decoding.models.layers import Logits, Stepper, Wanted
 
 
 class _Switch:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cemg.decoding.layers import (
+from cemg.decoding.models.layers import (
     Feed,
     Head,
     Logits,
@@ -29,7 +29,7 @@ from cemg.decoding.layers import (
     code_table,
     padding_of,
 )
-from cemg.decoding.plain import Unsupported, unwrapped, weight_of
+from cemg.decoding.models.weights import Unsupported, unwrapped, weight_of
 from cemg.errors import UserError
 from cemg_kernels.attention.shared_prefix import prompt_attention
 

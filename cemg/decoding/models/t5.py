@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cemg.decoding.layers import (
+from cemg.decoding.models.layers import (
     Feed,
     Head,
     Logits,
@@ -30,8 +30,8 @@ from cemg.decoding.layers import (
     heads,
     padding_of,
 )
-from cemg.decoding.plain import unwrapped, weight_of
-from cemg.decoding.rows import start_token
+from cemg.decoding.models.rows import start_token
+from cemg.decoding.models.weights import unwrapped, weight_of
 from cemg_kernels.runtime.ranges import named_range
 
 CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")

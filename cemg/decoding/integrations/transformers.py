@@ -18,9 +18,9 @@ from transformers import (
 
 from cemg.decoding.beams import left_padded, right_padded
 from cemg.decoding.engine import Normalize, Recommendations, check_fit
-from cemg.decoding.eval_mode import evaluating
+from cemg.decoding.integrations.logits_processor import plain_generation
 from cemg.decoding.members import with_members
-from cemg.decoding.processor import plain_generation
+from cemg.decoding.models.eval_mode import evaluating
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
 

@@ -16,9 +16,9 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
-from cemg.decoding.eval_mode import InEvalMode
-from cemg.decoding.layers import Logits, Stepper, Unsupported, Wanted
-from cemg.decoding.lengths import forget_lengths, rope_of_lengths
+from cemg.decoding.models.eval_mode import InEvalMode
+from cemg.decoding.models.layers import Logits, Stepper, Unsupported, Wanted
+from cemg.decoding.models.rope_lengths import forget_lengths, rope_of_lengths
 
 CACHES = ("cache", "past_key_values", "cache_params")  # names under which ``generate`` passes a cache
 # how many tokens the cache lacks; early versions of transformers 5 take their positions instead

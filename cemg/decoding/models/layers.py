@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cemg.decoding.beams import token_count
-from cemg.decoding.plain import Unsupported, linear_of
+from cemg.decoding.models.weights import Unsupported, linear_of
 from cemg_kernels.attention.beam_tree import ancestor_attention
 from cemg_kernels.attention.logsumexp import row_logsumexp
 from cemg_kernels.attention.shared_prefix import prompt_attention, served_by_triton

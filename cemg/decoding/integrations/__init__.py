@@ -1,0 +1,1 @@
+"""The trie constraint in other engines: ``generate()`` of transformers, and vLLM."""
