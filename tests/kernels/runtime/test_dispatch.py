@@ -25,7 +25,7 @@ from cemg_kernels import (
 )
 from cemg_kernels.runtime import dispatch, ranges
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ def test_triton_kernels_are_interpreted_here_and_none_is_skipped():
 @pytest.mark.parametrize(("variable", "code"), [({"CEMG_NO_SKIPS": "1"}, 1), ({}, 0)])
 def test_a_kernels_test_that_is_skipped_fails_where_none_may_be(variable, code):
     """What CI and bench/gpu.sh rely on, shown on a test that a machine without a GPU has to skip."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     inherited = {name: value for name, value in os.environ.items() if name != "CEMG_NO_SKIPS"}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     done = subprocess.run(

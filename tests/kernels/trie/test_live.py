@@ -1,4 +1,4 @@
-"""A catalog that changes: single behaviours here; long random histories in test_trie_stateful.py."""
+"""A catalog that changes: single behaviours here; long random histories in test_stateful.py."""
 
 from __future__ import annotations
 
