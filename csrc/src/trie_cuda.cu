@@ -1,6 +1,6 @@
 // Grid loops over the cells of trie_cells.h. nvcc builds them into the module; where there was no nvcc, CuPy
-// compiles this file at first use (cemg_kernels/trie/cuda_launch.py), and then the launcher below is left out.
-// Every argument is a pointer or an int64_t, so that one launcher serves all.
+// compiles this file at first use (cemg_kernels/trie/cuda_launch.py), and then the launcher below is left
+// out. Every argument is a pointer or an int64_t, so that one launcher serves all.
 #if defined(__CUDACC_RTC__)
 using int8_t = signed char;
 using uint8_t = unsigned char;
