@@ -1,6 +1,6 @@
 """kill -9 at many moments of a training, a retraining and `cemg-catalog add`: nothing is lost.
 
-``python tests/kills.py FOLDER ABOUT COUNT`` prints, for each of them, how many kills were survived; ABOUT is
+``python tests/runs/kills.py FOLDER ABOUT COUNT`` prints, for each of them, how many kills were survived; ABOUT is
 a JSON file with the ``settings`` of a tiny run and its ``cache`` (see test_kills.py). A run is killed at its
 n-th change to the disk (n drawn over all of them), or after a drawn share of its time. Then the run is
 opened: a finished one recommends what it did, or what the new one does. Then the next command ends as if no

@@ -1,8 +1,8 @@
-"""How many items of published indices decode as under ``generate()``: ``python tests/count_field_indices.py
-X.index.json …``, LETTER's files for example.
+"""Counts the items of published indices that decode as under ``generate()``.
 
-Each index gets a tokenizer with its tokens added in sorted order, as these projects' training adds them, and
-a small random T5 and Llama. Counted are the items at their places in the lists of ``--prompts`` random
+``python tests/decoding/count_field_indices.py X.index.json …`` reads, for example, LETTER's files. Each index
+gets a tokenizer with its tokens added in sorted order, as the training code of these projects does it, and a
+small random T5 and Llama. An item counts if it has the same rank in both lists, over ``--prompts`` random
 histories of five items.
 """
 

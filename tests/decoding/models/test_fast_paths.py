@@ -19,7 +19,7 @@ from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter, RequestFilter, use_fast_kernels
 
-from .conftest import LEVELS, SIZE, START, VOCABULARY, Bench, random_catalog, step_by_step
+from ..conftest import LEVELS, SIZE, START, VOCABULARY, Bench, random_catalog, step_by_step
 
 ROTARY: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

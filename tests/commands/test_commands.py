@@ -265,7 +265,7 @@ def test_added_items_get_codes_and_titles_and_old_ones_keep_theirs(tiny_run, tmp
 
 def readme_snippets() -> list[str]:
     return re.findall(
-        r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL
+        r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL
     )
 
 

@@ -14,7 +14,7 @@ from cemg.decoding.models.native import NativePlan, NativeStepper, prompt_fields
 from cemg.decoding.models.t5 import T5Plan
 from cemg.errors import UserError
 
-from .conftest import FAMILIES, LEVELS, SIZE, START, VOCABULARY, Bench, make_model, random_catalog
+from ..conftest import FAMILIES, LEVELS, SIZE, START, VOCABULARY, Bench, make_model, random_catalog
 
 FIRST = Wanted(START, SIZE, total=False)
 NEXT = Wanted(START + SIZE, SIZE, total=False)

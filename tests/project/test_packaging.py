@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMPILER = """#!/bin/sh
 # Writes an empty file where a compiler would write its output: what is packed is tested here, not compiled.
 while [ $# -gt 0 ]; do

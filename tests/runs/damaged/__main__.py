@@ -1,4 +1,4 @@
-"""``python -m damaged --cases 2600`` in ``tests``: damages files of tiny runs and counts the outcomes.
+"""``python -m damaged --cases 2600`` in ``tests/runs``: damages files of tiny runs and counts the outcomes.
 
 Every case is one damage to one file and one command that reads it, in a process of its own. An outcome is
 

@@ -1,7 +1,7 @@
 """Every family of ``transformers`` against the definition: the plain forward of prompt and prefix, no cache,
 no padding.
 
-``pytest -m slow -s tests/decoding/test_families.py`` prints a table of all families.
+``pytest -m slow -s tests/decoding/models/test_families.py`` prints a table of all families.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from cemg.decoding.self_check import first_line
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 
+from ..conftest import LEVELS, SIZE, START, Bench, random_catalog
 from . import families
-from .conftest import LEVELS, SIZE, START, Bench, random_catalog
 
 ITEMS, BEAMS = 40, 5
 TOLERANCE = (

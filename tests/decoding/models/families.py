@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from .conftest import VOCABULARY
+from ..conftest import VOCABULARY
 
 WIDTH, HEADS, POSITIONS, WINDOW = 32, 4, 512, 16
 SIZES: dict[str, Any] = {

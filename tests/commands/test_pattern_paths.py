@@ -116,7 +116,7 @@ def test_no_reader_lets_polars_expand_a_path():
     sources = [*Path("cemg").rglob("*.py"), *Path("bench").rglob("*.py")]
     kinds = ("csv", "parquet", "ipc", "lines")
     calls = [f"pl.{verb}_{kind}(" for verb in ("read", "scan") for kind in kinds]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     found = 0
     for path in (root / source for source in sources):
         text = path.read_text()

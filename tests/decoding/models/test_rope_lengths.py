@@ -13,7 +13,7 @@ from cemg.decoding import Decoder
 from cemg.decoding.models.rope_lengths import rope_of_lengths
 from cemg.errors import UserError
 
-from .conftest import START, Bench, random_catalog
+from ..conftest import START, Bench, random_catalog
 from .families import build
 from .test_families import ITEMS, TOLERANCE, beam_search, forward_scores
 

@@ -13,8 +13,8 @@ from cemg.decoding import Decoder, TransformersDecoder, score_all
 from cemg.decoding.beams import left_padded, right_padded, trimmed
 from cemg.errors import UserError
 
+from ..conftest import START, Bench, random_catalog
 from . import families
-from .conftest import START, Bench, random_catalog
 from .test_families import forward_scores
 from .test_fast_paths import SHAPES, build
 

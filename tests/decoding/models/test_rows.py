@@ -21,7 +21,7 @@ from cemg.decoding import Decoder, score_all
 from cemg.decoding.models.layers import Unsupported
 from cemg.decoding.models.rows import RowsPlan
 
-from .conftest import START, VOCABULARY, Bench, Family, random_catalog
+from ..conftest import START, VOCABULARY, Bench, Family, random_catalog
 
 SHAPES = {
     "mpt": (MptForCausalLM, MptConfig(vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2)),
