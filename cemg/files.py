@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from cemg.errors import UserError
@@ -220,7 +221,7 @@ def storage_error(error: BaseException, path: Path | str | None = None) -> Stora
     folder = Path(place).parent if place else "the folder"
     if code in (errno.ENOSPC, errno.EDQUOT):
         what = "disk full" if code == errno.ENOSPC else "disk quota exceeded"
-        return StorageError(f"{what}: {where}", fix=f"free space (df -h {folder}), {CONTINUE}")
+        return StorageError(f"{what}: {where}", fix=f"free space (df -h {quote(str(folder))}), {CONTINUE}")
     if code == errno.EROFS:
         return StorageError(f"read-only file system: {where}", fix=f"mount {folder} writable, {CONTINUE}")
     if code in (errno.EACCES, errno.EPERM):

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,9 @@ class Pipeline:
         run = Run.existing(folder)
         if not run.finished():
             settings_file(folder)  # raises where it is damaged
-            raise UserError(f"the training of {folder} has not ended", fix=f"cemg-train --run {folder}")
+            raise UserError(
+                f"the training of {folder} has not ended", fix=f"cemg-train --run {quote(str(folder))}"
+            )
         opened = _stages(folder) if verify else {}
         path = run.path(CONFIG)
         config, generator = own_settings(run), generator_of(path)
@@ -393,7 +396,8 @@ class Pipeline:
         """The trained model on the device, float32, in evaluation mode; UserError for another catalog's."""
         if not self.run.path("generator").is_dir():
             raise UserError(
-                f"{self.run.folder} holds no trained generator", fix=f"cemg-train --run {self.run.folder}"
+                f"{self.run.folder} has no trained generator",
+                fix=f"cemg-train --run {quote(str(self.run.folder))}",
             )
         path = self.file("generator", "weights.safetensors")
         catalog = self.load_catalog()
@@ -414,7 +418,7 @@ class Pipeline:
                 "this catalog does not belong to the generator",
                 cause=f"{self.run.path('generator')} was trained on {shape[0]} levels of {shape[1]} codes; "
                 f"{self.run.path('catalog')} has {catalog.levels} levels of {catalog.codebook_size}",
-                fix=f"train a generator on that catalog: cemg-train --run {self.run.folder}",
+                fix=f"train a generator on that catalog: cemg-train --run {quote(str(self.run.folder))}",
             )
         uneven = min(catalog.codebook_sizes) < catalog.codebook_size
         if catalog.shared is not None or catalog.tokens is not None or uneven:

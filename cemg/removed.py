@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from cemg import files
@@ -22,7 +23,7 @@ def read_removed(run: Path) -> list[str | int]:
     path = run / REMOVED
     if not os.path.lexists(path):
         return []
-    fix = f"delete it, which restores all items, and remove them again: rm {path}"
+    fix = f"delete it, which restores all items, and remove them again: rm {quote(str(path))}"
     record = read_json(path, dict[str, Any], fix=fix)
     check_signature(record, name=str(path), fix=fix)
     items = record.get("items")

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Any
 
@@ -279,10 +280,12 @@ def no_such_run(folder: Path) -> UserError:
     others = runs_in(folder) or runs_in(folder.parent)
     what = f"{folder} is not a run: it has no {CONFIG}" if folder.is_dir() else f"there is no run {folder}"
     if not others:
-        return UserError(what, fix=f"train one: cemg-train --data DATA --run {folder}")
+        return UserError(what, fix=f"train one: cemg-train --data DATA --run {quote(str(folder))}")
     shown = ", ".join(map(str, others[:8])) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
     near = difflib.get_close_matches(folder.name, [path.name for path in others], n=1, cutoff=0)
-    return UserError(what, cause=f"there are {shown}", fix=f"--run {others[0].with_name(near[0])}")
+    return UserError(
+        what, cause=f"there are {shown}", fix=f"--run {quote(str(others[0].with_name(near[0])))}"
+    )
 
 
 class _Lock(AbstractContextManager[None]):

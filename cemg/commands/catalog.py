@@ -1,4 +1,4 @@
-"""``cemg-catalog``: look at a run's catalog, and add items to it."""
+"""``cemg-catalog``: inspect, extend, restrict and export the catalog of a run."""
 
 from __future__ import annotations
 
@@ -19,46 +19,59 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-app = command.command_line(help="The catalog of a run: its items and their semantic IDs.")
+app = command.command_line(
+    help="Inspect and change the catalog of a run: its items and their semantic IDs.",
+    epilog=command.examples(
+        "cemg-catalog list --run runs/beauty",
+        "cemg-catalog add --run runs/beauty --items new.csv",
+        'cemg-catalog remove --run runs/beauty --items "12 7"',
+    ),
+)
 
 
 @app.callback()
 def _about(version: command.VersionOption = False) -> None: ...
 
 
-@app.command(cls=command.Command)
+@app.command(
+    cls=command.Command, epilog=command.examples("cemg-catalog show --run runs/beauty --item B0014EC9QS")
+)
 def show(
-    run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
-    item: Annotated[str, typer.Option(help="One item id.")],
+    run: command.RunOption,
+    item: Annotated[str, typer.Option(help="Id of one item.")],
     no_verify: command.NoVerifyOption = False,
 ) -> None:
-    """Print the semantic ID of an item.
-
-    Example: cemg-catalog show --run runs/beauty --item 12
-    """
+    """Print the semantic ID of one item."""
     from cemg.generator import symbol
     from cemg.manifest import verify
     from cemg.run import Run
     from cemg.tokenizer import Catalog
 
-    opened = Run.existing(run)
-    folder = opened.path("catalog")
+    existing = Run.existing(run)
+    folder = existing.path("catalog")
     if not no_verify:
-        opened.check_whole()
+        existing.check_whole()
         verify(folder, Catalog.FILES)
     catalog = Catalog.load(folder)
     codes = catalog.codes[catalog.rows_of([item])[0]].tolist()
     print(" ".join(symbol(level, code) for level, code in enumerate(codes)))
 
 
-@app.command(cls=command.Command)
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        "cemg-catalog add --run runs/beauty --items new.csv",
+        "cemg-catalog add --run runs/beauty --items new.csv --columns item=sku,text=title+description",
+    ),
+)
 def add(
-    run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
+    run: command.RunOption,
     items: Annotated[
         Path,
         typer.Option(
             metavar="FILE",
-            help="Table with the columns item and title, text or image (csv, tsv, .gz, parquet).",
+            help="Table of the new items (.csv, .tsv, .gz, .parquet): column item, and at least one of "
+            "title, text and image.",
         ),
     ],
     columns: ColumnsOption = "",
@@ -67,9 +80,9 @@ def add(
     encoding: EncodingOption = "",
     no_verify: command.NoVerifyOption = False,
 ) -> None:
-    """Give new items semantic IDs through the frozen features and tokenizer; existing IDs never change.
+    """Add new items to the catalog, without retraining.
 
-    Example: cemg-catalog add --run runs/beauty --items new.csv
+    The run's feature encoders and tokenizer compute their semantic IDs. Existing semantic IDs do not change.
     """
     from cemg.data.readers.pictures import image_paths
     from cemg.generator import symbol
@@ -78,37 +91,43 @@ def add(
     from cemg.run import Run
 
     table = _read(items, columns, separator=separator, encoding=encoding, pictures=images is not None)
-    Pipeline.open(run, verify=not no_verify)  # before a typing error becomes a folder with a lock
+    Pipeline.open(run, verify=not no_verify)  # before the lock, which would create a mistyped folder
     with Run(run).locked():
         recommender = Recommender.from_run(run, verify=not no_verify)
         known = set(map(str, recommender.catalog.item_ids))
-        twice = next((i for i in table["item"] if i in known), None)
-        if twice is not None:
-            raise UserError(f"{items}: item {twice} is in the catalog already")
+        existing = next((item for item in table["item"] if item in known), None)
+        if existing is not None:
+            raise UserError(f"{items}: item {existing} is already in the catalog")
         pictures, notes = image_paths(table, items.parent, images)
-        for note in (*notes, *_alike(table["item"], known, items)):
+        for note in (*notes, *_similar_ids(table["item"], known, items)):
             console.print(f"note: {note}", highlight=False)
         codes = recommender.encode_items(table["text"].to_list(), pictures)
         titles = recommender.pipeline.added_titles()
         titles |= {i: t for i, t in zip(table["item"], table["title"], strict=True) if t}
-        larger = recommender.catalog.extended(codes, table["item"].to_list())
-        with Run(run).revised("catalog") as folder:  # with the same key: the run is unchanged
-            larger.save(folder)
+        extended = recommender.catalog.extended(codes, table["item"].to_list())
+        with Run(run).revised("catalog") as folder:  # with the same stage key: later stages stay valid
+            extended.save(folder)
             files.write_json(folder / ADDED_TITLES, titles)
-    for name, row in zip(table["item"], codes.tolist(), strict=True):
-        print(name, " ".join(symbol(level, code) for level, code in enumerate(row)))
+    for item, item_codes in zip(table["item"], codes.tolist(), strict=True):
+        print(item, " ".join(symbol(level, code) for level, code in enumerate(item_codes)))
     console.print(f"{len(table)} items added, {len(known) + len(table)} in the catalog", highlight=False)
 
 
-@app.command(cls=command.Command)
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        "cemg-catalog export --run runs/beauty codes.parquet",
+        "cemg-catalog export --run runs/beauty beauty.index.json",
+    ),
+)
 def export(
-    run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
-    out: Annotated[Path, typer.Argument(help="OUT.csv, OUT.parquet or OUT.index.json.")],
+    run: command.RunOption,
+    out: Annotated[Path, typer.Argument(help="File to write: OUT.csv, OUT.parquet or OUT.index.json.")],
     no_verify: command.NoVerifyOption = False,
 ) -> None:
-    """Write the codes of all items for other programs: columns item, code_0, code_1, …, or an index.json.
+    """Write the semantic IDs of all items to a file for other programs.
 
-    Example: cemg-catalog export --run runs/beauty codes.parquet
+    A table has the columns item, code_0, code_1, …; an index.json has the format of LETTER and LC-Rec.
     """
     from cemg.pipeline import Pipeline
 
@@ -118,7 +137,7 @@ def export(
 
 
 def _read(path: Path, columns: str, *, separator: str, encoding: str, pictures: bool) -> pl.DataFrame:
-    """The new items, ``item``, ``title``, ``text`` and ``image``, their texts made as in training."""
+    """Read the new items into the columns item, title, text and image; texts are composed as in training."""
     import polars as pl
 
     from cemg.data.dataset import check_ids
@@ -134,19 +153,19 @@ def _read(path: Path, columns: str, *, separator: str, encoding: str, pictures: 
     for note in notes:
         console.print(f"note: {note}", highlight=False)
     if table["item"].is_duplicated().any():
-        twice = table["item"].filter(table["item"].is_duplicated())[0]
-        raise UserError(f"{path}: item {twice} occurs more than once")
+        repeated = table["item"].filter(table["item"].is_duplicated())[0]
+        raise UserError(f"{path}: item {repeated} occurs more than once")
     if table.select(pl.all_horizontal(pl.col("text", "image").is_null().all())).item() and not pictures:
         raise UserError(
-            f"{path} needs a column title, text or image beside the items",
-            fix="--columns item=sku,text=title+description,image=picture",
+            f"{path} needs a title, text or image column in addition to the item ids",
+            fix="name the columns: --columns item=sku,text=title+description,image=picture",
         )
     check_ids(table["item"].to_list(), "item", source=str(path))
     return table
 
 
-def _alike(added: pl.Series, known: Iterable[object], path: Path) -> list[str]:
-    """A note where a new id differs from a known one only in form, as 0108 and 108."""
+def _similar_ids(added: pl.Series, known: Iterable[object], path: Path) -> list[str]:
+    """Return a note if a new id differs from a known one only in how it is written, as 0108 and 108."""
     import polars as pl
 
     from cemg.data.readers.values import other_forms
@@ -155,14 +174,19 @@ def _alike(added: pl.Series, known: Iterable[object], path: Path) -> list[str]:
     if forms.is_empty():
         return []
     old, new = forms.row(0)
-    return [f"{path.name}: {new!r} is a new item, though the catalog has {old!r} ({forms.height:,} such ids)"]
+    return [f"{path.name}: {new!r} is added as a new item, although the catalog has {old!r} "
+            f"({forms.height:,} such ids)"]  # fmt: skip
 
 
-for name, act in (("list", catalog_items.list_items), ("remove", catalog_items.remove),
-                  ("restore", catalog_items.restore)):  # fmt: skip
-    app.command(name, cls=command.Command)(act)
+for name, function, options in (
+    ("list", catalog_items.list_items, "--run runs/beauty --json"),
+    ("remove", catalog_items.remove, '--run runs/beauty --items "12 7"'),
+    ("restore", catalog_items.restore, '--run runs/beauty --items "12 7"'),
+):
+    epilog = command.examples(f"cemg-catalog {name} {options}")
+    app.command(name, cls=command.Command, epilog=epilog)(function)
 
 
 def main() -> None:
-    """Entry point of ``cemg-catalog``."""
+    """Run ``cemg-catalog`` on the command line's arguments."""
     command.run(app)

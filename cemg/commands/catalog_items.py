@@ -4,44 +4,43 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
+from cemg.commands.console import RunOption
 from cemg.commands.items import read_ids
 from cemg.errors import UserError
 from cemg.progress import console, printable
 
-RunOption = Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")]
 ItemsOption = Annotated[
-    str, typer.Option(metavar="IDS|FILE", help="Item ids between commas or spaces; a file has one per line.")
+    str,
+    typer.Option(
+        metavar="IDS|FILE",
+        help="Item ids separated by commas or spaces, or a file with one id per line.",
+    ),
 ]
 
 
 def remove(run: RunOption, items: ItemsOption) -> None:
-    """Never recommend these items again; their semantic IDs stay, and histories may have them.
+    """Stop recommending these items.
 
-    Example: cemg-catalog remove --run runs/beauty --items "12 7"
+    They keep their semantic IDs and may still occur in histories; cemg-catalog restore undoes it.
     """
-    _change(run, read_ids(items, option="--items"), adds=True)
+    _change_removed(run, read_ids(items, option="--items"), remove=True)
 
 
 def restore(run: RunOption, items: ItemsOption) -> None:
-    """Recommend removed items again.
-
-    Example: cemg-catalog restore --run runs/beauty --items "12 7"
-    """
-    _change(run, read_ids(items, option="--items"), adds=False)
+    """Recommend removed items again."""
+    _change_removed(run, read_ids(items, option="--items"), remove=False)
 
 
 def list_items(
     run: RunOption,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per item.")] = False,
 ) -> None:
-    """Print every item: its id, semantic ID and title, between tabs.
-
-    Example: cemg-catalog list --run runs/beauty
-    """
+    """Print all items, one per line: id, semantic ID and title, separated by tabs."""
     from cemg.generator import symbol
     from cemg.pipeline import Pipeline
     from cemg.recommender import item_titles
@@ -60,7 +59,7 @@ def list_items(
             print(f"{printable(str(item))}\t{name}\t{printable(title)}{mark}")
 
 
-def _change(run: Path, ids: list[str], *, adds: bool) -> None:
+def _change_removed(run: Path, ids: list[str], *, remove: bool) -> None:
     from cemg.pipeline import Pipeline
     from cemg.removed import read_removed, write_removed
     from cemg.run import Run
@@ -69,12 +68,15 @@ def _change(run: Path, ids: list[str], *, adds: bool) -> None:
     catalog.rows_of(ids)  # UserError for an unknown id
     with Run(run).locked():
         before = read_removed(run)
-        stranger = next((item for item in ids if not adds and item not in before), None)
-        if stranger is not None:
-            raise UserError(f"item {stranger!r} was not removed", fix=f"cemg-catalog list --run {run}")
-        after = list(dict.fromkeys([*before, *ids])) if adds else [i for i in before if i not in ids]
+        not_removed = next((item for item in ids if not remove and item not in before), None)
+        if not_removed is not None:
+            raise UserError(
+                f"item {not_removed!r} is not a removed item",
+                fix=f"list the items: cemg-catalog list --run {quote(str(run))}",
+            )
+        after = list(dict.fromkeys([*before, *ids])) if remove else [i for i in before if i not in ids]
         write_removed(run, after)
     count = abs(len(after) - len(before))
-    what = f"{count} item{'' if count == 1 else 's'} {'removed' if adds else 'restored'}"
-    left = len(catalog) - len(set(after) & set(catalog.item_ids))
-    console.print(f"{what}; {left:,} of {len(catalog):,} are recommended", soft_wrap=True)
+    change = f"{count} item{'' if count == 1 else 's'} {'removed' if remove else 'restored'}"
+    active = len(catalog) - len(set(after) & set(catalog.item_ids))
+    console.print(f"{change}; {active:,} of {len(catalog):,} are recommended", soft_wrap=True)

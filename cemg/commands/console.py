@@ -1,7 +1,7 @@
-"""What all commands share: `-h`, `--version`, errors as a few lines with exit code 2, and Ctrl-C.
+"""What all commands share: ``-h``, ``--version``, errors on a few lines with exit code 2, and Ctrl-C.
 
-torch and transformers take seconds to import, so a command imports them inside its function: ``--help``
-answers at once.
+Importing torch and transformers takes seconds. Commands import them inside their functions, so that
+``--help`` prints at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -25,14 +26,14 @@ from cemg.progress import console, printable
 if TYPE_CHECKING:
     from cemg.config import RunConfig
 
-INFORMATION = ("-h", "--help", "--version")  # which need no working environment
+INFORMATION = ("-h", "--help", "--version")  # options that work in a broken environment too
 LIBRARIES = (
     "accelerate", "matplotlib", "peft", "polars", "sklearn", "tensorboard", "torch", "torchvision",
     "transformers",
 )  # fmt: skip
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-NOTHING = "nothing was written"
-_kept = NOTHING  # what an interrupted command leaves behind
+NOTHING_WRITTEN = "nothing was written"
+_interrupt_message = NOTHING_WRITTEN
 
 
 class Command(TyperCommand):
@@ -42,79 +43,88 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print(f"\ninterrupted: {_kept}", file=sys.stderr)
+            print(f"\ninterrupted: {_interrupt_message}", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
 def command_line(**options: Any) -> typer.Typer:
-    """The application of one command, in the manner of all of them."""
+    """Create the typer application of one command; ``options`` go to `typer.Typer`."""
     names = {"help_option_names": ["-h", "--help"]}
     return typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, context_settings=names, **options
     )
 
 
-def say_if_interrupted(kept: str) -> None:
-    """From here on, Ctrl-C prints ``kept``: what stays, and the command that continues."""
-    global _kept
-    _kept = kept
+def examples(*lines: str) -> str:
+    """Format the examples at the end of a ``--help`` text, one per line."""
+    return "\n\n".join(("Examples:", *lines))
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def set_interrupt_message(message: str) -> None:
+    """Set what Ctrl-C prints from here on: what is kept, and the command that continues."""
+    global _interrupt_message
+    _interrupt_message = message
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"cemg {__version__}")
         raise typer.Exit
 
 
+RunOption = Annotated[Path, typer.Option(metavar="FOLDER", help="Trained run, written by cemg-train.")]
+DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="Device: cpu, cuda, cuda:1, …")]
 NoVerifyOption = Annotated[
-    bool, typer.Option("--no-verify", help="Read the run's files without comparing them with their hashes.")
+    bool, typer.Option("--no-verify", help="Do not check the run's files against their recorded sha256.")
 ]
 VersionOption = Annotated[
-    bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    bool,
+    typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
 ]
 
 
 def check_device(device: str) -> None:
-    """UserError for what is no device, and for a GPU that torch does not see."""
+    """Raise UserError for an unknown device, and for a GPU that torch does not see."""
     import torch
 
     try:
-        found: torch.device | None = torch.device(device)
+        parsed: torch.device | None = torch.device(device)
     except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device} is no device", fix="--device cpu, cuda or cuda:1")
-    gpus = torch.cuda.device_count() if found.type == "cuda" and torch.cuda.is_available() else 0
-    if found.type == "cuda" and (found.index or 0) >= gpus:
-        sees = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "no GPU"
+        parsed = None
+    if parsed is None or parsed.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is not a valid device", fix="--device cpu, cuda or cuda:1")
+    gpus = torch.cuda.device_count() if parsed.type == "cuda" and torch.cuda.is_available() else 0
+    if parsed.type == "cuda" and (parsed.index or 0) >= gpus:
+        visible = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "no GPU"
         raise UserError(
-            f"--device {device}: torch {torch.__version__} sees {sees}",
-            fix="cemg-doctor tells why; or --device cpu",
+            f"--device {device}: torch {torch.__version__} sees {visible}",
+            fix="cemg-doctor shows why; or use --device cpu",
         )
 
 
 def check_normalize(name: str | None) -> None:
-    """UserError for what is no normalisation; None is the run's own."""
+    """Raise UserError for an unknown normalization. None stands for the run's setting."""
     from cemg_kernels.constrained.softmax import Normalize
 
     if name not in (None, *get_args(Normalize)):
-        raise UserError(f"--normalize must be {', '.join(get_args(Normalize))}, got {name!r}")
+        raise UserError(f"--normalize must be one of {', '.join(get_args(Normalize))}, got {name!r}")
 
 
 def warn_of_normalize(config: RunConfig, name: str | None) -> None:
-    """Say so where a model of loss "valid" is searched under another normalisation."""
+    """Print a warning if a model trained with loss "valid" is searched under another normalization."""
     if config.generator.loss == "valid" and name not in (None, "valid"):
         console.print(
-            f"warning: this model was trained with generator.loss=valid, so --normalize {name} gives worse "
-            "lists: codes that continue no item were never trained",
+            f"warning: this model was trained with generator.loss=valid, so --normalize {name} returns worse "
+            "lists: the logits of codes that continue no item were never trained",
             soft_wrap=True,
         )
 
 
 def check_result(path: Path | None, option: str = "--result") -> None:
-    """UserError where a result file is to be written over a folder."""
+    """Raise UserError if the path of a result file is a folder."""
     if path is not None and path.is_dir():
-        raise UserError(f"{option} {path} is a folder", fix=f"name a file: {option} {path / 'beauty.json'}")
+        file = quote(str(path / "beauty.json"))
+        raise UserError(f"{option} {path} is a folder", fix=f"name a file: {option} {file}")
 
 
 def _check_environment() -> None:
@@ -127,16 +137,19 @@ def _check_environment() -> None:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Whether an error is a refused allocation; torch raises a RuntimeError for one on the CPU."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+    """Return whether an allocation failed. On the CPU, torch raises a plain RuntimeError for that."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def run(app: Callable[[], Any]) -> None:
-    """Run ``app`` on ``sys.argv``; a UserError, or what the system refuses, is printed as ``error: …``, cause
-    and fix; exit code 2."""
-    say_if_interrupted(NOTHING)
-    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack a letter of a title
+    """Run ``app`` on ``sys.argv``.
+
+    A UserError, an OSError or a failed allocation is printed as ``error: …``, ``cause: …`` and ``fix: …``,
+    and the process exits with code 2.
+    """
+    set_interrupt_message(NOTHING_WRITTEN)
+    for stream in (sys.stdout, sys.stderr):  # the terminal's encoding may lack a character of a title
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
@@ -145,8 +158,10 @@ def run(app: Callable[[], Any]) -> None:
 
 
 def _quieten() -> None:
-    """Keep the notices of other libraries off the terminal: a user can do nothing about them. Their errors
-    stay, and so do CEMG's own warnings, as one line each."""
+    """Hide the warnings of other libraries, which a user of the commands cannot act on.
+
+    Their errors stay. CEMG's own warnings are printed on one line each.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)  # read when transformers is imported
     for kind in (UserWarning, DeprecationWarning, FutureWarning):
@@ -154,7 +169,7 @@ def _quieten() -> None:
     warnings.showwarning = _show_warning
 
 
-def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+def _show_warning(message: Warning | str, *location: Any, **options: Any) -> None:
     console.print(f"warning: {message}", soft_wrap=True)
 
 
@@ -167,15 +182,15 @@ def _run(app: Callable[[], Any]) -> None:
         lines = error.lines()
     except OSError as error:
         storage = storage_error(error)
-        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        lines = storage.lines() if storage is not None else [named]
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        lines = storage.lines() if storage is not None else [text]
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
         lines = UserError(
             "not enough memory",
             cause=str(error).split("\n")[0],
-            fix="smaller batches, fewer beams, or a smaller model",
+            fix="use smaller batches, fewer beams or a smaller model",
         ).lines()
     else:
         return

@@ -1,4 +1,4 @@
-"""``cemg-data``: look at a dataset, prepare it for training, draw the synthetic one."""
+"""``cemg-data``: inspect a dataset, prepare it for training, or generate the synthetic one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import join
 from typing import Annotated
 
 import typer
@@ -33,33 +34,51 @@ from cemg.data.synthetic import synthetic_dataset
 from cemg.errors import UserError
 
 app = command.command_line(
-    name="cemg-data", help="Read, check and prepare interaction data.", no_args_is_help=True
+    name="cemg-data",
+    help="Read, check and prepare interaction data.",
+    no_args_is_help=True,
+    epilog=command.examples(
+        "cemg-data stats raw/beauty",
+        "cemg-data prepare raw/beauty data/beauty",
+        "cemg-data synthetic data/synthetic",
+    ),
 )
 
-FormatOption = Annotated[Format, typer.Option(help="How the source is written; auto looks at it.")]
+FormatOption = Annotated[Format, typer.Option(help="Format of the source; auto detects it.")]
 MinCountOption = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Keep users and items with so many interactions, to a fixed point; 0 keeps all.",
+        help="Drop users and items with fewer interactions, until all have enough; 0 keeps all.",
         show_default="5, or 0 for the sequence format",
     ),
 ]
-MinRatingOption = Annotated[float | None, typer.Option(help="Drop interactions rated lower.")]
-TiesOption = Annotated[Ties, typer.Option(help="Order of one user's interactions of equal time.")]
-DuplicatesOption = Annotated[Duplicates, typer.Option(help="What stays where a user has an item repeatedly.")]
-SeedOption = Annotated[int, typer.Option(help="For all that is drawn at random.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT where it is a prepared folder.")]
+MinRatingOption = Annotated[float | None, typer.Option(help="Drop interactions with a lower rating.")]
+TiesOption = Annotated[
+    Ties, typer.Option(help="Order of a user's interactions at the same time: as in the source, or shuffled.")
+]
+DuplicatesOption = Annotated[
+    Duplicates,
+    typer.Option(help="Which interactions to keep if a user has the same item several times; keep: all."),
+]
+SeedOption = Annotated[int, typer.Option(help="Random seed.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT if it is a prepared folder.")]
 
 
 @app.callback()
 def _about(version: command.VersionOption = False) -> None: ...
 
 
-@app.command(cls=command.Command, epilog="Example: cemg-data stats data/beauty")
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        "cemg-data stats data/beauty",
+        "cemg-data stats --interactions orders.csv --columns user=uid,item=sku,timestamp=ts",
+    ),
+)
 def stats(
     path: Annotated[
-        Path | None, typer.Argument(help="A folder or file of any format, or a prepared folder.")
+        Path | None, typer.Argument(help="Folder or file in any supported format, or a prepared folder.")
     ] = None,
     interactions: InteractionsOption = None,
     items: ItemsOption = None,
@@ -74,10 +93,12 @@ def stats(
     drop_duplicates: DropDuplicatesOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print users, items, interactions, average length and sparsity."""
+    """Print the number of users, items and interactions, the average history length and the sparsity."""
     source = one_source(path, interactions, option="the argument")
     if source is None:
-        raise UserError("no data is named", fix="cemg-data stats PATH, or --interactions FILE --items FILE")
+        raise UserError(
+            "no dataset is named", fix="cemg-data stats PATH, or cemg-data stats --interactions FILE"
+        )
     data = read_dataset(
         source,
         format=format,
@@ -92,16 +113,23 @@ def stats(
         drop_duplicates=drop_duplicates,
     )
     print(_as_json(data) if as_json else _as_table(data))
-    _say_notes(data)
+    _print_notes(data)
 
 
-@app.command(cls=command.Command, epilog="Example: cemg-data prepare raw/yelp data/yelp --min-rating 4")
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        "cemg-data prepare raw/yelp data/yelp --min-rating 4",
+        "cemg-data prepare --interactions orders.csv --columns user=uid,item=sku,timestamp=ts data/shop",
+    ),
+)
 def prepare(
     paths: Annotated[
         list[Path],
         typer.Argument(
             metavar="[SOURCE] OUT",
-            help="A folder or file of any format, unless --interactions names one; the folder to write.",
+            help="SOURCE: folder or file in any supported format; leave it out with --interactions. "
+            "OUT: folder to write.",
         ),
     ],
     interactions: InteractionsOption = None,
@@ -111,7 +139,7 @@ def prepare(
     separator: SeparatorOption = "",
     encoding: EncodingOption = "",
     format: FormatOption = "auto",
-    name: Annotated[str | None, typer.Option(help="The dataset's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the dataset. Default: the source's.")] = None,
     min_count: MinCountOption = None,
     min_rating: MinRatingOption = None,
     ties: TiesOption = "source",
@@ -120,9 +148,9 @@ def prepare(
     seed: SeedOption = 0,
     force: ForceOption = False,
 ) -> None:
-    """Read any format, filter, order by time, and write a prepared folder of Parquet files."""
+    """Read any format, filter the interactions, sort them by time, and write a folder of Parquet files."""
     source, out = _source_and_out(paths, interactions)
-    _check_free(out, force=force, source=source)
+    _check_output(out, force=force, source=source)
     data = read_dataset(
         source,
         format=format,
@@ -139,47 +167,53 @@ def prepare(
         drop_duplicates=drop_duplicates,
         seed=seed,
     )
-    with _renamed_when_whole(out) as folder:
+    with _renamed_when_complete(out) as folder:
         data.save(folder)
-    _say_written(data, out)
+    _print_written(data, out)
 
 
-@app.command(cls=command.Command, epilog="Example: cemg-data synthetic data/synthetic --users 2000")
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        "cemg-data synthetic data/synthetic",
+        "cemg-data synthetic data/synthetic --users 2000 --items 800 --seed 1",
+    ),
+)
 def synthetic(
-    out: Annotated[Path, typer.Argument(help="The prepared folder to write.")],
-    users: Annotated[int, typer.Option(help="How many users.")] = 1200,
-    items: Annotated[int, typer.Option(help="How many items.")] = 400,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    users: Annotated[int, typer.Option(help="Number of users.")] = 1200,
+    items: Annotated[int, typer.Option(help="Number of items.")] = 400,
     seed: SeedOption = 0,
     force: ForceOption = False,
 ) -> None:
-    """Draw the synthetic set: pictures, texts and purchases made by rule."""
-    _check_free(out, force=force)
-    with _renamed_when_whole(out) as folder:
+    """Generate the synthetic dataset: pictures, texts and purchases drawn by fixed rules."""
+    _check_output(out, force=force)
+    with _renamed_when_complete(out) as folder:
         drawn = synthetic_dataset(folder, users=users, items=items, seed=seed)
-        moved = [out / path.relative_to(folder) if path else None for path in drawn.images]
-        data = dataclasses.replace(drawn, images=moved)
+        final_images = [out / path.relative_to(folder) if path else None for path in drawn.images]
+        data = dataclasses.replace(drawn, images=final_images)
         data.save(folder)
-    _say_written(data, out)
+    _print_written(data, out)
 
 
 def main() -> None:
-    """The entry point of ``cemg-data``."""
+    """Run ``cemg-data`` on the command line's arguments."""
     command.run(app)
 
 
 def _source_and_out(paths: list[Path], interactions: Path | None) -> tuple[Path, Path]:
-    """SOURCE OUT, or OUT alone where --interactions names the source."""
-    named = one_source(paths[0] if len(paths) > 1 else None, interactions, option="SOURCE")
-    if len(paths) > 2 or named is None:
+    """Split the arguments into source and output folder; --interactions may name the source instead."""
+    source = one_source(paths[0] if len(paths) > 1 else None, interactions, option="SOURCE")
+    if len(paths) > 2 or source is None:
         raise UserError(
-            f"wanted SOURCE and OUT, got {', '.join(map(str, paths))}",
+            f"expected SOURCE and OUT, got {join(map(str, paths))}",
             fix="cemg-data prepare SOURCE OUT, or cemg-data prepare --interactions FILE OUT",
         )
-    return named, paths[-1]
+    return source, paths[-1]
 
 
 def _as_table(data: Dataset) -> str:
-    """The columns of the paper's Table 1."""
+    """Format the statistics with the columns of Table 1 of the CEMG paper."""
     numbers = data.stats()
     row = {
         "Dataset": f"{data.name} (synthetic)" if data.synthetic and data.name != "synthetic" else data.name,
@@ -205,34 +239,38 @@ def _as_json(data: Dataset) -> str:
     return json.dumps(about | coverage | {"tie_rule": data.tie_rule, "notes": data.notes}, indent=1)
 
 
-def _say_notes(data: Dataset) -> None:
+def _print_notes(data: Dataset) -> None:
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _say_written(data: Dataset, out: Path) -> None:
-    _say_notes(data)
+def _print_written(data: Dataset, out: Path) -> None:
+    _print_notes(data)
     print(f"wrote {out}: {data.num_users:,} users, {data.num_items:,} items", file=sys.stderr)
     print(out)
 
 
-def _check_free(out: Path, *, force: bool, source: Path | None = None) -> None:
-    """Refuse to overwrite what is there, unless forced and a prepared folder that is not the source."""
+def _check_output(out: Path, *, force: bool, source: Path | None = None) -> None:
+    """Raise UserError if ``out`` exists, unless ``force`` is set and it is a prepared folder.
+
+    The source, or a folder that contains it, is never overwritten.
+    """
     if source and out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{out} holds the source", fix="choose another folder for the prepared data")
+        raise UserError(f"{out} contains the source", fix="choose another folder for the prepared data")
     if not out.exists():
         return
     if not force:
-        raise UserError(f"{out} exists", fix="choose another folder, or replace it with --force")
+        raise UserError(f"{out} already exists", fix="choose another folder, or replace it with --force")
     if not (out / "dataset.json").is_file():
         raise UserError(
-            f"{out} exists and is no prepared folder", fix="choose another, or remove it yourself"
+            f"{out} already exists and is not a prepared folder",
+            fix="choose another folder, or remove this one yourself",
         )
 
 
 @contextmanager
-def _renamed_when_whole(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name, and its place, when the block ends well."""
+def _renamed_when_complete(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``out`` that is renamed to ``out`` if the block succeeds."""
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
     try:
         files.make_folder(part)

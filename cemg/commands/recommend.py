@@ -1,4 +1,4 @@
-"""``cemg-recommend``: the next items for a history, with titles, scores and codes."""
+"""``cemg-recommend``: the most likely next items for a history, with titles, scores and semantic IDs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -15,8 +16,8 @@ from cemg.commands import console as command
 from cemg.commands.histories import (
     SOME_FAILED,
     STDIN,
-    answer_of,
     in_batches,
+    output_line,
     parse_history,
     read_requests,
 )
@@ -35,53 +36,83 @@ if TYPE_CHECKING:
 app = command.command_line()
 
 
-@app.command(cls=command.Command)
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        'cemg-recommend --run runs/beauty --history "12 7 105" --top 10',
+        "cemg-recommend --run runs/beauty --histories requests.jsonl > answers.jsonl",
+        "cemg-recommend --run runs/beauty --all all.parquet --exclude-history",
+    ),
+)
 def recommend(
-    run: Annotated[Path, typer.Option(help="Folder that cemg-train wrote.")],
+    run: command.RunOption,
     history: Annotated[
-        str, typer.Option(help="Item ids, oldest first, between spaces or commas; or a JSON list.")
+        str,
+        typer.Option(help="Item ids, oldest first, separated by spaces or commas; or a JSON list of ids."),
     ] = "",
-    user: Annotated[str, typer.Option(help="A user of the run's data, for all that is known of them.")] = "",
+    user: Annotated[
+        str, typer.Option(metavar="ID", help="Use the whole history of this user of the run's data.")
+    ] = "",
     histories: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help='One JSON line per history: a list of item ids or {"user": …, "history": […]}; .gz, or - '
-            "for stdin. Prints one JSON line for each; exit code 3 where one has an error.",
+            help='File with one JSON line per request: a list of item ids, or {"user": …, "history": […]}. '
+            "May be .gz, or - for stdin. Prints one JSON line per request. Exit code 3: some lines failed.",
         ),
     ] = None,
     everyone: Annotated[
         Path | None,
-        typer.Option(
-            "--all",
-            metavar="OUT.parquet",
-            help="Write the lists of all users as a table.",
-        ),
+        typer.Option("--all", metavar="OUT.parquet", help="Recommend for every user, and write a table."),
     ] = None,
     part: Annotated[
         str,
-        typer.Option(help="With --all: the histories before the test or valid item, for cemg-eval; or all."),
+        typer.Option(
+            metavar="PART",
+            help="Histories for --all: all (whole), or test or valid (up to that item, for cemg-eval).",
+        ),
     ] = "all",
-    top: Annotated[int, typer.Option(help="How many items.")] = 10,
-    beams: Annotated[int, typer.Option(help="Width of the beam search; --top at least.")] = 50,
-    engine: Annotated[str, typer.Option(help="cemg; transformers, the yardstick; or vllm.")] = "cemg",
+    top: Annotated[int, typer.Option(help="Number of items to recommend.")] = 10,
+    beams: Annotated[int, typer.Option(help="Number of beams; at least --top are used.")] = 50,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="Decoder: cemg, vllm, or transformers (slow, for comparison).")
+    ] = "cemg",
     normalize: Annotated[
-        str | None, typer.Option(help="vocab, level or valid; the run's own if not given.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Codes in the log-softmax: vocab, level or valid. Default: the run's setting.",
+        ),
     ] = None,
-    exclude_history: Annotated[bool, typer.Option(help="Leave out the items of the history.")] = False,
+    exclude_history: Annotated[
+        bool, typer.Option(help="Do not recommend items of the history.", show_default=False)
+    ] = False,
     only: Annotated[
-        str, typer.Option(metavar="IDS|FILE", help="Recommend these items alone; a file has one id per line.")
+        str,
+        typer.Option(
+            metavar="IDS|FILE", help="Recommend only these items: ids, or a file with one id per line."
+        ),
     ] = "",
-    exclude: Annotated[str, typer.Option(metavar="IDS|FILE", help="Never recommend these items.")] = "",
-    exact: Annotated[bool, typer.Option(help="Search on until the list is proven to be the top.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    exclude: Annotated[
+        str,
+        typer.Option(
+            metavar="IDS|FILE", help="Do not recommend these items: ids, or a file with one id per line."
+        ),
+    ] = "",
+    exact: Annotated[
+        bool,
+        typer.Option(
+            help="Search until the list is proven to be the best of all allowed items.", show_default=False
+        ),
+    ] = False,
+    device: command.DeviceOption = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     no_verify: command.NoVerifyOption = False,
     version: command.VersionOption = False,
 ) -> None:
-    """Recommend the next items after a history, a user's, or each of a file of histories.
+    """Recommend the next items for a history, a user, a file of histories, or all users.
 
-    Example: cemg-recommend --run runs/beauty --history "12 7 105" --top 10
+    Give exactly one of --history, --user, --histories and --all.
     """
     from cemg.recommender import Recommender
 
@@ -92,7 +123,8 @@ def recommend(
             raise UserError(f"--{name} must be at least 1, got {count}")
     if sum(map(bool, (history, user, histories, everyone))) != 1:
         raise UserError(
-            "name one of --history, --user, --histories and --all", fix='for example --history "12 7 105"'
+            "give exactly one of --history, --user, --histories and --all",
+            fix='for example --history "12 7 105"',
         )
     _check_all(everyone, part)
     items = parse_history(history) if history else []
@@ -114,55 +146,58 @@ def recommend(
         forbidden = read_ids(exclude, option="--exclude") if exclude else []
         options["filter"] = _filter(recommender, allowed, forbidden)
     if everyone:
-        from cemg.commands.everyone import write_all
+        from cemg.commands.all_users import write_all
 
         count = write_all(recommender, everyone, part=part, options=options)
-        console.print(f"wrote {everyone}: {count:,} users, {top} items each at most", soft_wrap=True)
+        console.print(f"wrote {everyone}: {count:,} users, at most {top} items each", soft_wrap=True)
         return
     if histories:
         _serve(recommender, histories, options)
         return
-    own = _history_of(user, recommender) if user else items
-    answer = next(_answers(recommender, [own], options))
+    request = _history_of(user, recommender) if user else items
+    answer = next(_recommendations(recommender, [request], options))
     if as_json:
         print(json.dumps(answer, indent=1))
         return
     rows = answer["items"]
     table = _table(rows)
-    if engine != "transformers":  # which proves nothing
+    if engine != "transformers":  # which computes no certificate
         proven = answer["certified"]
         table.caption = f"the first {proven} of {len(rows)} are proven to be the best"
-        table.caption += "; --exact searches on" if proven < len(rows) and not exact else ""
+        table.caption += "; --exact proves all" if proven < len(rows) and not exact else ""
     plain_console().print(table)
 
 
 def _check_all(out: Path | None, part: str) -> None:
+    """Raise UserError for an invalid --part or --all."""
     if part not in ("all", "test", "valid"):
         raise UserError(f"--part must be all, test or valid, got {part!r}")
     if out is None and part != "all":
-        raise UserError("--part goes with --all")
+        raise UserError(f"--part {part} has no effect without --all", fix="add --all OUT.parquet")
     if out is not None and out.suffix != ".parquet":
-        raise UserError(f"--all {out} must end in .parquet", fix=f"--all {out.with_suffix('.parquet')}")
+        raise UserError(
+            f"--all {out} must end in .parquet", fix=f"--all {quote(str(out.with_suffix('.parquet')))}"
+        )
 
 
 def _filter(recommender: Recommender, only: Sequence[str], exclude: Sequence[str]) -> ItemFilter:
-    """Admits the items of ``only``, or all where it names none, but those of ``exclude``."""
+    """Allow the items of ``only`` (all items if it is empty) except those of ``exclude``."""
     if not exclude:
         return recommender.only(only)
-    kept = ~recommender.only(exclude)
-    return recommender.only(only) & kept if only else kept
+    not_excluded = ~recommender.only(exclude)
+    return recommender.only(only) & not_excluded if only else not_excluded
 
 
 def _serve(recommender: Recommender, path: Path, options: dict[str, Any]) -> None:
-    """Print one JSON line per line of ``path``; exit code 3 where some could not be served."""
+    """Print one JSON line per line of ``path``. Exits with code 3 if some could not be served."""
     failed = lines = 0
     known = set(map(str, recommender.catalog.item_ids))
     requests = read_requests(path, known, _known_histories(recommender))
     for batch in in_batches(requests, recommender.pipeline.config.decoding.batch_size):
         histories = [request.history for request in batch if request.error is None]
-        answers = _answers(recommender, histories, options)
+        answers = _recommendations(recommender, histories, options)
         for request in batch:
-            print(json.dumps(answer_of(request, None if request.error else next(answers))), flush=True)
+            print(json.dumps(output_line(request, None if request.error else next(answers))), flush=True)
         failed, lines = failed + len(batch) - len(histories), lines + len(batch)
     if failed:
         print(f'{failed:,} of {lines:,} lines could not be served; see their "error"', file=sys.stderr)
@@ -170,7 +205,7 @@ def _serve(recommender: Recommender, path: Path, options: dict[str, Any]) -> Non
 
 
 def _known_histories(recommender: Recommender) -> Callable[[str], list[str] | None]:
-    """User id to all items known of the user; the data are read when the first user is asked for."""
+    """Return a function from user id to history (None if unknown), which reads the data on its first call."""
 
     @functools.cache
     def by_user() -> tuple[dict[str, int], Dataset]:
@@ -189,24 +224,24 @@ def _history_of(user: str, recommender: Recommender) -> list[str]:
     if history is None:
         data = recommender.pipeline.load_data()
         raise UserError(
-            f"user {user!r} is not among the {data.num_users} of this run",
-            fix=f"their ids are written like {data.user_ids[0]!r}",
+            f"user {user!r} is not among the {data.num_users} users of this run",
+            fix=f"use an id of its data, such as {data.user_ids[0]!r}",
         )
     return history
 
 
-def _answers(
+def _recommendations(
     recommender: Recommender, histories: list[list[str]], options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """What is recommended for each history, searched in batches."""
+    """Yield the JSON object of each history's recommendations. The search runs in batches."""
     from cemg.generator import symbol
 
     titles, size = recommender.titles(), recommender.pipeline.config.decoding.batch_size
     for start in range(0, len(histories), size):
         batch = histories[start : start + size]
-        found = recommender.recommend(batch, **options)
-        for row, (history, ids) in enumerate(zip(batch, recommender.item_ids(found), strict=True)):
-            listed = zip(ids, found.scores[row].tolist(), found.codes[row].tolist(), strict=True)
+        result = recommender.recommend(batch, **options)
+        for row, (history, ids) in enumerate(zip(batch, recommender.item_ids(result), strict=True)):
+            ranked = zip(ids, result.scores[row].tolist(), result.codes[row].tolist(), strict=True)
             items = [
                 {
                     "item": item,
@@ -214,28 +249,27 @@ def _answers(
                     "score": score,
                     "codes": [symbol(m, c) for m, c in enumerate(codes)],
                 }
-                for item, score, codes in listed
+                for item, score, codes in ranked
                 if item is not None
             ]
-            yield {"history": history, "certified": int(found.certified[row]), "items": items}
+            yield {"history": history, "certified": int(result.certified[row]), "items": items}
 
 
-def _table(rows: list[dict[str, object]]) -> Table:
+def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
-    table = Table("", "item", "title", "log-prob", "codes", caption_justify="left")
-    for place, row in enumerate(rows, start=1):
-        codes = " ".join(row["codes"])  # type: ignore[arg-type]
+    table = Table("rank", "item", "title", "log-prob", "semantic ID", caption_justify="left")
+    for rank, row in enumerate(rows, start=1):
         table.add_row(
-            str(place),
+            str(rank),
             printable(str(row["item"])),
             printable(str(row["title"])),
             f"{row['score']:.3f}",
-            codes,
+            " ".join(row["codes"]),
         )
     return table
 
 
 def main() -> None:
-    """Entry point of ``cemg-recommend``."""
+    """Run ``cemg-recommend`` on the command line's arguments."""
     command.run(app)

@@ -1,8 +1,9 @@
-"""The options that say which files hold the data and how they are written, alike in every command."""
+"""The options that name the data files and their format; they are the same in every command."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -11,38 +12,53 @@ from cemg.errors import UserError
 
 InteractionsOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="File of interactions (csv, tsv, parquet, .gz; a folder of Parquet)."),
+    typer.Option(
+        metavar="FILE", help="Interactions file (.csv, .tsv, .parquet, .gz), or a folder of Parquet files."
+    ),
 ]
 ItemsOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="File that describes the items; else what lies beside.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Items file. Default: the one found next to the interactions."),
 ]
 ImagesOption = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Folder of images named by item id, subfolders too.")
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Folder of images named by item id; subfolders are searched too."),
 ]
 ColumnsOption = Annotated[
     str,
     typer.Option(
         metavar="ROLE=NAME,…",
-        help="Columns of csv and parquet: user=uid,item=sku,timestamp=ts,rating=stars; of the items file: "
-        "id=sku,title=name,text=title+description,image=picture. #1, #2, … in a file without a header.",
+        help="Names of the columns. Roles of interactions: user, item, timestamp, rating; of items: id, "
+        "title, text, image. Several texts: text=a+b. Columns of a file without a header: #1, #2, …",
     ),
 ]
 SeparatorOption = Annotated[
     str,
-    typer.Option(metavar="CHARACTER", help="Between the fields of a csv, or tab; else the most frequent."),
+    typer.Option(metavar="CHARACTER", help="Field separator of csv files, or tab. Default: detected."),
 ]
 EncodingOption = Annotated[
-    str, typer.Option(metavar="NAME", help="Of text files: cp1252, latin-1, utf-16, …; else UTF-8.")
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Encoding of text files: cp1252, latin-1, utf-16, … Default: UTF-8, or by byte order mark.",
+    ),
 ]
 DropDuplicatesOption = Annotated[
-    bool, typer.Option("--drop-duplicates", help="Drop rows that repeat another one exactly.")
+    bool, typer.Option("--drop-duplicates", help="Drop rows that exactly repeat another row.")
 ]
 
 
 def one_source(path: Path | None, interactions: Path | None, *, option: str) -> Path | None:
-    """The one of both that is given; UserError where both are."""
+    """Return the data source that is given, or None. Raises UserError if both are.
+
+    Args:
+        path: Value of the argument or option named ``option``.
+        interactions: Value of ``--interactions``.
+        option: Name of the first one, for the error.
+    """
     if path is not None and interactions is not None:
         raise UserError(
-            f"{option} {path} and --interactions {interactions} both name the data", fix="give one"
+            f"{option} {path} and --interactions {interactions} both name the data",
+            fix=f"use one of them, for example --interactions {quote(str(interactions))}",
         )
     return path or interactions

@@ -1,4 +1,4 @@
-"""``cemg-train``: all stages of a run, resumable, then the test."""
+"""``cemg-train``: build all stages of a run, resuming where it stopped, then test the model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cemg.pipeline import Pipeline
 
 app = command.command_line()
-SYNTHETIC = (  # small enough for two CPU cores and a few minutes
+SYNTHETIC = (  # settings small enough for a few minutes on two CPU cores
     "pca.dim=64",
     "tokenizer.codebook_size=32", "tokenizer.levels=3", "tokenizer.dim=64", "tokenizer.epochs=200",
     "graph.epochs=60", "graph.batch_size=1024", "backbone.layers=2", "backbone.dim=64", "generator.epochs=30",
@@ -40,14 +40,25 @@ SYNTHETIC = (  # small enough for two CPU cores and a few minutes
 )  # fmt: skip
 
 
-@app.command(cls=command.Command)
-def train(
-    run: Annotated[Path, typer.Option(help="Folder of the run; the same folder resumes or reuses.")] = Path(
-        "runs/synthetic"
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        "cemg-train --run runs/demo",
+        "cemg-train --data data/beauty --config beauty --run runs/beauty --set generator.epochs=40",
+        "cemg-train --interactions orders.csv --columns user=uid,item=sku,timestamp=ts --run runs/shop",
     ),
+)
+def train(
+    run: Annotated[
+        Path, typer.Option(help="Folder of the run. In an existing one, finished stages are reused.")
+    ] = Path("runs/synthetic"),
     data: Annotated[
         str,
-        typer.Option(help="Folder or file that cemg-data reads. None: the run's own, or the synthetic set."),
+        typer.Option(
+            metavar="PATH",
+            help="Folder or file in any format of cemg-data. Default: the run's data, or the synthetic set "
+            "for a new run.",
+        ),
     ] = "",
     interactions: InteractionsOption = None,
     items: ItemsOption = None,
@@ -57,51 +68,74 @@ def train(
     encoding: EncodingOption = "",
     drop_duplicates: DropDuplicatesOption = False,
     preset: Annotated[
-        str, typer.Option(help="Settings for a catalog size: small, medium or large; paper: its encoders.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Settings for a catalog size: small, medium or large; or paper, for the paper's encoders.",
+        ),
     ] = "",
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file with settings, which replace those of the preset; or beauty, ml-100k."),
+        typer.Option(
+            metavar="FILE",
+            help="YAML file of settings, applied after --preset; or an included one: beauty, ml-100k.",
+        ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace what a finished run was trained with, without asking.")
+        bool, typer.Option("--force", help="Retrain a finished run with changed settings without asking.")
     ] = False,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Build damaged stages again, and restore damaged settings.")
+        bool, typer.Option("--rebuild", help="Rebuild damaged stages, and restore a damaged config.yaml.")
     ] = False,
     set: Annotated[
-        list[str] | None, typer.Option(help="One setting, e.g. --set generator.epochs=10; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Change one setting, e.g. --set generator.epochs=10. Repeatable."
+        ),
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option(help="Ablation: collab, image, text or llm; repeatable. --set 'without=[]' ends it."),
+        typer.Option(
+            metavar="PART",
+            help="Ablation: leave out collab, image, text or llm. Repeatable. Reset: --set 'without=[]'.",
+        ),
     ] = None,
     fast_kernels: Annotated[
         bool | None,
         typer.Option(
-            help="Fast backends, or the plain PyTorch references. Default: $CEMG_FAST_KERNELS, else fast.",
+            help="Use fast kernels, or the plain PyTorch references. Default: $CEMG_FAST_KERNELS, or fast.",
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32, or bfloat16 (mixed precision).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every stage.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder of cached features; runs may share one.")] = None,
-    result: Annotated[Path | None, typer.Option(help="Copy the result file there as well.")] = None,
+    device: command.DeviceOption = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="float32 (the default), or bfloat16 for mixed precision."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of all stages. Default: 0.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for cached text and image features; runs can share it."),
+    ] = None,
+    result: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also copy the result file to this path.")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print which stages would be built or reused, and why.")
+        bool,
+        typer.Option("--dry-run", help="Only print which stages would be built or reused, and why."),
     ] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print all settings, explained, as a --config file.")
+        bool,
+        typer.Option(
+            "--print-config", help="Only print all settings with explanations, as a file for --config."
+        ),
     ] = False,
     version: command.VersionOption = False,
 ) -> None:
-    """Train CEMG from raw data to a tested generator; without arguments on the synthetic set.
+    """Train a recommender from raw data, and test it. Without options, train on the synthetic set.
 
-    An existing run continues with its own settings where neither --data nor --config is given. What a
-    finished run was trained with is replaced only with --force, or where you agree.
-
-    Example: cemg-train --data data/beauty --run runs/beauty --set generator.epochs=40
+    After an interruption, the same command continues. An existing run keeps its own settings unless --data,
+    --config or --preset is given. A finished run is replaced only with --force, or after you confirm.
     """
     from cemg.pipeline import Pipeline
     from cemg.run import Run
@@ -119,18 +153,17 @@ def train(
         "separator": separator,
         "encoding": encoding,
     }
-    written: dict[str, Any] = {name: str(value) for name, value in files.items() if value}
-    written |= {"drop_duplicates": True} if drop_duplicates else {}
-    data = str(source) if source else ""
-    top = {
-        "source": written,
+    source_settings: dict[str, Any] = {name: str(value) for name, value in files.items() if value}
+    source_settings |= {"drop_duplicates": True} if drop_duplicates else {}
+    options = {
+        "source": source_settings,
         "without": tuple(without) if without else None,
         "dtype": dtype,
         "seed": seed,
         "preset": preset,
     }
-    config = config_file(config) if config is not None else None
-    chosen = _config(run, data, config, list(set or []), rebuild=rebuild, **top)
+    file = config_file(config) if config is not None else None
+    chosen = _config(run, str(source or ""), file, list(set or []), rebuild=rebuild, **options)
     if print_config:
         print(explained(chosen), end="")
         return
@@ -140,7 +173,7 @@ def train(
     console.print(_kernels(device))
     folder = Run(run)
     with folder.locked():
-        command.say_if_interrupted(
+        command.set_interrupt_message(
             f"finished stages and the last checkpoint are kept; cemg-train --run {quote(str(run))} continues"
         )
         pipeline = Pipeline(folder, chosen, device=device, cache=cache)
@@ -149,42 +182,46 @@ def train(
 
 
 def _config(
-    run: Path, data: str, config: Path | None, settings: list[str], *, rebuild: bool, **top: Any
+    run: Path, data: str, config: Path | None, settings: list[str], *, rebuild: bool, **options: Any
 ) -> RunConfig:
-    """What the command names; where it names no data, the run's own; the synthetic set for a new run."""
+    """Return the settings that the command names.
+
+    If it names neither data nor settings, an existing run keeps its own, and a new run is the synthetic one.
+    """
     from cemg.config import load_config
     from cemg.manifest import CONFIG
     from cemg.run import PENDING
     from cemg.transition import settings_file
 
     if data:
-        return load_config(config, settings, data_path=data, **top)
-    own = settings_file(run, rebuild=rebuild)
-    if own is not None and config is None and not top["preset"]:
-        console.print(f"{run} continues with its own settings, {own}", highlight=False)
-        if own.name == PENDING and (run / CONFIG).is_file():
-            console.print(f"delete {own} to go back to those of {run / CONFIG}", highlight=False)
-        return load_config(own, settings, **top)
-    if config is None and not top["preset"] and not any(s.startswith("data.path=") for s in settings):
+        return load_config(config, settings, data_path=data, **options)
+    run_file = settings_file(run, rebuild=rebuild)
+    if run_file is not None and config is None and not options["preset"]:
+        console.print(f"{run} continues with its own settings, {run_file}", highlight=False)
+        if run_file.name == PENDING and (run / CONFIG).is_file():
+            console.print(f"delete {run_file} to return to the settings in {run / CONFIG}", highlight=False)
+        return load_config(run_file, settings, **options)
+    if config is None and not options["preset"] and not any(s.startswith("data.path=") for s in settings):
         _check_spelling(run)
         console.print(f"{run} is new and no --data is given: training on the SYNTHETIC set", highlight=False)
-        return load_config(None, [*SYNTHETIC, *settings], **top)
-    chosen = load_config(config, settings, **top)
-    if own is not None and not chosen.data.path:
-        return dataclasses.replace(chosen, data=load_config(own, source=top["source"]).data)
+        return load_config(None, [*SYNTHETIC, *settings], **options)
+    chosen = load_config(config, settings, **options)
+    if run_file is not None and not chosen.data.path:
+        return dataclasses.replace(chosen, data=load_config(run_file, source=options["source"]).data)
     return chosen
 
 
 def _check_spelling(run: Path) -> None:
-    """UserError for a new run without data whose name is nearly that of an existing one: a typo, perhaps."""
+    """Raise UserError if a new run without data is named almost like an existing one, probably by a typo."""
     from cemg.run import nearest_run
 
-    near = nearest_run(run)
-    if near is not None:
+    nearest = nearest_run(run)
+    if nearest is not None:
         raise UserError(
-            f"there is no run {run}, and no --data is given for a new one",
-            cause=f"there is {near}",
-            fix=f"cemg-train --run {near}; for the synthetic set in a new run: --set data.path=",
+            f"there is no run {run}, and a new run needs --data",
+            cause=f"there is a run {nearest}",
+            fix=f"cemg-train --run {quote(str(nearest))}; or, for a new run on the synthetic set, "
+            f"cemg-train --run {quote(str(run))} --set data.path=",
         )
 
 
@@ -196,47 +233,51 @@ def _print_plan(run: Path, config: RunConfig, *, device: str) -> None:
     for stage, verdict in verdicts.items():
         print(f"{stage:<10} {printable(verdict)}")
     if Run(run).finished() and {*verdicts.values()} != {REUSED}:
-        console.print(f"{run} is trained: to replace what it holds needs --force")
+        console.print(f"{run} is already trained: --force is needed to retrain it")
 
 
 def _agree(run: Path, changes: list[str], damaged: bool) -> None:
-    """Ask on a terminal whether what a run holds may be replaced. UserError if not, or without one."""
+    """Ask on a terminal whether the run may be replaced.
+
+    Raises:
+        UserError: The answer is no, or there is no terminal to ask on.
+    """
     from cemg.run import Run
     from cemg.transition import DISCARDED, REMOVED
 
     shown = [*changes[:12], *([f"and {len(changes) - 12} more"] if len(changes) > 12 else [])]
-    trained = "is trained" if Run(run).finished() else "is partly trained"
-    what = f"{run} is damaged" if damaged else f"{run} {trained}, and this would train it anew"
     interrupted = any(change.startswith(DISCARDED) for change in changes)
-    if interrupted:
-        what = f"{run} has an interrupted retraining, and this would discard it"
-    if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)):
-        for line in (what, *(f"  {change}" for change in shown)):
-            console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
-        if typer.confirm("Build it again?" if damaged else "Replace it?", err=True):
-            return
-    fix = f"--force replaces it; another --run keeps it; without a change: cemg-train --run {quote(str(run))}"
-    if interrupted:
-        fix = f"continue it: cemg-train --run {quote(str(run))}; discard it: the same command with --force"
+    command_line = f"cemg-train --run {quote(str(run))}"
     if damaged:
+        problem = f"{run} is damaged"
         forced = " --force" if any(REMOVED in change for change in changes) else ""
-        fix = (
-            f"restore it from a copy, or build it again: cemg-train --run {quote(str(run))} --rebuild{forced}"
-        )
-    raise UserError(what, cause="; ".join(shown), fix=fix)
+        fix = f"restore it from a copy, or rebuild it: {command_line} --rebuild{forced}"
+    elif interrupted:
+        problem = f"{run} has an interrupted retraining, and this command would discard it"
+        fix = f"to continue it: {command_line}; to discard it: repeat your command with --force"
+    else:
+        state = "trained" if Run(run).finished() else "partly trained"
+        problem = f"{run} is already {state}, and this command would retrain it"
+        fix = f"to replace it: add --force; to keep it: use another --run, or change nothing: {command_line}"
+    if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)):
+        for line in (problem, *(f"  {change}" for change in shown)):
+            console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
+        if typer.confirm("Rebuild it?" if damaged else "Replace it?", err=True):
+            return
+    raise UserError(problem, cause="; ".join(shown), fix=fix)
 
 
 def _kernels(device: str) -> str:
-    """How many operations run on which backend, in one line."""
+    """Return one line that says how many operations each backend runs."""
     from cemg_kernels import backends
 
     counts = Counter(choice.backend for choice in backends(device).values())
-    named = ", ".join(f"{backend} {count}" for backend, count in counts.most_common())
-    return f"kernels by backend: {named} (cemg-doctor --device {device} lists them)"
+    summary = ", ".join(f"{backend} {count}" for backend, count in counts.most_common())
+    return f"kernels by backend: {summary} (cemg-doctor --device {device} lists them)"
 
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
-    from cemg.commands.ending import say_result
+    from cemg.commands.summary import print_summary
     from cemg.report import write_report
     from cemg.scoring import score
     from cemg_kernels.runtime.ranges import named_range
@@ -245,9 +286,9 @@ def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
         paths = score(pipeline, config, part="test", engine="cemg", beams=config.decoding.beams, copy=copy)
     with named_range("stage: report"):
         write_report(pipeline.run.folder)
-    say_result(pipeline, paths)
+    print_summary(pipeline, paths)
 
 
 def main() -> None:
-    """Entry point of ``cemg-train``."""
+    """Run ``cemg-train`` on the command line's arguments."""
     command.run(app)

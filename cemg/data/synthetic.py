@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import polars as pl
@@ -130,7 +131,11 @@ def synthetic_dataset(folder: Path, *, users: int = 1200, items: int = 400, seed
 def planted_clusters(folder: Path) -> pl.DataFrame:
     """The planted labels, a row per item: ``item``, ``visual``, ``textual``, ``collaborative``, all int32."""
     schema = {name: pl.Int32 for name in ("item", *KINDS)}
-    return read_parquet(folder / "planted.parquet", schema, fix=f"draw the set: cemg-data synthetic {folder}")
+    return read_parquet(
+        folder / "planted.parquet",
+        schema,
+        fix=f"generate the set again: cemg-data synthetic {quote(str(folder))}",
+    )
 
 
 def _following(likes: np.ndarray) -> np.ndarray:

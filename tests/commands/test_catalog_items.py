@@ -62,7 +62,7 @@ def test_unknown_items_and_items_that_were_not_removed_are_refused(run, command,
     assert command(catalog.main, "remove", "--run", run, "--items", "item-0001 item-99") == 2
     assert "item 'item-99' is not in the catalog of 50 items" in capsys.readouterr().err
     assert command(catalog.main, "restore", "--run", run, "--items", "item-0001") == 2
-    assert "item 'item-0001' was not removed" in capsys.readouterr().err
+    assert "item 'item-0001' is not a removed item" in capsys.readouterr().err
     assert Recommender.from_run(run).removed == []
 
 

@@ -203,7 +203,7 @@ def test_recommend_prints_titles_scores_and_codes(tiny_run, command, capsys):
         assert all(part in line for part in (item["title"], f"{item['score']:.3f}", *item["codes"]))
     assert "the first 5 of 5 are proven" in table  # 50 beams for 50 items
     assert command(recommend.main, *arguments, "--beams", 5) == 0
-    assert "; --exact searches on" in capsys.readouterr().out
+    assert "; --exact proves all" in capsys.readouterr().out
 
 
 def test_a_user_and_a_file_of_histories_are_served_alike(tiny_run, tmp_path, command, capsys):
@@ -326,15 +326,18 @@ def test_an_empty_history_is_refused(tiny_run, command, capsys):
 @pytest.mark.parametrize(
     ("arguments", "first"),
     [
-        ((), "name one of --history, --user, --histories and --all"),
-        (("--history", "item-0001", "--user", "1"), "name one of --history, --user, --histories and --all"),
-        (("--user", "nobody"), "user 'nobody' is not among the 40 of this run"),
+        ((), "give exactly one of --history, --user, --histories and --all"),
+        (
+            ("--history", "item-0001", "--user", "1"),
+            "give exactly one of --history, --user, --histories and --all",
+        ),
+        (("--user", "nobody"), "user 'nobody' is not among the 40 users of this run"),
         (
             ("--history", "item-0001", "--normalize", "item"),
-            "--normalize must be vocab, level, valid, got 'item'",
+            "--normalize must be one of vocab, level, valid, got 'item'",
         ),
-        (("--history", "item-0001", "--device", "gpu"), "--device gpu is no device"),
-        (("--history", "item-0001", "--device", "meta"), "--device meta is no device"),
+        (("--history", "item-0001", "--device", "gpu"), "--device gpu is not a valid device"),
+        (("--history", "item-0001", "--device", "meta"), "--device meta is not a valid device"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused(tiny_run, command, capsys, arguments, first):
@@ -388,7 +391,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, command, capsys, monkey
     err = refusal(command, capsys, main, "--run", tmp_path / "run", "--device", "cuda", *extra)
     assert err == (
         f"error: --device cuda: torch {torch.__version__} sees no GPU\n"
-        "  fix:   cemg-doctor tells why; or --device cpu\n"
+        "  fix:   cemg-doctor shows why; or use --device cpu\n"
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
@@ -404,7 +407,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, command, capsys, monkey
         (("--beams", 0), "error: --beams must be at least 1, got 0\n"),
         (
             ("--normalize", "level"),
-            "error: --normalize level is for the studies, and none is asked for\n"
+            "error: --normalize level applies to the studies only, and no study is selected\n"
             "  fix:   add --exact, --certified or --compare\n",
         ),
         (("--result", "."), "error: --result . is a folder\n  fix:   name a file: --result beauty.json\n"),
@@ -421,17 +424,17 @@ def test_a_part_that_is_none_is_refused(tiny_run, command, capsys):
 
 def test_all_users_and_some_users_at_once_are_refused(tiny_run, command, capsys):
     err = refusal(command, capsys, evaluate.main, "--run", tiny_run, "--all", "--users", 3)
-    assert err == "error: --all and --users exclude each other\n  fix:   leave one out\n"
+    assert err == "error: --all and --users exclude each other\n  fix:   leave one of them out\n"
 
 
 @pytest.mark.parametrize(
     "content, said",
     [
-        ("item,text\nitem-0001,a\n", "item item-0001 is in the catalog already"),
+        ("item,text\nitem-0001,a\n", "item item-0001 is already in the catalog"),
         ("item,text\nx,a\nx,b\n", "item x occurs more than once"),
         ("item,text\nx,a\n,b\n", "line 3: column 'item' is empty"),
         ("id,text\nx,a\n", "line 1: no column 'item'; the columns are id, text"),
-        ("item,price\nx,3\n", "needs a column title, text or image"),
+        ("item,price\nx,3\n", "needs a title, text or image column"),
         ("", "is empty"),
     ],
 )

@@ -81,10 +81,10 @@ def test_force_never_replaces_what_is_no_prepared_folder_or_holds_the_source(com
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "letter.txt").touch()
     code, _, err = command("prepare", shop, tmp_path / "precious", "--force", "--min-count", 0)
-    assert code == 2 and "no prepared folder" in err and (tmp_path / "precious" / "letter.txt").exists()
+    assert code == 2 and "not a prepared folder" in err and (tmp_path / "precious" / "letter.txt").exists()
     for out in (shop, tmp_path):
         code, _, err = command("prepare", shop, out, "--force", "--min-count", 0)
-        assert code == 2 and "holds the source" in err
+        assert code == 2 and "contains the source" in err
 
 
 def test_a_failed_prepare_leaves_nothing_and_keeps_the_old(command, shop, tmp_path):
@@ -151,9 +151,9 @@ def test_data_that_are_named_twice_or_not_at_all_are_refused(command, tables, sh
     code, _, err = command("stats", shop, *tables)
     assert code == 2 and "both name the data" in err
     code, _, err = command("stats")
-    assert code == 2 and "no data is named" in err
+    assert code == 2 and "no dataset is named" in err
     code, _, err = command("prepare", tmp_path / "out")
-    assert code == 2 and "wanted SOURCE and OUT" in err
+    assert code == 2 and "expected SOURCE and OUT" in err
     code, _, err = command("prepare", shop, tmp_path / "out", *tables)
     assert code == 2 and "both name the data" in err
 
@@ -186,4 +186,4 @@ def test_the_synthetic_set_is_whole_says_so_and_finds_its_pictures(command, tmp_
 @pytest.mark.parametrize("command_name", ["stats", "prepare", "synthetic"])
 def test_help_has_an_example(command, command_name):
     code, out, _ = command(command_name, "--help")
-    assert code == 0 and f"Example: cemg-data {command_name}" in out
+    assert code == 0 and "Examples:" in out and f" cemg-data {command_name} " in out.split("Examples:")[1]

@@ -70,8 +70,11 @@ def test_only_and_exclude_take_ids_or_a_file(tiny_run, tmp_path, command, capsys
     ("arguments", "said"),
     [
         (("--all", "a.csv"), "--all a.csv must end in .parquet"),
-        (("--all", "a.parquet", "--user", "x"), "name one of --history, --user, --histories and --all"),
-        (("--user", "x", "--part", "test"), "--part goes with --all"),
+        (
+            ("--all", "a.parquet", "--user", "x"),
+            "give exactly one of --history, --user, --histories and --all",
+        ),
+        (("--user", "x", "--part", "test"), "--part test has no effect without --all"),
         (("--all", "a.parquet", "--part", "train"), "--part must be all, test or valid, got 'train'"),
         (("--history", "item-0001", "--only", "item-9999"), "item 'item-9999' is not in the catalog"),
         (("--history", "item-0001", "--exclude", " , "), "--exclude names no item"),

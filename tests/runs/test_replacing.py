@@ -121,9 +121,9 @@ def error_of(capsys: pytest.CaptureFixture, code: int) -> list[str]:
 def test_a_finished_run_is_not_trained_anew_unasked(copy, training, capsys, options, said):
     before = state(copy)
     lines = error_of(capsys, training(copy, *options))
-    assert lines[0] == f"error: {copy} is trained, and this would train it anew"
+    assert lines[0] == f"error: {copy} is already trained, and this command would retrain it"
     assert lines[1] == f"  cause: {said}"
-    assert lines[2].startswith("  fix:   --force replaces it; another --run keeps it")
+    assert lines[2].startswith("  fix:   to replace it: add --force; to keep it: use another --run")
     assert state(copy) == before and hidden(copy) == set()
 
 
@@ -156,7 +156,7 @@ def test_on_a_terminal_the_question_is_put_and_the_answer_counts(copy, training,
 def test_without_stdin_nobody_is_asked(copy, training, capsys, monkeypatch):
     monkeypatch.setattr(train.sys, "stdin", None)  # cemg-train … <&-
     assert training(copy, "--set", "tokenizer.epochs=1") == 2
-    assert "--force replaces it" in capsys.readouterr().err
+    assert "to replace it: add --force" in capsys.readouterr().err
 
 
 def killed(*_: object) -> None:
@@ -234,9 +234,9 @@ def test_an_interrupted_retraining_is_not_discarded_unasked(shop, training, monk
     fresh = sorted(path.name for path in (run / ".next").iterdir())
     assert "features" in fresh
     lines = error_of(capsys, training(run, *original))
-    assert lines[0] == f"error: {run} has an interrupted retraining, and this would discard it"
+    assert lines[0] == f"error: {run} has an interrupted retraining, and this command would discard it"
     assert lines[1] == "  cause: the interrupted retraining with seed: 0 → 7"
-    fix = f"continue it: cemg-train --run {run}; discard it: the same command with --force"
+    fix = f"to continue it: cemg-train --run {run}; to discard it: repeat your command with --force"
     assert lines[2] == f"  fix:   {fix}"
     assert sorted(path.name for path in (run / ".next").iterdir()) == fresh
     with monkeypatch.context() as patch:
@@ -324,7 +324,7 @@ def test_changed_data_are_named_and_not_trained_on_unasked(shop, training, capsy
     def refused(changed: Dataset) -> str:
         changed.save(folder)
         lines = error_of(capsys, training(run, *arguments))
-        assert lines[0] == f"error: {run} is trained, and this would train it anew"
+        assert lines[0] == f"error: {run} is already trained, and this command would retrain it"
         assert state(run) == before and hidden(run) == set()
         return lines[1].removeprefix("  cause: ")
 
@@ -534,5 +534,5 @@ def test_a_new_run_without_data_whose_name_is_nearly_an_existing_one_is_refused(
     _, run = shop
     typo = run.with_name(run.name + "s")
     lines = error_of(capsys, training(typo))
-    assert lines[0] == f"error: there is no run {typo}, and no --data is given for a new one"
+    assert lines[0] == f"error: there is no run {typo}, and a new run needs --data"
     assert lines[2].startswith(f"  fix:   cemg-train --run {run};") and not typo.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 import polars as pl
 
@@ -64,7 +65,7 @@ def _named(item: str, name: str, folders: Sequence[Path]) -> Path | None:
         raise UserError(
             f"item {item} names a picture outside of {folders[0]}",
             cause=f"{name!r} is {file.resolve()}",
-            fix=f"allow its folder: --images {file.resolve().parent}",
+            fix=f"allow its folder: --images {quote(str(file.resolve().parent))}",
         )
     return file
 
