@@ -1,4 +1,4 @@
-"""One typed configuration for all stages, from YAML and ``name=value`` overrides."""
+"""The typed configuration of all stages, read from YAML files and ``section.name=value`` overrides."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cemg.graph import GraphConfig
 from cemg.tokenizer import TokenizerConfig
 from cemg_kernels.constrained.softmax import Normalize
 
-MAX_YAML = 100_000  # characters of a configuration, and values in it
+MAX_YAML = 100_000  # limit for the characters of a configuration file, and for its values
 WITHOUT = ("collab", "image", "text", "llm")
 SIGNATURE = re.compile(
     r"# cemg-train wrote these settings: sha256 ([0-9a-f]{64}), generator ([0-9a-f]{64}|none)"
@@ -34,45 +34,45 @@ SIGNATURE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """Where the interactions come from. An empty ``path`` means the synthetic set."""
+    """The dataset: files, format, filters and order."""
 
     path: str = ""
-    """A folder or file that cemg-data reads; empty is the synthetic set."""
+    """Folder or file of the dataset, in any format of cemg-data; empty: the synthetic set."""
     format: str = "auto"
-    """How it is written; auto detects it. cemg-data stats --help lists the formats."""
+    """Format of the dataset; auto detects it. cemg-data stats --help lists the formats."""
     images: str = ""
     """Folder of images named by item id."""
     name: str = ""
-    """Name of the dataset in results."""
+    """Name of the dataset in result files."""
     items: str = ""
-    """File that describes the items; empty is what lies beside the interactions."""
+    """Items file; empty: the one found next to the interactions."""
     columns: str = ""
-    """Columns of csv and parquet: user=uid,item=sku,timestamp=ts,text=title+description."""
+    """Column names of csv and parquet files: user=uid,item=sku,timestamp=ts,text=title+description."""
     separator: str = ""
-    """Separator of csv files; empty is the most frequent in the first line."""
+    """Field separator of csv files; empty: the most frequent one in the first line."""
     encoding: str = ""
-    """Encoding of text files; empty is UTF-8, or what the byte order mark says."""
+    """Encoding of text files; empty: UTF-8, or the one of the byte order mark."""
     min_count: int | None = None
-    """Interactions that every user and item keeps at least; null is 5, or 0 for the sequence format."""
+    """Fewest interactions of a user or item that is kept; null: 5, or 0 for the sequence format."""
     min_rating: float | None = None
-    """Interactions rated lower are dropped."""
+    """Interactions with a lower rating are dropped; null: none."""
     drop_duplicates: bool = False
-    """Whether rows that repeat another one exactly are dropped."""
+    """Whether rows that exactly repeat another row are dropped."""
     duplicates: Literal["keep", "first", "last"] = "keep"
-    """Which interactions stay where a user has an item repeatedly."""
+    """Which interactions are kept if a user has the same item several times; keep: all."""
     ties: Literal["source", "shuffle"] = "source"
-    """Order of one user's interactions of equal time."""
+    """Order of a user's interactions with equal timestamps."""
     synthetic_users: int = 1200
-    """Users of the synthetic set."""
+    """Number of users of the synthetic set."""
     synthetic_items: int = 400
-    """Items of the synthetic set."""
+    """Number of items of the synthetic set."""
 
     def __post_init__(self) -> None:
         for name in ("format", "images", "items", "columns", "separator", "encoding"):
             if not self.path and getattr(self, name) not in ("", "auto"):
                 raise UserError(
                     f"data.{name}={getattr(self, name)} has no effect on the synthetic set",
-                    fix="name the data: --interactions FILE, or --data PATH",
+                    fix="name a dataset: --interactions FILE, or --data PATH",
                 )
         if self.columns:
             ColumnNames.parse(self.columns)
@@ -81,12 +81,12 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True)
 class PcaConfig:
-    """The projection of text and image features to ``dim`` components (SPEC §2.3)."""
+    """PCA of the text features and of the image features."""
 
     dim: int = 128
-    """Components kept of each modality's features."""
+    """Number of components kept per modality."""
     whiten: bool = False
-    """Whether components are scaled to unit variance."""
+    """Whether the components are scaled to unit variance."""
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -95,16 +95,16 @@ class PcaConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodingConfig:
-    """Beam search at the test and in early stopping."""
+    """Beam search, in the test and in the validations during training."""
 
     beams: int = 50
-    """Beams of the test."""
+    """Number of beams in the test."""
     validation_beams: int = 20
-    """Beams of the validations during training."""
+    """Number of beams in validations."""
     validation_users: int = 2000
-    """Users of a validation, drawn by the seed."""
+    """Number of users in a validation, drawn with the seed."""
     batch_size: int = 64
-    """Histories searched at once."""
+    """Number of histories decoded at once."""
     normalize: Normalize = "vocab"
     """Codes in the log-softmax: vocab (the whole vocabulary), level, or valid (those of real items)."""
 
@@ -120,32 +120,32 @@ class DecodingConfig:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """Everything that decides a run's results."""
+    """All settings of a run."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """Interactions, texts and images."""
+    """The dataset."""
     text: TextConfig = field(default_factory=TextConfig)
-    """Text features."""
+    """The text encoder."""
     image: ImageConfig = field(default_factory=ImageConfig)
-    """Image features."""
+    """The image encoder."""
     pca: PcaConfig = field(default_factory=PcaConfig)
-    """Projection of text and image features."""
+    """PCA of text and image features."""
     graph: GraphConfig = field(default_factory=GraphConfig)
-    """Collaborative embeddings by LightGCN."""
+    """Collaborative embeddings, by LightGCN."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Fusion and RQ-VAE: from features to semantic IDs."""
+    """Fusion and RQ-VAE, which turn features into semantic IDs."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    """The language model."""
+    """The language model that generates semantic IDs."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     """Training of the generator."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     """Beam search."""
     without: tuple[str, ...] = ()
-    """Ablations: any of collab, image, text, llm."""
+    """Parts left out for an ablation: any of collab, image, text and llm."""
     seed: int = 0
-    """Seed of every stage."""
+    """Random seed of all stages."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """float32, or bfloat16 (mixed precision)."""
+    """Precision of training: float32, or bfloat16 for mixed precision."""
 
     def __post_init__(self) -> None:
         _check_finite(self)
@@ -153,25 +153,29 @@ class RunConfig:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}", fix="--seed 0")
         for name in self.without:
             if name not in WITHOUT:
-                raise UserError(f"--without {name}: no such part", fix=f"one of {', '.join(WITHOUT)}")
+                raise UserError(f"--without {name}: unknown part", fix=f"use one of {', '.join(WITHOUT)}")
         for name in ("graph", "tokenizer", "generator"):
-            own = getattr(self, name).seed
-            if own not in (0, self.seed):
-                raise UserError(f"{name}.seed={own} has no effect: the run's seed is every stage's",
-                                fix=f"--seed {own}")  # fmt: skip
+            stage_seed = getattr(self, name).seed
+            if stage_seed not in (0, self.seed):
+                raise UserError(f"{name}.seed={stage_seed} has no effect: all stages use the run's seed",
+                                fix=f"--seed {stage_seed}")  # fmt: skip
         if self.generator.loss == "valid" and self.decoding.normalize != "valid":
             raise UserError(
                 f"generator.loss=valid needs decoding.normalize=valid, not {self.decoding.normalize}",
-                cause="codes that continue no item are never trained, so their logits say nothing",
+                cause="the logits of codes that continue no item are never trained",
                 fix="--set decoding.normalize=valid",
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists, as YAML and JSON hold them."""
-        return TypeAdapter(RunConfig).dump_python(self, mode="json")
+        """Convert the settings to dicts, lists and scalars, as written to YAML and JSON."""
+        tree: dict[str, Any] = TypeAdapter(RunConfig).dump_python(self, mode="json")
+        return tree
 
     def seeded(self) -> RunConfig:
-        """The run's seed handed to every stage; ``--without llm`` turned into the backbone it means."""
+        """Return a copy in which every stage has the run's seed.
+
+        ``without=llm`` selects its backbone, a small decoder trained from scratch.
+        """
         parts = {
             name: dataclasses.replace(getattr(self, name), seed=self.seed)
             for name in ("graph", "tokenizer", "generator")
@@ -190,7 +194,7 @@ class RunConfig:
 
 
 def _check_finite(config: Any, prefix: str = "") -> None:
-    """UserError for a setting, here or in a section, that is not a finite number."""
+    """Raise UserError for a number, here or in a section, that is not finite."""
     for part in dataclasses.fields(config):
         name, value = f"{prefix}{part.name}", getattr(config, part.name)
         if dataclasses.is_dataclass(value):
@@ -200,9 +204,11 @@ def _check_finite(config: Any, prefix: str = "") -> None:
 
 
 def config_text(config: RunConfig, *, generator: str | None = None) -> str:
-    """The settings of a run as a YAML file, signed in its first line.
+    """Format the settings of a run as YAML, with their sha256 in the first line.
 
-    ``generator`` is the key of the generator that was trained with them, once there is one.
+    Args:
+        config: The settings.
+        generator: Key of the generator that was trained with them; None before that.
     """
     tree = config.to_dict()
     sha = digest([_parse(yaml.safe_dump(tree)), generator])
@@ -211,7 +217,7 @@ def config_text(config: RunConfig, *, generator: str | None = None) -> str:
 
 
 def generator_of(path: Path) -> str | None:
-    """The key of the generator that belongs to a run's settings; None where the file does not tell."""
+    """Return the key of the generator trained with the settings in ``path``; None if not recorded."""
     match = SIGNATURE.match(read_text(path))
     return match[2] if match and match[2] != "none" else None
 
@@ -223,23 +229,35 @@ def load_config(
     data_path: str = "",
     preset: str = "",
     source: Mapping[str, Any] | None = None,
-    own: bool = False,
+    of_run: bool = False,
     **top: Any,
 ) -> RunConfig:
-    """Defaults, then the preset, then a YAML file, then ``top`` (values of RunConfig), ``data_path`` and
-    ``source`` (values of DataConfig), then ``section.name=value`` strings. ``own``: the file is a run's,
-    where no section may be missing.
+    """Build a configuration. Later sources override earlier ones.
 
-    Raises UserError naming the file or the override, the field and what it should have been.
+    The order is: defaults, ``preset``, the file at ``path``, ``top``, ``source`` and ``data_path``,
+    ``overrides``.
+
+    Args:
+        path: YAML file of settings.
+        overrides: Strings of the form ``section.name=value``.
+        data_path: Value of ``data.path``.
+        preset: Name of a preset.
+        source: Values of `DataConfig`.
+        of_run: Whether the file belongs to a run, so that all sections must be present.
+        top: Values of `RunConfig`; None values are ignored.
+
+    Raises:
+        UserError: A setting is unknown or invalid. The error names the file or override, the setting and the
+            expected value.
     """
-    tree = _read(path, own=own) if path is not None else {}
+    tree = _read(path, of_run=of_run) if path is not None else {}
     tree = settings.merged(settings.preset(preset), tree) if preset else tree
     tree |= {name: value for name, value in top.items() if value is not None}
-    given = dict(source or {}) | ({"path": data_path} if data_path else {})
-    if given:
+    data = dict(source or {}) | ({"path": data_path} if data_path else {})
+    if data:
         if not isinstance(tree.setdefault("data", {}), dict):
-            raise UserError(f"data is no section in {path}", cause=f"it is {tree['data']!r}")
-        tree["data"] |= given
+            raise UserError(f"data is not a section in {path}", cause=f"it is {tree['data']!r}")
+        tree["data"] |= data
     for override in overrides:
         _override(tree, override)
     try:
@@ -254,8 +272,8 @@ def load_config(
         ) from None
 
 
-def _read(path: Path, *, own: bool) -> dict[str, Any]:
-    check_file(path, fix="restore it from a copy" if own else "name a file that exists")
+def _read(path: Path, *, of_run: bool) -> dict[str, Any]:
+    check_file(path, fix="restore it from a copy" if of_run else "name a file that exists")
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_YAML + 1)
@@ -267,68 +285,69 @@ def _read(path: Path, *, own: bool) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise DamagedError(f"{path} is not valid YAML", cause=_first_line(error)) from error
     if not isinstance(tree, dict):
-        raise DamagedError(f"{path} must hold sections such as `generator:`, got {type(tree).__name__}")
-    _check_signature(path, text, tree, own=own)
-    return {name: part for name, part in tree.items() if part is not None}  # an empty section: its defaults
+        raise DamagedError(f"{path} must contain sections such as `generator:`, got {type(tree).__name__}")
+    _check_signature(path, text, tree, of_run=of_run)
+    return {name: part for name, part in tree.items() if part is not None}  # empty sections keep defaults
 
 
-def _check_signature(path: Path, text: str, tree: dict[str, Any], *, own: bool) -> None:
-    """Settings that ``config_text`` wrote are unchanged; a run's own that somebody wrote are complete."""
+def _check_signature(path: Path, text: str, tree: dict[str, Any], *, of_run: bool) -> None:
+    """Raise DamagedError if a signed file was changed, or an unsigned file of a run is incomplete."""
     match = SIGNATURE.match(text)
     if match and digest([tree, None if match[2] == "none" else match[2]]) != match[1]:
         raise DamagedError(
-            f"{path} was changed after cemg-train had written it",
-            cause="its settings do not have the sha256 in its first line",
-            fix="restore it from a copy; or, if the change is yours, delete the first line",
+            f"{path} was changed after cemg-train wrote it",
+            cause="the sha256 in its first line does not match its settings",
+            fix="restore it from a copy; or, if you made the change, delete the first line",
         )
     missing = [field.name for field in dataclasses.fields(RunConfig) if field.name not in tree]
-    if own and not match and missing:
-        raise DamagedError(f"{path} is damaged", cause=f"{missing[0]} is missing in it",
+    if of_run and not match and missing:
+        raise DamagedError(f"{path} is damaged", cause=f"the section {missing[0]} is missing",
                            fix="restore it from a copy")  # fmt: skip
 
 
 def _parse(text: str) -> Any:
-    """The value of a YAML text. Raises YAMLError also where it is too large once aliases are expanded."""
+    """Parse YAML. Raises YAMLError for invalid text, and for text too large or with too many aliases."""
     if len(text) > MAX_YAML:
-        raise yaml.YAMLError(f"a configuration has at most {MAX_YAML:,} characters")
+        raise yaml.YAMLError(f"it has more than {MAX_YAML:,} characters")
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
-        if node is not None and _expanded(node, {}) > MAX_YAML:
+        if node is not None and _expanded_size(node, {}) > MAX_YAML:
             raise yaml.YAMLError(f"its aliases expand to more than {MAX_YAML:,} values")
         return None if node is None else loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # of numbers and dates
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # invalid numbers and dates
         raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
 
 
-def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many nodes there are below ``node``, itself included, an aliased one counted at each place."""
-    if id(node) not in known:
-        below = node.value if isinstance(node, yaml.CollectionNode) else []
-        parts = [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
-        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
-    return known[id(node)]
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Count ``node`` and the nodes below it, an aliased one at each of its uses. ``sizes`` caches by id."""
+    if id(node) not in sizes:
+        entries = node.value if isinstance(node, yaml.CollectionNode) else []
+        children = [child for entry in entries for child in (entry if isinstance(entry, tuple) else (entry,))]
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]
 
 
 def _first_line(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without the excerpt below it."""
+    """Return the problem and its position, without the excerpt that PyYAML appends."""
     mark = getattr(error, "problem_mark", None)
-    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    return f"{getattr(error, 'problem', None) or error}{where}"
+    position = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{getattr(error, 'problem', None) or error}{position}"
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
+    """Apply one ``section.name=value`` to ``tree``."""
     name, sign, value = override.partition("=")
     if not sign:
-        raise UserError(f"--set {override}: no value", fix="write it as --set generator.epochs=10")
+        raise UserError(f"--set {override} has no value", fix="write it as --set generator.epochs=10")
     *sections, last = name.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict | None):
-            raise UserError(f"--set {override}: {section} is no section", cause=f"it is {tree[section]!r}")
+            raise UserError(f"--set {override}: {section} is not a section", cause=f"it is {tree[section]!r}")
         tree[section] = tree.get(section) or {}
         tree = tree[section]
     try:
@@ -338,17 +357,18 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _checked_names(tree: dict[str, Any], kind: type, path: Path | None, prefix: str = "") -> dict[str, Any]:
-    """Refuse names that the configuration does not have: a typo must not pass."""
+    """Return ``tree``. Raises UserError for a name that is not a setting, such as a typo."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for name, value in tree.items():
         if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1)
+            nearest = difflib.get_close_matches(str(name), fields, n=1)
             raise UserError(
                 f"{prefix}{name} is not a setting",
                 cause=str(path or "command line"),
-                fix=(f"{prefix}{near[0]}? " if near else "") + f"one of {', '.join(fields)}",
+                fix=(f"did you mean {prefix}{nearest[0]}? " if nearest else "")
+                + f"use one of {', '.join(fields)}",
             )
-        part = fields[name].default_factory
-        if dataclasses.is_dataclass(part) and isinstance(value, dict):
-            _checked_names(value, part, path, f"{prefix}{name}.")  # type: ignore[arg-type]
+        section = fields[name].default_factory
+        if isinstance(section, type) and dataclasses.is_dataclass(section) and isinstance(value, dict):
+            _checked_names(value, section, path, f"{prefix}{name}.")
     return tree

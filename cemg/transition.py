@@ -153,7 +153,7 @@ def settings_file(folder: Path, *, rebuild: bool = False) -> Path | None:
     for path in (folder / PENDING, run.path(CONFIG)):
         if path.exists() or path.is_symlink():
             try:
-                load_config(path, own=True)
+                load_config(path, of_run=True)
                 if path.name == CONFIG:
                     check_generator(run)
                 return path
@@ -193,7 +193,7 @@ def _restored(run: Run, error: DamagedError, *, rebuild: bool) -> Path:
 def own_settings(run: Run) -> RunConfig:
     """The settings of a finished run. Raises DamagedError, with what restores them."""
     try:
-        return load_config(run.path(CONFIG), own=True)
+        return load_config(run.path(CONFIG), of_run=True)
     except DamagedError as error:
         _restored(run, error, rebuild=False)
         raise
@@ -213,7 +213,7 @@ def recorded_settings(run: Run) -> RunConfig | None:
 
 def _readable(path: Path) -> RunConfig | None:
     try:
-        return load_config(path, own=True) if path.is_file() else None
+        return load_config(path, of_run=True) if path.is_file() else None
     except UserError:
         return None
 

@@ -373,7 +373,7 @@ def test_a_setting_that_is_none_is_refused_before_anything_is_written(tmp_path, 
     assert first == "error: generator.epoch is not a setting"
     assert cause == "  cause: command line"
     assert fix.startswith(
-        "  fix:   generator.epochs? one of history_items, epochs, batch_size, learning_rate"
+        "  fix:   did you mean generator.epochs? use one of history_items, epochs, batch_size, learning_rate"
     )
     assert not (tmp_path / "run").exists()
 

@@ -100,7 +100,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a [*a]", "nested too deeply"),
         ("a: " + "[" * 30_000, "nested too deeply"),
         ("seed: " + "9" * 5000, "4300 digits"),
-        ("a" * 200_000, "at most 100,000 characters"),
+        ("a" * 200_000, "more than 100,000 characters"),
         ("seed: 2026-13-45", "month must be in 1..12"),
     ],
 )

@@ -99,7 +99,7 @@ def test_a_path_is_taken_as_it_is_written(tmp_path):
     for path in ("2014", "sets/a #2", "a: b"):
         assert load_config(None, data_path=path).data.path == path
     (tmp_path / "c.yaml").write_text("data: sets/a\n")
-    with pytest.raises(UserError, match="data is no section"):
+    with pytest.raises(UserError, match="data is not a section"):
         load_config(tmp_path / "c.yaml", data_path="sets/b")
 
 
@@ -111,7 +111,7 @@ def test_an_empty_section_is_its_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, said", [("a: [", "not valid YAML"), ("- 1", "must hold sections"), ("3", "must")]
+    "content, said", [("a: [", "not valid YAML"), ("- 1", "must contain sections"), ("3", "must")]
 )
 def test_a_file_that_is_no_configuration_is_refused_by_its_name(tmp_path, content, said):
     path = tmp_path / "c.yaml"
