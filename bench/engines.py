@@ -295,16 +295,21 @@ def parts() -> dict[str, float]:
         return run
 
     def begin() -> Any:
-        stepper = originals[2]()
-        return SimpleNamespace(start=timed("start", stepper.start), step=timed("step", stepper.step))
+        state = originals[2]()
+        prefill, decode_step = timed("start", state.prefill), timed("step", state.decode_step)
+        return SimpleNamespace(prefill=prefill, decode_step=decode_step)
 
     def searched(*arguments: Any, **options: Any) -> Any:
         found, said = search(*arguments, **options)
-        for name, more in (("encoder", said.prompts), ("step", said.model), ("selection", said.selection)):
+        for name, more in (
+            ("encoder", said.prefill),
+            ("step", said.decode_steps),
+            ("selection", said.selection),
+        ):
             spent[name] += more
         return found, said
 
-    originals = engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin
+    originals = engine.trie_beam_step, t5.T5State._encode, decoder.plan.new_state
     recorded, decoder.graphs = decoder.graphs, None  # a graph has no parts to time
     ranges = ranges_enabled()
     use_ranges(False)  # with them the C++ is called step by step
@@ -313,13 +318,13 @@ def parts() -> dict[str, float]:
         search, decoder.plan.beam_search = decoder.plan.beam_search, searched
     else:
         engine.trie_beam_step = timed("selection", engine.trie_beam_step)
-        t5.T5Stepper._encode = timed("encoder", t5.T5Stepper._encode)  # type: ignore[method-assign]
-        decoder.plan.begin = begin
+        t5.T5State._encode = timed("encoder", t5.T5State._encode)  # type: ignore[method-assign]
+        decoder.plan.new_state = begin
     try:
         for _ in range(5):
             timed("all", decoder.decode)(bench.ids, bench.mask, bench.cell.beams)
     finally:
-        engine.trie_beam_step, t5.T5Stepper._encode, decoder.plan.begin = originals  # type: ignore[method-assign]
+        engine.trie_beam_step, t5.T5State._encode, decoder.plan.new_state = originals  # type: ignore[method-assign]
         decoder.graphs = recorded
         use_ranges(ranges)
         if one_call:
@@ -344,14 +349,14 @@ def trace(path: str) -> None:
     from cemg_kernels.runtime.ranges import use_ranges
 
     decoder, bench = RUNNING["decoder"], RUNNING["bench"]
-    begin, laps = decoder.plan.begin, []
+    begin, laps = decoder.plan.new_state, []
 
     def begin_noted() -> Any:
-        stepper = begin()
-        laps.append(getattr(stepper, "laps", []))  # not the stepper: its room is for the next
-        return stepper
+        state = begin()
+        laps.append(getattr(state, "laps", []))  # not the state: its room is for the next
+        return state
 
-    decoder.plan.begin = begin_noted
+    decoder.plan.new_state = begin_noted
     recorded, decoder.graphs = decoder.graphs, None  # a replayed graph has no names
     use_ranges(True)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.cell.device != "cpu" else [])
@@ -359,7 +364,7 @@ def trace(path: str) -> None:
         for _ in range(3):
             decoder.decode(bench.ids, bench.mask, bench.cell.beams)
     use_ranges(False)
-    decoder.plan.begin, decoder.graphs = begin, recorded
+    decoder.plan.new_state, decoder.graphs = begin, recorded
     profiler.export_chrome_trace(path)
     add_laps(Path(path), [lap for search in laps for lap in search])
 

@@ -1,7 +1,7 @@
 """The engine: exact trie-constrained beam search for Hugging Face models.
 
 The prompt runs once a user and its keys and values are shared by all W beams, which are queries. T5, GPT-2,
-Llama, Mistral and Qwen run on steppers of our own (``t5.py``, ``causal.py``), other models on their own
+Llama, Mistral and Qwen run on states of our own (``t5.py``, ``causal.py``), other models on their own
 forward (``generic.py``).
 
 B users, W beams, M levels, K codes a level, S prompt tokens, V vocabulary.
@@ -32,11 +32,11 @@ from cemg.decoding.factory import make_plan
 from cemg.decoding.graphs import Graphs
 from cemg.decoding.members import leaf_filter, with_members
 from cemg.decoding.models.causal import CausalPlan
-from cemg.decoding.models.layers import Wanted
+from cemg.decoding.models.layers import LogitsRequest
 from cemg.decoding.models.native import NativePlan
 from cemg.decoding.models.t5 import T5Plan
+from cemg.decoding.parity_check import ParityCheck
 from cemg.decoding.pretrained import load_pretrained, save_pretrained
-from cemg.decoding.self_check import SelfCheck
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, SharedFilter, TokenMap
 from cemg_kernels import RequestFilter, trie_beam_step
@@ -114,11 +114,11 @@ class Decoder:
         self.code_token_start = self.tokens.start  # None for a token map
         self.causal = not model.config.is_encoder_decoder
         self.trie = catalog.trie.to(model.device)
-        proof = self._self_check() if check else None
+        proof = self._parity_check() if check else None
         self.plan, self.path = make_plan(model, tokens.span, backend, proof)
         self.graphs: Graphs | None = None
-        own_stepper = isinstance(self.plan, (T5Plan, CausalPlan))
-        if own_stepper and (model.device.type == "cuda" if graphs is None else graphs):
+        own_state = isinstance(self.plan, (T5Plan, CausalPlan))
+        if own_state and (model.device.type == "cuda" if graphs is None else graphs):
             self.graphs = Graphs(pad_left=self.causal, device=self.trie.device)
             self.path += ", CUDA graphs"
 
@@ -175,7 +175,7 @@ class Decoder:
     ) -> Recommendations:
         """The leaves that a search ends on, by the ids that the trie gives them."""
         input_ids, attention_mask = self.trimmed(input_ids, attention_mask)
-        self.check_places(attention_mask)
+        self.check_positions(attention_mask)
         if self.graphs is None:
             return self._search(input_ids, attention_mask, beams, filter)
         self.trie.filter_tensors(filter, len(input_ids))  # a replay asks no questions
@@ -224,24 +224,24 @@ class Decoder:
         """Prompts [B, S] as the plan reads them, without needless padding."""
         return trimmed(input_ids, attention_mask, causal=self.causal)
 
-    def check_places(self, mask: Tensor) -> None:
+    def check_positions(self, mask: Tensor) -> None:
         """UserError where a step in PyTorch would feed a token behind the learned positions. The C++ looks at
         each step itself; a ``mask`` [B, S] on a GPU is not waited for."""
         if isinstance(self.plan, CausalPlan) and mask.device.type == "cpu":
-            self.plan.check_places(int(mask.sum(1).max()) + self.catalog.levels - 1)
+            self.plan.check_positions(int(mask.sum(1).max()) + self.catalog.levels - 1)
 
-    def wanted(self, level: int) -> Wanted:
-        """What a stepper is asked for where codes of ``level`` come next."""
+    def logits_request(self, level: int) -> LogitsRequest:
+        """What a state is asked for where codes of ``level`` come next."""
         start, size = self.tokens.start, self.catalog.codebook_size
         if start is None:
-            return Wanted(-1, size, self.normalize == "vocab", tokens=self.tokens.table[level])
-        return Wanted(start + level * size, size, self.normalize == "vocab")
+            return LogitsRequest(-1, size, self.normalize == "vocab", tokens=self.tokens.table[level])
+        return LogitsRequest(start + level * size, size, self.normalize == "vocab")
 
-    def _self_check(self) -> SelfCheck:
+    def _parity_check(self) -> ParityCheck:
         levels = range(min(3, self.catalog.levels))
-        return SelfCheck(
+        return ParityCheck(
             self.model,
-            [self.wanted(level) for level in levels],
+            [self.logits_request(level) for level in levels],
             [self.tokens.table[level] for level in levels],
         )
 
@@ -260,18 +260,18 @@ class Decoder:
     ) -> Recommendations:  # fmt: skip
         """Beam search, its results on the device; without ``floor`` it never waits for
         the device. With ``floor`` [B], only prefixes that score at least as much live on. ``num_tokens``:
-        at least those of all prompts, as a stepper takes it."""
+        at least those of all prompts, as a state takes it."""
         if isinstance(self.plan, NativePlan) and floor is None and self._in_one_call(self.plan, input_ids):
             ended, _ = self.plan.beam_search(
                 input_ids, attention_mask, beams=beams, trie=self.trie.arrays,
                 filter=self.trie.filter_tensors(filter, len(input_ids)), normalize=self.normalize,
-                wanted=[self.wanted(level) for level in range(self.catalog.levels)],
+                requests=[self.logits_request(level) for level in range(self.catalog.levels)],
                 table=self.tokens.fed if self.tokens.start is None else None,
             )  # fmt: skip
             return Recommendations.of_leaves(self.trie, *ended)
-        stepper = self.plan.begin()
+        state = self.plan.new_state()
         with named_range("decode: prompt and first code"):
-            logits = stepper.start(input_ids, attention_mask, self.wanted(0), num_tokens)
+            logits = state.prefill(input_ids, attention_mask, self.logits_request(0), num_tokens)
         found = Beams.at_the_root(len(input_ids), self.trie.device)
         for level in range(self.catalog.levels):
             if level > 0:
@@ -280,12 +280,13 @@ class Decoder:
                     self._to_the_leaves(found)
                     break
                 tokens = self.tokens.of_level(level - 1, found.codes[:, :, -1])
+                request = self.logits_request(level)._replace(rows=open_beams)
                 with named_range(f"decode: code {level}"):
-                    logits = stepper.step(tokens, found.parents, self.wanted(level)._replace(rows=open_beams))
+                    logits = state.decode_step(tokens, found.parents, request)
             found.grow(
                 trie_beam_step(
-                    logits.columns, found.scores, found.nodes, self.trie, beams, self.normalize,
-                    logits.total, filter,
+                    logits.values, found.scores, found.nodes, self.trie, beams, self.normalize,
+                    logits.logsumexp, filter,
                 )
             )  # fmt: skip
             if floor is not None:
@@ -297,7 +298,7 @@ class Decoder:
         named, and no step, taken or not, would lack a position."""
         selects = choose("trie_beam_step", self.trie.device).backend == "native"
         last = prompts.shape[1] + self.catalog.levels - 1
-        return selects and not ranges_enabled() and plan.has_places(last)
+        return selects and not ranges_enabled() and plan.has_positions(last)
 
     def _open(self, nodes: Tensor) -> Tensor | None:
         """The beams [B, W] for which the model has to run: those that live and, under "valid", have more than

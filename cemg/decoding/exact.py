@@ -17,7 +17,7 @@ from torch import Tensor
 from cemg.decoding.beams import check_prompts, token_count
 from cemg.decoding.engine import Decoder
 from cemg.decoding.models.generic import GenericPlan
-from cemg.decoding.models.layers import Logits, Stepper
+from cemg.decoding.models.layers import DecoderState, Logits
 from cemg.decoding.models.rows import RowsPlan
 from cemg.errors import UserError
 from cemg_kernels import trie_softmax
@@ -57,7 +57,7 @@ def score_all(
         raise UserError(f"rows must be at least 1, got {rows}")
     check_prompts(input_ids, attention_mask, 1)
     if len(input_ids):
-        decoder.check_places(attention_mask)
+        decoder.check_positions(attention_mask)
     trie = decoder.trie
     users = max(1, rows // trie.num_items)
     codes = trie.codes_by_rank().long()  # [N, levels]
@@ -77,20 +77,20 @@ def _score_runs(
     decoder: Decoder, prompts: tuple[Tensor, Tensor], num_tokens: int | None, chunks: Sequence[Tensor]
 ) -> Iterator[Tensor]:
     """Scores [B, n] of each chunk's consecutive ranks, their codes [n, levels]; the prompts are read once."""
-    stepper = decoder.plan.begin()
-    first = stepper.start(*prompts, decoder.wanted(0), num_tokens)
+    state = decoder.plan.new_state()
+    first = state.prefill(*prompts, decoder.logits_request(0), num_tokens)
     for number, codes in enumerate(chunks):
         if number > 0:
-            stepper.rewind()
-        yield _score_run(decoder, stepper, first, codes)
+            state.reset_to_prefill()
+        yield _score_run(decoder, state, first, codes)
 
 
-def _score_run(decoder: Decoder, stepper: Stepper, first: Logits, codes: Tensor) -> Tensor:
+def _score_run(decoder: Decoder, state: DecoderState, first: Logits, codes: Tensor) -> Tensor:
     """Scores [B, n] of the consecutive ranks with ``codes`` [n, levels]; ``first`` follow the prompts."""
     logits: Logits | None = first
     before = _prefixes(decoder, codes, 0, None)
     row = before.of_rank[:1]  # [P] the row of each prefix before, −1 where it was not fed
-    scores = torch.zeros(len(first.columns), 1, device=codes.device)  # [B, P]
+    scores = torch.zeros(len(first.values), 1, device=codes.device)  # [B, P]
     for level in range(1, codes.shape[1] + 1):
         after = _prefixes(decoder, codes, level, before)
         scores = scores[:, after.parents]
@@ -102,7 +102,8 @@ def _score_run(decoder: Decoder, stepper: Stepper, first: Logits, codes: Tensor)
         if level < codes.shape[1] and len(fed):
             tokens = decoder.tokens.of_level(level - 1, after.codes[fed])
             each = len(scores), len(fed)
-            logits = stepper.step(tokens.expand(each), parents.expand(each), decoder.wanted(level))
+            request = decoder.logits_request(level)
+            logits = state.decode_step(tokens.expand(each), parents.expand(each), request)
         before = after
     return scores
 
@@ -112,11 +113,11 @@ def _grown(decoder: Decoder, logits: Logits, nodes: Tensor, row: Tensor, codes: 
 
     ``logits`` are of the F rows at ``nodes`` [F].
     """
-    users, total = len(logits.columns), logits.total
+    users, total = len(logits.values), logits.logsumexp
     log_prob = trie_softmax(
-        logits.columns.flatten(0, 1), nodes.repeat(users), decoder.trie, decoder.normalize,
+        logits.values.flatten(0, 1), nodes.repeat(users), decoder.trie, decoder.normalize,
         None if total is None else total.flatten(),
-    ).view_as(logits.columns)  # fmt: skip
+    ).view_as(logits.values)  # fmt: skip
     return log_prob[:, row.clamp_min(0), codes].masked_fill(row < 0, 0.0)
 
 

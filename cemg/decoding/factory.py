@@ -16,7 +16,7 @@ from cemg.decoding.models.rope_lengths import rope_of_lengths
 from cemg.decoding.models.rows import RowsPlan
 from cemg.decoding.models.t5 import T5Plan
 from cemg.decoding.models.weights import Unsupported
-from cemg.decoding.self_check import Disagreement, ModelFails, Plan, SelfCheck, first_line
+from cemg.decoding.parity_check import DecoderPlan, ModelForwardError, ParityCheck, ParityError, first_line
 from cemg.errors import UserError
 from cemg_kernels.runtime.dispatch import choose, pick
 
@@ -25,12 +25,12 @@ class Candidate(NamedTuple):
     """A way to run a model: what it is called in a reason, and what builds the plan."""
 
     name: str
-    build: Callable[[], Plan]
+    build: Callable[[], DecoderPlan]
 
 
 def make_plan(
-    model: PreTrainedModel, code_tokens: range, backend: str | None, check: SelfCheck | None
-) -> tuple[Plan, str]:
+    model: PreTrainedModel, code_tokens: range, backend: str | None, check: ParityCheck | None
+) -> tuple[DecoderPlan, str]:
     """The plan of a model and the path it takes, in words, with the reasons for it.
 
     Candidates are tried in order: C++, PyTorch steps, the model's own forward under a tree mask, the same
@@ -53,10 +53,10 @@ def make_plan(
         except Unsupported as reason:
             if str(reason) not in refused:
                 refused.append(str(reason))
-        except (ModelFails, torch.OutOfMemoryError):
+        except (ModelForwardError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            wrong.append(f"{name}: {error if isinstance(error, Disagreement) else first_line(error)}")
+            wrong.append(f"{name}: {error if isinstance(error, ParityError) else first_line(error)}")
         else:
             return plan, path_of(plan, refused, wrong)
     if check is not None and wrong:
@@ -96,7 +96,7 @@ def candidates(
         yield Candidate("one row per beam", partial(RowsPlan, model, **options))
 
 
-def path_of(plan: Plan, refused: list[str], wrong: list[str]) -> str:
+def path_of(plan: DecoderPlan, refused: list[str], wrong: list[str]) -> str:
     """What runs, and why nothing faster does: a fast path names only what the check found."""
     if isinstance(plan, (NativePlan, T5Plan, CausalPlan)):
         inner = plan.plan if isinstance(plan, NativePlan) else plan

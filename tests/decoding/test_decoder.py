@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cemg.decoding import Decoder, TransformersDecoder
-from cemg.decoding.models.layers import Wanted
+from cemg.decoding.models.layers import LogitsRequest
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter
@@ -282,9 +282,9 @@ def test_beams_with_one_item_each_below_end_the_search_with_the_same_lists(
     prompts = Bench(model, catalog).prompts([4, 2])
     decoder = Decoder(model, catalog, START, "valid", backend="native")
     allowed = ItemFilter.from_mask(catalog.trie, torch.arange(36) % 2 > 0)
-    stepper = type(decoder.plan.begin())
-    step, asked = stepper.step, []
-    monkeypatch.setattr(stepper, "step", lambda *given: asked.append(1) or step(*given))
+    state = type(decoder.plan.new_state())
+    step, asked = state.decode_step, []
+    monkeypatch.setattr(state, "decode_step", lambda *given: asked.append(1) or step(*given))
     for beams, filter in ((1, None), (7, None), (60, None), (60, allowed)):
         asked.clear()
         found = decoder.decode(*prompts, beams, filter=filter)
@@ -308,14 +308,14 @@ def test_valid_beams_with_one_item_below_are_not_fed_and_the_lists_stay_the_same
     made = bench(family, items)
     prompts = made.prompts([4, 7, 2])
     decoder = Decoder(made.model, made.catalog, START, "valid", backend="native")
-    stepper = type(decoder.plan.begin())
-    step, fed = stepper.step, []
+    state = type(decoder.plan.new_state())
+    step, fed = state.decode_step, []
 
-    def spy(self, tokens, parents, wanted):
-        fed.append(tokens.numel() if wanted.rows is None else int(wanted.rows.sum()))
-        return step(self, tokens, parents, wanted)
+    def spy(self, tokens, parents, request):
+        fed.append(tokens.numel() if request.rows is None else int(request.rows.sum()))
+        return step(self, tokens, parents, request)
 
-    monkeypatch.setattr(stepper, "step", spy)
+    monkeypatch.setattr(state, "decode_step", spy)
     some = ItemFilter.from_mask(made.catalog.trie, torch.arange(items) % 3 > 0)
     for beams, filter in ((6, None), (20, None), (20, some)):
         found = decoder.decode(*prompts, beams, filter=filter)
@@ -334,11 +334,11 @@ def test_valid_beams_with_one_item_below_are_not_fed_and_the_lists_stay_the_same
 
 def test_a_step_that_asks_for_what_grew_from_a_beam_left_out_is_refused(bench):
     made = bench("llama")
-    stepper = Decoder(made.model, made.catalog, START, backend="native").plan.begin()
-    stepper.start(*made.prompts([4]), Wanted(START, SIZE, total=False))
+    state = Decoder(made.model, made.catalog, START, backend="native").plan.new_state()
+    state.prefill(*made.prompts([4]), LogitsRequest(START, SIZE, logsumexp=False))
     codes = torch.tensor([[1, 2, 3]])
-    some = Wanted(START + SIZE, SIZE, total=False, rows=torch.tensor([[True, False, True]]))
-    logits = stepper.step(codes + START, torch.zeros_like(codes), some)
-    assert logits.columns[0].any(1).tolist() == [True, False, True]
+    some = LogitsRequest(START + SIZE, SIZE, logsumexp=False, rows=torch.tensor([[True, False, True]]))
+    logits = state.decode_step(codes + START, torch.zeros_like(codes), some)
+    assert logits.values[0].any(1).tolist() == [True, False, True]
     with pytest.raises(ValueError, match="beam 2 of user 0 grew from no beam that was asked for"):
-        stepper.step(codes + START + SIZE, torch.tensor([[0, 2, 1]]), some)
+        state.decode_step(codes + START + SIZE, torch.tensor([[0, 2, 1]]), some)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cemg.decoding import Decoder, score_all
-from cemg.decoding.models.layers import Logits, Stepper, Wanted
-from cemg.decoding.models.t5 import T5Stepper
+from cemg.decoding.models.layers import DecoderState, Logits, LogitsRequest
+from cemg.decoding.models.t5 import T5State
 from cemg.errors import UserError
 
 from .conftest import FAMILIES, SIZE, START
@@ -45,13 +45,13 @@ def test_they_are_the_scores_of_a_search_with_a_beam_for_every_item(bench, famil
 
 def test_a_valid_prefix_of_one_item_is_not_fed(bench, monkeypatch):
     """60 of 216 items: fewer rows than prefixes for "valid", all of them for "level"."""
-    from cemg.decoding.models.native import NativeStepper
+    from cemg.decoding.models.native import NativeState
 
     made, fed = bench("llama"), []
-    step = NativeStepper.step
+    step = NativeState.decode_step
     monkeypatch.setattr(
-        NativeStepper,
-        "step",
+        NativeState,
+        "decode_step",
         lambda self, tokens, *rest: fed.append(tokens.shape[1]) or step(self, tokens, *rest),
     )
     codes = made.catalog.codes
@@ -75,21 +75,21 @@ def test_a_stepper_that_is_rewound_answers_as_a_new_one_does(bench, family, back
     """After steps of other widths, and again right after the prompt."""
     made = bench(family)
     plan = Decoder(made.model, made.catalog, START, backend=backend).plan
-    wanted = [Wanted(START + level * SIZE, SIZE, total=True) for level in range(3)]
+    requests = [LogitsRequest(START + level * SIZE, SIZE, logsumexp=True) for level in range(3)]
     prompts = made.prompts([7, 2])
 
-    def feed(stepper: Stepper, beams: int) -> list[Logits]:
+    def feed(state: DecoderState, beams: int) -> list[Logits]:
         codes = torch.arange(2 * beams).view(2, beams) % SIZE
-        first = stepper.step(codes + START, torch.zeros_like(codes), wanted[1])
-        return [first, stepper.step(codes + START + SIZE, codes.flip(1) % beams, wanted[2])]
+        first = state.decode_step(codes + START, torch.zeros_like(codes), requests[1])
+        return [first, state.decode_step(codes + START + SIZE, codes.flip(1) % beams, requests[2])]
 
-    used, fresh = plan.begin(), plan.begin()
+    used, fresh = plan.new_state(), plan.new_state()
     with torch.inference_mode():
-        used.start(*prompts, wanted[0])
-        fresh.start(*prompts, wanted[0])
+        used.prefill(*prompts, requests[0])
+        fresh.prefill(*prompts, requests[0])
         feed(used, 5)
-        used.rewind()
-        used.rewind()
+        used.reset_to_prefill()
+        used.reset_to_prefill()
         for mine, other in zip(feed(used, 3), feed(fresh, 3), strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
 
@@ -97,9 +97,9 @@ def test_a_stepper_that_is_rewound_answers_as_a_new_one_does(bench, family, back
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_the_encoder_reads_a_prompt_once_for_all_chunks(bench, backend, monkeypatch):
     made, calls = bench("t5"), []
-    encode = T5Stepper._encode
+    encode = T5State._encode
     decoder = Decoder(made.model, made.catalog, START, backend=backend)
-    monkeypatch.setattr(T5Stepper, "_encode", lambda self, *of: calls.append(1) or encode(self, *of))
+    monkeypatch.setattr(T5State, "_encode", lambda self, *of: calls.append(1) or encode(self, *of))
     hook = made.model.encoder.register_forward_hook(lambda *_: calls.append(1))
     score_all(decoder, *made.prompts([4, 6]), rows=7)
     hook.remove()

@@ -1,4 +1,4 @@
-"""The fast decoder-only stepper: the prompt once a user, its keys and values shared by the beams.
+"""The fast decoder-only state: the prompt once a user, its keys and values shared by the beams.
 
 B users, W beams, R = B * W rows, S cells of a prompt, P tokens of all, H heads over G key-value heads of Dh,
 d the width.
@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.decoding.models.layers import (
-    Feed,
+    BeamKVCache,
+    FeedForward,
     Head,
     Logits,
+    LogitsRequest,
     Norm,
-    OwnTokens,
-    Packing,
     Projection,
-    Wanted,
+    UnpaddedBatch,
     attention,
     code_table,
     padding_of,
@@ -43,11 +43,11 @@ class Layer:
     q_norm: Norm | None  # of each head, before the rotation (Qwen3)
     k_norm: Norm | None
     out: Projection
-    feed: Feed
+    feed_forward: FeedForward
 
 
 class CausalPlan:
-    """A decoder-only model's weights as the stepper wants them, read once: make a new plan after training.
+    """A decoder-only model's weights as the state wants them, read once: make a new plan after training.
 
     GPT-2, Llama, Mistral, Qwen2 and Qwen3; raises ``Unsupported`` for other shapes, sliding windows and
     rotations that depend on the length.
@@ -65,9 +65,9 @@ class CausalPlan:
             self._read_rotary(source, config)
         self._precompute(code_tokens)
 
-    def begin(self) -> CausalStepper:
-        """A stepper for one batch."""
-        return CausalStepper(self)
+    def new_state(self) -> CausalState:
+        """A state for one batch."""
+        return CausalState(self)
 
     def _read_gpt2(self, source: Any, config: Any) -> None:
         if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
@@ -80,8 +80,8 @@ class CausalPlan:
         self.layers = [
             Layer(
                 Norm.of(block.ln_1), self._conv(block.attn.c_attn), None, None, self._conv(block.attn.c_proj),
-                Feed(Norm.of(block.ln_2), None, self._conv(block.mlp.c_fc), self._conv(block.mlp.c_proj),
-                     block.mlp.act),
+                FeedForward(Norm.of(block.ln_2), None, self._conv(block.mlp.c_fc),
+                            self._conv(block.mlp.c_proj), block.mlp.act),
             )
             for block in body.h
         ]  # fmt: skip
@@ -109,7 +109,7 @@ class CausalPlan:
         return Layer(
             Norm.of(layer.input_layernorm), Projection.of([own.q_proj, own.k_proj, own.v_proj], self.dtype),
             q_norm and Norm.of(q_norm), k_norm and Norm.of(k_norm), Projection.of([own.o_proj], self.dtype),
-            Feed(Norm.of(layer.post_attention_layernorm), Projection.of([mlp.gate_proj], self.dtype),
+            FeedForward(Norm.of(layer.post_attention_layernorm), Projection.of([mlp.gate_proj], self.dtype),
                  Projection.of([mlp.up_proj], self.dtype), Projection.of([mlp.down_proj], self.dtype),
                  mlp.act_fn),
         )  # fmt: skip
@@ -130,13 +130,13 @@ class CausalPlan:
         x = F.embedding(tokens, self.embedding)
         return x if self.positions is None else x + F.embedding(positions, self.positions)
 
-    def has_places(self, tokens: int) -> bool:
+    def has_positions(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens fits the learned positions, if there are such."""
         return self.positions is None or tokens <= len(self.positions)
 
-    def check_places(self, tokens: int) -> None:
+    def check_positions(self, tokens: int) -> None:
         """UserError where it does not."""
-        if self.positions is not None and not self.has_places(tokens):
+        if self.positions is not None and not self.has_positions(tokens):
             raise UserError(f"{tokens} tokens do not fit the model's {len(self.positions)} positions",
                             fix="cut the histories")  # fmt: skip
 
@@ -170,45 +170,45 @@ class CausalPlan:
         return query, keys, values
 
 
-class CausalStepper:
+class CausalState:
     """The search's state: keys and values of the prompt, and of each beam's own tokens."""
 
     def __init__(self, plan: CausalPlan) -> None:
         self.plan = plan
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
     ) -> Logits:
         plan = self.plan
         batch, length = input_ids.shape
-        packing = Packing.of(attention_mask, num_tokens)
-        positions = packing.tokens((attention_mask.cumsum(1) - 1).clamp_min(0).flatten())  # [P]
+        unpadded = UnpaddedBatch.of(attention_mask, num_tokens)
+        positions = unpadded.tokens((attention_mask.cumsum(1) - 1).clamp_min(0).flatten())  # [P]
         self.lengths = attention_mask.sum(1)  # [B]
         self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
         later = torch.full((length, length), float("-inf"), dtype=plan.dtype, device=input_ids.device).triu(1)
         mask = self.padding[:, None, None] + later  # [B, 1, S, S]
         rotary = plan.signed_rotary(positions)
-        x = plan.embed(packing.tokens(input_ids.flatten()), positions)  # [P, d]
+        x = plan.embed(unpadded.tokens(input_ids.flatten()), positions)  # [P, d]
         self.prompt: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values [B, G, S, Dh]
-        self.own = OwnTokens(batch, len(plan.layers), input_ids.device, shared_start=False)
+        self.beam_cache = BeamKVCache(batch, len(plan.layers), input_ids.device, shared_start=False)
         for layer in plan.layers:
             split = plan.split(layer, layer.qkv(layer.norm(x)), rotary)
-            wide, keys, values = (packing.cells(part).transpose(1, 2) for part in split)
+            wide, keys, values = (unpadded.cells(part).transpose(1, 2) for part in split)
             self.prompt.append((keys, values))  # wide: [B, H, S, Dh]
             if layer is plan.layers[-1]:  # only what follows the last token is asked for
-                x, wide, mask = packing.last(x), wide[:, :, -1:], mask[:, :, -1:]
+                x, wide, mask = unpadded.last(x), wide[:, :, -1:], mask[:, :, -1:]
             seen = attention(wide, keys, values, plan.scale, mask).transpose(1, 2).flatten(0, 1).flatten(1)
-            rows = seen if len(seen) == len(x) else packing.tokens(seen)
-            x = layer.feed(layer.out.added_to(x, rows))
-        return plan.head(x, batch, wanted)
+            rows = seen if len(seen) == len(x) else unpadded.tokens(seen)
+            x = layer.feed_forward(layer.out.added_to(x, rows))
+        return plan.head(x, batch, request)
 
-    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+    def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
         plan = self.plan
         batch, beams = tokens.shape
         flat = tokens.flatten()
-        positions = (self.lengths + self.own.length).repeat_interleave(beams)  # [R]
+        positions = (self.lengths + self.beam_cache.length).repeat_interleave(beams)  # [R]
         rotary = plan.signed_rotary(positions)
-        self.own.grow(parents)
+        self.beam_cache.grow(parents)
         x = plan.embed(flat, positions)
         for number, layer in enumerate(plan.layers):
             if number == 0 and plan.table is not None:
@@ -216,16 +216,16 @@ class CausalStepper:
             else:
                 qkv = layer.qkv(layer.norm(x))
             query, keys, values = plan.split(layer, qkv, rotary)
-            self.own.add(number, torch.stack((keys, values), dim=1))
+            self.beam_cache.add(number, torch.stack((keys, values), dim=1))
             prefix = prompt_attention(
                 query.unflatten(0, (batch, beams)), *self.prompt[number], self.padding, plan.scale
             )
-            seen = self.own.attend(number, query, plan.scale, prefix=prefix)
-            x = layer.feed(layer.out.added_to(x, seen))
-        return plan.head(x, batch, wanted)
+            seen = self.beam_cache.attend(number, query, plan.scale, prefix=prefix)
+            x = layer.feed_forward(layer.out.added_to(x, seen))
+        return plan.head(x, batch, request)
 
-    def rewind(self) -> None:
-        self.own.rewind()
+    def reset_to_prefill(self) -> None:
+        self.beam_cache.reset_to_prefill()
 
 
 def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:

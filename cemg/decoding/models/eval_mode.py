@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from cemg.decoding.models.layers import Logits, Stepper, Wanted
+from cemg.decoding.models.layers import DecoderState, Logits, LogitsRequest
 
 
 class _Switch:
@@ -44,22 +44,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 switch.trained.clear()
 
 
-class InEvalMode:
-    """A stepper whose every call runs its model in evaluation mode."""
+class EvalModeState:
+    """A state whose every call runs its model in evaluation mode."""
 
-    def __init__(self, model: nn.Module, stepper: Stepper) -> None:
-        self.model, self.stepper = model, stepper
+    def __init__(self, model: nn.Module, state: DecoderState) -> None:
+        self.model, self.state = model, state
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
     ) -> Logits:
         with evaluating(self.model):
-            return self.stepper.start(input_ids, attention_mask, wanted, num_tokens)
+            return self.state.prefill(input_ids, attention_mask, request, num_tokens)
 
-    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+    def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
         with evaluating(self.model):
-            return self.stepper.step(tokens, parents, wanted)
+            return self.state.decode_step(tokens, parents, request)
 
-    def rewind(self) -> None:
+    def reset_to_prefill(self) -> None:
         with evaluating(self.model):
-            self.stepper.rewind()
+            self.state.reset_to_prefill()

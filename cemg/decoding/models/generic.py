@@ -1,4 +1,4 @@
-"""The tree-mask stepper: one prefill per user and a 4-D mask, for decoder-only models with plain attention.
+"""The tree-mask state: one prefill per user and a 4-D mask, for decoder-only models with plain attention.
 
 All beams of a user are further positions of one sequence. The mask lets a beam attend to the prompt and its
 ancestors. The prompt's keys and values are stored once per user, not once per beam. B users, W beams,
@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from cemg.decoding.models.eval_mode import InEvalMode
-from cemg.decoding.models.layers import Logits, Stepper, Unsupported, Wanted
-from cemg.decoding.models.rows import RowsStepper, accepted, plain
+from cemg.decoding.models.eval_mode import EvalModeState
+from cemg.decoding.models.layers import DecoderState, Logits, LogitsRequest, Unsupported
+from cemg.decoding.models.rows import RowsState, accepted, plain
 
 WINDOWS = ("sliding_window", "attention_chunk_size")  # settings that limit how far back a layer attends
 ATTENTION = ("attention", "full_attention", "global", "sliding_attention", "chunked_attention")
@@ -42,11 +42,11 @@ class GenericPlan:
         windows = [getattr(text, name, None) for name in WINDOWS]
         self.window = min((size for size in windows if size), default=None)
 
-    def begin(self) -> Stepper:
-        """A stepper for one batch."""
-        tree = TreeStepper(self)
-        stepper = tree if self.window is None else WindowedStepper(self, self.window, tree)
-        return InEvalMode(self.model, stepper)
+    def new_state(self) -> DecoderState:
+        """A state for one batch."""
+        tree = TreeMaskState(self)
+        state = tree if self.window is None else WindowedState(self, self.window, tree)
+        return EvalModeState(self.model, state)
 
 
 def _refusal(model: PreTrainedModel, names: set[str]) -> str | None:
@@ -71,7 +71,7 @@ def _refusal(model: PreTrainedModel, names: set[str]) -> str | None:
     return None
 
 
-class TreeStepper:
+class TreeMaskState:
     """The search's state: the cache of prompts and of all beams, and who descends from whom."""
 
     def __init__(self, plan: GenericPlan) -> None:
@@ -80,22 +80,22 @@ class TreeStepper:
             DynamicCache()
         )  # whole in every layer: the masks of ``step`` hide what is not seen
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
     ) -> Logits:
         positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
         logits = self._forward(input_ids, attention_mask, positions, **self.plan.only_last)
         self.prompt = attention_mask.bool()  # [B, S]
         self.position = attention_mask.sum(1)  # [B], of the next token
         self.ancestors: Tensor | None = None  # [B, W, fed] bool: the fed tokens a beam descends from
-        return Logits.of(logits[:, -1:], wanted)
+        return Logits.of(logits[:, -1:], request)
 
-    def rewind(self) -> None:
+    def reset_to_prefill(self) -> None:
         if self.ancestors is not None:
             self.cache.crop(-self.ancestors.shape[2])
         self.position, self.ancestors = self.prompt.sum(1), None
 
-    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+    def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
         batch, beams = tokens.shape
         itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         if self.ancestors is None:  # all grew from the one prompt
@@ -112,7 +112,7 @@ class TreeStepper:
         )
         logits = self._forward(tokens, mask[:, None], self.position[:, None].expand(-1, beams))
         self.position = self.position + 1
-        return Logits.of(logits, wanted)
+        return Logits.of(logits, request)
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, **more: int) -> Tensor:
         """Logits after ``tokens`` at ``positions``, both [B, n]."""
@@ -123,35 +123,35 @@ class TreeStepper:
         return logits
 
 
-class WindowedStepper:
+class WindowedState:
     """The tree mask while all sequences fit in the model's window, else one row per beam.
 
     Past the window, what a layer attends to depends on the layer; only the model's own masks are right.
     """
 
-    def __init__(self, plan: GenericPlan, window: int, tree: TreeStepper) -> None:
+    def __init__(self, plan: GenericPlan, window: int, tree: TreeMaskState) -> None:
         self.plan, self.window = plan, window
-        self.stepper: TreeStepper | RowsStepper = tree
+        self.state: TreeMaskState | RowsState = tree
         self.fed: list[tuple[Tensor, Tensor]] = []  # tokens and parents of each step so far
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
     ) -> Logits:
         self.prompts = input_ids, attention_mask
         if input_ids.shape[1] > self.window:
-            self.stepper = RowsStepper(self.plan.model, cached=True)
-        return self.stepper.start(input_ids, attention_mask, wanted, num_tokens)
+            self.state = RowsState(self.plan.model, cached=True)
+        return self.state.prefill(input_ids, attention_mask, request, num_tokens)
 
-    def rewind(self) -> None:
+    def reset_to_prefill(self) -> None:
         self.fed = []
-        self.stepper.rewind()
+        self.state.reset_to_prefill()
 
-    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+    def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
         length = self.prompts[0].shape[1] + len(self.fed) + 1
-        if isinstance(self.stepper, TreeStepper) and length > self.window:
-            self.stepper = RowsStepper(self.plan.model, cached=True)
-            self.stepper.start(*self.prompts, wanted)
+        if isinstance(self.state, TreeMaskState) and length > self.window:
+            self.state = RowsState(self.plan.model, cached=True)
+            self.state.prefill(*self.prompts, request)
             for step in self.fed:
-                self.stepper.step(*step, wanted)
+                self.state.decode_step(*step, request)
         self.fed.append((tokens, parents))
-        return self.stepper.step(tokens, parents, wanted)
+        return self.state.decode_step(tokens, parents, request)

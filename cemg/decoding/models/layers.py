@@ -1,4 +1,4 @@
-"""The few layers that the fast steppers are made of: a model's own weights, arranged for few calls.
+"""The few layers that the fast states are made of: a model's own weights, arranged for few calls.
 
 R rows, d the width, V vocabulary, K codes a level, B users, W beams, S prompt tokens, H heads over G
 key-value heads of Dh, T tokens a beam was fed.
@@ -21,43 +21,43 @@ from cemg_kernels.attention.logsumexp import row_logsumexp
 from cemg_kernels.attention.shared_prefix import prompt_attention, served_by_triton
 
 BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
-WORTH_PACKING = 0.9  # prompts are packed where their tokens are no larger a share of their cells
+WORTH_UNPADDING = 0.9  # prompts are packed where their tokens are no larger a share of their cells
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
 
 
-class Wanted(NamedTuple):
-    """Which logits a step returns: ``size`` columns from token ``first``; the log-sum-exp of all or not.
+class LogitsRequest(NamedTuple):
+    """Which logits a step returns: ``num_codes`` columns from ``first_token`` on, and perhaps a log-sum-exp.
 
-    ``tokens`` [size] int64: the columns' tokens where they do not follow each other, -1 for a column of
-    -inf; then ``first`` says nothing.
+    ``tokens`` [num_codes] int64: the columns' tokens where they do not follow each other, -1 for a column of
+    -inf; then ``first_token`` says nothing.
     ``rows`` [B, W] bool: the beams whose logits are asked for, all where it is None; the others' may be any
     finite numbers, and nothing that is asked for later grows from them.
     """
 
-    first: int
-    size: int
-    total: bool
+    first_token: int
+    num_codes: int
+    logsumexp: bool
     rows: Tensor | None = None
     tokens: Tensor | None = None
 
     def columns_of(self, logits: Tensor) -> Tensor:
-        """The columns [..., size] of logits [..., V]."""
+        """The columns [..., num_codes] of logits [..., V]."""
         if self.tokens is None:
-            return logits[..., self.first : self.first + self.size]
+            return logits[..., self.first_token : self.first_token + self.num_codes]
         return logits[..., self.tokens.clamp_min(0)].masked_fill(self.tokens < 0, float("-inf"))
 
 
 class Logits(NamedTuple):
-    """``columns`` [B, W, K] float32 and, where wanted, ``total`` [B, W]: log-sum-exp over the vocabulary."""
+    """``values`` [B, W, K] float32; ``logsumexp`` [B, W] over the vocabulary, where it was requested."""
 
-    columns: Tensor
-    total: Tensor | None
+    values: Tensor
+    logsumexp: Tensor | None
 
     @classmethod
-    def of(cls, logits: Tensor, wanted: Wanted) -> Logits:
-        """The wanted part of logits [B, W, V]."""
-        total = row_logsumexp(logits.flatten(0, 1)).view(logits.shape[:2]) if wanted.total else None
-        return cls(wanted.columns_of(logits).float().contiguous(), total)
+    def of(cls, logits: Tensor, request: LogitsRequest) -> Logits:
+        """The requested part of logits [B, W, V]."""
+        total = row_logsumexp(logits.flatten(0, 1)).view(logits.shape[:2]) if request.logsumexp else None
+        return cls(request.columns_of(logits).float().contiguous(), total)
 
     def spread(self, rows: Tensor) -> Logits:
         """Logits of the rows that ``rows`` [B, W] names, at their places; 0 elsewhere."""
@@ -67,14 +67,14 @@ class Logits(NamedTuple):
                 rows.view(rows.shape + (1,) * (part.ndim - 1)), part
             )
 
-        return Logits(spread(self.columns), None if self.total is None else spread(self.total))
+        return Logits(spread(self.values), None if self.logsumexp is None else spread(self.logsumexp))
 
 
-class Stepper(Protocol):
+class DecoderState(Protocol):
     """A model in the middle of one search: logits of the first code, then of the next one for every beam."""
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
     ) -> Logits:
         """After prompts [B, S], one row a user: W = 1.
 
@@ -83,11 +83,11 @@ class Stepper(Protocol):
         """
         ...
 
-    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+    def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
         """After ``tokens`` [B, W], grown from the beams ``parents`` [B, W] before."""
         ...
 
-    def rewind(self) -> None:
+    def reset_to_prefill(self) -> None:
         """Forget all steps: what comes next is the first step after the same prompts."""
         ...
 
@@ -117,11 +117,11 @@ class Projection:
         """The columns ``begin`` ... ``end`` of what it gives, as a projection of its own."""
         return Projection(self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
 
-    def columns(self, wanted: Wanted) -> Projection:
-        """The columns that are wanted, as a projection of its own; a copy where they do not lie together."""
-        if wanted.tokens is None:
-            return self.part(wanted.first, wanted.first + wanted.size)
-        tokens, none = wanted.tokens.clamp_min(0), wanted.tokens < 0
+    def columns(self, request: LogitsRequest) -> Projection:
+        """The requested columns, as a projection of its own; a copy where they do not lie together."""
+        if request.tokens is None:
+            return self.part(request.first_token, request.first_token + request.num_codes)
+        tokens, none = request.tokens.clamp_min(0), request.tokens < 0
         bias = None if self.bias is None else self.bias[tokens]
         if bool(none.any()):
             zeros = torch.zeros(len(tokens), dtype=self.weight.dtype, device=self.weight.device)
@@ -176,7 +176,7 @@ def code_table(norm: Norm, qkv: Projection, embedding: Tensor, codes: range) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
+class FeedForward:
     """The feed-forward block with its norm and residual: ``down(act(up(x)))``, or with a ``gate`` whose
     activation ``up(x)`` is multiplied with."""
 
@@ -202,29 +202,29 @@ class Head:
     scale: float = 1.0  # of what the norm gives
     gathered: dict[int, tuple[Tensor, Projection]] = field(default_factory=dict)  # by their tokens' address
 
-    def columns(self, wanted: Wanted) -> Projection:
-        """The columns that are wanted; those that do not lie together are gathered once."""
-        if wanted.tokens is None:
-            return self.whole.columns(wanted)
-        key = wanted.tokens.data_ptr()
+    def columns(self, request: LogitsRequest) -> Projection:
+        """The requested columns; those that do not lie together are gathered once."""
+        if request.tokens is None:
+            return self.whole.columns(request)
+        key = request.tokens.data_ptr()
         if key not in self.gathered:
-            self.gathered[key] = wanted.tokens, self.whole.columns(wanted)  # the tokens keep their address
+            self.gathered[key] = request.tokens, self.whole.columns(request)  # the tokens keep their address
         return self.gathered[key][1]
 
-    def __call__(self, x: Tensor, batch: int, wanted: Wanted) -> Logits:
+    def __call__(self, x: Tensor, batch: int, request: LogitsRequest) -> Logits:
         """``x`` [B * W, d] before the last norm."""
         hidden = self.norm(x)
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        if not wanted.total:
-            return Logits(self.columns(wanted)(hidden).float().view(batch, -1, wanted.size), None)
+        if not request.logsumexp:
+            return Logits(self.columns(request)(hidden).float().view(batch, -1, request.num_codes), None)
         columns, totals = [], []
         for part in hidden.split(max(1, BLOCK_CELLS // self.whole.weight.shape[0])):
             logits = self.whole(part)
-            columns.append(wanted.columns_of(logits).float().contiguous())
+            columns.append(request.columns_of(logits).float().contiguous())
             totals.append(row_logsumexp(logits))
         level, total = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in (columns, totals))
-        return Logits(level.view(batch, -1, wanted.size), total.view(batch, -1))
+        return Logits(level.view(batch, -1, request.num_codes), total.view(batch, -1))
 
 
 def padding_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,7 +234,7 @@ def padding_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
+class UnpaddedBatch:
     """Where the P tokens of prompts lie among their B * S cells, so that layers see rows of tokens alone.
 
     ``cell`` [P] of each token, ``place`` [B * S] of each cell among the tokens; both None where nothing is
@@ -247,10 +247,10 @@ class Packing:
     place: Tensor | None
 
     @classmethod
-    def of(cls, mask: Tensor, tokens: int | None) -> Packing:
+    def of(cls, mask: Tensor, tokens: int | None) -> UnpaddedBatch:
         """Of ``mask`` [B, S], with room for ``tokens``, no fewer than it has; never waits for a GPU."""
         cells, tokens = mask.numel(), token_count(mask) if tokens is None else tokens
-        if tokens is None or tokens > WORTH_PACKING * cells:
+        if tokens is None or tokens > WORTH_UNPADDING * cells:
             return cls(len(mask), None, None)
         there = mask != 0
         counts = there.sum(1)
@@ -302,7 +302,7 @@ def cross_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, p
     return seen.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-class OwnTokens:
+class BeamKVCache:
     """What the beams have been fed: keys and values of all steps, and who descends from whom.
 
     No cache is re-ordered: a table of ancestors [T, R] says which of a layer's rows, those of all steps one
@@ -313,9 +313,9 @@ class OwnTokens:
         """``shared_start``: step 0 is one row a user, whose keys and values follow by ``add``."""
         self.kept: list[Tensor | None] = [None] * layers  # each [rows of all steps, 2, G, Dh]
         self.start = torch.arange(batch, device=device)[None][: int(shared_start)]  # [0 or 1, B]
-        self.rewind()
+        self.reset_to_prefill()
 
-    def rewind(self) -> None:
+    def reset_to_prefill(self) -> None:
         """Forget all but the shared start."""
         self.ancestors, self.beams, self.rows = self.start, 1, self.start.numel()
         for layer, kept in enumerate(self.kept):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cemg.decoding.models.causal import CausalPlan
-from cemg.decoding.models.layers import Feed, Logits, Norm, Projection, Unsupported, Wanted
+from cemg.decoding.models.layers import FeedForward, Logits, LogitsRequest, Norm, Projection, Unsupported
 from cemg.decoding.models.t5 import T5Plan
 from cemg.errors import UserError
 from cemg_kernels.constrained.softmax import OVER, Normalize
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cemg_kernels._native import BeamSearch, Transformer
 
 PANEL = 32  # columns that the C++ multiplies at once: kPanel of gemm_cpu.h
-PLACES_STEP = 256  # places that the tables of rotations grow by
+ROTARY_TABLE_STEP = 256  # places that the tables of rotations grow by
 ROOM = 2**24  # floats of weights that share a stretch of memory
 MOST_KEPT = (
     2**28
@@ -40,10 +40,10 @@ ACTIVATIONS = {"ReLU": 1, "SiLU": 2, "SiLUActivation": 2, "GELUActivation": 3, "
 
 LinearFields = tuple[int, int, int, int]  # in, out, addresses of panels and bias
 NormFields = tuple[int, int, float]  # addresses of weight and bias, epsilon
-WantedFields = tuple[LinearFields, LinearFields, int, int]  # columns, all, addresses of the answers
+LogitsRequestFields = tuple[LinearFields, LinearFields, int, int]  # columns, all, addresses of the answers
 
 
-class Places(NamedTuple):
+class PositionTables(NamedTuple):
     """Tables by place in a sequence: embeddings [P, d], cosines and sines [P, Dh] of the rotation, a bias."""
 
     embedding: Tensor | None = None
@@ -57,11 +57,11 @@ class Places(NamedTuple):
         return one, two, three, four
 
 
-class Spent(NamedTuple):
-    """Seconds of the prompts, of the model's further steps and of the selections; the rows of these steps."""
+class SearchTimings(NamedTuple):
+    """Seconds of the prefill, all decode steps and all selections, and the number of rows in these steps."""
 
-    prompts: float
-    model: float
+    prefill: float
+    decode_steps: float
     selection: float
     rows: int
 
@@ -131,13 +131,13 @@ class NativePlan:
         if plan.table is not None:
             self.decoder.set_code_table(self._address(plan.table), plan.first_code, len(plan.table))
 
-    def has_places(self, tokens: int) -> bool:
+    def has_positions(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens fits the learned positions, if there are such."""
-        return isinstance(self.plan, T5Plan) or self.plan.has_places(tokens)
+        return isinstance(self.plan, T5Plan) or self.plan.has_positions(tokens)
 
-    def begin(self) -> NativeStepper:
-        """A stepper for one batch."""
-        return NativeStepper(self)
+    def new_state(self) -> NativeState:
+        """A state for one batch."""
+        return NativeState(self)
 
     def search(self, threads: int) -> BeamSearch:
         """Room for a search on so many threads; give it back by ``finished``."""
@@ -156,10 +156,10 @@ class NativePlan:
 
     def beam_search(
         self, input_ids: Tensor, attention_mask: Tensor, *, beams: int, trie: TrieArrays,
-        filter: FilterTensors | None, normalize: Normalize, wanted: Sequence[Wanted],
+        filter: FilterTensors | None, normalize: Normalize, requests: Sequence[LogitsRequest],
         table: Tensor | None = None,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Spent]:  # fmt: skip
-        """A whole search in one call; ``wanted`` of each level. ``table`` [M, K] int64: the codes' tokens
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], SearchTimings]:  # fmt: skip
+        """A whole search in one call; ``requests`` of each level. ``table`` [M, K] int64: the codes' tokens
         where they do not follow each other.
 
         Scores [B, W], leaves [B, W], codes [B, W, M] and the best that was cut [B].
@@ -167,13 +167,13 @@ class NativePlan:
         tokens, mask = prompt_fields(input_ids, attention_mask)
         batch, length = input_ids.shape
         longest = int(mask.sum(1).max())
-        prompt_places = self.prompt_places(length, longest)  # kept until the C++ has read it
-        places = [self.own_places(level, longest) for level in range(trie.levels)]
-        linears = [self.linears(each) for each in wanted]
+        prompt_positions = self.prompt_positions(length, longest)  # kept until the C++ has read it
+        places = [self.step_positions(level, longest) for level in range(trie.levels)]
+        linears = [self.linears(each) for each in requests]
         scores, pruned = torch.empty(batch, beams), torch.empty(batch)
         leaves = torch.empty(batch, beams, dtype=torch.int32)
         codes = torch.empty(batch, beams, trie.levels, dtype=torch.int64)
-        numbers = [OVER[normalize], beams, wanted[0].first, self.start_token]
+        numbers = [OVER[normalize], beams, requests[0].first_token, self.start_token]
         if table is not None:
             numbers.append(table.data_ptr())
         room = self.search(torch.get_num_threads())
@@ -182,58 +182,58 @@ class NativePlan:
             spent = room.search(
                 trie.view, None if filter is None else filter.fields(batch),
                 (tokens.data_ptr(), mask.data_ptr()), (batch, length),
-                prompt_places.addresses(),
+                prompt_positions.addresses(),
                 [(own.addresses(), columns) for own, (columns, _) in zip(places, linears, strict=True)],
                 linears[0][1], numbers,
                 (scores.data_ptr(), leaves.data_ptr(), codes.data_ptr(), pruned.data_ptr()),
             )  # fmt: skip
         finally:
             self.finished(room)
-        return (scores, leaves, codes, pruned), Spent(*spent)
+        return (scores, leaves, codes, pruned), SearchTimings(*spent)
 
-    def linears(self, wanted: Wanted) -> tuple[LinearFields, LinearFields]:
-        """The columns of the head that are wanted, and the whole head or nothing."""
-        head, tokens = self.plan.head.whole, wanted.tokens
-        key = (wanted.first, wanted.size) if tokens is None else (tokens.data_ptr(), -1)
+    def linears(self, request: LogitsRequest) -> tuple[LinearFields, LinearFields]:
+        """The requested columns of the head, and the whole head or nothing."""
+        head, tokens = self.plan.head.whole, request.tokens
+        key = (request.first_token, request.num_codes) if tokens is None else (tokens.data_ptr(), -1)
         with self._lock:
             if key not in self._columns:
-                self._columns[key] = self._linear(head.columns(wanted))
+                self._columns[key] = self._linear(head.columns(request))
                 if tokens is not None:
                     self._kept.append(tokens)  # so that no others get their address
-            if wanted.total and self._whole is None:
+            if request.logsumexp and self._whole is None:
                 self._whole = self._linear(head)
-            whole = self._whole if wanted.total else None
+            whole = self._whole if request.logsumexp else None
         return self._columns[key], whole or self._linear(None)
 
-    def prompt_places(self, length: int, longest: int) -> Places:
+    def prompt_positions(self, length: int, longest: int) -> PositionTables:
         """What the places of prompts add: ``length`` with their padding, of which ``longest`` hold tokens."""
         if isinstance(self.plan, T5Plan):
-            return Places(bias=self.plan.encoder_bias(length))
-        return self._causal_places(self.plan, longest)
+            return PositionTables(bias=self.plan.encoder_bias(length))
+        return self._causal_positions(self.plan, longest)
 
-    def own_places(self, step: int, longest: int) -> Places:
+    def step_positions(self, step: int, longest: int) -> PositionTables:
         """The same of the token that step ``step`` feeds, the ``step``-th after prompts of no more tokens."""
         if isinstance(self.plan, T5Plan):
-            return Places(bias=self.plan.decoder_bias(step))
-        return self._causal_places(self.plan, longest + step)
+            return PositionTables(bias=self.plan.decoder_bias(step))
+        return self._causal_positions(self.plan, longest + step)
 
-    def _causal_places(self, plan: CausalPlan, count: int) -> Places:
+    def _causal_positions(self, plan: CausalPlan, count: int) -> PositionTables:
         if plan.positions is not None:
-            plan.check_places(count)
-            return Places(embedding=plan.positions)
+            plan.check_positions(count)
+            return PositionTables(embedding=plan.positions)
         with self._lock:
             if self._rotation is None or len(self._rotation[0]) < count:
-                rounded = -(-count // PLACES_STEP) * PLACES_STEP
+                rounded = -(-count // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP
                 cosine, sine = plan.rotary(torch.arange(rounded)) or (None, None)
                 assert cosine is not None and sine is not None
                 self._rotation = cosine[:, 0].contiguous(), sine[:, 0].contiguous()  # [P, Dh]
             cosine, sine = self._rotation
-        return Places(cosine=cosine, sine=sine)
+        return PositionTables(cosine=cosine, sine=sine)
 
     def _t5_encoder(self, plan: T5Plan) -> Transformer:
         model = self._stack(plan, plan.heads, 1.0, plan.encoder_embedding, plan.encoder_norm, 1.0)
         for layer in plan.encoder:
-            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed)
+            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed_forward)
         return model
 
     def _t5_decoder(self, plan: T5Plan) -> Transformer:
@@ -241,14 +241,15 @@ class NativePlan:
         both = plan.cross_kv.weight.shape[0] // len(plan.decoder)
         for number, layer in enumerate(plan.decoder):
             key_value = plan.cross_kv.part(number * both, (number + 1) * both)
-            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed, cross_norm=layer.cross_norm,
+            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed_forward,
+                      cross_norm=layer.cross_norm,
                       cross=(layer.cross_q, key_value, layer.cross_out))  # fmt: skip
         return model
 
     def _causal(self, plan: CausalPlan) -> Transformer:
         model = self._stack(plan, plan.kv_heads, plan.scale, plan.embedding, plan.head.norm, plan.head.scale)
         for layer in plan.layers:
-            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed,
+            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed_forward,
                       head_norms=(layer.q_norm, layer.k_norm))  # fmt: skip
         return model
 
@@ -266,17 +267,17 @@ class NativePlan:
         )
 
     def _add(
-        self, model: Transformer, norm: Norm, qkv: Projection, out: Projection, feed: Feed, *,
+        self, model: Transformer, norm: Norm, qkv: Projection, out: Projection, feed_forward: FeedForward, *,
         head_norms: Sequence[Norm | None] = (None, None), cross_norm: Norm | None = None,
         cross: Sequence[Projection | None] = (None, None, None),
     ) -> None:  # fmt: skip
-        name = type(feed.activation).__name__
+        name = type(feed_forward.activation).__name__
         if name not in ACTIVATIONS:
             raise Unsupported(f"its C++ knows no activation {name}")
-        norms = (norm, *head_norms, cross_norm, feed.norm)
-        linears = (qkv, out, *cross, feed.gate, feed.up, feed.down)
+        norms = (norm, *head_norms, cross_norm, feed_forward.norm)
+        linears = (qkv, out, *cross, feed_forward.gate, feed_forward.up, feed_forward.down)
         width, heads, kv_heads, size = self.sizes
-        own, both, hidden = heads * size, 2 * kv_heads * size, len(feed.up.weight)
+        own, both, hidden = heads * size, 2 * kv_heads * size, len(feed_forward.up.weight)
         outputs = (own + both, width, own, both, width, hidden, hidden, width)
         inputs = (width, own, width, width, own, width, width, hidden)
         check_sizes(list(zip(linears, zip(outputs, inputs, strict=True), strict=True)))
@@ -314,7 +315,7 @@ class NativePlan:
         return self._kept[-1].data_ptr()
 
 
-class NativeStepper:
+class NativeState:
     """The search's state lies in C++.
 
     ``laps``: of each call, what was done and the seconds after its
@@ -331,15 +332,18 @@ class NativeStepper:
     def __del__(self) -> None:
         self.plan.finished(self.search)
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
     ) -> Logits:
         tokens, mask = prompt_fields(input_ids, attention_mask)
         self.batch, length = input_ids.shape
         self.step_number = 0  # of the first code
         self.longest = int(mask.sum(1).max())
-        places, own = self.plan.prompt_places(length, self.longest), self.plan.own_places(0, self.longest)
-        logits, room = self._room((self.batch, 1), wanted)
+        places, own = (
+            self.plan.prompt_positions(length, self.longest),
+            self.plan.step_positions(0, self.longest),
+        )
+        logits, room = self._room((self.batch, 1), request)
         self.search.start(
             tokens.data_ptr(), mask.data_ptr(), (self.batch, length), places.addresses(),
             self.plan.start_token, own.addresses(), room,
@@ -347,24 +351,24 @@ class NativeStepper:
         self._note_laps()
         return logits
 
-    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+    def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
         fed, parents = tokens.contiguous(), parents.contiguous()
-        asked = None if wanted.rows is None else wanted.rows.contiguous()
+        asked = None if request.rows is None else request.rows.contiguous()
         if fed.dim() != 2 or len(fed) != self.batch or not fed.dtype == parents.dtype == torch.int64:
             raise ValueError(f"tokens and parents must be int64 [{self.batch}, W], got {fed.dtype} "
                              f"{list(fed.shape)} and {parents.dtype}")  # fmt: skip
         if parents.shape != fed.shape or (asked is not None and asked.shape != fed.shape):
             raise ValueError(f"tokens, parents and rows must have one shape, tokens have {list(fed.shape)}")
         self.step_number += 1
-        places = self.plan.own_places(self.step_number, self.longest)
+        places = self.plan.step_positions(self.step_number, self.longest)
         shape = tuple(fed.shape) if asked is None else (int(asked.sum()),)
-        logits, room = self._room(shape, wanted)
+        logits, room = self._room(shape, request)
         mask = 0 if asked is None else asked.data_ptr()
         self.search.step(fed.data_ptr(), parents.data_ptr(), mask, fed.shape[1], places.addresses(), room)
         self._note_laps()
         return logits if asked is None else logits.spread(asked)
 
-    def rewind(self) -> None:
+    def reset_to_prefill(self) -> None:
         self.step_number = 0
         self.search.rewind()
 
@@ -372,9 +376,9 @@ class NativeStepper:
         if ranges_enabled():
             self.laps.append(self.search.laps())
 
-    def _room(self, shape: tuple[int, ...], wanted: Wanted) -> tuple[Logits, WantedFields]:
+    def _room(self, shape: tuple[int, ...], request: LogitsRequest) -> tuple[Logits, LogitsRequestFields]:
         """Room for the answer of rows in this shape, and what the C++ is told of it."""
-        columns = torch.empty(*shape, wanted.size)
-        total = torch.empty(shape) if wanted.total else None
-        room = (*self.plan.linears(wanted), columns.data_ptr(), 0 if total is None else total.data_ptr())
+        columns = torch.empty(*shape, request.num_codes)
+        total = torch.empty(shape) if request.logsumexp else None
+        room = (*self.plan.linears(request), columns.data_ptr(), 0 if total is None else total.data_ptr())
         return Logits(columns, total), room

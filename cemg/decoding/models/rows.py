@@ -16,8 +16,8 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
-from cemg.decoding.models.eval_mode import InEvalMode
-from cemg.decoding.models.layers import Logits, Stepper, Unsupported, Wanted
+from cemg.decoding.models.eval_mode import EvalModeState
+from cemg.decoding.models.layers import DecoderState, Logits, LogitsRequest, Unsupported
 from cemg.decoding.models.rope_lengths import forget_lengths, rope_of_lengths
 
 CACHES = ("cache", "past_key_values", "cache_params")  # names under which ``generate`` passes a cache
@@ -57,13 +57,13 @@ class RowsPlan:
         how = "with the model's own cache" if self.cached else "recomputed at every step"
         return f"one row per beam, {how}" + ("" if self.padded else ", prompts grouped by length")
 
-    def begin(self) -> Stepper:
-        """A stepper for one batch."""
-        stepper = RowsStepper(self.model, cached=self.cached) if self.padded else ByLength(self)
-        return InEvalMode(self.model, stepper)
+    def new_state(self) -> DecoderState:
+        """A state for one batch."""
+        state = RowsState(self.model, cached=self.cached) if self.padded else GroupedByLengthState(self)
+        return EvalModeState(self.model, state)
 
 
-class RowsStepper:
+class RowsState:
     """Rows of whole sequences [R, S + m] and what ``generate()`` would pass beside them."""
 
     def __init__(self, model: PreTrainedModel, *, cached: bool) -> None:
@@ -73,8 +73,8 @@ class RowsStepper:
         self.accepted = accepted(model)
         self.follows_length = rope_of_lengths(model) is not None
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
     ) -> Logits:
         mask = attention_mask.long()
         self.inputs: dict[str, Any] = {"use_cache": self.cached}
@@ -92,7 +92,7 @@ class RowsStepper:
             self._place(mask)
         self.prompts = self.tokens, dict(self.inputs)
         self.stepped = False
-        return Logits.of(self._prefill(), wanted)
+        return Logits.of(self._prefill(), request)
 
     def _place(self, mask: Tensor) -> None:
         """Mask and positions of causal prompts, as ``generate()`` passes them; neither without padding."""
@@ -105,13 +105,13 @@ class RowsStepper:
             place = self.model._prepare_position_ids_for_generation
             self.inputs["position_ids"] = place(self.tokens, {"attention_mask": mask})
 
-    def rewind(self) -> None:
+    def reset_to_prefill(self) -> None:
         if self.stepped:  # the cache has been reordered, and states are overwritten in place
             self.tokens, self.inputs = self.prompts[0], dict(self.prompts[1])
             self._prefill()
             self.stepped = False
 
-    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+    def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
         batch, beams = tokens.shape
         before = len(self.tokens) // batch  # beams of the previous step: 1 at first
         users = torch.arange(batch, device=tokens.device)[:, None] * before
@@ -122,7 +122,7 @@ class RowsStepper:
         self.tokens = torch.cat((self.tokens[rows], tokens.reshape(-1, 1)), dim=1)
         self.stepped = True
         logits = self._forward(new=1 if self.cached else None)
-        return Logits.of(logits.view(batch, beams, -1), wanted)
+        return Logits.of(logits.view(batch, beams, -1), request)
 
     def _prefill(self) -> Tensor:
         """Logits [B, 1, V] after the prompts, by a new cache."""
@@ -178,39 +178,41 @@ class RowsStepper:
                 raise Unsupported(f"a {type(cache).__name__} cannot be reordered")
 
 
-class ByLength:
+class GroupedByLengthState:
     """Users whose prompts have the same number of tokens run together, each group without padding."""
 
     def __init__(self, plan: RowsPlan) -> None:
         self.plan = plan
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
     ) -> Logits:
         held = attention_mask != 0
         lengths = held.sum(1)
-        self.groups: list[tuple[Tensor, RowsStepper]] = []
+        self.groups: list[tuple[Tensor, RowsState]] = []
         parts = []
         for length in lengths.unique().tolist():
             users = (lengths == length).nonzero()[:, 0]
             ids = input_ids[users][held[users]].view(len(users), length)
-            stepper = RowsStepper(self.plan.model, cached=self.plan.cached)
-            parts.append(stepper.start(ids, torch.ones_like(ids), wanted))
-            self.groups.append((users, stepper))
+            state = RowsState(self.plan.model, cached=self.plan.cached)
+            parts.append(state.prefill(ids, torch.ones_like(ids), request))
+            self.groups.append((users, state))
         return self._joined(parts)
 
-    def rewind(self) -> None:
-        for _, stepper in self.groups:
-            stepper.rewind()
+    def reset_to_prefill(self) -> None:
+        for _, state in self.groups:
+            state.reset_to_prefill()
 
-    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
-        return self._joined([own.step(tokens[users], parents[users], wanted) for users, own in self.groups])
+    def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
+        return self._joined(
+            [own.decode_step(tokens[users], parents[users], request) for users, own in self.groups]
+        )
 
     def _joined(self, parts: list[Logits]) -> Logits:
         """The logits of all groups, in the order of the users."""
         order = torch.cat([users for users, _ in self.groups]).argsort()
-        columns = torch.cat([part.columns for part in parts])[order]
-        totals = [part.total for part in parts if part.total is not None]
+        columns = torch.cat([part.values for part in parts])[order]
+        totals = [part.logsumexp for part in parts if part.logsumexp is not None]
         return Logits(columns, torch.cat(totals)[order] if totals else None)
 
 

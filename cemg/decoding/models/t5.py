@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.decoding.models.layers import (
-    Feed,
+    BeamKVCache,
+    FeedForward,
     Head,
     Logits,
+    LogitsRequest,
     Norm,
-    OwnTokens,
-    Packing,
     Projection,
-    Wanted,
+    UnpaddedBatch,
     attention,
     code_table,
     cross_attention,
@@ -42,7 +42,7 @@ class EncoderLayer:
     norm: Norm
     qkv: Projection  # [3 * H * Dh, d]
     out: Projection
-    feed: Feed
+    feed_forward: FeedForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ class DecoderLayer:
     cross_norm: Norm
     cross_q: Projection
     cross_out: Projection
-    feed: Feed
+    feed_forward: FeedForward
 
 
 class T5Plan:
-    """A T5's weights as the stepper wants them. They are read here, once: make a new plan after training.
+    """A T5's weights as the state wants them. They are read here, once: make a new plan after training.
 
     Raises ``Unsupported`` for a model that only looks like a T5.
     """
@@ -87,9 +87,9 @@ class T5Plan:
         self._decoder_bias: dict[int, Tensor] = {}
         self._precompute(code_tokens)
 
-    def begin(self) -> T5Stepper:
-        """A stepper for one batch."""
-        return T5Stepper(self)
+    def new_state(self) -> T5State:
+        """A state for one batch."""
+        return T5State(self)
 
     @torch.no_grad()
     def _precompute(self, code_tokens: range) -> None:
@@ -106,7 +106,7 @@ class T5Plan:
         own = block.layer[0]
         out = Projection.of([own.SelfAttention.o], self.dtype)
         return EncoderLayer(
-            Norm.of(own.layer_norm), self._qkv(own.SelfAttention), out, self._feed(block.layer[1])
+            Norm.of(own.layer_norm), self._qkv(own.SelfAttention), out, self._feed_forward(block.layer[1])
         )
 
     def _decoder_layer(self, block: Any) -> DecoderLayer:
@@ -116,13 +116,13 @@ class T5Plan:
             Norm.of(own.layer_norm), qkv, qkv.part(qkv.weight.shape[0] // 3, qkv.weight.shape[0]),
             Projection.of([own.SelfAttention.o], self.dtype), Norm.of(cross.layer_norm),
             Projection.of([cross.EncDecAttention.q], self.dtype),
-            Projection.of([cross.EncDecAttention.o], self.dtype), self._feed(block.layer[2]),
+            Projection.of([cross.EncDecAttention.o], self.dtype), self._feed_forward(block.layer[2]),
         )  # fmt: skip
 
     def _qkv(self, attention: Any) -> Projection:
         return Projection.of([attention.q, attention.k, attention.v], self.dtype)
 
-    def _feed(self, layer: Any) -> Feed:
+    def _feed_forward(self, layer: Any) -> FeedForward:
         dense = layer.DenseReluDense
         gated = hasattr(dense, "wi_0")
         gate = Projection.of([dense.wi_0], self.dtype) if gated else None
@@ -130,7 +130,7 @@ class T5Plan:
         # What the feed-forward block adds leaves the range of float16, as transformers knows: it keeps this
         # weight in float32, and so the hidden states from there on.
         down = Projection.of([dense.wo], torch.float32 if self.dtype == torch.float16 else self.dtype)
-        return Feed(Norm.of(layer.layer_norm), gate, up, down, dense.act)
+        return FeedForward(Norm.of(layer.layer_norm), gate, up, down, dense.act)
 
     def encoder_bias(self, length: int) -> Tensor:
         """The encoder's position bias by distance, [H, 2 * length - 1]: key minus query, -(length - 1) first.
@@ -150,40 +150,40 @@ class T5Plan:
         return self._decoder_bias[position]
 
 
-class T5Stepper:
+class T5State:
     """The search's state: keys and values of the prompt, and of each beam's own tokens."""
 
     def __init__(self, plan: T5Plan) -> None:
         self.plan = plan
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted, num_tokens: int | None = None
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
     ) -> Logits:
         plan = self.plan
         batch = input_ids.shape[0]
         self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
         with named_range("decode: encoder"):
-            packing = Packing.of(attention_mask, num_tokens)
-            encoded = self._encode(input_ids, packing)
-        crosses = packing.cells(plan.cross_kv(encoded)).chunk(2 * len(plan.decoder), dim=2)
+            unpadded = UnpaddedBatch.of(attention_mask, num_tokens)
+            encoded = self._encode(input_ids, unpadded)
+        crosses = unpadded.cells(plan.cross_kv(encoded)).chunk(2 * len(plan.decoder), dim=2)
         views = [heads(part, plan.heads) for part in crosses]  # each [B, H, S, Dh]
         self.cross = list(zip(views[::2], views[1::2], strict=True))
-        self.own = OwnTokens(batch, len(plan.decoder), input_ids.device, shared_start=True)
+        self.beam_cache = BeamKVCache(batch, len(plan.decoder), input_ids.device, shared_start=True)
         x = plan.start_hidden.repeat(batch, 1)
         for number, layer in enumerate(plan.decoder):
             kv = plan.start_kv.expand(batch, -1)
             if number > 0:
                 kv = layer.kv(layer.norm(x))
                 x = layer.out.added_to(x, kv[:, kv.shape[1] // 2 :])  # one key: attention is its value
-            self.own.add(number, kv.unflatten(1, (2, plan.heads, -1)))
-            x = layer.feed(self._cross_attend(number, x, batch))
-        return plan.head(x, batch, wanted)
+            self.beam_cache.add(number, kv.unflatten(1, (2, plan.heads, -1)))
+            x = layer.feed_forward(self._cross_attend(number, x, batch))
+        return plan.head(x, batch, request)
 
-    def step(self, tokens: Tensor, parents: Tensor, wanted: Wanted) -> Logits:
+    def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
         plan = self.plan
         batch = tokens.shape[0]
-        self.own.grow(parents)
-        bias = plan.decoder_bias(self.own.length - 1)  # [T, H]
+        self.beam_cache.grow(parents)
+        bias = plan.decoder_bias(self.beam_cache.length - 1)  # [T, H]
         flat = tokens.flatten()
         x = F.embedding(flat, plan.embedding)  # [R, d]
         for number, layer in enumerate(plan.decoder):
@@ -192,28 +192,28 @@ class T5Stepper:
             else:
                 qkv = layer.qkv(layer.norm(x))
             shaped = qkv.unflatten(1, (3, plan.heads, -1))  # [R, 3, H, Dh]
-            self.own.add(number, shaped[:, 1:])
-            x = layer.out.added_to(x, self.own.attend(number, shaped[:, 0], 1.0, bias))
-            x = layer.feed(self._cross_attend(number, x, batch))
-        return plan.head(x, batch, wanted)
+            self.beam_cache.add(number, shaped[:, 1:])
+            x = layer.out.added_to(x, self.beam_cache.attend(number, shaped[:, 0], 1.0, bias))
+            x = layer.feed_forward(self._cross_attend(number, x, batch))
+        return plan.head(x, batch, request)
 
-    def rewind(self) -> None:
-        self.own.rewind()
+    def reset_to_prefill(self) -> None:
+        self.beam_cache.reset_to_prefill()
 
-    def _encode(self, input_ids: Tensor, packing: Packing) -> Tensor:
+    def _encode(self, input_ids: Tensor, unpadded: UnpaddedBatch) -> Tensor:
         """The encoder's output, [P, d]."""
         plan = self.plan
         batch, length = input_ids.shape
         place = torch.arange(length, device=input_ids.device)
         distance = place[None] - place[:, None] + length - 1  # [S, S], of keys from queries
         mask = plan.encoder_bias(length)[:, distance] + self.padding[:, None, None]  # [B, H, S, S]
-        x = F.embedding(packing.tokens(input_ids.flatten()), plan.encoder_embedding)  # [P, d]
+        x = F.embedding(unpadded.tokens(input_ids.flatten()), plan.encoder_embedding)  # [P, d]
         for layer in plan.encoder:
-            qkv = packing.cells(layer.qkv(layer.norm(x)))  # [B, S, 3 * H * Dh]
+            qkv = unpadded.cells(layer.qkv(layer.norm(x)))  # [B, S, 3 * H * Dh]
             q, k, v = (heads(part, plan.heads) for part in qkv.chunk(3, dim=2))
             seen = attention(q, k, v, 1.0, mask)
-            rows = packing.tokens(seen.transpose(1, 2).reshape(batch * length, -1))
-            x = layer.feed(layer.out.added_to(x, rows))
+            rows = unpadded.tokens(seen.transpose(1, 2).reshape(batch * length, -1))
+            x = layer.feed_forward(layer.out.added_to(x, rows))
         return plan.encoder_norm(x)
 
     def _cross_attend(self, number: int, x: Tensor, batch: int) -> Tensor:

@@ -36,7 +36,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Unsupported(Exception):
-    """This model's shape is not one that a fast stepper knows; the message says what."""
+    """This model's shape is not one that a fast state knows; the message says what."""
 
 
 def unwrapped(model: Any, classes: Iterable[str]) -> Any:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from cemg.decoding import Decoder, TransformersDecoder, score_all
 from cemg.decoding.models.rows import accepted, start_token
-from cemg.decoding.self_check import first_line
+from cemg.decoding.parity_check import first_line
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 

@@ -1,4 +1,4 @@
-"""The steppers of our own against the models' own forward, for every shape they say they know."""
+"""The states of our own against the models' own forward, for every shape they say they know."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from cemg.decoding import Decoder, Recommendations, score_all
-from cemg.decoding.models.layers import Feed, padding_of
+from cemg.decoding.models.layers import FeedForward, padding_of
 from cemg.decoding.models.native import large_pages
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
@@ -280,14 +280,14 @@ def test_a_search_whose_room_is_large_does_not_keep_it(monkeypatch):
 def test_with_ranges_on_each_call_notes_what_it_did(shape):
     made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
     decoder = Decoder(made.model, made.catalog, START, backend="native")
-    begin, laps = decoder.plan.begin, []
+    begin, laps = decoder.plan.new_state, []
 
     def noted() -> Any:
-        stepper = begin()
-        laps.append(stepper.laps)
-        return stepper
+        state = begin()
+        laps.append(state.laps)
+        return state
 
-    decoder.plan.begin = noted
+    decoder.plan.new_state = noted
     decoder.decode(*made.prompts([4]), 5)
     assert laps == []
     with step_by_step():
@@ -357,9 +357,9 @@ def test_what_is_no_prompt_is_refused_before_it_is_read():
     with pytest.raises(UserError, match="prompt 1 holds no token"):
         score_all(decoder, ids, none)
     with pytest.raises(ValueError, match="prompt 1 holds no token"):
-        decoder.plan.begin().start(ids, none, decoder.wanted(0))
+        decoder.plan.new_state().prefill(ids, none, decoder.logits_request(0))
     with pytest.raises(ValueError, match="there is no prompt"):
-        decoder.plan.begin().search.start(0, 0, (0, 4), (0,) * 4, 0, (0,) * 4, ((0,) * 4, (0,) * 4, 0, 0))
+        decoder.plan.new_state().search.start(0, 0, (0, 4), (0,) * 4, 0, (0,) * 4, ((0,) * 4, (0,) * 4, 0, 0))
     assert score_all(decoder, ids[:0], mask[:0]).shape == (0, 60)
     whole = decoder.decode(ids, mask, 5)
     half = decoder.decode(ids, mask * 0.5, 5)  # whatever is not 0 is a token
@@ -472,8 +472,8 @@ def test_prompts_of_all_lengths_cost_their_tokens_and_no_padding(shape, more, mo
     made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
     ids, mask = made.prompts([9, 2, 4])
     decoder = Decoder(made.model, made.catalog, START, backend="torch")
-    call, rows = Feed.__call__, []
-    monkeypatch.setattr(Feed, "__call__", lambda self, x: rows.append(len(x)) or call(self, x))
+    call, rows = FeedForward.__call__, []
+    monkeypatch.setattr(FeedForward, "__call__", lambda self, x: rows.append(len(x)) or call(self, x))
     with torch.inference_mode():
         packed = decoder._found(ids, mask, 20, None, num_tokens=15 + more)
         assert rows[0] == 15 + more

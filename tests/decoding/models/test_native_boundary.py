@@ -9,32 +9,32 @@ import torch
 
 from cemg.decoding import Decoder
 from cemg.decoding.models.causal import CausalPlan
-from cemg.decoding.models.layers import Projection, Unsupported, Wanted
-from cemg.decoding.models.native import NativePlan, NativeStepper, prompt_fields
+from cemg.decoding.models.layers import LogitsRequest, Projection, Unsupported
+from cemg.decoding.models.native import NativePlan, NativeState, prompt_fields
 from cemg.decoding.models.t5 import T5Plan
 from cemg.errors import UserError
 
 from ..conftest import FAMILIES, LEVELS, SIZE, START, VOCABULARY, Bench, make_model, random_catalog
 
-FIRST = Wanted(START, SIZE, total=False)
-NEXT = Wanted(START + SIZE, SIZE, total=False)
+FIRST = LogitsRequest(START, SIZE, logsumexp=False)
+NEXT = LogitsRequest(START + SIZE, SIZE, logsumexp=False)
 CODES = range(START, START + LEVELS * SIZE)
 
 
-def started(family: str = "llama") -> NativeStepper:
-    """A stepper of two users, behind their prompts."""
+def started(family: str = "llama") -> NativeState:
+    """A state of two users, behind their prompts."""
     made = Bench(make_model(family), random_catalog(60, 1))
     kind = T5Plan if made.seq2seq else CausalPlan
-    stepper = NativePlan(kind(made.model, CODES)).begin()
-    stepper.start(*made.prompts([4, 2]), FIRST)
-    return stepper
+    state = NativePlan(kind(made.model, CODES)).new_state()
+    state.prefill(*made.prompts([4, 2]), FIRST)
+    return state
 
 
 def test_a_step_without_prompts_is_refused():
-    stepper = NativePlan(CausalPlan(make_model("llama"), CODES)).begin()
+    state = NativePlan(CausalPlan(make_model("llama"), CODES)).new_state()
     beams = torch.zeros(0, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="begins with its prompts"):
-        stepper.step(beams, beams, NEXT)
+        state.decode_step(beams, beams, NEXT)
 
 
 @pytest.mark.parametrize("token", [-1, VOCABULARY, 2**62, -(2**63)])
@@ -42,11 +42,11 @@ def test_a_step_without_prompts_is_refused():
 def test_a_token_outside_the_vocabulary_is_named(family, token):
     beams = torch.tensor([[3], [token]])
     with pytest.raises(ValueError, match=f"token {token} lies outside the decoder's vocabulary"):
-        started(family).step(beams, torch.zeros_like(beams), NEXT)
+        started(family).decode_step(beams, torch.zeros_like(beams), NEXT)
 
 
 def test_beams_of_another_shape_or_dtype_are_refused():
-    stepper, right = started(), torch.full((2, 1), 3)
+    state, right = started(), torch.full((2, 1), 3)
     parents, rows = torch.zeros_like(right), torch.ones(2, 1, dtype=torch.bool)
     for tokens, own, asked in (
         (right.int(), parents, None), (right, parents.int(), None), (right[:1], parents, None),
@@ -54,10 +54,10 @@ def test_beams_of_another_shape_or_dtype_are_refused():
         (right, torch.zeros(2, 2, dtype=torch.int64), None), (right, parents, rows[:1]),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="tokens"):
-            stepper.step(tokens, own, NEXT._replace(rows=asked))
+            state.decode_step(tokens, own, NEXT._replace(rows=asked))
     with pytest.raises(ValueError, match="grew from no beam"):
-        stepper.step(right, parents + 1, NEXT)
-    assert stepper.step(right, parents, NEXT).columns.shape == (2, 1, SIZE)  # none of these has been fed
+        state.decode_step(right, parents + 1, NEXT)
+    assert state.decode_step(right, parents, NEXT).values.shape == (2, 1, SIZE)  # none of these has been fed
 
 
 @pytest.mark.parametrize(

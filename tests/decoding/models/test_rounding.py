@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from cemg.decoding.models.causal import CausalPlan
-from cemg.decoding.models.layers import Wanted
+from cemg.decoding.models.layers import LogitsRequest
 from cemg.decoding.models.native import NativePlan
 from cemg.decoding.models.t5 import T5Plan
 
@@ -58,12 +58,12 @@ def own_forward(model: Any, prompts: Tensor, fed: Tensor) -> Tensor:
 def in_cpp(model: Any, prompts: Tensor, fed: Tensor) -> Tensor:
     """The same by the C++ decoder, step by step."""
     kind = T5Plan if model.config.is_encoder_decoder else CausalPlan
-    stepper = NativePlan(kind(model, range(FIRST, FIRST + CODES))).begin()
-    wanted = Wanted(FIRST, CODES, True)
-    steps = [stepper.start(prompts, torch.ones_like(prompts), wanted, prompts.numel())]
+    state = NativePlan(kind(model, range(FIRST, FIRST + CODES))).new_state()
+    request = LogitsRequest(FIRST, CODES, True)
+    steps = [state.prefill(prompts, torch.ones_like(prompts), request, prompts.numel())]
     sole = torch.zeros(len(prompts), 1, dtype=torch.int64)
-    steps += [stepper.step(token[:, None], sole, wanted) for token in fed.unbind(1)]
-    return torch.cat([step.columns - step.total[..., None] for step in steps], 1)
+    steps += [state.decode_step(token[:, None], sole, request) for token in fed.unbind(1)]
+    return torch.cat([step.values - step.logsumexp[..., None] for step in steps], 1)
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0, 60.0])

@@ -62,7 +62,7 @@ def test_every_variant_ranks_the_catalog_as_the_models_plain_forward_does(name, 
     ids, mask = made.prompts([12, 3, 12])
     decoder = with_plan(made, RowsPlan.variants(made.model)[number])
     found = decoder.decode(ids, mask, 60)
-    every = score_all(decoder, ids, mask, rows=50)  # in chunks: the steppers are rewound
+    every = score_all(decoder, ids, mask, rows=50)  # in chunks: the states are rewound
     for row in range(3):
         expected = made.all_scores(ids[row, mask[row].bool()], "vocab")
         assert sorted(found.items[row].tolist()) == list(range(60))

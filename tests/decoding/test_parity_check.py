@@ -12,14 +12,14 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from cemg.decoding import Decoder, TransformersDecoder, score_all
 from cemg.decoding.models import generic as generic_module
-from cemg.decoding.models.causal import CausalStepper
+from cemg.decoding.models.causal import CausalState
 from cemg.decoding.models.eval_mode import evaluating
-from cemg.decoding.models.generic import TreeStepper
+from cemg.decoding.models.generic import TreeMaskState
 from cemg.decoding.models.layers import Logits
-from cemg.decoding.models.native import NativeStepper
-from cemg.decoding.models.rows import RowsStepper
-from cemg.decoding.models.t5 import T5Stepper
-from cemg.decoding.self_check import BEAMS, SelfCheck, precision_of
+from cemg.decoding.models.native import NativeState
+from cemg.decoding.models.rows import RowsState
+from cemg.decoding.models.t5 import T5State
+from cemg.decoding.parity_check import BEAMS, ParityCheck, precision_of
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 
@@ -27,35 +27,35 @@ from .conftest import SIZE, START, VOCABULARY, Bench, random_catalog
 from .models.test_fast_paths import ROTARY, SHAPES, build
 
 OWN = "the model's own forward"
-STEPPERS = {"gpt2": CausalStepper, "t5 tied": T5Stepper}
+STATES = {"gpt2": CausalState, "t5 tied": T5State}
 
 
 def tilted(logits: Logits) -> Logits:
     """A hundredth of the spread of the logits, on every other code."""
-    columns = logits.columns.clone()
+    columns = logits.values.clone()
     columns[..., ::2] += 0.01 * columns.std()
-    return Logits(columns, logits.total)
+    return Logits(columns, logits.logsumexp)
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, kind: type, method: str = "step") -> None:
+def spoil(monkeypatch: pytest.MonkeyPatch, kind: type, method: str = "decode_step") -> None:
     whole = getattr(kind, method)
     monkeypatch.setattr(kind, method, lambda self, *of: tilted(whole(self, *of)))
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
-@pytest.mark.parametrize("method", ["start", "step"])
-@pytest.mark.parametrize("shape", STEPPERS)
+@pytest.mark.parametrize("method", ["prefill", "decode_step"])
+@pytest.mark.parametrize("shape", STATES)
 def test_a_path_that_differs_is_passed_over_and_the_path_says_so(shape, method, normalize, monkeypatch):
     model, catalog = build(*SHAPES[shape]), random_catalog(60, 1)
     kind = "T5" if shape == "t5 tied" else "decoder-only"
     prompts = Bench(model, catalog).prompts([5, 3])
     expected = Decoder(model, catalog, START, normalize).decode(*prompts, 20)
-    spoil(monkeypatch, NativeStepper, method)
+    spoil(monkeypatch, NativeState, method)
     torch_steps = Decoder(model, catalog, START, normalize)
     assert torch_steps.path.startswith(f"fast {kind}: C++: its log-probabilities differ from the model's by ")
     found = torch_steps.decode(*prompts, 20)
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-4)
-    spoil(monkeypatch, STEPPERS[shape], method)
+    spoil(monkeypatch, STATES[shape], method)
     own = Decoder(model, catalog, START, normalize)
     assert own.path.startswith(OWN) and "PyTorch steps: its log-probabilities differ" in own.path
     torch.testing.assert_close(own.decode(*prompts, 20).scores, expected.scores, rtol=0, atol=1e-4)
@@ -63,7 +63,7 @@ def test_a_path_that_differs_is_passed_over_and_the_path_says_so(shape, method, 
 
 def test_where_no_path_is_right_the_model_is_refused(monkeypatch):
     model = build(*SHAPES["gpt2"])
-    for kind in (NativeStepper, CausalStepper, TreeStepper, RowsStepper):
+    for kind in (NativeState, CausalState, TreeMaskState, RowsState):
         spoil(monkeypatch, kind)
     with pytest.raises(UserError, match="GPT2LMHeadModel cannot be decoded here") as error:
         Decoder(model, random_catalog(60, 1), START)
@@ -78,7 +78,7 @@ def test_an_error_inside_a_path_counts_as_a_difference(monkeypatch):
     def broken(self: Any, *of: Any) -> None:
         raise AttributeError("'NoneType' object has no attribute 'lost'\nand more")
 
-    monkeypatch.setattr(NativeStepper, "step", broken)
+    monkeypatch.setattr(NativeState, "decode_step", broken)
     decoder = Decoder(build(*SHAPES["gpt2"]), random_catalog(60, 1), START)
     reason = "C++: AttributeError: 'NoneType' object has no attribute 'lost'"
     assert decoder.path == f"fast decoder-only: {reason}"
@@ -88,7 +88,7 @@ def test_memory_that_runs_out_is_not_taken_for_a_difference(monkeypatch):
     def full(self: Any, *of: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(NativeStepper, "step", full)
+    monkeypatch.setattr(NativeState, "decode_step", full)
     with pytest.raises(torch.OutOfMemoryError):
         Decoder(build(*SHAPES["gpt2"]), random_catalog(60, 1), START)
 
@@ -97,21 +97,21 @@ def faulty_padding(self: Any, ids: Any, mask: Any, *of: Any) -> Logits:
     return START_OF[type(self)](self, ids, torch.ones_like(mask), *of)
 
 
-def faulty_parents(self: Any, tokens: Any, parents: Any, wanted: Any) -> Logits:
-    return STEP_OF[type(self)](self, tokens, torch.zeros_like(parents), wanted)
+def faulty_parents(self: Any, tokens: Any, parents: Any, request: Any) -> Logits:
+    return STEP_OF[type(self)](self, tokens, torch.zeros_like(parents), request)
 
 
-START_OF = {kind: kind.start for kind in (NativeStepper, CausalStepper, T5Stepper, TreeStepper)}
-STEP_OF = {kind: kind.step for kind in START_OF}
+START_OF = {kind: kind.prefill for kind in (NativeState, CausalState, T5State, TreeMaskState)}
+STEP_OF = {kind: kind.decode_step for kind in START_OF}
 
 
 @pytest.mark.parametrize("kind", START_OF)
-@pytest.mark.parametrize(("method", "fault"), [("start", faulty_padding), ("step", faulty_parents)])
+@pytest.mark.parametrize(("method", "fault"), [("prefill", faulty_padding), ("decode_step", faulty_parents)])
 def test_faults_of_padding_and_of_parents_are_seen(kind, method, fault, monkeypatch):
-    model = build(*SHAPES["t5 tied" if kind is T5Stepper else "llama, as many key heads"])
-    backend = {NativeStepper: "native", TreeStepper: "reference"}.get(kind, "torch")
+    model = build(*SHAPES["t5 tied" if kind is T5State else "llama, as many key heads"])
+    backend = {NativeState: "native", TreeMaskState: "reference"}.get(kind, "torch")
     monkeypatch.setattr(kind, method, fault)
-    if kind is TreeStepper:
+    if kind is TreeMaskState:
         path = Decoder(model, random_catalog(60, 1), START, backend=backend).path
         assert "tree mask: its log-probabilities differ" in path and "one row per beam" in path
         return
@@ -129,13 +129,13 @@ def test_roundings_of_half_precision_are_not_taken_for_a_difference(shape, dtype
 
 def test_faults_are_seen_in_half_precision_too(monkeypatch):
     model = build(*SHAPES["llama, as many key heads"]).to(torch.bfloat16)
-    whole = CausalStepper.step
-    monkeypatch.setattr(CausalStepper, "step", lambda self, *of: quieter(whole(self, *of)))
+    whole = CausalState.decode_step
+    monkeypatch.setattr(CausalState, "decode_step", lambda self, *of: quieter(whole(self, *of)))
     assert "PyTorch steps: its log-probabilities differ" in Decoder(model, random_catalog(60, 1), START).path
 
 
 def quieter(logits: Logits) -> Logits:
-    return Logits(logits.columns * 0.8, logits.total)
+    return Logits(logits.values * 0.8, logits.logsumexp)
 
 
 def test_weights_that_amplify_roundings_are_compared_with_the_models_own_roundings():
@@ -231,15 +231,15 @@ def test_a_local_window_that_has_another_name_is_checked(same_lists):
 def test_a_window_too_long_to_check_in_seconds_is_left_out(monkeypatch):
     model = build("Mistral", ROTARY | {"sliding_window": 12})
     decoder = Decoder(model, random_catalog(60, 1), START)
-    prompts = [len(case.prompts) for case in decoder._self_check().cases]
+    prompts = [len(case.prompts) for case in decoder._parity_check().cases]
     assert prompts == [2, 1]
-    monkeypatch.setattr("cemg.decoding.self_check.MOST_PRODUCTS", 1)
-    assert [len(case.prompts) for case in decoder._self_check().cases] == [2]
+    monkeypatch.setattr("cemg.decoding.parity_check.MOST_PRODUCTS", 1)
+    assert [len(case.prompts) for case in decoder._parity_check().cases] == [2]
 
 
 def test_the_two_beams_of_the_check_differ():
     decoder = Decoder(build(*SHAPES["gpt2"]), random_catalog(60, 1), START)
-    (case,) = decoder._self_check().cases
+    (case,) = decoder._parity_check().cases
     assert case.codes.shape == (2, 2, BEAMS) and bool((case.codes[..., 0] != case.codes[..., 1]).all())
     assert len({prompt.shape[1] for prompt in case.prompts}) == 2
     assert all(not torch.equal(step[:, 0], step[:, 1]) for step in case.answers[1:])
@@ -303,8 +303,10 @@ def test_a_self_check_of_nothing_asks_nothing():
     model = build(*SHAPES["gpt2"])
     decoder = Decoder(model, random_catalog(60, 1), START, check=False)
     levels = range(3)
-    proof = SelfCheck(
-        model, [decoder.wanted(level) for level in levels], [decoder.tokens.table[level] for level in levels]
+    proof = ParityCheck(
+        model,
+        [decoder.logits_request(level) for level in levels],
+        [decoder.tokens.table[level] for level in levels],
     )
     assert "cases" not in vars(proof)
     proof.check(decoder.plan)

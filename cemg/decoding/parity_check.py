@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.decoding.models.eval_mode import evaluating
-from cemg.decoding.models.layers import Logits, Stepper, Wanted
+from cemg.decoding.models.layers import DecoderState, Logits, LogitsRequest
 from cemg.decoding.models.rope_lengths import forget_lengths, rope_of_lengths
 from cemg.decoding.models.rows import accepted, start_token
 from cemg.errors import UserError
@@ -32,19 +32,19 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_atten
 MATMUL = {"highest": 2.0**-23, "high": 2.0**-10, "medium": 2.0**-7}  # float32, TF32 and bfloat16 products
 
 
-class Plan(Protocol):
+class DecoderPlan(Protocol):
     """A model, arranged for decoding."""
 
-    def begin(self) -> Stepper:
-        """A stepper for one batch."""
+    def new_state(self) -> DecoderState:
+        """A state for one batch."""
         ...
 
 
-class Disagreement(Exception):
+class ParityError(Exception):
     """A plan's log-probabilities are not the model's; the message says by how much."""
 
 
-class ModelFails(UserError):
+class ModelForwardError(UserError):
     """The model's own forward raises, so no plan can be compared with it."""
 
 
@@ -53,7 +53,7 @@ class Case:
     """Prompts of these lengths [B] and what the model itself answers.
 
     ``prompts``: B times [1, S]; ``codes`` [n, B, W] tokens fed at each step; ``answers``: the logits
-    [B, W, V] wanted after the prompt (W = 1) and after each step.
+    [B, W, V] after the prompt (W = 1) and after each step.
     """
 
     prompts: list[Tensor]
@@ -61,21 +61,23 @@ class Case:
     answers: list[Tensor]
 
 
-class SelfCheck:
+class ParityCheck:
     """What the model's own forward answers, computed once and compared with any number of plans.
 
-    ``wanted`` of the first levels, at most three; ``tokens``: of each of these levels, tokens [K] of codes,
+    ``requests`` of the first levels, at most three; ``tokens``: of each of these levels, tokens [K] of codes,
     −1 where a code has none. Nothing is drawn: tokens are chosen by arithmetic. Raises UserError where the
     model's own forward fails.
     """
 
-    def __init__(self, model: PreTrainedModel, wanted: Sequence[Wanted], tokens: Sequence[Tensor]) -> None:
-        self.model, self.wanted = model, list(wanted)
+    def __init__(
+        self, model: PreTrainedModel, requests: Sequence[LogitsRequest], tokens: Sequence[Tensor]
+    ) -> None:
+        self.model, self.requests = model, list(requests)
         self.tokens = [level[level >= 0].cpu() for level in tokens]
         self.precision = precision_of(model)
 
-    def check(self, plan: Plan) -> None:
-        """Raises Disagreement where the plan's log-probabilities differ by more than rounding."""
+    def check(self, plan: DecoderPlan) -> None:
+        """Raises ParityError where the plan's log-probabilities differ by more than rounding."""
         with torch.no_grad():
             for number, case in enumerate(self.cases):
                 for step, mine in enumerate(self._run(plan, case)):
@@ -105,7 +107,7 @@ class SelfCheck:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise ModelFails(
+            raise ModelForwardError(
                 "the model's own forward fails on a prompt of code tokens",
                 cause=first_line(error),
                 fix="check that the model runs: model(input_ids=torch.tensor([[TOKEN]]))",
@@ -115,7 +117,7 @@ class SelfCheck:
         """The tokens that a prompt may have."""
         config: Any = self.model.config.get_text_config(decoder=True)
         most = getattr(config, "max_position_embeddings", None)
-        return (most if isinstance(most, int) and most > 0 else 2**30) - len(self.wanted) + 1
+        return (most if isinstance(most, int) and most > 0 else 2**30) - len(self.requests) + 1
 
     def _window(self) -> int | None:
         """The shortest local window of the model, where a prompt past it costs little."""
@@ -135,7 +137,7 @@ class SelfCheck:
         for row, length in enumerate(lengths):
             place = (torch.arange(length) * 7 + torch.arange(length) ** 2 + 5 * row + 1) % len(everything)
             prompts.append(everything[place][None].to(device))
-        steps = len(self.wanted) - 1
+        steps = len(self.requests) - 1
         codes = torch.empty(steps, len(lengths), BEAMS, dtype=torch.int64)
         for step in range(steps):
             for row in range(len(lengths)):
@@ -184,7 +186,7 @@ class SelfCheck:
     def _names(self) -> set[str]:
         return accepted(self.model)
 
-    def _run(self, plan: Plan, case: Case) -> list[Logits]:
+    def _run(self, plan: DecoderPlan, case: Case) -> list[Logits]:
         """What the plan answers: prompts padded to the longest, an encoder's right, a decoder's left."""
         right = bool(self.model.config.is_encoder_decoder)
         longest = max(prompt.shape[1] for prompt in case.prompts)
@@ -193,15 +195,15 @@ class SelfCheck:
         for row, prompt in enumerate(case.prompts):
             place = slice(0, prompt.shape[1]) if right else slice(longest - prompt.shape[1], longest)
             ids[row, place], mask[row, place] = prompt[0], 1
-        stepper = plan.begin()
-        found = [stepper.start(ids, mask, self.wanted[0])]
+        state = plan.new_state()
+        found = [state.prefill(ids, mask, self.requests[0])]
         for step, tokens in enumerate(case.codes):
             parents = torch.tensor(PARENTS[step], device=ids.device).expand(len(ids), -1)
-            found.append(stepper.step(tokens, parents, self.wanted[step + 1]))
+            found.append(state.decode_step(tokens, parents, self.requests[step + 1]))
         return found
 
     def _compare(self, mine: Logits, number: int, step: int) -> None:
-        """The log-probabilities of a level's codes, over what its Wanted normalizes them.
+        """The log-probabilities of a level's codes, over what its LogitsRequest normalizes them.
 
         With ε the relative rounding of one product, σ the standard deviation of the model's logits over the
         vocabulary and a the largest of them, the root mean square of the differences must stay within
@@ -210,15 +212,15 @@ class SelfCheck:
         ε a; 24 random layers use a quarter of the bound in half precision and a twentieth in float32. A model
         whose own forward amplifies roundings beyond that bound is allowed 4 times what it shows.
         """
-        theirs, wanted = self.cases[number].answers[step].float(), self.wanted[step]
-        reference = Logits.of(theirs, wanted)
+        theirs, request = self.cases[number].answers[step].float(), self.requests[step]
+        reference = Logits.of(theirs, request)
         if bool(theirs.isnan().any()):
-            if not bool(mine.columns.isfinite().all()):  # of a T5 in float16, a plan's may well be
-                raise Disagreement("its logits are NaN, as the model's own are")
+            if not bool(mine.values.isfinite().all()):  # of a T5 in float16, a plan's may well be
+                raise ParityError("its logits are NaN, as the model's own are")
             return
-        held = reference.columns > float("-inf")
-        if not torch.equal(held, mine.columns > float("-inf")) or bool(mine.columns.isnan().any()):
-            raise Disagreement("its logits are not finite where the model's are")
+        held = reference.values > float("-inf")
+        if not torch.equal(held, mine.values > float("-inf")) or bool(mine.values.isnan().any()):
+            raise ParityError("its logits are not finite where the model's are")
         finite = theirs[theirs.isfinite()]
         allowed = max(2**8 * 2.0**-23, 8 * self.precision) * float(finite.std())
         allowed += self.precision * float(finite.abs().amax())
@@ -226,10 +228,10 @@ class SelfCheck:
         worst = float(apart.abs().amax())
         error = max(_rms(apart), worst / 8)
         if not error <= allowed:
-            rounded = Logits.of(self._rounded[number].answers[step].float(), wanted)
+            rounded = Logits.of(self._rounded[number].answers[step].float(), request)
             noise = _rms((_log_probs(rounded) - _log_probs(reference))[held])
             if noise <= allowed or not error <= 4 * noise:
-                raise Disagreement(f"its log-probabilities differ from the model's by {worst:.2g}")
+                raise ParityError(f"its log-probabilities differ from the model's by {worst:.2g}")
 
     @cached_property
     def _rounded(self) -> list[Case]:
@@ -257,9 +259,9 @@ def _rms(values: Tensor) -> float:
 
 def _log_probs(logits: Logits) -> Tensor:
     """[B, W, K] over the vocabulary where its log-sum-exp is known, else over the level."""
-    if logits.total is None:
-        return logits.columns.log_softmax(-1)
-    return logits.columns - logits.total[:, :, None]
+    if logits.logsumexp is None:
+        return logits.values.log_softmax(-1)
+    return logits.values - logits.logsumexp[:, :, None]
 
 
 def precision_of(model: PreTrainedModel) -> float:
