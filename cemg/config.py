@@ -15,13 +15,13 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cemg import settings
-from cemg.artifacts import check_file, digest, read_text
 from cemg.data.readers import ColumnNames, check_encoding
 from cemg.decoding.beams import MAX_BEAMS
 from cemg.errors import DamagedError, UserError
 from cemg.features import ImageConfig, TextConfig
 from cemg.generator import BackboneConfig, GeneratorConfig
 from cemg.graph import GraphConfig
+from cemg.storage.read import check_file, digest, read_text
 from cemg.tokenizer import TokenizerConfig
 from cemg_kernels.constrained.softmax import Normalize
 

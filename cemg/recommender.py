@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cemg.decoding import Decoder, Normalize, Recommendations, TransformersDecoder
+from cemg.artifacts import RunArtifacts
+from cemg.decoding import Decoder, Normalize, Recommendations, TransformersDecoder, make_decoder
 from cemg.decoding.beams import check_beams
 from cemg.decoding.pretrained import save_pretrained
 from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
-from cemg.pipeline import Pipeline, make_decoder
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
 from cemg_kernels import ItemFilter, RequestFilter, Trie
 
@@ -26,15 +26,15 @@ class Recommender:
     """``Recommender.from_run(folder).recommend([["12", "7", "105"]], top=10)``."""
 
     def __init__(
-        self, pipeline: Pipeline, *, normalize: Normalize | None = None, engine: str = "cemg"
+        self, artifacts: RunArtifacts, *, normalize: Normalize | None = None, engine: str = "cemg"
     ) -> None:
-        self.pipeline, self.engine = pipeline, engine
-        self.catalog: Catalog = pipeline.load_catalog()
+        self.artifacts, self.engine = artifacts, engine
+        self.catalog: Catalog = artifacts.load_catalog()
         known = set(self.catalog.item_ids)  # a retraining may have dropped some of the removed
-        self.removed = [item for item in pipeline.removed_items() if item in known]
-        model, vocabulary = pipeline.load_generator()
-        self.prompter = pipeline.prompter(model, vocabulary, self.catalog)
-        normalize = normalize or pipeline.config.decoding.normalize
+        self.removed = [item for item in artifacts.removed_items() if item in known]
+        model, vocabulary = artifacts.load_generator()
+        self.prompter = artifacts.prompter(model, vocabulary, self.catalog)
+        normalize = normalize or artifacts.config.decoding.normalize
         self.decoder = make_decoder(engine, model, self.catalog, vocabulary.code_token_start, normalize)
 
     @classmethod
@@ -49,7 +49,7 @@ class Recommender:
         Raises UserError where a part of the run is missing, or vLLM, or a model that vLLM cannot serve.
         """
         return cls(
-            Pipeline.open(Path(folder), device=device, verify=verify), normalize=normalize, engine=engine
+            RunArtifacts.open(Path(folder), device=device, verify=verify), normalize=normalize, engine=engine
         )
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -176,7 +176,7 @@ class Recommender:
 
     def titles(self) -> dict[int | str, str]:
         """Titles by item id, those of added items too."""
-        return item_titles(self.pipeline)
+        return self.artifacts.titles()
 
     def item_ids(self, found: Recommendations) -> list[list[int | str | None]]:
         """Item ids [B][top] of recommendations; None where there were fewer items."""
@@ -189,34 +189,34 @@ class Recommender:
         """
         if len(texts) != len(images):
             raise UserError(f"{len(texts)} texts for {len(images)} images")
-        tokenizer = self.pipeline.load_tokenizer()
+        tokenizer = self.artifacts.load_tokenizer()
         items = tokenizer.features(*self._content(tokenizer, texts, images))
         if not bool(items.present.any(1).all()):
             bare = torch.nonzero(~items.present.any(1)).flatten()[0].item()
             raise UserError(f"new item {bare} has neither a text nor an image that this run's tokenizer uses")
         codes, z = tokenizer.tokenize(items)
-        books, method = tokenizer.model.codebooks.detach(), self.pipeline.config.tokenizer.unique
+        books, method = tokenizer.model.codebooks.detach(), self.artifacts.config.tokenizer.unique
         return place_new(codes, z, books, taken=self.catalog.codes, method=method)
 
     def _content(
         self, tokenizer: Tokenizer, texts: Sequence[str | None], images: Sequence[Path | str | None]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        config, widths = self.pipeline.config, tokenizer.model.widths
+        config, widths = self.artifacts.config, tokenizer.model.widths
         paths = [Path(p) if p else None for p in images]
         raw: dict[str, Features] = {}
         if any(texts):
-            raw["text"] = encode_texts(texts, config=config.text, device=self.pipeline.device)
+            raw["text"] = encode_texts(texts, config=config.text, device=self.artifacts.device)
         if any(paths):
-            raw["image"] = encode_images(paths, config=config.image, device=self.pipeline.device)
+            raw["image"] = encode_images(paths, config=config.image, device=self.artifacts.device)
         values = {k: torch.zeros(len(texts), w) for k, w in widths.items()}
         present = {k: torch.zeros(len(texts), dtype=torch.bool) for k in widths}
         for name in CONTENT:
             projection = f"pca_{name}.safetensors"
-            if name in raw and self.pipeline.has_file("features", projection):
-                pca = PCA.load(self.pipeline.file("features", projection))
+            if name in raw and self.artifacts.has_file("features", projection):
+                pca = PCA.load(self.artifacts.file("features", projection))
                 values[name] = pca.transform(raw[name].values, raw[name].present)
                 present[name] = raw[name].present
-        self.pipeline.check_unchanged()
+        self.artifacts.check_unchanged()
         return values, present
 
     def _id(self, item: str | int) -> str | int:
@@ -258,13 +258,6 @@ def as_histories(given: Any) -> list[list[Any]]:
             fix='one history is ["12", "7"], two are [["12", "7"], ["3"]]',
         )
     return [one.tolist() if isinstance(one, np.ndarray | Tensor) else list(one) for one in items]
-
-
-def item_titles(pipeline: Pipeline) -> dict[int | str, str]:
-    """Titles by item id of a run, those of added items too."""
-    data = pipeline.load_data()
-    known: dict[int | str, str] = dict(zip(data.item_ids, data.titles, strict=True))
-    return known | pipeline.added_titles()
 
 
 def allowed_items(

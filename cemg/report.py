@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from pydantic import FiniteFloat
 from torch import Tensor
 
-from cemg import files
-from cemg.artifacts import parse_json, read_bytes, read_json
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation import result_markdown, results_of
-from cemg.manifest import STAGES, Manifest, check_origin, verify
+from cemg.storage import files
+from cemg.storage.manifest import STAGES, Manifest, check_origin, verify
+from cemg.storage.read import parse_json, read_bytes, read_json
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog, read_items
 
 ALIKE = 1e-6  # values that differ by less, relatively, are the same up to rounding

@@ -100,11 +100,11 @@ def command() -> Callable[..., int]:
 
 @pytest.fixture(scope="session")
 def fail_disk() -> Callable[..., list[int]]:
-    """``fail_disk(patch, call)``: the ``call``-th step of `cemg.files`, counted from 0, fails with ``code``.
+    """``fail_disk(patch, call)``: step ``call`` (from 0) of `cemg.storage.files` fails with ``code``.
 
     Returns the count of steps so far.
     """
-    from cemg import files
+    from cemg.storage import files
 
     def fail(patch: pytest.MonkeyPatch, call: int, code: int = errno.ENOSPC) -> list[int]:
         count = [0]

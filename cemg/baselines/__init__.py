@@ -1,12 +1,10 @@
 """Baselines under one protocol: rankers ``(histories, top) -> [B, top]`` for ``cemg.evaluation.evaluate``."""
 
 from cemg.baselines.cross_entropy import linear_cross_entropy
-from cemg.baselines.popularity import PopularityRanker
 from cemg.baselines.sasrec import Sasrec, SasrecConfig, SasrecRanker
 from cemg.baselines.sasrec_training import train_sasrec
 
 __all__ = [
-    "PopularityRanker",
     "Sasrec",
     "SasrecConfig",
     "SasrecRanker",

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from cemg.baselines import PopularityRanker, SasrecConfig, train_sasrec
+from cemg.baselines import SasrecConfig, train_sasrec
 from cemg.commands import console as command
 from cemg.data import Dataset, read_dataset
 from cemg.errors import UserError
-from cemg.evaluation import Rank, evaluate, hardware, result_table, write_result
+from cemg.evaluation import PopularityRanker, Rank, evaluate, hardware, result_table, write_result
 from cemg.progress import console
 
 OWN_OPTIONS = ("loss", "seed", "epochs")  # fields of SasrecConfig that --set leaves to their options

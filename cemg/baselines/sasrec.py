@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, PositiveInt
 from torch import Tensor, nn
 
-from cemg import files
-from cemg.artifacts import STRICT, check_signature, file_digest, read_json, read_tensors, signed
 from cemg.baselines.sequences import pad_histories
 from cemg.errors import DamagedError, UserError
+from cemg.storage import files
+from cemg.storage.read import STRICT, check_signature, file_digest, read_json, read_tensors, signed
 
 LOSSES = ("ce", "bce")
 COUNTS = ("dim", "blocks", "heads", "inner", "max_length", "batch_size", "epochs", "patience", "valid_users")

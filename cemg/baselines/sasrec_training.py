@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cemg import files
-from cemg.artifacts import parse_json, read_tensor_file, tensors_digest
 from cemg.baselines.cross_entropy import linear_cross_entropy
 from cemg.baselines.sasrec import PRODUCTS, Sasrec, SasrecConfig, SasrecRanker
 from cemg.baselines.sequences import Batch, num_batches, training_batches
@@ -27,6 +25,8 @@ from cemg.data.dataset import Dataset, Split
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation import evaluate, seeded_sample
 from cemg.progress import console
+from cemg.storage import files
+from cemg.storage.read import parse_json, read_tensor_file, tensors_digest
 
 BETAS = (0.9, 0.98)  # of Adam, as the SASRec paper's code has them
 REDRAWS = 8  # of a negative that the user has in the sequence; then it is kept

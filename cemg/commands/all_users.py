@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cemg import files
 from cemg.progress import bar
 from cemg.recommender import Recommender
+from cemg.storage import files
 
 Row = tuple[str, int, str, str, float]  # as in SCHEMA
 SCHEMA = pa.schema(
@@ -61,7 +61,7 @@ def write_all(recommender: Recommender, path: Path, *, part: str, options: dict[
 
 def _users_and_histories(recommender: Recommender, part: str) -> tuple[list[str], list[list[str]]]:
     """Return the ids of the users that have a history, and the item ids of their histories."""
-    data = recommender.pipeline.load_data()
+    data = recommender.artifacts.load_data()
     rows: Iterable[int]
     sequences: Iterable[np.ndarray]
     if part == "all":
@@ -77,7 +77,7 @@ def _batches(
     recommender: Recommender, users: list[str], histories: list[list[str]], options: dict[str, Any]
 ) -> Iterator[tuple[int, list[Row]]]:
     """Yield the number of users and the rows of one batch after another."""
-    size = recommender.pipeline.config.decoding.batch_size
+    size = recommender.artifacts.config.decoding.batch_size
     for start in range(0, len(users), size):
         batch = slice(start, start + size)
         top = recommender.recommend(histories[batch], **options)

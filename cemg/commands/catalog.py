@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cemg import files
 from cemg.commands import catalog_items
 from cemg.commands import console as command
 from cemg.commands.sources import ColumnsOption, EncodingOption, ImagesOption, SeparatorOption
 from cemg.errors import UserError
 from cemg.progress import console
+from cemg.storage import files
 
 if TYPE_CHECKING:
     import polars as pl
@@ -42,10 +42,9 @@ def show(
     no_verify: command.NoVerifyOption = False,
 ) -> None:
     """Print the semantic ID of one item."""
-    from cemg.generator import symbol
-    from cemg.manifest import verify
-    from cemg.run import Run
-    from cemg.tokenizer import Catalog
+    from cemg.storage.manifest import verify
+    from cemg.storage.run import Run
+    from cemg.tokenizer import Catalog, symbol
 
     existing = Run.existing(run)
     folder = existing.path("catalog")
@@ -84,14 +83,14 @@ def add(
 
     The run's feature encoders and tokenizer compute their semantic IDs. Existing semantic IDs do not change.
     """
+    from cemg.artifacts import ADDED_TITLES, RunArtifacts
     from cemg.data.readers.pictures import image_paths
-    from cemg.generator import symbol
-    from cemg.pipeline import ADDED_TITLES, Pipeline
     from cemg.recommender import Recommender
-    from cemg.run import Run
+    from cemg.storage.run import Run
+    from cemg.tokenizer import symbol
 
     table = _read(items, columns, separator=separator, encoding=encoding, pictures=images is not None)
-    Pipeline.open(run, verify=not no_verify)  # before the lock, which would create a mistyped folder
+    RunArtifacts.open(run, verify=not no_verify)  # before the lock, which would create a mistyped folder
     with Run(run).locked():
         recommender = Recommender.from_run(run, verify=not no_verify)
         known = set(map(str, recommender.catalog.item_ids))
@@ -102,7 +101,7 @@ def add(
         for note in (*notes, *_similar_ids(table["item"], known, items)):
             console.print(f"note: {note}", highlight=False)
         codes = recommender.encode_items(table["text"].to_list(), pictures)
-        titles = recommender.pipeline.added_titles()
+        titles = recommender.artifacts.added_titles()
         titles |= {i: t for i, t in zip(table["item"], table["title"], strict=True) if t}
         extended = recommender.catalog.extended(codes, table["item"].to_list())
         with Run(run).revised("catalog") as folder:  # with the same stage key: later stages stay valid
@@ -129,9 +128,9 @@ def export(
 
     A table has the columns item, code_0, code_1, …; an index.json has the format of LETTER and LC-Rec.
     """
-    from cemg.pipeline import Pipeline
+    from cemg.artifacts import RunArtifacts
 
-    catalog = Pipeline.open(run, verify=not no_verify).load_catalog()
+    catalog = RunArtifacts.open(run, verify=not no_verify).load_catalog()
     catalog.write_codes(out)
     console.print(f"{len(catalog)} items in {out}", highlight=False, markup=False)
 

@@ -41,13 +41,12 @@ def list_items(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per item.")] = False,
 ) -> None:
     """Print all items, one per line: id, semantic ID and title, separated by tabs."""
-    from cemg.generator import symbol
-    from cemg.pipeline import Pipeline
-    from cemg.recommender import item_titles
-    from cemg.removed import read_removed
+    from cemg.artifacts import RunArtifacts
+    from cemg.storage.removed import read_removed
+    from cemg.tokenizer import symbol
 
-    pipeline = Pipeline.open(run)
-    catalog, titles, removed = pipeline.load_catalog(), item_titles(pipeline), set(read_removed(run))
+    artifacts = RunArtifacts.open(run)
+    catalog, titles, removed = artifacts.load_catalog(), artifacts.titles(), set(read_removed(run))
     ids: list[int | str] = [*catalog.item_ids]
     for item, codes in zip(ids, catalog.codes.tolist(), strict=True):
         title = titles.get(item) or ""
@@ -60,11 +59,11 @@ def list_items(
 
 
 def _change_removed(run: Path, ids: list[str], *, remove: bool) -> None:
-    from cemg.pipeline import Pipeline
-    from cemg.removed import read_removed, write_removed
-    from cemg.run import Run
+    from cemg.artifacts import RunArtifacts
+    from cemg.storage.removed import read_removed, write_removed
+    from cemg.storage.run import Run
 
-    catalog = Pipeline.open(run).load_catalog()
+    catalog = RunArtifacts.open(run).load_catalog()
     catalog.rows_of(ids)  # UserError for an unknown id
     with Run(run).locked():
         before = read_removed(run)

@@ -20,8 +20,8 @@ from typer.core import TyperCommand
 
 from cemg import __version__
 from cemg.errors import UserError
-from cemg.files import storage_error
 from cemg.progress import console, printable
+from cemg.storage.files import storage_error
 
 if TYPE_CHECKING:
     from cemg.config import RunConfig

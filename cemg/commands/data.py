@@ -15,7 +15,6 @@ from typing import Annotated
 
 import typer
 
-from cemg import files
 from cemg.commands import console as command
 from cemg.commands.sources import (
     ColumnsOption,
@@ -32,6 +31,7 @@ from cemg.data.filter import Duplicates, Ties
 from cemg.data.readers import ColumnNames, Format, read_dataset
 from cemg.data.synthetic import synthetic_dataset
 from cemg.errors import UserError
+from cemg.storage import files
 
 app = command.command_line(
     name="cemg-data",

@@ -83,10 +83,10 @@ def run_evaluation(
     The studies --exact, --certified and --compare examine the beam search on 1,000 randomly drawn users and
     print one table each.
     """
+    from cemg.artifacts import RunArtifacts
     from cemg.evaluation import CUTOFFS, read_result, result_table
+    from cemg.evaluation.runs import score, score_file
     from cemg.evaluation.search_tables import search_tables
-    from cemg.pipeline import Pipeline
-    from cemg.scoring import score, score_file
 
     requested = {"exact": exact, "certificate": certified, "engines": compare}
     studies = [name for name, is_requested in requested.items() if is_requested]
@@ -96,15 +96,15 @@ def run_evaluation(
     )  # fmt: skip
     command.check_result(result)
     command.check_device(device)
-    pipeline = Pipeline.open(run, device=device, verify=not no_verify)
-    config, out = pipeline.config, progress.plain_console()
+    artifacts = RunArtifacts.open(run, device=device, verify=not no_verify)
+    config, out = artifacts.config, progress.plain_console()
     if recommendations is not None:
-        out.print(result_table(score_file(pipeline, config, recommendations, part=part, copy=result)))
+        out.print(result_table(score_file(artifacts, config, recommendations, part=part, copy=result)))
         return
     command.warn_of_normalize(config, normalize)
     width = config.decoding.beams if beams is None else beams
     paths = score(
-        pipeline,
+        artifacts,
         config,
         part=part,
         engine=engine,

@@ -134,7 +134,7 @@ def recommend(
         run, device=device, engine=engine, normalize=cast("Normalize | None", normalize),
         verify=not no_verify,
     )  # fmt: skip
-    command.warn_of_normalize(recommender.pipeline.config, normalize)
+    command.warn_of_normalize(recommender.artifacts.config, normalize)
     options: dict[str, Any] = {
         "top": top,
         "beams": max(beams, top),
@@ -193,7 +193,7 @@ def _serve(recommender: Recommender, path: Path, options: dict[str, Any]) -> Non
     failed = lines = 0
     known = set(map(str, recommender.catalog.item_ids))
     requests = read_requests(path, known, _known_histories(recommender))
-    for batch in in_batches(requests, recommender.pipeline.config.decoding.batch_size):
+    for batch in in_batches(requests, recommender.artifacts.config.decoding.batch_size):
         histories = [request.history for request in batch if request.error is None]
         answers = _recommendations(recommender, histories, options)
         for request in batch:
@@ -209,7 +209,7 @@ def _known_histories(recommender: Recommender) -> Callable[[str], list[str] | No
 
     @functools.cache
     def by_user() -> tuple[dict[str, int], Dataset]:
-        data = recommender.pipeline.load_data()
+        data = recommender.artifacts.load_data()
         return {user: row for row, user in enumerate(data.user_ids)}, data
 
     def history_of(user: str) -> list[str] | None:
@@ -222,7 +222,7 @@ def _known_histories(recommender: Recommender) -> Callable[[str], list[str] | No
 def _history_of(user: str, recommender: Recommender) -> list[str]:
     history = _known_histories(recommender)(user)
     if history is None:
-        data = recommender.pipeline.load_data()
+        data = recommender.artifacts.load_data()
         raise UserError(
             f"user {user!r} is not among the {data.num_users} users of this run",
             fix=f"use an id of its data, such as {data.user_ids[0]!r}",
@@ -234,9 +234,9 @@ def _recommendations(
     recommender: Recommender, histories: list[list[str]], options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Yield the JSON object of each history's recommendations. The search runs in batches."""
-    from cemg.generator import symbol
+    from cemg.tokenizer import symbol
 
-    titles, size = recommender.titles(), recommender.pipeline.config.decoding.batch_size
+    titles, size = recommender.titles(), recommender.artifacts.config.decoding.batch_size
     for start in range(0, len(histories), size):
         batch = histories[start : start + size]
         result = recommender.recommend(batch, **options)

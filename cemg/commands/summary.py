@@ -8,32 +8,32 @@ from pathlib import Path
 
 from rich.table import Table
 
+from cemg.artifacts import RunArtifacts
 from cemg.evaluation import result_table
-from cemg.pipeline import Pipeline
 from cemg.progress import console, printable
 from cemg.recommender import Recommender
 
 EXAMPLE_ITEMS = 5  # recommendations in the example
 
 
-def print_summary(pipeline: Pipeline, results: Sequence[Path]) -> None:
+def print_summary(artifacts: RunArtifacts, results: Sequence[Path]) -> None:
     """Print the end of a finished training. ``results`` are the result files of its test."""
     console.print(result_table(results))
-    user, table = _example(pipeline)
+    user, table = _example(artifacts)
     console.print(table)
-    folder = pipeline.run.folder
+    folder = artifacts.run.folder
     console.print(f"report: {folder / 'report' / 'report.md'}", soft_wrap=True)
     arguments = shlex.join(["cemg-recommend", "--run", str(folder), "--user", user, "--exclude-history"])
     console.print(f"next:   {printable(arguments)}", soft_wrap=True)
 
 
-def _example(pipeline: Pipeline) -> tuple[str, Table]:
+def _example(artifacts: RunArtifacts) -> tuple[str, Table]:
     """Return the first test user, and a table of recommendations for that user."""
-    data = pipeline.load_data()
+    data = artifacts.load_data()
     row = int(data.split().users[0])
     user, history = data.user_ids[row], [data.item_ids[item] for item in data.sequences[row]]
-    beams = max(pipeline.config.decoding.beams, EXAMPLE_ITEMS)
-    top = Recommender(pipeline).recommend(history, top=EXAMPLE_ITEMS, beams=beams, exclude_history=True)
+    beams = max(artifacts.config.decoding.beams, EXAMPLE_ITEMS)
+    top = Recommender(artifacts).recommend(history, top=EXAMPLE_ITEMS, beams=beams, exclude_history=True)
     title = f"recommended to user {printable(user)}"
     table = Table("rank", "item", "title", title=title, title_justify="left")
     for rank, (item, name) in enumerate(zip(top.ids[0], top.titles[0], strict=True), start=1):

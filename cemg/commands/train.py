@@ -138,8 +138,8 @@ def train(
     --config or --preset is given. A finished run is replaced only with --force, or after you confirm.
     """
     from cemg.pipeline import Pipeline
-    from cemg.run import Run
     from cemg.settings import config_file, explained
+    from cemg.storage.run import Run
     from cemg_kernels import use_fast_kernels
 
     command.check_device(device)
@@ -188,10 +188,10 @@ def _config(
 
     If it names neither data nor settings, an existing run keeps its own, and a new run is the synthetic one.
     """
+    from cemg.artifacts import settings_file
     from cemg.config import load_config
-    from cemg.manifest import CONFIG
-    from cemg.run import PENDING
-    from cemg.transition import settings_file
+    from cemg.storage.manifest import CONFIG
+    from cemg.storage.run import PENDING
 
     if data:
         return load_config(config, settings, data_path=data, **options)
@@ -213,7 +213,7 @@ def _config(
 
 def _check_spelling(run: Path) -> None:
     """Raise UserError if a new run without data is named almost like an existing one, probably by a typo."""
-    from cemg.run import nearest_run
+    from cemg.storage.run import nearest_run
 
     nearest = nearest_run(run)
     if nearest is not None:
@@ -226,8 +226,8 @@ def _check_spelling(run: Path) -> None:
 
 
 def _print_plan(run: Path, config: RunConfig, *, device: str) -> None:
-    from cemg.plan import REUSED, plan
-    from cemg.run import Run
+    from cemg.pipeline.dry_run import REUSED, plan
+    from cemg.storage.run import Run
 
     verdicts = plan(run, config, device=device)
     for stage, verdict in verdicts.items():
@@ -242,8 +242,8 @@ def _agree(run: Path, changes: list[str], damaged: bool) -> None:
     Raises:
         UserError: The answer is no, or there is no terminal to ask on.
     """
-    from cemg.run import Run
-    from cemg.transition import DISCARDED, REMOVED
+    from cemg.pipeline.transition import DISCARDED, REMOVED
+    from cemg.storage.run import Run
 
     shown = [*changes[:12], *([f"and {len(changes) - 12} more"] if len(changes) > 12 else [])]
     interrupted = any(change.startswith(DISCARDED) for change in changes)
@@ -278,8 +278,8 @@ def _kernels(device: str) -> str:
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
     from cemg.commands.summary import print_summary
+    from cemg.evaluation.runs import score
     from cemg.report import write_report
-    from cemg.scoring import score
     from cemg_kernels.runtime.ranges import named_range
 
     with named_range("stage: test"):

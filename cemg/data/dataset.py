@@ -15,10 +15,10 @@ import numpy as np
 import polars as pl
 from pydantic import ConfigDict
 
-from cemg import files
-from cemg.artifacts import STRICT, check_signature, file_digest, read_json, read_parquet, signed
 from cemg.errors import DamagedError, UserError
 from cemg.progress import UNPRINTABLE
+from cemg.storage import files
+from cemg.storage.read import STRICT, check_signature, file_digest, read_json, read_parquet, signed
 
 FORMAT = 1  # of the prepared folder; raised when its files change meaning
 REMEDY = "prepare the data again: cemg-data prepare"

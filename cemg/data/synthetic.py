@@ -19,10 +19,10 @@ import numpy as np
 import polars as pl
 from PIL import Image, ImageDraw
 
-from cemg import files
-from cemg.artifacts import read_parquet
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
+from cemg.storage import files
+from cemg.storage.read import read_parquet
 
 KINDS = ("visual", "textual", "collaborative")
 CLUSTERS = 6  # of each kind; 6 x 6 x 6 cells hold 400 items, about two each

@@ -1,6 +1,7 @@
 """From a trained generator and a catalog to items (SPEC §4, inference)."""
 
 from cemg.decoding.engine import Decoder, Normalize, Recommendations
+from cemg.decoding.engines import make_decoder
 from cemg.decoding.exact import score_all
 from cemg.decoding.integrations.logits_processor import TrieLogitsProcessor, plain_generation
 from cemg.decoding.integrations.transformers import TransformersDecoder, dict_trie
@@ -14,6 +15,7 @@ __all__ = [
     "TrieLogitsProcessor",
     "VllmDecoder",
     "dict_trie",
+    "make_decoder",
     "plain_generation",
     "score_all",
 ]

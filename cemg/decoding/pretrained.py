@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from cemg import files
 from cemg.errors import UserError
+from cemg.storage import files
 from cemg.tokenizer import Catalog, CodeTokens
 
 CATALOG = "cemg_catalog"  # a folder in the checkpoint's

@@ -13,6 +13,7 @@ from cemg.evaluation.metrics import (
     ranks_of_targets,
 )
 from cemg.evaluation.paper import PrintedRow, printed_rows
+from cemg.evaluation.popularity import PopularityRanker
 from cemg.evaluation.protocol import COLD, Evaluation, Rank, evaluate, evaluate_lists, seeded_sample
 from cemg.evaluation.results import (
     hardware,
@@ -29,6 +30,7 @@ __all__ = [
     "MISS",
     "Evaluation",
     "Metrics",
+    "PopularityRanker",
     "PrintedRow",
     "Rank",
     "bootstrap_interval",

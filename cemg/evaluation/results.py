@@ -16,12 +16,12 @@ from pydantic import ConfigDict
 from rich import box
 from rich.table import Table
 
-from cemg import files
-from cemg.artifacts import check_signature, parse_json, read_bytes, signed
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation.metrics import Metrics
 from cemg.evaluation.paper import printed_rows
 from cemg.evaluation.protocol import COLD, Evaluation
+from cemg.storage import files
+from cemg.storage.read import check_signature, parse_json, read_bytes, signed
 
 EXCLUDED = "metrics_history_excluded_in_search"  # of a record: what exclude_history=True serves
 SEED = re.compile(r"-seed\d+$")

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from cemg import files
-from cemg.artifacts import file_digest, read_tensors
 from cemg.errors import DamagedError, UserError
+from cemg.storage import files
+from cemg.storage.read import file_digest, read_tensors
 
 KEY_BYTES = 32
 SHARD = {"keys": (torch.uint8, ("n", KEY_BYTES)), "values": (torch.float32, ("n", "F"))}

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cemg import files
-from cemg.artifacts import check_tensors, read_tensor_file
 from cemg.errors import DamagedError, UserError
 from cemg.features.encoding import Features
+from cemg.storage import files
+from cemg.storage.read import check_tensors, read_tensor_file
 
 SPEC = {
     "mean": (torch.float64, ("F",)), "components": (torch.float64, ("D", "F")),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,72 +24,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from cemg import files
-from cemg.artifacts import STRICT, parse_json, read_tensor_file, read_tensors, tensors_digest
 from cemg.errors import DamagedError, UserError
+from cemg.generator.config import GeneratorConfig
 from cemg.generator.prompts import IGNORED, Buckets, Collate, Prompter, Samples
 from cemg.generator.vocabulary import Vocabulary
+from cemg.generator.weights import assign, weights_of
 from cemg.progress import Log, bar, console
+from cemg.storage import files
+from cemg.storage.read import STRICT, parse_json, read_tensor_file, tensors_digest
 from cemg_kernels import Trie
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratorConfig:
-    """Optimisation of the generator.
-
-    ``loss`` "valid" (paper equation 5 has "vocab") learns preferences among the codes that the trie admits,
-    not also which codes go together. It requires ``decoding.normalize=valid``. An item at which ``crop``
-    starts a history is not a target.
-    """
-
-    history_items: int = 20
-    """Items of a history that the model sees; older ones are cut."""
-    epochs: int = 40
-    """Passes over the training sequences."""
-    batch_size: int = 128
-    """Sequences per step."""
-    learning_rate: float = 1e-3
-    """Peak of the schedule; AdamW."""
-    weight_decay: float = 0.05
-    """Of AdamW."""
-    warmup_share: float = 0.03
-    """Share of the steps until the peak is reached."""
-    schedule: Literal["cosine", "inverse-sqrt"] = "cosine"
-    """cosine or inverse-sqrt."""
-    label_smoothing: float = 0.0
-    """Probability mass spread over the other tokens; with loss=vocab."""
-    loss: Literal["vocab", "valid"] = "vocab"
-    """Tokens in a code's softmax: vocab, all (the paper), or valid, those that continue a real item."""
-    crop: float = 0.0
-    """Share of samples that start at a random later item of their history, drawn anew each epoch."""
-    first_item: bool = True
-    """Whether a user's first item, with no history before it, is a target."""
-    clip: float = 1.0
-    """Gradients are clipped to this norm."""
-    validate_every: int = 2
-    """Epochs between two validations."""
-    patience: int = 6
-    """Validations without a better NDCG@10 until training stops; 0 never stops early."""
-    checkpoint_seconds: int = 60
-    """At most this much training is lost when it is interrupted."""
-    seed: int = 0
-    """Set by the run's seed."""
-
-    def __post_init__(self) -> None:
-        for name in ("history_items", "epochs", "batch_size", "validate_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"generator.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"generator.{name} must be above 0, got {getattr(self, name)}")
-        if self.loss == "valid" and self.label_smoothing:
-            raise UserError(
-                "generator.label_smoothing does not go with generator.loss=valid", fix="leave one of them out"
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"generator.label_smoothing must be within 0 … 1, got {self.label_smoothing}")
-        if not 0 <= self.crop <= 1:
-            raise UserError(f"generator.crop must be within 0 … 1, got {self.crop}")
 
 
 @dataclass(slots=True)
@@ -196,7 +139,7 @@ class _Training:
         tensors, about = self._read(path)
         if about["sha256"] != self.state.best_sha256:
             raise DamagedError(f"{path} holds the weights of another validation", fix=_restart(self.folder))
-        _assign(self.plain, tensors, path)
+        assign(self.plain, tensors, path)
 
     def _epoch(self, started: float, advance: Callable[[int], None]) -> None:
         self.samples.epoch = self.state.epoch
@@ -337,7 +280,7 @@ class _Training:
                 _, index, name = key.split(".", 2)
                 slots.setdefault(int(index), {})[name] = value
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        _assign(self.plain, weights, path)
+        assign(self.plain, weights, path)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
         self.state = state
 
@@ -369,37 +312,6 @@ def learning_rate_share(step: int, total: int, config: GeneratorConfig) -> float
     if config.schedule == "inverse-sqrt":
         return math.sqrt(warm / (step + 1))
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
-
-
-def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Trained weights by name, shared ones once; of a LoRA model only what it trains."""
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_weights(model: PreTrainedModel, path: Path) -> None:
-    """Put what ``weights_of`` gave into a model of the same shape; UserError for a file that is damaged or of
-    another model, and what differs."""
-    _assign(model, read_tensors(path), path)
-
-
-@torch.no_grad()
-def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], path: Path) -> None:
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())
-        raise DamagedError(
-            f"{path} holds other weights than this model", cause=f"{len(odd)} differ, first {odd[0]}"
-        )
-    for name, parameter in own.items():
-        there = tensors[name]
-        if parameter.shape != there.shape:
-            cause = f"{name} is {list(there.shape)} there and {list(parameter.shape)} here"
-            raise DamagedError(f"{path} holds weights of another shape", cause=cause)
-        if parameter.dtype != there.dtype:
-            cause = f"{name} is {there.dtype} there and {parameter.dtype} here"
-            raise DamagedError(f"{path} holds weights of another dtype", cause=cause)
-    for name, parameter in own.items():
-        parameter.copy_(tensors[name])
 
 
 def _restart(folder: Path) -> str:

@@ -9,7 +9,8 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from cemg.artifacts import STRICT
+from cemg.storage.read import STRICT
+from cemg.tokenizer.tokens import symbol
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +45,3 @@ class Vocabulary:
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
-
-
-def level_name(level: int) -> str:
-    """0 → a, 1 → b, …, 26 → aa."""
-    name = ""
-    level += 1
-    while level:
-        level, letter = divmod(level - 1, 26)
-        name = chr(ord("a") + letter) + name
-    return name
-
-
-def symbol(level: int, code: int) -> str:
-    """The paper's symbol of a code: ``symbol(0, 12) == "<a_12>"``."""
-    return f"<{level_name(level)}_{code}>"

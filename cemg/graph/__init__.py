@@ -1,5 +1,8 @@
-"""The user–item graph and its collaborative embeddings (SPEC §2.4)."""
+"""The user–item graph and its collaborative embeddings (paper §3.2.2).
 
-from cemg.graph.lightgcn import Collaborative, GraphConfig, train_lightgcn
+Training is in ``cemg.graph.lightgcn``, which inference does not import.
+"""
 
-__all__ = ["Collaborative", "GraphConfig", "train_lightgcn"]
+from cemg.graph.config import GraphConfig
+
+__all__ = ["GraphConfig"]

@@ -16,10 +16,10 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from cemg import files
-from cemg.artifacts import STRICT, Shape, check_tensors, read_json, read_tensors
 from cemg.data.dataset import check_ids
 from cemg.errors import DamagedError, UserError
+from cemg.storage import files
+from cemg.storage.read import STRICT, Shape, check_tensors, read_json, read_tensors
 from cemg.tokenizer.shared import SharedFilter, SharedIds
 from cemg.tokenizer.tokens import CodeTokens, TokenMap
 from cemg_kernels import ItemFilter, RequestFilter, Trie

@@ -14,11 +14,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from cemg import files
 from cemg.data.keyed_json import read_keyed, short
 from cemg.errors import UserError
+from cemg.storage import files
 from cemg.tokenizer.catalog import Catalog
-from cemg.tokenizer.tokens import TokenMap
+from cemg.tokenizer.tokens import TokenMap, symbol
 from cemg_kernels.trie.arrays import MAX_CODEBOOK_SIZE
 
 TOKEN = re.compile(r"(.*?\D|)(\d{1,9})(\D*)")  # the last number in it is the code: <a_197>
@@ -81,8 +81,6 @@ def write_codes(catalog: Catalog, path: Path | str) -> None:
     """
     path = Path(path)
     if path.name.endswith(INDEX):
-        from cemg.generator.vocabulary import symbol
-
         rows = zip(catalog.item_ids, catalog.codes.tolist(), strict=True)
         index = {str(item): [symbol(level, code) for level, code in enumerate(row)] for item, row in rows}
         files.write_json(path, index, indent=None)

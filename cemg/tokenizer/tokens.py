@@ -151,3 +151,18 @@ class CodeTokens:
                 cause=f"row {row} of the catalog uses it",
                 fix="give every code in use a token",
             )
+
+
+def level_name(level: int) -> str:
+    """0 → a, 1 → b, …, 26 → aa."""
+    name = ""
+    level += 1
+    while level:
+        level, letter = divmod(level - 1, 26)
+        name = chr(ord("a") + letter) + name
+    return name
+
+
+def symbol(level: int, code: int) -> str:
+    """The paper's symbol of a code: ``symbol(0, 12) == "<a_12>"``."""
+    return f"<{level_name(level)}_{code}>"

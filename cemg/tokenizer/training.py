@@ -1,116 +1,19 @@
-"""Training of fusion and RQ-VAE together, and the frozen tokenizer that comes of it."""
+"""Training of fusion and RQ-VAE together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from cemg import files
-from cemg.artifacts import STRICT, Shape, read_json, read_tensors
-from cemg.errors import DamagedError, UserError
+from cemg.errors import UserError
 from cemg.progress import Log, track
 from cemg.tokenizer.fusion import MODALITIES, ItemFeatures, Scaling
 from cemg.tokenizer.rqvae import RQVAE, Losses, TokenizerConfig
+from cemg.tokenizer.tokenizer import Tokenizer
 
-Modality = Literal["image", "text", "collab"]
 INIT_ROWS = 8192  # items that the k-means initialisation of a codebook looks at
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenizer:
-    """A trained RQ-VAE and the scaling of its inputs. Frozen: the same item gives the same codes for good."""
-
-    FILES: ClassVar[tuple[str, ...]] = ("tokenizer.json", "tokenizer.safetensors")
-
-    model: RQVAE
-    scaling: dict[str, Scaling]
-    without: tuple[str, ...] = ()
-
-    def features(self, values: dict[str, Tensor], present: dict[str, Tensor]) -> ItemFeatures:
-        """Scale raw features (e_v, e_t, e_c by name, [N, D_k]) as the tokenizer was trained on them."""
-        return ItemFeatures.scaled(values, present, self.scaling, self.without)
-
-    @torch.no_grad()
-    def tokenize(self, items: ItemFeatures) -> tuple[Tensor, Tensor]:
-        """Codes [N, M] int64, before collisions are resolved, and z [N, Z]."""
-        return self.model.tokenize(items)
-
-    @torch.no_grad()
-    def attention(self, items: ItemFeatures) -> Tensor:
-        """α [N, 2] of every item over (image, text)."""
-        return self.model.fusion.attention(items)
-
-    def save(self, folder: Path) -> None:
-        """``tokenizer.safetensors`` and ``tokenizer.json``."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"mean.{k}": s.mean for k, s in self.scaling.items()}
-        files.save_tensors(tensors, folder / "tokenizer.safetensors")
-        about = {
-            "config": asdict(self.model.config),
-            "widths": self.model.widths,
-            "rms": {k: s.rms for k, s in self.scaling.items()},
-            "without": list(self.without),
-        }
-        files.write_json(folder / "tokenizer.json", about)
-
-    @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read what ``save`` wrote; UserError where it is missing or damaged."""
-        fix = "train it again: cemg-train --run RUN"
-        if not (folder / "tokenizer.json").exists():
-            raise DamagedError(f"{folder} holds no tokenizer", fix=fix)
-        try:
-            about = read_json(folder / "tokenizer.json", _About, fix=fix)
-            tensors = read_tensors(folder / "tokenizer.safetensors", fix=fix)
-            return cls._restored(about, tensors)
-        except DamagedError as error:
-            cause = f"{error.message}: {error.cause}" if error.cause else error.message
-            raise DamagedError(f"{folder} holds no readable tokenizer", cause=cause, fix=fix) from error
-        except (KeyError, RuntimeError, UserError) as error:  # of a model of another shape
-            cause = str(error).splitlines()[0]
-            raise DamagedError(f"{folder} holds no readable tokenizer", cause=cause, fix=fix) from error
-
-    @classmethod
-    def _restored(cls, about: _About, tensors: dict[str, Tensor]) -> Tokenizer:
-        if {*about.widths} != {*MODALITIES} or {*about.rms} != {*MODALITIES}:
-            raise UserError(f"its modalities are {', '.join(about.widths)}, not {', '.join(MODALITIES)}")
-        model = RQVAE(about.widths, config=about.config)
-        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        model.load_state_dict(weights)
-        scaling = {k: Scaling(tensors[f"mean.{k}"], rms) for k, rms in about.rms.items()}
-        for name, width in about.widths.items():
-            if scaling[name].mean.shape != (width,):
-                raise UserError(f"mean.{name} has the shape {list(scaling[name].mean.shape)}, not [{width}]")
-        return cls(model.eval(), scaling, about.without)
-
-
-@dataclass(frozen=True, slots=True)
-class _About:
-    """``tokenizer.json``."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    config: TokenizerConfig
-    widths: dict[str, PositiveInt]
-    rms: dict[str, PositiveFloat]
-    without: tuple[Modality, ...]
-
-
-ITEMS: dict[str, tuple[torch.dtype, Shape]] = {
-    "codes": (torch.int64, ("N", "M")), "z": (torch.float32, ("N", "Z")),
-    "attention": (torch.float32, ("N", 2)), "present": (torch.bool, ("N", len(MODALITIES))),
-}  # fmt: skip
-
-
-def read_items(path: Path) -> dict[str, Tensor]:
-    """``items.safetensors`` of a tokenizer's folder: codes, z, attention and presence of every item."""
-    return read_tensors(path, ITEMS)
 
 
 def train_tokenizer(

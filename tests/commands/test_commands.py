@@ -15,8 +15,7 @@ import yaml
 
 from cemg import progress
 from cemg.commands import catalog, evaluate, recommend, train
-from cemg.generator import symbol
-from cemg.tokenizer import Catalog
+from cemg.tokenizer import Catalog, symbol
 from cemg_kernels import use_fast_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")

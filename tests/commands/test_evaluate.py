@@ -14,9 +14,10 @@ import polars as pl
 import pytest
 
 from cemg import progress
+from cemg.artifacts import RunArtifacts
 from cemg.commands import catalog, console, evaluate, recommend, train
 from cemg.data import Dataset
-from cemg.pipeline import Pipeline
+from cemg.evaluation.ranker import beam_ranker
 from cemg.recommender import Recommender
 
 WORDS = ["plain", "sturdy", "garden", "kitchen", "music", "office", "telescope", "small", "blue", "old"]
@@ -196,11 +197,11 @@ def test_removed_and_added_items_are_evaluated_as_they_are_served(tiny_run, tmp_
 
 @pytest.mark.parametrize("engine", ["cemg", "transformers"])
 def test_a_ranker_lists_no_removed_item(tiny_run, engine):
-    pipeline = Pipeline.open(tiny_run)
-    catalog, data = pipeline.load_catalog(), pipeline.load_data()
-    model, vocabulary = pipeline.load_generator()
+    artifacts = RunArtifacts.open(tiny_run)
+    catalog, data = artifacts.load_catalog(), artifacts.load_data()
+    model, vocabulary = artifacts.load_generator()
     histories = data.split().histories("test")[:5]
-    rank = partial(pipeline.ranker, model, vocabulary, catalog, beams=10, engine=engine)
+    rank = partial(beam_ranker, artifacts, model, vocabulary, catalog, beams=10, engine=engine)
     gone = rank()(histories, 10)[:, 0].unique().tolist()
     found = rank(removed=gone)(histories, 10)
     assert not set(gone) & set(found.flatten().tolist()) and (found >= 0).sum() >= 20

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from cemg import Recommender
+from cemg.artifacts import RunArtifacts
 from cemg.commands import catalog
 from cemg.decoding import Decoder
 from cemg.errors import UserError
 from cemg.generator import Vocabulary
 from cemg.generator.prompts import Prompter
-from cemg.pipeline import Pipeline
 from cemg.tokenizer import Catalog
 
 
@@ -94,6 +94,6 @@ def test_a_catalog_that_no_run_has_is_refused_in_one(tiny_run: Path, tmp_path: P
     other = Catalog.from_codes(
         few.codes, sizes, few.item_ids, shared=kind == "shared", tokens=7 if kind == "tokens" else None
     )
-    monkeypatch.setattr(Pipeline, "load_catalog", lambda pipeline: other)
+    monkeypatch.setattr(RunArtifacts, "load_catalog", lambda pipeline: other)
     with pytest.raises(UserError, match="is not the catalog of a run"):
         Recommender.from_run(tiny_run)

@@ -18,7 +18,6 @@ import polars as pl
 import pytest
 import torch
 
-from cemg.changes import image_digests
 from cemg.commands import console, recommend
 from cemg.config import load_config
 from cemg.data import Dataset, read_dataset
@@ -26,6 +25,7 @@ from cemg.data.readers import limits
 from cemg.errors import UserError
 from cemg.features import ImageConfig, TextConfig, encode_images, encode_texts
 from cemg.generator import BackboneConfig, build_backbone
+from cemg.pipeline.changes import image_digests
 from cemg.progress import plain_console, printable
 from cemg.tokenizer import Catalog
 

@@ -17,11 +17,11 @@ from cemg.config import RunConfig, config_text
 from cemg.data.readers.pictures import image_paths
 from cemg.data.synthetic import planted_clusters
 from cemg.errors import UserError
-from cemg.files import storage_error
-from cemg.manifest import remedy
 from cemg.pipeline import Pipeline
-from cemg.removed import REMOVED, read_removed
-from cemg.run import PENDING, no_such_run
+from cemg.storage.files import storage_error
+from cemg.storage.manifest import remedy
+from cemg.storage.removed import REMOVED, read_removed
+from cemg.storage.run import PENDING, no_such_run
 
 
 @pytest.fixture

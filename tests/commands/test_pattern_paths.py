@@ -11,10 +11,10 @@ import polars as pl
 import pytest
 
 from cemg import Recommender
-from cemg.artifacts import read_parquet
 from cemg.commands import catalog, train
 from cemg.data import Dataset, read_dataset
 from cemg.evaluation.lists import _read
+from cemg.storage.read import read_parquet
 from cemg.tokenizer import Catalog
 
 NAMES = [("n[1]", "n1"), ("n?", "nx"), ("n*", "nyy")]  # a name, and another one that it matches

@@ -16,7 +16,7 @@ from cemg.commands import recommend, train
 from cemg.config import load_config
 from cemg.errors import UserError
 from cemg.pipeline import Pipeline
-from cemg.run import Run
+from cemg.storage.run import Run
 from cemg_kernels.trie.arrays import MAX_LEVELS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from cemg.artifacts import signed
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 from cemg.evaluation import (
@@ -24,6 +23,7 @@ from cemg.evaluation import (
     results_of,
     write_result,
 )
+from cemg.storage.read import signed
 
 
 def write(path: Path, *, last: int = 2, name: str = "Beauty", part: str = "test") -> None:

@@ -18,9 +18,9 @@ from cemg.generator import (
     build_backbone,
     load_weights,
     start_from_codebooks,
-    train_generator,
     weights_of,
 )
+from cemg.generator.training import train_generator
 from cemg.tokenizer import Catalog
 
 CATALOG = Catalog.from_codes(torch.cartesian_prod(torch.arange(3), torch.arange(3)), 3)

@@ -19,7 +19,8 @@ from transformers import (
 
 from cemg.decoding import Decoder
 from cemg.errors import UserError
-from cemg.generator import BackboneConfig, GeneratorConfig, Prompter, build_backbone, train_generator
+from cemg.generator import BackboneConfig, GeneratorConfig, Prompter, build_backbone
+from cemg.generator.training import train_generator
 from cemg.pipeline import Pipeline
 from cemg.tokenizer import Catalog
 

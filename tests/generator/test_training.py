@@ -20,10 +20,9 @@ from cemg.generator import (
     Prompter,
     build_backbone,
     load_weights,
-    train_generator,
     weights_of,
 )
-from cemg.generator.training import learning_rate_share, valid_cross_entropy
+from cemg.generator.training import learning_rate_share, train_generator, valid_cross_entropy
 from cemg.tokenizer import Catalog
 
 ITEMS, LEVELS, SIZE = 16, 2, 4

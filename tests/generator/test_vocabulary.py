@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cemg.generator import Vocabulary, symbol
+from cemg.generator import Vocabulary
+from cemg.tokenizer import symbol
 
 
 def test_code_12_of_the_first_codebook_is_a_12():

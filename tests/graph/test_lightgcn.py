@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from cemg.errors import UserError
-from cemg.graph import GraphConfig, train_lightgcn
+from cemg.graph import GraphConfig
+from cemg.graph.lightgcn import train_lightgcn
 from cemg_kernels import BipartiteGraph, lightgcn_propagate
 
 USERS, ITEMS, HALF = 60, 24, 10  # items 0 … 9 and 10 … 19 are the communities; 20 … 23 are never bought

@@ -65,7 +65,7 @@ print(json.dumps({
     "torch": in_a_child(lambda: bool((large @ large).exp().sum() > 0)),
     "threads": in_a_child(torch.get_num_threads),
     "of a grandchild": in_a_child(lambda: in_a_child(lists)),
-    "Polars": in_a_child(lambda: Dataset.load(recommender.pipeline.run.path("data")).name),
+    "Polars": in_a_child(lambda: Dataset.load(recommender.artifacts.run.path("data")).name),
     "afterwards": lists(), "own threads": torch.get_num_threads(),
 }))
 """

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from cemg import Recommender, files
-from cemg.artifacts import read_json, signed
+from cemg import Recommender
+from cemg.artifacts import RunArtifacts
 from cemg.commands import catalog
 from cemg.errors import UserError
-from cemg.manifest import MANIFEST
-from cemg.pipeline import Pipeline
+from cemg.storage import files
+from cemg.storage.manifest import MANIFEST
+from cemg.storage.read import read_json, signed
 
-READS: dict[str, Callable[[Pipeline], object]] = {
-    "data": Pipeline.load_data,
-    "catalog": Pipeline.load_catalog,
-    "tokenizer": Pipeline.load_tokenizer,
-    "generator": Pipeline.load_generator,
+READS: dict[str, Callable[[RunArtifacts], object]] = {
+    "data": RunArtifacts.load_data,
+    "catalog": RunArtifacts.load_catalog,
+    "tokenizer": RunArtifacts.load_tokenizer,
+    "generator": RunArtifacts.load_generator,
 }
 
 
@@ -36,11 +37,11 @@ def test_a_run_that_was_trained_anew_since_it_was_opened_is_not_read(
     tiny_run: Path, tmp_path: Path, read: str, stage: str
 ):
     shutil.copytree(tiny_run, tmp_path / "run")
-    pipeline = Pipeline.open(tmp_path / "run")
-    READS[read](pipeline)
+    artifacts = RunArtifacts.open(tmp_path / "run")
+    READS[read](artifacts)
     _retrain(tmp_path / "run", stage)
     with pytest.raises(UserError, match="was trained anew while it was opened"):
-        READS[read](pipeline)
+        READS[read](artifacts)
 
 
 def test_titles_and_codes_of_a_long_lived_recommender_are_of_its_own_run(tiny_run: Path, tmp_path: Path):

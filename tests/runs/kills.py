@@ -27,11 +27,8 @@ from pathlib import Path
 
 import torch
 
-import cemg.recommender
-import cemg.report
-import cemg.scoring  # noqa: F401 - late imports, here once for all forks
-from cemg import files
 from cemg.commands import catalog, recommend, train
+from cemg.storage import files
 
 STEPS = ((files, "_open"), (files, "_fsync"), (files, "_replace"), (files, "_mkdir"), (shutil, "rmtree"),
          (Path, "unlink"), (Path, "rmdir"), (os, "unlink"), (os, "rmdir"))  # fmt: skip

@@ -14,7 +14,8 @@ import torch
 from pydantic import ConfigDict
 from safetensors.torch import save_file
 
-from cemg.artifacts import (
+from cemg.errors import DamagedError, UserError
+from cemg.storage.read import (
     STRICT,
     check_signature,
     file_digest,
@@ -24,7 +25,6 @@ from cemg.artifacts import (
     signed,
     tensors_digest,
 )
-from cemg.errors import DamagedError, UserError
 
 
 @dataclass(frozen=True)

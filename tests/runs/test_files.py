@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cemg import files
 from cemg.commands import train
-from cemg.files import StorageError
+from cemg.storage import files
+from cemg.storage.files import StorageError
 from cemg_kernels import Trie
 
 WRITERS: dict[str, Callable[[Path], None]] = {

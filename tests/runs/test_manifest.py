@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cemg.errors import DamagedError, UserError
-from cemg.manifest import Manifest, check_origin, read_clock, renew, stages_of, verify, write_clock
 from cemg.progress import console
-from cemg.run import Run
+from cemg.storage.manifest import Manifest, check_origin, read_clock, renew, stages_of, verify, write_clock
+from cemg.storage.run import Run
 
 
 def build(folder: Path) -> None:

@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 
 from cemg.config import load_config
 from cemg.errors import UserError
-from cemg.manifest import Manifest, describe
+from cemg.evaluation.ranker import beam_ranker
 from cemg.pipeline import Pipeline
 from cemg.progress import StageLog
 from cemg.recommender import Recommender
-from cemg.run import Run
+from cemg.storage.manifest import Manifest, describe
+from cemg.storage.run import Run
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter, use_fast_kernels
 
@@ -258,7 +259,7 @@ def test_both_engines_rank_the_validation_users_alike(tiny_run, pipeline):
     model, vocabulary = made.load_generator()
     histories = split.histories("valid")[:12]
     lists = [
-        made.ranker(model, vocabulary, catalog, beams=20, engine=engine)(histories, 10)
+        beam_ranker(made, model, vocabulary, catalog, beams=20, engine=engine)(histories, 10)
         for engine in ("cemg", "transformers")
     ]
     assert torch.equal(*lists)
@@ -369,7 +370,7 @@ def test_more_results_than_items_leave_places_empty(tiny_run):
 
 def test_new_items_get_codes_of_their_own(tiny_run):
     recommender = Recommender.from_run(tiny_run)
-    texts = recommender.pipeline.load_data().texts
+    texts = recommender.artifacts.load_data().texts
     old = next(text for text in texts if text)
     codes = recommender.encode_items([old, old, "a plain telescope"], [None, None, None])
     everything = torch.cat((recommender.catalog.codes, codes))

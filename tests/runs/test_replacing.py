@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cemg import files
-from cemg.artifacts import signed
 from cemg.commands import catalog, evaluate, recommend, train
 from cemg.config import RunConfig, load_config
 from cemg.data import Dataset
 from cemg.pipeline import Pipeline
 from cemg.recommender import Recommender
-from cemg.run import Run
+from cemg.storage import files
+from cemg.storage.read import signed
+from cemg.storage.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
 Trainer = Callable[..., int]
@@ -307,7 +307,9 @@ def test_an_unchanged_picture_is_not_read_again(shop, training, monkeypatch):
     folder, run = shop
     arguments = (run, "--data", folder, "--config", run / "config.yaml")
     assert training(*arguments) == 0
-    monkeypatch.setattr("cemg.changes.read_image_file", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr(
+        "cemg.pipeline.changes.read_image_file", lambda path: pytest.fail(f"{path} is read again")
+    )
     assert training(*arguments) == 0
     for damaged in (lambda path: path.write_text("{"), os.mkfifo):
         (run / ".image-hashes.json").unlink()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cemg.manifest import describe
 from cemg.report import fusion_facts, read_log, write_report
+from cemg.storage.manifest import describe
 from cemg.tokenizer import Catalog
 
 N = 40

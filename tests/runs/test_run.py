@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cemg import files
 from cemg.errors import UserError
-from cemg.run import Run
+from cemg.storage import files
+from cemg.storage.run import Run
 
 
 class Stage:
@@ -160,7 +160,7 @@ def test_the_manifest_tells_hashes_shapes_configuration_and_versions(tmp_path):
     assert set(manifest["versions"]) == {"cemg", "torch", "transformers"} and manifest["seconds"] >= 0
 
 
-HOLD = "import sys, time; from pathlib import Path; from cemg.run import Run\nwith Run(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)"  # noqa: E501
+HOLD = "import sys, time; from pathlib import Path; from cemg.storage.run import Run\nwith Run(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)"  # noqa: E501
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ import torch
 
 from cemg.data import synthetic_dataset
 from cemg.data.synthetic import planted_clusters
-from cemg.graph import GraphConfig, train_lightgcn
-from cemg.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from cemg.graph import GraphConfig
+from cemg.graph.lightgcn import train_lightgcn
+from cemg.tokenizer import Tokenizer, TokenizerConfig
+from cemg.tokenizer.training import train_tokenizer
 
 ITEMS = 240
 CONFIG = TokenizerConfig(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cemg.errors import UserError
-from cemg.tokenizer import MODALITIES, RQVAE, ItemFeatures, Tokenizer, TokenizerConfig, train_tokenizer
-from cemg.tokenizer.training import codebook_use, initialise_codebooks, reseed_dead_codes
+from cemg.tokenizer import MODALITIES, RQVAE, ItemFeatures, Tokenizer, TokenizerConfig
+from cemg.tokenizer.training import codebook_use, initialise_codebooks, reseed_dead_codes, train_tokenizer
 
 WIDTHS = {"image": 4, "text": 3, "collab": 2}
 QUICK = TokenizerConfig(

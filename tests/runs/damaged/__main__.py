@@ -323,15 +323,6 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import cemg.baselines.__main__
-    import cemg.commands.catalog
-    import cemg.commands.data
-    import cemg.commands.evaluate
-    import cemg.commands.recommend
-    import cemg.commands.train
-    import cemg.recommender
-    import cemg.report
-    import cemg.scoring  # noqa: F401
 
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="damaged-runs-"))
     places = Places(*(folder / field.name for field in dataclasses.fields(Places)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cemg.baselines import PopularityRanker
 from cemg.data.dataset import Dataset
+from cemg.evaluation import PopularityRanker
 
 
 def test_popularity_ranks_by_training_counts_with_ties_by_the_lower_row() -> None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from cemg import files
-from cemg.artifacts import read_json, read_tensors, read_text
-from cemg.changes import IMAGES, data_changed, flat, settings_changed
+from cemg.artifacts import check_generator, recorded_settings
 from cemg.config import RunConfig, config_text, generator_of, load_config
 from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
-from cemg.manifest import CONFIG, STAGES, Manifest, check_origin, remedy, verify
-from cemg.progress import console
-from cemg.run import PENDING, Run
+from cemg.pipeline.changes import IMAGES, data_changed, flat, settings_changed
+from cemg.storage import files
+from cemg.storage.manifest import CONFIG, STAGES, Manifest, check_origin, verify
+from cemg.storage.read import read_json, read_tensors, read_text
+from cemg.storage.run import PENDING, Run
 
 DISCARDED = "the interrupted retraining"
 REMOVED = "that cemg-catalog added are removed"  # what a question says of added items
@@ -141,74 +138,6 @@ class Transition:
     def commit(self) -> None:
         """The new stages and their settings become the run's own."""
         self.run.commit(config_text(self.asked, generator=self.run.keys["generator"]))
-
-
-def settings_file(folder: Path, *, rebuild: bool = False) -> Path | None:
-    """The file with the settings that a run continues with; None for a new run.
-
-    A missing or damaged file raises DamagedError, with what restores it. ``rebuild`` restores the settings
-    that the stages were built with.
-    """
-    run = Run(folder)
-    for path in (folder / PENDING, run.path(CONFIG)):
-        if path.exists() or path.is_symlink():
-            try:
-                load_config(path, of_run=True)
-                if path.name == CONFIG:
-                    check_generator(run)
-                return path
-            except DamagedError as error:
-                return _restored(run, error, rebuild=rebuild)
-    if not run.started():
-        return None
-    return _restored(run, DamagedError(f"{folder} has stages but no {CONFIG}"), rebuild=rebuild)
-
-
-def check_generator(run: Run) -> None:
-    """DamagedError where a run's settings name another generator than the one that belongs to its stages."""
-    path, stage = run.path(CONFIG), run.path("generator")
-    named = generator_of(path)
-    manifest = Manifest.read(stage) if named is not None and stage.is_dir() else None
-    if manifest is not None and named != manifest.key and check_origin(run.path, manifest) is None:
-        cause = f"it names another generator than {stage}"
-        raise DamagedError(f"{path} belongs to another run", cause=cause, fix=remedy(stage))
-
-
-def _restored(run: Run, error: DamagedError, *, rebuild: bool) -> Path:
-    settings = recorded_settings(run)
-    if settings is None:
-        fix = (
-            f"name its data and settings: cemg-train --run {quote(str(run.folder))} --data DATA --config FILE"
-        )
-        raise DamagedError(error.message, cause=error.cause, fix=fix) from error
-    if not rebuild:
-        fix = f"restore those that it was trained with: cemg-train --run {quote(str(run.folder))} --rebuild"
-        raise DamagedError(error.message, cause=error.cause, fix=fix) from error
-    said = f"{error.message}: restored from what the stages of {run.folder} were built with"
-    console.print(said, highlight=False, soft_wrap=True, markup=False)
-    files.write_text(run.folder / PENDING, config_text(settings))
-    return run.folder / PENDING
-
-
-def own_settings(run: Run) -> RunConfig:
-    """The settings of a finished run. Raises DamagedError, with what restores them."""
-    try:
-        return load_config(run.path(CONFIG), of_run=True)
-    except DamagedError as error:
-        _restored(run, error, rebuild=False)
-        raise
-
-
-def recorded_settings(run: Run) -> RunConfig | None:
-    """The settings in the manifest of a run's last stage; None where no manifest has them."""
-    for name in reversed(STAGES):
-        try:
-            settings = Manifest.read(run.path(name)).settings
-            if settings is not None:
-                return TypeAdapter(RunConfig).validate_python(settings)
-        except (UserError, ValidationError):
-            continue
-    return None
 
 
 def _readable(path: Path) -> RunConfig | None:

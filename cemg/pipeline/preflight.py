@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from cemg.errors import UserError
 from cemg.features import check_image_model, check_text_model
-from cemg.manifest import Manifest
+from cemg.storage.manifest import Manifest
 from cemg_kernels.trie.arrays import MAX_LEVELS
 
 if TYPE_CHECKING:
     from cemg.config import RunConfig
     from cemg.data import Dataset
     from cemg.generator import BackboneConfig
-    from cemg.run import Run
+    from cemg.storage.run import Run
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from cemg import files
-from cemg.artifacts import check_signature, read_json, signed
 from cemg.errors import DamagedError
+from cemg.storage import files
+from cemg.storage.read import check_signature, read_json, signed
 
 REMOVED = "removed.json"
 

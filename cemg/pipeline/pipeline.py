@@ -3,103 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cemg import files
-from cemg.artifacts import read_json, read_tensors
-from cemg.changes import IMAGES, content_digest, image_digests
-from cemg.config import DataConfig, RunConfig, generator_of
+from cemg.artifacts import RunArtifacts
+from cemg.config import DataConfig, RunConfig
 from cemg.data import Dataset, read_dataset, synthetic_dataset
 from cemg.data.readers import ColumnNames
-from cemg.decoding import Decoder, TransformersDecoder, VllmDecoder
 from cemg.errors import DamagedError, UserError
-from cemg.evaluation import Rank, evaluate, seeded_sample
+from cemg.evaluation import evaluate, seeded_sample
+from cemg.evaluation.ranker import beam_ranker
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
-from cemg.generator import (
-    Prompter,
-    Vocabulary,
-    build_backbone,
-    load_weights,
-    start_from_codebooks,
-    train_generator,
-    weights_of,
-)
-from cemg.graph import train_lightgcn
-from cemg.manifest import CONFIG, STAGES, Manifest, read_clock, remedy, stages_of, verify, write_clock
-from cemg.preflight import check_before_training
+from cemg.generator import start_from_codebooks, weights_of
+from cemg.generator.training import train_generator
+from cemg.graph.lightgcn import train_lightgcn
+from cemg.pipeline.changes import IMAGES, content_digest, image_digests
+from cemg.pipeline.preflight import check_before_training
+from cemg.pipeline.transition import Transition
 from cemg.progress import StageLog, console
-from cemg.removed import read_removed
-from cemg.run import Guard, Run
-from cemg.tokenizer import CONTENT, MODALITIES, Catalog, Tokenizer, make_unique, read_items, train_tokenizer
-from cemg.transition import Transition, own_settings, settings_file
-from cemg_kernels import ItemFilter, RequestFilter
-
-ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
+from cemg.storage import files
+from cemg.storage.manifest import STAGES, read_clock, write_clock
+from cemg.storage.run import Guard, Run
+from cemg.tokenizer import MODALITIES, Catalog, make_unique, read_items
+from cemg.tokenizer.training import train_tokenizer
 
 
-class Pipeline:
-    """All stages of one run. ``train`` makes or reuses each; the properties read what is there."""
+class Pipeline(RunArtifacts):
+    """All stages of one run: ``train`` builds or reuses each of them, in order."""
 
     def __init__(
         self, run: Run, config: RunConfig, *, device: str = "cpu", cache: Path | None = None,
         verify: bool = True,
     ) -> None:  # fmt: skip
-        self.run, self.asked, self.config, self.device = run, config, config.seeded(), device
-        self.verify = verify
-        self.opened: dict[str, tuple[str, str | None]] = {}  # of a run that is read: its stages, by name
+        super().__init__(run, config, device=device, verify=verify)
+        self.asked = config
         self.transition: Transition | None = None  # of a training
-        self.images: list[Path | None] | None = None  # where the pictures are now; the data may name others
+        self.images: list[Path | None] | None = (
+            None  # current paths of the pictures; the data may name others
+        )
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
-        if torch.device(device).type == "cuda" and torch.device(device).index is not None:
-            torch.cuda.set_device(device)  # kernels, and accelerate, take the current one
-
-    @classmethod
-    def open(cls, folder: Path, *, device: str = "cpu", verify: bool = True) -> Pipeline:
-        """The pipeline of a run that ``cemg-train`` wrote, with the configuration that made it.
-
-        Each file is compared with its hash where it is opened; ``verify`` False reads it as it is.
-        Raises UserError where the run is not finished, and where its parts are damaged or of other runs.
-        """
-        run = Run.existing(folder)
-        if not run.finished():
-            settings_file(folder)  # raises where it is damaged
-            raise UserError(
-                f"the training of {folder} has not ended", fix=f"cemg-train --run {quote(str(folder))}"
-            )
-        opened = _stages(folder) if verify else {}
-        path = run.path(CONFIG)
-        config, generator = own_settings(run), generator_of(path)
-        if verify:
-            run.check_whole()
-            if generator not in (None, Manifest.read(run.path("generator")).key):
-                cause = f"{path} names another generator than {run.path('generator')}"
-                fix = remedy(run.path("generator"))
-                raise DamagedError(f"{path} belongs to another run", cause=cause, fix=fix)
-        pipeline = cls(run, config, device=device, verify=verify)
-        pipeline.opened = opened
-        pipeline.check_unchanged()
-        return pipeline
-
-    def check_unchanged(self) -> None:
-        """UserError where a training has replaced a stage since the run was opened: what is read now does
-        not belong to what was read before. Items that were added to the catalog change nothing."""
-        if self.opened and _stages(self.run.folder) != self.opened:
-            raise UserError(
-                f"{self.run.folder} was trained anew while it was opened",
-                cause="what was read before belongs to other stages",
-                fix="open it again",
-            )
 
     def train(self, *, agree: Callable[[list[str], bool], None] | None = None, rebuild: bool = False) -> None:
         """Data, features, graph, tokenizer, catalog, generator, in this order.
@@ -306,14 +255,18 @@ class Pipeline:
         sample = seeded_sample(split, self.config.decoding.validation_users, seed=self.config.seed)
 
         def validate(trained: PreTrainedModel) -> float:
-            rank = self.ranker(trained, vocabulary, catalog, beams=self.config.decoding.validation_beams)
+            rank = beam_ranker(
+                self, trained, vocabulary, catalog, beams=self.config.decoding.validation_beams
+            )
             beams = self.config.decoding.validation_beams
             done = evaluate(
                 rank, split, part="valid", users=sample, max_list=beams, progress=False, batch_size=128
             )
             return done.metrics["NDCG@10"]
 
-        self.ranker(model, vocabulary, catalog, beams=1)  # refuses what cannot be decoded before it trains
+        beam_ranker(
+            self, model, vocabulary, catalog, beams=1
+        )  # refuses what cannot be decoded before it trains
         resumes = (folder / "checkpoints" / "checkpoint.safetensors").is_file()
         with StageLog(folder, resumes=resumes) as log:
             progress = train_generator(
@@ -330,188 +283,6 @@ class Pipeline:
         }
         files.write_json(folder / "training.json", best)
         write_clock(folder, progress.seconds)
-
-    # ---- what is there
-
-    def file(self, stage: str, name: str) -> Path:
-        """The path of a file of a finished stage, verified unless the pipeline was opened otherwise.
-
-        Raises DamagedError where the file, or the stage's manifest, is missing or not what was written.
-        """
-        folder = self.run.path(stage)
-        if self.verify:
-            verify(folder, (name,))
-        return folder / name
-
-    def has_file(self, stage: str, name: str) -> bool:
-        """Whether a stage was written with a file of that name. DamagedError where it came there since."""
-        there = os.path.lexists(self.run.path(stage) / name)
-        if not self.verify:
-            return there
-        listed = name in Manifest.read(self.run.path(stage)).files
-        return bool(self.file(stage, name)) if there or listed else False
-
-    def load_data(self) -> Dataset:
-        for name in Dataset.FILES:
-            self.file("data", name)
-        data = Dataset.load(self.run.path("data"))
-        self.check_unchanged()
-        return data
-
-    def load_features(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Raw e_v, e_t, e_c after PCA and LightGCN, and which items have them, by modality."""
-        tensors: dict[str, Tensor] = {}
-        for stage, names in (("features", CONTENT), ("graph", ("collab",))):
-            spec: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {}
-            for name in names:
-                spec |= {name: (torch.float32, ("N", name)), f"{name}_present": (torch.bool, ("N",))}
-            tensors |= read_tensors(self.file(stage, f"{stage}.safetensors"), spec)
-        return {k: tensors[k] for k in MODALITIES}, {k: tensors[f"{k}_present"] for k in MODALITIES}
-
-    def load_catalog(self) -> Catalog:
-        for name in Catalog.FILES:
-            self.file("catalog", name)
-        catalog = Catalog.load(self.run.path("catalog"))
-        self.check_unchanged()
-        return catalog
-
-    def added_titles(self) -> dict[str, str]:
-        """Titles of the items that were added to the catalog, by item id."""
-        if not self.has_file("catalog", ADDED_TITLES):
-            return {}
-        return read_json(self.file("catalog", ADDED_TITLES), dict[str, str])
-
-    def removed_items(self) -> list[str | int]:
-        """Ids of the items that ``cemg-catalog remove`` took out."""
-        return read_removed(self.run.folder)
-
-    def load_tokenizer(self) -> Tokenizer:
-        for name in Tokenizer.FILES:
-            self.file("tokenizer", name)
-        tokenizer = Tokenizer.load(self.run.path("tokenizer"))
-        self.check_unchanged()
-        return tokenizer
-
-    def load_generator(self) -> tuple[PreTrainedModel, Vocabulary]:
-        """The trained model on the device, float32, in evaluation mode; UserError for another catalog's."""
-        if not self.run.path("generator").is_dir():
-            raise UserError(
-                f"{self.run.folder} has no trained generator",
-                fix=f"cemg-train --run {quote(str(self.run.folder))}",
-            )
-        path = self.file("generator", "weights.safetensors")
-        catalog = self.load_catalog()
-        self._check_catalog(catalog)
-        torch.manual_seed(self.config.seed)
-        model, vocabulary = self._backbone(catalog)
-        self._check_vocabulary(vocabulary)
-        load_weights(model, path)
-        self.check_unchanged()
-        model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps torch's own
-        return model.eval(), vocabulary
-
-    def _check_catalog(self, catalog: Catalog) -> None:
-        trained = read_json(self.file("generator", "vocabulary.json"), Vocabulary)
-        shape = trained.levels, trained.codebook_size
-        if shape != (catalog.levels, catalog.codebook_size):
-            raise UserError(
-                "this catalog does not belong to the generator",
-                cause=f"{self.run.path('generator')} was trained on {shape[0]} levels of {shape[1]} codes; "
-                f"{self.run.path('catalog')} has {catalog.levels} levels of {catalog.codebook_size}",
-                fix=f"train a generator on that catalog: cemg-train --run {quote(str(self.run.folder))}",
-            )
-        uneven = min(catalog.codebook_sizes) < catalog.codebook_size
-        if catalog.shared is not None or catalog.tokens is not None or uneven:
-            raise UserError(
-                f"{self.run.path('catalog')} is not the catalog of a run",
-                cause="it has shared semantic IDs, a token map or another number of codes on a level",
-                fix="pass it to cemg.decoding.Decoder, which serves such catalogs",
-            )
-
-    def _check_vocabulary(self, vocabulary: Vocabulary) -> None:
-        path = self.file("generator", "vocabulary.json")
-        trained = read_json(path, Vocabulary)
-        if trained != vocabulary:
-            raise DamagedError(
-                f"{path} belongs to another generator", cause=f"it is {trained}, not {vocabulary}",
-                fix=remedy(self.run.path("generator")),
-            )  # fmt: skip
-
-    def ranker(
-        self,
-        model: PreTrainedModel,
-        vocabulary: Vocabulary,
-        catalog: Catalog,
-        *,
-        beams: int,
-        engine: str = "cemg",
-        exclude_history: bool = False,
-        removed: Sequence[int] = (),
-    ) -> Rank:
-        """Histories to ranked catalog rows through beam search; lists of ``beams`` at most.
-
-        ``exclude_history`` keeps each history's items out of the search, as in ``Recommender.recommend``; of
-        engine "cemg" alone. ``removed``: catalog rows that are never listed.
-        """
-        prompter = self.prompter(model, vocabulary, catalog)
-        decoder = make_decoder(
-            engine, model, catalog, vocabulary.code_token_start, self.config.decoding.normalize
-        )
-        size = self.config.decoding.batch_size
-        offered = None
-        if removed and isinstance(decoder, Decoder):
-            kept = torch.ones(len(catalog), dtype=torch.bool)
-            kept[list(removed)] = False
-            offered = ItemFilter.from_mask(catalog.trie, kept).to(decoder.trie.device)
-
-        def rank(histories: list[np.ndarray], top: int) -> Tensor:
-            model.eval()
-            parts = [histories[i : i + size] for i in range(0, len(histories), size)]
-            return torch.cat([search(part) for part in parts])[:, :top]
-
-        def search(part: list[np.ndarray]) -> Tensor:
-            prompts, width = prompter.batch(part), min(beams, len(catalog))
-            if not isinstance(decoder, Decoder):
-                items = decoder.decode(*prompts, width).items.cpu()
-                gone = torch.isin(items, torch.tensor([*removed], dtype=torch.int64))
-                return items.masked_fill(gone, -1)  # which holds no place
-            if not exclude_history:
-                return decoder.decode(*prompts, width, filter=offered).items
-            own = RequestFilter.excluding(decoder.trie, [history.tolist() for history in part])
-            return decoder.decode(*prompts, width, filter=own if offered is None else own & offered).items
-
-        return rank
-
-    def _backbone(self, catalog: Catalog) -> tuple[PreTrainedModel, Vocabulary]:
-        history = self.config.generator.history_items
-        return build_backbone(
-            self.config.backbone, catalog.levels, catalog.codebook_size, history_items=history
-        )
-
-    def prompter(self, model: PreTrainedModel, vocabulary: Vocabulary, catalog: Catalog) -> Prompter:
-        """Builds this run's prompts."""
-        return Prompter(
-            vocabulary, catalog.codes, history_items=self.config.generator.history_items,
-            seq2seq=model.config.is_encoder_decoder,
-        )  # fmt: skip
-
-
-def _stages(folder: Path) -> dict[str, tuple[str, str | None]]:
-    """Key and contents of each finished stage of a run."""
-    return {name: (made.key, made.contents) for name, made in stages_of(folder).items()}
-
-
-def make_decoder(
-    engine: str, model: PreTrainedModel, catalog: Catalog, code_token_start: int, normalize: Any
-) -> Decoder | TransformersDecoder | VllmDecoder:
-    """The decoder of that name: "cemg", "transformers", the yardstick, or "vllm"."""
-    if engine == "cemg":
-        return Decoder(model, catalog, code_token_start, normalize)
-    if engine == "transformers":
-        return TransformersDecoder(model, catalog, code_token_start, normalize)
-    if engine == "vllm":
-        return VllmDecoder(model, catalog, code_token_start, normalize)
-    raise UserError(f"engine {engine!r} is not there", fix="one of cemg, transformers, vllm")
 
 
 def _read_source(source: DataConfig) -> Dataset:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from cemg import files
-from cemg.artifacts import digest, read_json
 from cemg.config import RunConfig
 from cemg.data import Dataset
 from cemg.errors import UserError
 from cemg.features.vision import read_image_file
+from cemg.storage import files
+from cemg.storage.read import digest, read_json
 
 UNTRAINED = ("generator.checkpoint_seconds", "decoding.beams", "decoding.batch_size")  # which train nothing
 IMAGES = "images.json"  # in the stage of the data: sha256 of each item's picture, or null

@@ -21,10 +21,10 @@ from types import TracebackType
 from typing import Any
 
 import cemg
-from cemg import files
-from cemg.artifacts import check_signature, digest, read_json, signed
 from cemg.errors import DamagedError, UserError
-from cemg.manifest import (
+from cemg.progress import console
+from cemg.storage import files
+from cemg.storage.manifest import (
     CONFIG,
     KEY,
     MANIFEST,
@@ -39,7 +39,7 @@ from cemg.manifest import (
     stages_of,
     verify,
 )
-from cemg.progress import console
+from cemg.storage.read import check_signature, digest, read_json, signed
 from cemg_kernels.runtime.ranges import named_range
 
 PENDING, NEXT = ".config.next.yaml", ".next"  # the configuration and the stages that a run is being made into

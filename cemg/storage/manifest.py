@@ -15,10 +15,10 @@ import transformers
 from pydantic import ConfigDict
 
 import cemg
-from cemg import files
-from cemg.artifacts import STRICT, check_file, check_signature, digest, file_digest, read_json, signed
 from cemg.errors import DamagedError
-from cemg.files import hidden
+from cemg.storage import files
+from cemg.storage.files import hidden
+from cemg.storage.read import STRICT, check_file, check_signature, digest, file_digest, read_json, signed
 
 MANIFEST, KEY, CLOCK, CONFIG = "manifest.json", "key.json", "seconds.json", "config.yaml"
 STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")  # in the order of training

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cemg.changes import flat
 from cemg.config import RunConfig
 from cemg.errors import DamagedError
-from cemg.manifest import MANIFEST, STAGES, Manifest, verify
 from cemg.pipeline import Pipeline
-from cemg.run import Run
+from cemg.pipeline.changes import flat
+from cemg.storage.manifest import MANIFEST, STAGES, Manifest, verify
+from cemg.storage.run import Run
 
 REUSED = "reused"
 

@@ -1,0 +1,244 @@
+"""Reading what a command wrote before: every file comes back whole and of the expected types, or as an error.
+
+Each reader raises DamagedError with the path where the content is not what was written, and UserError where
+the system refuses to read it. No content of a file raises anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from cemg.errors import DamagedError, UserError
+from cemg.forks import check_polars
+
+if TYPE_CHECKING:
+    import polars as pl
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+Shape = tuple[int | str, ...]  # a name stands for any size, the same wherever it occurs
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of a dataclass that a file holds
+RESTORE = "restore it from a copy, or build it again: cemg-train --run RUN --rebuild"
+
+
+def check_file(path: Path, *, fix: str = RESTORE) -> os.stat_result:
+    """The status of a regular file. Raises DamagedError for anything else: a folder, a FIFO, a dangling
+    link, or nothing at all."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        cause = "it links to nothing" if path.is_symlink() else None
+        raise DamagedError(f"{path} is missing", cause=cause, fix=fix) from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise DamagedError(f"{path} is {what} in place of a file", fix=fix)
+    return status
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to raise where the system refuses: the file may be whole."""
+    return UserError(f"{path} cannot be read: {error.strerror or error}", fix="check its permissions")
+
+
+def read_bytes(path: Path, *, fix: str = RESTORE) -> bytes:
+    """The content of a regular file."""
+    check_file(path, fix=fix)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def read_text(path: Path, *, fix: str = RESTORE) -> str:
+    """The content of a UTF-8 file."""
+    try:
+        return read_bytes(path, fix=fix).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{path} is not UTF-8 text", cause=str(error), fix=fix) from error
+
+
+def read_json(path: Path, shape: type[T], *, fix: str = RESTORE) -> T:
+    """A JSON file that holds a ``shape``: a builtin, a generic of builtins, or a dataclass."""
+    return parse_json(read_bytes(path, fix=fix), shape, name=str(path), fix=fix)
+
+
+def parse_json(content: str | bytes, shape: type[T], *, name: str, fix: str = RESTORE) -> T:
+    """JSON text as a ``shape``; ``name`` says in errors where it comes from."""
+    try:
+        return _adapter(cast(Hashable, shape)).validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        if first["type"] == "json_invalid":
+            raise DamagedError(f"{name} is not valid JSON", cause=first["msg"], fix=fix) from error
+        cause = f"{place}: {first['msg']}" if place else first["msg"]
+        raise DamagedError(f"{name} does not hold what it should", cause=cause, fix=fix) from error
+    except (UserError, RecursionError, ValueError, OverflowError) as error:
+        raise DamagedError(
+            f"{name} does not hold what it should", cause=_first_line(error), fix=fix
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
+def read_tensors(
+    path: Path, spec: Mapping[str, tuple[torch.dtype, Shape]] | None = None, *, fix: str = RESTORE
+) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; those of floating point are finite.
+
+    ``spec`` gives each tensor's dtype and shape, and then no other tensor may be there.
+
+    Example: ``read_tensors(path, {"codes": (torch.int64, ("N", "M"))})``
+    """
+    tensors, _ = read_tensor_file(path, fix=fix)
+    if spec is not None:
+        check_tensors(path, tensors, spec, fix=fix)
+    return tensors
+
+
+def read_tensor_file(
+    path: Path, *, finite: bool = True, fix: str = RESTORE
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors as ``read_tensors`` returns them, and the metadata of the file's header."""
+    from safetensors import SafetensorError, safe_open
+
+    check_file(path, fix=fix)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except PermissionError as error:
+        raise unreadable(path, error) from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
+        cause = _first_line(error)
+        raise DamagedError(f"{path} is not a valid safetensors file", cause=cause, fix=fix) from error
+    for name, tensor in tensors.items():
+        if finite and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise DamagedError(f"{path}: {name} holds values that are not finite", fix=fix)
+    return tensors, metadata
+
+
+def check_tensors(
+    path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, tuple[torch.dtype, Shape]],
+    *, fix: str = RESTORE,
+) -> None:  # fmt: skip
+    """DamagedError where names, dtypes or shapes are not those of ``spec``."""
+    if odd := sorted(tensors.keys() ^ spec.keys()):
+        cause = f"{odd[0]!r} is {'missing in' if odd[0] in spec else 'too much for'} it"
+        raise DamagedError(f"{path} does not hold the tensors it should", cause=cause, fix=fix)
+    sizes: dict[str, int] = {}
+    for name, (dtype, shape) in spec.items():
+        tensor = tensors[name]
+        wanted = [sizes.get(s, s) if isinstance(s, str) else s for s in shape]
+        fits = tensor.ndim == len(shape) and all(
+            isinstance(w, str) or w == have for w, have in zip(wanted, tensor.shape, strict=True)
+        )
+        if tensor.dtype != dtype or not fits:
+            found = (
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} [{', '.join(map(str, wanted))}]"
+            )
+            raise DamagedError(f"{path} does not hold the tensors it should", cause=found, fix=fix)
+        sizes |= {s: have for s, have in zip(shape, tensor.shape, strict=True) if isinstance(s, str)}
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
+    """sha256 over names, dtypes, shapes and bytes of CPU tensors, and the text ``about``."""
+    import torch
+
+    found = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def read_parquet(path: Path, schema: Mapping[str, Any], *, fix: str = RESTORE) -> pl.DataFrame:
+    """A Parquet file with exactly the columns of ``schema`` (name to Polars dtype). Raises UserError in a
+    process that was forked after Polars had run."""
+    check_polars(f"reading {path}")
+    import polars as pl
+
+    check_file(path, fix=fix)
+    with _polars_errors(path, fix=fix):
+        table = pl.read_parquet(path, glob=False)
+        if dict(table.schema) != dict(schema):
+            columns = ", ".join(f"{name} {dtype}" for name, dtype in table.schema.items())
+            wanted = ", ".join(f"{name} {dtype}" for name, dtype in schema.items())
+            cause = f"its columns are {columns[:300]}, not {wanted}"
+            raise DamagedError(f"{path} does not hold the table it should", cause=cause, fix=fix)
+    return table
+
+
+@contextmanager
+def _polars_errors(path: Path, *, fix: str) -> Iterator[None]:
+    """Polars raises its own errors for a damaged file, and its panics are no Exception."""
+    import polars as pl
+
+    try:
+        yield
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise unreadable(path, error) from error
+    except (Exception, pl.exceptions.PanicException) as error:
+        cause = _first_line(error)
+        raise DamagedError(f"{path} is not a valid Parquet file", cause=cause, fix=fix) from error
+
+
+_hashes: dict[tuple[str, int, int, int], str] = {}  # by path, size, time and inode
+
+
+def file_digest(path: Path, *, fix: str = RESTORE) -> str:
+    """sha256 of a file's bytes, computed once per process as long as its size, time and inode stay."""
+    status = check_file(path, fix=fix)
+    seen = (str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ino)
+    if seen not in _hashes:
+        try:
+            with path.open("rb") as file:
+                _hashes[seen] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise unreadable(path, error) from error
+    return _hashes[seen]
+
+
+def digest(value: object) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def signed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """``record`` with the digest of itself as ``sha256``, which ``check_signature`` compares."""
+    plain = {name: value for name, value in record.items() if name != "sha256"}
+    return plain | {"sha256": digest(json.loads(json.dumps(plain, default=str)))}
+
+
+def check_signature(record: Mapping[str, Any], *, name: str, fix: str = RESTORE) -> None:
+    """DamagedError where a record is not the one that ``signed`` wrote."""
+    if signed(record)["sha256"] != record.get("sha256"):
+        cause = "its content does not have the sha256 that it was written with"
+        raise DamagedError(f"{name} is damaged", cause=cause, fix=fix)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself; a copy where the file has put it at an odd address."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
