@@ -1,4 +1,4 @@
-"""Data: readers of the public formats, the k-core filter, the leave-one-out split, the synthetic set."""
+"""Datasets: readers of public formats, the k-core filter, the leave-one-out split, the synthetic set."""
 
 from cemg.data.dataset import Dataset, Split
 from cemg.data.readers import read_dataset

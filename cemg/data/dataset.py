@@ -1,6 +1,6 @@
-"""The one shape every reader produces: items with their texts and images, users with their histories.
+"""The dataset that every reader returns: items with texts and images, and users with histories.
 
-U users, N items; an item is its row 0 … N-1, and keeps the identifier its source gave it.
+U users, N items. Code refers to an item by its row, 0 … N-1; the id of the source is kept beside it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from cemg.progress import UNPRINTABLE
 from cemg.storage import files
 from cemg.storage.read import STRICT, check_signature, file_digest, read_json, read_parquet, signed
 
-FORMAT = 1  # of the prepared folder; raised when its files change meaning
+FORMAT = 1  # of the prepared folder; increased when the meaning of its files changes
 REMEDY = "prepare the data again: cemg-data prepare"
-TABLES: dict[str, dict[str, Any]] = {  # name to columns
+TABLES: dict[str, dict[str, Any]] = {  # file -> columns
     "users.parquet": {"user_id": pl.String},
     "items.parquet": {"item_id": pl.String, "title": pl.String, "text": pl.String, "image": pl.String},
     "interactions.parquet": {"user": pl.Int32, "item": pl.Int32},
@@ -31,11 +31,21 @@ TABLES: dict[str, dict[str, Any]] = {  # name to columns
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Users' histories over a catalog of N items.
+    """Histories of users over a catalog of items.
 
-    ``sequences[u]`` holds user u's item rows, int32, oldest first. ``texts`` and ``images`` (paths)
-    hold None where an item has none: a missing modality is masked later, never made up.
-    ``tie_rule`` says in words how interactions of equal time were ordered.
+    A missing text or image is None. It is masked later, never replaced.
+
+    Attributes:
+        name: Name of the dataset.
+        user_ids: Ids of the users, [U].
+        item_ids: Ids of the items, [N].
+        sequences: Item rows of each user's history, oldest first, U arrays of int32.
+        titles: Titles of the items, [N], "" if missing.
+        texts: Texts of the items, [N].
+        images: Paths of the items' images, [N].
+        tie_rule: How interactions with equal times are ordered.
+        synthetic: Whether the data were generated.
+        notes: Notes for the user: what was dropped, matched or missing.
     """
 
     FILES: ClassVar[tuple[str, ...]] = ("dataset.json", *TABLES)  # of a prepared folder
@@ -54,26 +64,34 @@ class Dataset:
     def __post_init__(self) -> None:
         if len(self.user_ids) != len(self.sequences):
             raise UserError(f"{self.name}: {len(self.user_ids)} user ids for {len(self.sequences)} sequences")
-        for what, column in (("titles", self.titles), ("texts", self.texts), ("images", self.images)):
+        for plural, column in (("titles", self.titles), ("texts", self.texts), ("images", self.images)):
             if len(column) != len(self.item_ids):
-                raise UserError(f"{self.name}: {len(column)} {what} for {len(self.item_ids)} items")
-        for what, ids in (("user", self.user_ids), ("item", self.item_ids)):
-            check_ids(ids, what, source=self.name)
+                raise UserError(f"{self.name}: {len(column)} {plural} for {len(self.item_ids)} items")
+        for kind, ids in (("user", self.user_ids), ("item", self.item_ids)):
+            check_ids(ids, kind, source=self.name)
 
     @property
     def num_users(self) -> int:
+        """Number of users."""
         return len(self.user_ids)
 
     @property
     def num_items(self) -> int:
+        """Number of items."""
         return len(self.item_ids)
 
     @property
     def num_interactions(self) -> int:
+        """Number of interactions."""
         return int(sum(map(len, self.sequences)))
 
     def stats(self) -> dict[str, float]:
-        """The columns of the paper's Table 1: users, items, interactions, avg_length, sparsity (a share)."""
+        """Compute the columns of Table 1 of the CEMG paper.
+
+        Returns:
+            ``users``, ``items``, ``interactions``, ``avg_length`` (of a history) and ``sparsity`` (the share
+            of user-item pairs without an interaction).
+        """
         count = self.num_interactions
         cells = self.num_users * self.num_items
         return {
@@ -85,14 +103,16 @@ class Dataset:
         }
 
     def split(self) -> Split:
-        """Leave-one-out (paper §4.1.3): last item tests, second-last validates, the rest trains.
+        """Split each history leave-one-out: the last item for the test, the one before it for validation.
 
-        A user with fewer than three items only trains.
+        All items of a user with fewer than three are for training.
+
+        Source: CEMG paper, §4.1.3.
         """
         return Split.leave_one_out(self)
 
     def save(self, folder: Path) -> None:
-        """Write the prepared folder: ``interactions.parquet``, ``items.parquet``, ``dataset.json``."""
+        """Write a prepared folder: the tables interactions, users and items as Parquet, and dataset.json."""
         lengths = [len(s) for s in self.sequences]
         pairs = {
             "user": np.repeat(np.arange(self.num_users, dtype=np.int32), lengths),
@@ -123,11 +143,15 @@ class Dataset:
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
-        """Read a prepared folder; UserError names the file that is missing, damaged or of another format."""
+        """Read a prepared folder.
+
+        Raises:
+            UserError: A file is missing, damaged or of another format.
+        """
         about = _read_about(folder / "dataset.json")
         for name, sha in (about.files or {}).items():
             if file_digest(folder / name, fix=REMEDY) != sha:
-                cause = "its bytes do not have the sha256 that they were written with"
+                cause = "its sha256 differs from the recorded one"
                 raise DamagedError(f"{folder / name} is damaged", cause=cause, fix=REMEDY)
         users, items, pairs = (read_parquet(folder / name, TABLES[name], fix=REMEDY) for name in TABLES)
         _check_tables(folder, users, items, pairs)
@@ -147,7 +171,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class _About:
-    """``dataset.json``; ``files`` are the tables' sha256."""
+    """Content of ``dataset.json``. ``files`` has the sha256 of each table."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -156,7 +180,7 @@ class _About:
     tie_rule: str
     synthetic: bool
     notes: list[str]
-    files: dict[str, str] | None = None  # which earlier versions did not write, nor the digest
+    files: dict[str, str] | None = None  # earlier versions wrote neither this nor sha256
     sha256: str | None = None
 
 
@@ -164,7 +188,8 @@ def _read_about(path: Path) -> _About:
     record = read_json(path, dict[str, Any], fix=REMEDY)
     if record.get("format") != FORMAT:
         raise UserError(
-            f"{path} has format {str(record.get('format'))[:80]}, this version reads {FORMAT}", fix=REMEDY
+            f"{path} has format {str(record.get('format'))[:80]}; this version reads format {FORMAT}",
+            fix=REMEDY,
         )
     about = read_json(path, _About, fix=REMEDY)
     if about.files is not None or about.sha256 is not None:
@@ -173,7 +198,7 @@ def _read_about(path: Path) -> _About:
 
 
 def _check_tables(folder: Path, users: pl.DataFrame, items: pl.DataFrame, pairs: pl.DataFrame) -> None:
-    """DamagedError for tables that do not belong together, or do not hold what every dataset has."""
+    """Raise DamagedError for tables that are incomplete or do not fit together."""
     problem = None
     for name, ids in (("users.parquet", users["user_id"]), ("items.parquet", items["item_id"])):
         if ids.null_count() or ids.is_duplicated().any():
@@ -181,21 +206,26 @@ def _check_tables(folder: Path, users: pl.DataFrame, items: pl.DataFrame, pairs:
     if items["title"].null_count():
         problem = "a title is missing"
     if pairs["user"].null_count() or pairs["item"].null_count() or not pairs["user"].is_sorted():
-        problem = "interactions.parquet is not in the order of the users"
+        problem = "interactions.parquet is not sorted by user"
     for column, count in (("user", len(users)), ("item", len(items))):
         rows = pairs[column]
         if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < count):  # type: ignore[arg-type]
-            problem = f"interactions.parquet names a {column} that is not among the {count}"
+            problem = f"interactions.parquet refers to a {column} that does not exist (there are {count})"
     if problem:
-        raise DamagedError(f"{folder} holds a damaged dataset", cause=problem, fix=REMEDY)
+        raise DamagedError(f"the dataset in {folder} is damaged", cause=problem, fix=REMEDY)
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Leave-one-out. ``train[u]`` for every user; targets for those with three items or more.
+    """A leave-one-out split. The T users with at least three items have targets.
 
-    ``users`` [T] are the rows evaluated, ``valid`` [T] and ``test`` [T] their targets. The history of a
-    validation target is ``train[u]``; of a test target ``train[u]`` and then the validation target.
+    Attributes:
+        train: Item rows for training, per user, U arrays of int32. They are the history of the validation
+            target; the history of the test target also has the validation target.
+        users: Rows of the users that have targets, [T] int32.
+        valid: Validation targets, [T] int32.
+        test: Test targets, [T] int32.
+        fingerprint: Identifies the split; results of different splits are not compared.
     """
 
     train: list[np.ndarray]
@@ -206,6 +236,7 @@ class Split:
 
     @classmethod
     def leave_one_out(cls, data: Dataset) -> Split:
+        """Split a dataset; see `Dataset.split`."""
         lengths = np.array([len(s) for s in data.sequences], dtype=np.int64)
         users = np.flatnonzero(lengths >= 3).astype(np.int32)
         valid = np.array([data.sequences[u][-2] for u in users], dtype=np.int32)
@@ -223,7 +254,11 @@ class Split:
         return cls(train, users, valid, test, fingerprint)
 
     def histories(self, part: str) -> list[np.ndarray]:
-        """What is known of each evaluated user before the target of ``part`` ("valid" or "test")."""
+        """Return the history before each target of ``part`` ("valid" or "test"), T arrays of int32.
+
+        Raises:
+            ValueError: ``part`` has another value.
+        """
         if part == "valid":
             return [self.train[u] for u in self.users]
         if part == "test":
@@ -232,22 +267,28 @@ class Split:
         raise ValueError(f"part must be 'valid' or 'test', got {part!r}")
 
     def targets(self, part: str) -> np.ndarray:
-        """The target item of each evaluated user, [T] int32."""
+        """Return the target items of ``part`` ("valid" or "test"), [T] int32."""
         return {"valid": self.valid, "test": self.test}[part]
 
     def train_counts(self, num_items: int) -> np.ndarray:
-        """How often each item occurs in training, [N] int64: popularity, and what makes an item cold."""
+        """Count the training interactions of each item, [N] int64."""
         return np.bincount(_flat(self.train), minlength=num_items)
 
 
-def check_ids(ids: Sequence[str], what: str, *, source: str) -> None:
-    """UserError for an id that is empty or that a terminal, a log or a line of a file cannot carry."""
+def check_ids(ids: Sequence[str], kind: str, *, source: str) -> None:
+    """Raise UserError for an id that is empty, or has characters that break terminals, logs or files.
+
+    Args:
+        ids: The ids.
+        kind: "user" or "item", for the error.
+        source: Where the ids are from, for the error.
+    """
     if UNPRINTABLE.search("".join(ids)) is None and "" not in ids:
         return
-    bad = next(one for one in ids if not one or UNPRINTABLE.search(one))
+    bad = next(id for id in ids if not id or UNPRINTABLE.search(id))
     raise UserError(
-        f"{source}: {what} id {bad!r} is empty or contains a control character",
-        fix="ids are printable text on one line; rename it in the source",
+        f"{source}: {kind} id {bad!r} is empty or contains a control character",
+        fix="rename it in the source: ids are printable text on one line",
     )
 
 

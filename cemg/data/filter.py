@@ -1,4 +1,4 @@
-"""Filters on a frame of interactions: columns ``user``, ``item``, ``timestamp`` and maybe ``rating``."""
+"""Filters on interactions: frames with the columns user, item, timestamp and, optionally, rating."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ DUPLICATES: tuple[str, ...] = get_args(Duplicates)
 
 
 def k_core(interactions: pl.DataFrame, min_count: int) -> pl.DataFrame:
-    """Drop users and items with fewer than ``min_count`` interactions until none is left to drop.
+    """Drop users and items with fewer than ``min_count`` interactions, repeatedly, until all have enough.
 
-    The result is the largest subset in which every user and every item has that many; it can be empty.
-    A repeated (user, item) pair counts each time. The order of the rows is kept.
+    A repeated (user, item) pair counts each time.
+
+    Returns:
+        The largest subset in which every user and item has ``min_count`` interactions, in the same order. It
+        may be empty.
     """
     rows = -1
     while interactions.height != rows:
@@ -30,42 +33,53 @@ def k_core(interactions: pl.DataFrame, min_count: int) -> pl.DataFrame:
 
 
 def in_time_order(interactions: pl.DataFrame, *, ties: str = "source", seed: int = 0) -> pl.DataFrame:
-    """Group by user, in order of first appearance, and sort each user's rows by ``timestamp``.
+    """Group rows by user, in order of first appearance, and sort the rows of each user by ``timestamp``.
 
-    Rows of one user and equal time keep the order of the source (``ties="source"``) or take a seeded random
-    one (``ties="shuffle"``). Raises UserError for another ``ties``.
+    Args:
+        interactions: The rows.
+        ties: Order of a user's rows with equal times: "source" keeps that of the input, "shuffle" is random.
+        seed: Seed of "shuffle".
+
+    Raises:
+        UserError: ``ties`` has another value.
     """
     if ties not in TIES:
         raise UserError(f"ties must be one of {', '.join(TIES)}, got {ties!r}")
-    rows = interactions.with_row_index("place").with_columns(pl.col("place").min().over("user"))
+    rows = interactions.with_row_index("first_row").with_columns(pl.col("first_row").min().over("user"))
     if ties == "shuffle":
         rows = rows[np.random.default_rng(seed).permutation(rows.height)]
-    return rows.sort("place", "timestamp", maintain_order=True).drop("place")
+    return rows.sort("first_row", "timestamp", maintain_order=True).drop("first_row")
 
 
 def tie_rule(ties: str, seed: int) -> str:
-    """``ties`` in words, for the fingerprint of a split."""
+    """Describe ``ties`` for the fingerprint of a split. Changing these texts changes every fingerprint."""
     if ties == "source":
         return "equal times in order of the source file"
     return f"equal times shuffled, seed {seed}"
 
 
 def exact_duplicates(interactions: pl.DataFrame) -> pl.Series:
-    """True for each row that equals an earlier one in every column, bool [rows]."""
+    """Return which rows equal an earlier row in every column, bool [rows]."""
     if interactions.is_empty():
         return pl.Series([], dtype=pl.Boolean)
     return ~interactions.select(pl.struct(pl.all()).is_first_distinct()).to_series()
 
 
 def without_repeats(interactions: pl.DataFrame, duplicates: str) -> pl.DataFrame:
-    """Keep all rows of a (user, item) pair, or its ``first`` or ``last`` only; rows must be in time order.
+    """Keep all rows of a (user, item) pair, or only its first or last.
 
-    A shop that sells an item twice, or a restaurant visited again, is a true event: ``keep`` is the default
-    of the readers. Raises UserError for another ``duplicates``.
+    The readers keep all by default, because buying an item or visiting a place again is a real event.
+
+    Args:
+        interactions: Rows in time order.
+        duplicates: "keep", "first" or "last".
+
+    Raises:
+        UserError: ``duplicates`` has another value.
     """
     if duplicates not in DUPLICATES:
         raise UserError(f"duplicates must be one of {', '.join(DUPLICATES)}, got {duplicates!r}")
     if duplicates == "keep":
         return interactions
-    which: Literal["first", "last"] = "first" if duplicates == "first" else "last"
-    return interactions.unique(["user", "item"], keep=which, maintain_order=True)
+    keep: Literal["first", "last"] = "first" if duplicates == "first" else "last"
+    return interactions.unique(["user", "item"], keep=keep, maintain_order=True)

@@ -137,11 +137,11 @@ def test_typed_ids_of_parquet_are_read_as_they_are_meant(name, tmp_path):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ([12.5, 1.0], "is 12.5, which is not an id"),
+        ([12.5, 1.0], "is 12.5, which is not a valid id"),
         ([None, 1.0], "is empty"),
-        ([float("nan"), 1.0], "is nan, which is not an id"),
-        ([[1], [2]], "which is not an id"),
-        ([True, False], "which is not an id"),
+        ([float("nan"), 1.0], "is nan, which is not a valid id"),
+        ([[1], [2]], "which cannot be an id"),
+        ([True, False], "which cannot be an id"),
         (["", "a"], "is empty"),
         (["  ", "a"], "is empty"),
         (["a\tb", "a"], "control characters"),
@@ -200,7 +200,7 @@ def test_orders_and_products_are_joined_by_the_columns_that_are_named(tmp_path):
     assert about["x"] == ("Red", "Red. It is red.", tmp_path / "in" / "p" / "x.png")
     assert about["y"] == ("Blue", "Blue sky.", None)  # which begins with the title already
     assert about["z"] == ("", "Plain.", None)
-    assert "named images are absent" in " ".join(data.notes)
+    assert "images are missing in" in " ".join(data.notes)
 
 
 def test_an_items_file_whose_ids_have_another_name_is_an_error_that_tells_how_to_name_them(tmp_path):
@@ -287,7 +287,10 @@ def test_an_ambiguous_form_is_not_matched_and_ids_alike_are_said(tmp_path):
     write(tmp_path / "items.csv", "item,title\n12.0,Red\nz,Blue\n")
     data = read_dataset(orders, min_count=0)
     assert data.item_ids == ["12", "012", "z"] and data.titles == ["", "", "Blue"]
-    assert "2 item ids differ from another one only in form, such as '12' and '012'" in " ".join(data.notes)
+    assert (
+        "2 item ids differ from another one only in how they are written, such as '12' and '012'"
+        in " ".join(data.notes)
+    )
     assert "items.csv describes 1 of 3 items" in data.notes
 
 
@@ -305,7 +308,7 @@ def test_an_item_described_twice_counts_once_and_is_said(tmp_path):
     write(tmp_path / "items.csv", ITEMS + "x,Green,\n")
     data = read_dataset(orders, min_count=0)
     assert data.titles[data.item_ids.index("x")] == "Red"
-    assert "items.csv describes 1 items again: the first row counts" in data.notes
+    assert "items.csv has 1 further rows for items that it already describes: ignored" in data.notes
 
 
 CP1252 = "user,item,timestamp\na,x,1\na,café,2\n"
@@ -384,7 +387,7 @@ def test_pictures_in_subfolders_are_found_and_two_of_one_item_are_refused(tmp_pa
     write(tmp_path / "pictures" / "again" / "y.jpg", b"")
     with pytest.raises(UserError) as refused:
         read_dataset(orders, images=tmp_path / "pictures", min_count=0)
-    assert "item y has 2 pictures" in str(refused.value) and "again/y.jpg and b/c/y.png" in str(refused.value)
+    assert "item y has 2 images" in str(refused.value) and "again/y.jpg and b/c/y.png" in str(refused.value)
 
 
 def test_pictures_named_with_zeros_that_the_interactions_lost_are_matched_and_said(tmp_path):
@@ -392,7 +395,7 @@ def test_pictures_named_with_zeros_that_the_interactions_lost_are_matched_and_sa
     write(tmp_path / "pictures" / "010" / "0108775015.jpg", b"")
     data = read_dataset(orders, images=tmp_path / "pictures", min_count=0)
     assert data.images[data.item_ids.index("108775015")] is not None
-    assert "1 pictures are named like '0108775015' for item '108775015': they are matched" in data.notes
+    assert "1 images are named like '0108775015' for item '108775015': they are matched" in data.notes
 
 
 def test_what_the_filters_drop_is_said(tmp_path):
@@ -402,17 +405,17 @@ def test_what_the_filters_drop_is_said(tmp_path):
     frame.write_csv(tmp_path / "o.csv")
     notes = read_dataset(tmp_path / "o.csv").notes
     assert notes[1:] == [
-        "2 of 34 interactions repeat another one exactly: kept; --drop-duplicates drops them",
+        "2 of 34 interactions exactly repeat another one: kept; --drop-duplicates drops them",
         "5-core: 7 → 6 users, 6 → 5 items, interactions 34 → 32",
     ]
     notes = read_dataset(tmp_path / "o.csv", drop_duplicates=True, min_rating=2, min_count=2).notes
     assert notes[1:] == [
-        "2 of 34 interactions repeat another one exactly: dropped",
-        "ratings of 2 or more: interactions 32 → 26",
+        "2 of 34 interactions exactly repeat another one: dropped",
+        "ratings of 2 or more kept: interactions 32 → 26",
         "2-core: 7 → 6 users, 6 → 4 items, interactions 26 → 24",
     ]
     repeats = read_dataset(tmp_path / "o.csv", duplicates="last").notes
-    assert "last of repeated (user, item) pairs: interactions 34 → 32" in repeats
+    assert "last of repeated (user, item) pairs kept: interactions 34 → 32" in repeats
 
 
 def test_a_user_without_items_is_counted_and_left_out(tmp_path):
@@ -430,15 +433,15 @@ def test_a_folder_of_unknown_files_is_refused_with_what_it_holds(tmp_path):
     write(tmp_path / "products.csv", ITEMS)
     with pytest.raises(UserError) as refused:
         read_dataset(tmp_path)
-    assert refused.value.cause == "it holds orders.csv, products.csv"
+    assert refused.value.cause == "it contains orders.csv, products.csv"
     assert "--interactions FILE --items FILE" in str(refused.value)
 
 
 BROKEN = {  # a table, and what its error says
     "a quote that is not closed": (CSV.replace("b,y", 'b,"y'), "line 4: a quoted field is not closed"),
     "text behind a quote": (CSV.replace("b,y", 'b,"y"q'), "line 4: a quoted field is not closed, or text"),
-    "carriage returns": (CSV.replace("\n", "\r"), "line 1: lines end with a carriage return alone"),
-    "a column twice": ("user,item,timestamp,item\na,x,1,y\n", "line 1: two columns are called 'item'"),
+    "carriage returns": (CSV.replace("\n", "\r"), "line 1: lines end with a lone carriage return"),
+    "a column twice": ("user,item,timestamp,item\na,x,1,y\n", "line 1: two columns are named 'item'"),
 }
 
 
@@ -453,4 +456,4 @@ def test_a_broken_table_is_refused_with_its_line(name, tmp_path):
 def test_users_that_differ_only_in_form_are_said_too(tmp_path):
     write(tmp_path / "o.csv", "user,item,timestamp\n1.0,x,1\n1,x,2\n")
     notes = " ".join(read_dataset(tmp_path / "o.csv", min_count=0).notes)
-    assert "2 user ids differ from another one only in form, such as '1.0' and '1'" in notes
+    assert "2 user ids differ from another one only in how they are written, such as '1.0' and '1'" in notes

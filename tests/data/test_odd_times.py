@@ -104,7 +104,7 @@ BAD_TIMES = {
         ["1700000000", "1700000001000", "1700000002000"],
         "mixes units: 1700000000 is in seconds",
     ),
-    "numbers and dates": (["5", "2020-01-01", "2020-01-02"], "mixes numbers and dates: here '5'"),
+    "numbers and dates": (["5", "2020-01-01", "2020-01-02"], "mixes numbers and dates; this one is '5'"),
     "a day that is none": (["2020-01-01", "2020-02-30"], "is '2020-02-30', which is not a time"),
     "day first": (["31.12.2020", "30.12.2020"], "is '31.12.2020', which is not a time"),
     "a zone that is none": (["2020-01-01T10:00:00+99:00", "2020-01-01"], "is '2020-01-01T10:00:00+99:00'"),

@@ -214,8 +214,8 @@ def test_columns_go_by_the_names_given(tmp_path):
     names = ColumnNames(user="who", item="what", timestamp="when")
     data = read_dataset(tmp_path / "log.csv", columns=names, min_count=0, name="log book")
     assert (data.name, data.item_ids) == ("log book", ["8", "9"])
-    assert data.notes == ["no items.csv: items have no text"]
-    with pytest.raises(UserError, match="three columns"):
+    assert data.notes == ["there is no items.csv: items have no text"]
+    with pytest.raises(UserError, match="three different columns"):
         ColumnNames(user="who", item="who")
 
 
@@ -258,18 +258,18 @@ HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
             REVIEW + REVIEW.replace(": 1,", ": true,"),
             r"line 2: field 'unixReviewTime' is 'true', which is not a time",
         ),
-        ("a.json", REVIEW + "[1, 2]\n", r"line 2: wanted a JSON object, got list"),
+        ("a.json", REVIEW + "[1, 2]\n", r"line 2: expected a JSON object, got list"),
         (
             "a.json",
             REVIEW + REVIEW.replace("5", '"five"'),
-            r"line 2: field 'overall' is 'five', wanted a number",
+            r"line 2: field 'overall' is 'five', expected a number",
         ),
         (
             "yelp_r.json",
             VISIT + VISIT.replace("2018-01-01 00:00:00", "yesterday"),
             r"line 2: field 'date' is 'yesterday'",
         ),
-        ("u.data", "a\tx\t5\t1\na\tx\t5\n", r"u\.data, line 2: wanted user\titem\trating\ttimestamp"),
+        ("u.data", "a\tx\t5\t1\na\tx\t5\n", r"u\.data, line 2: expected user\titem\trating\ttimestamp"),
         (
             "ratings.dat",
             "a::x::5::1\n\na::x::5::soon\n",
@@ -283,8 +283,8 @@ HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
         ),
         ("s.inter", HEAD + "a\tx\tnan\n", r"line 2: column 'timestamp' is 'nan', which is not a time"),
         ("s.inter", HEAD + "a\tx\n", r"line 2: column 'timestamp' is empty"),
-        ("s.inter", HEAD + "a\tx\t1\t9\n", r"line 2: 4 fields where the first line has 3"),
-        ("s.inter", "user_id\titem_id\na\tx\n", r"line 1: header 'user_id'; wanted name:type"),
+        ("s.inter", HEAD + "a\tx\t1\t9\n", r"line 2: it has 4 fields, the first line has 3"),
+        ("s.inter", "user_id\titem_id\na\tx\n", r"line 1: header 'user_id'; expected name:type"),
         (
             "s.inter",
             "user_id:token\titem_id:token\na\tx\n",
@@ -297,7 +297,7 @@ HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
             r"line 4: column 'timestamp' is '1:5', which is not a time",
         ),
         ("i.csv", 'user,item,timestamp\n"a\nb",x,1\n,x,2\n', r"line 4: column 'user' is empty"),
-        ("i.csv", "user,item,timestamp\na,x,1\na,x,1,2\n", r"line 3: 4 fields where the first line has 3"),
+        ("i.csv", "user,item,timestamp\na,x,1\na,x,1,2\n", r"line 3: it has 4 fields, the first line has 3"),
         ("i.csv", "user,item,timestamp\n", r"i\.csv is empty"),
         ("i.parquet", "no parquet", r"i\.parquet cannot be read"),
     ],
@@ -334,14 +334,14 @@ def test_malformed_metadata_is_refused_and_never_run(tmp_path, line, reason):
 def test_two_review_files_in_a_folder_are_named(tmp_path):
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text(REVIEW)
-    with pytest.raises(UserError, match=r"wanted one review file, found a\.json, b\.json"):
+    with pytest.raises(UserError, match=r"expected one review file, found a\.json, b\.json"):
         read_dataset(tmp_path)
 
 
 def test_a_path_that_is_absent_or_of_no_known_format_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_dataset(tmp_path / "none")
-    with pytest.raises(UserError, match="cannot tell the format"):
+    with pytest.raises(UserError, match="cannot detect the format"):
         read_dataset(tmp_path)
     with pytest.raises(UserError, match="unknown format 'xls'"):
         read_dataset(tmp_path, format="xls")
@@ -371,5 +371,5 @@ def test_dates_of_a_parquet_file_are_times(tmp_path):
 def test_a_line_of_films_that_is_cut_short_is_refused_with_its_number(tmp_path):
     folder = movielens_100k(tmp_path)
     (folder / "u.item").write_bytes((folder / "u.item").read_bytes() + b"y|Toy Story|x\n")
-    with pytest.raises(UserError, match=r"u\.item, line 2: wanted an id, a title and genres"):
+    with pytest.raises(UserError, match=r"u\.item, line 2: expected an id, a title and genres"):
         read_dataset(folder, min_count=0)

@@ -43,7 +43,7 @@ def test_a_text_is_title_attributes_and_keywords_unescaped_or_none(tmp_path):
 def test_a_poster_is_found_and_an_absent_one_is_none_and_noted(tmp_path):
     write(tmp_path, "1 1 2 10\n")
     data = read_dataset(tmp_path)
-    assert data.images == [None, None, None] and "named images are absent" in data.notes[-1]
+    assert data.images == [None, None, None] and "images are missing in" in data.notes[-1]
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "10.jpg").touch()
     data = read_dataset(tmp_path)
@@ -93,10 +93,10 @@ def test_html_tags_and_other_types_are_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        ("1 1 2\n\n2 1 x\n", r"interactions\.txt, line 3: wanted integers, user item item …, got '2 1 x'"),
-        ("1 1 2\n2 1.5\n", r"line 2: wanted integers"),
+        ("1 1 2\n\n2 1 x\n", r"interactions\.txt, line 3: expected integers, user item item …, got '2 1 x'"),
+        ("1 1 2\n2 1.5\n", r"line 2: expected integers"),
         ("1\n2\n", r"no user has an item"),
-        ("1 1 2\n2 1\n1 2\n", r"line 3: user 1 has another line above"),
+        ("1 1 2\n2 1\n1 2\n", r"line 3: user 1 already has a line above"),
         ("1 1 2\n2 1 11\n", r"line 2: item 11 is not in items\.json, which has 3 items"),
         ("", r"interactions\.txt is empty"),
         ("\n \n", r"interactions\.txt is empty"),
@@ -111,9 +111,9 @@ def test_a_malformed_line_is_refused_with_file_line_and_reason(tmp_path, lines, 
     ("items", "reason"),
     [
         ('{"1": {},\n "2": }', r"items\.json, line 2: not valid JSON"),
-        ("[1, 2]", r"items\.json: wanted a JSON object keyed by item id"),
-        ("{}", r"items\.json: wanted a JSON object keyed by item id"),
-        ('{"1": "tea"}', r"items\.json, item '1': wanted an object or a list, got 'tea'"),
+        ("[1, 2]", r"items\.json: expected a JSON object keyed by item id"),
+        ("{}", r"items\.json: expected a JSON object keyed by item id"),
+        ('{"1": "tea"}', r"items\.json, item '1': expected an object or a list, got 'tea'"),
     ],
 )
 def test_a_malformed_items_file_is_refused(tmp_path, items, reason):

@@ -97,8 +97,8 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     [
         ("", "line 1: not valid JSON"),
         ('{"0": ["<a_1>"],\n "1": ["<a_2>"', "line 2: not valid JSON"),
-        ("[1, 2]", "must hold a JSON object keyed by item ids, got \\[1, 2\\]"),
-        ("{}", "holds no item ids"),
+        ("[1, 2]", "expected a JSON object keyed by item ids, got \\[1, 2\\]"),
+        ("{}", "has no item ids"),
         ("[" * 100_000, "is not valid JSON"),
         ('{"0": ' + "9" * 5_000 + "}", "is not valid JSON"),
         ('{"0": ["<a_1>"], "0": ["<a_2>"]}', "the key '0' occurs more than once"),

@@ -1,4 +1,4 @@
-"""Readers of the public formats; each ends in the same `Dataset`."""
+"""Readers of the public formats. All of them return a `Dataset`."""
 
 from __future__ import annotations
 
@@ -57,28 +57,41 @@ def read_dataset(
     drop_duplicates: bool = False,
     seed: int = 0,
 ) -> Dataset:
-    """Read ``path`` (a file or a folder) in one of FORMATS.
+    """Read, filter and sort a dataset.
 
-    Rows that repeat another one exactly are counted, and dropped with ``drop_duplicates``. Interactions below
-    ``min_rating`` go next, then the users and items of fewer than ``min_count`` interactions, to a fixed
-    point (default 5; 0, off, for ``sequence`` and ``inter-json``, which come filtered). What is left is
-    sorted by time; ``ties`` and ``seed`` order equal times, ``duplicates`` ("keep", "first", "last") says
-    what of a repeated (user, item) stays. The dataset's ``notes`` say what was dropped.
+    The filters apply in this order: ``drop_duplicates``, ``min_rating``, ``duplicates``, ``min_count``.
 
-    ``items`` is the file that describes the items, None what lies beside. ``images`` is a folder of pictures
-    named by the item's id, or as the items' ``image`` column says. ``columns`` names the columns of csv and
-    parquet; ``separator`` "" takes the one that a csv's first line has most of, ``encoding`` "" the byte
-    order mark's or UTF-8.
+    Args:
+        path: File or folder.
+        format: One of FORMATS; "auto" detects it.
+        name: Name of the dataset; None takes that of the source.
+        items: Items file; None takes the one next to the interactions.
+        images: Folder of images, named by item id or as in the ``image`` column of the items.
+        min_count: Fewest interactions of a user or item that is kept (k-core). None is 5, or 0 (off) for
+            "sequence" and "inter-json", which are already filtered.
+        columns: Names of the columns of csv and parquet; None takes the usual names.
+        separator: Field separator of csv; "" takes the most frequent one in the first line.
+        encoding: Encoding of text files; "" is the one of the byte order mark, or UTF-8.
+        min_rating: Interactions with a lower rating are dropped.
+        ties: Order of a user's interactions with equal times: "source" or "shuffle".
+        duplicates: Which interactions of a repeated (user, item) pair are kept: "keep" (all), "first" or
+            "last".
+        drop_duplicates: Whether rows that exactly repeat another row are dropped.
+        seed: Seed of ``ties="shuffle"``.
 
-    Raises UserError naming file, line and reason where the input is malformed.
+    Returns:
+        The dataset, sorted by time. Its ``notes`` say what was dropped.
+
+    Raises:
+        UserError: The input is malformed. The error names file, line and reason.
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}", fix=f"use one of {', '.join(FORMATS)}")
     for source in (path, *([items] if items else [])):
         check_source(source)
     check_encoding(encoding)
-    found = detect_format(path) if format == "auto" else format
-    if found == "prepared":
+    detected = detect_format(path) if format == "auto" else format
+    if detected == "prepared":
         given = {
             "min_count": min_count, "min_rating": min_rating, "columns": columns, "images": images,
             "items": items, "separator": separator or None, "encoding": encoding or None,
@@ -87,15 +100,16 @@ def read_dataset(
             "duplicates": None if duplicates == "keep" else duplicates,
         }  # fmt: skip
         return _load_prepared(path, name, [option for option, value in given.items() if value is not None])
-    if found not in ("csv", "parquet"):
+    if detected not in ("csv", "parquet"):
         for option, value in (("columns", columns), ("separator", separator)):
             if value:
                 raise UserError(
-                    f"{path} is {found}, whose columns have names of their own", fix=f"leave out {option}"
+                    f"{option} has no effect on {path}, which has the format {detected}",
+                    fix=f"leave out {option}",
                 )
-    raw = _read(path, found, columns, items=items, separator=separator, encoding=encoding)
+    raw = _read(path, detected, columns, items=items, separator=separator, encoding=encoding)
     if min_count is None:
-        min_count = 0 if found in ("sequence", "inter-json") else 5
+        min_count = 0 if detected in ("sequence", "inter-json") else 5
     filters = Filters(
         min_count=min_count,
         min_rating=min_rating,
@@ -132,11 +146,12 @@ def _read(
             )
 
 
-def _load_prepared(path: Path, name: str | None, refused: list[str]) -> Dataset:
-    if refused:
+def _load_prepared(path: Path, name: str | None, options: list[str]) -> Dataset:
+    """Load a prepared folder. Raises UserError for options, which would have no effect."""
+    if options:
         raise UserError(
-            f"{path} is prepared already: {', '.join(refused)} would have no effect",
-            fix="prepare its source again with them",
+            f"{path} is already prepared: {', '.join(options)} would have no effect",
+            fix="prepare its source again with these options",
         )
     data = Dataset.load(path)
     return dataclasses.replace(data, name=name) if name else data

@@ -1,4 +1,4 @@
-"""What the columns of a table are called, and the ``--columns`` option that says it."""
+"""Names of the columns of a table, and the ``--columns`` option that sets them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from cemg.errors import UserError
 
-POSITION = re.compile(r"^#[1-9]\d*$")  # "#3": the third column of a file without a header
+POSITION = re.compile(r"^#[1-9]\d*$")  # "#3" is the third column of a file without a header
 COLUMNS_FIX = (
     "--columns user=uid,item=sku,timestamp=ts,text=title+description; or, in a file without a header, "
     "--columns user=#1,item=#2,timestamp=#3"
@@ -21,12 +21,20 @@ ITEM_IDS = ("item", "item_id", "parent_asin", "movieId", "asin")
 
 @dataclass(frozen=True, slots=True)
 class ColumnNames:
-    """What the columns are called.
+    """Names of the columns of the interactions and of the items file.
 
-    ``user``, ``item``, ``timestamp`` and ``rating`` are columns of the interactions; ``id`` (the item's id,
-    None where it is called as in the interactions), ``title``, ``text`` (one column or several, which are
-    joined) and ``image`` of the items file. None takes the column of the role's own name where there is one.
-    "#3" is the third column of a file without a header; all names of one file are positions, or none is.
+    "#3" is the third column of a file without a header. The names of one file are either all positions or
+    all names. None takes the column named like the attribute, if there is one.
+
+    Attributes:
+        user: User ids, in the interactions.
+        item: Item ids, in the interactions.
+        timestamp: Times, in the interactions.
+        rating: Ratings, in the interactions.
+        id: Item ids in the items file; None if the name is the one in the interactions.
+        title: Titles, in the items file.
+        text: One or several columns of texts, in the items file.
+        image: Paths of images, in the items file.
     """
 
     user: str = "user"
@@ -41,13 +49,15 @@ class ColumnNames:
     def __post_init__(self) -> None:
         required = (self.user, self.item, self.timestamp)
         if len(set(required)) < len(required) or not all(required):
-            raise UserError(f"user, item and timestamp must be three columns, got {', '.join(required)}")
-        _check_alike("the interactions", (*required, *_given(self.rating)))
-        _check_alike("the items", self._of_items())
+            raise UserError(
+                f"user, item and timestamp must be three different columns, got {', '.join(required)}"
+            )
+        _check_positions("the interactions", (*required, *_given(self.rating)))
+        _check_positions("the items", self._of_items())
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The columns of the text, () where none was named."""
+        """The text columns, () if none is named."""
         return (self.text,) if isinstance(self.text, str) else self.text or ()
 
     @property
@@ -65,14 +75,19 @@ class ColumnNames:
 
     @classmethod
     def parse(cls, roles: str) -> ColumnNames:
-        """Of ``user=uid,item=sku,text=title+description``, or of a JSON object with the same keys.
+        """Parse the value of ``--columns``.
 
-        The JSON object is for names that hold a comma, an equals sign or a plus. Raises UserError.
+        Args:
+            roles: ``user=uid,item=sku,text=title+description``, or a JSON object with the same keys, for
+                names that contain a comma, an equals sign or a plus.
+
+        Raises:
+            UserError: The value is invalid.
         """
         pairs = _json_roles(roles) if roles.lstrip().startswith("{") else _plain_roles(roles)
         known = {field.name for field in dataclasses.fields(cls)}
         if not pairs or not pairs.keys() <= known:
-            raise _not_understood(roles)
+            raise _invalid(roles)
         return cls(**pairs)
 
 
@@ -80,12 +95,13 @@ def _given(name: str | None) -> tuple[str, ...]:
     return () if name is None else (name,)
 
 
-def _check_alike(what: str, names: tuple[str, ...]) -> None:
+def _check_positions(table: str, names: tuple[str, ...]) -> None:
+    """Raise UserError if some of the names are positions and some are not."""
     positions = [name for name in names if POSITION.match(name)]
     if positions and len(positions) < len(names):
         raise UserError(
-            f"columns of {what} are given by name and by position: {', '.join(names)}",
-            fix="a file with a header takes names, one without takes positions such as #1",
+            f"the columns of {table} mix names and positions: {', '.join(names)}",
+            fix="use names for a file with a header, and positions such as #1 for a file without one",
         )
 
 
@@ -94,28 +110,28 @@ def _plain_roles(roles: str) -> dict[str, Any]:
     for part in roles.split(","):
         role, sign, name = (word.strip() for word in part.partition("="))
         if not sign or not name or role in pairs:
-            raise _not_understood(roles)
+            raise _invalid(roles)
         pairs[role] = tuple(word.strip() for word in name.split("+")) if role == "text" else name
     return pairs
 
 
 def _json_roles(roles: str) -> dict[str, Any]:
     try:
-        pairs = json.loads(roles)
+        pairs: dict[str, Any] = json.loads(roles)
     except (ValueError, RecursionError):
-        raise _not_understood(roles) from None
+        raise _invalid(roles) from None
     texts = pairs.get("text")
-    named = [name for role, name in pairs.items() if role != "text" or not isinstance(texts, list)]
-    if not all(isinstance(name, str) for name in (*named, *(texts if isinstance(texts, list) else ()))):
-        raise _not_understood(roles)
+    names = [name for role, name in pairs.items() if role != "text" or not isinstance(texts, list)]
+    if not all(isinstance(name, str) for name in (*names, *(texts if isinstance(texts, list) else ()))):
+        raise _invalid(roles)
     return pairs | ({"text": tuple(texts)} if isinstance(texts, list) else {})
 
 
-def _not_understood(roles: str) -> UserError:
+def _invalid(roles: str) -> UserError:
     known = ", ".join(field.name for field in dataclasses.fields(ColumnNames))
     return UserError(
-        f"--columns {roles} is not understood",
-        cause=f"wanted role=name, separated by commas, each role once; roles: {known}",
+        f"--columns {roles} is not valid",
+        cause=f"expected role=name pairs separated by commas, each role once; the roles are {known}",
         fix=COLUMNS_FIX,
     )
 
@@ -129,7 +145,7 @@ COMMON_NAMES = (
 
 
 def guess_names(columns: Iterable[str]) -> ColumnNames:
-    """The first of the usual names that are all there."""
-    there = set(columns)
-    fitting = (names for names in COMMON_NAMES if {names.user, names.item, names.timestamp} <= there)
+    """Return the first of the usual sets of names that the table has."""
+    existing = set(columns)
+    fitting = (names for names in COMMON_NAMES if {names.user, names.item, names.timestamp} <= existing)
     return next(fitting, ColumnNames())

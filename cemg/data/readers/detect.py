@@ -1,4 +1,4 @@
-"""Which format a path holds, told by file names and, where these do not tell, by a file's first line."""
+"""Detection of the format of a dataset, by file names or by the first line of a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cemg.data.readers.tables import shards
 from cemg.data.readers.textfile import TextFile
 from cemg.errors import UserError
 
-BY_NAME = {  # a glob in a folder -> its format; the first that matches wins
+BY_NAME = {  # glob pattern in a folder -> format; the first match counts
     "dataset.json": "prepared",
     "interactions.txt": "sequence",
     "*.inter": "recbole",
@@ -29,7 +29,7 @@ BY_SUFFIX = {
     ".txt": "sequence", ".data": "movielens", ".dat": "movielens", ".inter": "recbole", ".csv": "csv",
     ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
-BY_FIELD = {  # in this order: the reviews of 2018 have a reviewerID too
+BY_FIELD = {  # in this order, because the reviews of 2018 also have a reviewerID
     "business_id": "yelp",
     "parent_asin": "amazon-2023",
     "verified": "amazon-2018",
@@ -39,30 +39,30 @@ JSON_LINES = ("*.json", "*.json.gz", "*.jsonl", "*.jsonl.gz")
 
 
 def detect_format(path: Path) -> str:
-    """The format of a file or folder; UserError where it cannot be told."""
+    """Return the format of a file or folder. Raises UserError if it cannot be detected."""
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.name.endswith(".inter.json"):
         return "inter-json"
-    found = _of_folder(path) if path.is_dir() else _of_file(path)
-    if found is None:
-        holds = ", ".join(sorted(file.name for file in path.iterdir())[:8]) if path.is_dir() else ""
+    format = _of_folder(path) if path.is_dir() else _of_file(path)
+    if format is None:
+        names = ", ".join(sorted(file.name for file in path.iterdir())[:8]) if path.is_dir() else ""
         raise UserError(
-            f"cannot tell the format of {path}",
-            cause=f"it holds {holds or 'nothing'}" if path.is_dir() else None,
-            fix="name the files: --interactions FILE --items FILE; or the format: --format csv, or another",
+            f"cannot detect the format of {path}",
+            cause=f"it contains {names or 'no files'}" if path.is_dir() else None,
+            fix="name the files: --interactions FILE --items FILE; or name the format: --format csv",
         )
-    return found
+    return format
 
 
 def _of_folder(folder: Path) -> str | None:
-    named = next((name for pattern, name in BY_NAME.items() if any(folder.glob(pattern))), None)
-    if named:
-        return named
+    by_name = next((format for pattern, format in BY_NAME.items() if any(folder.glob(pattern))), None)
+    if by_name:
+        return by_name
     files = sorted(file for pattern in JSON_LINES for file in folder.glob(pattern))
     reviews = [file for file in files if not file.name.startswith("meta_")]
-    found = next((name for file in reviews if (name := _of_records(file))), None)
-    return found or ("parquet" if shards(folder) else None)
+    by_field = next((format for file in reviews if (format := _of_records(file))), None)
+    return by_field or ("parquet" if shards(folder) else None)
 
 
 def _of_file(path: Path) -> str | None:

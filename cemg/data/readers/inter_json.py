@@ -1,7 +1,7 @@
-"""The files of LETTER, LC-Rec and MiniOneRec: ``X.inter.json`` and, where there is one, ``X.item.json``.
+"""The files of LETTER, LC-Rec and MiniOneRec: ``X.inter.json`` and, optionally, ``X.item.json``.
 
 ``X.inter.json`` maps each user to a list of items, oldest first; ``X.item.json`` maps each item to its title,
-description, brand and categories. ``X.index.json``, the semantic IDs, is read by ``Catalog.read``.
+description, brand and categories. ``Catalog.read`` reads the semantic IDs, ``X.index.json``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ ORDER = "order of the source file, which has no timestamps"
 
 
 def read_inter_json(path: Path, *, items: Path | None = None, encoding: str = "") -> Raw:
-    """Read a folder with one ``X.inter.json``, or that file. Ids stay as they are; items are in id order.
+    """Read histories and items. Items are sorted by id. Users without items are left out, with a note.
 
-    ``items`` None is the ``X.item.json`` beside it. Users without items are counted and left out.
+    Args:
+        path: ``X.inter.json``, or a folder with one.
+        items: ``X.item.json``; None takes the one next to the histories.
+        encoding: Encoding of the files; "" detects it.
     """
     file = _file(path)
     interactions, notes = _interactions(file, encoding)
@@ -32,15 +35,15 @@ def read_inter_json(path: Path, *, items: Path | None = None, encoding: str = ""
     described = {item.strip(): fields for item, fields in described.items()}
     for item, fields in described.items():
         if not isinstance(fields, dict):
-            raise UserError(f"{about}, item {item!r}: an object is needed, got {short(fields)}")
-    bought = interactions["item"].unique()
+            raise UserError(f"{about}, item {item!r}: expected an object, got {short(fields)}")
+    used = interactions["item"].unique()
     if described:
         _check_known(file, about, interactions, described)
-    catalog = sorted({*described, *bought}, key=lambda item: (len(item), item))
+    catalog = sorted({*described, *used}, key=lambda item: (len(item), item))
     return Raw(
         name=file.name.removesuffix(INTER),
         interactions=interactions,
-        describe=(lambda wanted: _describe(described)) if described else no_items,
+        describe=(lambda item_ids: _describe(described)) if described else no_items,
         order=ORDER,
         catalog=catalog,
         image_folder=file.parent / "images",
@@ -53,34 +56,36 @@ def _file(path: Path) -> Path:
         if not path.name.endswith(INTER):
             raise UserError(f"{path} is not named X{INTER}")
         return path
-    found = sorted(path.glob(f"*{INTER}"))
-    if len(found) != 1:
-        raise UserError(f"{path} has {len(found)} files *{INTER}", fix="name one of them")
-    return found[0]
+    candidates = sorted(path.glob(f"*{INTER}"))
+    if len(candidates) != 1:
+        raise UserError(f"{path} has {len(candidates)} files *{INTER}", fix="name one of them")
+    return candidates[0]
 
 
 def _interactions(file: Path, encoding: str) -> tuple[pl.DataFrame, list[str]]:
-    """``user``, ``item``, ``timestamp`` = place in the list; and a note on users without items."""
+    """Return ``user``, ``item`` and ``timestamp`` (the position in the list), and notes."""
     users: list[str] = []
     items: list[str] = []
-    places: list[int] = []
+    positions: list[int] = []
     histories = read_keyed(file, "users", encoding=encoding)
-    bare = [user for user, history in histories.items() if history == []]
-    if len(bare) == len(histories):
+    without_items = [user for user, history in histories.items() if history == []]
+    if len(without_items) == len(histories):
         raise UserError(f"{file}: no user has an item")
     for user, history in histories.items():
         if not isinstance(history, list):
-            raise UserError(f"{file}, user {user!r}: a list of item ids is needed, got {short(history)}")
+            raise UserError(f"{file}, user {user!r}: expected a list of item ids, got {short(history)}")
         for item in history:
             if isinstance(item, bool) or not isinstance(item, int | str):
-                raise UserError(f"{file}, user {user!r}: {short(item)} is not an item id")
+                raise UserError(f"{file}, user {user!r}: {short(item)} is not a valid item id")
         users += [user.strip()] * len(history)
         items += [str(item).strip() for item in history]
-        places += range(len(history))
+        positions += range(len(history))
     schema = {"user": pl.String, "item": pl.String, "timestamp": pl.Int64}
-    said = f"{len(bare):,} of {len(histories):,} users have no items and are left out, such as {bare[:1]}"
-    frame = pl.DataFrame({"user": users, "item": items, "timestamp": places}, schema=schema)
-    return frame, [said] if bare else []
+    frame = pl.DataFrame({"user": users, "item": items, "timestamp": positions}, schema=schema)
+    if not without_items:
+        return frame, []
+    counts = f"{len(without_items):,} of {len(histories):,} users have no items"
+    return frame, [f"{counts} and are left out, such as user {without_items[0]!r}"]
 
 
 def _check_known(file: Path, about: Path, interactions: pl.DataFrame, items: dict[str, Any]) -> None:
@@ -96,7 +101,7 @@ def _describe(items: dict[str, Any]) -> pl.DataFrame:
 
 
 def _text(fields: dict[str, Any]) -> str | None:
-    """Title. Brand. Categories, separated by commas. Description."""
+    """Compose the text: title. Brand. Categories, separated by commas. Description."""
     categories = phrases(fields.get("categories"))
     description = " ".join(phrases(fields.get("description")))
     return sentences(

@@ -21,29 +21,40 @@ KINDS: dict[type[pl.DataType], tuple[str, tuple[type, ...]]] = {
 
 
 def read_reviews(file: TextFile, fields: Fields) -> tuple[pl.DataFrame, list[str]]:
-    """The frame ``user``, ``item``, ``timestamp``, ``rating`` of four ``fields`` in this order, and notes."""
+    """Read a file of reviews.
+
+    Args:
+        file: One JSON object per line.
+        fields: The fields with user, item, time and rating, in this order.
+
+    Returns:
+        A frame with the columns ``user``, ``item``, ``timestamp`` and ``rating``, and notes for the user.
+    """
     return reviews_of(read_json_lines(file, fields), file)
 
 
 def reviews_of(records: pl.DataFrame, file: TextFile) -> tuple[pl.DataFrame, list[str]]:
-    """The same, of the records of ``file`` as they were read."""
+    """Convert the records of ``file`` to reviews; see `read_reviews`."""
 
     def refuse(bad: pl.Series, reason: str, fix: str | None) -> UserError:
         line = line_of_json(file, int(bad.arg_true()[0]))
         return bad_line(file.path, line, reason.replace("column", "field", 1), fix=fix)
 
     user, item, time, rating = records.get_columns()
-    users, said = read_ids(user, refuse)
-    items, more = read_ids(item, refuse)
-    times, last = read_times(time, refuse)
+    users, user_notes = read_ids(user, refuse)
+    items, item_notes = read_ids(item, refuse)
+    times, time_notes = read_times(time, refuse)
     rows = {"user": users, "item": items, "timestamp": times, "rating": rating.cast(pl.Float64)}
-    return pl.DataFrame(rows), [f"{file.name}: {note}" for note in (*said, *more, *last)]
+    return pl.DataFrame(rows), [f"{file.name}: {note}" for note in (*user_notes, *item_notes, *time_notes)]
 
 
 def read_json_lines(file: TextFile, fields: Fields) -> pl.DataFrame:
-    """The ``fields`` of a file with one JSON object per line; each must be there in each line.
+    """Read the ``fields`` of a file with one JSON object per line.
 
-    A field of type String may hold a number, which is read as it is written.
+    A field of type String may contain a number, which is read as it is written.
+
+    Raises:
+        UserError: A line is not valid JSON, or lacks a field.
     """
     path = file.path
     try:
@@ -60,9 +71,9 @@ def read_json_lines(file: TextFile, fields: Fields) -> pl.DataFrame:
 
 
 def line_of_json(file: TextFile, record: int) -> int:
-    """The line of record ``record`` (from 0) of a file with one JSON object per line."""
-    written = (number for number, line in enumerate(file.lines(), start=1) if line.strip())
-    return next(itertools.islice(written, record, None), record + 1)
+    """Return the line of a record (from 0) of a file with one JSON object per line."""
+    nonblank = (number for number, line in enumerate(file.lines(), start=1) if line.strip())
+    return next(itertools.islice(nonblank, record, None), record + 1)
 
 
 def _json_fault(line: str, fields: Fields) -> str | None:
@@ -73,7 +84,7 @@ def _json_fault(line: str, fields: Fields) -> str | None:
     except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
         return f"not valid JSON: {error}"
     if not isinstance(record, dict):
-        return f"wanted a JSON object, got {type(record).__name__}"
+        return f"expected a JSON object, got {type(record).__name__}"
     return next((fault for name, kind in fields.items() if (fault := _field_fault(record, name, kind))), None)
 
 
@@ -83,5 +94,5 @@ def _field_fault(record: dict[str, Any], name: str, kind: type[pl.DataType]) -> 
         return f"no field {name!r}"
     words, types = KINDS[kind]
     if isinstance(value, bool) or not isinstance(value, types):
-        return f"field {name!r} is {value!r}, wanted {words}"
+        return f"field {name!r} is {value!r}, expected {words}"
     return None

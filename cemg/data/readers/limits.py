@@ -1,4 +1,4 @@
-"""Limits on source files: what never ends or would not fit into memory is refused before it is read."""
+"""Limits on source files: endless files, and files too large for memory, are rejected before reading."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from cemg.errors import UserError
 
 MAX_COLUMNS = 2_000  # of a table
 MAX_LINE = 16 << 20  # bytes of a table's first line
-FREE_BYTES, MAX_EXPANSION = 1 << 30, 100  # gzip beyond the first may expand by the second (text: 3 to 20)
-FREE_ROWS, MAX_ROWS_PER_BYTE = 10_000_000, 100  # likewise for Parquet, whose real tables need bits per row
+FREE_BYTES, MAX_EXPANSION = 1 << 30, 100  # gzip may expand to more bytes only by this factor (text: 3 to 20)
+FREE_ROWS, MAX_ROWS_PER_BYTE = 10_000_000, 100  # likewise for Parquet; real tables need some bits per row
 TABLES = (".csv", ".tsv", ".inter", ".item")
 
 
 def check_source(path: Path) -> None:
-    """UserError where ``path``, or a file in it, is a device or a pipe, a table of too many columns, or an
-    archive that expands without measure. A path that does not exist is left to the reader."""
+    """Check a source before it is read. A path that does not exist is left to the reader.
+
+    Raises:
+        UserError: ``path``, or a file in it, is a device or a pipe, has too many columns, or expands beyond
+            the limits.
+    """
     if path.exists() and not path.is_dir() and not path.is_file():
-        raise UserError(f"{path} is not a regular file", fix="write its content to a file first")
+        raise UserError(f"{path} is not a regular file", fix="copy its content to a file first")
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if not file.is_file():
             continue
@@ -32,7 +36,7 @@ def check_source(path: Path) -> None:
 
 
 def _check_expansion(file: Path) -> None:
-    """A small file cannot grow large, since deflate expands by 1,032 at most; others are unpacked once."""
+    """Unpack a gzip file once to measure it, unless it is small: deflate expands by at most 1,032."""
     size = file.stat().st_size
     if size * 1_032 <= FREE_BYTES:
         return
@@ -44,11 +48,11 @@ def _check_expansion(file: Path) -> None:
                 if unpacked > FREE_BYTES and unpacked > MAX_EXPANSION * size:
                     raise UserError(
                         f"{file} expands to more than {MAX_EXPANSION} times its size",
-                        cause=f"{size:,} bytes hold {unpacked:,} and more",
-                        fix="unpack it yourself, if that is what it should hold",
+                        cause=f"its {size:,} bytes expand to more than {unpacked:,}",
+                        fix="if this is intended, unpack the file yourself",
                     )
     except (OSError, EOFError, zlib.error):
-        return  # damaged: the reader names the line
+        return  # damaged; the reader reports the line
 
 
 def _check_parquet(file: Path) -> None:
@@ -57,11 +61,11 @@ def _check_parquet(file: Path) -> None:
     try:
         about = parquet.read_metadata(file)
     except (OSError, ArrowException):
-        return  # damaged: the reader says how
+        return  # damaged; the reader reports how
     if about.num_columns > MAX_COLUMNS:
         raise _too_wide(file, about.num_columns)
     if about.num_rows > max(FREE_ROWS, MAX_ROWS_PER_BYTE * file.stat().st_size):
-        cause = f"{file.stat().st_size:,} bytes are said to hold {about.num_rows:,} rows"
+        cause = f"its {file.stat().st_size:,} bytes claim to contain {about.num_rows:,} rows"
         raise UserError(f"{file} expands to too many rows", cause=cause)
 
 
@@ -72,7 +76,9 @@ def _check_header(file: Path) -> None:
     except (OSError, EOFError, zlib.error):
         return
     if len(line) == MAX_LINE:
-        raise UserError(f"{file}, line 1: more than {MAX_LINE >> 20} MiB", fix="write one record per line")
+        raise UserError(
+            f"{file}, line 1 is longer than {MAX_LINE >> 20} MiB", fix="write one record per line"
+        )
     columns = 1 + max(line.count(separator) for separator in (b",", b"\t", b";", b"|"))
     if columns > MAX_COLUMNS:
         raise _too_wide(file, columns)
@@ -81,5 +87,5 @@ def _check_header(file: Path) -> None:
 def _too_wide(file: Path, columns: int) -> UserError:
     return UserError(
         f"{file} has {columns:,} columns; the limit is {MAX_COLUMNS:,}",
-        fix="keep those of users, items, times, titles and texts",
+        fix="keep the columns of users, items, times, titles and texts",
     )

@@ -1,4 +1,4 @@
-"""Reading line by line with Polars, and finding the line that a fast read failed on."""
+"""Reading lines with Polars, and finding the line on which a fast read failed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ READ_ERRORS = (pl.exceptions.PolarsError, OSError, EOFError, zlib.error)
 
 
 def scan_lines(file: TextFile) -> pl.LazyFrame:
-    """A frame ``number`` (from 1), ``line`` (null where blank) of a text file."""
+    """Scan a text file into the columns ``number`` (from 1) and ``line`` (null if blank)."""
     return pl.scan_csv(
         file.source(),
         glob=False,
         has_header=False,
-        separator="\x01",  # no text holds it: the line is the only column
+        separator="\x01",  # occurs in no text, so the line is the only column
         quote_char=None,
         schema={"line": pl.String},
         row_index_name="number",
@@ -31,7 +31,7 @@ def scan_lines(file: TextFile) -> pl.LazyFrame:
 
 
 def read_lines(query: pl.LazyFrame, file: TextFile) -> pl.DataFrame:
-    """Run a query on `scan_lines`; an unreadable or empty file is the user's error."""
+    """Run a query on `scan_lines`. Raises UserError for an unreadable or empty file."""
     try:
         return query.collect()
     except pl.exceptions.NoDataError as error:
@@ -42,7 +42,11 @@ def read_lines(query: pl.LazyFrame, file: TextFile) -> pl.DataFrame:
 
 
 def check_lines(file: TextFile, fault: Callable[[str], str | None]) -> None:
-    """Slow second pass: raise for the first line that is unreadable or in which ``fault`` finds a reason."""
+    """Find the first faulty line in a slow second pass.
+
+    Raises:
+        UserError: A line is unreadable, or ``fault`` returns a reason for it.
+    """
     for number, line in enumerate(file.lines(), start=1):
         reason = fault(line) if line.strip() else None
         if reason:
@@ -50,36 +54,36 @@ def check_lines(file: TextFile, fault: Callable[[str], str | None]) -> None:
 
 
 def check_width(file: TextFile, *, separator: str, quoted: bool) -> None:
-    """Raise for the first line of a table that has other fields than its first line.
+    """Raise UserError for the first line with more fields than the header.
 
-    Empty fields at the end of a line, those of a trailing separator, do not count.
+    Empty fields at the end of a line, after trailing separators, do not count.
     """
     rows = csv.reader(file.lines(), delimiter=separator, quotechar='"' if quoted else None)
     header = next(rows, [])
     for row in rows:
         if len(row) > len(header) and any(row[len(header) :]):
             raise bad_line(
-                file.path, rows.line_num, f"{len(row)} fields where the first line has {len(header)}"
+                file.path, rows.line_num, f"it has {len(row)} fields, the first line has {len(header)}"
             )
 
 
 def check_quotes(file: TextFile, *, separator: str) -> None:
-    """Raise for the first record of a table whose quoted field is not closed, or goes on behind it."""
+    """Raise UserError for the first record with an unclosed quote, or with text after a closing quote."""
     rows = csv.reader(file.lines(), delimiter=separator, strict=True)
-    begin = 1
+    first_line = 1  # of the record
     try:
         for _ in rows:
-            begin = rows.line_num + 1
+            first_line = rows.line_num + 1
     except csv.Error:
         raise bad_line(
-            file.path, begin, "a quoted field is not closed, or text follows its closing quote",
-            fix='write a quote within a quoted field twice: "say ""hi"""',
+            file.path, first_line, "a quoted field is not closed, or text follows its closing quote",
+            fix='double a quote inside a quoted field: "say ""hi"""',
         ) from None  # fmt: skip
 
 
 def line_of_record(file: TextFile, record: int, *, separator: str, quoted: bool, header: bool) -> int:
-    """The line on which a table's record (from 0, blank lines and the header not counted) ends."""
+    """Return the line on which a record ends. Records count from 0, without blank lines and the header."""
     rows = csv.reader(file.lines(), delimiter=separator, quotechar='"' if quoted else None)
     lines = (rows.line_num for row in rows if any(row))
-    place = record + header
-    return next(itertools.islice(lines, place, None), place + 1)
+    index = record + header
+    return next(itertools.islice(lines, index, None), index + 1)

@@ -1,4 +1,4 @@
-"""MovieLens as GroupLens publishes it: 100K (``u.data``), 1M and 10M (``ratings.dat``), later ones (CSV)."""
+"""MovieLens in GroupLens's files: 100K (``u.data``), 1M and 10M (``ratings.dat``), later releases (CSV)."""
 
 from __future__ import annotations
 
@@ -24,26 +24,29 @@ NO_GENRE = ("(no genres listed)", "unknown")
 
 
 def read_movielens(path: Path, *, items: Path | None = None, encoding: str = "") -> Raw:
-    """Read a folder of MovieLens, or its file of ratings; an item's text is its title and its genres.
+    """Read ratings and movies. The text of an item is its title and its genres.
 
-    ``items`` None is the file of films beside the ratings.
+    Args:
+        path: Folder of MovieLens, or its file of ratings.
+        items: File of movies; None takes the one next to the ratings.
+        encoding: Encoding of the files; "" detects it.
     """
     files = [path / name for name in LAYOUTS if (path / name).is_file()] if path.is_dir() else [path]
     if len(files) != 1 or files[0].name not in LAYOUTS:
-        raise UserError(f"{path}: wanted one of {', '.join(LAYOUTS)}")
+        raise UserError(f"{path}: expected exactly one of {', '.join(LAYOUTS)}")
     file = files[0]
     separator, items_name = LAYOUTS[file.name]
-    films = items or file.with_name(items_name)
-    there = films.is_file()
+    movies = items or file.with_name(items_name)
+    has_movies = movies.is_file()
     interactions, notes = (
         _ratings_csv(file, encoding) if separator == "," else _ratings(TextFile(file, encoding), separator)
     )
     return Raw(
         name=file.resolve().parent.name,
         interactions=interactions,
-        describe=(lambda wanted: _describe(films, encoding)) if there else no_items,
-        items_file=films if there else None,
-        notes=[*notes, *([] if there else [f"no {films.name}: items have no text"])],
+        describe=(lambda item_ids: _describe(movies, encoding)) if has_movies else no_items,
+        items_file=movies if has_movies else None,
+        notes=[*notes, *([] if has_movies else [f"there is no {movies.name}: items have no text"])],
     )
 
 
@@ -59,11 +62,11 @@ def _ratings_csv(file: Path, encoding: str) -> tuple[pl.DataFrame, list[str]]:
 
 
 def _ratings(file: TextFile, separator: str) -> tuple[pl.DataFrame, list[str]]:
-    """User, item, rating and time of each line."""
+    """Read lines of user, item, rating and time."""
     part = pl.col("line").str.strip_chars_end("\r").str.split(separator)
     names = ("user", "item", "rating", "timestamp")
     query = scan_lines(file).drop_nulls().select("number", part.list.len().alias("parts"), *(
-        part.list.get(place, null_on_oob=True).alias(name) for place, name in enumerate(names)
+        part.list.get(index, null_on_oob=True).alias(name) for index, name in enumerate(names)
     ))  # fmt: skip
     frame = read_lines(query, file)
     if frame.is_empty():
@@ -74,21 +77,21 @@ def _ratings(file: TextFile, separator: str) -> tuple[pl.DataFrame, list[str]]:
 
     odd = frame["parts"] != len(names)
     if odd.any():
-        raise refuse(odd, f"wanted {separator.join(names)}", None)
-    users, said = read_ids(frame["user"], refuse)
-    items, more = read_ids(frame["item"], refuse)
-    times, last = read_times(frame["timestamp"], refuse)
+        raise refuse(odd, f"expected {separator.join(names)}", None)
+    users, user_notes = read_ids(frame["user"], refuse)
+    items, item_notes = read_ids(frame["item"], refuse)
+    times, time_notes = read_times(frame["timestamp"], refuse)
     ratings = read_numbers(frame["rating"], refuse)
     rows = pl.DataFrame({"user": users, "item": items, "timestamp": times, "rating": ratings})
-    return rows, [f"{file.name}: {note}" for note in (*said, *more, *last)]
+    return rows, [f"{file.name}: {note}" for note in (*user_notes, *item_notes, *time_notes)]
 
 
 def _describe(file: Path, encoding: str) -> pl.DataFrame:
     rows = []
-    films = _movies_csv(file, encoding) if file.suffix == ".csv" else _movies(file, encoding)
-    for item, title, genres in films:
-        named = [genre for genre in genres if genre not in NO_GENRE]
-        rows.append((item, clean(title), sentences([clean(title), ", ".join(named)]), None))
+    movies = _movies_csv(file, encoding) if file.suffix == ".csv" else _movies(file, encoding)
+    for item, title, genres in movies:
+        genres = [genre for genre in genres if genre not in NO_GENRE]
+        rows.append((item, clean(title), sentences([clean(title), ", ".join(genres)]), None))
     return pl.DataFrame(rows, schema=ITEM_SCHEMA, orient="row")
 
 
@@ -100,21 +103,21 @@ def _movies_csv(file: Path, encoding: str) -> Iterator[tuple[str, str, list[str]
 
 
 def _movies(file: Path, encoding: str) -> Iterator[tuple[str, str, list[str]]]:
-    """``movies.dat``: id, title, genres. ``u.item``: id, title, …, a flag for each genre of ``u.genre``."""
+    """Read ``movies.dat`` (id, title, genres) or ``u.item`` (id, title, …, one flag per genre)."""
     flags = file.name == "u.item"
     names = [line.split("|")[0] for line in _lines(file.with_name("u.genre"), encoding)] if flags else []
     for number, line in enumerate(_lines(file, encoding), start=1):
         parts = line.split("|" if flags else "::")
         if len(parts) < (2 + len(names) if flags else 3):
-            raise bad_line(file, number, "wanted an id, a title and genres")
-        own = [
+            raise bad_line(file, number, "expected an id, a title and genres")
+        flagged = [
             name for name, flag in zip(names, parts[len(parts) - len(names) :], strict=True) if flag == "1"
         ]
-        yield parts[0].strip(), parts[1], own if flags else parts[2].split("|")
+        yield parts[0].strip(), parts[1], flagged if flags else parts[2].split("|")
 
 
 def _lines(file: Path, encoding: str) -> list[str]:
-    """Without blank lines at the end; none where there is no file. The older sets are Latin-1, not UTF-8."""
+    """Read lines, without blank ones at the end; [] without a file. The older releases are in Latin-1."""
     if not file.is_file():
         return []
     text = TextFile(file, encoding)

@@ -1,4 +1,4 @@
-"""What every reader hands over, and how it becomes a `Dataset`: filter, order, number, describe."""
+"""The output of every reader, and the steps that turn it into a `Dataset`."""
 
 from __future__ import annotations
 
@@ -24,23 +24,29 @@ from cemg.data.readers.values import canonical, other_forms
 from cemg.errors import UserError
 
 ITEM_SCHEMA = {"item": pl.String, "title": pl.String, "text": pl.String, "image": pl.String}
-Describe = Callable[[pl.Series], pl.DataFrame]
+Describe = Callable[[pl.Series], pl.DataFrame]  # item ids -> ITEM_SCHEMA
 
 
-def no_items(wanted: pl.Series) -> pl.DataFrame:
-    """The description of items that nothing describes."""
+def no_items(item_ids: pl.Series) -> pl.DataFrame:
+    """Describe no item, for a source without an items file."""
     return pl.DataFrame(schema=ITEM_SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """A source as read, not yet filtered.
+    """A source as it was read, before filtering.
 
-    ``interactions``: ``user``, ``item`` (String), ``timestamp`` (a number), maybe ``rating`` (Float64), as in
-    the file. ``describe(wanted ids)`` gives a frame of ITEM_SCHEMA for the items it knows, read from
-    ``items_file``. ``order`` says in words how a source without timestamps is ordered. ``catalog`` lists the
-    items that exist, bought or not, where the source says so. ``image_folder`` holds the images that items
-    name.
+    Attributes:
+        name: Name of the dataset.
+        interactions: Columns ``user`` and ``item`` (String), ``timestamp`` (a number) and optionally
+            ``rating`` (Float64), in the order of the file.
+        describe: Returns a frame with the columns of ITEM_SCHEMA for those of the given item ids that the
+            source describes.
+        items_file: The file that ``describe`` reads, for notes and errors.
+        order: How the interactions are ordered, if the source has no timestamps.
+        catalog: All item ids, including those without interactions, if the source lists them.
+        image_folder: Folder that the image paths of the items are relative to.
+        notes: Notes for the user.
     """
 
     name: str
@@ -55,7 +61,7 @@ class Raw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filters:
-    """What of the interactions stays and how equal times are ordered; see `read_dataset`."""
+    """Which interactions are kept, and how equal times are ordered; see `read_dataset`."""
 
     min_count: int
     min_rating: float | None = None
@@ -74,16 +80,22 @@ class Filters:
 
 
 def assemble(raw: Raw, filters: Filters, *, images: Path | None = None) -> Dataset:
-    """Filter and order the interactions, number users and items, join titles, texts and images.
+    """Filter and sort the interactions, number users and items, and add titles, texts and images.
 
-    What was dropped, and what is not described, is said in the dataset's ``notes``.
+    Args:
+        raw: The source.
+        filters: The filters.
+        images: Folder of images named by item id.
+
+    Returns:
+        The dataset. Its ``notes`` say what was dropped, and which items have no description.
     """
-    rows, dropped = _filtered(raw, filters)
+    rows, filter_notes = _filtered(raw, filters)
     users = rows["user"].unique(maintain_order=True)
-    whole = raw.catalog is not None and filters.min_count == 0
-    items = pl.Series("item", raw.catalog) if whole else _bought_items(rows, raw.catalog)
-    about, described = _described(raw, items)
-    paths, pictures = image_paths(about, raw.image_folder, images)
+    keeps_catalog = raw.catalog is not None and filters.min_count == 0
+    items = pl.Series("item", raw.catalog) if keeps_catalog else _remaining_items(rows, raw.catalog)
+    about, item_notes = _described(raw, items)
+    paths, image_notes = image_paths(about, raw.image_folder, images)
     return Dataset(
         name=raw.name,
         user_ids=users.to_list(),
@@ -95,121 +107,128 @@ def assemble(raw: Raw, filters: Filters, *, images: Path | None = None) -> Datas
         tie_rule=raw.order or tie_rule(filters.ties, filters.seed),
         notes=[
             *raw.notes,
-            *dropped,
-            *_alike_ids(users, "user"),
-            *_alike_ids(items, "item"),
-            *described,
-            *pictures,
+            *filter_notes,
+            *_similar_ids(users, "user"),
+            *_similar_ids(items, "item"),
+            *item_notes,
+            *image_notes,
         ],
     )
 
 
 def _filtered(raw: Raw, filters: Filters) -> tuple[pl.DataFrame, list[str]]:
-    """The interactions that stay, grouped by user and in time order, and what was dropped, in words."""
+    """Return the remaining interactions, grouped by user and sorted by time, and notes."""
     rows, notes = _without_duplicates(raw, filters)
     if filters.min_rating is not None:
         if "rating" not in rows.columns:
-            raise UserError(f"{raw.name} has no ratings to compare with {filters.min_rating}")
+            raise UserError(
+                f"{raw.name} has no ratings, so min_rating={filters.min_rating} cannot be applied",
+                fix="leave out min_rating",
+            )
         before, rows = rows.height, rows.filter(pl.col("rating") >= filters.min_rating)
-        notes.append(f"ratings of {filters.min_rating:g} or more: interactions {before:,} → {rows.height:,}")
-    ordered = in_time_order(rows, ties="source" if raw.order else filters.ties, seed=filters.seed)
-    once = without_repeats(ordered, filters.duplicates)
-    if once.height < ordered.height:
         notes.append(
-            f"{filters.duplicates} of repeated (user, item) pairs: "
-            f"interactions {ordered.height:,} → {once.height:,}"
+            f"ratings of {filters.min_rating:g} or more kept: interactions {before:,} → {rows.height:,}"
         )
-    rows = k_core(once, filters.min_count)
+    ordered = in_time_order(rows, ties="source" if raw.order else filters.ties, seed=filters.seed)
+    deduplicated = without_repeats(ordered, filters.duplicates)
+    if deduplicated.height < ordered.height:
+        notes.append(
+            f"{filters.duplicates} of repeated (user, item) pairs kept: "
+            f"interactions {ordered.height:,} → {deduplicated.height:,}"
+        )
+    rows = k_core(deduplicated, filters.min_count)
     if rows.is_empty():
-        which = "min_count" if filters.min_rating is None else "min_count or min_rating"
-        least = "any height" if filters.min_rating is None else f"{filters.min_rating:g} or more"
+        setting = "min_count" if filters.min_rating is None else "min_count or min_rating"
+        ratings = (
+            "all ratings" if filters.min_rating is None else f"ratings of {filters.min_rating:g} or more"
+        )
         raise UserError(
-            f"{raw.name}: none of {raw.interactions.height:,} interactions is left",
-            cause=f"ratings of {least}, {filters.min_count}-core",
-            fix=f"lower {which}: --min-count of cemg-data, --set data.min_count=… of cemg-train",
+            f"{raw.name}: none of {raw.interactions.height:,} interactions is left after filtering",
+            cause=f"the filters keep {ratings} and the {filters.min_count}-core",
+            fix=f"lower {setting}: cemg-data --min-count N, or cemg-train --set data.min_count=N",
         )
     if filters.min_count > 1:
-        notes.append(_core_note(once, rows, filters.min_count))
+        notes.append(_core_note(deduplicated, rows, filters.min_count))
     return rows, notes
 
 
 def _without_duplicates(raw: Raw, filters: Filters) -> tuple[pl.DataFrame, list[str]]:
-    """The rows, without exact duplicates where asked for; their number is said in any case."""
+    """Drop exact duplicates if requested; a note says how many there are in any case."""
     rows = raw.interactions
     repeated = exact_duplicates(rows) if raw.order is None else None
     count = int(repeated.sum()) if repeated is not None else 0
     if repeated is None or not count:
         return rows, []
-    said = f"{count:,} of {rows.height:,} interactions repeat another one exactly"
+    note = f"{count:,} of {rows.height:,} interactions exactly repeat another one"
     if filters.drop_duplicates:
-        return rows.filter(~repeated), [f"{said}: dropped"]
-    return rows, [f"{said}: kept; --drop-duplicates drops them"]
+        return rows.filter(~repeated), [f"{note}: dropped"]
+    return rows, [f"{note}: kept; --drop-duplicates drops them"]
 
 
 def _core_note(before: pl.DataFrame, after: pl.DataFrame, min_count: int) -> str:
     if before.height == after.height:
-        return f"{min_count}-core: nothing is dropped"
+        return f"{min_count}-core: nothing was dropped"
     users, items = (
         f"{before[name].n_unique():,} → {after[name].n_unique():,} {name}s" for name in ("user", "item")
     )
     return f"{min_count}-core: {users}, {items}, interactions {before.height:,} → {after.height:,}"
 
 
-def _bought_items(rows: pl.DataFrame, catalog: list[str] | None) -> pl.Series:
-    """The items left, in the catalog's order or in that of their first appearance."""
-    bought = rows["item"].unique(maintain_order=True)
+def _remaining_items(rows: pl.DataFrame, catalog: list[str] | None) -> pl.Series:
+    """Return the items with interactions, in the order of the catalog or of their first interaction."""
+    items = rows["item"].unique(maintain_order=True)
     if catalog is None:
-        return bought
-    left = set(bought)
-    return pl.Series("item", [item for item in catalog if item in left])
+        return items
+    remaining = set(items)
+    return pl.Series("item", [item for item in catalog if item in remaining])
 
 
-def _alike_ids(ids: pl.Series, what: str) -> list[str]:
-    """A note where two ids differ only in form, as 108 and 0108."""
+def _similar_ids(ids: pl.Series, kind: str) -> list[str]:
+    """Return a note if two ids differ only in how they are written, as 108 and 0108."""
     forms = ids.to_frame("id").with_columns(canonical(pl.col("id")).alias("plain"))
-    alike = forms.filter(pl.len().over("plain") > 1)
-    if alike.is_empty():
+    similar = forms.filter(pl.len().over("plain") > 1)
+    if similar.is_empty():
         return []
-    first = alike.filter(pl.col("plain") == alike["plain"][0])["id"].to_list()
+    example = similar.filter(pl.col("plain") == similar["plain"][0])["id"].to_list()
     return [
-        f"{alike.height:,} {what} ids differ from another one only in form, such as {first[0]!r} and "
-        f"{first[1]!r}: they stay different {what}s"
+        f"{similar.height:,} {kind} ids differ from another one only in how they are written, such as "
+        f"{example[0]!r} and {example[1]!r}: they stay different {kind}s"
     ]
 
 
 def _described(raw: Raw, items: pl.Series) -> tuple[pl.DataFrame, list[str]]:
-    """ITEM_SCHEMA for each item in order, null where nothing is known, and what the items file lacks."""
-    known = raw.describe(items)
-    once = known.unique("item", keep="first", maintain_order=True)
+    """Return ITEM_SCHEMA for each item in order, null where nothing is known, and notes."""
+    rows = raw.describe(items)
+    described = rows.unique("item", keep="first", maintain_order=True)
     notes = []
     if raw.items_file is not None:
-        name, forms = raw.items_file.name, other_forms(items, once["item"])
-        if known.height > once.height:
-            notes.append(f"{name} describes {known.height - once.height:,} items again: the first row counts")
+        name, forms = raw.items_file.name, other_forms(items, described["item"])
+        if repeated := rows.height - described.height:
+            notes.append(f"{name} has {repeated:,} further rows for items that it already describes: ignored")
         if forms.height:
-            wanted, own = forms.row(0)
-            notes.append(f"{name} has {forms.height:,} ids such as {own!r} for {wanted!r}: they are matched")
-            once = once.with_columns(pl.col("item").replace(forms["known"], forms["wanted"]))
-        notes += _coverage(name, items, once["item"])
-    return items.to_frame("item").join(once, on="item", how="left", maintain_order="left"), notes
+            item, other = forms.row(0)
+            notes.append(f"{name} has {forms.height:,} ids such as {other!r} for {item!r}: they are matched")
+            described = described.with_columns(pl.col("item").replace(forms["other"], forms["id"]))
+        notes += _coverage(name, items, described["item"])
+    return items.to_frame("item").join(described, on="item", how="left", maintain_order="left"), notes
 
 
-def _coverage(name: str, items: pl.Series, known: pl.Series) -> list[str]:
-    """A note where the items file lacks items; UserError where it describes none."""
-    count = int(items.is_in(known.implode()).sum())
+def _coverage(name: str, items: pl.Series, described: pl.Series) -> list[str]:
+    """Return a note if the items file lacks items. Raises UserError if it describes none of them."""
+    count = int(items.is_in(described.implode()).sum())
     if count == 0:
-        shown = f"{name} has ids such as {known[0]!r}" if len(known) else f"{name} has none of these"
+        ids = f"{name} has ids such as {described[0]!r}" if len(described) else f"{name} has none of these"
         raise UserError(
             f"{name} describes 0 of {len(items):,} items",
-            cause=f"the interactions have item ids such as {items[0]!r}; {shown}",
-            fix="name the columns of the ids: --columns item=… for the interactions, id=… for the items",
+            cause=f"the interactions have item ids such as {items[0]!r}; {ids}",
+            fix="name the id columns: --columns item=… for the interactions, id=… for the items",
         )
     return [f"{name} describes {count:,} of {len(items):,} items"] if count < len(items) else []
 
 
 def _sequences(rows: pl.DataFrame, users: pl.Series, items: pl.Series) -> list[np.ndarray]:
-    """Item rows per user, int32; ``rows`` are grouped by user already."""
-    number = pl.DataFrame({"item": items, "row": np.arange(len(items), dtype=np.int32)})
-    numbered = rows.join(number, on="item", how="left", maintain_order="left")["row"].to_numpy()
+    """Return the item rows of each user, int32. ``rows`` must be grouped by user."""
+    row_of = pl.DataFrame({"item": items, "row": np.arange(len(items), dtype=np.int32)})
+    numbered = rows.join(row_of, on="item", how="left", maintain_order="left")["row"].to_numpy()
     lengths = rows.group_by("user", maintain_order=True).len()["len"].to_numpy()
     return [np.asarray(part, dtype=np.int32) for part in np.split(numbered, np.cumsum(lengths)[:-1])]

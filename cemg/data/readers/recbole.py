@@ -1,4 +1,4 @@
-"""RecBole's atomic files: ``X.inter``, maybe ``X.item``; tab separated, ``name:type`` headers."""
+"""RecBole's atomic files ``X.inter`` and, optionally, ``X.item``: tab-separated, headers ``name:type``."""
 
 from __future__ import annotations
 
@@ -17,52 +17,55 @@ TYPES = ("token", "token_seq", "float", "float_seq")
 
 
 def read_recbole(path: Path, *, items: Path | None = None, encoding: str = "") -> Raw:
-    """Read a ``.inter`` file or a folder with one; needs ``user_id``, ``item_id`` and ``timestamp``.
+    """Read atomic files. The columns ``user_id``, ``item_id`` and ``timestamp`` are required.
 
-    ``items`` None is the ``.item`` file of the same name.
+    Args:
+        path: ``.inter`` file, or a folder with one.
+        items: ``.item`` file; None takes the one of the same name.
+        encoding: Encoding of the files; "" detects it.
     """
     files = sorted(path.glob("*.inter")) if path.is_dir() else [path]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"{path}: wanted one .inter file, found {names}", fix="name the file")
+        raise UserError(f"{path}: expected one .inter file, found {names}", fix="name the file")
     file, about = files[0], items or files[0].with_suffix(".item")
     table, _ = _open(file, encoding)
     rows = {"user": table.ids("user_id"), "item": table.ids("item_id"), "timestamp": table.times("timestamp")}
     if table.has("rating"):
         rows["rating"] = table.numbers("rating")
-    there = about.is_file()
+    has_items = about.is_file()
     return Raw(
         name=file.stem,
         interactions=pl.DataFrame(rows),
-        describe=(lambda wanted: _describe(about, encoding)) if there else no_items,
-        items_file=about if there else None,
-        notes=[*table.notes, *([] if there else [f"no {about.name}: items have no text"])],
+        describe=(lambda item_ids: _describe(about, encoding)) if has_items else no_items,
+        items_file=about if has_items else None,
+        notes=[*table.notes, *([] if has_items else [f"there is no {about.name}: items have no text"])],
     )
 
 
 def _open(file: Path, encoding: str) -> tuple[Table, dict[str, str]]:
-    """The table under the bare names of its columns, and the type of each."""
+    """Read a table; return it with the bare names of its columns, and their types."""
     table = open_table(file, separator="\t", quoted=False, encoding=encoding)
     types: dict[str, str] = {}
     for header in table.frame.columns:
         name, _, kind = header.partition(":")
         if kind not in TYPES:
-            wanted = f"wanted name:type with a type of {', '.join(TYPES)}"
-            raise bad_line(file, 1, f"header {header!r}; {wanted}")
+            expected = f"expected name:type with a type of {', '.join(TYPES)}"
+            raise bad_line(file, 1, f"header {header!r}; {expected}")
         types[name] = kind
     renamed = table.frame.rename(dict(zip(table.frame.columns, types, strict=True)))
     return dataclasses.replace(table, frame=renamed), types
 
 
 def _describe(file: Path, encoding: str) -> pl.DataFrame:
-    """Title: the first column with "title" or "name" in its name. Text: it, then the other tokens."""
+    """Describe the items. The title is the first column named "title" or "name"; the text adds the others."""
     table, types = _open(file, encoding)
     ids = table.ids("item_id")
     tokens = [name for name, kind in types.items() if kind.startswith("token") and name != "item_id"]
-    headline = next((name for name in tokens if "title" in name or "name" in name), None)
-    rest = [name for name in tokens if name != headline]
+    title_column = next((name for name in tokens if "title" in name or "name" in name), None)
+    rest = [name for name in tokens if name != title_column]
     rows = []
     for item, record in zip(ids, table.frame.iter_rows(named=True), strict=True):
-        title = clean(record[headline]) if headline else ""
+        title = clean(record[title_column]) if title_column else ""
         rows.append((item, title, item_text(title, [clean(record[name]) for name in rest]), None))
     return pl.DataFrame(rows, schema=ITEM_SCHEMA, orient="row")

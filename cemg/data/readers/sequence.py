@@ -1,7 +1,7 @@
-"""The sequence format: ``user item item …`` a line, oldest first, and a JSON file about the items.
+"""The sequence format: one line ``user item item …`` per user, oldest first, and a JSON file of the items.
 
-Two dialects: a folder with ``interactions.txt`` and ``items.json``; and S3-Rec's files, ``Beauty.txt`` and
-``Beauty_item2attributes.json``, whose attributes are numbers and so give no text.
+There are two dialects: a folder with ``interactions.txt`` and ``items.json``, or S3-Rec's ``Beauty.txt`` and
+``Beauty_item2attributes.json``. The attributes in the latter are numbers, so these items have no text.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ ATTRIBUTES = "_item2attributes.json"
 
 
 def read_sequence(path: Path, *, items: Path | None = None, encoding: str = "") -> Raw:
-    """Read a folder or a ``.txt`` file. Ids stay as they are; items are numbered in order of their ids.
+    """Read histories and items. Items are sorted by id. Users without items are left out, with a note.
 
-    ``items`` None is ``items.json`` beside it, or S3-Rec's file. Users without items are counted and left
-    out.
+    Args:
+        path: Folder or ``.txt`` file.
+        items: JSON file of the items; None takes ``items.json``, or S3-Rec's file, next to the histories.
+        encoding: Encoding of the files; "" detects it.
     """
     file, about = _files(path)
     about = items or about
@@ -39,7 +41,7 @@ def read_sequence(path: Path, *, items: Path | None = None, encoding: str = "") 
     return Raw(
         name=path.resolve().name if path.is_dir() else file.stem,
         interactions=interactions,
-        describe=lambda wanted: _describe(described),
+        describe=lambda item_ids: _describe(described),
         order=ORDER,
         catalog=catalog,
         image_folder=file.parent / "images",
@@ -48,7 +50,7 @@ def read_sequence(path: Path, *, items: Path | None = None, encoding: str = "") 
 
 
 def _files(path: Path) -> tuple[Path, Path | None]:
-    """The interactions file and the items file, None where there is none."""
+    """Return the file of histories and the file of items, None if there is none."""
     if path.is_dir() and (path / "interactions.txt").is_file():
         path = path / "interactions.txt"
     if path.is_dir():
@@ -56,7 +58,7 @@ def _files(path: Path) -> tuple[Path, Path | None]:
         if len(described) != 1:
             raise UserError(
                 f"{path} has no interactions.txt, and {len(described)} files *{ATTRIBUTES}",
-                fix="name one .txt file",
+                fix="name the .txt file",
             )
         path = path / (described[0].name.removesuffix(ATTRIBUTES) + ".txt")
     if not path.is_file():
@@ -68,39 +70,44 @@ def _files(path: Path) -> tuple[Path, Path | None]:
 
 
 def _read_interactions(file: TextFile) -> tuple[pl.DataFrame, pl.DataFrame, list[str]]:
-    """``user``, ``item``, ``timestamp`` (place in the line); ``number`` of the line, ``item``; and notes."""
+    """Read the histories.
+
+    Returns:
+        A frame with the columns ``user``, ``item`` and ``timestamp`` (the position in the line), a frame with
+        the columns ``number`` (of the line) and ``item``, and notes.
+    """
     squeezed = pl.col("line").str.strip_chars().str.replace_all(r"\s+", " ")
     lines = read_lines(scan_lines(file).with_columns(squeezed), file)
     lines = lines.filter(pl.col("line").fill_null("") != "")
     if lines.is_empty():
         raise empty_file(file.path)
     _check_lines(file.path, lines)
-    full = lines.filter(pl.col("line").str.contains(" "))
-    bare = lines.join(full, on="number", how="anti")
-    if full.is_empty():
-        raise UserError(f"{file.path}: no user has an item", fix="write a line as: user item item …")
+    with_items = lines.filter(pl.col("line").str.contains(" "))
+    without_items = lines.join(with_items, on="number", how="anti")
+    if with_items.is_empty():
+        raise UserError(f"{file.path}: no user has an item", fix="write each line as: user item item …")
     ids = pl.col("line").str.split(" ")
-    split = full.select("number", ids.list.first().alias("user"), ids.list.slice(1).alias("item"))
+    split = with_items.select("number", ids.list.first().alias("user"), ids.list.slice(1).alias("item"))
     rows = split.explode("item").with_columns(pl.int_range(pl.len()).over("number").alias("timestamp"))
     notes = []
-    if bare.height:
+    if without_items.height:
         notes.append(
-            f"{bare.height:,} of {lines.height:,} users have no items and are left out; the first is user "
-            f"{bare['line'][0]} in line {bare['number'][0]}"
+            f"{without_items.height:,} of {lines.height:,} users have no items and are left out; the "
+            f"first is user {without_items['line'][0]} in line {without_items['number'][0]}"
         )
     return rows.select("user", "item", "timestamp"), rows.select("number", "item"), notes
 
 
 def _check_lines(file: Path, lines: pl.DataFrame) -> None:
-    """Integers only, each user once."""
+    """Raise UserError for a line that is not a list of integers, and for a user with two lines."""
     user = pl.col("line").str.extract(r"^(\S+)")
     faults = (
-        (~pl.col("line").str.contains(r"^\d+( \d+)*$"), "wanted integers, user item item …, got {line!r}"),
-        (~user.is_first_distinct(), "user {user} has another line above"),
+        (~pl.col("line").str.contains(r"^\d+( \d+)*$"), "expected integers, user item item …, got {line!r}"),
+        (~user.is_first_distinct(), "user {user} already has a line above"),
     )
     for is_fault, reason in faults:
-        found = lines.filter(is_fault).head(1).with_columns(user.alias("user"))
-        for number, line, name in found.iter_rows():
+        first_fault = lines.filter(is_fault).head(1).with_columns(user.alias("user"))
+        for number, line, name in first_fault.iter_rows():
             raise bad_line(file, number, reason.format(line=line[:60], user=name))
 
 
@@ -111,7 +118,7 @@ def _check_known(file: Path, lines: pl.DataFrame, items: dict[str, dict[str, Any
 
 
 def _read_items(text: TextFile) -> dict[str, dict[str, Any]]:
-    """Item id -> its fields; the lists of S3-Rec's attributes become a field of that name."""
+    """Read item id -> fields. S3-Rec's lists become the field ``attributes``."""
     file = text.path
     try:
         items = json.loads(text.text())
@@ -122,20 +129,25 @@ def _read_items(text: TextFile) -> dict[str, dict[str, Any]]:
     except (RecursionError, ValueError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(items, dict) or not items:
-        raise UserError(f"{file}: wanted a JSON object keyed by item id, got {str(items)[:40]!r}")
+        raise UserError(f"{file}: expected a JSON object keyed by item id, got {str(items)[:40]!r}")
     for item, fields in items.items():
         if not isinstance(fields, dict | list):
-            raise UserError(f"{file}, item {item!r}: wanted an object or a list, got {fields!r}")
-    return {item: {"attributes": it} if isinstance(it, list) else it for item, it in items.items()}
+            raise UserError(f"{file}, item {item!r}: expected an object or a list, got {fields!r}")
+    return {
+        item: {"attributes": fields} if isinstance(fields, list) else fields for item, fields in items.items()
+    }
 
 
 def _describe(items: dict[str, dict[str, Any]]) -> pl.DataFrame:
-    rows = [(item, *_title_and_text(it), clean(it.get("poster")) or None) for item, it in items.items()]
+    rows = [
+        (item, *_title_and_text(fields), clean(fields.get("poster")) or None)
+        for item, fields in items.items()
+    ]
     return pl.DataFrame(rows, schema=ITEM_SCHEMA, orient="row")
 
 
 def _title_and_text(about: dict[str, Any]) -> tuple[str, str | None]:
-    """Title (year). Attributes and genres, separated by commas. Keywords."""
+    """Compose the text: title (year). Attributes and genres, separated by commas. Keywords."""
     title, year = clean(about.get("title")), clean(str(about.get("year") or ""))
     attributes = phrases([about.get("attributes"), about.get("genres")])
     headline = f"{title} ({year})" if year else title

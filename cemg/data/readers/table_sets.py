@@ -1,4 +1,4 @@
-"""The csv and parquet formats: a table of interactions and, beside it or named, one of items."""
+"""The csv and parquet formats: a table of interactions and, optionally, a table of items."""
 
 from __future__ import annotations
 
@@ -22,42 +22,55 @@ def read_table_set(
     path: Path, columns: ColumnNames | None, *, format: str, items: Path | None = None, separator: str = "",
     encoding: str = "",
 ) -> Raw:  # fmt: skip
-    """Read a file of interactions, or a folder with ``interactions.csv`` (.tsv, .gz, .parquet, a folder of
-    shards).
+    """Read a table of interactions, and its items.
 
-    ``items`` is the items file; None takes ``items.*`` beside it, or the ``meta_*`` file of Amazon's 2023
-    set. ``columns`` None takes `ColumnNames` as they are, or user_id with item_id or parent_asin, or
-    MovieLens's.
+    Args:
+        path: File of interactions, or a folder with ``interactions.csv`` (.tsv, .gz, .parquet, or a folder of
+            Parquet files).
+        columns: Names of the columns. None takes those of `ColumnNames`, or user_id with item_id or
+            parent_asin, or MovieLens's names.
+        format: "csv" or "parquet".
+        items: Items file. None takes ``items.*`` next to the interactions, or Amazon's ``meta_*`` file.
+        separator: Field separator; "" detects it.
+        encoding: Encoding of text files; "" detects it.
     """
     file = _interactions_file(path, format)
     header = columns is None or not columns.headerless
     table = open_table(file, encoding=encoding, separator=separator, header=header)
     names = columns or guess_names(table.frame.columns)
     interactions = _interactions(table, names)
-    about = items or _items_file(file)
-    describe, notes = _description(about, columns or (names if about else None), separator, encoding)
+    items_file = items or _items_file(file)
+    describe, notes = _description(
+        items_file, columns or (names if items_file else None), separator, encoding
+    )
     expected = f"items{file.suffix if file.is_file() else PARQUET}"
     return Raw(
         name=path.resolve().name if path.is_dir() else file.name.split(".")[0],
         interactions=interactions,
         describe=describe,
-        items_file=about,
-        image_folder=(about or file).parent,
-        notes=[*table.notes, *notes, *([] if about else [f"no {expected}: items have no text"])],
+        items_file=items_file,
+        image_folder=(items_file or file).parent,
+        notes=[
+            *table.notes,
+            *notes,
+            *([] if items_file else [f"there is no {expected}: items have no text"]),
+        ],
     )
 
 
 def _interactions_file(path: Path, format: str) -> Path:
-    """The file, or the folder of Parquet shards, that holds the interactions."""
+    """Return the file or the folder of Parquet files with the interactions."""
     if not path.is_dir():
         if not path.is_file():
             raise UserError(f"{path} is missing")
         return path
-    found = (path / f"interactions{suffix}" for suffix in SUFFIXES[format])
-    file = next((file for file in found if file.is_file()), None)
+    candidates = (path / f"interactions{suffix}" for suffix in SUFFIXES[format])
+    file = next((file for file in candidates if file.is_file()), None)
     if file is None and format == "parquet":
         folder = path / "interactions"
-        file = next((place for place in (folder, path) if place.is_dir() and shards(place)), None)
+        file = next(
+            (candidate for candidate in (folder, path) if candidate.is_dir() and shards(candidate)), None
+        )
     if file is None:
         raise UserError(
             f"{path} has no interactions{SUFFIXES[format][0]}",
@@ -67,28 +80,29 @@ def _interactions_file(path: Path, format: str) -> Path:
 
 
 def _items_file(file: Path) -> Path | None:
-    """``items.*`` beside the interactions, or Amazon's metadata of the same name."""
+    """Return ``items.*`` next to the interactions, or Amazon's metadata; None if there is none."""
     folders = (file, file.parent) if file.is_dir() else (file.parent,)
     for folder in folders:
-        beside = (folder / f"items{suffix}" for suffix in (*TEXT_SUFFIXES, PARQUET))
-        found = next((items for items in beside if items.is_file() and items != file), None)
-        if found:
-            return found
+        candidates = (folder / f"items{suffix}" for suffix in (*TEXT_SUFFIXES, PARQUET))
+        items = next((items for items in candidates if items.is_file() and items != file), None)
+        if items:
+            return items
     return metadata_of(file) if file.is_file() else None
 
 
 def _description(
     items: Path | None, columns: ColumnNames | None, separator: str, encoding: str
 ) -> tuple[Describe, list[str]]:
+    """Return the function that describes items, and notes for the user."""
     if items is None:
         return no_items, []
     if not items.is_file():
         raise UserError(f"{items} is missing")
     text = TextFile(items, encoding)
     if text.suffix in (".json", ".jsonl"):
-        return (lambda wanted: describe_metadata(text, wanted)), []
-    about, notes = read_items(items, columns, separator=separator, encoding=encoding)
-    return (lambda wanted: about), notes
+        return (lambda item_ids: describe_metadata(text, item_ids)), []
+    described, notes = read_items(items, columns, separator=separator, encoding=encoding)
+    return (lambda item_ids: described), notes
 
 
 def _interactions(table: Table, names: ColumnNames) -> pl.DataFrame:

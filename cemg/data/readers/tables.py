@@ -1,4 +1,4 @@
-"""CSV and Parquet with named columns, and the checked reading of tables that other readers share."""
+"""CSV and Parquet tables with named columns; other readers use them too."""
 
 from __future__ import annotations
 
@@ -17,15 +17,22 @@ from cemg.errors import UserError
 
 SEPARATORS = (",", ";", "\t", "|")
 SEPARATOR_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
-AGAIN = "_duplicated_0"  # what Polars appends to a name that it reads a second time
+REPEATED = "_duplicated_0"  # Polars appends this to a column name that occurs a second time
 PARQUET = ".parquet"
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Columns as read, text where the file is text, and what it takes to name the line of a row.
+    """The columns of a file, and what is needed to find the line of a row for an error.
 
-    ``notes`` collects what the readers of columns have to say.
+    Attributes:
+        path: The file, or the folder of Parquet files.
+        frame: The columns; those of a text file are String.
+        text: The text file; None for Parquet.
+        separator: Field separator of the text file.
+        quoted: Whether fields may be quoted.
+        header: Whether the first line has the names of the columns.
+        notes: Notes for the user, collected while columns are read.
     """
 
     path: Path
@@ -37,12 +44,12 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def column(self, name: str) -> pl.Series:
-        """A column; UserError lists those there are. A missing value is refused with its line."""
+        """Return a column. Raises UserError if it does not exist, or has an empty value."""
         if name not in self.frame.columns:
             raise self.no_column(name)
-        again = f"{name}{AGAIN}" in self.frame.columns
-        if again and self.text is not None and AGAIN not in self.text.first_line():
-            raise bad_line(self.path, 1, f"two columns are called {name!r}", fix="rename one of them")
+        is_repeated = f"{name}{REPEATED}" in self.frame.columns
+        if is_repeated and self.text is not None and REPEATED not in self.text.first_line():
+            raise bad_line(self.path, 1, f"two columns are named {name!r}", fix="rename one of them")
         series = self.frame[name]
         if series.null_count():
             raise self.refuse(series.is_null(), f"column {name!r} is empty", None)
@@ -52,25 +59,25 @@ class Table:
         return name in self.frame.columns
 
     def ids(self, name: str) -> pl.Series:
-        """The column as ids, String; see `read_ids`."""
+        """Return a column as ids, String; see `read_ids`."""
         return self._read(name, read_ids)
 
     def times(self, name: str) -> pl.Series:
-        """The column as times; see `read_times`."""
+        """Return a column as times; see `read_times`."""
         return self._read(name, read_times)
 
     def numbers(self, name: str) -> pl.Series:
-        """The column as Float64."""
+        """Return a column as Float64; see `read_numbers`."""
         return read_numbers(self.column(name), self.refuse, decimal_comma=self.separator == ";")
 
     def texts(self, name: str) -> list[str | None]:
-        """The column as text; UserError where it is not there."""
+        """Return a column as texts, None where empty. Raises UserError if it does not exist."""
         if name not in self.frame.columns:
             raise self.no_column(name)
         return self.frame[name].cast(pl.String).to_list()
 
     def refuse(self, bad: pl.Series, reason: str, fix: str | None) -> UserError:
-        """The error about the first row of the mask ``bad``."""
+        """Return the error for the first row of the mask ``bad``."""
         row = int(bad.arg_true()[0])
         if self.text is None:
             return UserError(f"{self.path}, row {row + 1}: {reason}", fix=fix)
@@ -78,7 +85,7 @@ class Table:
             self.text, row, separator=self.separator, quoted=self.quoted, header=self.header
         )
         if row == 0 and not self.header:
-            fix = "name the columns by their names if this line is a header; " + (fix or "")
+            fix = "if this line is a header, name the columns by their names; " + (fix or "")
         return bad_line(self.path, line, reason, fix=fix and fix.removesuffix("; "))
 
     def _read(self, name: str, read: Callable[[pl.Series, Refuse], tuple[pl.Series, list[str]]]) -> pl.Series:
@@ -87,7 +94,7 @@ class Table:
         return values
 
     def no_column(self, name: str, *, fix: str = COLUMNS_FIX) -> UserError:
-        """The error about a column that is not there; it lists those that are."""
+        """Return the error for a column that does not exist. It lists the existing ones."""
         reason = f"no column {name!r}; the columns are {', '.join(self.frame.columns)}"
         if self.text is None:
             return UserError(f"{self.path}: {reason}", fix=fix)
@@ -97,11 +104,17 @@ class Table:
 def open_table(
     path: Path, *, encoding: str = "", separator: str = "", quoted: bool = True, header: bool = True
 ) -> Table:
-    """All columns of a CSV or Parquet file, or of a folder of Parquet files; rows without any value are
-    dropped.
+    """Read all columns of a file. Rows without any value are dropped.
 
-    ``separator`` "" is the one that the first line has most of. Without ``header`` the columns are called
-    "#1", "#2", …
+    Args:
+        path: CSV or Parquet file, or a folder of Parquet files.
+        encoding: Encoding of a text file; "" is the one of its byte order mark, or UTF-8.
+        separator: Field separator; "" is the most frequent one in the first line.
+        quoted: Whether fields may be quoted.
+        header: Whether the first line has the names of the columns; without it they are "#1", "#2", …
+
+    Raises:
+        UserError: The file is malformed. The error names the line.
     """
     if path.is_dir() or path.suffix == PARQUET:
         return _checked(Table(path, _read_parquet(path)))
@@ -117,17 +130,20 @@ def open_table(
 
 
 def shards(folder: Path) -> list[Path]:
-    """The Parquet files of a folder, in order of their names, without hidden ones and the items file."""
-    patterns = (f"*{PARQUET}", f"*=*/**/*{PARQUET}")  # beside each other, or in partitions such as day=3
-    found = (file for pattern in patterns for file in folder.glob(pattern))
-    files = (file.relative_to(folder) for file in found if file.is_file())
-    seen = [f for f in files if not any(part.startswith((".", "_")) for part in f.parts)]
-    return [folder / file for file in sorted(seen) if str(file) != f"items{PARQUET}"]
+    """List the Parquet files of a folder by name, without hidden ones and the items file."""
+    patterns = (f"*{PARQUET}", f"*=*/**/*{PARQUET}")  # in the folder itself, or in partitions such as day=3
+    paths = (path for pattern in patterns for path in folder.glob(pattern))
+    files = (path.relative_to(folder) for path in paths if path.is_file())
+    visible = [file for file in files if not any(part.startswith((".", "_")) for part in file.parts)]
+    return [folder / file for file in sorted(visible) if str(file) != f"items{PARQUET}"]
 
 
 def _checked(table: Table) -> Table:
+    """Drop rows without any value. Raises UserError for an empty table."""
     if table.text is not None and any("\r" in name for name in table.frame.columns):
-        raise bad_line(table.path, 1, "lines end with a carriage return alone", fix="end them with a newline")
+        raise bad_line(
+            table.path, 1, "lines end with a lone carriage return", fix="end each line with a newline"
+        )
     blank = pl.all_horizontal(pl.all().is_null())
     if table.frame.is_empty() or table.frame.filter(~blank).is_empty():
         raise empty_file(table.path)
@@ -136,13 +152,14 @@ def _checked(table: Table) -> Table:
     )
 
 
-def _separator(file: TextFile, named: str) -> str:
-    if named:
-        separator = SEPARATOR_NAMES.get(named, named)
+def _separator(file: TextFile, requested: str) -> str:
+    """Return the requested separator, or the most frequent one in the first line."""
+    if requested:
+        separator = SEPARATOR_NAMES.get(requested, requested)
         if len(separator.encode()) != 1 or separator in '"\r\n':
-            raise UserError(f"{named!r} is not a valid separator", fix='one character, or "tab"')
+            raise UserError(f"{requested!r} is not a valid separator", fix='use one character, or "tab"')
         return separator
-    outside = "".join(file.first_line().split('"')[::2])  # of an unquoted line: all of it
+    outside = "".join(file.first_line().split('"')[::2])  # the text outside of quotes
     candidates = ("\t", *SEPARATORS) if file.suffix == ".tsv" else SEPARATORS
     return max(candidates, key=outside.count)
 
@@ -164,7 +181,7 @@ def _read_csv(file: TextFile, *, separator: str, quoted: bool, header: bool) -> 
         if quoted:
             check_quotes(file, separator=separator)
         try:
-            return read(truncate=True)  # what is too much is empty
+            return read(truncate=True)  # the surplus fields are empty
         except READ_ERRORS:
             raise UserError(f"{file.path} cannot be read: {error}") from error
 
@@ -172,7 +189,7 @@ def _read_csv(file: TextFile, *, separator: str, quoted: bool, header: bool) -> 
 def _read_parquet(path: Path) -> pl.DataFrame:
     files = shards(path) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{path} holds no {PARQUET} file")
+        raise UserError(f"{path} has no {PARQUET} file")
     frames = []
     for file in files:
         check_source(file)
@@ -184,7 +201,7 @@ def _read_parquet(path: Path) -> pl.DataFrame:
         if set(frame.columns) != set(frames[0].columns):
             raise UserError(
                 f"{file} has other columns than {files[0]}",
-                cause=f"{', '.join(frame.columns)}; and {', '.join(frames[0].columns)}",
+                cause=f"{', '.join(frame.columns)} versus {', '.join(frames[0].columns)}",
             )
     try:
         return pl.concat([frame.select(frames[0].columns) for frame in frames], how="vertical_relaxed")
@@ -193,9 +210,9 @@ def _read_parquet(path: Path) -> pl.DataFrame:
 
 
 def item_key(table: Table, columns: ColumnNames | None) -> str:
-    """The column of the items' ids: the one named, that of the interactions, or one of the usual names."""
+    """Return the id column of an items file: the requested one, the interactions' one, or a usual name."""
     if columns is not None and columns.id is not None:
         return columns.id
-    own = columns.item if columns is not None else ColumnNames().item
+    item = columns.item if columns is not None else ColumnNames().item
     usual = () if columns is not None and not columns.headerless else ITEM_IDS
-    return next((name for name in (own, *usual) if table.has(name)), own)
+    return next((name for name in (item, *usual) if table.has(name)), item)

@@ -1,4 +1,4 @@
-"""From the fields of an item to the one text that is encoded."""
+"""Composition of the text of an item from its fields."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ SPACE = re.compile(r"\s+")
 
 
 def clean(value: Any) -> str:
-    """One line of plain text: HTML entities and tags resolved; "" for what is no text."""
+    """Return one line of plain text, without HTML entities and tags; "" if ``value`` is not a text."""
     if not isinstance(value, str):
         return ""
     return SPACE.sub(" ", TAG.sub(" ", html.unescape(value))).strip()
 
 
 def phrases(value: Any) -> list[str]:
-    """The distinct texts in a text or (nested) list of texts, in order; "Unknown" says nothing and goes."""
+    """Collect the distinct texts of a text or nested list of texts, in order, without "Unknown"."""
     nested = value if isinstance(value, list) else [value]
     flat = [text for part in nested for text in (phrases(part) if isinstance(part, list) else [clean(part)])]
     return [text for text in dict.fromkeys(flat) if text and text != "Unknown"]
 
 
 def sentences(parts: Iterable[str]) -> str | None:
-    """The parts that are not empty, each closed by a full stop; None where all are empty."""
+    """Join the parts that are not empty as sentences, with full stops; None if all are empty."""
     closed = [part if part[-1] in ".!?" else f"{part}." for part in parts if part]
     return " ".join(closed) or None
 
 
 def item_text(title: str, parts: Iterable[str]) -> str | None:
-    """The title and then the parts, all cleaned, as sentences; None where all are empty.
+    """Compose the text of an item: the title, once, and then the distinct parts, as sentences.
 
-    The rule of every reader: a text begins with the title, once. A part that occurs twice counts once.
+    Args:
+        title: Cleaned title, "" if there is none.
+        parts: Cleaned texts, such as a brand and a description.
+
+    Returns:
+        The text; None if title and parts are empty.
     """
     rest = [part for part in dict.fromkeys(parts) if part and part != title]
-    opens = bool(title and rest) and re.match(rf"{re.escape(title)}(?!\w)", rest[0]) is not None
-    return sentences(rest if opens else [title, *rest])
+    has_title = bool(title and rest) and re.match(rf"{re.escape(title)}(?!\w)", rest[0]) is not None
+    return sentences(rest if has_title else [title, *rest])

@@ -1,4 +1,4 @@
-"""A text file as readers take it: plain or gzip, of any encoding, with or without a byte order mark."""
+"""Text files: plain or gzip, in any encoding, with or without a byte order mark."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import IO
 from cemg.errors import UserError
 
 UTF8 = "utf-8"
-PATTERN = frozenset("*?[")  # a path with one of them is a pattern to Polars
-MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+PATTERN = frozenset("*?[")  # Polars takes a path with one of these for a glob pattern
+MARKS = (  # UTF-32 first, because its little-endian mark begins with the one of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -27,29 +27,30 @@ ENCODING_FIX = "name the file's encoding, for example --encoding cp1252, latin-1
 
 
 def bad_line(path: Path, number: int, reason: str, *, fix: str | None = None) -> UserError:
-    """The error that says where a file is malformed."""
+    """Return the error for a malformed line."""
     return UserError(f"{path}, line {number}: {reason}", fix=fix)
 
 
 def empty_file(path: Path) -> UserError:
+    """Return the error for a file without records."""
     return UserError(f"{path} is empty", fix="download or export it again")
 
 
 def check_encoding(name: str) -> None:
-    """UserError for a name that is not a text encoding of Python; "" is UTF-8, or what the mark says."""
+    """Raise UserError for a name that is not a text encoding of Python. "" stands for the default."""
     try:
-        found = codecs.lookup(name or UTF8)
-        if not found._is_text_encoding or found.name in NOT_CHARSETS:
+        codec = codecs.lookup(name or UTF8)
+        if not codec._is_text_encoding or codec.name in NOT_CHARSETS:
             raise LookupError
     except (LookupError, ValueError):
         raise UserError(
-            f"{name!r} is not a valid encoding", fix="--encoding cp1252, latin-1 or utf-16"
+            f"{name!r} is not a valid encoding", fix="use --encoding cp1252, latin-1 or utf-16"
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """``encoding`` "" takes the byte order mark's, or UTF-8 where there is no mark."""
+    """A text file. ``encoding`` "" is the one of its byte order mark, or UTF-8 without a mark."""
 
     path: Path
     encoding: str = ""
@@ -68,26 +69,26 @@ class TextFile:
 
     @property
     def codec(self) -> str:
-        """Python's name of the encoding; the mark of a UTF-8 file is taken off."""
+        """Python's name of the encoding. The one of UTF-8 with a mark removes the mark."""
         with self._open() as file:
             head = file.read(4)
         marked = next((codec for mark, codec in MARKS if head.startswith(mark)), UTF8)
         if not self.encoding:
             return marked
-        named = codecs.lookup(self.encoding).name
-        return marked if named == UTF8 else named
+        requested = codecs.lookup(self.encoding).name
+        return marked if requested == UTF8 else requested
 
     def source(self) -> Path | bytes:
-        """What Polars reads: the file itself where it is plain UTF-8, or else its text as UTF-8.
+        """Return what Polars reads: the path of a plain UTF-8 file, or else the text as UTF-8.
 
-        The text too where the path holds a character of a pattern: `scan_ndjson` would read all files that
-        match it, and takes no ``glob=False``.
+        The text is also returned for a path with a character of a glob pattern, because `scan_ndjson` would
+        read all files that match it, and has no ``glob=False``.
         """
         plain = self.codec == UTF8 and not PATTERN & set(str(self.path))
         return self.path if plain else self.text().encode()
 
     def text(self) -> str:
-        """The whole text; UserError names the line of the first byte that cannot be decoded."""
+        """Read the whole text. Raises UserError with the line of a byte that cannot be decoded."""
         codec = self.codec
         try:
             with self._open() as file:
@@ -101,7 +102,7 @@ class TextFile:
             raise self._undecodable(before.count("\n") + 1, codec, error) from error
 
     def lines(self) -> Iterator[str]:
-        """The lines, line ends kept; UserError where one cannot be decoded or the file is cut short."""
+        """Yield the lines with their line ends. Raises UserError for bytes that cannot be decoded."""
         codec = self.codec
         if codec != UTF8:
             yield from self.text().splitlines(keepends=True)
@@ -118,15 +119,15 @@ class TextFile:
             raise bad_line(self.path, number, f"the file is damaged or cut short: {error}") from error
 
     def first_line(self) -> str:
-        """The first line that is not blank, 1 MiB at most; "" where there is none or it is not a text."""
+        """Return the first line that is not blank, at most 1 MiB; "" if there is none or it is not text."""
         try:
             codec = self.codec
             if codec not in (UTF8, "utf-8-sig"):
                 return next((line.strip() for line in self.lines() if line.strip()), "")
             with self._open() as file:
                 lines = iter(lambda: file.readline(1 << 20), b"")
-                found = next((line for line in lines if line.strip(codecs.BOM_UTF8 + b" \t\r\n")), b"")
-            return found.decode("utf-8-sig", errors="ignore" if len(found) == 1 << 20 else "strict").strip()
+                line = next((line for line in lines if line.strip(codecs.BOM_UTF8 + b" \t\r\n")), b"")
+            return line.decode("utf-8-sig", errors="ignore" if len(line) == 1 << 20 else "strict").strip()
         except (*DAMAGED, UserError, UnicodeDecodeError):
             return ""
 

@@ -1,5 +1,7 @@
-"""The Yelp open dataset: ``yelp_academic_dataset_review.json`` and ``…_business.json``; earlier rounds call
-them ``review.json`` and ``business.json``."""
+"""The Yelp open dataset: ``yelp_academic_dataset_review.json`` and ``…_business.json``.
+
+In earlier releases they are named ``review.json`` and ``business.json``.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,25 @@ ABOUT = {name: pl.String for name in ("business_id", "name", "categories", "city
 
 
 def read_yelp(path: Path, *, items: Path | None = None, encoding: str = "") -> Raw:
-    """Read the folder of the dataset, or its review file; repeated visits are kept unless told otherwise.
+    """Read reviews and businesses.
 
-    ``items`` None is the business file beside the reviews.
+    Args:
+        path: Folder of the dataset, or its review file.
+        items: Business file; None takes the one next to the reviews.
+        encoding: Encoding of the files; "" detects it.
     """
     reviews = _reviews(path)
     business = items or reviews.with_name(reviews.name.replace("review", "business"))
-    there = business.is_file() and business != reviews
+    has_business = business.is_file() and business != reviews
     interactions, notes = read_reviews(TextFile(reviews, encoding), FIELDS)
     return Raw(
         name="yelp",
         interactions=interactions,
-        describe=(lambda wanted: _describe(TextFile(business, encoding), wanted)) if there else no_items,
-        items_file=business if there else None,
-        notes=[*notes, *([] if there else [f"no {PREFIX}business.json: items have no text"])],
+        describe=(lambda item_ids: _describe(TextFile(business, encoding), item_ids))
+        if has_business
+        else no_items,
+        items_file=business if has_business else None,
+        notes=[*notes, *([] if has_business else [f"there is no {PREFIX}business.json: items have no text"])],
     )
 
 
@@ -41,18 +48,18 @@ def _reviews(path: Path) -> Path:
     if path.is_dir():
         path = next((path / name for name in REVIEWS if (path / name).is_file()), path / REVIEWS[0])
     if not path.is_file():
-        raise UserError(f"{path} is missing", fix="unpack the Yelp open dataset there")
+        raise UserError(f"{path} is missing", fix="unpack the Yelp open dataset in that folder")
     return path
 
 
-def _describe(file: TextFile, wanted: pl.Series) -> pl.DataFrame:
-    """Name. Categories. City, state."""
-    read_json_lines(file, {"business_id": pl.String})  # refuses a malformed line; the rest may be null
-    own = pl.col("business_id").str.strip_chars()
-    known = pl.scan_ndjson(file.source(), schema=ABOUT).with_columns(own)
-    found = known.filter(pl.col("business_id").is_in(wanted.implode())).collect()
+def _describe(file: TextFile, item_ids: pl.Series) -> pl.DataFrame:
+    """Compose the texts: name. Categories. City, state."""
+    read_json_lines(file, {"business_id": pl.String})  # rejects malformed lines; the other fields may be null
+    business_id = pl.col("business_id").str.strip_chars()
+    businesses = pl.scan_ndjson(file.source(), schema=ABOUT).with_columns(business_id)
+    needed = businesses.filter(pl.col("business_id").is_in(item_ids.implode())).collect()
     rows = []
-    for item, name, categories, city, state in found.iter_rows():
-        place = ", ".join(part for part in (clean(city), clean(state)) if part)
-        rows.append((item, clean(name), sentences([clean(name), clean(categories), place]), None))
+    for item, name, categories, city, state in needed.iter_rows():
+        location = ", ".join(part for part in (clean(city), clean(state)) if part)
+        rows.append((item, clean(name), sentences([clean(name), clean(categories), location]), None))
     return pl.DataFrame(rows, schema=ITEM_SCHEMA, orient="row")
