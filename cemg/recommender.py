@@ -179,7 +179,7 @@ class Recommender:
         return self.artifacts.titles()
 
     def item_ids(self, found: Recommendations) -> list[list[int | str | None]]:
-        """Item ids [B][top] of recommendations; None where there were fewer items."""
+        """Item IDs of recommendations, B lists of ``top``; None where there were fewer items."""
         return self.catalog.ids_of(found.items)
 
     def encode_items(self, texts: Sequence[str | None], images: Sequence[Path | str | None]) -> Tensor:

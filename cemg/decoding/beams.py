@@ -24,8 +24,8 @@ MARGIN = 1e-4  # a result is certified where it beats everything pruned by this 
 class Recommendations:
     """Best first. ``items`` [B, top] int64 (−1: none), ``scores`` [B, top] float32 (−inf), ``codes``
     [B, top, M] int64 (−1), ``certified`` [B]: how many leading results are proven to be the true top.
-    ``ids`` and ``titles`` [B][top] are filled by a ``Recommender``, with None where there is no item or no
-    title; a ``Decoder`` leaves them empty.
+    ``ids`` and ``titles``, B lists of ``top``, are filled by a ``Recommender``, with None where there is no
+    item or no title; a ``Decoder`` leaves them empty.
     """
 
     items: Tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,41 +259,6 @@ def test_added_items_get_codes_and_titles_and_old_ones_keep_theirs(tiny_run, tmp
     named = ("--columns", "id=sku,title=name,text=about", "--encoding", "cp1252")
     assert command(catalog.main, "add", "--run", run, "--items", tmp_path / "latin.tsv", *named) == 0
     assert Catalog.load(run / "catalog").item_ids[-2:] == ["n4", "05"]
-
-
-def readme_snippets() -> list[str]:
-    return re.findall(
-        r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL
-    )
-
-
-def test_the_readmes_recommender_runs_as_printed(tiny_run, capsys):
-    snippet = next(text for text in readme_snippets() if "Recommender.from_run" in text)
-    exec(snippet.replace("runs/demo", str(tiny_run)).replace("item-0105", "item-0005"), {})
-    assert capsys.readouterr().out.startswith("[['item-")
-
-
-def test_the_readmes_decoder_and_processor_agree_as_printed():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    own, kept = (
-        next(t for t in readme_snippets() if name in t) for name in ("Decoder(", "TrieLogitsProcessor(")
-    )
-    torch.manual_seed(0)
-    codes, start = torch.randint(256, (80, 3)), 5
-    shape = T5Config(
-        vocab_size=start + 3 * 256, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0,
-        eos_token_id=1, decoder_start_token_id=0,
-    )  # fmt: skip
-    model = T5ForConditionalGeneration(shape).eval()
-    ids = torch.randint(start, start + 256, (2, 6))
-    names = {"codes": codes, "model": model, "code_token_start": start, "input_ids": ids, "torch": torch,
-             "attention_mask": torch.ones_like(ids)}  # fmt: skip
-    exec(own, names)
-    model.generation_config.update(do_sample=True, top_k=20, repetition_penalty=1.05, no_repeat_ngram_size=3)
-    model.generation_config.update(forced_bos_token_id=1, forced_eos_token_id=1, num_beams=4, min_length=9)
-    exec(kept, names)
-    assert names["items"].view(2, 50)[:, 0].tolist() == names["found"].items[:, 0].tolist()
 
 
 # ---- errors: exit code 2, nothing on stdout, these lines on stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -135,25 +134,6 @@ def test_an_index_with_shared_ids_decodes_as_under_generate(tmp_path):
     for item, score in zip(ids, found.scores[0], strict=True):
         same = next(i for i, row in index.items() if row == index[item])
         assert abs(float(score) - float(scores[0, items[0].index(same)])) < 1e-5
-
-
-def test_the_readmes_lines_run_as_printed(tmp_path, monkeypatch):
-    _, index = make_index(tmp_path, repeated=12)
-    tokenizer = make_tokenizer(index)
-    tokenizer.save_pretrained(tmp_path / "checkpoint")
-    make_model("t5", len(tokenizer)).save_pretrained(tmp_path / "checkpoint")
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    snippet = next(
-        text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Beauty.index" in text
-    )
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"Catalog": Catalog, "Decoder": Decoder}
-    exec(snippet, names)
-    prompt = tokenizer([" ".join(index["3"])], return_tensors="pt")
-    prompt = prompt["input_ids"], prompt["attention_mask"]
-    found = names["decoder"].decode(*prompt, 10)
-    again = Decoder.from_pretrained("beauty").decode(*prompt, 10)
-    assert torch.equal(again.items, found.items) and torch.equal(again.scores, found.scores)
 
 
 def test_a_tokenizer_without_a_token_of_the_index_is_refused_with_item_and_token(tmp_path):
