@@ -15,7 +15,6 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +23,14 @@ from cells import MODELS, Cell, Skip, check_memory, random_catalog
 from harness import forget_peak, peak_mib
 from torch import Tensor
 
-from cemg.decoding import Decoder, Recommendations, TransformersDecoder, TrieLogitsProcessor, VllmDecoder
+from cemg.decoding import (
+    Decoder,
+    Recommendations,
+    TransformersDecoder,
+    TrieLogitsProcessor,
+    VllmDecoder,
+    record_timings,
+)
 from cemg.tokenizer import Catalog
 
 ANSWER = "@@ "  # begins each line that is an answer; libraries print what they like between
@@ -272,112 +278,47 @@ def need(package: str) -> None:
         raise Skip(f"not installed: {package}") from None
 
 
-def parts() -> dict[str, float]:
-    """Where our engine spends its time, in shares of five runs: encoder, decoder, selection, other.
-
-    The C++ says what its parts took; PyTorch's steps are timed from outside.
-    """
-    from cemg.decoding import engine
-    from cemg.decoding.models import t5
-    from cemg.decoding.models.native import NativePlan
-    from cemg_kernels.runtime.ranges import ranges_enabled, use_ranges
-
-    decoder, bench = RUNNING["decoder"], RUNNING["bench"]
-    spent = dict.fromkeys(("encoder", "start", "step", "selection", "all"), 0.0)
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **options: Any) -> Any:
-            begun = clock(bench)
-            found = function(*arguments, **options)
-            spent[name] += clock(bench) - begun
-            return found
-
-        return run
-
-    def begin() -> Any:
-        state = originals[2]()
-        prefill, decode_step = timed("start", state.prefill), timed("step", state.decode_step)
-        return SimpleNamespace(prefill=prefill, decode_step=decode_step)
-
-    def searched(*arguments: Any, **options: Any) -> Any:
-        found, said = search(*arguments, **options)
-        for name, more in (
-            ("encoder", said.prefill),
-            ("step", said.decode_steps),
-            ("selection", said.selection),
-        ):
-            spent[name] += more
-        return found, said
-
-    originals = engine.trie_beam_step, t5.T5State._encode, decoder.plan.new_state
-    recorded, decoder.graphs = decoder.graphs, None  # a graph has no parts to time
-    ranges = ranges_enabled()
-    use_ranges(False)  # with them the C++ is called step by step
-    one_call = isinstance(decoder.plan, NativePlan)
-    if one_call:
-        search, decoder.plan.beam_search = decoder.plan.beam_search, searched
-    else:
-        engine.trie_beam_step = timed("selection", engine.trie_beam_step)
-        t5.T5State._encode = timed("encoder", t5.T5State._encode)  # type: ignore[method-assign]
-        decoder.plan.new_state = begin
-    try:
+def stage_shares() -> dict[str, float]:
+    """The share of each stage in five searches of our engine: encoder, decoder, selection, other."""
+    decoder, workload = RUNNING["decoder"], RUNNING["bench"]
+    with record_timings() as timings:
         for _ in range(5):
-            timed("all", decoder.decode)(bench.ids, bench.mask, bench.cell.beams)
-    finally:
-        engine.trie_beam_step, t5.T5State._encode, decoder.plan.new_state = originals  # type: ignore[method-assign]
-        decoder.graphs = recorded
-        use_ranges(ranges)
-        if one_call:
-            decoder.plan.beam_search = search
-    whole = spent["encoder"] + spent["step"] if one_call else spent["start"] + spent["step"]
-    encoder = spent["encoder"] if one_call or bench.seq2seq else spent["start"]
-    shares = {"encoder": encoder, "decoder": whole - encoder, "selection": spent["selection"]}
-    shares["other"] = spent["all"] - sum(shares.values())
-    return {name: seconds / spent["all"] for name, seconds in shares.items()}
-
-
-def clock(bench: Bench) -> float:
-    if bench.cell.device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+            decoder.decode(workload.ids, workload.mask, workload.cell.beams)
+    names = {"encoder": "prefill", "decoder": "decode_steps", "selection": "selection"}
+    shares = {name: timings.seconds[stage] / timings.total for name, stage in names.items()}
+    return {**shares, "other": 1 - sum(shares.values())}
 
 
 def trace(path: str) -> None:
-    """A Chrome trace of three runs of our engine, with the names of its ranges."""
+    """Writes a Chrome trace of three searches of our engine, with its named ranges."""
     from torch.profiler import ProfilerActivity, profile
 
     from cemg_kernels.runtime.ranges import use_ranges
 
-    decoder, bench = RUNNING["decoder"], RUNNING["bench"]
-    begin, laps = decoder.plan.new_state, []
-
-    def begin_noted() -> Any:
-        state = begin()
-        laps.append(getattr(state, "laps", []))  # not the state: its room is for the next
-        return state
-
-    decoder.plan.new_state = begin_noted
-    recorded, decoder.graphs = decoder.graphs, None  # a replayed graph has no names
+    decoder, workload = RUNNING["decoder"], RUNNING["bench"]
+    activities = [ProfilerActivity.CPU]
+    if workload.cell.device != "cpu":
+        activities.append(ProfilerActivity.CUDA)
     use_ranges(True)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.cell.device != "cpu" else [])
-    with profile(activities=activities) as profiler:
-        for _ in range(3):
-            decoder.decode(bench.ids, bench.mask, bench.cell.beams)
-    use_ranges(False)
-    decoder.plan.new_state, decoder.graphs = begin, recorded
+    try:
+        with record_timings() as timings, profile(activities=activities) as profiler:
+            for _ in range(3):
+                decoder.decode(workload.ids, workload.mask, workload.cell.beams)
+    finally:
+        use_ranges(False)
     profiler.export_chrome_trace(path)
-    add_laps(Path(path), [lap for search in laps for lap in search])
+    add_native_events(Path(path), timings.native_events)
 
 
-def add_laps(path: Path, laps: list[list[tuple[str, float]]]) -> None:
-    """Writes what each call of the C++ decoder did into the trace, below the range that the call is."""
+def add_native_events(path: Path, calls: list[list[tuple[str, float]]]) -> None:
+    """Adds the parts of each call of the C++ decoder to a trace, inside the range of the call."""
     trace = json.loads(path.read_text())
-    calls = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e["name"].startswith("decode: ")]
-    for call, parts in zip(sorted(calls, key=lambda e: e["ts"]), laps, strict=not laps):
-        ends = [0.0, *(end for _, end in parts)]
-        for (name, end), start in zip(parts, ends, strict=False):
+    ranges = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e["name"].startswith("decode: ")]
+    for outer, parts in zip(sorted(ranges, key=lambda e: e["ts"]), calls, strict=not calls):
+        begins = [0.0, *(end for _, end in parts)]
+        for (name, end), begin in zip(parts, begins, strict=False):
             trace["traceEvents"].append(
-                call | {"name": name, "ts": call["ts"] + start * 1e6, "dur": (end - start) * 1e6}
+                outer | {"name": name, "ts": outer["ts"] + begin * 1e6, "dur": (end - begin) * 1e6}
             )
     path.write_text(json.dumps(trace))
 
@@ -417,7 +358,7 @@ def answer(request: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     if do == "sample":
         return {"ms": timed_run(state["run"])[1]}
     if do == "parts":
-        return {"parts": parts()}
+        return {"parts": stage_shares()}
     if do == "trace":
         trace(request["path"])
         return {}

@@ -6,6 +6,7 @@ from cemg.decoding.exact import score_all
 from cemg.decoding.integrations.logits_processor import TrieLogitsProcessor, plain_generation
 from cemg.decoding.integrations.transformers import TransformersDecoder, dict_trie
 from cemg.decoding.integrations.vllm import VllmDecoder
+from cemg.decoding.timings import record_timings
 
 __all__ = [
     "Decoder",
@@ -17,5 +18,6 @@ __all__ = [
     "dict_trie",
     "make_decoder",
     "plain_generation",
+    "record_timings",
     "score_all",
 ]

@@ -37,12 +37,13 @@ from cemg.decoding.models.native import NativePlan
 from cemg.decoding.models.t5 import T5Plan
 from cemg.decoding.parity_check import ParityCheck
 from cemg.decoding.pretrained import load_pretrained, save_pretrained
+from cemg.decoding.timings import add_seconds, recording, timed_stage
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, SharedFilter, TokenMap
 from cemg_kernels import RequestFilter, trie_beam_step
 from cemg_kernels.constrained.softmax import Normalize
 from cemg_kernels.runtime.dispatch import choose
-from cemg_kernels.runtime.ranges import named_range, ranges_enabled
+from cemg_kernels.runtime.ranges import ranges_enabled
 
 Array = Tensor | np.ndarray | Sequence[Sequence[int]]  # [B, S] of integers
 
@@ -176,7 +177,7 @@ class Decoder:
         """The leaves that a search ends on, by the ids that the trie gives them."""
         input_ids, attention_mask = self.trimmed(input_ids, attention_mask)
         self.check_positions(attention_mask)
-        if self.graphs is None:
+        if self.graphs is None or recording():
             return self._search(input_ids, attention_mask, beams, filter)
         self.trie.filter_tensors(filter, len(input_ids))  # a replay asks no questions
 
@@ -262,15 +263,16 @@ class Decoder:
         the device. With ``floor`` [B], only prefixes that score at least as much live on. ``num_tokens``:
         at least those of all prompts, as a state takes it."""
         if isinstance(self.plan, NativePlan) and floor is None and self._in_one_call(self.plan, input_ids):
-            ended, _ = self.plan.beam_search(
+            ended, timings = self.plan.beam_search(
                 input_ids, attention_mask, beams=beams, trie=self.trie.arrays,
                 filter=self.trie.filter_tensors(filter, len(input_ids)), normalize=self.normalize,
                 requests=[self.logits_request(level) for level in range(self.catalog.levels)],
                 table=self.tokens.fed if self.tokens.start is None else None,
             )  # fmt: skip
+            add_seconds(timings.by_stage())
             return Recommendations.of_leaves(self.trie, *ended)
         state = self.plan.new_state()
-        with named_range("decode: prompt and first code"):
+        with timed_stage("prefill", "decode: prompt and first code"):
             logits = state.prefill(input_ids, attention_mask, self.logits_request(0), num_tokens)
         found = Beams.at_the_root(len(input_ids), self.trie.device)
         for level in range(self.catalog.levels):
@@ -281,14 +283,14 @@ class Decoder:
                     break
                 tokens = self.tokens.of_level(level - 1, found.codes[:, :, -1])
                 request = self.logits_request(level)._replace(rows=open_beams)
-                with named_range(f"decode: code {level}"):
+                with timed_stage("decode_steps", f"decode: code {level}"):
                     logits = state.decode_step(tokens, found.parents, request)
-            found.grow(
-                trie_beam_step(
+            with timed_stage("selection"):
+                step = trie_beam_step(
                     logits.values, found.scores, found.nodes, self.trie, beams, self.normalize,
                     logits.logsumexp, filter,
-                )
-            )  # fmt: skip
+                )  # fmt: skip
+            found.grow(step)
             if floor is not None:
                 found.drop_below(floor)
         return found.results(self.trie)

@@ -19,6 +19,7 @@ from torch import Tensor
 from cemg.decoding.models.causal import CausalPlan
 from cemg.decoding.models.layers import FeedForward, Logits, LogitsRequest, Norm, Projection, Unsupported
 from cemg.decoding.models.t5 import T5Plan
+from cemg.decoding.timings import Stage, add_native_events
 from cemg.errors import UserError
 from cemg_kernels.constrained.softmax import OVER, Normalize
 from cemg_kernels.runtime.dispatch import native
@@ -64,6 +65,9 @@ class SearchTimings(NamedTuple):
     decode_steps: float
     selection: float
     rows: int
+
+    def by_stage(self) -> dict[Stage, float]:
+        return {"prefill": self.prefill, "decode_steps": self.decode_steps, "selection": self.selection}
 
 
 def large_pages(count: int) -> Tensor:
@@ -316,16 +320,12 @@ class NativePlan:
 
 
 class NativeState:
-    """The search's state lies in C++.
-
-    ``laps``: of each call, what was done and the seconds after its
-    begin at which it ended; noted where ranges are on (``cemg_kernels.runtime.ranges``).
-    """
+    """A search whose state is in C++. While named ranges are on, ``record_timings`` gets the parts of each
+    call."""
 
     def __init__(self, plan: NativePlan) -> None:
         self.plan = plan
         self.search = plan.search(torch.get_num_threads())
-        self.laps: list[list[tuple[str, float]]] = []
         self.batch = self.step_number = self.longest = 0  # until it starts
         self.search.note_laps(ranges_enabled())
 
@@ -374,7 +374,7 @@ class NativeState:
 
     def _note_laps(self) -> None:
         if ranges_enabled():
-            self.laps.append(self.search.laps())
+            add_native_events(self.search.laps())
 
     def _room(self, shape: tuple[int, ...], request: LogitsRequest) -> tuple[Logits, LogitsRequestFields]:
         """Room for the answer of rows in this shape, and what the C++ is told of it."""

@@ -32,7 +32,7 @@ from cemg.decoding.models.layers import (
 )
 from cemg.decoding.models.rows import start_token
 from cemg.decoding.models.weights import unwrapped, weight_of
-from cemg_kernels.runtime.ranges import named_range
+from cemg.decoding.timings import timed_stage
 
 CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 
@@ -162,13 +162,19 @@ class T5State:
         plan = self.plan
         batch = input_ids.shape[0]
         self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
-        with named_range("decode: encoder"):
+        with timed_stage("prefill", "decode: encoder"):
             unpadded = UnpaddedBatch.of(attention_mask, num_tokens)
             encoded = self._encode(input_ids, unpadded)
         crosses = unpadded.cells(plan.cross_kv(encoded)).chunk(2 * len(plan.decoder), dim=2)
         views = [heads(part, plan.heads) for part in crosses]  # each [B, H, S, Dh]
         self.cross = list(zip(views[::2], views[1::2], strict=True))
         self.beam_cache = BeamKVCache(batch, len(plan.decoder), input_ids.device, shared_start=True)
+        with timed_stage("decode_steps"):
+            return self._first_step(batch, request)
+
+    def _first_step(self, batch: int, request: LogitsRequest) -> Logits:
+        """The decoder's step of the start token, one row per user."""
+        plan = self.plan
         x = plan.start_hidden.repeat(batch, 1)
         for number, layer in enumerate(plan.decoder):
             kv = plan.start_kv.expand(batch, -1)

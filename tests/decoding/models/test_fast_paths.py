@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from cemg.decoding import Decoder, Recommendations, score_all
+from cemg.decoding import Decoder, Recommendations, record_timings, score_all
 from cemg.decoding.models.layers import FeedForward, padding_of
 from cemg.decoding.models.native import large_pages
 from cemg.errors import UserError
@@ -277,22 +277,15 @@ def test_a_search_whose_room_is_large_does_not_keep_it(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", ["t5 tied", "qwen3, normed heads"])
-def test_with_ranges_on_each_call_notes_what_it_did(shape):
+def test_each_native_call_records_its_parts_while_ranges_are_on(shape):
     made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
     decoder = Decoder(made.model, made.catalog, START, backend="native")
-    begin, laps = decoder.plan.new_state, []
-
-    def noted() -> Any:
-        state = begin()
-        laps.append(state.laps)
-        return state
-
-    decoder.plan.new_state = noted
-    decoder.decode(*made.prompts([4]), 5)
-    assert laps == []
-    with step_by_step():
+    with record_timings() as timings:
         decoder.decode(*made.prompts([4]), 5)
-    (calls,) = laps
+    assert timings.native_events == []
+    with record_timings() as timings, step_by_step():
+        decoder.decode(*made.prompts([4]), 5)
+    calls = timings.native_events
     decoder.decode(*made.prompts([4]), 5)
     assert decoder.plan._idle[-1].laps() == []  # the same room, in one call again
     assert len(calls) == LEVELS and all(call[-1][0] == "head" for call in calls)
