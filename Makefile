@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/cemg-train --run runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -1,40 +1,54 @@
-"""A run of the whole pipeline, as small as it can be, that the tests of pipeline and commands share."""
+"""Settings of the test session, and the tiny run of the whole pipeline that many tests share."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per process; OpenMP reads this once, when torch loads it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+from filelock import FileLock
 
-if not torch.cuda.is_available():  # read where a Triton kernel is decorated, so before any is imported
+MAX_WORKERS = 8  # each worker imports torch and transformers: 1 GB
+
+if not torch.cuda.is_available():  # Triton reads this when it decorates a kernel, so set it before any import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def _no_skips(report: Any) -> None:
-    """With CEMG_NO_SKIPS (CI, bench/gpu.sh) a kernel's test that is skipped fails: it proves nothing."""
-    own = report.nodeid.startswith(("tests/kernels/", "tests/csrc/", "tests/test_gpu.py"))
-    if os.environ.get("CEMG_NO_SKIPS") and report.skipped and own:
-        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-        report.outcome, report.longrepr = "failed", f"a kernel's test must run here, but: {why}"
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto`` starts one worker per core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS)
+
+
+def _fail_skipped_kernel_test(report: Any) -> None:
+    """With CEMG_NO_SKIPS set (CI, bench/gpu.sh), a skipped kernel test fails, because it checks nothing."""
+    is_kernel_test = report.nodeid.startswith(("tests/kernels/", "tests/csrc/", "tests/test_gpu.py"))
+    if os.environ.get("CEMG_NO_SKIPS") and report.skipped and is_kernel_test:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"CEMG_NO_SKIPS is set, but this test skipped: {reason}"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, Any, Any]:
     report = yield
-    _no_skips(report)
+    _fail_skipped_kernel_test(report)
     return report
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, Any, Any]:
     report = yield
-    _no_skips(report)
+    _fail_skipped_kernel_test(report)
     return report
 
 
@@ -42,12 +56,34 @@ WORDS = ["plain", "sturdy", "garden", "kitchen", "music", "office", "telescope",
 
 
 @pytest.fixture(scope="session")
-def tiny_text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """``make_once(name, make)`` returns a folder that ``make(folder)`` filled, once for all xdist workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # another worker failed here
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def tiny_text_model(make_once) -> Path:
     """A BERT checkpoint of one random layer, width 16, with a WordPiece vocabulary of a few words."""
+    return make_once("tiny-bert", _save_tiny_bert)
+
+
+def _save_tiny_bert(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny-bert")
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *map(chr, range(97, 123))]
     names += [f"##{chr(letter)}" for letter in range(97, 123)]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(names))}
@@ -59,7 +95,6 @@ def tiny_text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -77,9 +112,9 @@ def tiny_settings(tiny_text_model: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def feature_cache(make_once) -> Path:
     """One folder of cached features for every run of the session."""
-    return tmp_path_factory.mktemp("features")
+    return make_once("features", lambda folder: None)
 
 
 @pytest.fixture(scope="session")
@@ -126,16 +161,16 @@ def fail_disk() -> Callable[..., list[int]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_settings: list[str], feature_cache: Path, command
-) -> Path:
+def tiny_run(make_once, tiny_settings: list[str], feature_cache: Path, command) -> Path:
     """A finished run. Tests that write to it copy it first."""
     from cemg.commands.train import main
 
-    run = tmp_path_factory.mktemp("tiny") / "run"
     settings = [part for setting in tiny_settings for part in ("--set", setting)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert command(main, "--run", run, "--cache", feature_cache, *settings) == 0
-    torch.set_num_threads(threads)
-    return run
+
+    def train(folder: Path) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        assert command(main, "--run", folder / "run", "--cache", feature_cache, *settings) == 0
+        torch.set_num_threads(threads)
+
+    return make_once("tiny", train) / "run"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,37 +13,43 @@ import pytest
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
-FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-
-
-CPU = ["attention_cpu.cpp", "gemm_cpu.cpp", "packed_ascending.cpp", "propagate_cpu.cpp", "quantize_cpu.cpp",
-       "row_math.cpp", "search_cpu.cpp", "transformer_cpu.cpp", "trie_build.cpp", "trie_row.cpp",
-       "trie_step.cpp"]  # fmt: skip
-PROGRAMS = {  # the program, its sources, and what it prints
-    "the trie, by threads": (
-        "trie_main",
-        ["trie_*.cpp", "packed_ascending.cpp", "row_math.cpp"],
-        ["-fopenmp"],
-        "240 tries\n",
-    ),
-    "the rest, by threads": ("cpu_main", CPU, ["-fopenmp"], "24 searches\n"),
-    "the rest, as without AVX-512": ("cpu_main", CPU, ["-DCEMG_NARROW"], "24 searches\n"),
+FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+         "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC / 'include'}"]  # fmt: skip
+BUILDS = {  # compiler options and the programs built with them
+    "openmp": (["-fopenmp"], ["trie_main", "cpu_main"]),
+    "one thread, no AVX-512": (["-DCEMG_NARROW"], ["cpu_main"]),
 }
+PRINTED = {"trie_main": "240 tries\n", "cpu_main": "24 searches\n"}
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no g++ on this machine")
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_the_cpp_is_clean_under_asan_and_ubsan(name, tmp_path: Path):
-    main, patterns, defined, printed = PROGRAMS[name]
-    program = tmp_path / main
-    sources = [str(path) for pattern in patterns for path in sorted((CSRC / "src").glob(pattern))]
-    command = [str(COMPILER), *FLAGS, *SANITIZERS, *defined, f"-I{CSRC / 'include'}",
-               str(HERE / f"{main}.cpp"), *sources, "-o", str(program)]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+
+
+def compile_all(build: str, folder: Path) -> None:
+    """Compiles the files of csrc/src and the programs of a build to objects in ``folder``."""
+    options, programs = BUILDS[build]
+    sources = [*(CSRC / "src").glob("*.cpp"), *(HERE / f"{program}.cpp" for program in programs)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [
+            (COMPILER, *FLAGS, *options, "-c", path, "-o", folder / f"{path.stem}.o") for path in sources
+        ]
+        for done in pool.map(lambda command: run(*command), commands):
+            assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no g++ on this machine")
+@pytest.mark.parametrize(
+    ("build", "program"),
+    [(build, program) for build, (_, programs) in BUILDS.items() for program in programs],
+)
+def test_the_cpp_is_clean_under_asan_and_ubsan(build, program, tmp_path: Path, make_once):
+    objects = make_once(f"sanitized, {build}", lambda folder: compile_all(build, folder))
+    linked = [path for path in objects.glob("*.o") if path.stem == program or path.stem not in PRINTED]
+    built = run(COMPILER, *FLAGS, *BUILDS[build][0], *linked, "-o", tmp_path / program)
     if "cannot find" in built.stderr and "san" in built.stderr:
-        pytest.skip("this g++ comes without the sanitizers' libraries")
+        pytest.skip("the libraries of this g++'s sanitizers are not installed")
     assert built.returncode == 0, built.stderr
-    ran = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    ran = run(tmp_path / program)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == printed
+    assert ran.stdout == PRINTED[program]
