@@ -1,11 +1,11 @@
-"""The synthetic set: a small world whose every signal is planted by rule, for the demo and the fast tests.
+"""The synthetic dataset: every signal is planted by rule, for the demo and for fast tests.
 
-Each item belongs to one of C clusters in each of three independent ways: a visual cluster (seen only in its
-picture), a textual one (read only in its text) and a collaborative one (known only from who buys it). Each
-user likes a few clusters of each kind and has a habit: after a cluster comes the next liked one, in cyclic
-order. So who ignores pictures, texts, co-purchases or the order of purchases loses something.
+Each item belongs to three independent clusters: a visual one, which only its picture shows, a textual one,
+which only its text shows, and a collaborative one, which only the purchases show. Each user likes a few
+clusters of each kind and has a habit: after a cluster follows the next liked one, in cyclic order. A model
+that ignores pictures, texts, co-purchases or the order of purchases therefore ranks worse.
 
-U users, N items, C clusters a kind, 3 kinds: visual, textual, collaborative.
+U users, N items, C clusters per kind, 3 kinds: visual, textual, collaborative.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from cemg.storage import files
 from cemg.storage.read import read_parquet
 
 KINDS = ("visual", "textual", "collaborative")
-CLUSTERS = 6  # of each kind; 6 x 6 x 6 cells hold 400 items, about two each
-LIKED = 2  # clusters of each kind that a user likes
-TASTE, HABIT = 2.0, 2.5  # added to an item's log-weight per kind that fits the user's taste, and its habit
+CLUSTERS = 6  # per kind; 400 items fill the 6 x 6 x 6 combinations with about two each
+LIKED = 2  # clusters per kind that a user likes
+TASTE, HABIT = 2.0, 2.5  # added to the log-weight of an item per kind that matches the user's taste or habit
 SKEW = 0.9  # popularity of the item of rank r is r ** -SKEW
-NEW, NEW_WEIGHT = 0.1, 0.1  # this share of the items is new: its popularity is cut to this part
-SHORTEST, LONGEST = 6, 25
+NEW, NEW_WEIGHT = 0.1, 0.1  # share of new items, and the factor on their popularity
+SHORTEST, LONGEST = 6, 25  # items of a history
 MISSING = 0.03  # share of items without a picture, and of items without a text
-SIDE = 80  # pixels of a drawn picture
+SIDE = 80  # of a picture, in pixels
 
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "stripes")
 COLOURS = ((205, 45, 45), (45, 95, 205), (50, 160, 70), (225, 165, 30), (140, 60, 170), (40, 40, 45))
@@ -60,9 +60,13 @@ ADJECTIVES = (
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The planted truth. ``clusters`` [N, 3] int, ``popularity`` [N] float, ``likes`` [U, 3, C] bool.
+    """The planted ground truth.
 
-    ``following`` [U, 3, C] int: the liked cluster that the user's habit puts after each cluster.
+    Attributes:
+        clusters: Cluster of each item per kind, [N, 3] int.
+        popularity: Weight of each item, [N] float.
+        likes: Whether a user likes a cluster, [U, 3, C] bool.
+        following: Cluster that a user's habit puts after each cluster, [U, 3, C] int.
     """
 
     clusters: np.ndarray
@@ -71,9 +75,14 @@ class World:
     following: np.ndarray
 
     def scores(self, last: np.ndarray | None, *, blind_to: str | None = None) -> np.ndarray:
-        """Log-weight of every item as each user's next, [U, N], after the items ``last`` [U] (None: first).
+        """Compute the log-weight of every item as the next item of every user.
 
-        ``blind_to`` leaves one of KINDS out: what an observer without that signal would compute.
+        Args:
+            last: Last item of each user, [U]; None for the first item.
+            blind_to: One of KINDS to ignore, as an observer without this signal would.
+
+        Returns:
+            The log-weights, [U, N].
         """
         weight = np.repeat(np.log(self.popularity)[None, :], len(self.likes), axis=0)  # [U, N]
         for kind, name in enumerate(KINDS):
@@ -89,7 +98,7 @@ class World:
 
 
 def plant(*, users: int, items: int, seed: int) -> World:
-    """Draw the clusters of the items and the likes of the users."""
+    """Draw the clusters and popularities of the items, and the likes of the users."""
     rng = np.random.default_rng([seed, 1])
     clusters = np.stack([rng.permutation(np.arange(items) % CLUSTERS) for _ in KINDS], axis=1)
     popularity = np.arange(1, items + 1, dtype=np.float64) ** -SKEW
@@ -100,13 +109,23 @@ def plant(*, users: int, items: int, seed: int) -> World:
 
 
 def synthetic_dataset(folder: Path, *, users: int = 1200, items: int = 400, seed: int = 0) -> Dataset:
-    """Draw, write and sell the synthetic set; the same arguments give the same set.
+    """Generate the synthetic dataset. The same arguments give the same dataset.
 
-    Writes ``folder/images/*.png`` and ``folder/planted.parquet`` (see `planted_clusters`). Raises UserError
-    where the world would be too small for its longest history.
+    Writes ``folder/images/*.png`` and ``folder/planted.parquet``, see `planted_clusters`.
+
+    Args:
+        folder: Folder to write.
+        users: Number of users.
+        items: Number of items.
+        seed: Random seed.
+
+    Raises:
+        UserError: There are too few items for the longest history.
     """
     if users < 1 or items < 2 * LONGEST:
-        raise UserError(f"a synthetic set needs a user and {2 * LONGEST} items, got {users} and {items}")
+        raise UserError(
+            f"a synthetic set needs at least 1 user and {2 * LONGEST} items, got {users} and {items}"
+        )
     world = plant(users=users, items=items, seed=seed)
     titles, texts = _write_texts(world, seed)
     data = Dataset(
@@ -129,7 +148,11 @@ def synthetic_dataset(folder: Path, *, users: int = 1200, items: int = 400, seed
 
 
 def planted_clusters(folder: Path) -> pl.DataFrame:
-    """The planted labels, a row per item: ``item``, ``visual``, ``textual``, ``collaborative``, all int32."""
+    """Read the planted clusters of ``folder``.
+
+    Returns:
+        One row per item, with the columns ``item``, ``visual``, ``textual`` and ``collaborative``, all int32.
+    """
     schema = {name: pl.Int32 for name in ("item", *KINDS)}
     return read_parquet(
         folder / "planted.parquet",
@@ -139,7 +162,7 @@ def planted_clusters(folder: Path) -> pl.DataFrame:
 
 
 def _following(likes: np.ndarray) -> np.ndarray:
-    """The first liked cluster after each cluster, in cyclic order; [U, 3, C] bool -> [U, 3, C] int."""
+    """Return the first liked cluster after each cluster, in cyclic order; [U, 3, C] bool -> [U, 3, C] int."""
     following = np.zeros(likes.shape, dtype=np.int64)
     for step in range(CLUSTERS, 0, -1):  # the nearest is written last
         candidate = (np.arange(CLUSTERS) + step) % CLUSTERS
@@ -148,7 +171,7 @@ def _following(likes: np.ndarray) -> np.ndarray:
 
 
 def _buy(world: World, rng: np.random.Generator) -> list[np.ndarray]:
-    """Every user's purchases: at each step an item not yet owned, drawn by its weight (Gumbel-max)."""
+    """Draw the purchases: at each step an item that the user does not own, by its weight (Gumbel-max)."""
     users, items = len(world.likes), len(world.clusters)
     lengths = np.minimum(SHORTEST + rng.geometric(0.14, users) - 1, LONGEST)
     bought = np.full((users, LONGEST), -1, dtype=np.int32)
@@ -163,7 +186,7 @@ def _buy(world: World, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def _write_texts(world: World, seed: int) -> tuple[list[str], list[str | None]]:
-    """A title and a text for each item, telling its textual cluster only; "" and None for the missing."""
+    """Write titles and texts that depend only on the textual cluster; some are missing ("" and None)."""
     titles: list[str] = []
     texts: list[str | None] = []
     for item, topic in enumerate(world.clusters[:, KINDS.index("textual")]):
@@ -185,7 +208,7 @@ def _write_text(topic: int, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _draw_images(world: World, folder: Path, seed: int) -> list[Path | None]:
-    """Draw one picture an item, telling its visual cluster only; None for the missing."""
+    """Draw one picture per item, which depends only on the visual cluster; some are missing (None)."""
     files.make_folder(folder)
     images: list[Path | None] = []
     for item, cluster in enumerate(world.clusters[:, KINDS.index("visual")]):
@@ -194,28 +217,28 @@ def _draw_images(world: World, folder: Path, seed: int) -> list[Path | None]:
             images.append(None)
             continue
         path = folder / f"item-{item + 1:04d}.png"
-        _draw_image(cluster, rng).save(path)  # drawn again at each start, so not flushed
+        _draw_image(cluster, rng).save(path)  # not flushed, because every start draws it again
         images.append(path)
     return images
 
 
 def _draw_image(cluster: int, rng: np.random.Generator) -> Image.Image:
-    """A shape in its cluster's colour, of random size, place and shade, on a pale random ground."""
-    ground = np.clip(rng.integers(205, 250) + rng.integers(-12, 13, (SIDE, SIDE, 3)), 0, 255)
-    image = Image.fromarray(ground.astype(np.uint8))
+    """Draw the shape and colour of a cluster with random size, position and shade on a pale background."""
+    background = np.clip(rng.integers(205, 250) + rng.integers(-12, 13, (SIDE, SIDE, 3)), 0, 255)
+    image = Image.fromarray(background.astype(np.uint8))
     shade = rng.integers(-25, 26, 3)
     red, green, blue = (int(c) for c in np.clip(np.array(COLOURS[cluster]) + shade, 0, 255))
     x, y = (float(v) for v in SIDE / 2 + rng.uniform(-8, 8, 2))
-    place = (x, y, float(rng.uniform(18, 28)))
-    _draw_shape(ImageDraw.Draw(image), SHAPES[cluster], place, (red, green, blue))
+    circle = (x, y, float(rng.uniform(18, 28)))
+    _draw_shape(ImageDraw.Draw(image), SHAPES[cluster], circle, (red, green, blue))
     return image
 
 
 def _draw_shape(
-    draw: ImageDraw.ImageDraw, shape: str, place: tuple[float, float, float], colour: tuple[int, int, int]
+    draw: ImageDraw.ImageDraw, shape: str, circle: tuple[float, float, float], colour: tuple[int, int, int]
 ) -> None:
-    """Draw ``shape`` in ``place`` = (x, y, radius)."""
-    x, y, radius = place
+    """Draw ``shape`` inside ``circle``, given as (x, y, radius)."""
+    x, y, radius = circle
     box = (x - radius, y - radius, x + radius, y + radius)
     third = radius / 3
     match shape:

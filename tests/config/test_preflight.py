@@ -87,7 +87,7 @@ IMPOSSIBLE: dict[str, tuple[list[str], str]] = {
     "an unknown image backbone": (["image.backbone=resnet51"], "unknown image backbone 'resnet51'"),
     "image weights that do not exist": (
         ["image.weights=none.pt"],
-        "none.pt: not a checkpoint that can be read",
+        "none.pt is not a readable checkpoint",
     ),
     "a text model that does not exist": (
         ["text.model=TMP/none"],

@@ -79,7 +79,7 @@ def test_more_dimensions_than_there_are_are_refused_with_the_largest_possible(ro
     with pytest.raises(UserError) as error:
         PCA.fit(drawn(rows, width), dim=11)
     assert f"{rows} items" in (error.value.cause or "")
-    assert error.value.fix == (f"dim={limit} or less" if limit else "leave this modality out")
+    assert error.value.fix == (f"use dim={limit} or less" if limit else "leave this modality out")
 
 
 def test_vectors_that_are_all_equal_or_not_finite_are_refused():

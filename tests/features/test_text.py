@@ -141,7 +141,7 @@ def test_a_folder_that_holds_no_model_is_an_error_with_cause_and_fix(tmp_path: P
 def test_more_tokens_than_the_model_has_positions_are_refused(tiny_bert: Path):
     with pytest.raises(UserError, match="at most 128") as error:
         quiet(TEXTS, TextConfig(str(tiny_bert), max_tokens=129))
-    assert error.value.fix == "max_tokens=128"
+    assert error.value.fix == "use max_tokens=128"
 
 
 @pytest.mark.parametrize("wrong", [{"pooling": "max"}, {"batch_size": 0}, {"max_tokens": 2}])

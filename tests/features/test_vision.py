@@ -200,7 +200,7 @@ def test_keras_kernels_are_turned_to_pytorch_order(tmp_path: Path):
         assert state[f"{index}.weight"][3, 1, 0, 2] == kernels[layer][0, 2, 1, 3]
     with h5py.File(tmp_path / "vgg.weights.h5", "a") as file:
         del file["block3/layers/block3_conv2"]
-    with pytest.raises(UserError, match="no layer block3_conv2"):
+    with pytest.raises(UserError, match="has no layer block3_conv2"):
         read_keras_vgg16(tmp_path / "vgg.weights.h5")
 
 
