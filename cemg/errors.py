@@ -1,17 +1,23 @@
-"""Errors that are the user's to mend: what failed, why with both values, what to type."""
+"""Errors that the user can fix: what failed, why (with the values), and what to type."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Bad input. The commands print it as ``error: … / cause: … / fix: …`` and exit with 2."""
+    """Invalid input. The commands print it as ``error:``, ``cause:`` and ``fix:`` and exit with code 2.
+
+    Args:
+        message: What failed, with the values.
+        cause: Why, if known.
+        fix: What to do or type, if known.
+    """
 
     def __init__(self, message: str, *, cause: str | None = None, fix: str | None = None) -> None:
         self.message, self.cause, self.fix = message, cause, fix
         super().__init__("\n".join(self.lines()))
 
     def lines(self) -> list[str]:
-        """The message, then its cause and its remedy where they are known."""
+        """Return the message, and the cause and fix if they are known, one per line."""
         extra = [
             f"  {name + ':':<6} {text}" for name, text in (("cause", self.cause), ("fix", self.fix)) if text
         ]
@@ -19,4 +25,4 @@ class UserError(ValueError):
 
 
 class DamagedError(UserError):
-    """A file is missing, or its content is not what was written: what it belongs to has to be built again."""
+    """A file is missing or was changed, so the stage that it belongs to must be rebuilt."""

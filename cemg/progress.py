@@ -1,4 +1,4 @@
-"""Progress bars on stderr, and the logs that training writes."""
+"""Progress bars and messages on stderr, and the logs of training."""
 
 from __future__ import annotations
 
@@ -26,27 +26,35 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u
 
 
 def plain_console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is: ``[bold]`` and ``:smile:`` are text, not markup."""
+    """Create a console that prints text unchanged: ``[bold]`` and ``:smile:`` are not markup."""
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, with every character that could move the cursor or reorder the line written as
-    an escape: control characters, line separators, bidirectional controls, lone surrogates."""
-    return UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+    """Escape every character that could move the cursor or reorder the line.
+
+    These are control characters, line separators, bidirectional controls and lone surrogates.
+    """
+    return UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 console = plain_console(stderr=True)
 
 
 class Log(Protocol):
-    """Takes the figures of one step: ``log(step, {"rqvae/recon": 0.4})``."""
+    """Records the metrics of one step: ``log(step, {"rqvae/recon": 0.4})``."""
 
     def __call__(self, step: int, values: dict[str, float]) -> None: ...
 
 
 def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterator[T]:
-    """Iterate with a progress bar on stderr; where stderr is not a terminal, silently."""
+    """Iterate with a progress bar on stderr, or without one if stderr is not a terminal.
+
+    Args:
+        items: What to iterate over.
+        label: Label of the bar.
+        total: Number of items; None takes the length of ``items``, if it has one.
+    """
     if total is None and isinstance(items, Sized):
         total = len(items)
     with bar(label, total=total) as advance:
@@ -59,9 +67,15 @@ def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterat
 def bar(
     label: str, *, total: int | None, done: int = 0, shown: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, none where that is not a terminal; yields ``advance(steps)``.
+    """Show a progress bar on stderr, if it is a terminal; yields the function ``advance(steps)``.
 
-    It ends full where the block ends, also before ``total`` steps, as a training does that stops early.
+    The bar is full at the end of the block, even before ``total`` steps, as when training stops early.
+
+    Args:
+        label: Label of the bar.
+        total: Number of steps; None if unknown.
+        done: Number of steps already done.
+        shown: Whether to show a bar at all.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -78,15 +92,20 @@ def bar(
 
 
 class StageLog:
-    """Writes a stage's figures to ``log.jsonl`` and to TensorBoard; one that ``resumes`` goes on there."""
+    """Writes the metrics of a stage to ``log.jsonl`` and to TensorBoard.
+
+    Args:
+        folder: Folder of the stage.
+        resumes: Whether existing logs are continued, not replaced.
+    """
 
     def __init__(self, folder: Path, *, resumes: bool = False) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a slow import that only training needs
+        from torch.utils.tensorboard import SummaryWriter  # a slow import, needed only for training
 
         path = folder / "log.jsonl"
-        if not resumes:  # what an interrupted attempt wrote
+        if not resumes:  # remove the logs of an interrupted attempt
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        if not resumes or not path.is_file():  # a pipe would wait for its reader
+        if not resumes or not path.is_file():  # a pipe would block until it has a reader
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.lines = path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"))

@@ -1,7 +1,7 @@
-"""Writing files so that a crash, a power cut or a full disk never leaves a torn one.
+"""Durable writes: a crash, a power cut or a full disk never leaves a partial file.
 
-A file is written under a temporary name in its own folder, flushed to the disk, renamed into place, and the
-folder is flushed as well. Names that begin with a dot are unfinished or internal: they are never state.
+A file is written under a temporary name in its folder, flushed to the disk and renamed; then the folder is
+flushed. Names that begin with a dot are unfinished or internal, and are never read as results.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ from cemg.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPORARY = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")  # .NAME.PID.part, and what safetensors writes first
+TEMPORARY = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")  # .NAME.PID.part, and the names that safetensors uses
 CONTINUE = "then run the same command again; it continues where it stopped"
-ABANDONED = 3600.0  # seconds after which no process is still writing a file
-MODE = 0o666  # less the umask, as for any file that a program creates
+ABANDONED = 3600.0  # seconds after which a temporary file is not in use any more
+MODE = 0o666  # reduced by the umask, as for any new file
 
-_open, _fsync, _replace, _mkdir = os.open, os.fsync, os.replace, os.mkdir  # a test makes each of them fail
+_open, _fsync, _replace, _mkdir = os.open, os.fsync, os.replace, os.mkdir  # tests make each of them fail
 
 
 class StorageError(UserError):
-    """The disk is full, read-only or closed to this user: the settings are right, the place is not."""
+    """The disk is full, read-only or not writable for this user. The settings are not the cause."""
 
 
 @contextmanager
 def durable(path: Path | str) -> Iterator[Path]:
-    """``with durable(path) as part: write(part)``: ``path`` is the new file, whole, or what it was before.
+    """Write a file completely or not at all: ``with durable(path) as part: write(part)``.
 
-    Yields a temporary path beside ``path`` that exists and is empty. The folder is created where it is
-    missing. A failure removes the temporary file. Raises StorageError for a full, read-only or closed disk.
+    Yields an empty temporary file next to ``path``, which replaces it at the end of the block. A missing
+    folder is created. After a failure, the temporary file is removed, and ``path`` is unchanged.
+
+    Raises:
+        StorageError: The disk is full, read-only or not writable for this user.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -63,40 +66,40 @@ def durable(path: Path | str) -> Iterator[Path]:
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
-    """Write ``content``, whole or not at all."""
+    """Write ``content``, completely or not at all."""
     with durable(path) as part, part.open("wb") as file:
         file.write(content)
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
+    """Write ``text`` as UTF-8, completely or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path | str, value: object, *, indent: int | None = 1) -> None:
-    """Write a JSON value and a newline, whole or not at all. Raises TypeError for what JSON cannot hold."""
+    """Write a JSON value and a newline, completely or not at all. Raises TypeError for other values."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path | str, *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, whole or not at all; tensors are copied to the CPU and made contiguous."""
+    """Write a safetensors file, completely or not at all. Tensors may be on a GPU or not contiguous."""
     from safetensors.torch import save_file
 
     with durable(path) as part:
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, part, metadata=dict(metadata) if metadata is not None else None)
+        dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(dense, part, metadata=dict(metadata) if metadata is not None else None)
 
 
 def copy_file(source: Path | str, target: Path | str) -> None:
-    """Copy a file, whole or not at all."""
+    """Copy a file, completely or not at all."""
     with durable(target) as part:
         shutil.copyfile(source, part)
 
 
 def make_folder(folder: Path | str) -> None:
-    """Create a folder and its parents where they are missing, and flush each new name to the disk."""
+    """Create a folder and its missing parents, and flush each new name to the disk."""
     folder = Path(folder)
     if folder.is_dir():
         return
@@ -113,30 +116,30 @@ def make_folder(folder: Path | str) -> None:
 
 
 def sync_folder(folder: Path | str) -> None:
-    """Flush a folder's names to the disk: without it a power cut may undo a rename."""
-    number = _open(folder, os.O_RDONLY)
+    """Flush the names in a folder to the disk. Without this, a power cut may undo a rename."""
+    descriptor = _open(folder, os.O_RDONLY)
     try:
-        _fsync(number)
+        _fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot flush a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush a folder
             raise
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def sync_tree(folder: Path | str) -> None:
-    """Flush every file and folder below ``folder``, whoever wrote it, then ``folder`` itself."""
+    """Flush every file and folder below ``folder``, then ``folder`` itself."""
     try:
-        for place, _, names in os.walk(folder, topdown=False):
+        for directory, _, names in os.walk(folder, topdown=False):
             for name in names:
-                _sync_file(Path(place) / name)
-            sync_folder(place)
+                _sync_file(Path(directory) / name)
+            sync_folder(directory)
     except OSError as error:
         raise storage_error(error, Path(folder)) or error from error
 
 
 def move(source: Path | str, target: Path | str) -> None:
-    """Rename a file or folder on the same file system and flush the folders of both names."""
+    """Rename a file or folder within a file system, and flush the folders of both names."""
     source, target = Path(source), Path(target)
     try:
         _replace(source, target)
@@ -147,9 +150,10 @@ def move(source: Path | str, target: Path | str) -> None:
 
 
 def replace_folder(new: Path | str, target: Path | str) -> None:
-    """Put the finished folder ``new`` in the place of ``target``, which may exist.
+    """Move the finished folder ``new`` to ``target``, replacing an existing folder.
 
-    Killed in between, ``.NAME.old`` beside it holds the old folder: `recover_folder` puts it back.
+    If the process is killed in between, ``.NAME.old`` next to ``target`` is the old folder, which
+    `recover_folder` moves back.
     """
     new, target = Path(new), Path(target)
     recover_folder(target)
@@ -167,7 +171,7 @@ def replace_folder(new: Path | str, target: Path | str) -> None:
 
 
 def recover_folder(target: Path | str) -> None:
-    """Undo what a `replace_folder` that was killed left behind: the old folder is put back or removed."""
+    """Clean up after a killed `replace_folder`: move the old folder back, or remove it."""
     target = Path(target)
     old = _old(target)
     if old.exists() and not target.exists():
@@ -176,15 +180,17 @@ def recover_folder(target: Path | str) -> None:
 
 
 def hidden(path: Path | str) -> bool:
-    """Whether a name begins with a dot: unfinished or internal, never a stage, a result or a run."""
+    """Return whether a name begins with a dot: it is then not a finished stage, result or run."""
     return Path(path).name.startswith(".")
 
 
 def sweep(folder: Path | str, *, shared: bool = False) -> None:
     """Remove the temporary files that killed processes left in ``folder``.
 
-    ``shared``: other processes may be writing there, so only files of processes that have ended, or of an
-    age that no write takes.
+    Args:
+        folder: The folder.
+        shared: Whether other processes may be writing there. Then only files of ended processes and old
+            files are removed.
     """
     with suppress(OSError):
         for path in Path(folder).iterdir():
@@ -193,13 +199,13 @@ def sweep(folder: Path | str, *, shared: bool = False) -> None:
 
 
 def _in_use(path: Path) -> bool:
-    """Whether the process that a temporary file is named after may still be writing it."""
+    """Return whether the process in the name of a temporary file may still be writing it."""
     with suppress(OSError):
         if time.time() - path.stat().st_mtime > ABANDONED:
             return False
-    found = re.search(r"\.(\d+)\.part$", path.name)
+    match = re.search(r"\.(\d+)\.part$", path.name)
     try:
-        os.kill(int(found[1]), 0) if found else None
+        os.kill(int(match[1]), 0) if match else None
     except ProcessLookupError:
         return False
     except OSError:
@@ -208,24 +214,26 @@ def _in_use(path: Path) -> bool:
 
 
 def storage_error(error: BaseException, path: Path | str | None = None) -> StorageError | None:
-    """The StorageError for a full, read-only or closed disk; None for any other error.
+    """Return the StorageError for a full, read-only or unwritable disk; None for any other error.
 
-    Knows OSError, and the errors of safetensors and Polars that end in ``(os error 28)``.
+    Args:
+        error: An OSError, or an error of safetensors or Polars that ends in ``(os error 28)``.
+        path: The file that was written; None takes the one of the error.
     """
     code = getattr(error, "errno", None)
     if code is None:
-        found = re.search(r"os error (\d+)", str(error))
-        code = int(found[1]) if found else None
-    place = path if path is not None else getattr(error, "filename", None)
-    where = f"{place} cannot be written" if place else "a file cannot be written"
-    folder = Path(place).parent if place else "the folder"
+        match = re.search(r"os error (\d+)", str(error))
+        code = int(match[1]) if match else None
+    file = path if path is not None else getattr(error, "filename", None)
+    problem = f"{file} cannot be written" if file else "a file cannot be written"
+    folder = Path(file).parent if file else "the folder"
     if code in (errno.ENOSPC, errno.EDQUOT):
-        what = "disk full" if code == errno.ENOSPC else "disk quota exceeded"
-        return StorageError(f"{what}: {where}", fix=f"free space (df -h {quote(str(folder))}), {CONTINUE}")
+        limit = "disk full" if code == errno.ENOSPC else "disk quota exceeded"
+        return StorageError(f"{limit}: {problem}", fix=f"free space (df -h {quote(str(folder))}), {CONTINUE}")
     if code == errno.EROFS:
-        return StorageError(f"read-only file system: {where}", fix=f"mount {folder} writable, {CONTINUE}")
+        return StorageError(f"read-only file system: {problem}", fix=f"mount {folder} writable, {CONTINUE}")
     if code in (errno.EACCES, errno.EPERM):
-        return StorageError(f"permission denied: {where}", fix=f"make {folder} writable, {CONTINUE}")
+        return StorageError(f"permission denied: {problem}", fix=f"make {folder} writable, {CONTINUE}")
     return None
 
 
@@ -234,11 +242,11 @@ def _old(target: Path) -> Path:
 
 
 def _sync_file(path: Path, mode: int | None = None) -> None:
-    """Flush a file's bytes to the disk; ``mode`` undoes the 0600 of writers that make files of their own."""
-    number = _open(path, os.O_RDONLY)
+    """Flush a file to the disk. ``mode`` replaces the 0600 of libraries that create their own files."""
+    descriptor = _open(path, os.O_RDONLY)
     try:
         if mode is not None:
-            os.fchmod(number, mode & 0o777)
-        _fsync(number)
+            os.fchmod(descriptor, mode & 0o777)
+        _fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
