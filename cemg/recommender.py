@@ -100,7 +100,7 @@ class Recommender:
         check_beams(beams)
         many = as_histories(histories)
         if not many:
-            return Recommendations.of_nobody(top, self.catalog.levels)
+            return Recommendations.empty(top, self.catalog.levels)
         if (filter is not None or exact) and not isinstance(self.decoder, Decoder):
             what = "filter" if filter is not None else "exact=True"
             raise UserError(f"engine={self.engine} takes no {what}", fix="use engine=cemg")

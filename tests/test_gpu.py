@@ -380,7 +380,7 @@ def test_a_replayed_graph_gives_the_searchs_own_lists(build):
         found, wanted = recorded.decode(ids, mask, 20), plain.decode(ids, mask, 20)
         torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-4)
         assert (found.items == wanted.items).float().mean() > 0.95
-    kinds = {(bucket, tokens) for _, bucket, tokens, _ in recorded.graphs.recorded}
+    kinds = {(bucket, tokens) for _, bucket, tokens, _ in recorded.graphs.recordings}
     assert kinds == {((8, 16), 64), ((4, 16), 32), ((8, 16), None), ((1, 32), None), ((8, 16), 96)}
 
 
@@ -401,4 +401,4 @@ def test_a_replayed_graph_obeys_each_calls_own_filter(build):
             torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-4)
             assert (found.items == wanted.items).float().mean() > 0.95
         assert all(bool(rows[items].all()) for rows, items in zip(allowed, found.items, strict=True))
-    assert recorded.graphs is not None and len(recorded.graphs.recorded) == 4  # a kind each
+    assert recorded.graphs is not None and len(recorded.graphs.recordings) == 4  # a kind each

@@ -1,9 +1,11 @@
-"""The score of every item: the whole catalog through the trie, each shared prefix once.
+"""The exact ranking: the score of every item, with each shared prefix computed once.
 
-The prefixes of m codes are fed as the beams of step m, all of a level at once. A chunk is a run of ranks:
-on every level its nodes are consecutive, so a chunk of n ranks holds n rows at most, whatever the trie.
+The prefixes of m codes are the beams of decode step m, all of a level at once. Items are processed in chunks
+of consecutive ranks, the order of the trie. The nodes of a chunk are consecutive on every level, so a chunk
+of n ranks has at most n rows per level.
 
-B users, N items, n ranks of a chunk, P prefixes of a level in it, F of them fed, K codes a level.
+B users, N items, n ranks of a chunk, P prefixes of one length in a chunk, F of them computed, K codes per
+level.
 """
 
 from __future__ import annotations
@@ -16,43 +18,54 @@ from torch import Tensor
 
 from cemg.decoding.beams import check_prompts, token_count
 from cemg.decoding.engine import Decoder
-from cemg.decoding.models.generic import GenericPlan
-from cemg.decoding.models.layers import DecoderState, Logits
-from cemg.decoding.models.rows import RowsPlan
+from cemg.decoding.protocol import DecoderState, Logits
 from cemg.errors import UserError
 from cemg_kernels import trie_softmax
 
-ROWS = 4096  # prefixes times users that are held at once
-GENERIC_ROWS = 512  # for a plan whose rows attend to all earlier rows under a mask, or keep a cache each
+ROWS = 4096  # prefixes times users held at once
+MODEL_FORWARD_ROWS = 512  # for the model's own forward, where masks and caches take more memory per row
 
 
 class Prefixes(NamedTuple):
     """The P different prefixes of one length in a chunk, by rank.
 
-    ``nodes`` [P] int32, ``codes`` [P] their last codes, ``parents`` [P] the prefixes they extend, by place;
-    ``of_rank`` [n] which of them each rank has; ``feeds`` [P] whether the model is asked what follows.
+    ``nodes`` [P] int32; ``codes`` [P], their last codes; ``parents`` [P], the indices of the prefixes that
+    they extend; ``of_rank`` [n], the prefix of each rank; ``computed`` [P] bool, whether the model computes
+    the next codes.
     """
 
     nodes: Tensor
     codes: Tensor
     parents: Tensor
     of_rank: Tensor
-    feeds: Tensor
+    computed: Tensor
 
 
 @torch.inference_mode()
 def score_all(
     decoder: Decoder, input_ids: Tensor, attention_mask: Tensor, *, rows: int | None = None
 ) -> Tensor:
-    """Scores [B, N] float32, by catalog row, of all items after prompts [B, S]: the exact ranking.
+    """The scores of all items after each prompt: the exact ranking.
 
-    The sums of log-probabilities that ``decoder.decode`` would give them with a beam for every item, up to
-    rounding. ``rows`` bounds the prefixes times users that are held at once: a user's items are cut in
-    chunks only where they are more. With normalize="valid" a prefix of one item is not fed: what follows it
-    is certain. Raises UserError for fewer rows than one, and as ``decode`` does for prompts.
+    Equal, up to rounding, to the scores that ``decoder.decode`` returns with one beam per item. Under
+    ``normalize="valid"``, a prefix with one item below is not computed: its further codes have the
+    log-probability 0.
+
+    Args:
+        decoder: The model and its catalog.
+        input_ids: Integers [B, S].
+        attention_mask: [B, S], 0 at padding.
+        rows: The largest number of prefixes times users held at once. None: 4096, or 512 for a model that
+            runs its own forward.
+
+    Returns:
+        float32 [B, N], by catalog row.
+
+    Raises:
+        UserError: For fewer than one row, and for prompts as ``decode`` does.
     """
     if rows is None:
-        rows = GENERIC_ROWS if isinstance(decoder.plan, (GenericPlan, RowsPlan)) else ROWS
+        rows = MODEL_FORWARD_ROWS if decoder.plan.uses_model_forward else ROWS
     if rows < 1:
         raise UserError(f"rows must be at least 1, got {rows}")
     check_prompts(input_ids, attention_mask, 1)
@@ -61,57 +74,59 @@ def score_all(
     trie = decoder.trie
     users = max(1, rows // trie.num_items)
     codes = trie.codes_by_rank().long()  # [N, levels]
-    scores = torch.empty(len(input_ids), len(codes), device=trie.device)
+    by_row = torch.empty(len(input_ids), len(codes), device=trie.device)
     for begin in range(0, len(input_ids), users):
         group = torch.arange(begin, min(begin + users, len(input_ids)))
-        ids, mask = decoder.trimmed(input_ids[group], attention_mask[group])
+        ids, mask = decoder.trim_padding(input_ids[group], attention_mask[group])
         prompts = ids.to(trie.device), mask.to(trie.device)
         chunks = codes.split(max(1, rows // len(group)))
-        parts = list(_score_runs(decoder, prompts, token_count(mask), chunks))
-        scores[group[:, None].to(trie.device), trie.rows.long()] = torch.cat(parts, dim=1)
-    found, shared = scores.cpu(), decoder.catalog.shared
-    return found if shared is None else found[:, shared.leaf_of]
+        scores = torch.cat(list(_score_chunks(decoder, prompts, token_count(mask), chunks)), dim=1)
+        by_row[group[:, None].to(trie.device), trie.rows.long()] = scores
+    scores, shared = by_row.cpu(), decoder.catalog.shared
+    return scores if shared is None else scores[:, shared.leaf_of]
 
 
-def _score_runs(
+def _score_chunks(
     decoder: Decoder, prompts: tuple[Tensor, Tensor], num_tokens: int | None, chunks: Sequence[Tensor]
 ) -> Iterator[Tensor]:
-    """Scores [B, n] of each chunk's consecutive ranks, their codes [n, levels]; the prompts are read once."""
+    """Scores [B, n] of each chunk, given its codes [n, levels], after one prefill."""
     state = decoder.plan.new_state()
-    first = state.prefill(*prompts, decoder.logits_request(0), num_tokens)
+    logits = state.prefill(*prompts, decoder.logits_request(0), num_tokens)
     for number, codes in enumerate(chunks):
         if number > 0:
             state.reset_to_prefill()
-        yield _score_run(decoder, state, first, codes)
+        yield _score_chunk(decoder, state, logits, codes)
 
 
-def _score_run(decoder: Decoder, state: DecoderState, first: Logits, codes: Tensor) -> Tensor:
-    """Scores [B, n] of the consecutive ranks with ``codes`` [n, levels]; ``first`` follow the prompts."""
-    logits: Logits | None = first
-    before = _prefixes(decoder, codes, 0, None)
-    row = before.of_rank[:1]  # [P] the row of each prefix before, −1 where it was not fed
-    scores = torch.zeros(len(first.values), 1, device=codes.device)  # [B, P]
+def _score_chunk(decoder: Decoder, state: DecoderState, first_logits: Logits, codes: Tensor) -> Tensor:
+    """Scores [B, n] of consecutive ranks with ``codes`` [n, levels]."""
+    logits: Logits | None = first_logits
+    prefixes = _prefixes(decoder, codes, 0, None)
+    row = prefixes.of_rank[:1]  # [P] the row of each prefix in ``logits``, -1 if it was not computed
+    scores = torch.zeros(len(first_logits.values), 1, device=codes.device)  # [B, P]
     for level in range(1, codes.shape[1] + 1):
-        after = _prefixes(decoder, codes, level, before)
-        scores = scores[:, after.parents]
+        longer = _prefixes(decoder, codes, level, prefixes)
+        scores = scores[:, longer.parents]
         if logits is not None:
-            scores = scores + _grown(decoder, logits, before.nodes[row >= 0], row[after.parents], after.codes)
-        fed = after.feeds.nonzero()[:, 0]  # [F]
-        parents, row = row[after.parents[fed]], torch.where(after.feeds, after.feeds.cumsum(0) - 1, -1)
+            nodes = prefixes.nodes[row >= 0]
+            scores = scores + _log_probs(decoder, logits, nodes, row[longer.parents], longer.codes)
+        computed = longer.computed.nonzero()[:, 0]  # [F]
+        parents = row[longer.parents[computed]]
+        row = torch.where(longer.computed, longer.computed.cumsum(0) - 1, -1)
         logits = None
-        if level < codes.shape[1] and len(fed):
-            tokens = decoder.tokens.of_level(level - 1, after.codes[fed])
-            each = len(scores), len(fed)
+        if level < codes.shape[1] and len(computed):
+            tokens = decoder.tokens.of_level(level - 1, longer.codes[computed])
+            shape = len(scores), len(computed)
             request = decoder.logits_request(level)
-            logits = state.decode_step(tokens.expand(each), parents.expand(each), request)
-        before = after
+            logits = state.decode_step(tokens.expand(shape), parents.expand(shape), request)
+        prefixes = longer
     return scores
 
 
-def _grown(decoder: Decoder, logits: Logits, nodes: Tensor, row: Tensor, codes: Tensor) -> Tensor:
-    """Log-probabilities [B, P] of ``codes`` [P] after the rows ``row`` [P]; 0, certain, where that is −1.
+def _log_probs(decoder: Decoder, logits: Logits, nodes: Tensor, row: Tensor, codes: Tensor) -> Tensor:
+    """Log-probabilities [B, P] of ``codes`` [P] after the rows ``row`` [P] of the logits; 0 where it is -1.
 
-    ``logits`` are of the F rows at ``nodes`` [F].
+    ``nodes`` [F]: the trie nodes of the logits' rows.
     """
     users, total = len(logits.values), logits.logsumexp
     log_prob = trie_softmax(
@@ -122,14 +137,14 @@ def _grown(decoder: Decoder, logits: Logits, nodes: Tensor, row: Tensor, codes: 
 
 
 def _prefixes(decoder: Decoder, codes: Tensor, length: int, shorter: Prefixes | None) -> Prefixes:
-    """The prefixes of ``length`` codes of consecutive ranks, ``codes`` [n, levels]."""
+    """The prefixes of ``length`` codes of consecutive ranks with ``codes`` [n, levels]."""
     nodes = decoder.trie.lookup(codes[:, :length])  # [n], ascending
     new = nodes.diff(prepend=nodes[:1] - 1) > 0
-    first = new.nonzero()[:, 0]  # [P] the first rank of each
+    first = new.nonzero()[:, 0]  # [P] the first rank of each prefix
     nodes = nodes[first]
-    below = decoder.trie.interval(nodes)
-    several = below[:, 1] - below[:, 0] > 1
-    feeds = several if decoder.normalize == "valid" else torch.ones_like(several)
+    ranks = decoder.trie.interval(nodes)
+    several = ranks[:, 1] - ranks[:, 0] > 1
+    computed = several if decoder.normalize == "valid" else torch.ones_like(several)
     last = codes[first, length - 1] if length else torch.zeros_like(first)
     parents = torch.zeros_like(first) if shorter is None else shorter.of_rank[first]
-    return Prefixes(nodes, last, parents, new.cumsum(0) - 1, feeds)
+    return Prefixes(nodes, last, parents, new.cumsum(0) - 1, computed)

@@ -1,4 +1,4 @@
-"""The choice of the path: the first plan that serves the model and agrees with the model's own forward."""
+"""Chooses the plan of a model: the fastest one that supports it and agrees with the model's own forward."""
 
 from __future__ import annotations
 
@@ -15,53 +15,56 @@ from cemg.decoding.models.native import NativePlan
 from cemg.decoding.models.rope_lengths import rope_of_lengths
 from cemg.decoding.models.rows import RowsPlan
 from cemg.decoding.models.t5 import T5Plan
-from cemg.decoding.models.weights import Unsupported
-from cemg.decoding.parity_check import DecoderPlan, ModelForwardError, ParityCheck, ParityError, first_line
+from cemg.decoding.parity_check import ModelForwardError, ParityCheck, ParityError, first_line
+from cemg.decoding.protocol import DecoderPlan, Unsupported
 from cemg.errors import UserError
 from cemg_kernels.runtime.dispatch import choose, pick
 
 
 class Candidate(NamedTuple):
-    """A way to run a model: what it is called in a reason, and what builds the plan."""
+    """A way to run a model: its name in reasons, and what builds its plan."""
 
     name: str
     build: Callable[[], DecoderPlan]
 
 
 def make_plan(
-    model: PreTrainedModel, code_tokens: range, backend: str | None, check: ParityCheck | None
+    model: PreTrainedModel, code_tokens: range, backend: str | None, parity: ParityCheck | None
 ) -> tuple[DecoderPlan, str]:
-    """The plan of a model and the path it takes, in words, with the reasons for it.
+    """The plan of a model, and its path: what runs, and why nothing faster does.
 
-    Candidates are tried in order: C++, PyTorch steps, the model's own forward under a tree mask, the same
-    with one row per beam. One that raises, or that ``check`` finds to differ from the model, is passed over.
-    Raises UserError where ``backend`` does not serve the model, and where no candidate is right.
+    Candidates are tried in order: C++, PyTorch steps, the model's own forward under a tree mask, and the same
+    with one row per beam. A candidate is skipped if it does not support the model, or if ``parity`` finds
+    that it differs from the model.
+
+    Raises:
+        UserError: If ``backend`` does not serve the model, or if no candidate is correct.
     """
-    wanted = pick("decoder", model.device, backend)
-    refused: list[str] = []  # why a candidate does not take the model
-    wrong: list[str] = []  # what the check found
-    if wanted == "reference":
-        refused.append("asked for" if backend else choose("decoder", model.device).why)
+    chosen = pick("decoder", model.device, backend)
+    unsupported: list[str] = []  # why a candidate does not support the model
+    mismatches: list[str] = []  # what the parity check found
+    if chosen == "reference":
+        unsupported.append("asked for" if backend else choose("decoder", model.device).why)
     rope = rope_of_lengths(model)
     if rope is not None:
-        refused.append(f"rotary embeddings of the type {rope}, which follow the length of a sequence")
-    for name, build in candidates(model, code_tokens, wanted, backend):
+        unsupported.append(f"rotary embeddings of the type {rope}, which depend on the sequence length")
+    for name, build in candidates(model, code_tokens, chosen, backend):
         try:
             plan = build()
-            if check is not None:
-                check.check(plan)
+            if parity is not None:
+                parity.check(plan)
         except Unsupported as reason:
-            if str(reason) not in refused:
-                refused.append(str(reason))
+            if str(reason) not in unsupported:
+                unsupported.append(str(reason))
         except (ModelForwardError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            wrong.append(f"{name}: {error if isinstance(error, ParityError) else first_line(error)}")
+            mismatches.append(f"{name}: {error if isinstance(error, ParityError) else first_line(error)}")
         else:
-            return plan, path_of(plan, refused, wrong)
-    if check is not None and wrong:
-        check.refuse_nan()
-    reasons = "; ".join(refused + wrong)
+            return plan, path_of(plan, unsupported, mismatches)
+    if parity is not None and mismatches:
+        parity.refuse_nan()
+    reasons = "; ".join(unsupported + mismatches)
     if backend in ("native", "torch"):
         raise UserError(f"the {backend} decoder does not serve this model: {reasons}")
     raise UserError(
@@ -72,11 +75,11 @@ def make_plan(
 
 
 def candidates(
-    model: PreTrainedModel, code_tokens: range, wanted: str, backend: str | None
+    model: PreTrainedModel, code_tokens: range, chosen: str, backend: str | None
 ) -> Iterator[Candidate]:
-    """The ways to run a model, the fastest first; a named ``backend`` admits only its own.
+    """The ways to run a model, fastest first; a requested ``backend`` admits only its own.
 
-    Where rotary embeddings follow the length of a sequence, only whole sequences without padding are right.
+    If rotary embeddings depend on the sequence length, only whole sequences without padding are correct.
     """
     if rope_of_lengths(model) is not None:
         if backend not in ("native", "torch"):
@@ -84,9 +87,9 @@ def candidates(
         return
     seq2seq = bool(model.config.is_encoder_decoder)
     fast = partial(T5Plan if seq2seq else CausalPlan, model, code_tokens)
-    if wanted == "native":
+    if chosen == "native":
         yield Candidate("C++", lambda: NativePlan(fast()))
-    if wanted != "reference" and backend != "native":
+    if chosen != "reference" and backend != "native":
         yield Candidate("PyTorch steps", fast)
     if backend in ("native", "torch"):
         return
@@ -96,13 +99,7 @@ def candidates(
         yield Candidate("one row per beam", partial(RowsPlan, model, **options))
 
 
-def path_of(plan: DecoderPlan, refused: list[str], wrong: list[str]) -> str:
-    """What runs, and why nothing faster does: a fast path names only what the check found."""
-    if isinstance(plan, (NativePlan, T5Plan, CausalPlan)):
-        inner = plan.plan if isinstance(plan, NativePlan) else plan
-        kind = "T5" if isinstance(inner, T5Plan) else "decoder-only"
-        path, reasons = f"fast {kind}" + (" in C++" if isinstance(plan, NativePlan) else ""), wrong
-    else:
-        path, reasons = "the model's own forward", refused + wrong
-        path += f", {plan.path}" if isinstance(plan, RowsPlan) else ""
-    return f"{path}: {'; '.join(reasons)}" if reasons else path
+def path_of(plan: DecoderPlan, unsupported: list[str], mismatches: list[str]) -> str:
+    """What runs, and why nothing faster does. A fast path names only mismatches."""
+    reasons = unsupported + mismatches if plan.uses_model_forward else mismatches
+    return f"{plan.describe()}: {'; '.join(reasons)}" if reasons else plan.describe()

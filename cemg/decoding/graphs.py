@@ -1,6 +1,8 @@
-"""One CUDA graph per bucket of prompts, their tokens, beams and kind of filter: a search in one launch.
+"""CUDA graphs: one launch per search.
 
-B users, S prompt tokens; a bucket holds prompts of at most its own B and S.
+One graph is recorded per bucket of prompts, and per number of tokens, beams and kind of filter.
+
+B users, S prompt tokens. A bucket holds prompts of at most its own B and S.
 """
 
 from __future__ import annotations
@@ -20,54 +22,61 @@ from cemg_kernels import RequestFilter
 from cemg_kernels.trie.filter_tensors import NO_NODE, FilterTensors
 
 Outputs = tuple[Tensor, ...]  # each [B, ...], on the device
-# Of Inputs, and of how many tokens they have at most; never waits for the device.
+# Of prompts, mask, filter, and an upper bound on the number of tokens; never synchronizes with the device.
 Search = Callable[[Tensor, Tensor, Filter | None, int | None], Outputs]
-Capture = Callable[[Callable[[], Outputs], torch.device], Callable[[], Outputs]]
+Replay = Callable[[], Outputs]
+Capture = Callable[[Callable[[], Outputs], torch.device], Replay]
 LENGTH_STEP = 16  # prompts are padded to the next multiple
-TOKEN_STEPS = 4  # the tokens of a bucket are rounded up to a quarter of its cells
-FEWEST_CLOSED = 32  # places for closed nodes, where there are any
-MOST_GRAPHS = 32  # the least recently used goes when there are more
-BLANK = (0, -1, NO_NODE)  # what a filter's tensors hold where it has nothing to say
+TOKEN_STEPS = 4  # the token count of a bucket is rounded up to a multiple of a quarter of its size
+MIN_CLOSED_NODES = 32  # entries for closed nodes, if a filter has any
+MAX_GRAPHS = 32  # the least recently used graph is dropped beyond this
+UNUSED = (0, -1, NO_NODE)  # the value of unused entries in each of a filter's tensors
 
 
 def power_of_two(count: int) -> int:
-    """The least power of two that is no less than ``count``; 0 for 0."""
+    """The smallest power of two that is at least ``count``; 0 for 0."""
     return 1 << (count - 1).bit_length() if count else 0
 
 
 def bucket_of(batch: int, length: int) -> tuple[int, int]:
-    """The bucket of prompts [batch, length]: a power of two, and the next multiple of LENGTH_STEP."""
+    """The bucket of prompts [batch, length]: a power of two, and a multiple of LENGTH_STEP."""
     return power_of_two(batch), -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def rounded_tokens(mask: Tensor) -> int | None:
-    """The tokens of a bucket's mask [B, S], rounded up; None: unknown, or no fewer than there are cells."""
+    """The number of tokens in a bucket's mask [B, S], rounded up.
+
+    None if it is not known, or if it is rounded up to the size of the mask.
+    """
     tokens, step = token_count(mask), -(-mask.numel() // TOKEN_STEPS)
     rounded = mask.numel() if tokens is None else -(-tokens // step) * step
     return rounded if rounded < mask.numel() else None
 
 
 def filter_shapes(filter: Filter | None, users: int) -> tuple[tuple[int, ...], ...]:
-    """The shapes of a filter's tensors in a bucket of ``users``: its kind. () for none."""
+    """The shapes of a filter's tensors in a bucket of ``users``: its kind. () without a filter."""
     if filter is None:
         return ()
     open_, filter_of, closed = filter.tensors
     most = power_of_two(closed.shape[1])
-    lists = (users if len(closed) else 0, max(most, FEWEST_CLOSED) if most else 0)
-    return (power_of_two(len(open_)), open_.shape[1]), (users if len(filter_of) else 0,), lists
+    closed_shape = (users if len(closed) else 0, max(most, MIN_CLOSED_NODES) if most else 0)
+    return (power_of_two(len(open_)), open_.shape[1]), (users if len(filter_of) else 0,), closed_shape
 
 
 class CudaCapture:
-    """Records searches that share one pool of memory: each one's results are copied before the next runs."""
+    """Records searches into CUDA graphs that share one memory pool.
+
+    The results of a search must be copied before the next one runs.
+    """
 
     def __init__(self) -> None:
         self.pool: Any = None  # a handle of torch's
-        self.stream: Any = None  # one for all recordings: what is freed in the pool serves its stream alone
+        self.stream: Any = None  # the same for all recordings, since freed memory is reused per stream
 
-    def __call__(self, search: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:
-        """Record a search of static tensors; what comes back replays it and gives its outputs.
+    def __call__(self, search: Callable[[], Outputs], device: torch.device) -> Replay:
+        """Record a search over static tensors; the result replays it and returns its outputs.
 
-        It runs twice before, so that kernels are compiled and tables are made outside the recording.
+        The search runs twice before it is recorded, so that kernels are compiled and tables are built.
         """
         side = self.stream = self.stream or torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
@@ -77,7 +86,7 @@ class CudaCapture:
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        # other threads may go on allocating
+        # thread_local: other threads may allocate meanwhile
         with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
             outputs = search()
 
@@ -89,106 +98,106 @@ class CudaCapture:
 
 
 @dataclass(slots=True)
-class Inputs:
-    """What a recording reads, always in the same place: prompts and mask [B, S], a filter or none.
+class StaticInputs:
+    """The tensors that a recording reads: prompts and mask [B, S], and perhaps a filter.
 
-    ``taken``: the filter that was written there last. Filters never change, so it need not be again.
+    ``written_filter`` was written last. Filters never change, so the same one is not written again.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     filter: RequestFilter | None
-    taken: Filter | None = None
+    written_filter: Filter | None = None
 
     @classmethod
-    def room_for(cls, ids: Tensor, mask: Tensor, filter: Filter | None, device: torch.device) -> Inputs:
-        """Of these shapes on ``device``, not yet written; a filter's by ``filter_shapes``."""
-        room = None
+    def like(cls, ids: Tensor, mask: Tensor, filter: Filter | None, device: torch.device) -> StaticInputs:
+        """Uninitialized inputs on ``device``, with the shapes of these and of ``filter_shapes``."""
+        static_filter = None
         if filter is not None:
             pairs = zip(filter.tensors, filter_shapes(filter, len(ids)), strict=True)
             tensors = FilterTensors(*(tensor.new_empty(shape) for tensor, shape in pairs))
             requests = max(1, tensors.num_requests)
             none = tensors.closed.new_empty(requests, 0)
-            room = RequestFilter(filter.trie, filter.fingerprint, [None] * requests, none, tensors)
-        return cls(torch.empty_like(ids, device=device), torch.empty_like(mask, device=device), room)
+            static_filter = RequestFilter(filter.trie, filter.fingerprint, [None] * requests, none, tensors)
+        return cls(torch.empty_like(ids, device=device), torch.empty_like(mask, device=device), static_filter)
 
-    def take(self, ids: Tensor, mask: Tensor, filter: Filter | None) -> None:
-        """Write them there: prompts of the very shape, a filter of the same kind."""
+    def write(self, ids: Tensor, mask: Tensor, filter: Filter | None) -> None:
+        """Copy prompts of the same shape and a filter of the same kind into the static tensors."""
         self.input_ids.copy_(ids, non_blocking=True)
         self.attention_mask.copy_(mask, non_blocking=True)
-        if filter is None or self.filter is None or filter is self.taken:
+        if filter is None or self.filter is None or filter is self.written_filter:
             return
-        for place, own, blank in zip(self.filter.tensors, filter.tensors, BLANK, strict=True):
-            place.fill_(blank)
-            place[tuple(slice(size) for size in own.shape)].copy_(own)
-        self.taken = filter
+        for static, tensor, unused in zip(self.filter.tensors, filter.tensors, UNUSED, strict=True):
+            static.fill_(unused)
+            static[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
+        self.written_filter = filter
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
-    """A recording and all it reads: its inputs, and by ``search`` the trie and the weights."""
+class Recording:
+    """A recorded search and what it reads: its inputs and, held by ``search``, the trie and the weights."""
 
     search: Search
-    inputs: Inputs
-    replay: Callable[[], Outputs]
+    inputs: StaticInputs
+    replay: Replay
 
 
-class Graphs:
-    """Recorded searches by bucket: static buffers, one graph for the prompt and all steps.
+class GraphCache:
+    """Recorded searches by bucket; each has static inputs and one graph for the prefill and all steps.
 
-    One thread at a time: whoever holds ``lock`` runs a search and reads its results.
+    Not thread-safe: a caller holds ``lock`` until it has copied the results.
     """
 
     def __init__(self, *, pad_left: bool, device: torch.device, capture: Capture | None = None) -> None:
         self.pad_left, self.device, self.capture = pad_left, device, capture or CudaCapture()
-        self.recorded: OrderedDict[Hashable, Recorded] = OrderedDict()
+        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
         self.lock = Lock()
 
     def run(
         self, search: Search, key: Hashable, input_ids: Tensor, attention_mask: Tensor,
         filter: Filter | None = None,
     ) -> Outputs:  # fmt: skip
-        """``search`` over prompts [B, S]: its outputs' first B rows, overwritten by the next call.
+        """``search`` over prompts [B, S]: the first B rows of its outputs, which the next call overwrites.
 
-        ``key`` is what else the recording depends on: beams. ``filter`` lies on the device and belongs to the
-        trie that ``search`` walks: one recording serves all of a kind, whatever they allow.
+        ``key`` is what the recording depends on besides its inputs: the number of beams. ``filter`` is on the
+        device and belongs to the trie of ``search``; one recording serves all filters of a kind.
         """
         batch, length = input_ids.shape
         bucket = bucket_of(batch, length)
         ids, mask = self._padded(input_ids, attention_mask, bucket)
         tokens = rounded_tokens(mask)
-        whole = key, bucket, tokens, filter_shapes(filter, len(ids))
-        recorded = self.recorded.pop(whole, None)
-        if recorded is None:
-            recorded = self._record(search, ids, mask, filter, tokens)
+        full_key = key, bucket, tokens, filter_shapes(filter, len(ids))
+        recording = self.recordings.pop(full_key, None)
+        if recording is None:
+            recording = self._record(search, ids, mask, filter, tokens)
         else:
-            recorded.inputs.take(ids, mask, filter)
-        self.recorded[whole] = recorded  # now the most recently used
-        return tuple(out[:batch] for out in recorded.replay())
+            recording.inputs.write(ids, mask, filter)
+        self.recordings[full_key] = recording  # now the most recently used
+        return tuple(out[:batch] for out in recording.replay())
 
     def _record(
         self, search: Search, ids: Tensor, mask: Tensor, filter: Filter | None, tokens: int | None
-    ) -> Recorded:
-        inputs = Inputs.room_for(ids, mask, filter, self.device)
-        inputs.take(ids, mask, filter)
+    ) -> Recording:
+        inputs = StaticInputs.like(ids, mask, filter, self.device)
+        inputs.write(ids, mask, filter)
 
         def search_inputs() -> Outputs:
             return search(inputs.input_ids, inputs.attention_mask, inputs.filter, tokens)
 
-        recorded = Recorded(search, inputs, self.capture(search_inputs, self.device))
-        while len(self.recorded) >= MOST_GRAPHS:
-            self.recorded.popitem(last=False)
-        return recorded
+        recording = Recording(search, inputs, self.capture(search_inputs, self.device))
+        while len(self.recordings) >= MAX_GRAPHS:
+            self.recordings.popitem(last=False)
+        return recording
 
     def _padded(self, input_ids: Tensor, mask: Tensor, bucket: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Prompts and mask of the bucket's shape; the users added have one token of the last one's."""
+        """Prompts and mask of the bucket's shape. Added users have one token."""
         users, length = bucket
         if input_ids.shape == bucket:
             return input_ids, mask
-        more = length - input_ids.shape[1]
-        sides = (more, 0) if self.pad_left else (0, more)
+        missing = length - input_ids.shape[1]
+        sides = (missing, 0) if self.pad_left else (0, missing)
         rows = torch.arange(users, device=input_ids.device).clamp_max(len(input_ids) - 1)
-        ids, there = F.pad(input_ids[rows], sides), F.pad(mask[rows], sides)
-        there[len(input_ids) :] = 0
-        there[len(input_ids) :, -1 if self.pad_left else 0] = 1
-        return ids, there
+        ids, padded_mask = F.pad(input_ids[rows], sides), F.pad(mask[rows], sides)
+        padded_mask[len(input_ids) :] = 0
+        padded_mask[len(input_ids) :, -1 if self.pad_left else 0] = 1
+        return ids, padded_mask

@@ -41,7 +41,7 @@ OPERATIONS = {  # result file: the case that is drawn
 
 def last_run(events: list[dict[str, Any]]) -> tuple[float, float]:
     """Returns begin and end of the last recorded search, in microseconds."""
-    begin = max(e["ts"] for e in events if e["name"] == "decode: prompt and first code")
+    begin = max(e["ts"] for e in events if e["name"] == "decode: prefill")
     return begin, max(e["ts"] + e["dur"] for e in events if e["name"] == "trie_beam_step")
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cemg.decoding import Decoder, TransformersDecoder
-from cemg.decoding.models.layers import LogitsRequest
+from cemg.decoding.protocol import LogitsRequest
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter
@@ -292,7 +292,7 @@ def test_beams_with_one_item_each_below_end_the_search_with_the_same_lists(
             stepped = decoder.decode(*prompts, beams, filter=filter)
             assert len(asked) == 1
             with monkeypatch.context() as patch:
-                patch.setattr(Decoder, "_open", lambda self, nodes: None)
+                patch.setattr(Decoder, "_open_beams", lambda self, nodes: None)
                 whole = decoder.decode(*prompts, beams, filter=filter)
         for one in (found, stepped):
             same_lists(one, whole)
@@ -323,7 +323,7 @@ def test_valid_beams_with_one_item_below_are_not_fed_and_the_lists_stay_the_same
             stepped, mine = decoder.decode(*prompts, beams, filter=filter), sum(fed)
             fed.clear()
             with monkeypatch.context() as patch:
-                patch.setattr(Decoder, "_open", lambda self, nodes: None)
+                patch.setattr(Decoder, "_open_beams", lambda self, nodes: None)
                 whole = decoder.decode(*prompts, beams, filter=filter)
         for one in (found, stepped):
             same_lists(one, whole)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cemg.decoding import Decoder, score_all
-from cemg.decoding.models.layers import DecoderState, Logits, LogitsRequest
 from cemg.decoding.models.t5 import T5State
+from cemg.decoding.protocol import DecoderState, Logits, LogitsRequest
 from cemg.errors import UserError
 
 from .conftest import FAMILIES, SIZE, START

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cemg.decoding import Decoder, Normalize, graphs
-from cemg.decoding.graphs import Graphs, Outputs, bucket_of
+from cemg.decoding.graphs import GraphCache, Outputs, bucket_of
 from cemg_kernels import ItemFilter, RequestFilter
 
 from .conftest import FAMILIES, START, Bench
@@ -35,7 +35,7 @@ def decoders(made: Bench, normalize: Normalize = "vocab") -> tuple[Decoder, Deco
         for graphs in (True, False)
     )
     recorder = Recorder()
-    recorded.graphs = Graphs(pad_left=not made.seq2seq, device=CPU, capture=recorder)
+    recorded.graphs = GraphCache(pad_left=not made.seq2seq, device=CPU, capture=recorder)
     return recorded, plain, recorder
 
 
@@ -61,8 +61,8 @@ def test_a_replayed_search_gives_what_the_search_gives(family, normalize, bench,
     full = made.prompts([16, 15, 14])  # a bucket that is there, but with more tokens
     same_lists(recorded.decode(*full, 4), plain.decode(*full, 4))
     assert recorder.times == 3 * 2 + 1
-    recorded.graphs.recorded.popitem()
-    buckets = sorted((bucket, tokens) for _, bucket, tokens, _ in recorded.graphs.recorded)
+    recorded.graphs.recordings.popitem()
+    buckets = sorted((bucket, tokens) for _, bucket, tokens, _ in recorded.graphs.recordings)
     assert buckets == sorted(
         2 * [((1, 16), 4), ((2, 16), 16), ((4, 16), 16)]
     )  # tokens: quarters of all cells
@@ -141,14 +141,14 @@ def test_threads_that_share_a_recording_get_their_own_results(bench, same_lists)
 
 
 def test_the_least_recently_used_recording_goes_first(monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     recorder = Recorder()
-    kept = Graphs(pad_left=True, device=CPU, capture=recorder)
+    kept = GraphCache(pad_left=True, device=CPU, capture=recorder)
     prompts = torch.ones(1, 4, dtype=torch.int64)
     for key in "ab", "a", "c", "a", "b":  # "b" was last used before "a", so "c" drives it out
         for one in key:
             kept.run(lambda ids, mask, *_: (ids + mask,), one, prompts, prompts)
-    assert recorder.times == 4 and len(kept.recorded) == 2
+    assert recorder.times == 4 and len(kept.recordings) == 2
 
 
 def test_a_model_without_a_stepper_of_our_own_is_never_recorded(bench):

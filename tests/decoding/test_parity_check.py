@@ -15,11 +15,11 @@ from cemg.decoding.models import generic as generic_module
 from cemg.decoding.models.causal import CausalState
 from cemg.decoding.models.eval_mode import evaluating
 from cemg.decoding.models.generic import TreeMaskState
-from cemg.decoding.models.layers import Logits
 from cemg.decoding.models.native import NativeState
 from cemg.decoding.models.rows import RowsState
 from cemg.decoding.models.t5 import T5State
 from cemg.decoding.parity_check import BEAMS, ParityCheck, precision_of
+from cemg.decoding.protocol import Logits
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 
@@ -233,16 +233,16 @@ def test_a_window_too_long_to_check_in_seconds_is_left_out(monkeypatch):
     decoder = Decoder(model, random_catalog(60, 1), START)
     prompts = [len(case.prompts) for case in decoder._parity_check().cases]
     assert prompts == [2, 1]
-    monkeypatch.setattr("cemg.decoding.parity_check.MOST_PRODUCTS", 1)
+    monkeypatch.setattr("cemg.decoding.parity_check.MAX_MULTIPLY_ADDS", 1)
     assert [len(case.prompts) for case in decoder._parity_check().cases] == [2]
 
 
 def test_the_two_beams_of_the_check_differ():
     decoder = Decoder(build(*SHAPES["gpt2"]), random_catalog(60, 1), START)
     (case,) = decoder._parity_check().cases
-    assert case.codes.shape == (2, 2, BEAMS) and bool((case.codes[..., 0] != case.codes[..., 1]).all())
+    assert case.tokens.shape == (2, 2, BEAMS) and bool((case.tokens[..., 0] != case.tokens[..., 1]).all())
     assert len({prompt.shape[1] for prompt in case.prompts}) == 2
-    assert all(not torch.equal(step[:, 0], step[:, 1]) for step in case.answers[1:])
+    assert all(not torch.equal(step[:, 0], step[:, 1]) for step in case.expected[1:])
 
 
 def test_codes_without_a_token_are_left_out_of_the_check():
@@ -310,4 +310,4 @@ def test_a_self_check_of_nothing_asks_nothing():
     )
     assert "cases" not in vars(proof)
     proof.check(decoder.plan)
-    assert "cases" in vars(proof) and "_rounded" not in vars(proof)
+    assert "cases" in vars(proof) and "_rounded_cases" not in vars(proof)

@@ -38,7 +38,7 @@ def test_a_saved_decoder_returns_the_same_lists_and_scores(tmp_path: Path, famil
     again = Decoder.from_pretrained(tmp_path / "out")
     assert (again.normalize, again.path) == ("valid", decoder.path)
     other = again.decode(*prompts, 10)
-    for mine, theirs in zip(found.parts(), other.parts(), strict=True):
+    for mine, theirs in zip(found.tensors(), other.tensors(), strict=True):
         assert torch.equal(mine, theirs)
     assert again.catalog.ids_of(other.items) == catalog.ids_of(found.items)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cemg.decoding import Decoder, Recommendations, TransformersDecoder, score_all
-from cemg.decoding.members import with_members
+from cemg.decoding.shared_ids import expand_shared_ids
 from cemg.errors import UserError
 from cemg.evaluation.metrics import ranks_of_targets
 from cemg.evaluation.search import best_rows
@@ -142,9 +142,9 @@ def test_certified_counts_items():
         torch.tensor([[[0, 0], [1, 1]]]),
         torch.tensor([1]),
     )
-    found = with_members(leaves, catalog, None, 5)
+    found = expand_shared_ids(leaves, catalog, None, 5)
     assert found.items.tolist() == [[0, 2, 3, 1, -1]] and found.certified.tolist() == [3]
-    cut = with_members(leaves, catalog, None, 2)
+    cut = expand_shared_ids(leaves, catalog, None, 2)
     assert cut.items.tolist() == [[0, 2]] and cut.certified.tolist() == [2]
 
 
@@ -212,7 +212,7 @@ def test_a_filter_of_the_trie_is_refused_for_it_knows_ids_and_not_items(bench):
     catalog = shared_catalog(5, 9, 1)
     made = Bench(bench("t5").model, catalog)
     decoder, prompts = Decoder(made.model, catalog, START), made.prompts([3])
-    with pytest.raises(UserError, match="the filter is one of IDs") as caught:
+    with pytest.raises(UserError, match="is a filter of semantic IDs") as caught:
         decoder.decode(*prompts, 3, filter=RequestFilter.excluding(catalog.trie, [[0]]))
     assert "catalog.excluding(histories)" in str(caught.value.fix)
     found = decoder.decode(*prompts, 9, filter=catalog.excluding([catalog.item_ids[:4]]))

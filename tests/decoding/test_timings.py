@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cemg.decoding import Decoder, record_timings, timings
-from cemg.decoding.graphs import Graphs
+from cemg.decoding.graphs import GraphCache
 from cemg.decoding.timings import STAGES, Timings, add_seconds, recording, timed_stage
 
 from .conftest import FAMILIES, START, step_by_step
@@ -105,7 +105,7 @@ def test_recorded_searches_run_without_a_cuda_graph(bench):
     def no_capture(*_: object) -> None:
         raise AssertionError("a graph was recorded")
 
-    decoder.graphs = Graphs(pad_left=True, device=torch.device("cpu"), capture=no_capture)
+    decoder.graphs = GraphCache(pad_left=True, device=torch.device("cpu"), capture=no_capture)
     with record_timings() as recorded:
         decoder.decode(*made.prompts([4, 2]), 5)
     assert recorded.seconds["decode_steps"] > 0

@@ -16,11 +16,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from cemg.decoding.beams import left_padded, right_padded
+from cemg.decoding.beams import pad_left, pad_right
 from cemg.decoding.engine import Normalize, Recommendations, check_fit
 from cemg.decoding.integrations.logits_processor import plain_generation
-from cemg.decoding.members import with_members
 from cemg.decoding.models.eval_mode import evaluating
+from cemg.decoding.shared_ids import expand_shared_ids
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
 
@@ -49,16 +49,16 @@ class TransformersDecoder:
                 f"{beams} beams for {len(self.catalog)} items: generate() would fill up with illegal ones"
             )
         found = self._leaves(input_ids, attention_mask, min(beams, self.catalog.num_ids))
-        return with_members(found, self.catalog, None, beams)
+        return expand_shared_ids(found, self.catalog, None, beams)
 
     def _leaves(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
         """The leaves that ``generate`` ends on, by the ids that the trie gives them."""
         device = self.model.device
         prompt = 1  # the decoder's start
         if self.model.config.is_encoder_decoder:
-            input_ids, attention_mask = right_padded(input_ids, attention_mask)
+            input_ids, attention_mask = pad_right(input_ids, attention_mask)
         else:
-            input_ids, attention_mask = left_padded(input_ids, attention_mask)
+            input_ids, attention_mask = pad_left(input_ids, attention_mask)
             prompt = input_ids.shape[1]
         settings = GenerationConfig(
             do_sample=False, num_beams=beams, num_return_sequences=beams, early_stopping=False,

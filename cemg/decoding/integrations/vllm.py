@@ -25,8 +25,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from cemg.decoding.beams import Beams, Recommendations, check_prompts
 from cemg.decoding.engine import Normalize, check_tokens
 from cemg.decoding.integrations.vllm_processor import PROMPT, SETTINGS
-from cemg.decoding.members import with_members
 from cemg.decoding.pretrained import plain_model
+from cemg.decoding.shared_ids import expand_shared_ids
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
 from cemg_kernels import trie_beam_step
@@ -83,14 +83,14 @@ class VllmDecoder:
         check_prompts(input_ids, attention_mask, beams)
         rows = zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)
         prompts = [ids[mask].tolist() for ids, mask in rows]
-        found = Beams.at_the_root(len(prompts), torch.device("cpu"))
+        found = Beams.at_root(len(prompts), torch.device("cpu"))
         for _ in range(self.catalog.levels):
             log_probs = self._next_codes(prompts, found.nodes, found.codes, beams + 1)  # [B, W, K]
             certain = torch.zeros_like(found.scores)  # what is normalised already sums to one
-            found.grow(
+            found.extend(
                 trie_beam_step(log_probs, found.scores, found.nodes, self.trie, beams, "vocab", certain)
             )
-        return with_members(found.results(self.trie).cpu(), self.catalog, None, beams)
+        return expand_shared_ids(found.results(self.trie).cpu(), self.catalog, None, beams)
 
     def close(self) -> None:
         """End the engine and free its memory; the decoder is of no use afterwards."""

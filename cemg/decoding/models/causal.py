@@ -20,8 +20,6 @@ from cemg.decoding.models.layers import (
     BeamKVCache,
     FeedForward,
     Head,
-    Logits,
-    LogitsRequest,
     Norm,
     Projection,
     UnpaddedBatch,
@@ -29,8 +27,8 @@ from cemg.decoding.models.layers import (
     code_table,
     padding_of,
 )
-from cemg.decoding.models.weights import Unsupported, unwrapped, weight_of
-from cemg.errors import UserError
+from cemg.decoding.models.weights import unwrapped, weight_of
+from cemg.decoding.protocol import DecoderPlan, Logits, LogitsRequest, Unsupported
 from cemg_kernels.attention.shared_prefix import prompt_attention
 
 ROTARY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -46,12 +44,14 @@ class Layer:
     feed_forward: FeedForward
 
 
-class CausalPlan:
+class CausalPlan(DecoderPlan):
     """A decoder-only model's weights as the state wants them, read once: make a new plan after training.
 
     GPT-2, Llama, Mistral, Qwen2 and Qwen3; raises ``Unsupported`` for other shapes, sliding windows and
     rotations that depend on the length.
     """
+
+    steps_in_torch = True
 
     def __init__(self, model: PreTrainedModel, code_tokens: range) -> None:
         source = unwrapped(model, ("GPT2LMHeadModel", *ROTARY))
@@ -63,7 +63,11 @@ class CausalPlan:
             self._read_gpt2(source, config)
         else:  # RMSNorm, rotary positions and a gated feed-forward block
             self._read_rotary(source, config)
+        self.max_tokens = None if self.positions is None else len(self.positions)
         self._precompute(code_tokens)
+
+    def describe(self) -> str:
+        return "fast decoder-only"
 
     def new_state(self) -> CausalState:
         """A state for one batch."""
@@ -129,16 +133,6 @@ class CausalPlan:
         """Tokens and their positions, both [R] -> [R, d]."""
         x = F.embedding(tokens, self.embedding)
         return x if self.positions is None else x + F.embedding(positions, self.positions)
-
-    def has_positions(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens fits the learned positions, if there are such."""
-        return self.positions is None or tokens <= len(self.positions)
-
-    def check_positions(self, tokens: int) -> None:
-        """UserError where it does not."""
-        if self.positions is not None and not self.has_positions(tokens):
-            raise UserError(f"{tokens} tokens do not fit the model's {len(self.positions)} positions",
-                            fix="cut the histories")  # fmt: skip
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines [R, 1, Dh] for positions [R]; None where positions are learned."""

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from cemg.decoding.models.layers import DecoderState, Logits, LogitsRequest
+from cemg.decoding.protocol import DecoderState, Logits, LogitsRequest
 
 
 class _Switch:

@@ -15,14 +15,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cemg.decoding.models.eval_mode import EvalModeState
-from cemg.decoding.models.layers import DecoderState, Logits, LogitsRequest, Unsupported
-from cemg.decoding.models.rows import RowsState, accepted, plain
+from cemg.decoding.models.rows import RowsState, forward_arguments, plain
+from cemg.decoding.protocol import DecoderPlan, DecoderState, Logits, LogitsRequest, Unsupported
 
 WINDOWS = ("sliding_window", "attention_chunk_size")  # settings that limit how far back a layer attends
 ATTENTION = ("attention", "full_attention", "global", "sliding_attention", "chunked_attention")
 
 
-class GenericPlan:
+class GenericPlan(DecoderPlan):
     """A decoder-only model that obeys a 4-D mask and ``position_ids``.
 
     Raises Unsupported for models that certainly do not: encoder-decoders, ALiBi, recurrent and state-space
@@ -30,8 +30,10 @@ class GenericPlan:
     sequence does not fit in the window.
     """
 
+    uses_model_forward = True
+
     def __init__(self, model: PreTrainedModel) -> None:
-        names = accepted(model)
+        names = forward_arguments(model)
         reason = _refusal(model, names)
         if reason is not None:
             raise Unsupported(reason)
@@ -41,6 +43,9 @@ class GenericPlan:
         text: Any = model.config.get_text_config(decoder=True)
         windows = [getattr(text, name, None) for name in WINDOWS]
         self.window = min((size for size in windows if size), default=None)
+
+    def describe(self) -> str:
+        return "the model's own forward"
 
     def new_state(self) -> DecoderState:
         """A state for one batch."""

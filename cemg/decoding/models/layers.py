@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cemg.decoding.beams import token_count
-from cemg.decoding.models.weights import Unsupported, linear_of
+from cemg.decoding.models.weights import linear_of
+from cemg.decoding.protocol import Logits, LogitsRequest, Unsupported
 from cemg_kernels.attention.beam_tree import ancestor_attention
 from cemg_kernels.attention.logsumexp import row_logsumexp
 from cemg_kernels.attention.shared_prefix import prompt_attention, served_by_triton
@@ -23,73 +24,6 @@ from cemg_kernels.attention.shared_prefix import prompt_attention, served_by_tri
 BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
 WORTH_UNPADDING = 0.9  # prompts are packed where their tokens are no larger a share of their cells
 TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
-
-
-class LogitsRequest(NamedTuple):
-    """Which logits a step returns: ``num_codes`` columns from ``first_token`` on, and perhaps a log-sum-exp.
-
-    ``tokens`` [num_codes] int64: the columns' tokens where they do not follow each other, -1 for a column of
-    -inf; then ``first_token`` says nothing.
-    ``rows`` [B, W] bool: the beams whose logits are asked for, all where it is None; the others' may be any
-    finite numbers, and nothing that is asked for later grows from them.
-    """
-
-    first_token: int
-    num_codes: int
-    logsumexp: bool
-    rows: Tensor | None = None
-    tokens: Tensor | None = None
-
-    def columns_of(self, logits: Tensor) -> Tensor:
-        """The columns [..., num_codes] of logits [..., V]."""
-        if self.tokens is None:
-            return logits[..., self.first_token : self.first_token + self.num_codes]
-        return logits[..., self.tokens.clamp_min(0)].masked_fill(self.tokens < 0, float("-inf"))
-
-
-class Logits(NamedTuple):
-    """``values`` [B, W, K] float32; ``logsumexp`` [B, W] over the vocabulary, where it was requested."""
-
-    values: Tensor
-    logsumexp: Tensor | None
-
-    @classmethod
-    def of(cls, logits: Tensor, request: LogitsRequest) -> Logits:
-        """The requested part of logits [B, W, V]."""
-        total = row_logsumexp(logits.flatten(0, 1)).view(logits.shape[:2]) if request.logsumexp else None
-        return cls(request.columns_of(logits).float().contiguous(), total)
-
-    def spread(self, rows: Tensor) -> Logits:
-        """Logits of the rows that ``rows`` [B, W] names, at their places; 0 elsewhere."""
-
-        def spread(part: Tensor) -> Tensor:
-            return part.new_zeros(rows.shape + part.shape[1:]).masked_scatter_(
-                rows.view(rows.shape + (1,) * (part.ndim - 1)), part
-            )
-
-        return Logits(spread(self.values), None if self.logsumexp is None else spread(self.logsumexp))
-
-
-class DecoderState(Protocol):
-    """A model in the middle of one search: logits of the first code, then of the next one for every beam."""
-
-    def prefill(
-        self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
-    ) -> Logits:
-        """After prompts [B, S], one row a user: W = 1.
-
-        ``num_tokens``: no fewer than the mask has, all users together, so that padding need not be computed;
-        None where that is not known without waiting for a GPU. What packs nothing has no use for it.
-        """
-        ...
-
-    def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
-        """After ``tokens`` [B, W], grown from the beams ``parents`` [B, W] before."""
-        ...
-
-    def reset_to_prefill(self) -> None:
-        """Forget all steps: what comes next is the first step after the same prompts."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

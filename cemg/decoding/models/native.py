@@ -17,9 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cemg.decoding.models.causal import CausalPlan
-from cemg.decoding.models.layers import FeedForward, Logits, LogitsRequest, Norm, Projection, Unsupported
+from cemg.decoding.models.layers import FeedForward, Norm, Projection
 from cemg.decoding.models.t5 import T5Plan
-from cemg.decoding.timings import Stage, add_native_events
+from cemg.decoding.protocol import (
+    DecoderPlan,
+    Logits,
+    LogitsRequest,
+    SearchOutput,
+    SearchTimings,
+    Unsupported,
+)
+from cemg.decoding.timings import add_native_events
 from cemg.errors import UserError
 from cemg_kernels.constrained.softmax import OVER, Normalize
 from cemg_kernels.runtime.dispatch import native
@@ -56,18 +64,6 @@ class PositionTables(NamedTuple):
         """0 where there is none."""
         one, two, three, four = (0 if table is None else table.data_ptr() for table in self)
         return one, two, three, four
-
-
-class SearchTimings(NamedTuple):
-    """Seconds of the prefill, all decode steps and all selections, and the number of rows in these steps."""
-
-    prefill: float
-    decode_steps: float
-    selection: float
-    rows: int
-
-    def by_stage(self) -> dict[Stage, float]:
-        return {"prefill": self.prefill, "decode_steps": self.decode_steps, "selection": self.selection}
 
 
 def large_pages(count: int) -> Tensor:
@@ -111,17 +107,19 @@ def check_sizes(parts: Sequence[tuple[Projection | Norm | None, tuple[int, ...]]
             raise Unsupported(f"one of its layers is {list(part.weight.shape)}, not {list(shape)}")
 
 
-class NativePlan:
+class NativePlan(DecoderPlan):
     """The weights of a plan as the C++ reads them, copied once: make a new one after training.
 
     Raises Unsupported for other weights than float32 on the CPU, for activations that the C++ does not know,
     and for layers of different sizes. Weights that are not finite give the lists that they give in PyTorch.
     """
 
+    searches_in_one_call = True
+
     def __init__(self, plan: T5Plan | CausalPlan) -> None:
         if plan.dtype != torch.float32 or plan.embedding.device.type != "cpu":
             raise Unsupported(f"its weights are {plan.dtype} on {plan.embedding.device}")
-        self.plan = plan
+        self.plan, self.max_tokens = plan, plan.max_tokens
         self.start_token = plan.start_token if isinstance(plan, T5Plan) else 0
         self._kept: list[Tensor] = []  # what the C++ has the addresses of
         self._room = torch.empty(0)  # for weights to come
@@ -135,9 +133,8 @@ class NativePlan:
         if plan.table is not None:
             self.decoder.set_code_table(self._address(plan.table), plan.first_code, len(plan.table))
 
-    def has_positions(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens fits the learned positions, if there are such."""
-        return isinstance(self.plan, T5Plan) or self.plan.has_positions(tokens)
+    def describe(self) -> str:
+        return f"{self.plan.describe()} in C++"
 
     def new_state(self) -> NativeState:
         """A state for one batch."""
@@ -161,10 +158,9 @@ class NativePlan:
     def beam_search(
         self, input_ids: Tensor, attention_mask: Tensor, *, beams: int, trie: TrieArrays,
         filter: FilterTensors | None, normalize: Normalize, requests: Sequence[LogitsRequest],
-        table: Tensor | None = None,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], SearchTimings]:  # fmt: skip
-        """A whole search in one call; ``requests`` of each level. ``table`` [M, K] int64: the codes' tokens
-        where they do not follow each other.
+        code_tokens: Tensor | None = None,
+    ) -> SearchOutput:  # fmt: skip
+        """A whole search in one call; see ``DecoderPlan.beam_search``.
 
         Scores [B, W], leaves [B, W], codes [B, W, M] and the best that was cut [B].
         """
@@ -178,8 +174,8 @@ class NativePlan:
         leaves = torch.empty(batch, beams, dtype=torch.int32)
         codes = torch.empty(batch, beams, trie.levels, dtype=torch.int64)
         numbers = [OVER[normalize], beams, requests[0].first_token, self.start_token]
-        if table is not None:
-            numbers.append(table.data_ptr())
+        if code_tokens is not None:
+            numbers.append(code_tokens.data_ptr())
         room = self.search(torch.get_num_threads())
         room.note_laps(False)
         try:
@@ -193,7 +189,7 @@ class NativePlan:
             )  # fmt: skip
         finally:
             self.finished(room)
-        return (scores, leaves, codes, pruned), SearchTimings(*spent)
+        return SearchOutput(scores, leaves, codes, pruned, SearchTimings(*spent))
 
     def linears(self, request: LogitsRequest) -> tuple[LinearFields, LinearFields]:
         """The requested columns of the head, and the whole head or nothing."""
@@ -223,7 +219,7 @@ class NativePlan:
 
     def _causal_positions(self, plan: CausalPlan, count: int) -> PositionTables:
         if plan.positions is not None:
-            plan.check_positions(count)
+            plan.check_fits(count)
             return PositionTables(embedding=plan.positions)
         with self._lock:
             if self._rotation is None or len(self._rotation[0]) < count:
@@ -366,7 +362,7 @@ class NativeState:
         mask = 0 if asked is None else asked.data_ptr()
         self.search.step(fed.data_ptr(), parents.data_ptr(), mask, fed.shape[1], places.addresses(), room)
         self._note_laps()
-        return logits if asked is None else logits.spread(asked)
+        return logits if asked is None else logits.scatter(asked)
 
     def reset_to_prefill(self) -> None:
         self.step_number = 0

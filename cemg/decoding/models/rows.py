@@ -17,8 +17,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
 from cemg.decoding.models.eval_mode import EvalModeState
-from cemg.decoding.models.layers import DecoderState, Logits, LogitsRequest, Unsupported
 from cemg.decoding.models.rope_lengths import forget_lengths, rope_of_lengths
+from cemg.decoding.protocol import DecoderPlan, DecoderState, Logits, LogitsRequest, Unsupported
 
 CACHES = ("cache", "past_key_values", "cache_params")  # names under which ``generate`` passes a cache
 # how many tokens the cache lacks; early versions of transformers 5 take their positions instead
@@ -26,7 +26,7 @@ CUTS_BY_LENGTH = "next_sequence_length" in signature(GenerationMixin.prepare_inp
 STEPS_AHEAD = 64  # positions reserved behind a prompt; only caches of a fixed size read it
 
 
-class RowsPlan:
+class RowsPlan(DecoderPlan):
     """A model of ``transformers``, run through its own ``prepare_inputs_for_generation``.
 
     ``cached``: keep the model's own cache and reorder it at every step; otherwise whole sequences are
@@ -35,6 +35,7 @@ class RowsPlan:
     Unsupported for a model that ``generate()`` does not serve.
     """
 
+    uses_model_forward = True
     VARIANTS: ClassVar = (
         {"cached": True, "padded": True},
         {"cached": True, "padded": False},
@@ -51,11 +52,11 @@ class RowsPlan:
         """All of them, the fastest first; the last one is right for every deterministic model."""
         return [cls(model, **options) for options in cls.VARIANTS]
 
-    @property
-    def path(self) -> str:
-        """How the model runs, in words."""
+    def describe(self) -> str:
         how = "with the model's own cache" if self.cached else "recomputed at every step"
-        return f"one row per beam, {how}" + ("" if self.padded else ", prompts grouped by length")
+        return f"the model's own forward, one row per beam, {how}" + (
+            "" if self.padded else ", prompts grouped by length"
+        )
 
     def new_state(self) -> DecoderState:
         """A state for one batch."""
@@ -70,7 +71,7 @@ class RowsState:
         self.model: Any = model
         self.cached = cached
         self.seq2seq = bool(model.config.is_encoder_decoder)
-        self.accepted = accepted(model)
+        self.arguments = forward_arguments(model)
         self.follows_length = rope_of_lengths(model) is not None
 
     def prefill(
@@ -78,7 +79,7 @@ class RowsState:
     ) -> Logits:
         mask = attention_mask.long()
         self.inputs: dict[str, Any] = {"use_cache": self.cached}
-        if "logits_to_keep" in self.accepted:
+        if "logits_to_keep" in self.arguments:
             self.inputs["logits_to_keep"] = 1
         if self.seq2seq:
             if self.follows_length:
@@ -98,10 +99,10 @@ class RowsState:
         """Mask and positions of causal prompts, as ``generate()`` passes them; neither without padding."""
         if bool(mask.all()):
             return
-        if "attention_mask" not in self.accepted:
+        if "attention_mask" not in self.arguments:
             raise Unsupported("the model's forward takes no attention_mask, so prompts cannot be padded")
         self.inputs["attention_mask"] = mask
-        if "position_ids" in self.accepted and hasattr(self.model, "_prepare_position_ids_for_generation"):
+        if "position_ids" in self.arguments and hasattr(self.model, "_prepare_position_ids_for_generation"):
             place = self.model._prepare_position_ids_for_generation
             self.inputs["position_ids"] = place(self.tokens, {"attention_mask": mask})
 
@@ -135,7 +136,7 @@ class RowsState:
 
         Except for a plain encoder-decoder: ``generate()`` counts the layers of its encoder for it.
         """
-        name = "cache" if "cache" in self.accepted else "past_key_values"
+        name = "cache" if "cache" in self.arguments else "past_key_values"
         prepare = plain(self.model)._prepare_cache_for_generation
         if self.seq2seq and prepare.__func__ is GenerationMixin._prepare_cache_for_generation:
             self.inputs[name] = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -234,7 +235,7 @@ def plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def accepted(model: Any) -> set[str]:
+def forward_arguments(model: Any) -> set[str]:
     """The names of the inputs that the model's forward takes, those that a subclass passes on included."""
     own = plain(model)
     names: set[str] = set()

@@ -19,8 +19,6 @@ from cemg.decoding.models.layers import (
     BeamKVCache,
     FeedForward,
     Head,
-    Logits,
-    LogitsRequest,
     Norm,
     Projection,
     UnpaddedBatch,
@@ -32,6 +30,7 @@ from cemg.decoding.models.layers import (
 )
 from cemg.decoding.models.rows import start_token
 from cemg.decoding.models.weights import unwrapped, weight_of
+from cemg.decoding.protocol import DecoderPlan, Logits, LogitsRequest
 from cemg.decoding.timings import timed_stage
 
 CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
@@ -57,11 +56,13 @@ class DecoderLayer:
     feed_forward: FeedForward
 
 
-class T5Plan:
+class T5Plan(DecoderPlan):
     """A T5's weights as the state wants them. They are read here, once: make a new plan after training.
 
     Raises ``Unsupported`` for a model that only looks like a T5.
     """
+
+    steps_in_torch = True
 
     def __init__(self, model: PreTrainedModel, code_tokens: range) -> None:
         source = unwrapped(model, CLASSES)
@@ -86,6 +87,9 @@ class T5Plan:
         self._encoder_bias: dict[int, Tensor] = {}
         self._decoder_bias: dict[int, Tensor] = {}
         self._precompute(code_tokens)
+
+    def describe(self) -> str:
+        return "fast T5"
 
     def new_state(self) -> T5State:
         """A state for one batch."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cemg.decoding.protocol import Unsupported
+
 TORCH = {
     "torch.nn.modules.linear.Linear", "torch.nn.modules.sparse.Embedding", "torch.nn.modules.dropout.Dropout",
     "torch.nn.modules.container.ModuleList", "torch.nn.modules.normalization.LayerNorm",
@@ -33,10 +35,6 @@ IDLE_HOOKS = {  # of transformers: they collect hidden states, or ask for gradie
 }
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class Unsupported(Exception):
-    """This model's shape is not one that a fast state knows; the message says what."""
 
 
 def unwrapped(model: Any, classes: Iterable[str]) -> Any:

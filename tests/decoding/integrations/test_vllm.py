@@ -75,7 +75,7 @@ def test_a_list_does_not_depend_on_the_batch_it_came_in(bench, served, same_list
     together = decoder.decode(ids, mask, 7)
     for row, length in enumerate(LENGTHS):
         alone = decoder.decode(ids[row : row + 1, -length:], mask[row : row + 1, -length:], 7)
-        same_lists(type(alone)(*(part[row : row + 1] for part in together.parts())), alone)
+        same_lists(type(alone)(*(part[row : row + 1] for part in together.tensors())), alone)
 
 
 @needs_vllm

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.decoding import Decoder, TransformersDecoder, score_all
-from cemg.decoding.models.rows import accepted, start_token
+from cemg.decoding.models.rows import forward_arguments, start_token
 from cemg.decoding.parity_check import first_line
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
@@ -64,7 +64,7 @@ def forward_scores(model: PreTrainedModel, catalog: Catalog, prompt: Tensor) -> 
         if model.config.is_encoder_decoder:
             start = torch.full((len(prefixes), 1), start_token(model))
             inputs = {"input_ids": prompts, "decoder_input_ids": torch.cat((start, prefixes), dim=1)}
-        if "use_cache" in accepted(model):
+        if "use_cache" in forward_arguments(model):
             inputs["use_cache"] = False
         log_probs = model(**inputs).logits[:, -1].float().log_softmax(-1)
         scores[level] = log_probs[row, tokens[:, level]]

@@ -248,7 +248,12 @@ def test_for_no_user_there_is_nothing(shape, backend):
     decoder = Decoder(made.model, made.catalog, START, backend=backend)
     ids, mask = made.prompts([4])
     found = decoder.decode(ids[:0], mask[:0], 5)
-    assert [list(part.shape) for part in found.parts()] == [[0, 5], [0, 5], [0, 5, found.codes.shape[2]], [0]]
+    assert [list(part.shape) for part in found.tensors()] == [
+        [0, 5],
+        [0, 5],
+        [0, 5, found.codes.shape[2]],
+        [0],
+    ]
     assert decoder.decode_exact(ids[:0], mask[:0], 3, 5).items.shape == (0, 3)
 
 
@@ -347,7 +352,7 @@ def test_what_is_no_prompt_is_refused_before_it_is_read():
     ids, mask = made.prompts([4, 3])
     none = mask.clone()
     none[1] = 0
-    with pytest.raises(UserError, match="prompt 1 holds no token"):
+    with pytest.raises(UserError, match="prompt 1 has no tokens"):
         score_all(decoder, ids, none)
     with pytest.raises(ValueError, match="prompt 1 holds no token"):
         decoder.plan.new_state().prefill(ids, none, decoder.logits_request(0))
@@ -428,7 +433,7 @@ def test_a_search_in_one_call_gives_the_bits_of_one_step_by_step(shape, normaliz
                 whole = decoder.decode(*prompts, beams, filter=filter)
                 with step_by_step():
                     stepped = decoder.decode(*prompts, beams, filter=filter)
-                for mine, other in zip(whole.parts(), stepped.parts(), strict=True):
+                for mine, other in zip(whole.tensors(), stepped.tensors(), strict=True):
                     assert torch.equal(mine, other)
 
 
@@ -468,17 +473,17 @@ def test_prompts_of_all_lengths_cost_their_tokens_and_no_padding(shape, more, mo
     call, rows = FeedForward.__call__, []
     monkeypatch.setattr(FeedForward, "__call__", lambda self, x: rows.append(len(x)) or call(self, x))
     with torch.inference_mode():
-        packed = decoder._found(ids, mask, 20, None, num_tokens=15 + more)
+        packed = decoder._beam_search(ids, mask, 20, None, num_tokens=15 + more)
         assert rows[0] == 15 + more
         rows.clear()
-        whole = decoder._found(ids, mask, 20, None, num_tokens=27)
+        whole = decoder._beam_search(ids, mask, 20, None, num_tokens=27)
     assert rows[0] == 27
     same_lists(packed, whole)
     same_lists(decoder.decode(ids, mask, 20), whole)
     for row, length in enumerate((9, 2, 4)):  # a user's list is its own
         held = mask[row].bool()
         alone = decoder.decode(ids[row, held][None], torch.ones(1, length, dtype=torch.int64), 20)
-        same_lists(alone, Recommendations(*(part[row : row + 1] for part in packed.parts())))
+        same_lists(alone, Recommendations(*(part[row : row + 1] for part in packed.tensors())))
 
 
 @pytest.mark.parametrize("shape", ["t5 gated, uneven stacks", "gpt2", "qwen3, normed heads"])

@@ -9,9 +9,10 @@ import torch
 
 from cemg.decoding import Decoder
 from cemg.decoding.models.causal import CausalPlan
-from cemg.decoding.models.layers import LogitsRequest, Projection, Unsupported
+from cemg.decoding.models.layers import Projection
 from cemg.decoding.models.native import NativePlan, NativeState, prompt_fields
 from cemg.decoding.models.t5 import T5Plan
+from cemg.decoding.protocol import LogitsRequest, Unsupported
 from cemg.errors import UserError
 
 from ..conftest import FAMILIES, LEVELS, SIZE, START, VOCABULARY, Bench, make_model, random_catalog

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cemg.decoding import Decoder, TransformersDecoder, score_all
-from cemg.decoding.beams import left_padded, right_padded, trimmed
+from cemg.decoding.beams import pad_left, pad_right, trim_padding
 from cemg.errors import UserError
 
 from ..conftest import START, Bench, random_catalog
@@ -90,16 +90,16 @@ def test_an_encoder_scores_as_its_plain_forward_wherever_padding_is(name, form):
 def test_tokens_keep_their_order_and_prompts_that_fit_are_not_copied():
     ids = torch.tensor([[5, 6, 0, 7], [0, 0, 8, 9]])
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1]])
-    moved, there = left_padded(ids, mask)
+    moved, there = pad_left(ids, mask)
     assert moved.tolist() == [[0, 5, 6, 7], [0, 0, 8, 9]] and there.tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
-    first, held = right_padded(ids, mask)
+    first, held = pad_right(ids, mask)
     assert first.tolist() == [[5, 6, 7, 0], [8, 9, 0, 0]] and held.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
     for causal, prompts in ((True, (moved[:, 1:], there[:, 1:])), (False, (first[:, :3], held[:, :3]))):
-        again, same = trimmed(*prompts, causal=causal)
+        again, same = trim_padding(*prompts, causal=causal)
         assert again is prompts[0] and same is prompts[1]
-    cut, short = trimmed(F.pad(ids, (2, 1)), F.pad(mask, (2, 1)), causal=True)
+    cut, short = trim_padding(F.pad(ids, (2, 1)), F.pad(mask, (2, 1)), causal=True)
     assert cut.tolist() == [[5, 6, 7], [0, 8, 9]] and short.tolist() == [[1, 1, 1], [0, 1, 1]]
-    cut, short = trimmed(F.pad(ids, (2, 1)), F.pad(mask, (2, 1)), causal=False)
+    cut, short = trim_padding(F.pad(ids, (2, 1)), F.pad(mask, (2, 1)), causal=False)
     assert cut.tolist() == [[5, 6, 7], [8, 9, 0]] and short.tolist() == [[1, 1, 1], [1, 1, 0]]
 
 

@@ -11,9 +11,9 @@ import transformers
 from torch import Tensor
 
 from cemg.decoding.models.causal import CausalPlan
-from cemg.decoding.models.layers import LogitsRequest
 from cemg.decoding.models.native import NativePlan
 from cemg.decoding.models.t5 import T5Plan
+from cemg.decoding.protocol import LogitsRequest
 
 VOCABULARY, FIRST, CODES, LONG = 220, 3, 200, 8192  # LONG: terms of the feed-forward block's sums
 USERS, PROMPT, FED = 6, 12, 3

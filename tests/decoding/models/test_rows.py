@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from cemg.decoding import Decoder, score_all
-from cemg.decoding.models.layers import Unsupported
 from cemg.decoding.models.rows import RowsPlan
+from cemg.decoding.protocol import Unsupported
 
 from ..conftest import START, VOCABULARY, Bench, Family, random_catalog
 
