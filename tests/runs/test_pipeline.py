@@ -181,7 +181,7 @@ def test_a_stage_that_starts_again_starts_its_log_again(copy, pipeline, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cemg.pipeline.Tokenizer.save", dies)
+        patch.setattr("cemg.tokenizer.Tokenizer.save", dies)
         pipeline(copy).train()
     pipeline(copy).train()
     assert (copy / "tokenizer" / "log.jsonl").read_text() == whole
