@@ -26,6 +26,7 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	PYTHONPATH=src $(BIN)/lint-imports --no-logo
 	MYPYPATH=src $(BIN)/mypy -p cemg -p cemg_kernels
 
 docs: $(STAMP)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cemg.version import __version__
+
 if TYPE_CHECKING:
     from cemg.recommender import Recommender as Recommender
 
-__version__ = "0.1.0"
 __all__ = ["Recommender", "__version__"]
 
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from typer.core import TyperCommand
 
-from cemg import __version__
 from cemg.errors import UserError
 from cemg.progress import console, printable
 from cemg.storage.files import storage_error
+from cemg.version import __version__
 
 if TYPE_CHECKING:
     from cemg.config import RunConfig

@@ -14,11 +14,11 @@ import torch
 import transformers
 from pydantic import ConfigDict
 
-import cemg
 from cemg.errors import DamagedError
 from cemg.storage import files
 from cemg.storage.files import hidden
 from cemg.storage.read import STRICT, check_file, check_signature, digest, file_digest, read_json, signed
+from cemg.version import __version__
 
 MANIFEST, KEY, CLOCK, CONFIG = "manifest.json", "key.json", "seconds.json", "config.yaml"
 STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")  # in the order of training
@@ -194,5 +194,5 @@ def _contents(hashes: Mapping[str, str], config: Mapping[str, Any]) -> str:
 
 def _versions() -> dict[str, str]:
     return {
-        "cemg": cemg.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "cemg": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip

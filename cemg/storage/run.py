@@ -20,7 +20,6 @@ from shlex import quote
 from types import TracebackType
 from typing import Any
 
-import cemg
 from cemg.errors import DamagedError, UserError
 from cemg.progress import console
 from cemg.storage import files
@@ -40,6 +39,7 @@ from cemg.storage.manifest import (
     verify,
 )
 from cemg.storage.read import check_signature, digest, read_json, signed
+from cemg.version import __version__
 from cemg_kernels.runtime.ranges import named_range
 
 PENDING, NEXT = ".config.next.yaml", ".next"  # the configuration and the stages that a run is being made into
@@ -72,9 +72,7 @@ class Run:
 
     def key_of(self, config: Mapping[str, Any], inputs: tuple[str, ...]) -> str:
         """What identifies a stage: its settings, the keys of its inputs and the version of CEMG."""
-        return digest(
-            {"config": config, "inputs": {i: self.keys[i] for i in inputs}, "version": cemg.__version__}
-        )
+        return digest({"config": config, "inputs": {i: self.keys[i] for i in inputs}, "version": __version__})
 
     def stage(
         self,

@@ -20,6 +20,7 @@ from cemg.data.dataset import check_ids
 from cemg.errors import DamagedError, UserError
 from cemg.storage import files
 from cemg.storage.read import STRICT, Shape, check_tensors, read_json, read_tensors
+from cemg.tokenizer.catalog_files import read_codes, write_codes
 from cemg.tokenizer.shared import SharedFilter, SharedIds
 from cemg.tokenizer.tokens import CodeTokens, TokenMap
 from cemg_kernels import ItemFilter, RequestFilter, Trie
@@ -152,21 +153,24 @@ class Catalog:
 
         Raises UserError that names the file, and the item or row, for whatever is malformed.
         """
-        from cemg.tokenizer.catalog_files import read_catalog
-
-        return read_catalog(
-            path, tokenizer=tokenizer, code_token_start=code_token_start, shared=shared,
-            codebook_size=codebook_size, interactions=interactions, item=item, columns=columns,
+        file = read_codes(
+            Path(path), tokenizer=tokenizer, code_token_start=code_token_start, codebook_size=codebook_size,
+            interactions=interactions, item=item, columns=columns,
         )  # fmt: skip
+        try:
+            return cls.from_codes(
+                file.codes, file.codebook_sizes, file.item_ids, tokens=file.tokens, shared=shared,
+                counts=file.counts,
+            )  # fmt: skip
+        except UserError as error:
+            raise UserError(f"{path}: {error.message}", cause=error.cause, fix=error.fix) from error
 
     def write_codes(self, path: Path | str) -> None:
         """Write the codes as ``.csv`` or ``.parquet`` (item, code_0, code_1, …) or as ``X.index.json``.
 
         ``Catalog.read`` reads each of them. Raises UserError for another name.
         """
-        from cemg.tokenizer.catalog_files import write_codes
-
-        write_codes(self, path)
+        write_codes(Path(path), self.item_ids, self.codes)
 
     def __repr__(self) -> str:
         return f"Catalog({len(self):,} items, {self.levels} levels, codebook_size={self.codebook_size})"

@@ -68,10 +68,10 @@ class Tokenizer:
             return cls._restored(about, tensors)
         except DamagedError as error:
             cause = f"{error.message}: {error.cause}" if error.cause else error.message
-            raise DamagedError(f"{folder} holds no readable tokenizer", cause=cause, fix=fix) from error
+            raise DamagedError(f"{folder} has no readable tokenizer", cause=cause, fix=fix) from error
         except (KeyError, RuntimeError, UserError) as error:  # of a model of another shape
             cause = str(error).splitlines()[0]
-            raise DamagedError(f"{folder} holds no readable tokenizer", cause=cause, fix=fix) from error
+            raise DamagedError(f"{folder} has no readable tokenizer", cause=cause, fix=fix) from error
 
     @classmethod
     def _restored(cls, about: _About, tensors: dict[str, Tensor]) -> Tokenizer:

@@ -149,5 +149,5 @@ def test_a_tokenizer_without_a_token_of_the_index_is_refused_with_item_and_token
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     path, _ = make_index(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no readable tokenizer"):
+    with pytest.raises(UserError, match="has no readable tokenizer"):
         Catalog.read(path, tokenizer=tmp_path / "empty")

@@ -105,18 +105,18 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
         ({"0": 5}, "item '0': a list of tokens is needed, got 5"),
         ({"0": []}, "item '0': a list of tokens is needed"),
         ({"0": ["<a_1>"], "7": None}, "item '7': a list of tokens is needed, got None"),
-        ({"0": ["<a_1>", "<b_1>"], "7": ["<a_1>"]}, "item '7': 1 tokens where the first item has 2"),
+        ({"0": ["<a_1>", "<b_1>"], "7": ["<a_1>"]}, "item '7': 1 tokens, but the first item has 2"),
         ({"0": ["<a_1>"], "7": ["<a>"]}, "item '7': '<a>' is not a token like <a_197>"),
-        ({"0": ["<a_1>"], "7": ["a_1"]}, "item '7': token a_1 on level 0, which has <a_…>"),
+        ({"0": ["<a_1>"], "7": ["a_1"]}, "item '7': token a_1 on level 0, whose other tokens are like <a_…>"),
         ({"0": ["<a_1>"], "7": ["<a_1|"]}, "item '7': token <a_1| on level 0"),
         ({"0": ["<a_1>"], "7": [12]}, "item '7': 12 is not a token"),
         ({"0": ["<a_1>"], "7": [["<a_1>"]]}, "item '7': .* is not a token"),
         (
             {"0": ["<a_1>", "<b_1>"], "7": ["<b_1>", "<a_1>"]},
-            "item '7': token <b_1> on level 0, which has <a_…>",
+            "item '7': token <b_1> on level 0, whose other tokens are like <a_…>",
         ),
         ({"0": ["<a_1>"], "7": ["<a_999999999>"]}, "a level has 32768 codes at most"),
-        ({"0": ["<a_1>"], "7": ["<a_01>"]}, "two tokens of level 0 have one number"),
+        ({"0": ["<a_1>"], "7": ["<a_01>"]}, "two tokens of level 0 have the same number"),
         ({"0": ["<a_1>"], "7": ["<a_1>"]}, "these codes make no catalog"),
         ({"": ["<a_1>"]}, "item id '' is empty"),
     ],
@@ -172,9 +172,9 @@ def test_a_table_of_other_columns_is_read_by_their_names(tmp_path: Path) -> None
     ("text", "message"),
     [
         ("", "cannot be read"),
-        ("item,code_0\n", "holds no items"),
+        ("item,code_0\n", "has no items"),
         ("item\n1\n", "has no columns of codes"),
-        ("item,code_0\n1,x\n", "row 1: code_0 is 'x', a code is an integer"),
+        ("item,code_0\n1,x\n", "row 1: code_0 is 'x', and a code must be an integer"),
         ("item,code_0\n1,2\n2,\n", "row 2: code_0 is None"),
         ("item,code_0\n,2\n", "row 1: item is empty"),
         ("item,code_0\n1,-2\n", "these codes make no catalog"),
@@ -235,7 +235,7 @@ class Trap:
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     torch.save(Trap(tmp_path / "ran"), tmp_path / "trap.pt")
-    with pytest.raises(UserError, match="holds no readable tensor"):
+    with pytest.raises(UserError, match="has no readable tensor"):
         Catalog.read(tmp_path / "trap.pt")
     assert not (tmp_path / "ran").exists()
 

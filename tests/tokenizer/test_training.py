@@ -163,7 +163,7 @@ def test_a_truncated_tokenizer_is_refused_with_its_folder(tmp_path: Path, name: 
     train_tokenizer(*features(), config=QUICK).save(tmp_path)
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: int(keep * len(whole))])
-    with pytest.raises(UserError, match="holds no readable tokenizer"):
+    with pytest.raises(UserError, match="has no readable tokenizer"):
         Tokenizer.load(tmp_path)
 
 

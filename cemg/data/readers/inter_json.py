@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from cemg.data.keyed_json import read_keyed, short
+from cemg.data.readers.keyed_json import read_keyed, short
 from cemg.data.readers.raw import ITEM_SCHEMA, Raw, no_items
 from cemg.data.readers.text import clean, phrases, sentences
 from cemg.errors import UserError
