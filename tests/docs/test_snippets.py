@@ -193,19 +193,36 @@ def test_extras_that_a_page_installs_exist():
 # ---- generated parts and links
 
 
-def generator() -> ModuleType:
-    """docs/generate.py as a module."""
-    if "docs_generate" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+def script(path: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    name = f"docs_{Path(path).stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / path)
         assert spec and spec.loader
-        sys.modules["docs_generate"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["docs_generate"])
-    return sys.modules["docs_generate"]
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def generator() -> ModuleType:
+    return script("generate.py")
 
 
 def test_generated_pages_and_tables_are_current():
     stale = [name_of(page) for page, text in generator().pages().items() if page.read_text() != text]
     assert not stale, "run python docs/generate.py"
+
+
+def test_the_scripts_draw_the_figures_of_the_concepts_and_of_the_pipeline(tmp_path: Path):
+    for name, draw in script("figures/concepts.py").DRAWINGS.items():
+        draw().savefig(tmp_path / f"{name}.png")
+        assert (ROOT / "docs" / "figures" / f"{name}.png").is_file()
+    script("figures/pipeline.py").draw(tmp_path / "pipeline.png")
+
+
+def test_every_figure_is_shown_on_a_page():
+    text = "".join(page.read_text() for page in PAGES)
+    assert all(f"figures/{path.name})" in text for path in (ROOT / "docs" / "figures").glob("*.png"))
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
