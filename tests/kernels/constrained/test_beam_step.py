@@ -274,7 +274,7 @@ def step_arguments(users: int = 2) -> tuple[Trie, ItemFilter, Tensor, Tensor, Te
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("users", [1, 2])
+@pytest.mark.parametrize("users", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_custom_op_keeps_what_it_promises(backend, users):
     trie, chosen, logits, scores, nodes = step_arguments(users)
     one_each = RequestFilter.stack([chosen, None][:users]) & RequestFilter.excluding(trie, [[3, 9]] * users)

@@ -176,7 +176,9 @@ def test_triton_kernels_are_interpreted_here_and_none_is_skipped():
     assert dispatch.pick("lightgcn_propagate", torch.device("cpu"), "triton") == "triton"
 
 
-@pytest.mark.parametrize(("variable", "code"), [({"CEMG_NO_SKIPS": "1"}, 1), ({}, 0)])
+@pytest.mark.parametrize(
+    ("variable", "code"), [({"CEMG_NO_SKIPS": "1"}, 1), pytest.param({}, 0, marks=pytest.mark.slow)]
+)
 def test_a_kernels_test_that_is_skipped_fails_where_none_may_be(variable, code):
     """What CI and bench/gpu.sh rely on, shown on a test that a machine without a GPU has to skip."""
     root = Path(__file__).parents[3]
