@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,21 @@ import pytest
 import torch
 from filelock import FileLock
 
+from .helpers import save_wordpiece_tokenizer
+
 MAX_WORKERS = 8  # each worker imports torch and transformers: 1 GB
 
 if not torch.cuda.is_available():  # Triton reads this when it decorates a kernel, so set it before any import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The models of the tests are so small that more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -81,20 +92,14 @@ def tiny_text_model(make_once) -> Path:
 
 
 def _save_tiny_bert(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel
 
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *map(chr, range(97, 123))]
-    names += [f"##{chr(letter)}" for letter in range(97, 123)]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(names))}
+    letters = [chr(letter) for letter in range(97, 123)]
+    words = list(dict.fromkeys([*WORDS, *letters, *(f"##{letter}" for letter in letters)]))
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(vocabulary), initializer_range=0.5, **shape)).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=5 + len(words), initializer_range=0.5, **shape)).save_pretrained(folder)
+    save_wordpiece_tokenizer(folder, words)
 
 
 @pytest.fixture(scope="session")
@@ -169,7 +174,7 @@ def tiny_run(make_once, tiny_settings: list[str], feature_cache: Path, command) 
 
     def train(folder: Path) -> None:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # a fixture of the session runs before those of the test
         assert command(main, "--run", folder / "run", "--cache", feature_cache, *settings) == 0
         torch.set_num_threads(threads)
 

@@ -6,9 +6,7 @@ otherwise.
 
 from __future__ import annotations
 
-import gzip
 import json
-from pathlib import Path
 
 import polars as pl
 import pytest
@@ -16,6 +14,8 @@ import pytest
 from cemg.data import Dataset, read_dataset
 from cemg.data.readers import ColumnNames
 from cemg.errors import UserError
+
+from ..helpers import write_file
 
 ROWS = [("a", "y", 200), ("a", "x", 100), ("b", "y", 50), ("b", "z", 55), ("b", "x", 60)]
 HISTORIES = {"a": ["x", "y"], "b": ["y", "z", "x"]}
@@ -26,13 +26,6 @@ ITEMS = "item,title,text\nx,Red,It is red\ny,Blue,\nz,,Plain\n"
 def histories(data: Dataset) -> dict[str, list[str]]:
     ids = [[data.item_ids[i] for i in s] for s in data.sequences]
     return dict(zip(data.user_ids, ids, strict=True))
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw = content.encode() if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    return path
 
 
 def joined(separator: str, *, end: str = "\n", tail: str = "") -> str:
@@ -109,10 +102,9 @@ def test_an_odd_table_gives_the_same_histories(name, tmp_path):
     file, content, options = TABLES[name]
     columns = options.pop("columns", None) if (options := dict(options)) else None
     ids = options.pop("ids", {})
-    data = read_dataset(
-        write(tmp_path / file, content), min_count=0, columns=ColumnNames.parse(columns) if columns else None,
-        **options,
-    )  # fmt: skip
+    path = write_file(tmp_path / file, content)
+    named = ColumnNames.parse(columns) if columns else None
+    data = read_dataset(path, min_count=0, columns=named, **options)
     expected = {user: [ids.get(item, item) for item in items] for user, items in HISTORIES.items()}
     assert histories(data) == expected
 
@@ -185,12 +177,12 @@ def test_shards_of_different_columns_are_named(tmp_path):
 
 
 def test_orders_and_products_are_joined_by_the_columns_that_are_named(tmp_path):
-    orders = write(tmp_path / "orders.csv", CSV.replace("user,item,timestamp", "uid,product,ts"))
-    products = write(
+    orders = write_file(tmp_path / "orders.csv", CSV.replace("user,item,timestamp", "uid,product,ts"))
+    products = write_file(
         tmp_path / "in" / "products.tsv",
         "sku\tname\tabout\tpicture\nx\tRed\tIt is red\tp/x.png\ny\tBlue\tBlue sky\t\nz\t\tPlain\tnone.png\n",
     )
-    write(tmp_path / "in" / "p" / "x.png", b"")
+    write_file(tmp_path / "in" / "p" / "x.png", b"")
     columns = "user=uid,item=product,timestamp=ts,id=sku,title=name,text=name+about,image=picture"
     data = read_dataset(orders, items=products, columns=ColumnNames.parse(columns), min_count=0)
     about = {
@@ -204,8 +196,8 @@ def test_orders_and_products_are_joined_by_the_columns_that_are_named(tmp_path):
 
 
 def test_an_items_file_whose_ids_have_another_name_is_an_error_that_tells_how_to_name_them(tmp_path):
-    write(tmp_path / "items.csv", ITEMS.replace("item,", "product,"))
-    orders = write(tmp_path / "orders.csv", CSV)
+    write_file(tmp_path / "items.csv", ITEMS.replace("item,", "product,"))
+    orders = write_file(tmp_path / "orders.csv", CSV)
     with pytest.raises(
         UserError, match=r"no column 'item'; the columns are product, title, text\n.*--columns id="
     ):
@@ -215,16 +207,16 @@ def test_an_items_file_whose_ids_have_another_name_is_an_error_that_tells_how_to
 
 
 def test_a_headerless_items_file_takes_positions_of_its_own(tmp_path):
-    write(tmp_path / "items.csv", ITEMS.split("\n", 1)[1])
-    orders = write(tmp_path / "orders.csv", CSV)
+    write_file(tmp_path / "items.csv", ITEMS.split("\n", 1)[1])
+    orders = write_file(tmp_path / "orders.csv", CSV)
     data = read_dataset(orders, columns=ColumnNames.parse("id=#1,title=#2,text=#3"), min_count=0)
     assert data.texts[data.item_ids.index("x")] == "Red. It is red."
 
 
 @pytest.mark.parametrize("role", ["user", "item", "timestamp", "rating", "id", "title", "text", "image"])
 def test_a_named_column_that_does_not_exist_is_an_error_with_those_there_are(role, tmp_path):
-    write(tmp_path / "items.csv", ITEMS)
-    orders = write(tmp_path / "orders.csv", CSV)
+    write_file(tmp_path / "items.csv", ITEMS)
+    orders = write_file(tmp_path / "orders.csv", CSV)
     with pytest.raises(UserError) as refused:
         read_dataset(orders, columns=ColumnNames.parse(f"{role}=nowhere"), min_count=0)
     there = (
@@ -258,7 +250,7 @@ def test_a_header_where_positions_are_named_is_noticed(tmp_path):
         UserError, match=r"line 1: .* is 'timestamp', which is not a time\n.*if this line is a header"
     ):
         read_dataset(
-            write(tmp_path / "o.csv", CSV), columns=ColumnNames.parse("user=#1,item=#2,timestamp=#3")
+            write_file(tmp_path / "o.csv", CSV), columns=ColumnNames.parse("user=#1,item=#2,timestamp=#3")
         )
 
 
@@ -274,8 +266,8 @@ MATCHES = {  # ids of the interactions, ids of the items file
 @pytest.mark.parametrize("name", MATCHES)
 def test_ids_that_differ_only_in_form_are_matched_and_said(name, tmp_path):
     own, known = MATCHES[name]
-    orders = write(tmp_path / "orders.csv", f"user,item,timestamp\nu,{own},1\nu,other,2\n")
-    write(tmp_path / "items.csv", f"item,title\n{known},Red\nother,Blue\n")
+    orders = write_file(tmp_path / "orders.csv", f"user,item,timestamp\nu,{own},1\nu,other,2\n")
+    write_file(tmp_path / "items.csv", f"item,title\n{known},Red\nother,Blue\n")
     data = read_dataset(orders, min_count=0)
     assert dict(zip(data.item_ids, data.titles, strict=True)) == {own: "Red", "other": "Blue"}
     said = f"items.csv has 1 ids such as {known!r} for {own!r}: they are matched"
@@ -283,8 +275,8 @@ def test_ids_that_differ_only_in_form_are_matched_and_said(name, tmp_path):
 
 
 def test_an_ambiguous_form_is_not_matched_and_ids_alike_are_said(tmp_path):
-    orders = write(tmp_path / "orders.csv", "user,item,timestamp\nu,12,1\nu,012,2\nu,z,3\n")
-    write(tmp_path / "items.csv", "item,title\n12.0,Red\nz,Blue\n")
+    orders = write_file(tmp_path / "orders.csv", "user,item,timestamp\nu,12,1\nu,012,2\nu,z,3\n")
+    write_file(tmp_path / "items.csv", "item,title\n12.0,Red\nz,Blue\n")
     data = read_dataset(orders, min_count=0)
     assert data.item_ids == ["12", "012", "z"] and data.titles == ["", "", "Blue"]
     assert (
@@ -295,8 +287,8 @@ def test_an_ambiguous_form_is_not_matched_and_ids_alike_are_said(tmp_path):
 
 
 def test_an_items_file_that_describes_no_item_is_an_error(tmp_path):
-    orders = write(tmp_path / "orders.csv", CSV)
-    write(tmp_path / "items.csv", "item,title\nB1,Red\n")
+    orders = write_file(tmp_path / "orders.csv", CSV)
+    write_file(tmp_path / "items.csv", "item,title\nB1,Red\n")
     with pytest.raises(UserError) as refused:
         read_dataset(orders, min_count=0)
     assert refused.value.message == "items.csv describes 0 of 3 items"
@@ -304,8 +296,8 @@ def test_an_items_file_that_describes_no_item_is_an_error(tmp_path):
 
 
 def test_an_item_described_twice_counts_once_and_is_said(tmp_path):
-    orders = write(tmp_path / "orders.csv", CSV)
-    write(tmp_path / "items.csv", ITEMS + "x,Green,\n")
+    orders = write_file(tmp_path / "orders.csv", CSV)
+    write_file(tmp_path / "items.csv", ITEMS + "x,Green,\n")
     data = read_dataset(orders, min_count=0)
     assert data.titles[data.item_ids.index("x")] == "Red"
     assert "items.csv has 1 further rows for items that it already describes: ignored" in data.notes
@@ -328,7 +320,7 @@ UNDECODABLE = {
 @pytest.mark.parametrize("name", UNDECODABLE)
 def test_bytes_of_another_encoding_are_refused_with_their_line_and_read_when_it_is_named(name, tmp_path):
     file, text, line = UNDECODABLE[name]
-    path = write(tmp_path / file, text.encode("cp1252"))
+    path = write_file(tmp_path / file, text.encode("cp1252"))
     kind = {"amazon": "amazon-2023"}.get(name, name.split(",")[0])
     with pytest.raises(UserError) as refused:
         read_dataset(path, format=kind, min_count=0)
@@ -343,7 +335,7 @@ def test_bytes_of_another_encoding_are_refused_with_their_line_and_read_when_it_
 @pytest.mark.parametrize("name", UNDECODABLE)
 def test_a_byte_order_mark_is_understood_in_every_format(name, mark, tmp_path):
     file, text, _ = UNDECODABLE[name]
-    path = write(tmp_path / file, text.replace("é", "3").encode(mark))
+    path = write_file(tmp_path / file, text.replace("é", "3").encode(mark))
     data = read_dataset(path, format={"amazon": "amazon-2023"}.get(name, name.split(",")[0]), min_count=0)
     assert data.num_interactions > 0 and not any("\ufeff" in item for item in data.item_ids + data.user_ids)
 
@@ -354,45 +346,45 @@ def test_a_byte_order_mark_is_understood_in_every_format(name, mark, tmp_path):
 )
 def test_an_unknown_encoding_is_refused(encoding, tmp_path):
     with pytest.raises(UserError, match="is not a valid encoding"):
-        read_dataset(write(tmp_path / "o.csv", CSV), encoding=encoding)
+        read_dataset(write_file(tmp_path / "o.csv", CSV), encoding=encoding)
 
 
 @pytest.mark.parametrize("separator", ["ab", "é", '"', "\n"])
 def test_a_separator_that_is_not_one_byte_is_refused(separator, tmp_path):
     with pytest.raises(UserError, match="is not a valid separator"):
-        read_dataset(write(tmp_path / "o.csv", CSV), separator=separator)
+        read_dataset(write_file(tmp_path / "o.csv", CSV), separator=separator)
 
 
 def test_a_decimal_comma_is_read_where_semicolons_separate(tmp_path):
-    orders = write(tmp_path / "o.csv", "user;item;timestamp;rating\na;x;1;4,5\na;y;2;3,5\n")
+    orders = write_file(tmp_path / "o.csv", "user;item;timestamp;rating\na;x;1;4,5\na;y;2;3,5\n")
     assert read_dataset(orders, min_count=0, min_rating=4).num_interactions == 1
 
 
 def test_quoted_line_ends_are_part_of_a_text_and_do_not_shift_the_line_of_an_error(tmp_path):
-    write(tmp_path / "items.csv", 'item,title\nx,"Red\nand, blue"\ny,Blue\nz,Z\n')
-    data = read_dataset(write(tmp_path / "o.csv", CSV), min_count=0)
+    write_file(tmp_path / "items.csv", 'item,title\nx,"Red\nand, blue"\ny,Blue\nz,Z\n')
+    data = read_dataset(write_file(tmp_path / "o.csv", CSV), min_count=0)
     assert data.titles[data.item_ids.index("x")] == "Red and, blue"
-    write(tmp_path / "items.csv", 'item,title\nx,"Red\nand, blue"\n,Blue\n')
+    write_file(tmp_path / "items.csv", 'item,title\nx,"Red\nand, blue"\n,Blue\n')
     with pytest.raises(UserError, match=r"items\.csv, line 4: column 'item' is empty"):
         read_dataset(tmp_path / "o.csv", min_count=0)
 
 
 def test_pictures_in_subfolders_are_found_and_two_of_one_item_are_refused(tmp_path):
-    orders = write(tmp_path / "orders.csv", CSV.replace(",x", ",0108775015"))
+    orders = write_file(tmp_path / "orders.csv", CSV.replace(",x", ",0108775015"))
     for name in ("010/0108775015.JPG", "b/c/y.png", "b/unknown.jpg", "b/y.txt"):
-        write(tmp_path / "pictures" / name, b"")
+        write_file(tmp_path / "pictures" / name, b"")
     data = read_dataset(orders, images=tmp_path / "pictures", min_count=0)
     found = {item: path and path.name for item, path in zip(data.item_ids, data.images, strict=True)}
     assert found == {"0108775015": "0108775015.JPG", "y": "y.png", "z": None}
-    write(tmp_path / "pictures" / "again" / "y.jpg", b"")
+    write_file(tmp_path / "pictures" / "again" / "y.jpg", b"")
     with pytest.raises(UserError) as refused:
         read_dataset(orders, images=tmp_path / "pictures", min_count=0)
     assert "item y has 2 images" in str(refused.value) and "again/y.jpg and b/c/y.png" in str(refused.value)
 
 
 def test_pictures_named_with_zeros_that_the_interactions_lost_are_matched_and_said(tmp_path):
-    orders = write(tmp_path / "orders.csv", CSV.replace(",x", ",108775015"))
-    write(tmp_path / "pictures" / "010" / "0108775015.jpg", b"")
+    orders = write_file(tmp_path / "orders.csv", CSV.replace(",x", ",108775015"))
+    write_file(tmp_path / "pictures" / "010" / "0108775015.jpg", b"")
     data = read_dataset(orders, images=tmp_path / "pictures", min_count=0)
     assert data.images[data.item_ids.index("108775015")] is not None
     assert "1 images are named like '0108775015' for item '108775015': they are matched" in data.notes
@@ -420,17 +412,17 @@ def test_what_the_filters_drop_is_said(tmp_path):
 
 def test_a_user_without_items_is_counted_and_left_out(tmp_path):
     folder = tmp_path / "set"
-    write(folder / "interactions.txt", "1 5 6\n2\n3 6 5\n")
+    write_file(folder / "interactions.txt", "1 5 6\n2\n3 6 5\n")
     data = read_dataset(folder)
     assert data.user_ids == ["1", "3"]
     assert "1 of 3 users have no items and are left out; the first is user 2 in line 2" in data.notes
-    write(tmp_path / "x.inter.json", json.dumps({"1": ["5"], "2": []}))
+    write_file(tmp_path / "x.inter.json", json.dumps({"1": ["5"], "2": []}))
     assert read_dataset(tmp_path / "x.inter.json").user_ids == ["1"]
 
 
 def test_a_folder_of_unknown_files_is_refused_with_what_it_holds(tmp_path):
-    write(tmp_path / "orders.csv", CSV)
-    write(tmp_path / "products.csv", ITEMS)
+    write_file(tmp_path / "orders.csv", CSV)
+    write_file(tmp_path / "products.csv", ITEMS)
     with pytest.raises(UserError) as refused:
         read_dataset(tmp_path)
     assert refused.value.cause == "it contains orders.csv, products.csv"
@@ -449,11 +441,11 @@ BROKEN = {  # a table, and what its error says
 def test_a_broken_table_is_refused_with_its_line(name, tmp_path):
     content, said = BROKEN[name]
     with pytest.raises(UserError) as refused:
-        read_dataset(write(tmp_path / "o.csv", content), min_count=0)
+        read_dataset(write_file(tmp_path / "o.csv", content), min_count=0)
     assert f"o.csv, {said}" in refused.value.message and "\n" not in refused.value.message
 
 
 def test_users_that_differ_only_in_form_are_said_too(tmp_path):
-    write(tmp_path / "o.csv", "user,item,timestamp\n1.0,x,1\n1,x,2\n")
+    write_file(tmp_path / "o.csv", "user,item,timestamp\n1.0,x,1\n1,x,2\n")
     notes = " ".join(read_dataset(tmp_path / "o.csv", min_count=0).notes)
     assert "2 user ids differ from another one only in how they are written, such as '1.0' and '1'" in notes

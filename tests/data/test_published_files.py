@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,12 +10,7 @@ from cemg.data import read_dataset
 from cemg.data.readers import ColumnNames
 from cemg.errors import UserError
 
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
-
+from ..helpers import write_file
 
 REVIEW = {"reviewerID": "a", "asin": "x", "unixReviewTime": 1, "overall": 5.0}
 REVIEW_2018 = REVIEW | {"verified": True, "reviewTime": "09 1, 2016", "style": {"Size:": "L"}}
@@ -102,11 +95,11 @@ PUBLISHED = {  # reviews, metadata (name, content), name of the set
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_amazons_real_file_names_are_read_with_their_metadata(name, tmp_path):
     reviews, line, metadata, about, subject = PUBLISHED[name]
-    path = write(tmp_path / reviews, line + "\n")
-    write(tmp_path / metadata, about + "\n")
+    path = write_file(tmp_path / reviews, line + "\n")
+    write_file(tmp_path / metadata, about + "\n")
     data = read_dataset(path, min_count=0)
     assert (data.name, data.titles, data.user_ids, data.item_ids) == (subject, ["Red"], ["a"], ["x"])
-    elsewhere = write(tmp_path / "else" / "where" / path.name, line + "\n")
+    elsewhere = write_file(tmp_path / "else" / "where" / path.name, line + "\n")
     assert read_dataset(elsewhere, min_count=0).titles == [""]
     assert read_dataset(elsewhere, items=tmp_path / metadata, min_count=0).titles == ["Red"]
 
@@ -121,7 +114,7 @@ def test_amazons_real_file_names_are_read_with_their_metadata(name, tmp_path):
 def test_amazons_ratings_without_a_header_are_refused_until_their_columns_are_named(
     file, row, columns, tmp_path
 ):
-    path = write(tmp_path / file, f"{row}\n{row.replace('x', 'y')}\n")
+    path = write_file(tmp_path / file, f"{row}\n{row.replace('x', 'y')}\n")
     with pytest.raises(
         UserError, match=r"no column 'user'(.|\n)*in a file without a header, --columns user=#1"
     ):
@@ -135,7 +128,7 @@ def test_amazons_ratings_without_a_header_are_refused_until_their_columns_are_na
 )
 def test_python_literals_are_never_run(expression, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "reviews_Beauty.json", "{'reviewerID': " + expression + "}\n")
+    write_file(tmp_path / "reviews_Beauty.json", "{'reviewerID': " + expression + "}\n")
     with pytest.raises(UserError, match="line 1: neither JSON nor a Python literal"):
         read_dataset(tmp_path / "reviews_Beauty.json", format="amazon-2014")
     assert not (tmp_path / "ran").exists()
@@ -147,7 +140,7 @@ YELP = ["yelp_academic_dataset_{}.json", "yelp_academic_dataset_{}.json.gz", "{}
 
 @pytest.mark.parametrize("name", YELP)
 def test_yelps_real_file_names_are_read(name, tmp_path):
-    write(tmp_path / name.format("review"), VISIT)
-    write(tmp_path / name.format("business"), '{"business_id": "x", "name": "Red", "hours": null}\n')
+    write_file(tmp_path / name.format("review"), VISIT)
+    write_file(tmp_path / name.format("business"), '{"business_id": "x", "name": "Red", "hours": null}\n')
     for path in (tmp_path, tmp_path / name.format("review")):
         assert read_dataset(path, min_count=0).titles == ["Red"]

@@ -121,15 +121,6 @@ def random_catalog(items: int, seed: int) -> Catalog:
     return Catalog.from_codes(codes, SIZE)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @contextmanager
 def step_by_step() -> Iterator[None]:
     """Searches go through the engine's own loop, as they do where ranges are on, not through one C++ call."""

@@ -1,6 +1,6 @@
 """Counts the items of published indices that decode as under ``generate()``.
 
-``python tests/decoding/count_field_indices.py X.index.json …`` reads, for example, LETTER's files. Each index
+``python -m tests.decoding.count_field_indices X.index.json …`` reads, for example, LETTER's files. Each index
 gets a tokenizer with its tokens added in sorted order, as the training code of these projects does it, and a
 small random T5 and Llama. An item counts if it has the same rank in both lists, over ``--prompts`` random
 histories of five items.
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cemg.decoding import Decoder
 from cemg.tokenizer import Catalog
+
+from ..helpers import generate_over_prefixes
 
 WORDS = {"<pad>": 0, "</s>": 1, "<unk>": 2}
 
@@ -50,30 +52,6 @@ def model_of(family: str, vocabulary: int) -> Any:
     return model.eval()
 
 
-def by_generate(
-    model: Any, rows: list[list[int]], ids: torch.Tensor, beams: int
-) -> list[list[tuple[int, ...]]]:
-    """The sequences of tokens [B][beams] that ``generate`` finds over a dictionary of prefixes."""
-    after: dict[tuple[int, ...], set[int]] = {}
-    for row in rows:
-        for length in range(len(row)):
-            after.setdefault(tuple(row[:length]), set()).add(row[length])
-    start = 1 if model.config.is_encoder_decoder else ids.shape[1]
-
-    def allowed(_: int, sequence: torch.Tensor) -> list[int]:
-        return sorted(after.get(tuple(sequence[start:].tolist()), {1}))
-
-    levels = len(rows[0])
-    masked = LogitsProcessorList([PrefixConstrainedLogitsProcessor(allowed, beams)])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=beams, num_return_sequences=beams,
-        max_new_tokens=levels, min_new_tokens=levels, length_penalty=0.0, early_stopping=False,
-        do_sample=False, logits_processor=masked,
-    )  # fmt: skip
-    found = [tuple(row) for row in out[:, start:].tolist()]
-    return [found[i : i + beams] for i in range(0, len(found), beams)]
-
-
 def count(path: Path, *, prompts: int, beams: int) -> None:
     index: dict[str, list[str]] = json.loads(path.read_text())
     tokenizer = tokenizer_of(index)
@@ -89,7 +67,8 @@ def count(path: Path, *, prompts: int, beams: int) -> None:
     ids = rows[chosen].flatten(1)
     for family in ("T5", "Llama"):
         model = model_of(family, len(tokenizer))
-        expected = by_generate(model, rows.tolist(), ids, beams)
+        prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        expected, _ = generate_over_prefixes(model, prompt, rows.tolist(), beams)
         decoder = Decoder(model, catalog)
         found = catalog.ids_of(decoder.decode(ids, torch.ones_like(ids), beams).items)
         items: dict[tuple[int, ...], list[str]] = {}  # of each sequence of tokens, in file order

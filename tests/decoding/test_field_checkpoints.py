@@ -14,8 +14,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    LogitsProcessorList,
-    PrefixConstrainedLogitsProcessor,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -24,6 +22,8 @@ from transformers import (
 from cemg.decoding import Decoder
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
+
+from ..helpers import generate_over_prefixes
 
 WORDS = ("<pad>", "</s>", "<unk>", "buy", "next", "after")
 ITEMS, LEVELS = 60, 4
@@ -74,24 +74,12 @@ def make_model(family: str, vocabulary: int) -> Any:
 
 def by_generate(
     model: Any, tokenizer: Any, index: dict[str, list[str]], prompt: Any, beams: int
-) -> list[Any]:
-    """Items [B][W] by generate() over a prefix trie, as these projects evaluate."""
-    start = 1 if model.config.is_encoder_decoder else prompt["input_ids"].shape[1]
+) -> tuple[list[list[str]], torch.Tensor]:
+    """Items [B][W] and scores [B, W] by generate() over a prefix trie, as these projects evaluate."""
     rows = {item: tokenizer.convert_tokens_to_ids(row) for item, row in index.items()}
-
-    def allowed(_: int, sequence: torch.Tensor) -> list[int]:
-        head = sequence[start:].tolist()
-        return sorted({row[len(head)] for row in rows.values() if row[: len(head)] == head}) or [1]
-
-    out = model.generate(
-        **prompt, num_beams=beams, num_return_sequences=beams, max_new_tokens=LEVELS, min_new_tokens=LEVELS,
-        length_penalty=0.0, early_stopping=False, do_sample=False, return_dict_in_generate=True,
-        output_scores=True,
-        logits_processor=LogitsProcessorList([PrefixConstrainedLogitsProcessor(allowed, beams)]),
-    )  # fmt: skip
-    named = {tuple(row): item for item, row in reversed(rows.items())}  # of a shared ID the first item
-    found = [named[tuple(row)] for row in out.sequences[:, start:].tolist()]
-    return [found[i : i + beams] for i in range(0, len(found), beams)], out.sequences_scores.view(-1, beams)
+    sequences, scores = generate_over_prefixes(model, dict(prompt), list(rows.values()), beams)
+    item_of = {tuple(row): item for item, row in reversed(rows.items())}  # the first item of a shared ID
+    return [[item_of[row] for row in user] for user in sequences], scores
 
 
 @pytest.mark.parametrize("given", ["tokenizer", "folder", "start"])

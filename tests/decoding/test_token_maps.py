@@ -14,7 +14,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
-    PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -23,6 +22,8 @@ from transformers import (
 from cemg.decoding import Decoder, TransformersDecoder, TrieLogitsProcessor, score_all
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens
+
+from ..helpers import generate_over_prefixes
 
 VOCABULARY, LEVELS, K, START = 80, 3, 12, 5
 BACKENDS = ("native", "torch", "reference")
@@ -112,21 +113,11 @@ def by_generate(
     tokens = tokens_by_hand(kind)
     rows = [tuple(tokens[m][c] for m, c in enumerate(codes)) for codes in catalog.codes.tolist()]
     ids, mask = prompts(model)
-    start = 1 if model.config.is_encoder_decoder else ids.shape[1]
-
-    def allowed(_: int, sequence: Tensor) -> list[int]:
-        head = tuple(sequence[start:].tolist())
-        return sorted({row[len(head)] for row in rows if row[: len(head)] == head}) or [0]
-
-    masked = PrefixConstrainedLogitsProcessor(allowed, beams)
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, num_beams=beams, num_return_sequences=beams, do_sample=False,
-        max_new_tokens=LEVELS, min_new_tokens=LEVELS, length_penalty=0.0, early_stopping=False,
-        logits_processor=LogitsProcessorList([*processors, masked]), return_dict_in_generate=True,
-        output_scores=True, renormalize_logits="valid" in [getattr(p, "name", "") for p in processors],
+    sequences, scores = generate_over_prefixes(
+        model, {"input_ids": ids, "attention_mask": mask}, rows, beams, processors,
+        renormalize_logits="valid" in [getattr(p, "name", "") for p in processors],
     )  # fmt: skip
-    found = [rows.index(tuple(row)) for row in out.sequences[:, start:].tolist()]
-    return torch.tensor(found).view(len(ids), beams), out.sequences_scores.view(len(ids), beams)
+    return torch.tensor([[rows.index(row) for row in user] for user in sequences]), scores
 
 
 class OverTheLevel:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ..helpers import save_wordpiece_tokenizer
+
 WORDS = ["red", "lip", "stick", "##stick", "nail", "polish", "shampoo", "for", "dry", "hair", "a", "soap"]
 
 
@@ -36,23 +38,8 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.5,
     )
     BertModel(config).save_pretrained(folder)
-    _save_tokenizer(folder)
+    save_wordpiece_tokenizer(folder, WORDS, lowercase=True)
     return folder
-
-
-def _save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {
-        word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
-    }
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
 @pytest.fixture

@@ -34,14 +34,6 @@ STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def copy(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, to be written to."""

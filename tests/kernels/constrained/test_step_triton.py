@@ -98,7 +98,8 @@ def test_the_small_sizes_reach_every_way_of_cutting(small):
 
 @pytest.mark.parametrize("normalize", ["level", "valid"])
 @pytest.mark.parametrize(
-    ("beams", "size", "width"), [pytest.param(50, 256, 50, marks=pytest.mark.slow), (12, 256, 50), (6, 700, 20)]
+    ("beams", "size", "width"),
+    [pytest.param(50, 256, 50, marks=pytest.mark.slow), (12, 256, 50), (6, 700, 20)],
 )
 def test_a_step_of_real_size_makes_the_choices_of_the_reference(normalize, beams, size, width):
     trie, logits, scores, nodes = draw_case(1, beams, size, 3000, seed=3)

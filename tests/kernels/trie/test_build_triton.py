@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,17 +13,7 @@ from cemg_kernels.runtime import dispatch
 from cemg_kernels.trie.arrays import DuplicateCodes, build, build_reference
 from cemg_kernels.trie.build_triton import BLOCK
 
-
-def draw_codes(num_items: int, levels: int, size: int, *, seed: int = 0) -> Tensor:
-    """Distinct codes [N, L] that share prefixes, shuffled."""
-    generator = torch.Generator().manual_seed(seed)
-    if size**levels <= 4096:
-        codes = torch.tensor(list(itertools.product(range(size), repeat=levels)))
-    else:
-        codes = torch.randint(size, (4 * num_items, levels), generator=generator)
-        codes[:, : levels - 1] %= 3
-        codes = torch.unique(codes, dim=0)
-    return codes[torch.randperm(len(codes), generator=generator)[:num_items]]
+from ...helpers import draw_codes
 
 
 def assert_builds_the_references_arrays(codes: Tensor, size: int) -> None:

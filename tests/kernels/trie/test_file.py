@@ -12,19 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cemg_kernels
 from cemg_kernels import Trie
 from cemg_kernels.trie.arrays import TrieArrays, problem_reference, verify
 from cemg_kernels.trie.file import FORMAT, ids_problem
 from cemg_kernels.trie.packed import pack, unpack
-
-
-@pytest.fixture(params=[True, False], ids=["native", "reference"])
-def backend(request: pytest.FixtureRequest):
-    """Run the test on the C++ and on plain PyTorch."""
-    cemg_kernels.use_fast_kernels(request.param)
-    yield
-    cemg_kernels.use_fast_kernels(None)
 
 
 def make_trie(num_items: int = 30, *, ids: bool = True) -> Trie:

@@ -9,25 +9,12 @@ from cemg_kernels import ItemFilter, RequestFilter, Trie, use_fast_kernels
 from cemg_kernels.trie.filter_tensors import NO_NODE, unpack_bits
 from cemg_kernels.trie.packed import popcount
 
-
-def make_trie(num_items: int, *, ids: bool = False) -> Trie:
-    """Items in random order of their codes; ids, if any, are 5 apart."""
-    order = torch.randperm(num_items, generator=torch.Generator().manual_seed(num_items))
-    codes = torch.stack((order // 64, order % 64), 1)
-    return Trie.from_codes(codes, 64, torch.arange(num_items) * 5 if ids else None)
-
-
-@pytest.fixture(params=[True, False], ids=["native", "reference"])
-def backend(request: pytest.FixtureRequest):
-    """Run the test on the C++ and on the plain walk."""
-    use_fast_kernels(request.param)
-    yield
-    use_fast_kernels(None)
+from ...helpers import two_level_trie
 
 
 @pytest.mark.parametrize("num_items", [1, 42, 43, 62, 63, 64, 65, 511, 1500])
 def test_a_node_is_open_where_an_allowed_item_is_below(backend, num_items):
-    trie = make_trie(num_items)
+    trie = two_level_trie(num_items)
     for share in (0.0, 0.03, 0.4, 1.0):
         allowed = torch.rand(num_items, generator=torch.Generator().manual_seed(1)) < share
         chosen = ItemFilter.from_mask(trie, allowed)
@@ -41,7 +28,7 @@ def test_a_node_is_open_where_an_allowed_item_is_below(backend, num_items):
 
 
 def test_ranks_are_left_out_as_if_they_had_never_been_allowed(backend):
-    trie = make_trie(700)
+    trie = two_level_trie(700)
     allowed = torch.rand(700, generator=torch.Generator().manual_seed(1)) < 0.1
     chosen = ItemFilter.from_mask(trie, allowed)
     ranks = torch.randperm(700, generator=torch.Generator().manual_seed(2))[:500]
@@ -74,7 +61,7 @@ def test_large_tries_are_opened_and_closed_by_all_cores_as_by_one():
 
 
 def test_and_or_not_are_those_of_sets():
-    trie = make_trie(700, ids=True)
+    trie = two_level_trie(700, id_step=5)
     a, b = set(range(0, 3500, 10)), set(range(0, 3500, 15))
     left, right = ItemFilter.from_items(trie, sorted(a)), ItemFilter.from_items(trie, sorted(b))
     leaves = torch.arange(trie.num_nodes - 700, trie.num_nodes)
@@ -91,7 +78,7 @@ def test_and_or_not_are_those_of_sets():
 
 
 def test_a_filter_that_allows_nothing_leaves_no_path():
-    trie = make_trie(100)
+    trie = two_level_trie(100)
     nothing = ItemFilter.from_items(trie, [])
     assert bool(nothing) and len(nothing) == 0
     assert trie.lookup(torch.zeros(2, 0, dtype=torch.int64), filter=nothing).tolist() == [-1, -1]
@@ -99,7 +86,7 @@ def test_a_filter_that_allows_nothing_leaves_no_path():
 
 
 def test_a_filter_of_another_trie_is_refused():
-    trie, other = make_trie(100), make_trie(101)
+    trie, other = two_level_trie(100), two_level_trie(101)
     chosen = ItemFilter.from_items(trie, [1])
     with pytest.raises(ValueError, match="another trie"):
         other.mask(torch.zeros(1, dtype=torch.int32), filter=chosen)
@@ -108,7 +95,7 @@ def test_a_filter_of_another_trie_is_refused():
 
 
 def test_wrong_masks_and_unknown_ids_are_refused():
-    trie = make_trie(100)
+    trie = two_level_trie(100)
     with pytest.raises(ValueError, match=r"bool \[100\]"):
         ItemFilter.from_mask(trie, torch.ones(99, dtype=torch.bool))
     with pytest.raises(ValueError, match="bool"):

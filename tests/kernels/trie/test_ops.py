@@ -13,14 +13,6 @@ from cemg_kernels.trie.ops import OPERATIONS
 ROWS = 6
 
 
-@pytest.fixture(params=[True, False], ids=["native", "reference"])
-def backend(request: pytest.FixtureRequest):
-    """Run the test on the C++ and on the plain walk."""
-    cemg_kernels.use_fast_kernels(request.param)
-    yield
-    cemg_kernels.use_fast_kernels(None)
-
-
 @pytest.fixture
 def trie() -> Trie:
     codes = torch.cartesian_prod(*[torch.arange(5)] * 3)

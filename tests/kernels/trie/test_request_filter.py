@@ -14,19 +14,11 @@ from torch import Tensor
 import cemg_kernels
 from cemg_kernels import ItemFilter, RequestFilter, Trie, trie_beam_step, trie_softmax
 
-
-@pytest.fixture(params=[True, False], ids=["native", "reference"])
-def backend(request: pytest.FixtureRequest):
-    """Run the test on the C++ and on the plain walk."""
-    cemg_kernels.use_fast_kernels(request.param)
-    yield
-    cemg_kernels.use_fast_kernels(None)
+from ...helpers import two_level_trie
 
 
 def make_trie(num_items: int = 1300) -> Trie:
-    """Two levels of 64 codes, items in random order, their ids 3 apart."""
-    order = torch.randperm(num_items, generator=torch.Generator().manual_seed(num_items))
-    return Trie.from_codes(torch.stack((order // 64, order % 64), 1), 64, torch.arange(num_items) * 3)
+    return two_level_trie(num_items, id_step=3)
 
 
 def assert_rows_reach(trie: Trie, filter: RequestFilter, allowed: list[set[int]]) -> None:

@@ -17,6 +17,8 @@ import cemg_kernels
 from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
 from cemg_kernels.trie.arrays import DuplicateCodes, build, build_reference
 
+from ...helpers import draw_codes
+
 SHAPES = [  # N, L, K
     (1, 1, 1),
     (5, 1, 7),
@@ -27,26 +29,6 @@ SHAPES = [  # N, L, K
     (200, 2, 300),  # two-byte codes
     (40, 8, 4096),  # keys of 96 bits
 ]
-
-
-@pytest.fixture(params=[True, False], ids=["native", "reference"])
-def backend(request: pytest.FixtureRequest):
-    """Run the test on the C++ and on the plain walk."""
-    cemg_kernels.use_fast_kernels(request.param)
-    yield
-    cemg_kernels.use_fast_kernels(None)
-
-
-def draw_codes(num_items: int, levels: int, size: int, *, seed: int = 0) -> Tensor:
-    """Distinct codes [N, L], shuffled."""
-    generator = torch.Generator().manual_seed(seed)
-    if size**levels <= 4096:
-        everything = torch.tensor(list(itertools.product(range(size), repeat=levels)))
-        return everything[torch.randperm(len(everything), generator=generator)[:num_items]]
-    codes = torch.randint(size, (4 * num_items, levels), generator=generator)
-    codes[:, : levels - 1] %= 3  # share prefixes
-    codes = torch.unique(codes, dim=0)
-    return codes[torch.randperm(len(codes), generator=generator)[:num_items]]
 
 
 class DictTrie:
