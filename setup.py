@@ -1,7 +1,7 @@
-"""Builds ``cemg_kernels._native`` from csrc; everything else is in pyproject.toml.
+"""Builds ``cemg_kernels._native`` from csrc. All other settings are in pyproject.toml.
 
-The CUDA half is built where ``nvcc`` is found (``CUDA_HOME`` or ``PATH``). ``CEMG_CUDA=0`` leaves it out,
-``CEMG_CUDA=1`` makes its absence an error.
+The CUDA source is compiled if ``nvcc`` is found (``CUDA_HOME`` or ``PATH``). ``CEMG_CUDA=0`` skips it, and
+``CEMG_CUDA=1`` makes a missing or failing ``nvcc`` an error.
 """
 
 import os
@@ -20,24 +20,24 @@ from setuptools.errors import CompileError, LinkError
 SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/src/*.cpp"))]
 HEADERS = sorted(glob("csrc/include/cemg/*.h"))
 CUDA_SOURCE = "csrc/src/trie_cuda.cu"
-ARCHITECTURES = ("80", "90")  # machine code for these, and PTX of the last for what comes later
+ARCHITECTURES = ("80", "90")  # machine code for these, and PTX of the last for newer GPUs
 NVCC_FAILED = """
 ******************************************************************************
-cemg: nvcc failed, so the module is built for the CPU alone. It was asked
+cemg: nvcc failed, so the module is built for the CPU only. The command was
 
   {command}
 
-and said
+and its output was
 
-{said}
-To mend it, set CUDA_HOME to a toolkit that takes this machine's compiler (or
-NVCC_APPEND_FLAGS=-ccbin=... to one that it takes) and install again.
-CEMG_CUDA=1 makes this an error, CEMG_CUDA=0 leaves nvcc alone. Without it,
-CuPy compiles the kernels at first use: pip install cupy-cuda13x
+{output}
+To fix this, set CUDA_HOME to a toolkit that supports this machine's compiler
+(or NVCC_APPEND_FLAGS=-ccbin=... to a compiler that it supports), and install
+again. CEMG_CUDA=1 makes this an error, and CEMG_CUDA=0 skips nvcc. Without
+nvcc, CuPy compiles the kernels at first use: pip install cupy-cuda13x
 ******************************************************************************
 """
 NO_COMPILER = """
-cemg: {what}. Install what is missing and install cemg again:
+cemg: {problem}. Install the missing package, then install cemg again:
   Debian, Ubuntu:  apt-get install g++ python3-dev
   Fedora, RHEL:    dnf install gcc-c++ python3-devel
   conda:           conda install -c conda-forge gxx
@@ -46,13 +46,13 @@ OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1;
 
 
 class build_native(build_ext):
-    """Adds OpenMP where the compiler has it, and CUDA where nvcc is; where not, a line says so."""
+    """Adds OpenMP if the compiler supports it and CUDA if nvcc is found, and prints a line if not."""
 
     def build_extensions(self) -> None:
         self._check_compiler()
         problem = self._add_cuda()
         if problem:
-            print(f"cemg: built for the CPU alone: {problem}")
+            print(f"cemg: built for the CPU only: {problem}")
             if os.environ.get("CEMG_CUDA") == "1":
                 raise CompileError(f"CEMG_CUDA=1, but {problem}")
         if self._has_openmp():
@@ -60,28 +60,28 @@ class build_native(build_ext):
                 extension.extra_compile_args.append("-fopenmp")
                 extension.extra_link_args.append("-fopenmp")
         else:
-            print("cemg: this compiler has no OpenMP; the native trie will use one core")
+            print("cemg: this compiler has no OpenMP, so the native module will use one core")
         super().build_extensions()
 
     def _check_compiler(self) -> None:
-        """SystemExit that names the packages to install, where the compiler or Python.h is missing."""
+        """Exits with the names of the packages to install if the compiler or Python.h is missing."""
         command = (getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so)[0]
         headers = Path(sysconfig.get_paths()["include"], "Python.h")
-        what = f"no C++ compiler: {command} was not found" if shutil.which(command) is None else ""
-        if not what and not headers.is_file():
-            what = f"no headers of Python: {headers} does not exist"
-        if what:
-            sys.exit(NO_COMPILER.format(what=what))
+        problem = f"no C++ compiler: {command} was not found" if shutil.which(command) is None else ""
+        if not problem and not headers.is_file():
+            problem = f"no Python headers: {headers} does not exist"
+        if problem:
+            sys.exit(NO_COMPILER.format(problem=problem))
 
     def _add_cuda(self) -> str:
-        """Compile the CUDA half and add it to the extension; why not, where that is not possible."""
+        """Compiles the CUDA source and adds it to the extension. Returns the reason if it cannot."""
         if os.environ.get("CEMG_CUDA") == "0":
             return "CEMG_CUDA=0"
         home = os.environ.get("CUDA_HOME")
         nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
         if nvcc is None:
             return f"no nvcc in {home}/bin (CUDA_HOME)" if home else "no nvcc on PATH, and CUDA_HOME is unset"
-        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]  # says where the toolkit lies
+        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]  # prints the folder of the toolkit
         dry_run = subprocess.run(command, capture_output=True, text=True)
         tops = [line.split("=", 1)[1] for line in dry_run.stderr.splitlines() if line.startswith("#$ TOP=")]
         root = Path(tops[0] if tops else home or Path(nvcc).resolve().parents[1])
@@ -97,14 +97,14 @@ class build_native(build_ext):
                    CUDA_SOURCE, "-o", str(target)]  # fmt: skip
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
-            said = built.stdout + built.stderr
-            print(NVCC_FAILED.format(command=" ".join(command), said=said), file=sys.stderr)
-            return "nvcc failed, as said above"
+            output = built.stdout + built.stderr
+            print(NVCC_FAILED.format(command=" ".join(command), output=output), file=sys.stderr)
+            return "nvcc failed; its output is above"
         for extension in self.extensions:
             extension.extra_objects.append(str(target))
             extension.define_macros.append(("CEMG_CUDA", f'"sm_{", sm_".join(ARCHITECTURES)}, PTX"'))
             extension.library_dirs.append(runtime[0])
-            # static, so that the module imports on a machine without a driver
+            # the static runtime, because the module must import on a machine without a driver
             extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
         return ""
 
@@ -131,7 +131,7 @@ native = Pybind11Extension(
     extra_compile_args=["-O3", "-ffp-contract=fast", "-Wall", "-Wextra"],
 )
 
-ParallelCompile().install()  # a file a core
+ParallelCompile().install()  # compiles as many files at a time as there are cores
 setup(
     packages=find_packages("src", include=["cemg", "cemg.*", "cemg_kernels", "cemg_kernels.*"]),
     ext_modules=[native],
