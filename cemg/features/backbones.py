@@ -127,7 +127,7 @@ def _torchvision_models(name: str) -> Any:
 
 def _remove_head(network: nn.Module, name: str) -> str:
     """Replace the last linear layer by the identity, which outputs its input; return its name."""
-    linear = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    linear: list[str] = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:
         raise UserError(
             f"{name} has no linear layer to remove, so it has no features", fix="use another backbone"

@@ -18,10 +18,13 @@ from torch import Tensor
 
 from cemg.errors import DamagedError, UserError
 from cemg.storage import files
-from cemg.storage.read import file_digest, read_tensors
+from cemg.storage.read import Shape, file_digest, read_tensors
 
 KEY_BYTES = 32
-SHARD = {"keys": (torch.uint8, ("n", KEY_BYTES)), "values": (torch.float32, ("n", "F"))}
+SHARD: dict[str, tuple[torch.dtype, Shape]] = {
+    "keys": (torch.uint8, ("n", KEY_BYTES)),
+    "values": (torch.float32, ("n", "F")),
+}
 
 
 class FeatureCache:

@@ -1,4 +1,4 @@
-"""The dataset's own file format and the leave-one-out split."""
+"""The prepared folder and the leave-one-out split."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dataset(*sequences: list[int], items: int = 5) -> Dataset:
     )
 
 
-def test_the_last_item_tests_the_second_last_validates_the_rest_trains():
+def test_the_last_item_is_for_test_the_second_last_for_validation_and_the_rest_for_training():
     split = dataset([0, 1, 2, 3], [4, 0], [1, 2, 3]).split()
     assert [s.tolist() for s in split.train] == [[0, 1], [4, 0], [1]]
     assert split.users.tolist() == [0, 2]
@@ -33,11 +33,11 @@ def test_the_last_item_tests_the_second_last_validates_the_rest_trains():
     assert [s.tolist() for s in split.histories("test")] == [[0, 1, 2], [1, 2]]
 
 
-def test_training_counts_see_no_target():
+def test_training_counts_exclude_targets():
     assert dataset([0, 1, 2, 3], [4, 0]).split().train_counts(5).tolist() == [2, 1, 0, 0, 1]
 
 
-def test_saving_and_loading_keeps_all_even_users_without_items(tmp_path: Path):
+def test_saving_and_loading_keeps_everything_even_users_without_items(tmp_path: Path):
     data = dataset([0, 1], [], [3, 3, 3], [])
     data.save(tmp_path)
     loaded = Dataset.load(tmp_path)
@@ -46,12 +46,12 @@ def test_saving_and_loading_keeps_all_even_users_without_items(tmp_path: Path):
     assert isinstance(loaded.split(), Split)
 
 
-def test_fingerprints_differ_where_a_target_differs():
+def test_fingerprints_differ_if_a_target_differs():
     one, other = dataset([0, 1, 2]).split(), dataset([0, 1, 3]).split()
     assert one.fingerprint["targets_sha256"] != other.fingerprint["targets_sha256"]
 
 
-def test_columns_of_other_lengths_and_absent_files_are_refused(tmp_path: Path):
+def test_columns_of_different_lengths_and_missing_files_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="1 user ids for 0 sequences"):
         Dataset("x", ["u"], [], [], [], [], [], "none")
     with pytest.raises(UserError, match="2 titles for 1 items"):

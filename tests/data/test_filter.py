@@ -32,14 +32,14 @@ def naive_core(pairs: list[tuple[int, int]], least: int) -> list[tuple[int, int]
 
 @settings(max_examples=60, deadline=None)
 @given(PAIRS, st.integers(0, 4))
-def test_the_core_is_that_of_removing_one_offender_at_a_time(pairs, least):
+def test_the_k_core_equals_removing_one_row_at_a_time(pairs, least):
     rows = frame([(str(u), str(i), n) for n, (u, i) in enumerate(pairs)])
     core = k_core(rows, least)
     assert sorted((int(u), int(i)) for u, i, _ in core.rows()) == sorted(naive_core(pairs, least))
     assert core["timestamp"].is_sorted()  # the order of the rows is kept
 
 
-def test_a_chain_falls_one_link_after_the_other_to_the_fixed_point():
+def test_the_k_core_filter_repeats_until_a_fixed_point():
     # a:1,2 b:2,3 c:3,4: item 1 has one buyer, so a falls, so 2 does, and so on: a single pass leaves b and c.
     rows = frame([("a", "1", 0), ("a", "2", 1), ("b", "2", 2), ("b", "3", 3), ("c", "3", 4), ("c", "4", 5)])
     assert k_core(rows, 2).is_empty()
@@ -62,18 +62,18 @@ def test_shuffled_ties_follow_the_seed_and_move_only_equal_times():
     assert {int(item) for item in one[:50]} == set(range(50))
 
 
-def test_the_tie_rule_names_the_seed_only_where_it_matters():
+def test_the_tie_rule_names_the_seed_only_if_it_matters():
     assert tie_rule("source", 3) == "equal times in order of the source file"
     assert tie_rule("shuffle", 3) == "equal times shuffled, seed 3"
 
 
 @pytest.mark.parametrize(("which", "times"), [("keep", [0, 1, 2, 3]), ("first", [0, 1]), ("last", [2, 3])])
-def test_repeats_of_a_pair_are_kept_or_dropped(which, times):
+def test_repeated_pairs_are_kept_or_dropped(which, times):
     rows = frame([("a", "x", 0), ("a", "y", 1), ("a", "x", 2), ("a", "y", 3)])
     assert without_repeats(rows, which)["timestamp"].to_list() == times
 
 
-def test_unknown_options_are_refused_with_those_there_are():
+def test_unknown_options_are_refused_with_the_valid_ones():
     with pytest.raises(UserError, match="source, shuffle, got 'random'"):
         in_time_order(frame([]), ties="random")
     with pytest.raises(UserError, match="keep, first, last, got 'none'"):

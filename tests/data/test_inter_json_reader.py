@@ -31,7 +31,7 @@ def write(folder: Path, inter: Any = INTER, item: Any = ITEM) -> Path:
 
 
 @pytest.mark.parametrize("name", ["", "Beauty.inter.json"])
-def test_the_lists_are_the_histories_and_the_items_have_titles_and_texts(tmp_path: Path, name: str) -> None:
+def test_lists_become_histories_and_items_get_titles_and_texts(tmp_path: Path, name: str) -> None:
     data = read_dataset(write(tmp_path) / name)
     assert data.name == "Beauty" and data.user_ids == ["0", "1"]
     assert data.item_ids == ["0", "1", "2", "10", "11"]
@@ -43,7 +43,7 @@ def test_the_lists_are_the_histories_and_the_items_have_titles_and_texts(tmp_pat
     ]  # fmt: skip
 
 
-def test_without_an_item_file_the_items_are_those_of_the_histories(tmp_path: Path) -> None:
+def test_without_an_item_file_the_histories_define_the_items(tmp_path: Path) -> None:
     data = read_dataset(write(tmp_path, item=None))
     assert data.item_ids == ["0", "1", "2", "10"] and data.texts == [None] * 4
 
@@ -70,7 +70,7 @@ def test_a_malformed_file_is_refused_with_its_line_user_or_item(
         read_dataset(write(tmp_path, inter, item))
 
 
-def test_two_sets_in_one_folder_are_not_guessed_between(tmp_path: Path) -> None:
+def test_a_folder_with_two_datasets_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "Yelp.inter.json").write_text(json.dumps(INTER))
     with pytest.raises(UserError, match=r"2 files \*.inter.json"):

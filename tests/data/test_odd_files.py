@@ -1,6 +1,6 @@
-"""Odd files of each reader: what people's own tables and the published files look like, read and refused.
+"""Unusual files: tables as users have them, and published files with their quirks.
 
-Each row of a table below is one odd file. All of them hold the same five interactions unless they say
+Each entry of a table below is one file. All of them have the same five interactions, unless the entry says
 otherwise.
 """
 
@@ -98,7 +98,7 @@ TABLES: dict[str, tuple[str, str | bytes, dict]] = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_an_odd_table_gives_the_same_histories(name, tmp_path):
+def test_an_unusual_table_gives_the_same_histories(name, tmp_path):
     file, content, options = TABLES[name]
     columns = options.pop("columns", None) if (options := dict(options)) else None
     ids = options.pop("ids", {})
@@ -118,7 +118,7 @@ PARQUET_IDS = {
 
 
 @pytest.mark.parametrize("name", PARQUET_IDS)
-def test_typed_ids_of_parquet_are_read_as_they_are_meant(name, tmp_path):
+def test_typed_ids_in_parquet_become_text(name, tmp_path):
     series, expected = PARQUET_IDS[name]
     pl.DataFrame({"user": ["u", "u"], "item": series, "timestamp": [1, 2]}).write_parquet(
         tmp_path / "t.parquet"
@@ -155,7 +155,7 @@ SHARDS = {
 
 
 @pytest.mark.parametrize("name", SHARDS)
-def test_a_folder_of_parquet_shards_is_one_table(name, tmp_path):
+def test_a_folder_of_parquet_files_is_one_table(name, tmp_path):
     frame = pl.DataFrame(ROWS, schema=["user", "item", "timestamp"], orient="row")
     for file, part in zip(SHARDS[name], (frame[:2], frame[2:]), strict=True):
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -168,7 +168,7 @@ def test_a_folder_of_parquet_shards_is_one_table(name, tmp_path):
     assert histories(data) == HISTORIES and data.texts[data.item_ids.index("x")] == "Red."
 
 
-def test_shards_of_different_columns_are_named(tmp_path):
+def test_parquet_files_with_different_columns_are_refused(tmp_path):
     frame = pl.DataFrame(ROWS, schema=["user", "item", "timestamp"], orient="row")
     frame.write_parquet(tmp_path / "a.parquet")
     frame.rename({"item": "sku"}).write_parquet(tmp_path / "b.parquet")
@@ -176,7 +176,7 @@ def test_shards_of_different_columns_are_named(tmp_path):
         read_dataset(tmp_path, min_count=0)
 
 
-def test_orders_and_products_are_joined_by_the_columns_that_are_named(tmp_path):
+def test_orders_and_products_are_joined_by_the_named_columns(tmp_path):
     orders = write_file(tmp_path / "orders.csv", CSV.replace("user,item,timestamp", "uid,product,ts"))
     products = write_file(
         tmp_path / "in" / "products.tsv",
@@ -195,7 +195,7 @@ def test_orders_and_products_are_joined_by_the_columns_that_are_named(tmp_path):
     assert "images are missing in" in " ".join(data.notes)
 
 
-def test_an_items_file_whose_ids_have_another_name_is_an_error_that_tells_how_to_name_them(tmp_path):
+def test_an_items_file_without_the_id_column_is_refused_with_the_option_that_names_it(tmp_path):
     write_file(tmp_path / "items.csv", ITEMS.replace("item,", "product,"))
     orders = write_file(tmp_path / "orders.csv", CSV)
     with pytest.raises(
@@ -206,7 +206,7 @@ def test_an_items_file_whose_ids_have_another_name_is_an_error_that_tells_how_to
     assert data.titles[data.item_ids.index("x")] == "Red"
 
 
-def test_a_headerless_items_file_takes_positions_of_its_own(tmp_path):
+def test_an_items_file_without_a_header_takes_positions(tmp_path):
     write_file(tmp_path / "items.csv", ITEMS.split("\n", 1)[1])
     orders = write_file(tmp_path / "orders.csv", CSV)
     data = read_dataset(orders, columns=ColumnNames.parse("id=#1,title=#2,text=#3"), min_count=0)
@@ -214,15 +214,15 @@ def test_a_headerless_items_file_takes_positions_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("role", ["user", "item", "timestamp", "rating", "id", "title", "text", "image"])
-def test_a_named_column_that_does_not_exist_is_an_error_with_those_there_are(role, tmp_path):
+def test_a_column_that_does_not_exist_is_refused_with_the_existing_ones(role, tmp_path):
     write_file(tmp_path / "items.csv", ITEMS)
     orders = write_file(tmp_path / "orders.csv", CSV)
     with pytest.raises(UserError) as refused:
         read_dataset(orders, columns=ColumnNames.parse(f"{role}=nowhere"), min_count=0)
-    there = (
+    existing = (
         "user, item, timestamp" if role in ("user", "item", "timestamp", "rating") else "item, title, text"
     )
-    assert f"no column 'nowhere'; the columns are {there}" in str(refused.value)
+    assert f"no column 'nowhere'; the columns are {existing}" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -240,12 +240,12 @@ def test_a_named_column_that_does_not_exist_is_an_error_with_those_there_are(rol
         "title=#1,text=b",
     ],
 )
-def test_columns_that_are_not_understood_are_refused(columns):
+def test_invalid_columns_options_are_refused(columns):
     with pytest.raises(UserError):
         ColumnNames.parse(columns)
 
 
-def test_a_header_where_positions_are_named_is_noticed(tmp_path):
+def test_a_header_is_noticed_when_positions_are_given(tmp_path):
     with pytest.raises(
         UserError, match=r"line 1: .* is 'timestamp', which is not a time\n.*if this line is a header"
     ):
@@ -264,17 +264,17 @@ MATCHES = {  # ids of the interactions, ids of the items file
 
 
 @pytest.mark.parametrize("name", MATCHES)
-def test_ids_that_differ_only_in_form_are_matched_and_said(name, tmp_path):
-    own, known = MATCHES[name]
-    orders = write_file(tmp_path / "orders.csv", f"user,item,timestamp\nu,{own},1\nu,other,2\n")
-    write_file(tmp_path / "items.csv", f"item,title\n{known},Red\nother,Blue\n")
+def test_ids_that_are_written_differently_are_matched_with_a_note(name, tmp_path):
+    item_id, described_id = MATCHES[name]
+    orders = write_file(tmp_path / "orders.csv", f"user,item,timestamp\nu,{item_id},1\nu,other,2\n")
+    write_file(tmp_path / "items.csv", f"item,title\n{described_id},Red\nother,Blue\n")
     data = read_dataset(orders, min_count=0)
-    assert dict(zip(data.item_ids, data.titles, strict=True)) == {own: "Red", "other": "Blue"}
-    said = f"items.csv has 1 ids such as {known!r} for {own!r}: they are matched"
-    assert (said in data.notes) == (known.strip() != own)
+    assert dict(zip(data.item_ids, data.titles, strict=True)) == {item_id: "Red", "other": "Blue"}
+    note = f"items.csv has 1 ids such as {described_id!r} for {item_id!r}: they are matched"
+    assert (note in data.notes) == (described_id.strip() != item_id)
 
 
-def test_an_ambiguous_form_is_not_matched_and_ids_alike_are_said(tmp_path):
+def test_ambiguous_ids_are_not_matched_and_similar_ids_are_noted(tmp_path):
     orders = write_file(tmp_path / "orders.csv", "user,item,timestamp\nu,12,1\nu,012,2\nu,z,3\n")
     write_file(tmp_path / "items.csv", "item,title\n12.0,Red\nz,Blue\n")
     data = read_dataset(orders, min_count=0)
@@ -286,7 +286,7 @@ def test_an_ambiguous_form_is_not_matched_and_ids_alike_are_said(tmp_path):
     assert "items.csv describes 1 of 3 items" in data.notes
 
 
-def test_an_items_file_that_describes_no_item_is_an_error(tmp_path):
+def test_an_items_file_that_describes_no_item_is_refused(tmp_path):
     orders = write_file(tmp_path / "orders.csv", CSV)
     write_file(tmp_path / "items.csv", "item,title\nB1,Red\n")
     with pytest.raises(UserError) as refused:
@@ -295,7 +295,7 @@ def test_an_items_file_that_describes_no_item_is_an_error(tmp_path):
     assert refused.value.cause == "the interactions have item ids such as 'x'; items.csv has ids such as 'B1'"
 
 
-def test_an_item_described_twice_counts_once_and_is_said(tmp_path):
+def test_the_first_of_two_descriptions_counts_with_a_note(tmp_path):
     orders = write_file(tmp_path / "orders.csv", CSV)
     write_file(tmp_path / "items.csv", ITEMS + "x,Green,\n")
     data = read_dataset(orders, min_count=0)
@@ -318,7 +318,7 @@ UNDECODABLE = {
 
 
 @pytest.mark.parametrize("name", UNDECODABLE)
-def test_bytes_of_another_encoding_are_refused_with_their_line_and_read_when_it_is_named(name, tmp_path):
+def test_another_encoding_is_refused_with_the_line_and_read_with_the_encoding_option(name, tmp_path):
     file, text, line = UNDECODABLE[name]
     path = write_file(tmp_path / file, text.encode("cp1252"))
     kind = {"amazon": "amazon-2023"}.get(name, name.split(",")[0])
@@ -333,7 +333,7 @@ def test_bytes_of_another_encoding_are_refused_with_their_line_and_read_when_it_
 
 @pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("name", UNDECODABLE)
-def test_a_byte_order_mark_is_understood_in_every_format(name, mark, tmp_path):
+def test_a_byte_order_mark_is_recognized_in_every_format(name, mark, tmp_path):
     file, text, _ = UNDECODABLE[name]
     path = write_file(tmp_path / file, text.replace("é", "3").encode(mark))
     data = read_dataset(path, format={"amazon": "amazon-2023"}.get(name, name.split(",")[0]), min_count=0)
@@ -355,12 +355,12 @@ def test_a_separator_that_is_not_one_byte_is_refused(separator, tmp_path):
         read_dataset(write_file(tmp_path / "o.csv", CSV), separator=separator)
 
 
-def test_a_decimal_comma_is_read_where_semicolons_separate(tmp_path):
+def test_decimal_commas_are_read_in_files_separated_by_semicolons(tmp_path):
     orders = write_file(tmp_path / "o.csv", "user;item;timestamp;rating\na;x;1;4,5\na;y;2;3,5\n")
     assert read_dataset(orders, min_count=0, min_rating=4).num_interactions == 1
 
 
-def test_quoted_line_ends_are_part_of_a_text_and_do_not_shift_the_line_of_an_error(tmp_path):
+def test_quoted_line_ends_belong_to_the_text_and_do_not_shift_the_line_of_an_error(tmp_path):
     write_file(tmp_path / "items.csv", 'item,title\nx,"Red\nand, blue"\ny,Blue\nz,Z\n')
     data = read_dataset(write_file(tmp_path / "o.csv", CSV), min_count=0)
     assert data.titles[data.item_ids.index("x")] == "Red and, blue"
@@ -369,20 +369,20 @@ def test_quoted_line_ends_are_part_of_a_text_and_do_not_shift_the_line_of_an_err
         read_dataset(tmp_path / "o.csv", min_count=0)
 
 
-def test_pictures_in_subfolders_are_found_and_two_of_one_item_are_refused(tmp_path):
+def test_images_in_subfolders_are_found_and_two_images_of_one_item_are_refused(tmp_path):
     orders = write_file(tmp_path / "orders.csv", CSV.replace(",x", ",0108775015"))
     for name in ("010/0108775015.JPG", "b/c/y.png", "b/unknown.jpg", "b/y.txt"):
         write_file(tmp_path / "pictures" / name, b"")
     data = read_dataset(orders, images=tmp_path / "pictures", min_count=0)
-    found = {item: path and path.name for item, path in zip(data.item_ids, data.images, strict=True)}
-    assert found == {"0108775015": "0108775015.JPG", "y": "y.png", "z": None}
+    images = {item: path and path.name for item, path in zip(data.item_ids, data.images, strict=True)}
+    assert images == {"0108775015": "0108775015.JPG", "y": "y.png", "z": None}
     write_file(tmp_path / "pictures" / "again" / "y.jpg", b"")
     with pytest.raises(UserError) as refused:
         read_dataset(orders, images=tmp_path / "pictures", min_count=0)
     assert "item y has 2 images" in str(refused.value) and "again/y.jpg and b/c/y.png" in str(refused.value)
 
 
-def test_pictures_named_with_zeros_that_the_interactions_lost_are_matched_and_said(tmp_path):
+def test_image_names_with_leading_zeros_are_matched_with_a_note(tmp_path):
     orders = write_file(tmp_path / "orders.csv", CSV.replace(",x", ",108775015"))
     write_file(tmp_path / "pictures" / "010" / "0108775015.jpg", b"")
     data = read_dataset(orders, images=tmp_path / "pictures", min_count=0)
@@ -390,7 +390,7 @@ def test_pictures_named_with_zeros_that_the_interactions_lost_are_matched_and_sa
     assert "1 images are named like '0108775015' for item '108775015': they are matched" in data.notes
 
 
-def test_what_the_filters_drop_is_said(tmp_path):
+def test_notes_say_what_the_filters_dropped(tmp_path):
     rows = [(f"u{n % 6}", f"i{n % 5}", n, 1 + n % 5) for n in range(30)]
     rows += [("lonely", "i0", 99, 5), ("u0", "rare", 98, 5), rows[0], rows[0]]
     frame = pl.DataFrame(rows, schema=["user", "item", "timestamp", "rating"], orient="row")
@@ -410,7 +410,7 @@ def test_what_the_filters_drop_is_said(tmp_path):
     assert "last of repeated (user, item) pairs kept: interactions 34 → 32" in repeats
 
 
-def test_a_user_without_items_is_counted_and_left_out(tmp_path):
+def test_users_without_items_are_left_out_with_a_note(tmp_path):
     folder = tmp_path / "set"
     write_file(folder / "interactions.txt", "1 5 6\n2\n3 6 5\n")
     data = read_dataset(folder)
@@ -420,7 +420,7 @@ def test_a_user_without_items_is_counted_and_left_out(tmp_path):
     assert read_dataset(tmp_path / "x.inter.json").user_ids == ["1"]
 
 
-def test_a_folder_of_unknown_files_is_refused_with_what_it_holds(tmp_path):
+def test_a_folder_of_unknown_files_is_refused_with_their_names(tmp_path):
     write_file(tmp_path / "orders.csv", CSV)
     write_file(tmp_path / "products.csv", ITEMS)
     with pytest.raises(UserError) as refused:
@@ -439,13 +439,13 @@ BROKEN = {  # a table, and what its error says
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_table_is_refused_with_its_line(name, tmp_path):
-    content, said = BROKEN[name]
+    content, message = BROKEN[name]
     with pytest.raises(UserError) as refused:
         read_dataset(write_file(tmp_path / "o.csv", content), min_count=0)
-    assert f"o.csv, {said}" in refused.value.message and "\n" not in refused.value.message
+    assert f"o.csv, {message}" in refused.value.message and "\n" not in refused.value.message
 
 
-def test_users_that_differ_only_in_form_are_said_too(tmp_path):
+def test_similar_user_ids_are_noted(tmp_path):
     write_file(tmp_path / "o.csv", "user,item,timestamp\n1.0,x,1\n1,x,2\n")
     notes = " ".join(read_dataset(tmp_path / "o.csv", min_count=0).notes)
     assert "2 user ids differ from another one only in how they are written, such as '1.0' and '1'" in notes

@@ -1,4 +1,4 @@
-"""Times as people write them, in every format: sorted alike, or refused with their line."""
+"""Times in many notations, in every format: they sort, or are refused with their line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TIMES: dict[str, tuple[list[str], list[str]]] = {  # as written, and the items i
 
 @pytest.mark.parametrize("name", TIMES)
 @pytest.mark.parametrize("kind", ["csv", "parquet", "recbole", "amazon", "movielens", "yelp"])
-def test_times_of_every_kind_sort_alike_in_every_format(name, kind, tmp_path):
+def test_times_sort_the_same_way_in_every_format(name, kind, tmp_path):
     texts, order = TIMES[name]
     data = read_dataset(TIME_FILES[kind](tmp_path, texts), min_count=0)
     assert data.item_ids == order
@@ -116,17 +116,17 @@ BAD_TIMES = {
 
 @pytest.mark.parametrize("name", BAD_TIMES)
 @pytest.mark.parametrize("kind", TIME_FILES)
-def test_times_that_cannot_be_compared_are_refused_with_their_line(name, kind, tmp_path):
+def test_times_that_cannot_be_compared_are_refused_with_the_line(name, kind, tmp_path):
     texts, reason = BAD_TIMES[name]
     path = TIME_FILES[kind](tmp_path, texts)
     with pytest.raises(UserError) as refused:
         read_dataset(path, min_count=0)
     row = next(n for n, text in enumerate(texts, start=1) if text in reason)
-    place = f"row {row}" if kind == "parquet" else f"line {row + (kind in ('csv', 'recbole'))}"
-    assert reason in str(refused.value) and place in str(refused.value) and "fix" in str(refused.value)
+    location = f"row {row}" if kind == "parquet" else f"line {row + (kind in ('csv', 'recbole'))}"
+    assert reason in str(refused.value) and location in str(refused.value) and "fix" in str(refused.value)
 
 
-def test_times_with_and_without_a_zone_are_said_to_be_read_as_utc(tmp_path):
+def test_a_mix_of_times_with_and_without_a_zone_is_read_as_utc_with_a_note(tmp_path):
     data = read_dataset(_csv(tmp_path, ["2020-01-01T10:00:00+02:00", "2020-01-01T08:30:00"]), min_count=0)
     assert "t.csv: column 'timestamp': 1 of 2 times have no zone and are read as UTC" in data.notes
 
@@ -142,7 +142,7 @@ PARQUET_TIMES = {
 
 
 @pytest.mark.parametrize("name", PARQUET_TIMES)
-def test_typed_times_of_parquet_sort(name, tmp_path):
+def test_typed_times_in_parquet_sort(name, tmp_path):
     frame = pl.DataFrame({"user": ["u", "u"], "item": ["b", "a"], "timestamp": PARQUET_TIMES[name]})
     for dtype in {frame["timestamp"].dtype, *([pl.Datetime("ms")] if name == "date-times" else [])}:
         frame.with_columns(pl.col("timestamp").cast(dtype)).write_parquet(tmp_path / "t.parquet")

@@ -178,7 +178,7 @@ def test_a_five_core_is_the_default_of_every_raw_format(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_low_ratings_go_before_the_core_is_taken(name, tmp_path):
+def test_low_ratings_are_dropped_before_the_core_is_computed(name, tmp_path):
     data = read_dataset(TEXTS[name][0](tmp_path), min_count=0, min_rating=4)
     assert data.num_interactions == 3
 
@@ -196,7 +196,7 @@ def test_low_ratings_go_before_the_core_is_taken(name, tmp_path):
         ("parquet", "interactions.parquet"),
     ],
 )
-def test_a_file_may_be_named_in_place_of_its_folder(name, file, tmp_path):
+def test_a_file_can_be_named_instead_of_its_folder(name, file, tmp_path):
     path = TEXTS[name][0](tmp_path) / file
     assert read_dataset(path, min_count=0).num_interactions == 5
     path.write_bytes(gzip.compress(b"") if path.suffix == ".gz" else b"")
@@ -209,7 +209,7 @@ def test_an_image_column_is_relative_to_the_items_file(tmp_path):
     assert data.images[data.item_ids.index("x")] == tmp_path / "x.png"
 
 
-def test_columns_go_by_the_names_given(tmp_path):
+def test_columns_can_be_named(tmp_path):
     (tmp_path / "log.csv").write_text("who,what,when\n1,9,5\n1,8,4\n")
     names = ColumnNames(user="who", item="what", timestamp="when")
     data = read_dataset(tmp_path / "log.csv", columns=names, min_count=0, name="log book")
@@ -219,19 +219,19 @@ def test_columns_go_by_the_names_given(tmp_path):
         ColumnNames(user="who", item="who")
 
 
-def test_the_usual_column_names_need_not_be_given(tmp_path):
+def test_usual_column_names_are_recognized(tmp_path):
     (tmp_path / "ratings.csv").write_text("user_id,parent_asin,rating,timestamp\nu,B01,5.0,1700000000000\n")
     assert read_dataset(tmp_path / "ratings.csv", min_count=0).item_ids == ["B01"]
 
 
-def test_repeats_and_ties_follow_their_options(tmp_path):
+def test_duplicates_and_ties_options_apply(tmp_path):
     folder = csv(tmp_path)
     assert read_dataset(folder, min_count=0, duplicates="last").num_interactions == 4
     shuffled = read_dataset(folder, min_count=0, ties="shuffle", seed=3)
     assert shuffled.tie_rule == "equal times shuffled, seed 3"
 
 
-def test_a_prepared_folder_is_loaded_and_may_be_renamed(tmp_path):
+def test_a_prepared_folder_is_loaded_and_can_be_renamed(tmp_path):
     data = read_dataset(csv(tmp_path), min_count=0)
     data.save(tmp_path / "prepared")
     assert read_dataset(tmp_path / "prepared").split().fingerprint == data.split().fingerprint
@@ -308,7 +308,7 @@ def test_a_malformed_file_is_refused_with_file_line_and_reason(tmp_path, file, t
         read_dataset(tmp_path / file, min_count=0)
 
 
-def test_a_gzip_file_cut_short_is_refused(tmp_path):
+def test_a_truncated_gzip_file_is_refused(tmp_path):
     whole = gzip.compress((REVIEW * 2000).encode(), mtime=0)
     (tmp_path / "a.json.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"a\.json\.gz"):
@@ -324,21 +324,21 @@ def test_a_gzip_file_cut_short_is_refused(tmp_path):
         ("{'title': 'no id'}\n", r"line 2: no field 'asin'"),
     ],
 )
-def test_malformed_metadata_is_refused_and_never_run(tmp_path, line, reason):
+def test_malformed_metadata_is_refused_and_never_executed(tmp_path, line, reason):
     (tmp_path / "a.json").write_text(REVIEW)
     (tmp_path / "meta_a.json").write_text("{'asin': 'z'}\n" + line)
     with pytest.raises(UserError, match=reason):
         read_dataset(tmp_path / "a.json", min_count=0)
 
 
-def test_two_review_files_in_a_folder_are_named(tmp_path):
+def test_two_review_files_in_a_folder_are_refused_with_their_names(tmp_path):
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text(REVIEW)
     with pytest.raises(UserError, match=r"expected one review file, found a\.json, b\.json"):
         read_dataset(tmp_path)
 
 
-def test_a_path_that_is_absent_or_of_no_known_format_is_refused(tmp_path):
+def test_a_missing_path_and_an_unknown_format_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_dataset(tmp_path / "none")
     with pytest.raises(UserError, match="cannot detect the format"):
@@ -353,7 +353,7 @@ def test_a_rating_limit_without_ratings_is_refused(tmp_path):
         read_dataset(tmp_path / "i.csv", min_rating=4)
 
 
-def test_a_parquet_fault_names_the_row(tmp_path):
+def test_an_error_in_parquet_names_the_row(tmp_path):
     frame = pl.DataFrame({"user": ["a", None], "item": ["x", "y"], "timestamp": [1, 2]})
     frame.write_parquet(tmp_path / "i.parquet")
     with pytest.raises(UserError, match=r"i\.parquet, row 2: column 'user' is empty"):
@@ -368,7 +368,7 @@ def test_dates_of_a_parquet_file_are_times(tmp_path):
     assert read_dataset(tmp_path / "i.parquet", min_count=0).item_ids == ["early", "late"]
 
 
-def test_a_line_of_films_that_is_cut_short_is_refused_with_its_number(tmp_path):
+def test_a_truncated_line_of_movies_is_refused_with_its_number(tmp_path):
     folder = movielens_100k(tmp_path)
     (folder / "u.item").write_bytes((folder / "u.item").read_bytes() + b"y|Toy Story|x\n")
     with pytest.raises(UserError, match=r"u\.item, line 2: expected an id, a title and genres"):

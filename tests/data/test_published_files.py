@@ -1,4 +1,4 @@
-"""Amazon and Yelp as they are published: file names, folders, and Python literals that are never run."""
+"""Amazon and Yelp as they are published: file names, folders, and Python literals that are never executed."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_amazons_ratings_without_a_header_are_refused_until_their_columns_are_na
 @pytest.mark.parametrize(
     "expression", ["__import__('os').system('touch ran')", "open('ran', 'w')", "[1] * 10**9"]
 )
-def test_python_literals_are_never_run(expression, tmp_path, monkeypatch):
+def test_python_literals_are_never_executed(expression, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_file(tmp_path / "reviews_Beauty.json", "{'reviewerID': " + expression + "}\n")
     with pytest.raises(UserError, match="line 1: neither JSON nor a Python literal"):

@@ -1,4 +1,4 @@
-"""The planted world: strong signals, each of which matters, the same for the same seed."""
+"""The synthetic dataset: each planted signal matters, and the seed determines everything."""
 
 from __future__ import annotations
 
@@ -49,29 +49,29 @@ def test_an_oracle_hits_more_than_half_and_popularity_less_than_fifteen_percent(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_oracle_blind_to_one_signal_loses_ten_points(data, world, kind):
+def test_an_oracle_that_ignores_one_signal_loses_ten_points(data, world, kind):
     last = data.split().valid
     assert hit_rate(world.scores(last, blind_to=kind), data) < hit_rate(world.scores(last), data) - 0.1
 
 
-def test_an_oracle_blind_to_the_order_loses_ten_points(data, world):
+def test_an_oracle_that_ignores_the_order_loses_ten_points(data, world):
     assert hit_rate(world.scores(None), data) < hit_rate(world.scores(data.split().valid), data) - 0.1
 
 
-def test_a_learned_model_of_order_and_taste_beats_popularity_twice(data, world):
-    # Counts of cluster -> next cluster in each kind and of the user's own clusters: no knowledge of the rule.
+def test_a_learned_model_of_order_and_taste_doubles_the_popularity_baseline(data, world):
+    # Counts of cluster -> next cluster per kind, and of clusters per user, without knowledge of the rule.
     split = data.split()
     scores = np.zeros((data.num_users, data.num_items))
     for kind in range(3):
         cluster = world.clusters[:, kind]
-        own = np.stack([np.bincount(cluster[h], minlength=CLUSTERS) + 0.2 for h in split.histories("test")])
-        scores += 2 * np.log(own)[:, cluster]
+        taste = np.stack([np.bincount(cluster[h], minlength=CLUSTERS) + 0.2 for h in split.histories("test")])
+        scores += 2 * np.log(taste)[:, cluster]
     counts = split.train_counts(data.num_items)
     popularity = np.repeat(counts[None].astype(float), data.num_users, axis=0)
     assert hit_rate(scores + np.log(counts + 1), data) > 2 * hit_rate(popularity, data)
 
 
-def test_the_same_seed_gives_the_same_set_and_another_seed_another(tmp_path):
+def test_the_dataset_depends_on_the_seed_only(tmp_path):
     first, again, other = (
         synthetic_dataset(tmp_path / name, users=30, items=60, seed=seed)
         for name, seed in (("a", 5), ("b", 5), ("c", 6))
@@ -91,7 +91,7 @@ def test_histories_have_six_to_twenty_five_different_items(data):
     assert all(len(set(s)) == len(s) for s in data.sequences)
 
 
-def test_some_items_lack_a_text_some_a_picture_and_every_picture_opens(data):
+def test_some_texts_and_pictures_are_missing_and_every_picture_opens(data):
     without_text = sum(text is None for text in data.texts)
     without_image = sum(path is None for path in data.images)
     assert 2 <= without_text <= 28 and 2 <= without_image <= 28  # 12 expected, standard deviation 3.4
@@ -111,14 +111,14 @@ def test_the_planted_labels_are_written_and_the_kinds_are_independent(data, fold
     assert abs(agreement - 1 / CLUSTERS) < 0.08  # four standard deviations: 4 * sqrt(1/6 * 5/6 / 400) = 0.075
 
 
-def test_a_text_tells_its_textual_cluster_and_no_colour(data, world):
+def test_a_text_reveals_its_textual_cluster_and_no_colour(data, world):
     for text, topic in zip(data.texts, world.clusters[:, 1], strict=True):
         if text is not None:
             assert [name for name, *_ in TOPICS if f"from the {name} shelf" in text] == [TOPICS[topic][0]]
             assert not {"red", "blue", "green", "orange", "purple", "black"} & set(text.lower().split())
 
 
-def test_the_mean_colour_of_a_picture_tells_its_visual_cluster(data, world):
+def test_the_mean_colour_of_a_picture_reveals_its_visual_cluster(data, world):
     # Nearest cluster mean on the darkest pixels' colour: chance is 1/6.
     rows = [i for i, path in enumerate(data.images) if path]
     colours = np.stack([_dark_colour(data.images[i]) for i in rows])
@@ -133,24 +133,24 @@ def _dark_colour(path: Path) -> np.ndarray:
     return pixels[pixels.min(axis=1) < 170].mean(axis=0)
 
 
-def test_it_is_called_synthetic_and_survives_saving(data, tmp_path):
+def test_the_dataset_is_marked_as_synthetic_also_after_saving(data, tmp_path):
     data.save(tmp_path)
     loaded = Dataset.load(tmp_path)
     assert loaded.name == "synthetic" and loaded.synthetic and "synthetic" in loaded.notes[0]
     assert loaded.split().fingerprint == data.split().fingerprint
 
 
-def test_a_catalog_shorter_than_two_histories_is_refused(tmp_path):
+def test_too_few_items_for_a_history_are_refused(tmp_path):
     with pytest.raises(UserError, match="50 items, got 10 and 49"):
         synthetic_dataset(tmp_path, users=10, items=49)
 
 
-def test_absent_labels_name_the_file(tmp_path):
+def test_missing_labels_are_refused_with_the_file(tmp_path):
     with pytest.raises(UserError, match=r"planted\.parquet is missing"):
         planted_clusters(tmp_path)
 
 
-def test_the_whole_set_is_made_in_ten_seconds(tmp_path):
+def test_the_default_dataset_is_generated_in_ten_seconds(tmp_path):
     start = time.perf_counter()
     synthetic_dataset(tmp_path)
     assert time.perf_counter() - start < 10

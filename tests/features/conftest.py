@@ -1,4 +1,4 @@
-"""Small local checkpoints and drawn images that the feature tests share."""
+"""Small local checkpoints and drawn images for the feature tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache alone: what is written comes back, what is damaged does not, an interrupt loses nothing done."""
+"""The feature cache: rows are read back, damaged files are ignored, an interruption loses nothing."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def store(folder: Path, *, shard_rows: int = 3) -> None:
     shelf.flush()
 
 
-def test_stored_rows_come_back_bit_for_bit_from_several_shards(tmp_path: Path):
+def test_stored_rows_are_read_back_bit_for_bit_from_several_shards(tmp_path: Path):
     store(tmp_path)
     cache = FeatureCache(tmp_path)
-    found = cache.shelf("model").find(KEYS)
+    stored = cache.shelf("model").find(KEYS)
     assert len(shards(tmp_path)) == 3  # 3 + 3 + 2 rows
-    assert torch.equal(torch.stack([found[key] for key in KEYS]), VALUES)
+    assert torch.equal(torch.stack([stored[key] for key in KEYS]), VALUES)
     assert (cache.hits, cache.misses) == (8, 0)
 
 
-def test_another_model_finds_nothing(tmp_path: Path):
+def test_rows_of_another_model_are_not_found(tmp_path: Path):
     store(tmp_path)
     cache = FeatureCache(tmp_path)
     assert cache.shelf("another").find(KEYS) == {}
@@ -45,7 +45,7 @@ def test_another_model_finds_nothing(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["torn", "one bit", "empty", "not ours"])
-def test_a_damaged_shard_is_left_out_with_a_warning(tmp_path: Path, damage: str):
+def test_a_damaged_shard_is_ignored_with_a_warning(tmp_path: Path, damage: str):
     store(tmp_path, shard_rows=4)
     victim = shards(tmp_path)[0]
     content = victim.read_bytes()
@@ -63,7 +63,7 @@ def test_an_unfinished_file_is_not_read(tmp_path: Path):
     assert FeatureCache(tmp_path).shelf("model").find(KEYS) == {}
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path):
+def test_an_interrupted_encoding_continues_where_it_stopped(tmp_path: Path):
     asked: list[int] = []
 
     def compute(rows: list[int], *, stop_after: int) -> Iterator[tuple[list[int], Tensor]]:

@@ -1,4 +1,4 @@
-"""PCA: against the definition, absent rows, saving, and what it refuses."""
+"""PCA: against its definition, with missing items, saved and loaded, and invalid input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def drawn(rows: int, width: int, *, seed: int = 0) -> Features:
 
 
 @pytest.mark.parametrize("rows, width", [(40, 12), (12, 40)])  # the two solvers
-def test_the_projection_keeps_the_inner_products_of_the_best_subspace(rows: int, width: int):
+def test_the_projection_preserves_the_inner_products_of_the_best_subspace(rows: int, width: int):
     features = drawn(rows, width)
     reduced = PCA.fit(features, dim=5).transform(features.values, features.present).double()
     centred = features.values.double() - features.values.double().mean(0)
@@ -36,14 +36,14 @@ def test_explained_variance_ratios_fall_and_sum_to_one_at_full_width():
     assert ratio.sum().item() == pytest.approx(1, abs=1e-12)  # 12 float64 terms
 
 
-def test_absent_rows_are_not_fitted_and_stay_zero():
-    whole = drawn(41, 12)
+def test_items_without_the_modality_are_not_fitted_and_stay_zero():
+    features = drawn(41, 12)
     present = torch.ones(41, dtype=torch.bool)
     present[7] = False
-    values = whole.values.clone()
+    values = features.values.clone()
     values[7] = 1e6  # would turn the first component towards itself
     fitted = PCA.fit(Features(values, present), dim=4)
-    alone = PCA.fit(Features(whole.values[present], present[present]), dim=4)
+    alone = PCA.fit(Features(features.values[present], present[present]), dim=4)
     reduced = fitted.transform(values, present)
     assert torch.equal(fitted.components, alone.components)
     assert torch.equal(reduced[7], torch.zeros(4))
@@ -75,7 +75,7 @@ def test_fitting_twice_gives_the_same_components():
 
 
 @pytest.mark.parametrize("rows, width, limit", [(10, 40, 10), (40, 10, 10), (1, 40, None)])
-def test_more_dimensions_than_there_are_are_refused_with_the_largest_possible(rows, width, limit):
+def test_too_many_dimensions_are_refused_with_the_largest_possible_number(rows, width, limit):
     with pytest.raises(UserError) as error:
         PCA.fit(drawn(rows, width), dim=11)
     assert f"{rows} items" in (error.value.cause or "")
@@ -107,7 +107,7 @@ def test_vectors_of_another_width_are_refused():
 
 
 @pytest.mark.parametrize("content", [None, b"", b"nonsense"])
-def test_a_file_that_is_no_pca_is_refused_by_its_name(tmp_path: Path, content: bytes | None):
+def test_a_file_that_is_not_a_pca_is_refused_with_its_name(tmp_path: Path, content: bytes | None):
     path = tmp_path / "pca.safetensors"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Text features: absence, pooling, batching, the cache, refusals, and MiniLM's real weights."""
+"""Text features: missing texts, pooling, batches, the cache, invalid input, and MiniLM's real weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def quiet(texts: list[str | None], config: TextConfig, cache: FeatureCache | Non
     return encode_texts(texts, config=config, cache=cache, progress=False)
 
 
-def test_absent_and_blank_texts_are_zero_and_not_present(tiny_bert: Path):
+def test_missing_and_blank_texts_are_zero_and_masked(tiny_bert: Path):
     features = quiet(["soap", None, "", "  \n"], TextConfig(str(tiny_bert)))
     assert features.present.tolist() == [True, False, False, False]
     assert features.values.shape == (4, 16)
@@ -48,26 +48,26 @@ def test_features_equal_a_plain_forward_pass_of_each_text_alone(tiny_bert: Path,
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_features_do_not_depend_on_the_batch_split(tiny_bert: Path, batch_size: int):
-    whole = quiet(TEXTS, TextConfig(str(tiny_bert), "mean", batch_size=4))
+    batched = quiet(TEXTS, TextConfig(str(tiny_bert), "mean", batch_size=4))
     split = quiet(TEXTS, TextConfig(str(tiny_bert), "mean", batch_size=batch_size))
     # the same sums in another order: some 100 roundings of 2**-23 at |x| < 4
-    torch.testing.assert_close(split.values, whole.values, rtol=0, atol=4 * 100 * 2**-23)
+    torch.testing.assert_close(split.values, batched.values, rtol=0, atol=4 * 100 * 2**-23)
 
 
-def test_mean_pooling_leaves_the_padding_out():
+def test_mean_pooling_ignores_padding():
     hidden = torch.tensor([[[1.0], [3.0], [99.0]]])  # [1, 3, 1]
     mask = torch.tensor([[1, 1, 0]])
     assert pool(hidden, mask, how="mean").tolist() == [[2.0]]
     assert pool(hidden, mask, how="cls").tolist() == [[1.0]]
 
 
-def test_a_text_is_cut_at_max_tokens(tiny_bert: Path):
+def test_a_text_is_truncated_at_max_tokens(tiny_bert: Path):
     config = TextConfig(str(tiny_bert), max_tokens=4)  # [CLS], two words, [SEP]
     features = quiet(["red soap", "red soap hair"], config)
     assert torch.equal(features.values[0], features.values[1])
 
 
-def test_the_second_call_comes_from_the_cache_bit_for_bit(tiny_bert: Path, tmp_path: Path):
+def test_a_second_call_returns_the_cached_features_bit_for_bit(tiny_bert: Path, tmp_path: Path):
     texts = [*TEXTS, None, "soap"]
     first = quiet(texts, TextConfig(str(tiny_bert)), cache := FeatureCache(tmp_path / "cache"))
     assert (cache.hits, cache.misses) == (0, 5)
@@ -76,7 +76,7 @@ def test_the_second_call_comes_from_the_cache_bit_for_bit(tiny_bert: Path, tmp_p
     assert torch.equal(first.values, second.values) and torch.equal(first.present, second.present)
 
 
-def test_the_cache_does_not_serve_another_pooling_length_or_weights(tiny_bert: Path, tmp_path: Path):
+def test_another_pooling_length_or_weights_are_not_served_from_the_cache(tiny_bert: Path, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 
     other = tmp_path / "other"
@@ -107,7 +107,9 @@ def test_a_checkpoint_without_its_pooler_still_hits_the_cache(tiny_bert: Path, t
     assert (cache.hits, cache.misses) == (4, 0)
 
 
-def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(tiny_bert: Path, tmp_path: Path):
+def test_a_checkpoint_without_a_weight_is_refused_with_the_name_of_the_weight(
+    tiny_bert: Path, tmp_path: Path
+):
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"
@@ -119,19 +121,19 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(tiny_bert: Path
         quiet(TEXTS, TextConfig(str(broken)))
 
 
-def test_where_there_is_no_text_no_model_is_looked_for():
+def test_without_any_text_no_model_is_loaded():
     features = encode_texts([None, " "], config=TextConfig("no/such-model", "mean"))
     assert features.values.tolist() == [[0], [0]] and not features.present.any()
 
 
-def test_an_unknown_model_is_an_error_with_cause_and_fix():
+def test_an_unknown_model_is_refused_with_cause_and_fix():
     with pytest.raises(UserError) as error:
         quiet(TEXTS, TextConfig("nobody/has-such-a-model"))
     assert "nobody/has-such-a-model" in error.value.message
     assert error.value.cause and "hf download nobody/has-such-a-model" in (error.value.fix or "")
 
 
-def test_a_folder_that_holds_no_model_is_an_error_with_cause_and_fix(tmp_path: Path):
+def test_a_folder_without_a_model_is_refused_with_cause_and_fix(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"hello": 1}))
     with pytest.raises(UserError, match="cannot be loaded") as error:
         quiet(TEXTS, TextConfig(str(tmp_path)))
@@ -150,7 +152,7 @@ def test_a_config_out_of_range_is_refused(wrong: dict):
         TextConfig(**wrong)
 
 
-def test_minilm_without_its_package_is_the_hub_name(monkeypatch: pytest.MonkeyPatch):
+def test_minilm_without_its_package_becomes_the_hub_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert resolve_text_model("minilm") == MINILM_HUB
     assert resolve_text_model("bert-base-uncased") == "bert-base-uncased"

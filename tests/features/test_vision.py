@@ -42,11 +42,11 @@ def quiet(paths, config: ImageConfig = SMALL, cache: FeatureCache | None = None)
 
 
 def test_broken_and_missing_images_are_masked_and_warned_about_once(tmp_path: Path, draw: Draw):
-    whole = draw("whole.png", 1)
+    intact = draw("whole.png", 1)
     torn, text = tmp_path / "torn.png", tmp_path / "text.jpg"
-    torn.write_bytes(whole.read_bytes()[:2000])
+    torn.write_bytes(intact.read_bytes()[:2000])
     text.write_text("no image")
-    paths = [whole, torn, None, tmp_path / "absent.jpg", text, text]
+    paths = [intact, torn, None, tmp_path / "absent.jpg", text, text]
     with pytest.warns(UserWarning, match="4 of 6 images cannot be read") as caught:
         features = quiet(paths)
     assert len([w for w in caught if "cannot be read" in str(w.message)]) == 1
@@ -56,7 +56,7 @@ def test_broken_and_missing_images_are_masked_and_warned_about_once(tmp_path: Pa
     assert torch.equal(features.values[1:], torch.zeros(5, features.width))
 
 
-def test_the_second_call_comes_from_the_cache_bit_for_bit(tmp_path: Path, draw: Draw):
+def test_a_second_call_returns_the_cached_features_bit_for_bit(tmp_path: Path, draw: Draw):
     paths = [draw(f"{seed}.png", seed) for seed in range(3)]
     first = quiet(paths, cache=(cache := FeatureCache(tmp_path / "cache")))
     assert (cache.hits, cache.misses) == (0, 3)
@@ -65,7 +65,7 @@ def test_the_second_call_comes_from_the_cache_bit_for_bit(tmp_path: Path, draw: 
     assert torch.equal(first.values, second.values)
 
 
-def test_a_changed_file_is_computed_again_and_a_renamed_one_is_not(tmp_path: Path, draw: Draw):
+def test_a_changed_file_is_encoded_again_and_a_renamed_one_is_not(tmp_path: Path, draw: Draw):
     cache_folder = tmp_path / "cache"
     path = draw("a.png", 1)
     quiet([path], cache=FeatureCache(cache_folder))
@@ -78,18 +78,18 @@ def test_a_changed_file_is_computed_again_and_a_renamed_one_is_not(tmp_path: Pat
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_features_do_not_depend_on_the_batch_split(draw: Draw, batch_size: int):
     paths = [draw(f"{seed}.png", seed) for seed in range(3)]
-    whole = quiet(paths).values
+    one_batch = quiet(paths).values
     split = quiet(paths, ImageConfig("mobilenet_v3_small", "random", batch_size=batch_size)).values
     # 53 layers of float32 sums of up to 1,024 terms in another order: errors add up like a random walk,
     # sqrt(53 * 1024) * 2**-23 = 2.8e-5 of the largest value
-    torch.testing.assert_close(split, whole, rtol=0, atol=2.8e-5 * whole.abs().max().item())
+    torch.testing.assert_close(split, one_batch, rtol=0, atol=2.8e-5 * one_batch.abs().max().item())
 
 
 def test_no_paths_give_no_rows():
     assert quiet([]).values.shape[0] == 0
 
 
-def test_vgg16_gives_the_4096_activations_after_the_penultimate_linear_layer(draw: Draw):
+def test_vgg16_returns_the_4096_activations_of_the_penultimate_linear_layer(draw: Draw):
     path = draw("a.png", 1)
     features = quiet([path], ImageConfig("vgg16", "random"))
     backbone = load_backbone("vgg16", "random")
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_network_is_refused_with_file_and_keys(tmp_path:
 
 @pytest.mark.parametrize("content", [None, b"", b"nonsense", "pickled"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_file_that_is_no_checkpoint_is_refused_by_its_name(tmp_path: Path, content, suffix: str):
+def test_a_file_that_is_not_a_checkpoint_is_refused_with_its_name(tmp_path: Path, content, suffix: str):
     path = tmp_path / f"bad{suffix}"
     if content == "pickled":
         torch.save({"weight": Pixels(1, (0.0, 0.0, 0.0), 1.0)}, path)  # an object: code would have to run
@@ -148,14 +148,14 @@ def test_an_unknown_backbone_is_refused():
 
 
 @installed("timm")
-def test_a_timm_backbone_gives_pooled_features_and_an_unknown_one_is_refused(draw: Draw):
+def test_a_timm_backbone_returns_pooled_features_and_an_unknown_one_is_refused(draw: Draw):
     features = quiet([draw("a.png", 1)], ImageConfig("timm:mobilenetv3_small_050", "random"))
     assert features.width == 1024 and bool(features.present.all())
     with pytest.raises(UserError, match="no-such-model"):
         load_backbone("timm:no-such-model", "random")
 
 
-def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):
     def refuse(name: str):
         raise ImportError(name)
 
@@ -165,7 +165,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch: py
     assert "cemg[vision]" in (error.value.fix or "")
 
 
-def test_random_weights_are_said_to_be_random():
+def test_random_weights_cause_a_warning():
     assert SMALL.label == "mobilenet_v3_small, random weights"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -173,7 +173,7 @@ def test_random_weights_are_said_to_be_random():
     assert any("random weights" in str(warning.message) for warning in caught)
 
 
-def test_pixels_are_centred_scaled_and_put_in_the_asked_order():
+def test_pixels_are_centered_scaled_and_ordered_as_requested():
     image = Image.new("RGB", (40, 20), (10, 20, 30))
     ImageDraw.Draw(image).rectangle((0, 0, 4, 19), fill=(255, 255, 255))  # outside the central square
     plain = Pixels(10, (0.0, 10.0, 20.0), 5.0)(image)
@@ -183,7 +183,7 @@ def test_pixels_are_centred_scaled_and_put_in_the_asked_order():
 
 
 @installed("h5py")
-def test_keras_kernels_are_turned_to_pytorch_order(tmp_path: Path):
+def test_keras_kernels_are_transposed_to_pytorch_order(tmp_path: Path):
     import h5py
 
     rng = np.random.default_rng(0)
@@ -204,7 +204,7 @@ def test_keras_kernels_are_turned_to_pytorch_order(tmp_path: Path):
         read_keras_vgg16(tmp_path / "vgg.weights.h5")
 
 
-def test_the_convolutions_are_named_where_torchvision_has_them():
+def test_the_keras_names_map_to_torchvision_layers():
     from torchvision.models import vgg16
     from torchvision.models.vgg import VGG
 
@@ -215,7 +215,7 @@ def test_the_convolutions_are_named_where_torchvision_has_them():
 
 
 @installed(HED, "h5py")
-def test_the_real_vgg16_convolutions_find_the_edges_they_were_tuned_for():
+def test_the_real_vgg16_convolutions_detect_edges():
     """The side outputs of the same file, put on our mapped layers, are its authors' edge detector."""
     import h5py
 
@@ -245,14 +245,14 @@ def test_the_real_vgg16_convolutions_find_the_edges_they_were_tuned_for():
 
 
 @installed(HED, "h5py")
-def test_the_real_vgg16_convolutions_give_512_features(draw: Draw):
+def test_the_real_vgg16_convolutions_return_512_features(draw: Draw):
     features = quiet([draw("a.png", 1), draw("b.png", 2)], ImageConfig("hed-vgg16"))
     assert features.values.shape == (2, 512)
     assert bool((features.values >= 0).all()) and not torch.equal(features.values[0], features.values[1])
 
 
 @installed(LITE0_CODE, LITE0_WEIGHTS)
-def test_lite0_with_its_imagenet_weights_groups_drawings_by_motif(tmp_path: Path):
+def test_lite0_with_imagenet_weights_groups_drawings_by_motif(tmp_path: Path):
     """Discs and stripes, two of each in other colours and places: the motif decides who is near."""
     paths = []
     for index, (back, front) in enumerate((("white", "red"), ("lightgray", "darkred"))):
