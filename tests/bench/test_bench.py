@@ -54,7 +54,7 @@ def test_a_row_has_every_field_whether_it_was_timed_or_not(tmp_path: Path) -> No
     assert "2 peers" in shared and f"{NOT_ASKED}it knows no catalog" in shared and "8.000" in slow
 
 
-def test_an_interrupted_run_is_taken_up_by_the_same_code_and_settings_alone(
+def test_an_interrupted_benchmark_is_resumed_only_by_the_same_code_and_settings(
     tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
@@ -81,7 +81,7 @@ def test_an_interrupted_run_is_taken_up_by_the_same_code_and_settings_alone(
             a_report(tmp_path).take_up([])
 
 
-def test_what_valid_saves_is_between_nothing_and_all_but_the_first_code() -> None:
+def test_the_work_that_valid_saves_is_between_nothing_and_all_but_the_first_code() -> None:
     whole = replace(CELL, beams=50)
     valid = replace(whole, normalize="valid")
     assert cells.late_rows(whole) == 3 * 50 and cells.late_passes(whole) == 3
@@ -108,7 +108,7 @@ class Answers:
         return {"ms": self.ms, "mib": 1.0, "parts": {"encoder": 1.0}} | more
 
 
-def test_a_cell_that_we_skip_and_a_peer_that_is_not_asked_have_rows(tmp_path: Path) -> None:
+def test_a_skipped_cell_and_a_peer_that_was_not_run_have_rows(tmp_path: Path) -> None:
     report = a_report(tmp_path)
     workers = {"cemg": Answers({"skip": "would need 30 GiB"}), latency.FREE: Answers({})}
     latency.one_cell(replace(CELL, items=10**4), workers, report, 1.0, 8)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def test_a_cell_that_we_skip_and_a_peer_that_is_not_asked_have_rows(tmp_path: Pa
     assert (row["status"], row["p50_ms"]) == (f"{NOT_ASKED}it knows no catalog", 5.0)
 
 
-def test_a_long_first_search_is_a_sample_and_the_same_generate_times_out_once() -> None:
+def test_a_long_first_search_counts_as_a_sample_and_the_same_generate_times_out_once() -> None:
     workers = {"cemg": Answers({}), "slow": Answers({}, ms=2 * latency.LONG_MS)}
     workers |= {name: Answers({"skip": "over 120 s"}) for name in latency.GENERATE}
     found = latency.run_cell(CELL, workers, 3, 1.0)  # type: ignore[arg-type]
@@ -181,7 +181,9 @@ def test_flashrec_finds_the_lists_of_our_engine(monkeypatch: pytest.MonkeyPatch)
     (cells.ITEMS, "RQ3 TIGER: ", latency.FREE, False, True),
     (cells.ITEMS, "RQ3 LETTER: ", latency.FREE, False, False),
 ])  # fmt: skip
-def test_who_is_asked(items: int, label: str, peer: str, full: bool, asked: bool) -> None:
+def test_each_cell_selects_the_peers_that_run(
+    items: int, label: str, peer: str, full: bool, asked: bool
+) -> None:
     said = latency.not_asked(replace(CELL, items=items, label=label), peer, full)
     assert said == "" if asked else said.startswith(NOT_ASKED)
 
@@ -248,7 +250,7 @@ def test_the_floor_of_propagation_counts_what_no_cache_saves() -> None:
     assert propagate.unavoidable(graph, 100, 100) == kept  # the row of degree 3 stays
 
 
-def test_one_wrong_code_of_a_hundred_rows_is_found() -> None:
+def test_one_wrong_code_in_a_hundred_rows_is_detected() -> None:
     x, codebooks = quantize.draw(100, 16, torch.device("cpu"))
     codes, _ = residual_quantize(x, codebooks)
     assert quantize.not_nearest(x, codebooks, codes) == 0
@@ -269,7 +271,7 @@ def test_a_step_with_another_parent_or_code_is_refused() -> None:
     assert str(peers["wrong"]).startswith("failed: Tensor-likes are not close")
 
 
-def test_dicts_answer_as_the_trie_does_and_a_wrong_answer_is_seen() -> None:
+def test_the_dict_trie_agrees_with_the_trie_and_a_wrong_answer_is_detected() -> None:
     from cemg.decoding import dict_trie
 
     codes = cells.random_codes(300, trie_build.LEVELS, 8)
@@ -281,7 +283,7 @@ def test_dicts_answer_as_the_trie_does_and_a_wrong_answer_is_seen() -> None:
     assert not trie_build.same_answer("lookup", ours["lookup"]().flip(0), theirs["lookup"]())
 
 
-def test_targets_are_judged_by_the_best_median_and_left_out_without_rows(
+def test_a_target_is_judged_by_the_best_median_and_omitted_without_rows(
     tmp_path: Path,
 ) -> None:
     def row(op: str, case: str, ms: float | None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def test_popularity_writes_its_result(
     assert 0 <= record["metrics"]["NDCG@20"] <= record["metrics"]["HR@20"] <= 1
 
 
-def test_sasrec_trains_tests_and_says_how_it_was_called(
+def test_sasrec_trains_evaluates_and_records_its_command_line(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, folder = tmp_path / "sasrec.json", tmp_path / "run"
@@ -80,7 +80,7 @@ def test_sasrec_trains_tests_and_says_how_it_was_called(
         ([], "needs a folder"),
     ],
 )
-def test_a_mistake_is_named_and_exits_with_two(
+def test_a_user_error_names_the_mistake_and_exits_with_code_2(
     prepared: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

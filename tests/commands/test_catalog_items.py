@@ -43,14 +43,14 @@ def test_removed_items_are_not_recommended_until_they_are_restored(run, command,
     assert set(before) - set(Recommender.from_run(run).recommend(HISTORY, top=50).ids[0]) == {gone[2]}
 
 
-def test_the_yardstick_leaves_removed_items_out_too(run, command):
+def test_the_transformers_engine_leaves_removed_items_out_too(run, command):
     before = Recommender.from_run(run, engine="transformers").recommend(HISTORY, top=10, beams=20).ids[0]
     command(catalog.main, "remove", "--run", run, "--items", before[0])
     found = Recommender.from_run(run, engine="transformers").recommend(HISTORY, top=9, beams=20).ids[0]
     assert found == before[1:]
 
 
-def test_a_file_of_ids_is_taken_and_a_second_removal_adds_to_the_first(run, tmp_path, command, capsys):
+def test_ids_can_be_read_from_a_file_and_a_second_removal_adds_to_the_first(run, tmp_path, command, capsys):
     (tmp_path / "ids.txt").write_text("item-0003\nitem-0004\n")
     for items in (tmp_path / "ids.txt", "item-0004 item-0005"):
         assert command(catalog.main, "remove", "--run", run, "--items", items) == 0

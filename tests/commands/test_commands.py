@@ -24,7 +24,7 @@ def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def test_train_leaves_results_a_report_and_the_configuration(tiny_run):
+def test_train_writes_results_a_report_and_the_configuration(tiny_run):
     for name in ("config.yaml", "report/report.md", "results/synthetic-cemg-test.json"):
         assert (tiny_run / name).is_file(), name
     record = json.loads((tiny_run / "results" / "synthetic-cemg-test.json").read_text())
@@ -32,7 +32,7 @@ def test_train_leaves_results_a_report_and_the_configuration(tiny_run):
     assert record["metrics_history_removed"].keys() == record["metrics"].keys()
 
 
-def test_train_says_which_backends_the_environment_or_the_option_picks(
+def test_train_reports_which_backends_the_environment_or_the_option_selects(
     tiny_run, tmp_path, feature_cache, command, monkeypatch
 ):
     run = shutil.copytree(tiny_run, tmp_path / "run")
@@ -49,7 +49,7 @@ def test_train_says_which_backends_the_environment_or_the_option_picks(
         use_fast_kernels(None)
 
 
-def test_evaluate_again_gives_the_same_metrics_by_either_engine(tiny_run, tmp_path, command):
+def test_both_engines_give_the_same_metrics_when_a_run_is_evaluated_again(tiny_run, tmp_path, command):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     expected = json.loads((run / "results" / "synthetic-cemg-test.json").read_text())
     for engine in ("cemg", "transformers"):
@@ -59,7 +59,7 @@ def test_evaluate_again_gives_the_same_metrics_by_either_engine(tiny_run, tmp_pa
         assert found["metrics"] == expected["metrics"] and found["config"]["engine"] == engine
 
 
-def test_the_studies_of_the_search_are_printed_and_kept(tiny_run, tmp_path, command, capsys):
+def test_search_studies_are_printed_and_saved(tiny_run, tmp_path, command, capsys):
     """50 items: a search with a beam for each is the exact ranking, so its metrics are the exact study's."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     arguments = ("--run", run, "--users", 30)
@@ -93,7 +93,7 @@ def test_the_studies_of_the_search_are_printed_and_kept(tiny_run, tmp_path, comm
     assert engines["users_that_differ"] == 0 and engines["worst_score_difference"] < 1e-4
 
 
-def test_a_sample_leaves_the_results_of_the_whole_test(tiny_run, tmp_path, command):
+def test_evaluating_a_sample_keeps_the_results_of_the_whole_test_set(tiny_run, tmp_path, command):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     whole = (run / "results" / "synthetic-cemg-test.json").read_text()
     assert command(evaluate.main, "--run", run, "--users", 7) == 0
@@ -104,7 +104,7 @@ def test_a_sample_leaves_the_results_of_the_whole_test(tiny_run, tmp_path, comma
     assert again["metrics"] == json.loads(whole)["metrics"] and "subset" not in again["split"]
 
 
-def test_another_search_or_a_study_leaves_the_results_of_the_runs_own(tiny_run, tmp_path, command):
+def test_another_search_or_a_study_keeps_the_results_of_the_runs_own_search(tiny_run, tmp_path, command):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     whole = (run / "results" / "synthetic-cemg-test.json").read_text()
     for arguments in (("--beams", 5), ("--engine", "transformers"), ("--all", "--certified")):
@@ -135,7 +135,7 @@ def test_a_damaged_stage_is_built_again_by_the_command_that_the_error_prints(
     assert command(recommend.main, "--run", run, "--history", "item-0001") == 0
 
 
-def test_a_configuration_without_data_takes_the_runs_own(tiny_run, tmp_path, command, feature_cache):
+def test_a_configuration_without_data_uses_the_data_of_the_run(tiny_run, tmp_path, command, feature_cache):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     own = yaml.safe_load((run / "config.yaml").read_text())
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({k: own[k] for k in own if k != "data"} | {"seed": 0}))
@@ -143,7 +143,7 @@ def test_a_configuration_without_data_takes_the_runs_own(tiny_run, tmp_path, com
     assert yaml.safe_load((run / "config.yaml").read_text()) == own  # 40 users and all
 
 
-def test_a_training_that_dies_leaves_the_run_as_it_was_and_is_gone_on_with(
+def test_a_training_that_dies_leaves_the_run_unchanged_and_can_be_continued(
     tiny_run, tmp_path, command, capsys, monkeypatch, feature_cache
 ):
     from cemg.pipeline import Pipeline
@@ -167,7 +167,7 @@ def test_a_training_that_dies_leaves_the_run_as_it_was_and_is_gone_on_with(
     assert json.loads((run / "generator" / "training.json").read_text())["epochs"] == 2
 
 
-def test_studies_may_normalise_otherwise_than_the_run(tiny_run, tmp_path, command):
+def test_studies_may_use_another_normalization_than_the_run(tiny_run, tmp_path, command):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     assert command(evaluate.main, "--run", run, "--users", 7, "--compare", "--normalize", "level") == 0
     found = json.loads((run / "results" / "synthetic-cemg-test-7-users-engines-level.json").read_text())
@@ -199,7 +199,7 @@ def test_recommend_prints_titles_scores_and_codes(tiny_run, command, capsys):
     assert "; --exact proves all" in capsys.readouterr().out
 
 
-def test_a_user_and_a_file_of_histories_are_served_alike(tiny_run, tmp_path, command, capsys):
+def test_a_user_and_a_file_of_histories_get_the_same_recommendations(tiny_run, tmp_path, command, capsys):
     from cemg.data import Dataset
 
     data = Dataset.load(tiny_run / "data")
@@ -217,7 +217,7 @@ def test_a_user_and_a_file_of_histories_are_served_alike(tiny_run, tmp_path, com
     assert one["items"][0]["score"] == pytest.approx(answers[7]["items"][0]["score"], abs=1e-4)
 
 
-def test_history_is_left_out_where_asked(tiny_run, command, capsys):
+def test_items_of_the_history_are_excluded_on_request(tiny_run, command, capsys):
     history = "item-0001,item-0002,item-0003"
     command(
         recommend.main, "--run", tiny_run, "--history", history, "--top", 50, "--exclude-history", "--json"
@@ -226,7 +226,7 @@ def test_history_is_left_out_where_asked(tiny_run, command, capsys):
     assert len(items) == 47 and not items & set(history.split(","))
 
 
-def test_added_items_get_codes_and_titles_and_old_ones_keep_theirs(tiny_run, tmp_path, command, capsys):
+def test_added_items_get_codes_and_titles_and_existing_items_keep_theirs(tiny_run, tmp_path, command, capsys):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     before = Catalog.load(run / "catalog")
     (tmp_path / "new.csv").write_text(
@@ -298,12 +298,14 @@ def test_an_empty_history_is_refused(tiny_run, command, capsys):
         (("--history", "item-0001", "--device", "meta"), "--device meta is not a valid device"),
     ],
 )
-def test_a_request_that_cannot_be_is_refused(tiny_run, command, capsys, arguments, first):
+def test_an_impossible_request_is_refused(tiny_run, command, capsys, arguments, first):
     err = refusal(command, capsys, recommend.main, "--run", tiny_run, *arguments)
     assert err.splitlines()[0] == f"error: {first}"
 
 
-def test_what_the_system_and_the_environment_refuse_is_said_in_a_line(tmp_path, command, capsys, monkeypatch):
+def test_errors_of_the_system_and_the_environment_are_printed_in_one_line(
+    tmp_path, command, capsys, monkeypatch
+):
     from cemg_kernels.runtime import dispatch
 
     (tmp_path / "file").touch()
@@ -325,7 +327,7 @@ def test_a_missing_run_is_refused(tmp_path, command, capsys, main):
     )
 
 
-def test_a_setting_that_is_none_is_refused_before_anything_is_written(tmp_path, command, capsys):
+def test_an_unknown_setting_is_refused_before_anything_is_written(tmp_path, command, capsys):
     err = refusal(command, capsys, train.main, "--run", tmp_path / "run", "--set", "generator.epoch=3")
     first, cause, fix = err.splitlines()[-3:]
     assert first == "error: generator.epoch is not a setting"
@@ -336,14 +338,14 @@ def test_a_setting_that_is_none_is_refused_before_anything_is_written(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bad_value_is_refused_by_its_field(tmp_path, command, capsys):
+def test_an_invalid_value_is_refused_with_the_name_of_its_field(tmp_path, command, capsys):
     arguments = ("--run", tmp_path / "run", "--set", "generator.batch_size=0")
     err = refusal(command, capsys, train.main, *arguments)
     assert err.splitlines()[-1] == "error: generator.batch_size must be at least 1, got 0"
 
 
 @pytest.mark.parametrize("main", [train.main, recommend.main, evaluate.main])
-def test_a_device_that_is_not_there_is_refused(tmp_path, command, capsys, monkeypatch, main):
+def test_a_missing_device_is_refused(tmp_path, command, capsys, monkeypatch, main):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     extra = ("--history", "1") if main is recommend.main else ()
     err = refusal(command, capsys, main, "--run", tmp_path / "run", "--device", "cuda", *extra)
@@ -371,16 +373,16 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, command, capsys, monkey
         (("--result", "."), "error: --result . is a folder\n  fix:   name a file: --result beauty.json\n"),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_refused(tiny_run, command, capsys, arguments, error):
+def test_an_impossible_evaluation_is_refused(tiny_run, command, capsys, arguments, error):
     assert refusal(command, capsys, evaluate.main, "--run", tiny_run, *arguments) == error
 
 
-def test_a_part_that_is_none_is_refused(tiny_run, command, capsys):
+def test_an_unknown_part_is_refused(tiny_run, command, capsys):
     err = refusal(command, capsys, evaluate.main, "--run", tiny_run, "--part", "train")
     assert err == "error: --part must be test or valid, got 'train'\n"
 
 
-def test_all_users_and_some_users_at_once_are_refused(tiny_run, command, capsys):
+def test_all_users_and_a_sample_of_users_together_are_refused(tiny_run, command, capsys):
     err = refusal(command, capsys, evaluate.main, "--run", tiny_run, "--all", "--users", 3)
     assert err == "error: --all and --users exclude each other\n  fix:   leave one of them out\n"
 
@@ -396,7 +398,7 @@ def test_all_users_and_some_users_at_once_are_refused(tiny_run, command, capsys)
         ("", "is empty"),
     ],
 )
-def test_items_that_cannot_be_added_are_refused_and_the_catalog_stays(
+def test_items_that_cannot_be_added_are_refused_and_the_catalog_stays_unchanged(
     tiny_run, tmp_path, command, capsys, content, said
 ):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))

@@ -41,7 +41,7 @@ def test_stats_prints_table_1_to_stdout_and_notes_to_stderr(command, shop):
     assert err == "note: there is no items.csv: items have no text\n"
 
 
-def test_stats_as_json_is_read_by_a_program(command, shop):
+def test_stats_as_json_can_be_parsed(command, shop):
     code, out, _ = command("stats", shop, "--min-count", 0, "--json")
     numbers = json.loads(out)
     assert code == 0
@@ -50,7 +50,7 @@ def test_stats_as_json_is_read_by_a_program(command, shop):
     assert numbers["synthetic"] is False and numbers["items_with_text"] == 0
 
 
-def test_a_users_mistake_is_three_short_lines_and_exit_code_2(command, shop):
+def test_a_user_error_is_three_short_lines_and_exit_code_2(command, shop):
     code, out, err = command("stats", shop)
     assert (code, out) == (2, "")
     assert err == (
@@ -60,12 +60,12 @@ def test_a_users_mistake_is_three_short_lines_and_exit_code_2(command, shop):
     )
 
 
-def test_a_wrong_option_has_exit_code_2_too(command, shop):
+def test_a_wrong_option_also_exits_with_code_2(command, shop):
     code, _, err = command("stats", shop, "--format", "xls")
     assert code == 2 and "xls" in err
 
 
-def test_prepare_writes_a_folder_that_reads_back_and_refuses_to_overwrite(command, shop, tmp_path):
+def test_prepare_writes_a_folder_that_can_be_read_and_refuses_to_overwrite_it(command, shop, tmp_path):
     out = tmp_path / "new" / "prepared"
     words = ("prepare", shop, out, "--min-count", 0, "--name", "corner shop")
     assert command(*words)[:2] == (0, f"{out}\n")
@@ -77,7 +77,7 @@ def test_prepare_writes_a_folder_that_reads_back_and_refuses_to_overwrite(comman
     assert sorted(path.name for path in out.parent.iterdir()) == ["prepared"]  # nothing half-made is left
 
 
-def test_force_never_replaces_what_is_no_prepared_folder_or_holds_the_source(command, shop, tmp_path):
+def test_force_never_replaces_another_kind_of_folder_or_one_that_contains_the_source(command, shop, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "letter.txt").touch()
     code, _, err = command("prepare", shop, tmp_path / "precious", "--force", "--min-count", 0)
@@ -87,7 +87,7 @@ def test_force_never_replaces_what_is_no_prepared_folder_or_holds_the_source(com
         assert code == 2 and "contains the source" in err
 
 
-def test_a_failed_prepare_leaves_nothing_and_keeps_the_old(command, shop, tmp_path):
+def test_a_failed_prepare_keeps_the_old_folder_and_leaves_nothing_else(command, shop, tmp_path):
     out = tmp_path / "prepared"
     command("prepare", shop, out, "--min-count", 0)
     code, _, _ = command("prepare", shop, out, "--force")
@@ -105,14 +105,14 @@ def test_options_that_a_prepared_folder_would_ignore_are_refused(command, shop, 
     assert command("stats", out)[0] == 0
 
 
-def test_a_folder_of_images_that_fits_no_item_is_mentioned(command, shop, tmp_path):
+def test_an_image_folder_that_matches_no_item_is_reported(command, shop, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "other.jpg").touch()
     words = ("prepare", shop, tmp_path / "prepared", "--min-count", 0, "--images", tmp_path / "pictures")
     assert f"note: no file in {tmp_path}/pictures is named by an item id, such as x.jpg" in command(*words)[2]
 
 
-def test_columns_are_given_as_roles(command, shop):
+def test_columns_can_be_given_by_role(command, shop):
     (shop / "interactions.csv").write_text("uid,sku,ts\na,x,1\n")
     assert command("stats", shop, "--min-count", 0, "--columns", "user=uid,item=sku,timestamp=ts")[0] == 0
     code, _, err = command("stats", "--interactions", shop, "--columns", "who=uid")
@@ -133,7 +133,7 @@ def tables(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_tables_of_other_names_are_named_by_the_same_options_in_stats_and_prepare(command, tables, tmp_path):
+def test_stats_and_prepare_take_the_same_options_for_tables_with_other_names(command, tables, tmp_path):
     code, out, err = command("stats", *tables, "--min-count", 0, "--json")
     numbers = json.loads(out)
     assert code == 0 and (numbers["items"], numbers["interactions"], numbers["items_with_text"]) == (3, 4, 3)
@@ -145,7 +145,7 @@ def test_tables_of_other_names_are_named_by_the_same_options_in_stats_and_prepar
     assert (data.item_ids, data.texts) == (["01", "02", "03"], ["Café. Noir.", "Thé. Vert.", "Eau."])
 
 
-def test_data_that_are_named_twice_or_not_at_all_are_refused(command, tables, shop, tmp_path):
+def test_data_named_twice_or_not_at_all_are_refused(command, tables, shop, tmp_path):
     code, _, err = command("stats", shop, *tables)
     assert code == 2 and "both name the data" in err
     code, _, err = command("stats")
@@ -172,7 +172,7 @@ def test_cemg_train_takes_the_same_options(tables, tmp_path, monkeypatch, capsys
     assert {name: data[name] for name in named} == named
 
 
-def test_the_synthetic_set_is_whole_says_so_and_finds_its_pictures(command, tmp_path):
+def test_the_synthetic_data_set_is_complete_and_its_images_are_found(command, tmp_path):
     out = tmp_path / "toy"
     assert command("synthetic", out, "--users", 20, "--items", 60)[:2] == (0, f"{out}\n")
     data = read_dataset(out)

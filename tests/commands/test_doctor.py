@@ -12,7 +12,7 @@ from cemg_kernels import backends, use_fast_kernels
 from cemg_kernels.runtime import dispatch
 
 
-def test_json_holds_the_versions_and_every_operations_backend():
+def test_json_contains_the_versions_and_the_backend_of_every_operation():
     result = CliRunner().invoke(app, ["--json", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
@@ -23,7 +23,7 @@ def test_json_holds_the_versions_and_every_operations_backend():
     assert found["backends"] == {op: f"{c.backend}: {c.why}" for op, c in backends("cpu").items()}
 
 
-def test_a_missing_native_module_is_reported_with_its_remedy(monkeypatch):
+def test_a_missing_native_module_is_reported_with_the_fix(monkeypatch):
     monkeypatch.delenv("CEMG_FAST_KERNELS", raising=False)
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "_native", None)
@@ -39,7 +39,7 @@ def test_an_unknown_device_is_refused_with_exit_code_2():
     assert result.exit_code == 2 and "try cpu or cuda" in result.output
 
 
-def test_an_absent_package_is_shown_with_the_extra_that_brings_it(monkeypatch):
+def test_a_missing_package_is_listed_with_the_extra_that_installs_it(monkeypatch):
     dispatch.choose("trie_softmax", torch.device("cpu"))  # what is found of Triton is remembered
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["--device", "cpu"])

@@ -32,7 +32,7 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
         ),
     ],
 )
-def test_the_stages_that_a_change_reaches_are_named_with_the_reason(
+def test_every_stage_that_a_change_affects_is_listed_with_the_reason(
     tiny_run, tmp_path, command, capsys, options, built, why
 ):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
@@ -46,14 +46,14 @@ def test_the_stages_that_a_change_reaches_are_named_with_the_reason(
     assert files_of(run) == before
 
 
-def test_a_new_run_would_build_everything_and_is_not_made(tmp_path, command, capsys):
+def test_a_dry_run_of_a_new_run_lists_every_stage_and_creates_nothing(tmp_path, command, capsys):
     options = ("--set", "data.synthetic_users=40", "--set", "data.synthetic_items=50")
     assert command(train.main, "--run", tmp_path / "new", *options, "--dry-run") == 0
     assert set(verdicts(capsys.readouterr().out).values()) == {"built: there is none yet"}
     assert not (tmp_path / "new").exists()
 
 
-def test_a_damaged_stage_would_be_built_again(tiny_run, tmp_path, command, capsys):
+def test_a_damaged_stage_is_listed_as_one_to_rebuild(tiny_run, tmp_path, command, capsys):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     (run / "graph" / "graph.safetensors").write_bytes(b"torn")
     assert command(train.main, "--run", run, "--dry-run") == 0

@@ -45,7 +45,7 @@ def write_served(run: Path, path: Path) -> pl.DataFrame:
     return table
 
 
-def test_the_figures_with_history_excluded_are_those_of_what_is_served(tiny_run, tmp_path, command, capsys):
+def test_metrics_with_excluded_history_are_those_of_the_served_lists(tiny_run, tmp_path, command, capsys):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     record = json.loads((run / "results" / "synthetic-cemg-test.json").read_text())
     write_served(run, tmp_path / "served.parquet")
@@ -59,12 +59,12 @@ def test_the_figures_with_history_excluded_are_those_of_what_is_served(tiny_run,
     assert "synthetic-recommendations-served-test" in printed and "synthetic-popularity-test" in printed
 
 
-def test_the_table_shows_both_ways_to_leave_the_history_out(tiny_run):
+def test_the_table_shows_both_ways_to_exclude_the_history(tiny_run):
     page = (tiny_run / "report" / "report.md").read_text()
     assert "- history removed from the list" in page and "- history excluded in the search" in page
 
 
-def test_lists_may_be_csv_or_one_row_per_user_and_gaps_are_said(tiny_run, tmp_path, command, said):
+def test_lists_can_be_csv_or_one_row_per_user_and_gaps_are_reported(tiny_run, tmp_path, command, said):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     table = write_served(run, tmp_path / "served.parquet")
     table.write_csv(tmp_path / "a.csv")
@@ -98,7 +98,7 @@ def test_lists_may_be_csv_or_one_row_per_user_and_gaps_are_said(tiny_run, tmp_pa
         ({"user": [b"\xff"], "item": ["item-0001"]}, "column user is of type Binary"),
     ],
 )
-def test_a_table_that_holds_no_lists_is_refused(tiny_run, tmp_path, command, capsys, rows, message):
+def test_a_table_without_lists_is_refused(tiny_run, tmp_path, command, capsys, rows, message):
     pl.DataFrame(rows).write_parquet(tmp_path / "l.parquet")
     assert command(evaluate.main, "--run", tiny_run, "--recommendations", tmp_path / "l.parquet") == 2
     assert message in capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_a_training_ends_with_the_table_five_titles_the_report_and_the_next_comm
     assert all(item in line for item, line in zip(served[:5], shown, strict=True))
 
 
-def test_a_model_of_valid_codes_warns_under_another_normalisation(said):
+def test_a_model_trained_on_valid_codes_warns_under_another_normalization(said):
     from cemg.config import load_config
 
     valid = load_config(None, ["generator.loss=valid", "decoding.normalize=valid"])
@@ -151,7 +151,7 @@ def test_warnings_of_other_libraries_are_not_shown_and_ours_are(said):
     assert said.getvalue() == "warning: ours\n" and warnings.showwarning is before
 
 
-def test_a_bar_ends_full_also_where_the_work_stops_early(monkeypatch):
+def test_a_progress_bar_ends_full_even_if_the_work_stops_early(monkeypatch):
     from rich.console import Console
 
     stream = io.StringIO()
@@ -196,7 +196,7 @@ def test_removed_and_added_items_are_evaluated_as_they_are_served(tiny_run, tmp_
 
 
 @pytest.mark.parametrize("engine", ["cemg", "transformers"])
-def test_a_ranker_lists_no_removed_item(tiny_run, engine):
+def test_a_ranker_never_lists_a_removed_item(tiny_run, engine):
     artifacts = RunArtifacts.open(tiny_run)
     catalog, data = artifacts.load_catalog(), artifacts.load_data()
     model, vocabulary = artifacts.load_generator()

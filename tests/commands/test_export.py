@@ -21,7 +21,9 @@ from cemg.tokenizer import Catalog
 
 
 @pytest.mark.parametrize("name", ["codes.csv", "codes.parquet", "Beauty.index.json"])
-def test_a_runs_codes_are_exported_and_read_again(tiny_run: Path, tmp_path: Path, command, capsys, name: str):
+def test_the_codes_of_a_run_can_be_exported_and_read_again(
+    tiny_run: Path, tmp_path: Path, command, capsys, name: str
+):
     assert command(catalog.main, "export", "--run", tiny_run, tmp_path / name) == 0
     own, again = Catalog.load(tiny_run / "catalog"), Catalog.read(tmp_path / name)
     assert torch.equal(again.codes, own.codes) and again.item_ids == own.item_ids
@@ -85,7 +87,9 @@ def test_removed_items_are_not_in_what_a_recommender_saves(tiny_run: Path, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["shared", "tokens", "sizes"])
-def test_a_catalog_that_no_run_has_is_refused_in_one(tiny_run: Path, tmp_path: Path, monkeypatch, kind: str):
+def test_a_catalog_of_a_form_that_runs_do_not_support_is_refused(
+    tiny_run: Path, tmp_path: Path, monkeypatch, kind: str
+):
     """Its prompts and filters count on one item per semantic ID and on K tokens per level."""
     own = Catalog.load(tiny_run / "catalog")
     size = own.codebook_size

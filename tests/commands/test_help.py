@@ -19,7 +19,7 @@ SLOW = ("torch", "transformers", "sklearn", "matplotlib", "scipy")  # seconds of
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_imports_nothing_that_takes_seconds(name):
+def test_help_does_not_import_slow_modules(name):
     """Time depends on the machine; what is imported does not."""
     code = (
         f"import sys; sys.argv = ['cemg-{name}', '-h']\n"
@@ -38,7 +38,7 @@ def test_every_command_prints_the_version(name, command, capsys):
     assert capsys.readouterr().out == f"cemg {cemg.__version__}\n"
 
 
-def test_ctrl_c_says_what_is_kept_and_what_continues(tiny_run, command, capsys, monkeypatch, tmp_path):
+def test_ctrl_c_reports_what_is_saved_and_how_to_continue(tiny_run, command, capsys, monkeypatch, tmp_path):
     from cemg.pipeline import Pipeline
     from cemg.recommender import Recommender
 

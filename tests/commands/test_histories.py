@@ -56,7 +56,7 @@ def history_of(user: str) -> list[str] | None:
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_line_is_served_or_gets_an_error_and_its_neighbours_are_served(name, tmp_path):
+def test_an_invalid_line_gets_an_error_and_the_other_lines_are_served(name, tmp_path):
     line, served, unknown, error = LINES[name]
     (tmp_path / "h.jsonl").write_bytes(b'["12"]\n' + line + b'\n["7"]\n')
     before, found, after = read_requests(tmp_path / "h.jsonl", KNOWN, history_of)
@@ -65,7 +65,7 @@ def test_a_line_is_served_or_gets_an_error_and_its_neighbours_are_served(name, t
     assert (found.error is None) == (error is None) and (error or "") in (found.error or "")
 
 
-def test_all_lines_at_once_give_as_many_requests_in_batches_of_those_that_are_served(tmp_path):
+def test_lines_are_served_in_batches_and_invalid_lines_are_left_out_of_them(tmp_path):
     lines = [line for line, *_ in LINES.values()]
     (tmp_path / "h.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines * 3)))
     batches = list(in_batches(read_requests(tmp_path / "h.jsonl.gz", KNOWN, history_of), 4))
@@ -74,12 +74,12 @@ def test_all_lines_at_once_give_as_many_requests_in_batches_of_those_that_are_se
     assert max(map(len, batches)) <= 8
 
 
-def test_a_byte_order_mark_and_a_missing_last_line_end_do_no_harm(tmp_path):
+def test_a_byte_order_mark_and_a_missing_final_newline_are_accepted(tmp_path):
     (tmp_path / "h.jsonl").write_bytes(b'\xef\xbb\xbf["12"]\n["7"]')
     assert [r.history for r in read_requests(tmp_path / "h.jsonl", KNOWN, history_of)] == [["12"], ["7"]]
 
 
-def test_a_file_that_is_cut_short_is_refused_with_its_line(tmp_path):
+def test_a_truncated_file_is_refused_with_the_line_number(tmp_path):
     whole = gzip.compress(b'["12"]\n' * 50_000, mtime=0)
     (tmp_path / "h.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"h\.jsonl\.gz, line \d+: the file cannot be read"):
@@ -90,17 +90,17 @@ def test_a_file_that_is_cut_short_is_refused_with_its_line(tmp_path):
     ("text", "items"),
     [("12 7", ["12", "7"]), ("12,7", ["12", "7"]), ('["a b", "x, y"]', ["a b", "x, y"]), (" [12]", ["12"])],
 )
-def test_a_history_on_the_command_line_is_ids_or_a_json_list(text, items):
+def test_a_history_on_the_command_line_can_be_ids_or_a_json_list(text, items):
     assert parse_history(text) == items
 
 
 @pytest.mark.parametrize("text", [" , ", "[]", "[1,", "[null]", "[" * 100_000])
-def test_a_history_that_names_nothing_is_refused(text):
+def test_a_history_without_ids_is_refused(text):
     with pytest.raises(UserError, match="--history"):
         parse_history(text)
 
 
-def test_every_line_gets_an_answer_and_the_exit_code_says_if_one_failed(tiny_run, tmp_path, command, capsys):
+def test_every_line_gets_an_answer_and_the_exit_code_reports_failures(tiny_run, tmp_path, command, capsys):
     lines = ['["item-0001", "item-0002"]', "", '["item-0003", "gone"]', '{"user": "nobody"}', '["gone"]']
     (tmp_path / "h.jsonl").write_text("\n".join(lines) + "\n")
     arguments = ("--run", tiny_run, "--top", 3, "--beams", 10)
@@ -127,7 +127,7 @@ def test_stdin_is_served_line_by_line(tiny_run, command, capsys, monkeypatch, tm
     assert answers[1]["user"] == "0"
 
 
-def test_a_caller_that_waits_for_an_answer_before_it_writes_on_gets_one(monkeypatch):
+def test_a_caller_that_waits_for_each_answer_before_writing_the_next_line_gets_it(monkeypatch):
     ours, theirs = os.pipe()
     with open(ours) as stdin, open(theirs, "wb", buffering=0) as caller:
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -142,14 +142,14 @@ def test_a_caller_that_waits_for_an_answer_before_it_writes_on_gets_one(monkeypa
         assert next(batches, None) is None
 
 
-def test_stdin_that_is_closed_is_refused(tiny_run, command, capsys, monkeypatch):
+def test_a_closed_stdin_is_refused(tiny_run, command, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert command(recommend.main, "--run", tiny_run, "--histories", "-") == 2
     assert "--histories - reads stdin, which is closed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("separator", [",", " "])
-def test_many_ids_in_one_word_are_not_taken_for_a_file(separator):
+def test_a_word_of_many_ids_is_not_taken_for_a_file_name(separator):
     ids = [f"item-{number:04}" for number in range(1000)]
     assert read_ids(separator.join(ids), option="--only") == ids
 
@@ -164,7 +164,7 @@ def test_a_file_of_histories_that_does_not_exist_is_refused_and_an_empty_one_has
     assert capsys.readouterr().out == ""
 
 
-def test_ids_that_hold_blanks_are_given_as_a_json_list(tiny_run, command, capsys):
+def test_ids_with_spaces_can_be_given_as_a_json_list(tiny_run, command, capsys):
     plain = ("--run", tiny_run, "--top", 2, "--beams", 5, "--json", "--history")
     found = []
     for history in ("item-0001 item-0002", '["item-0001", "item-0002"]'):

@@ -39,7 +39,7 @@ def test_a_title_is_printed_as_text_on_one_line():
     assert printable("Café – 100 % コーヒー") == "Café – 100 % コーヒー"
 
 
-def test_a_console_does_not_read_markup_or_emoji():
+def test_the_console_does_not_interpret_markup_or_emoji():
     out = io.StringIO()
     terminal = plain_console()
     terminal.file = out
@@ -67,7 +67,7 @@ def test_an_error_with_escape_sequences_is_printed_as_text(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: user '\\x1b[31mred' is unknown\n  cause: [/b]\n"
 
 
-def test_a_letter_that_the_terminal_lacks_is_escaped(monkeypatch):
+def test_a_character_that_the_terminal_cannot_show_is_escaped(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     console.run(lambda: print("Café"))
@@ -104,19 +104,19 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("seed: 2026-13-45", "month must be in 1..12"),
     ],
 )
-def test_a_configuration_that_would_grow_is_refused(tmp_path, text, said):
+def test_a_configuration_that_expands_without_limit_is_refused(tmp_path, text, said):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError) as refused:
         load_config(tmp_path / "c.yaml")
     assert said in str(refused.value)
 
 
-def test_a_configuration_is_not_read_from_a_device_without_end():
+def test_a_configuration_is_not_read_from_an_endless_device():
     with pytest.raises(UserError, match="pipe or a device in place of a file"):
         load_config(Path("/dev/zero"))
 
 
-def test_an_alias_that_stays_small_is_read(tmp_path):
+def test_a_small_yaml_alias_is_accepted(tmp_path):
     (tmp_path / "c.yaml").write_text("graph: {dim: &dim 32}\npca: {dim: *dim}\n")
     config = load_config(tmp_path / "c.yaml")
     assert (config.graph.dim, config.pca.dim) == (32, 32)
@@ -135,7 +135,7 @@ def _png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def test_pictures_without_end_or_of_too_many_pixels_are_masked_with_the_reason(tmp_path):
+def test_endless_images_and_images_with_too_many_pixels_are_masked_with_the_reason(tmp_path):
     files = {name: tmp_path / name for name in ("huge.png", "large.png", "pipe.png", "sparse.png", "a.eps")}
     files["huge.png"].write_bytes(_png_of(20_000, 20_000))
     files["large.png"].write_bytes(_png_of(13_000, 13_000))  # 169 megapixels
@@ -160,7 +160,7 @@ def test_pictures_without_end_or_of_too_many_pixels_are_masked_with_the_reason(t
     lambda folder: build_backbone(BackboneConfig(kind="t5", pretrained=folder), 2, 4, history_items=2),
     lambda folder: encode_texts(["a"], config=TextConfig(model=folder)),
 ])  # fmt: skip
-def test_the_code_of_a_checkpoint_is_never_run(tmp_path, monkeypatch, build):
+def test_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch, build):
     ran = tmp_path / "ran"
     code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import BertConfig as C, BertModel as M\n"
     (tmp_path / "evil.py").write_text(code)
@@ -179,7 +179,7 @@ def _refused(path: Path) -> str:
     return str(refused.value)
 
 
-def test_an_archive_that_expands_without_measure_is_refused(tmp_path, monkeypatch):
+def test_an_archive_that_expands_too_much_is_refused(tmp_path, monkeypatch):
     bomb = tmp_path / "reviews.json.gz"
     with gzip.open(bomb, "wb") as file:
         for _ in range(8):
@@ -203,7 +203,7 @@ def test_a_parquet_file_that_claims_too_many_rows_is_refused(tmp_path, monkeypat
     assert "expands to too many rows" in _refused(tmp_path)
 
 
-def test_a_source_that_never_ends_is_refused(tmp_path):
+def test_an_endless_source_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.csv")
     for path in (Path("/dev/zero"), tmp_path / "pipe.csv"):
         assert f"{path} is not a regular file" in _refused(path)
@@ -212,7 +212,7 @@ def test_a_source_that_never_ends_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5_000])
-def test_json_that_no_parser_takes_is_refused_with_its_line(tmp_path, value):
+def test_json_that_cannot_be_parsed_is_refused_with_its_line(tmp_path, value):
     review = '{"user_id": "u", "parent_asin": "i", "timestamp": 1, "rating": 5.0}\n'
     (tmp_path / "reviews.jsonl").write_text(review + review.replace("1,", f"{value},"))
     assert "reviews.jsonl, line 2" in _refused(tmp_path / "reviews.jsonl")
@@ -221,7 +221,7 @@ def test_json_that_no_parser_takes_is_refused_with_its_line(tmp_path, value):
     assert "items.json" in _refused(tmp_path / "interactions.txt")
 
 
-def test_a_list_of_a_million_million_items_is_refused(tiny_run, command, capsys):
+def test_a_list_length_of_10_to_the_12_is_refused(tiny_run, command, capsys):
     assert command(recommend.main, "--run", tiny_run, "--user", "user-0001", "--top", 10**12) == 2
     assert "beams must be within 1 … 100,000, got 1,000,000,000,000" in capsys.readouterr().err
 
@@ -235,7 +235,7 @@ def test_a_refused_allocation_is_an_error_in_one_line(allocate, capsys):
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{folder}/secret.png", "link.png"])
-def test_a_named_picture_stays_in_its_folder_unless_another_is_allowed(tmp_path, name):
+def test_an_image_path_must_stay_in_its_folder_unless_another_is_allowed(tmp_path, name):
     (tmp_path / "secret.png").write_bytes(_png_of(8, 8))
     shop = tmp_path / "shop"
     shop.mkdir()
@@ -249,7 +249,7 @@ def test_a_named_picture_stays_in_its_folder_unless_another_is_allowed(tmp_path,
     assert read_dataset(shop, images=tmp_path).images[0] is not None
 
 
-def test_the_hash_of_a_picture_that_is_too_large_does_not_read_it(tmp_path):
+def test_a_too_large_image_is_not_read_to_hash_it(tmp_path):
     (tmp_path / "small.png").write_bytes(_png_of(8, 8))
     with (tmp_path / "sparse.png").open("wb") as sparse:
         sparse.truncate(1 << 40)

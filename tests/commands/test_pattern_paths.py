@@ -44,7 +44,7 @@ def _write(path: Path, user: str) -> Path:
 
 @pytest.mark.parametrize(("name", "other"), NAMES)
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
-def test_a_table_named_like_a_pattern_is_read_itself(tmp_path: Path, name: str, other: str, suffix: str):
+def test_a_table_whose_name_looks_like_a_pattern_is_read(tmp_path: Path, name: str, other: str, suffix: str):
     given = _write(tmp_path / f"{name}{suffix}", "mine")
     _write(tmp_path / f"{other}{suffix}", "foreign")
     assert read_dataset(given, min_count=0).user_ids == ["mine"]
@@ -52,7 +52,7 @@ def test_a_table_named_like_a_pattern_is_read_itself(tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize(("name", "other"), NAMES)
 @pytest.mark.parametrize("file", ["reviews_Toys_5.json", "ratings.dat"])
-def test_a_folder_named_like_a_pattern_is_read_itself(tmp_path: Path, name: str, other: str, file: str):
+def test_a_folder_whose_name_looks_like_a_pattern_is_read(tmp_path: Path, name: str, other: str, file: str):
     for folder, user in ((name, "7"), (other, "8")):
         (tmp_path / folder).mkdir()
         _write(tmp_path / folder / file, user)
@@ -61,7 +61,7 @@ def test_a_folder_named_like_a_pattern_is_read_itself(tmp_path: Path, name: str,
 
 @pytest.mark.parametrize(("name", "other"), NAMES)
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_lists_catalogs_and_artifacts_named_like_a_pattern_are_read_themselves(
+def test_lists_catalogs_and_artifacts_whose_names_look_like_patterns_are_read(
     tmp_path: Path, name: str, other: str, suffix: str
 ):
     given = _write(tmp_path / f"{name}{suffix}", "mine")
@@ -78,7 +78,9 @@ def test_lists_catalogs_and_artifacts_named_like_a_pattern_are_read_themselves(
 
 
 @pytest.mark.parametrize(("name", "other"), NAMES)
-def test_a_run_named_like_a_pattern_is_opened_itself(tiny_run: Path, tmp_path: Path, name: str, other: str):
+def test_a_run_whose_name_looks_like_a_pattern_can_be_opened(
+    tiny_run: Path, tmp_path: Path, name: str, other: str
+):
     shutil.copytree(tiny_run, tmp_path / name)
     (tmp_path / other / "data").mkdir(parents=True)  # Polars would read these, or fail on them
     for file in Dataset.FILES:
@@ -90,7 +92,7 @@ def test_a_run_named_like_a_pattern_is_opened_itself(tiny_run: Path, tmp_path: P
     assert recommender.titles() == expected.titles()
 
 
-def test_a_run_named_like_a_pattern_is_trained(
+def test_a_run_whose_name_looks_like_a_pattern_can_be_trained(
     tmp_path: Path, tiny_settings: list[str], feature_cache: Path, command
 ):
     settings = [part for one in (*tiny_settings, "generator.epochs=1") for part in ("--set", one)]

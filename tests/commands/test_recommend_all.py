@@ -14,7 +14,7 @@ from cemg.data import Dataset
 from cemg.recommender import Recommender
 
 
-def test_all_users_get_the_lists_that_they_get_alone(tiny_run, tmp_path, command):
+def test_each_user_gets_the_same_list_in_a_batch_of_all_users_as_alone(tiny_run, tmp_path, command):
     data, recommender = Dataset.load(tiny_run / "data"), Recommender.from_run(tiny_run)
     out = tmp_path / "all.parquet"
     assert command(recommend.main, "--run", tiny_run, "--all", out, "--top", 4, "--exclude-history") == 0
@@ -30,7 +30,7 @@ def test_all_users_get_the_lists_that_they_get_alone(tiny_run, tmp_path, command
         assert rows["score"].to_list() == pytest.approx(found.scores[0].tolist(), abs=1e-4)  # another batch
 
 
-def test_the_lists_before_the_test_item_give_the_reported_figures(tiny_run, tmp_path, command):
+def test_the_lists_before_the_test_item_give_the_reported_metrics(tiny_run, tmp_path, command):
     run, out = Path(shutil.copytree(tiny_run, tmp_path / "run")), tmp_path / "test.parquet"
     options = ("--top", 10, "--beams", 10, "--exclude-history")
     assert command(recommend.main, "--run", run, "--all", out, "--part", "test", *options) == 0
@@ -41,7 +41,7 @@ def test_the_lists_before_the_test_item_give_the_reported_figures(tiny_run, tmp_
     assert found == reported["metrics_history_excluded_in_search"]
 
 
-def test_an_interrupted_file_leaves_the_old_one(tiny_run, tmp_path, command, monkeypatch):
+def test_an_interrupted_write_keeps_the_old_file(tiny_run, tmp_path, command, monkeypatch):
     out = tmp_path / "all.parquet"
     out.write_text("old")
     monkeypatch.setattr(Recommender, "recommend", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -50,7 +50,7 @@ def test_an_interrupted_file_leaves_the_old_one(tiny_run, tmp_path, command, mon
 
 
 @pytest.mark.parametrize("as_file", [False, True])
-def test_only_and_exclude_take_ids_or_a_file(tiny_run, tmp_path, command, capsys, as_file):
+def test_only_and_exclude_accept_ids_or_a_file(tiny_run, tmp_path, command, capsys, as_file):
     def written(ids: list[str], name: str) -> str:
         (tmp_path / name).write_text("\n".join(ids) + "\n\n")
         return str(tmp_path / name) if as_file else ", ".join(ids)
@@ -80,12 +80,12 @@ def test_only_and_exclude_take_ids_or_a_file(tiny_run, tmp_path, command, capsys
         (("--history", "item-0001", "--exclude", " , "), "--exclude names no item"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(tiny_run, command, capsys, arguments, said):
+def test_conflicting_options_are_refused(tiny_run, command, capsys, arguments, said):
     assert command(recommend.main, "--run", tiny_run, *arguments) == 2
     assert said in capsys.readouterr().err
 
 
-def test_only_without_an_item_that_is_left_gives_empty_lists(tiny_run, command, capsys):
+def test_only_with_no_remaining_item_gives_empty_lists(tiny_run, command, capsys):
     arguments = ("--history", "item-0001", "--only", "item-0002", "--exclude", "item-0002", "--json")
     assert command(recommend.main, "--run", tiny_run, *arguments) == 0
     assert json.loads(capsys.readouterr().out)["items"] == []

@@ -15,7 +15,7 @@ def refusal(*overrides: str, **top: object) -> UserError:
     return error.value
 
 
-def test_nothing_given_is_the_defaults():
+def test_without_settings_the_defaults_apply():
     assert load_config(None) == RunConfig()
 
 
@@ -30,7 +30,7 @@ def test_overrides_win_over_options_over_the_file_over_the_defaults(tmp_path):
     assert load_config(path, ["seed=3"], seed=2).seed == 3
 
 
-def test_a_typo_is_refused_with_the_names_there_are(tmp_path):
+def test_a_misspelled_setting_is_refused_with_the_valid_names(tmp_path):
     error = refusal("generator.epoch=3")
     assert error.message == "generator.epoch is not a setting" and error.cause == "command line"
     assert "epochs" in (error.fix or "") and "batch_size" in (error.fix or "")
@@ -78,7 +78,7 @@ def test_a_typo_is_refused_with_the_names_there_are(tmp_path):
         ("without=[colour]", "--without colour"),
     ],
 )
-def test_a_bad_value_is_refused_by_its_field(override, field):
+def test_an_invalid_value_is_refused_with_the_name_of_its_field(override, field):
     message = refusal(override).message
     assert message.startswith(field), message
 
@@ -86,7 +86,7 @@ def test_a_bad_value_is_refused_by_its_field(override, field):
 @pytest.mark.parametrize(
     "override", ["generator.epochs", "generator.epochs=[", "seed.x=3", "generator.epochs.x=3", "=3", "."]
 )
-def test_an_override_that_is_none_is_refused(override):
+def test_an_invalid_override_is_refused(override):
     base = ["seed=0", "generator.epochs=3"]
     assert refusal(*base, override).message
 
@@ -95,7 +95,7 @@ def test_scientific_notation_is_a_number():
     assert load_config(None, ["generator.learning_rate=1e-3"]).generator.learning_rate == 1e-3
 
 
-def test_a_path_is_taken_as_it_is_written(tmp_path):
+def test_a_path_is_kept_as_written(tmp_path):
     for path in ("2014", "sets/a #2", "a: b"):
         assert load_config(None, data_path=path).data.path == path
     (tmp_path / "c.yaml").write_text("data: sets/a\n")
@@ -103,7 +103,7 @@ def test_a_path_is_taken_as_it_is_written(tmp_path):
         load_config(tmp_path / "c.yaml", data_path="sets/b")
 
 
-def test_an_empty_section_is_its_defaults(tmp_path):
+def test_an_empty_section_means_its_defaults(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("generator:\n")
     assert load_config(path).generator == RunConfig().generator
@@ -113,7 +113,7 @@ def test_an_empty_section_is_its_defaults(tmp_path):
 @pytest.mark.parametrize(
     "content, said", [("a: [", "not valid YAML"), ("- 1", "must contain sections"), ("3", "must")]
 )
-def test_a_file_that_is_no_configuration_is_refused_by_its_name(tmp_path, content, said):
+def test_a_file_that_is_not_a_configuration_is_refused_by_name(tmp_path, content, said):
     path = tmp_path / "c.yaml"
     path.write_text(content)
     with pytest.raises(UserError, match=said) as error:
@@ -123,21 +123,21 @@ def test_a_file_that_is_no_configuration_is_refused_by_its_name(tmp_path, conten
         load_config(tmp_path / "absent.yaml")
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_bytes("seed: 1 # gr\xfcn".encode("latin-1"))
     with pytest.raises(UserError, match=r"c\.yaml is not UTF-8 text"):
         load_config(path)
 
 
-def test_what_is_written_reads_as_the_same_configuration(tmp_path):
+def test_a_written_configuration_reads_back_unchanged(tmp_path):
     config = load_config(None, ["tokenizer.hidden=[8, 4]", "without=[text]", "generator.learning_rate=2e-4"])
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     assert load_config(path) == config
 
 
-def test_the_seed_reaches_every_stage_and_without_llm_is_the_scratch_decoder():
+def test_the_seed_reaches_every_stage_and_without_llm_selects_the_scratch_decoder():
     config = load_config(None, ["seed=5", "backbone.kind=t5"], without=("llm",)).seeded()
     assert config.graph.seed == config.tokenizer.seed == config.generator.seed == 5
     assert (config.backbone.kind, config.backbone.layers) == ("scratch", 6)

@@ -138,14 +138,14 @@ def test_an_impossible_setting_is_refused_before_the_first_stage(name, shop, run
     assert not (tmp_path / "run" / "data").exists()
 
 
-def test_settings_that_go_together_pass_without_loading_weights(shop, run_of, tmp_path):
+def test_compatible_settings_pass_without_loading_weights(shop, run_of, tmp_path):
     folder = checkpoint(tmp_path / "llama", LLAMA)
     pipeline = run_of(shop(), CAUSAL, f"backbone.pretrained={folder}")
     pipeline.data()
     assert (tmp_path / "run" / "data" / "manifest.json").is_file()
 
 
-def test_a_model_that_a_finished_stage_used_may_be_gone(shop, run_of, tmp_path, tiny_text_model):
+def test_a_model_is_not_needed_again_after_the_stage_that_used_it(shop, run_of, tmp_path, tiny_text_model):
     orders = shop()
     moved = tmp_path / "text"
     moved.symlink_to(tiny_text_model)
@@ -158,7 +158,7 @@ def test_a_model_that_a_finished_stage_used_may_be_gone(shop, run_of, tmp_path, 
         run_of(orders, f"text.model={moved}", "text.max_tokens=64").data()
 
 
-def test_items_that_share_one_text_have_their_text_left_out_and_said(shop, run_of, tmp_path, capsys):
+def test_a_text_shared_by_all_items_is_left_out_with_a_note(shop, run_of, tmp_path, capsys):
     pipeline = run_of(shop(text=lambda n: "music"))
     pipeline.data()
     pipeline.features()
@@ -168,7 +168,7 @@ def test_items_that_share_one_text_have_their_text_left_out_and_said(shop, run_o
 
 
 @pytest.mark.parametrize("whiten", ["false", "true"])
-def test_two_texts_among_all_items_give_one_component_without_noise(shop, run_of, tmp_path, whiten):
+def test_two_different_texts_give_one_component_without_noise(shop, run_of, tmp_path, whiten):
     pipeline = run_of(shop(text=lambda n: ("music", "garden")[n % 2]), f"pca.whiten={whiten}")
     pipeline.data()
     pipeline.features()
@@ -203,7 +203,7 @@ ODD_SETS: dict[str, tuple[dict, list[str]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ODD_SETS)
-def test_an_odd_set_trains_and_recommends(
+def test_an_unusual_data_set_trains_and_recommends(
     name, shop, tiny_settings, tmp_path, feature_cache, command, capsys
 ):
     about, overrides = ODD_SETS[name]

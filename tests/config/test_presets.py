@@ -40,7 +40,7 @@ def test_there_is_a_preset_for_each_size_and_one_for_the_paper():
         assert load_config(None, preset=name) != RunConfig()
 
 
-def test_a_preset_lies_between_the_defaults_and_the_file(tmp_path):
+def test_a_preset_overrides_the_defaults_and_the_file_overrides_the_preset(tmp_path):
     (tmp_path / "c.yaml").write_text("generator: {epochs: 3}\n")
     config = load_config(tmp_path / "c.yaml", ["generator.batch_size=7"], preset="small")
     assert (config.generator.epochs, config.generator.batch_size) == (3, 7)
@@ -48,7 +48,7 @@ def test_a_preset_lies_between_the_defaults_and_the_file(tmp_path):
     assert config.generator.clip == RunConfig().generator.clip  # the default
 
 
-def test_an_unknown_preset_is_refused_with_the_names_there_are():
+def test_an_unknown_preset_is_refused_with_the_valid_names():
     with pytest.raises(UserError, match="unknown preset 'huge'") as error:
         load_config(None, preset="huge")
     assert error.value.fix == "--preset large or medium or paper or small"
@@ -62,7 +62,7 @@ def test_every_setting_is_explained_in_one_line(kind):
     assert all(10 < len(about[n]) < 120 or about[n].startswith("Of ") for n in names)
 
 
-def test_a_printed_configuration_reads_back_as_the_same(tmp_path):
+def test_a_printed_configuration_reads_back_unchanged(tmp_path):
     config = load_config(None, ["tokenizer.hidden=[8, 4]", "data.path=a #2", "seed=3"], preset="medium")
     (tmp_path / "c.yaml").write_text(explained(config))
     assert load_config(tmp_path / "c.yaml") == config
@@ -80,7 +80,7 @@ def test_print_config_prints_every_setting_and_starts_nothing(tmp_path, command,
     assert not run.exists()
 
 
-def test_the_configurations_of_the_package_are_known_by_name(tmp_path, monkeypatch, command, capsys):
+def test_the_configurations_of_the_package_can_be_used_by_name(tmp_path, monkeypatch, command, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("beauty", "beauty.yaml", "configs/beauty.yaml"):
         assert command(train.main, "--run", "r", "--data", "d", "--config", name, "--print-config") == 0

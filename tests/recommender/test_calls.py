@@ -29,7 +29,7 @@ def recommender(tiny_run: Path) -> Recommender:
     return Recommender.from_run(tiny_run)
 
 
-def test_the_recommender_is_among_the_names_of_the_package():
+def test_the_package_exports_the_recommender():
     assert {"Recommender", "__version__"} <= set(dir(cemg)) and "Recommender" in cemg.__all__
 
 
@@ -63,7 +63,7 @@ def test_a_flat_list_is_one_history_and_a_nested_one_is_many(recommender):
         (["item-9999"], "item 'item-9999' is not in the catalog"),
     ],
 )
-def test_what_is_neither_one_history_nor_many_is_refused(recommender, given, said):
+def test_input_that_is_neither_one_history_nor_many_is_refused(recommender, given, said):
     with pytest.raises(UserError) as error:
         recommender.recommend(given)
     assert said in error.value.message
@@ -76,12 +76,12 @@ def test_the_fix_for_a_history_in_one_string_is_a_call_that_works(recommender):
     assert recommender.recommend(json.loads(fix.replace("'", '"'))).ids == recommender.recommend(ONE).ids
 
 
-def test_integers_of_numpy_are_ids():
+def test_numpy_integers_are_accepted_as_ids():
     assert as_histories(np.array([[1, 2], [3, 4]])) == [[1, 2], [3, 4]]
     assert as_histories(torch.tensor([1, 2])) == [[1, 2]]
 
 
-def test_a_catalog_and_a_filter_take_lists_and_arrays():
+def test_a_catalog_and_a_filter_accept_lists_and_arrays():
     codes = [[0, 1], [1, 0], [1, 1]]
     expected = Catalog.from_codes(torch.tensor(codes), 2)
     for given in (codes, np.array(codes), np.array(codes, dtype=np.uint16)):
@@ -92,7 +92,7 @@ def test_a_catalog_and_a_filter_take_lists_and_arrays():
         ItemFilter.from_mask(expected.trie, [1, 0, 1])
 
 
-def test_a_decoder_takes_lists_and_arrays(recommender):
+def test_a_decoder_accepts_lists_and_arrays(recommender):
     decoder = recommender.decoder
     assert isinstance(decoder, Decoder)
     ids, mask = recommender.prompter.batch([np.array([1, 2]), np.array([3])])
@@ -104,7 +104,7 @@ def test_a_decoder_takes_lists_and_arrays(recommender):
         assert torch.equal(exact.items, expected.items[:, :3])
 
 
-def test_a_run_without_its_cache_recommends_and_makes_none(tiny_run, tmp_path):
+def test_a_run_without_a_cache_recommends_and_creates_none(tiny_run, tmp_path):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     shutil.rmtree(run / "cache", ignore_errors=True)
     found = Recommender.from_run(run).recommend(ONE)

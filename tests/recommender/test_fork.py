@@ -110,7 +110,7 @@ def test_a_child_of_a_process_that_used_the_kernels_gets_the_same_answers():
     assert found == expected
 
 
-def test_polars_is_refused_only_where_its_threads_stayed_behind(monkeypatch):
+def test_polars_is_refused_only_in_a_child_whose_parent_started_its_threads(monkeypatch):
     monkeypatch.setattr(forks, "_lost", False)
     monkeypatch.setattr(forks, "_ran", False)
     forks._in_child()

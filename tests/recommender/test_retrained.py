@@ -33,7 +33,7 @@ def _retrain(run: Path, stage: str) -> None:
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("stage", ["data", "catalog", "generator"])
-def test_a_run_that_was_trained_anew_since_it_was_opened_is_not_read(
+def test_a_run_that_was_retrained_after_it_was_opened_is_not_read(
     tiny_run: Path, tmp_path: Path, read: str, stage: str
 ):
     shutil.copytree(tiny_run, tmp_path / "run")
@@ -44,7 +44,9 @@ def test_a_run_that_was_trained_anew_since_it_was_opened_is_not_read(
         READS[read](artifacts)
 
 
-def test_titles_and_codes_of_a_long_lived_recommender_are_of_its_own_run(tiny_run: Path, tmp_path: Path):
+def test_titles_and_codes_of_a_long_lived_recommender_belong_to_the_training_it_opened(
+    tiny_run: Path, tmp_path: Path
+):
     shutil.copytree(tiny_run, tmp_path / "run")
     recommender = Recommender.from_run(tmp_path / "run")
     _retrain(tmp_path / "run", "data")
@@ -53,7 +55,7 @@ def test_titles_and_codes_of_a_long_lived_recommender_are_of_its_own_run(tiny_ru
             read()
 
 
-def test_items_that_are_added_meanwhile_leave_a_recommender_open(tiny_run: Path, tmp_path: Path, command):
+def test_a_recommender_stays_usable_when_items_are_added(tiny_run: Path, tmp_path: Path, command):
     shutil.copytree(tiny_run, tmp_path / "run")
     recommender = Recommender.from_run(tmp_path / "run")
     (tmp_path / "new.csv").write_text("item,title\nnew,A new thing\n")

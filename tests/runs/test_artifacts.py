@@ -39,7 +39,7 @@ class Shape:
 GOOD = {"levels": 3, "names": ["a", "b"], "share": 1}
 
 
-def test_a_json_file_comes_back_as_its_dataclass(tmp_path: Path) -> None:
+def test_a_json_file_is_read_as_its_dataclass(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(GOOD))
     assert read_json(tmp_path / "a.json", Shape) == Shape(3, ("a", "b"), 1.0)
 
@@ -85,7 +85,7 @@ READERS = {
 
 @pytest.mark.parametrize("what", ["nothing", "a folder", "a pipe", "a dangling link", "below a file"])
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_not_a_file_is_refused_by_every_reader(tmp_path: Path, what: str, reader: str) -> None:
+def test_every_reader_refuses_a_path_that_is_not_a_file(tmp_path: Path, what: str, reader: str) -> None:
     path = tmp_path / "folder" / "x"
     path.parent.mkdir()
     in_place_of(path, what)
@@ -93,7 +93,7 @@ def test_what_is_not_a_file_is_refused_by_every_reader(tmp_path: Path, what: str
         READERS[reader](path)
 
 
-def test_a_file_that_the_system_refuses_is_not_called_damaged(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_that_the_system_cannot_open_is_not_reported_as_damaged(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.json").write_text("{}")
 
     def refused(*_: Any, **__: Any) -> bytes:
@@ -109,7 +109,7 @@ TENSORS = {"codes": torch.arange(6).reshape(3, 2), "mean": torch.ones(2)}
 SPEC: dict[str, Any] = {"codes": (torch.int64, ("N", "M")), "mean": (torch.float32, ("M",))}
 
 
-def test_tensors_come_back_with_their_dtypes_and_shapes(tmp_path: Path) -> None:
+def test_tensors_are_read_with_their_dtypes_and_shapes(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "a.safetensors")
     found = read_tensors(tmp_path / "a.safetensors", SPEC)
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
@@ -127,7 +127,7 @@ def test_tensors_come_back_with_their_dtypes_and_shapes(tmp_path: Path) -> None:
         ({"mean": torch.tensor([float("inf"), 1.0])}, "mean holds values that are not finite"),
     ],
 )
-def test_tensors_of_another_name_dtype_or_shape_are_refused(tmp_path: Path, changed: Any, said: str) -> None:
+def test_tensors_with_a_wrong_name_dtype_or_shape_are_refused(tmp_path: Path, changed: Any, said: str) -> None:
     save_file(TENSORS | changed, tmp_path / "a.safetensors")
     with pytest.raises(DamagedError, match=said):
         read_tensors(tmp_path / "a.safetensors", SPEC)
@@ -140,7 +140,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 60, -1])
-def test_a_torn_safetensors_file_is_refused(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_safetensors_file_is_refused(tmp_path: Path, cut: int) -> None:
     save_file(TENSORS, tmp_path / "a.safetensors")
     content = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(content[:cut])
@@ -161,7 +161,7 @@ def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
         read_parquet(tmp_path / "a.parquet", {"a": pl.Int32})
 
 
-def test_a_panic_of_polars_is_an_error_as_well(tmp_path: Path, monkeypatch) -> None:
+def test_a_polars_panic_is_reported_as_an_error(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"x")
 
     def panics(*_: Any, **__: Any) -> None:
@@ -172,7 +172,7 @@ def test_a_panic_of_polars_is_an_error_as_well(tmp_path: Path, monkeypatch) -> N
         read_parquet(tmp_path / "a.parquet", {})
 
 
-def test_a_signature_holds_for_the_record_and_for_no_other() -> None:
+def test_a_signature_is_valid_for_its_record_only() -> None:
     record = signed({"a": [1, 2.5], "b": {"c": None}})
     check_signature(json.loads(json.dumps(record)), name="r")
     for change in ({"a": [1, 2.25]}, {"d": 1}, {"sha256": "0"}):
@@ -180,7 +180,7 @@ def test_a_signature_holds_for_the_record_and_for_no_other() -> None:
             check_signature(record | change, name="r")
 
 
-def test_a_digest_of_tensors_tells_names_dtypes_shapes_and_values() -> None:
+def test_a_digest_of_tensors_depends_on_names_dtypes_shapes_and_values() -> None:
     digests = {
         tensors_digest({"a": torch.zeros(2)}), tensors_digest({"b": torch.zeros(2)}),
         tensors_digest({"a": torch.zeros(1, 2)}), tensors_digest({"a": torch.zeros(2, dtype=torch.int32)}),
@@ -190,7 +190,7 @@ def test_a_digest_of_tensors_tells_names_dtypes_shapes_and_values() -> None:
     assert len(digests) == 7
 
 
-def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_is_hashed_again_only_after_it_changes(tmp_path: Path, monkeypatch) -> None:
     import hashlib
 
     path, calls = tmp_path / "a", []

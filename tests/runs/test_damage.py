@@ -23,14 +23,14 @@ def count(tmp_path: Path, settings: list[str], *options: object) -> dict[str, in
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_sample_of_damages_to_a_finished_run_is_refused_or_harmless(tiny_run, tiny_settings, tmp_path):
+def test_a_sample_of_damaged_files_of_a_finished_run_is_refused_or_harmless(tiny_run, tiny_settings, tmp_path):
     found = count(tmp_path, tiny_settings, "--cases", 16, "--seed", 7, "--whole", tiny_run)
     assert found["cases"] == 16 and found["refused"] > 3
     assert not {"silent", "traceback", "crash"} & found.keys()
 
 
 @pytest.mark.slow
-def test_of_2600_damages_none_is_silent_and_none_ends_in_a_traceback(tiny_settings, tmp_path):
+def test_none_of_2600_damaged_files_is_silent_or_ends_in_a_traceback(tiny_settings, tmp_path):
     found = count(tmp_path, tiny_settings, "--cases", 2600, "--folder", tmp_path / "runs")
     assert found["cases"] >= 2600 and found["refused"] > 1500
     assert not {"silent", "traceback", "crash"} & found.keys()

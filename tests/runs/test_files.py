@@ -29,7 +29,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_file_has_the_mode_of_the_umask_and_leaves_nothing_beside_it(tmp_path, kind):
+def test_a_written_file_has_the_mode_of_the_umask_and_no_temporary_file_remains(tmp_path, kind):
     before = os.umask(0o027)
     try:
         WRITERS[kind](tmp_path / "file")
@@ -41,7 +41,7 @@ def test_a_file_has_the_mode_of_the_umask_and_leaves_nothing_beside_it(tmp_path,
 
 @pytest.mark.parametrize("kind", ["text", "json", "tensors", "copy"])
 @pytest.mark.parametrize("there", [False, True])
-def test_a_full_disk_at_any_step_keeps_the_old_file_and_leaves_no_temporary_one(
+def test_a_full_disk_at_any_step_keeps_the_old_file_and_leaves_no_temporary_file(
     tmp_path, fail_disk, kind, there
 ):
     path = tmp_path / "folder" / "file"
@@ -86,13 +86,13 @@ def test_a_full_disk_is_recognised_in_the_errors_of_safetensors_and_polars(tmp_p
         (errno.EACCES, "permission denied"),
     ],
 )  # fmt: skip
-def test_a_closed_disk_is_said_in_one_line(tmp_path, monkeypatch, fail_disk, code, said):
+def test_a_disk_that_refuses_writes_is_reported_in_one_line(tmp_path, monkeypatch, fail_disk, code, said):
     fail_disk(monkeypatch, 0, code)
     with pytest.raises(StorageError, match=f"^{said}: {tmp_path}/a cannot be written"):
         files.write_text(tmp_path / "a", "")
 
 
-def test_another_error_passes_and_leaves_nothing(tmp_path):
+def test_other_errors_are_raised_and_leave_no_temporary_file(tmp_path):
     with pytest.raises(KeyboardInterrupt), files.durable(tmp_path / "a"):
         raise KeyboardInterrupt
     with pytest.raises(TypeError):
@@ -107,7 +107,7 @@ def folder(path: Path, content: str) -> Path:
     return path
 
 
-def test_a_replaced_folder_is_the_old_or_the_new_one_after_a_failure_at_any_step(tmp_path, fail_disk):
+def test_after_a_failure_at_any_step_a_replaced_folder_is_the_old_or_the_new_one(tmp_path, fail_disk):
     target = folder(tmp_path / "target", "old")
     for call in range(99):
         new = folder(tmp_path / ".new", "new")
@@ -134,7 +134,7 @@ def test_a_kill_between_the_two_renames_of_a_folder_is_undone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
-def test_temporary_files_of_killed_processes_are_swept(tmp_path):
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     child = os.fork()
     if child == 0:
         os._exit(0)
@@ -159,7 +159,7 @@ def test_tensors_of_any_stride_are_saved(tmp_path):
 
 @pytest.mark.slow  # some forty attempts
 @pytest.mark.filterwarnings("ignore:.*has random weights")
-def test_a_training_whose_disk_fills_again_and_again_ends_as_if_it_had_not(
+def test_a_training_whose_disk_fills_repeatedly_gives_the_results_of_one_without_errors(
     tiny_run, tiny_settings, feature_cache, command, fail_disk, tmp_path, capsys
 ):
     run, settings = tmp_path / "run", [part for one in tiny_settings for part in ("--set", one)]

@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_no_kill_of_a_training_a_retraining_or_an_addition_loses_anything(
+def test_killing_a_training_a_retraining_or_an_addition_loses_nothing(
     tmp_path, tiny_settings, feature_cache
 ):
     """Twenty minutes on one core."""

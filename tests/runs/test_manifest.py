@@ -27,7 +27,7 @@ def stage(tmp_path: Path) -> Path:
     return Run(tmp_path / "run").stage("a", {"x": 1}, build)
 
 
-def test_a_stage_as_it_was_written_is_verified(stage: Path) -> None:
+def test_an_unchanged_stage_is_verified(stage: Path) -> None:
     manifest = verify(stage)
     assert set(manifest.files) == {"t.safetensors", "log.jsonl"} and manifest.config == {"x": 1}
     assert manifest.bytes == {name: (stage / name).stat().st_size for name in manifest.files}
@@ -43,7 +43,7 @@ def test_a_shorter_file_is_named_with_both_sizes(stage: Path, size: int) -> None
     assert f"cemg-train --run {stage.parent}" in (error.value.fix or "")
 
 
-def test_one_flipped_bit_is_noticed_although_size_and_time_are_those_of_before(stage: Path) -> None:
+def test_a_flipped_bit_is_detected_although_size_and_time_are_unchanged(stage: Path) -> None:
     path = stage / "t.safetensors"
     content, status = bytearray(path.read_bytes()), path.stat()
     content[-1] ^= 1
@@ -54,14 +54,14 @@ def test_one_flipped_bit_is_noticed_although_size_and_time_are_those_of_before(s
         verify(stage)
 
 
-def test_only_the_files_that_are_read_are_compared(stage: Path) -> None:
+def test_only_the_files_that_are_read_are_verified(stage: Path) -> None:
     (stage / "log.jsonl").write_text("")
     verify(stage, ["t.safetensors"])
     with pytest.raises(DamagedError, match=r"log\.jsonl is damaged"):
         verify(stage)
 
 
-def test_a_missing_file_and_one_of_another_origin_are_named(stage: Path) -> None:
+def test_a_missing_file_and_an_unknown_file_are_named(stage: Path) -> None:
     with pytest.raises(DamagedError, match=r"more\.json is not a file of this stage"):
         verify(stage, ["more.json"])
     (stage / "t.safetensors").unlink()
@@ -76,7 +76,7 @@ def test_a_missing_file_and_one_of_another_origin_are_named(stage: Path) -> None
         {"sha256": "0" * 64}, {"more": 1}, {"inputs": {"b": "c"}},
     ],
 )  # fmt: skip
-def test_a_manifest_that_was_altered_is_refused(stage: Path, change: dict[str, object]) -> None:
+def test_an_altered_manifest_is_refused(stage: Path, change: dict[str, object]) -> None:
     path = stage / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DamagedError, match=r"manifest\.json is damaged"):
@@ -119,7 +119,7 @@ def chain(folder: Path, value: float) -> Run:
     return run
 
 
-def test_a_stage_of_another_run_is_noticed_though_both_have_the_same_configuration(tmp_path: Path) -> None:
+def test_a_stage_of_another_run_is_detected_even_if_both_have_the_same_configuration(tmp_path: Path) -> None:
     one, other = chain(tmp_path / "one", 1.0), chain(tmp_path / "other", 2.0)
     assert one.keys == other.keys
     one.check_whole()
@@ -130,14 +130,14 @@ def test_a_stage_of_another_run_is_noticed_though_both_have_the_same_configurati
     assert check_origin(one.path, Manifest.read(tmp_path / "one" / "b")) == "a"
 
 
-def test_a_stage_built_again_to_other_files_builds_what_follows_again(tmp_path: Path) -> None:
+def test_a_rebuilt_stage_with_other_files_rebuilds_the_stages_after_it(tmp_path: Path) -> None:
     chain(tmp_path / "run", 1.0)
     (tmp_path / "run" / "a" / "x.safetensors").write_bytes(b"")
     chain(tmp_path / "run", 2.0)  # as on a GPU, where the same need not come out twice
     assert load_file(tmp_path / "run" / "b" / "x.safetensors")["x"].tolist() == [2.0, 2.0]
 
 
-def test_what_a_command_adds_to_a_stage_leaves_what_was_made_of_it(tmp_path: Path) -> None:
+def test_files_that_a_command_adds_to_a_stage_do_not_rebuild_later_stages(tmp_path: Path) -> None:
     run = chain(tmp_path / "run", 1.0)
     (tmp_path / "run" / "a" / "added.json").write_text("{}")
     renew(tmp_path / "run" / "a")
@@ -159,7 +159,7 @@ def test_hidden_folders_are_not_stages(stage: Path) -> None:
     assert list(stages_of(stage.parent)) == ["a"]
 
 
-def test_a_training_that_has_ended_is_known_by_what_it_wrote(tmp_path: Path) -> None:
+def test_a_finished_training_is_recognized_by_its_files(tmp_path: Path) -> None:
     assert read_clock(tmp_path) is None
     (tmp_path / "weights").write_text("1")
     write_clock(tmp_path, 2.5)
@@ -169,7 +169,7 @@ def test_a_training_that_has_ended_is_known_by_what_it_wrote(tmp_path: Path) -> 
         read_clock(tmp_path)
 
 
-def test_data_at_another_place_are_the_same_data(tmp_path: Path) -> None:
+def test_moved_data_are_the_same_data(tmp_path: Path) -> None:
     """Prepared data name their pictures by path; a moved run rebuilds nothing else."""
 
     def contents(place: str) -> str | None:

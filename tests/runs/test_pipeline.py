@@ -85,7 +85,7 @@ def test_a_finished_generator_keeps_no_checkpoint(tiny_run):
     assert "weights.safetensors" in kept and "checkpoints" not in kept
 
 
-def test_the_same_command_again_reuses_every_stage(copy, pipeline):
+def test_repeating_a_command_reuses_every_stage(copy, pipeline):
     assert made_anew(copy, pipeline(copy)) == set()
 
 
@@ -100,12 +100,12 @@ def test_the_same_command_again_reuses_every_stage(copy, pipeline):
         ("without=[text]", {"tokenizer", "catalog", "generator"}),
     ],
 )
-def test_a_changed_setting_makes_its_stage_and_what_follows_anew(copy, pipeline, override, anew):
+def test_a_changed_setting_rebuilds_its_stage_and_the_stages_after_it(copy, pipeline, override, anew):
     assert made_anew(copy, pipeline(copy, override)) == anew
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_died_in_a_stage_ends_as_one_that_did_not(tiny_run, copy, pipeline, monkeypatch, stage):
+def test_a_run_that_died_in_a_stage_ends_with_the_results_of_an_uninterrupted_one(tiny_run, copy, pipeline, monkeypatch, stage):
     for name in STAGES[STAGES.index(stage) :]:
         shutil.rmtree(copy / name)
     build = getattr(Pipeline, f"_build_{stage}", None)
@@ -124,7 +124,7 @@ def test_a_run_that_died_in_a_stage_ends_as_one_that_did_not(tiny_run, copy, pip
     assert_same_run(copy, tiny_run)
 
 
-def test_a_generator_that_died_in_the_middle_resumes_to_the_same_weights(
+def test_a_generator_training_that_died_resumes_and_ends_with_the_same_weights(
     tiny_run, copy, pipeline, monkeypatch
 ):
     shutil.rmtree(copy / "generator")
@@ -145,7 +145,7 @@ def test_a_generator_that_died_in_the_middle_resumes_to_the_same_weights(
     assert_same_run(copy, tiny_run)
 
 
-def test_the_references_train_to_the_same_codes_and_losses(tiny_run, copy, pipeline):
+def test_the_reference_backends_train_to_the_same_codes_and_losses(tiny_run, copy, pipeline):
     for stage in ("tokenizer", "catalog", "generator"):
         shutil.rmtree(copy / stage)
     use_fast_kernels(False)
@@ -165,7 +165,7 @@ def test_the_references_train_to_the_same_codes_and_losses(tiny_run, copy, pipel
     )
 
 
-def test_a_stage_that_starts_again_starts_its_log_again(copy, pipeline, monkeypatch):
+def test_a_stage_that_restarts_also_restarts_its_log(copy, pipeline, monkeypatch):
     whole = (copy / "tokenizer" / "log.jsonl").read_text()
     shutil.rmtree(copy / "tokenizer")
 
@@ -201,7 +201,7 @@ def test_a_catalog_of_another_shape_is_refused_with_both_shapes(copy, pipeline):
         ("tokenizer.epochs=1", "generator"),
     ],
 )
-def test_a_run_between_two_trainings_recommends_what_it_did(
+def test_a_run_whose_retraining_is_interrupted_recommends_as_before(
     tiny_run, copy, pipeline, monkeypatch, override, dies_in
 ):
     history = [["item-0003", "item-0004"]]
@@ -230,7 +230,7 @@ def test_stages_of_two_trainings_are_refused(tiny_run, copy, pipeline):
     Recommender.from_run(copy)
 
 
-def test_a_catalog_made_anew_with_other_codes_has_another_generator(copy, pipeline):
+def test_a_rebuilt_catalog_with_other_codes_retrains_the_generator(copy, pipeline):
     """As on a GPU, where the same tokenizer need not come out twice."""
     catalog = Catalog.load(copy / "catalog")
     Catalog.from_codes(catalog.codes.flip(0), catalog.codebook_size, catalog.item_ids).save(copy / "catalog")
@@ -238,7 +238,7 @@ def test_a_catalog_made_anew_with_other_codes_has_another_generator(copy, pipeli
     assert made_anew(copy, pipeline(copy)) == {"generator"}
 
 
-def test_a_mistake_in_a_setting_is_nothing_to_go_on_with(copy, pipeline):
+def test_an_invalid_configuration_is_not_resumed(copy, pipeline):
     kept = (copy / "config.yaml").read_text()
     with pytest.raises(UserError):
         pipeline(copy, "text.model=no/such-model").train()
@@ -260,7 +260,7 @@ def test_both_engines_rank_the_validation_users_alike(tiny_run, pipeline):
 # ---- the recommender
 
 
-def test_every_recommendation_is_an_item_once_and_scores_fall(tiny_run):
+def test_recommendations_are_distinct_items_with_descending_scores(tiny_run):
     recommender = Recommender.from_run(tiny_run)
     known = recommender.catalog.item_ids
     found = recommender.recommend([[known[3]], [known[4], known[5]], known[:30]], top=10, beams=20)
@@ -270,7 +270,7 @@ def test_every_recommendation_is_an_item_once_and_scores_fall(tiny_run):
     assert bool((found.scores.diff(dim=1) <= 0).all())
 
 
-def test_history_can_be_excluded_and_what_is_left_closes_up(tiny_run):
+def test_excluding_the_history_leaves_no_gaps_in_the_list(tiny_run):
     recommender = Recommender.from_run(tiny_run)
     history = recommender.item_ids(recommender.recommend([["item-0001"]], top=3))[0]
     kept = recommender.recommend([history], top=50, beams=50)
@@ -280,7 +280,7 @@ def test_history_can_be_excluded_and_what_is_left_closes_up(tiny_run):
     assert int(kept.certified) == 50 and int(without.certified) == 47
 
 
-def test_a_history_that_fills_the_beam_leaves_a_full_list(tiny_run):
+def test_excluding_a_history_as_long_as_the_beam_still_fills_the_list(tiny_run):
     recommender = Recommender.from_run(tiny_run)
     histories = [row[:n] for row, n in zip(tastes(recommender), (10, 3), strict=True)]
     without = recommender.recommend(histories, top=10, beams=10, exclude_history=True, exact=True)
@@ -296,7 +296,7 @@ def tastes(recommender: Recommender) -> list[list[str]]:
     return [[str(name) for name in row] for row in recommender.item_ids(found)]
 
 
-def test_the_yardstick_drops_the_history_from_what_it_found(tiny_run):
+def test_the_transformers_engine_removes_the_history_from_its_results(tiny_run):
     recommender = Recommender.from_run(tiny_run, engine="transformers")
     history = tastes(recommender)[0][:10]
     kept = recommender.item_ids(recommender.recommend([history], top=10, beams=10))[0]
@@ -305,7 +305,7 @@ def test_the_yardstick_drops_the_history_from_what_it_found(tiny_run):
     assert without[0] == left + [None] * (10 - len(left))
 
 
-def test_an_exact_list_is_the_head_of_the_whole_ranking(tiny_run):
+def test_an_exact_list_is_the_start_of_the_full_ranking(tiny_run):
     recommender = Recommender.from_run(tiny_run)
     history = ["item-0001", "item-0004"]
     whole = recommender.recommend([history], top=50, beams=50)
@@ -317,7 +317,7 @@ def test_an_exact_list_is_the_head_of_the_whole_ranking(tiny_run):
         Recommender.from_run(tiny_run, engine="transformers").recommend([history], exact=True)
 
 
-def test_a_filter_is_obeyed_and_refused_by_the_yardstick(tiny_run):
+def test_a_filter_is_applied_by_our_engine_and_refused_by_transformers(tiny_run):
     recommender = Recommender.from_run(tiny_run)
     allowed = ItemFilter.from_items(recommender.catalog.trie, [1, 2, 40])
     found = recommender.recommend([["item-0001"]], top=10, filter=allowed)
@@ -326,7 +326,7 @@ def test_a_filter_is_obeyed_and_refused_by_the_yardstick(tiny_run):
         Recommender.from_run(tiny_run, engine="transformers").recommend([["item-0001"]], filter=allowed)
 
 
-def test_a_filter_is_made_of_item_ids(tiny_run):
+def test_a_filter_can_be_built_from_item_ids(tiny_run):
     recommender = Recommender.from_run(tiny_run)
     some = ["item-0003", "item-0010", "item-0042"]
     histories = [["item-0001", "item-0002"]]
@@ -354,7 +354,7 @@ def test_each_history_has_its_own_filter_beside_what_it_excludes(tiny_run):
         recommender.recommend(histories, filter=[few, few])
 
 
-def test_more_results_than_items_leave_places_empty(tiny_run):
+def test_asking_for_more_results_than_items_leaves_the_last_ranks_empty(tiny_run):
     found = Recommender.from_run(tiny_run).recommend([["item-0001"]], top=60, beams=60)
     assert found.items.shape == (1, 60) and found.codes.shape == (1, 60, 3)
     assert sorted(found.items[0].tolist()) == [-1] * 10 + list(range(50))
@@ -384,7 +384,7 @@ def test_wrong_requests_are_refused(tiny_run, tmp_path):
         Recommender.from_run(tmp_path)
 
 
-def test_the_engine_vllm_says_what_to_install_where_it_is_not(tiny_run, monkeypatch):
+def test_the_vllm_engine_names_the_package_to_install_if_it_is_missing(tiny_run, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest)
@@ -414,7 +414,7 @@ def killed_at(process: subprocess.Popen, *signs: Path) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
-def test_kill_9_in_two_stages_and_the_same_command_give_the_metrics_of_an_uninterrupted_run(
+def test_repeating_a_command_killed_in_two_stages_gives_the_metrics_of_an_uninterrupted_run(
     tmp_path, tiny_settings, feature_cache
 ):
     settings = [*tiny_settings, "tokenizer.epochs=400", "generator.epochs=40"]
@@ -439,7 +439,7 @@ def test_kill_9_in_two_stages_and_the_same_command_give_the_metrics_of_an_uninte
 
 
 @pytest.mark.slow
-def test_kill_9_in_every_stage_and_the_same_command_give_the_metrics_of_an_uninterrupted_run(
+def test_repeating_a_command_killed_in_every_stage_gives_the_metrics_of_an_uninterrupted_run(
     tmp_path, tiny_settings, feature_cache
 ):
     """A stage that takes milliseconds may be whole before the kill arrives; the long ones may not."""
@@ -465,7 +465,7 @@ def test_kill_9_in_every_stage_and_the_same_command_give_the_metrics_of_an_unint
     assert (torn / "report" / "report.md").is_file()
 
 
-def test_the_split_of_a_run_is_that_of_its_data(tiny_run, pipeline):
+def test_a_run_uses_the_split_of_its_data(tiny_run, pipeline):
     made = pipeline(tiny_run)
     record = json.loads((tiny_run / "results" / "synthetic-cemg-test.json").read_text())
     assert record["split"] == made.load_data().split().fingerprint
@@ -474,7 +474,7 @@ def test_the_split_of_a_run_is_that_of_its_data(tiny_run, pipeline):
 
 
 @pytest.mark.parametrize("what", ["a pipe", "a folder", "a dangling link"])
-def test_a_log_that_is_not_a_file_is_begun_again(tmp_path, what):
+def test_a_log_path_that_is_not_a_file_is_replaced(tmp_path, what):
     path = tmp_path / "log.jsonl"
     {"a pipe": os.mkfifo, "a folder": os.mkdir, "a dangling link": lambda p: p.symlink_to("no")}[what](path)
     with StageLog(tmp_path, resumes=True) as log:

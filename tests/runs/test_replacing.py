@@ -110,7 +110,7 @@ def error_of(capsys: pytest.CaptureFixture, code: int) -> list[str]:
         (("--set", "decoding.normalize=level"), "decoding.normalize: vocab → level"),
     ],
 )
-def test_a_finished_run_is_not_trained_anew_unasked(copy, training, capsys, options, said):
+def test_a_finished_run_is_not_retrained_without_permission(copy, training, capsys, options, said):
     before = state(copy)
     lines = error_of(capsys, training(copy, *options))
     assert lines[0] == f"error: {copy} is already trained, and this command would retrain it"
@@ -128,13 +128,13 @@ def test_force_replaces_a_finished_run(copy, training):
     assert changed == {"config.yaml", "tokenizer", "catalog", "generator"}
 
 
-def test_settings_that_train_nothing_are_changed_unasked(copy, training):
+def test_settings_that_retrain_nothing_change_without_a_question(copy, training):
     assert training(copy, "--set", "decoding.beams=7", "--set", "generator.checkpoint_seconds=9") == 0
     assert "beams: 7\n" in (copy / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_on_a_terminal_the_question_is_put_and_the_answer_counts(copy, training, capsys, monkeypatch, answer):
+def test_on_a_terminal_the_user_is_asked_and_the_answer_is_followed(copy, training, capsys, monkeypatch, answer):
     questions = []
     monkeypatch.setattr(train.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(train.sys.stderr, "isatty", lambda: True, raising=False)
@@ -145,7 +145,7 @@ def test_on_a_terminal_the_question_is_put_and_the_answer_counts(copy, training,
     assert (state(copy) == before) is not answer
 
 
-def test_without_stdin_nobody_is_asked(copy, training, capsys, monkeypatch):
+def test_without_stdin_no_question_is_asked(copy, training, capsys, monkeypatch):
     monkeypatch.setattr(train.sys, "stdin", None)  # cemg-train … <&-
     assert training(copy, "--set", "tokenizer.epochs=1") == 2
     assert "to replace it: add --force" in capsys.readouterr().err
@@ -159,7 +159,7 @@ def load(run: Path, *overrides: str) -> RunConfig:
     return load_config(run / "config.yaml", overrides)
 
 
-def test_an_approved_retraining_is_continued_unasked(copy, training, monkeypatch):
+def test_an_approved_retraining_continues_without_another_question(copy, training, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Pipeline, "_build_catalog", killed)
         Pipeline(Run(copy), load(copy, "tokenizer.epochs=1")).train()
@@ -186,7 +186,7 @@ def grown(copy, command, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["catalog.json", "catalog.safetensors", "uniqueness.json", "manifest.json"])
-def test_a_damaged_catalog_is_not_built_again_without_its_added_items_unasked(grown, training, capsys, name):
+def test_a_damaged_catalog_with_added_items_is_not_rebuilt_without_permission(grown, training, capsys, name):
     (grown / "catalog" / name).write_text("{")
     before = state(grown)
     for options in ((), ("--rebuild",)):
@@ -199,21 +199,21 @@ def test_a_damaged_catalog_is_not_built_again_without_its_added_items_unasked(gr
     assert "n1" not in (grown / "catalog" / "catalog.json").read_text()
 
 
-def test_another_damaged_stage_is_built_again_and_the_added_items_stay(grown, training):
+def test_rebuilding_another_damaged_stage_keeps_the_added_items(grown, training):
     catalog_before = state(grown)["catalog/catalog.json"]
     (grown / "generator" / "vocabulary.json").write_text("{")
     assert training(grown, "--rebuild") == 0
     assert state(grown)["catalog/catalog.json"] == catalog_before
 
 
-def test_added_items_that_a_retraining_keeps_are_not_said_to_be_removed(grown, training, capsys):
+def test_added_items_that_a_retraining_keeps_are_not_reported_as_removed(grown, training, capsys):
     lines = error_of(capsys, training(grown, "--set", "generator.epochs=2"))
     assert lines[1] == "  cause: generator.epochs: 6 → 2"
     assert training(grown, "--set", "generator.epochs=2", "--force") == 0
     assert "n1" in (grown / "catalog" / "catalog.json").read_text()
 
 
-def test_an_interrupted_retraining_is_not_discarded_unasked(shop, training, monkeypatch, capsys):
+def test_an_interrupted_retraining_is_not_discarded_without_permission(shop, training, monkeypatch, capsys):
     folder, run = shop
     original = ("--data", folder, "--config", shutil.copy(run / "config.yaml", run.parent / "c.yaml"))
 
@@ -242,13 +242,13 @@ def test_an_interrupted_retraining_is_not_discarded_unasked(shop, training, monk
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_that_no_generator_of_random_numbers_takes_is_refused(copy, training, capsys, seed):
+def test_a_seed_outside_the_range_of_the_random_generators_is_refused(copy, training, capsys, seed):
     lines = error_of(capsys, training(copy, "--seed", seed))
     assert lines[0] == f"error: seed must be from 0 to 4294967295, got {seed}"
     assert training(copy) == 0
 
 
-def test_settings_that_end_in_a_fault_of_the_program_are_not_continued_with(copy, training, monkeypatch):
+def test_settings_that_caused_an_internal_error_are_not_resumed(copy, training, monkeypatch):
     before = state(copy)
 
     def fails(*_: object) -> None:
@@ -272,7 +272,7 @@ def test_printed_commands_quote_a_run_with_a_space_in_its_name(copy, training, c
 # ---- data
 
 
-def test_moved_and_touched_pictures_and_a_moved_dataset_change_nothing(shop, training):
+def test_moving_or_touching_images_or_moving_the_data_set_changes_nothing(shop, training):
     folder, run = shop
     before = state(run)
     for path in (folder.parent / "pictures").iterdir():
@@ -283,7 +283,7 @@ def test_moved_and_touched_pictures_and_a_moved_dataset_change_nothing(shop, tra
     assert load(run).data.path == str(folder)
 
 
-def test_pictures_are_read_from_where_they_are_now(shop, training, monkeypatch):
+def test_images_are_read_from_their_current_folder(shop, training, monkeypatch):
     folder, run = shop
     seen = []
     encode = Pipeline._encode_images
@@ -295,7 +295,7 @@ def test_pictures_are_read_from_where_they_are_now(shop, training, monkeypatch):
     assert {p.parent.name for p in seen if p} == {"pictures"}
 
 
-def test_an_unchanged_picture_is_not_read_again(shop, training, monkeypatch):
+def test_an_unchanged_image_is_not_read_again(shop, training, monkeypatch):
     folder, run = shop
     arguments = (run, "--data", folder, "--config", run / "config.yaml")
     assert training(*arguments) == 0
@@ -310,7 +310,7 @@ def test_an_unchanged_picture_is_not_read_again(shop, training, monkeypatch):
             training(*arguments)
 
 
-def test_changed_data_are_named_and_not_trained_on_unasked(shop, training, capsys):
+def test_changed_data_are_listed_and_not_trained_on_without_permission(shop, training, capsys):
     folder, run = shop
     data, before = Dataset.load(folder), state(run)
     arguments = ("--data", folder, "--config", run / "config.yaml")
@@ -336,7 +336,7 @@ def test_changed_data_are_named_and_not_trained_on_unasked(shop, training, capsy
     assert refused(data) == "data: 1 of 50 images changed, 1 of them missing now"
 
 
-def test_other_data_are_refused_with_what_they_share(copy, data, training, capsys):
+def test_different_data_are_refused_with_the_count_of_shared_items(copy, data, training, capsys):
     before = state(copy)
     lines = error_of(capsys, training(copy, "--data", data))
     assert lines[1].startswith(f"  cause: data: the synthetic set → {data}; ") and state(copy) == before
@@ -346,7 +346,7 @@ def test_other_data_are_refused_with_what_they_share(copy, data, training, capsy
 
 
 @pytest.mark.parametrize("damage", ["", "{", None])
-def test_settings_that_are_gone_are_damage_and_the_printed_fix_restores_them(copy, training, capsys, damage):
+def test_missing_settings_are_reported_as_damage_and_the_printed_fix_restores_them(copy, training, capsys, damage):
     before = state(copy)
     path = copy / "config.yaml"
     if damage is None:
@@ -361,7 +361,7 @@ def test_settings_that_are_gone_are_damage_and_the_printed_fix_restores_them(cop
     assert state(copy) == before
 
 
-def test_settings_that_no_stage_knows_are_named_by_the_user(copy, training, capsys, tmp_path):
+def test_settings_that_no_stage_records_must_be_given_by_the_user(copy, training, capsys, tmp_path):
     before = state(copy)
     shutil.copy(copy / "config.yaml", tmp_path / "c.yaml")
     (copy / "config.yaml").unlink()
@@ -407,7 +407,7 @@ def other_run(tiny_run: Path, tmp_path_factory, feature_cache, command) -> Path:
 
 
 @pytest.mark.parametrize("name", ["data", "features", "graph", "tokenizer", "catalog", "generator"])
-def test_a_stage_copied_from_another_run_is_built_again_by_the_printed_fix(
+def test_the_printed_fix_rebuilds_a_stage_copied_from_another_run(
     copy, other_run, command, training, capsys, name
 ):
     before = state(copy)
@@ -427,7 +427,7 @@ def test_a_stage_copied_from_another_run_is_built_again_by_the_printed_fix(
     assert command(recommend.main, "--run", copy, "--history", "item-0001") == 0
 
 
-def test_settings_copied_from_another_run_are_restored_by_the_printed_fix(
+def test_the_printed_fix_restores_settings_copied_from_another_run(
     copy, other_run, command, training, capsys
 ):
     before = state(copy)
@@ -447,7 +447,7 @@ def test_settings_copied_from_another_run_are_restored_by_the_printed_fix(
 # ---- leftovers
 
 
-def test_a_kill_between_the_two_renamings_of_earlier_versions_is_recovered(copy, command, training):
+def test_a_kill_between_the_two_renames_of_earlier_versions_is_recovered(copy, command, training):
     before = state(copy)
     (copy / "catalog").rename(copy / ".catalog.old")
     assert command(recommend.main, "--run", copy, "--history", "item-0001") == 0
@@ -457,7 +457,7 @@ def test_a_kill_between_the_two_renamings_of_earlier_versions_is_recovered(copy,
     assert state(copy) == before and hidden(copy) == set()
 
 
-def test_leftovers_are_swept_and_are_not_stages(copy, command, training, capsys):
+def test_leftover_folders_are_removed_and_are_not_stages(copy, command, training, capsys):
     before = state(copy)
     for name in (".catalog.old", ".generator.part"):
         shutil.copytree(copy / "catalog", copy / name)
@@ -475,7 +475,7 @@ def test_leftovers_are_swept_and_are_not_stages(copy, command, training, capsys)
 
 
 @pytest.mark.parametrize("main", [recommend.main, evaluate.main, catalog.main])
-def test_a_mistyped_run_is_answered_with_those_that_there_are(copy, tmp_path, command, capsys, main):
+def test_the_error_for_a_mistyped_run_lists_the_existing_runs(copy, tmp_path, command, capsys, main):
     options = {
         recommend.main: ("--history", "item-0001"), evaluate.main: ("--users", 3), catalog.main: (),
     }[main]  # fmt: skip
@@ -491,7 +491,7 @@ def test_a_mistyped_run_is_answered_with_those_that_there_are(copy, tmp_path, co
     assert command(main, *extra, *lines[2].split()[1:], *options) == 0
 
 
-def test_a_folder_of_runs_names_them(copy, command, capsys):
+def test_a_folder_of_runs_is_refused_with_the_names_of_its_runs(copy, command, capsys):
     lines = error_of(capsys, command(recommend.main, "--run", copy.parent, "--history", "item-0001"))
     assert lines[0] == f"error: {copy.parent} is not a run: it has no config.yaml"
     assert lines[2] == f"  fix:   --run {copy}"
@@ -524,7 +524,7 @@ def test_a_full_disk_while_items_are_added_keeps_the_catalog(
     assert call > 10
 
 
-def test_a_new_run_without_data_whose_name_is_nearly_an_existing_one_is_refused(shop, training, capsys):
+def test_a_new_run_without_data_is_refused_if_its_name_resembles_an_existing_one(shop, training, capsys):
     _, run = shop
     typo = run.with_name(run.name + "s")
     lines = error_of(capsys, training(typo))

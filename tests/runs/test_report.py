@@ -43,7 +43,7 @@ def finish(stage: Path, *, seconds: float = 1.0) -> None:
     (stage / "manifest.json").write_text(json.dumps(about))
 
 
-def test_a_whole_run_gets_every_picture_and_a_page_that_names_them(run: Path) -> None:
+def test_a_complete_run_gets_every_plot_and_a_page_that_shows_them(run: Path) -> None:
     folder = write_report(run)
     page = (folder / "report.md").read_text()
     for name in ("losses.png", "codebooks.png", "tsne.png", "attention.png"):
@@ -52,26 +52,26 @@ def test_a_whole_run_gets_every_picture_and_a_page_that_names_them(run: Path) ->
     assert "| colliding before | 3 |" in page and "| changed codes share | 5.00% |" in page
 
 
-def test_a_missing_stage_is_named_and_the_rest_is_drawn(run: Path) -> None:
+def test_a_missing_stage_is_named_and_the_rest_is_plotted(run: Path) -> None:
     (run / "tokenizer" / "items.safetensors").unlink()
     folder = write_report(run)
     assert "Left out: RUN/tokenizer/items.safetensors is missing" in (folder / "report.md").read_text()
     assert (folder / "codebooks.png").is_file() and not (folder / "tsne.png").exists()
 
 
-def test_a_stage_without_a_log_is_named_and_the_other_curves_are_drawn(run: Path) -> None:
+def test_a_stage_without_a_log_is_named_and_the_other_curves_are_plotted(run: Path) -> None:
     (run / "generator" / "log.jsonl").unlink()
     page = (write_report(run) / "report.md").read_text()
     assert "Left out: RUN/generator/log.jsonl is missing." in page
     assert "![losses.png](losses.png)" in page and "graph/log.jsonl" not in page
 
 
-def test_the_curves_of_a_stage_under_way_are_drawn(run: Path) -> None:
+def test_the_curves_of_an_unfinished_stage_are_plotted(run: Path) -> None:
     (run / "generator").rename(run / ".generator.part")
     assert "generator/log.jsonl" not in (write_report(run) / "report.md").read_text()
 
 
-def test_an_empty_run_gets_a_report_that_leaves_everything_out(tmp_path: Path) -> None:
+def test_the_report_of_an_empty_run_lists_everything_as_missing(tmp_path: Path) -> None:
     folder = write_report(tmp_path)
     page = (folder / "report.md").read_text()
     assert [path.name for path in folder.iterdir()] == ["report.md"]
@@ -91,7 +91,7 @@ def test_results_of_different_splits_are_refused_in_the_report_and_do_not_stop_i
     assert (folder / "codebooks.png").is_file()
 
 
-def test_results_and_stage_seconds_stand_in_tables(run: Path) -> None:
+def test_results_and_stage_seconds_are_in_tables(run: Path) -> None:
     (run / "results").mkdir()
     record = {"dataset": "d", "split": {"users": 5, "items": N}, "metrics": {"HR@10": 0.25}}
     record["metrics_history_removed"] = {"HR@10": 0.5}
@@ -102,14 +102,14 @@ def test_results_and_stage_seconds_stand_in_tables(run: Path) -> None:
     assert "| d-cemg-test | 0.2500 |" in page and "| - history removed from the list | 0.5000 |" in page
 
 
-def test_a_report_leaves_pyplot_as_it_was(run: Path) -> None:
+def test_a_report_does_not_change_the_state_of_pyplot(run: Path) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     before = pyplot.get_fignums()
     write_report(run)
     assert pyplot.get_fignums() == before
 
 
-def test_a_latent_of_one_dimension_is_drawn_too(run: Path) -> None:
+def test_a_one_dimensional_latent_is_plotted_too(run: Path) -> None:
     path = run / "tokenizer" / "items.safetensors"
     items = load_file(path)
     save_file(items | {"z": items["z"][:, :1].contiguous()}, path)
@@ -118,7 +118,7 @@ def test_a_latent_of_one_dimension_is_drawn_too(run: Path) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-8])
-def test_items_that_are_all_alike_are_not_drawn(run: Path, spread: float) -> None:
+def test_a_map_of_identical_items_is_not_plotted(run: Path, spread: float) -> None:
     path = run / "tokenizer" / "items.safetensors"
     items = load_file(path)
     save_file(items | {"z": 1 + spread * items["z"]}, path)
@@ -128,13 +128,13 @@ def test_items_that_are_all_alike_are_not_drawn(run: Path, spread: float) -> Non
     assert not (folder / "tsne.png").exists()
 
 
-def test_a_second_report_replaces_the_first_and_leaves_nothing_half_written(run: Path) -> None:
+def test_a_second_report_replaces_the_first_completely(run: Path) -> None:
     (write_report(run) / "stale.txt").write_text("old")
     assert not (write_report(run) / "stale.txt").exists()
     assert not list(run.glob(".report*"))
 
 
-def test_alpha_is_called_constant_where_no_item_has_an_image() -> None:
+def test_alpha_is_reported_as_constant_if_no_item_has_an_image() -> None:
     attention = torch.tensor([[0.0, 1.0]]).repeat(N, 1)
     present = torch.tensor([[False, True, True]]).repeat(N, 1)
     facts = fusion_facts(attention, present)
@@ -143,14 +143,14 @@ def test_alpha_is_called_constant_where_no_item_has_an_image() -> None:
     assert facts["present"] == {"image": 0, "text": N, "collab": N}
 
 
-def test_alpha_that_differs_is_given_its_spread() -> None:
+def test_alpha_that_varies_is_reported_with_its_spread() -> None:
     attention = torch.tensor([[0.2, 0.8], [0.8, 0.2]])
     facts = fusion_facts(attention, torch.ones(2, 3, dtype=torch.bool))
     assert facts["alpha_std_where_both"] == pytest.approx(0.3)  # half the distance between .2 and .8
     assert "differs" in facts["verdict"]
 
 
-def test_a_log_with_a_torn_line_and_a_repeated_step_reads_clean(tmp_path: Path) -> None:
+def test_a_truncated_line_and_a_repeated_step_of_a_log_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n{"step": 1, "a": 3}\n{"step": 2, "a"')
     assert read_log(path) == [{"step": 0, "a": 1}, {"step": 1, "a": 3}]

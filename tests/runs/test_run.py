@@ -43,7 +43,7 @@ def test_an_unchanged_stage_is_reused(tmp_path):
     assert stage.calls == 0 and (tmp_path / "a" / "whole.txt").read_text() == "made"
 
 
-def test_a_stage_of_another_configuration_is_made_anew_in_a_clean_folder(tmp_path):
+def test_a_stage_with_another_configuration_is_rebuilt_in_a_clean_folder(tmp_path):
     Run(tmp_path).stage("a", {"x": 1}, Stage("old"))
     (tmp_path / "a" / "leftover.txt").write_text("old")
     run = Run(tmp_path)
@@ -54,7 +54,7 @@ def test_a_stage_of_another_configuration_is_made_anew_in_a_clean_folder(tmp_pat
     assert not (tmp_path / "a" / "leftover.txt").exists()
 
 
-def test_a_changed_input_makes_what_follows_anew_and_nothing_else(tmp_path):
+def test_a_changed_input_rebuilds_the_stages_after_it_and_nothing_else(tmp_path):
     def run(of_a: int) -> list[int]:
         made, stages = Run(tmp_path), [Stage(), Stage(), Stage()]
         made.stage("a", {"x": of_a}, stages[0])
@@ -68,7 +68,7 @@ def test_a_changed_input_makes_what_follows_anew_and_nothing_else(tmp_path):
     assert run(2) == [1, 1, 0]
 
 
-def test_an_interrupted_stage_goes_on_in_its_folder_and_is_not_taken_for_finished(tmp_path):
+def test_an_interrupted_stage_continues_in_its_folder_and_does_not_count_as_finished(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path).stage("a", {"x": 1}, Stage(dies=True))
     assert not (tmp_path / "a").exists()
@@ -106,7 +106,7 @@ def dying_at(patch: pytest.MonkeyPatch, call: int) -> list[int]:
     return count
 
 
-def test_a_kill_at_any_change_to_the_disk_leaves_the_old_run_or_the_new_one(tmp_path, monkeypatch):
+def test_a_kill_at_any_disk_operation_leaves_the_old_run_or_the_new_one(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_fsync", lambda number: None)  # slow, and no test can see what it does
 
     def train(folder: Path, content: str) -> list[int]:
@@ -140,7 +140,7 @@ def test_a_kill_at_any_change_to_the_disk_leaves_the_old_run_or_the_new_one(tmp_
 
 
 @pytest.mark.parametrize("torn", ["", "{", '{"seconds": 1}', "[]"])
-def test_a_stage_with_a_torn_manifest_is_made_anew(tmp_path, torn):
+def test_a_stage_with_a_truncated_manifest_is_rebuilt(tmp_path, torn):
     Run(tmp_path).stage("a", {"x": 1}, Stage("old"))
     (tmp_path / "a" / "manifest.json").write_text(torn)
     run = Run(tmp_path)
@@ -149,7 +149,7 @@ def test_a_stage_with_a_torn_manifest_is_made_anew(tmp_path, torn):
     assert (tmp_path / "a" / "whole.txt").read_text() == "new"
 
 
-def test_the_manifest_tells_hashes_shapes_configuration_and_versions(tmp_path):
+def test_the_manifest_records_hashes_shapes_configuration_and_versions(tmp_path):
     def build(folder: Path) -> None:
         save_file({"codes": torch.zeros(3, 2)}, folder / "t.safetensors")
 
@@ -174,7 +174,7 @@ def holder(tmp_path):
     process.stdout.close()
 
 
-def test_the_lock_refuses_a_second_process_while_the_first_lives_and_not_after_its_death(tmp_path, holder):
+def test_the_lock_refuses_a_second_process_only_while_the_first_is_alive(tmp_path, holder):
     with pytest.raises(UserError, match=f"in use by process {holder.pid}") as error, Run(tmp_path).locked():
         pass
     assert error.value.fix == "wait, or use another --run"
@@ -184,7 +184,7 @@ def test_the_lock_refuses_a_second_process_while_the_first_lives_and_not_after_i
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
-def test_a_dead_process_whose_number_lives_on_in_another_holds_no_lock(tmp_path):
+def test_a_dead_process_whose_id_was_reused_does_not_hold_the_lock(tmp_path):
     (tmp_path / ".lock").write_text(str(os.getppid()))
     with Run(tmp_path).locked():
         pass

@@ -42,7 +42,7 @@ def test_every_configuration_compiles_for_both_architectures_and_none_spills(tmp
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-def test_cupys_compiler_takes_the_cuda_source(architecture: int):
+def test_the_compiler_of_cupy_accepts_the_cuda_source(architecture: int):
     """NVRTC, which comes with torch, with the options that CuPy gets: no standard headers, no launcher."""
     options = f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v"
     image, log = nvrtc_cubin(trie_cuda.SOURCE, (*trie_cuda.NVRTC_OPTIONS, *options))
@@ -179,7 +179,7 @@ def test_triton_kernels_are_interpreted_here_and_none_is_skipped():
 @pytest.mark.parametrize(
     ("variable", "code"), [({"CEMG_NO_SKIPS": "1"}, 1), pytest.param({}, 0, marks=pytest.mark.slow)]
 )
-def test_a_kernels_test_that_is_skipped_fails_where_none_may_be(variable, code):
+def test_a_skipped_kernel_test_fails_under_cemg_no_skips(variable, code):
     """What CI and bench/gpu.sh rely on, shown on a test that a machine without a GPU has to skip."""
     root = Path(__file__).parents[3]
     inherited = {name: value for name, value in os.environ.items() if name != "CEMG_NO_SKIPS"}
