@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,17 @@ def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         if isinstance(under[name], dict) and isinstance(over[name], dict):
             both[name] = merged(under[name], over[name])
     return both
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; a tuple is the list that JSON makes of it."""
+    parts: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            parts |= flat(value, f"{prefix}{name}.")
+        else:
+            parts[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return parts
 
 
 def explanations(kind: type) -> dict[str, str]:

@@ -16,13 +16,13 @@ from cemg.recommender import Recommender
 EXAMPLE_ITEMS = 5  # recommendations in the example
 
 
-def print_summary(artifacts: RunArtifacts, results: Sequence[Path]) -> None:
-    """Print the end of a finished training. ``results`` are the result files of its test."""
+def print_summary(artifacts: RunArtifacts, results: Sequence[Path], report: Path) -> None:
+    """Print the end of a finished training: the result files of its test, and the page of its report."""
     console.print(result_table(results))
     user, table = _example(artifacts)
     console.print(table)
     folder = artifacts.run.folder
-    console.print(f"report: {folder / 'report' / 'report.md'}", soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True)
     arguments = shlex.join(["cemg-recommend", "--run", str(folder), "--user", user, "--exclude-history"])
     console.print(f"next:   {printable(arguments)}", soft_wrap=True)
 

@@ -285,8 +285,8 @@ def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
     with named_range("stage: test"):
         paths = score(pipeline, config, part="test", engine="cemg", beams=config.decoding.beams, copy=copy)
     with named_range("stage: report"):
-        write_report(pipeline.run.folder)
-    print_summary(pipeline, paths)
+        page = write_report(pipeline.run.folder, device=pipeline.device)
+    print_summary(pipeline, paths, page)
 
 
 def main() -> None:

@@ -16,9 +16,11 @@ from cemg.evaluation.paper import PrintedRow, printed_rows
 from cemg.evaluation.popularity import PopularityRanker
 from cemg.evaluation.protocol import COLD, Evaluation, Rank, evaluate, evaluate_lists, seeded_sample
 from cemg.evaluation.results import (
+    ResultRows,
     hardware,
     read_result,
     result_markdown,
+    result_rows,
     result_table,
     results_of,
     write_result,
@@ -33,6 +35,7 @@ __all__ = [
     "PopularityRanker",
     "PrintedRow",
     "Rank",
+    "ResultRows",
     "bootstrap_interval",
     "evaluate",
     "evaluate_lists",
@@ -46,6 +49,7 @@ __all__ = [
     "ranks_of_targets",
     "read_result",
     "result_markdown",
+    "result_rows",
     "result_table",
     "results_of",
     "seeded_sample",

@@ -81,7 +81,7 @@ def result_table(paths: Sequence[Path], *, paper: bool = True) -> Table:
 
     Raises UserError where the files' splits differ: numbers of different targets do not compare.
     """
-    board = _board(paths, paper)
+    board = result_rows(paths, paper=paper)
     table = Table(title=board.title, box=box.SIMPLE, padding=0)
     for i, name in enumerate(board.columns):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
@@ -92,19 +92,22 @@ def result_table(paths: Sequence[Path], *, paper: bool = True) -> Table:
 
 def result_markdown(paths: Sequence[Path], *, paper: bool = True) -> str:
     """The same table as Markdown; refuses as ``result_table`` does."""
-    board = _board(paths, paper)
+    board = result_rows(paths, paper=paper)
     rule = ["---"] + ["---:"] * (len(board.columns) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [board.columns, rule, *board.rows]) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
-class _Board:
+class ResultRows:
+    """The cells of a table of results. The first column holds the names of the models."""
+
     title: str
     columns: list[str]
     rows: list[list[str]]
 
 
-def _board(paths: Sequence[Path], paper: bool) -> _Board:
+def result_rows(paths: Sequence[Path], *, paper: bool = True) -> ResultRows:
+    """The same table as plain cells. Raises UserError as ``result_table`` does."""
     records = [read_result(p) for p in paths]
     if not records:
         raise UserError("there is no result to put in a table", fix="name one result file or more")
@@ -122,7 +125,7 @@ def _board(paths: Sequence[Path], paper: bool) -> _Board:
         rows.append([f"{printed.model} ({printed.source})", *cells])
     users = split["subset"].split(",")[0] if "subset" in split else f"{split['users']:,} users"
     title = f"{dataset}: {users}, {split['items']:,} items"
-    return _Board(title, ["model", *names], rows)
+    return ResultRows(title, ["model", *names], rows)
 
 
 def _has_siblings(path: Path, paths: Sequence[Path]) -> bool:

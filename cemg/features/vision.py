@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image
@@ -135,14 +136,7 @@ class ImageEncoder:
 
     def _decode(self, path: Path) -> Decoded:
         try:
-            with Image.open(path) as image:
-                if image.format == "EPS":
-                    return "EPS files are programs for Ghostscript, which is not run"
-                if image.width * image.height > MAX_PIXELS:
-                    return (
-                        f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,} pixels in total"
-                    )
-                return self.transform(image.convert("RGB"))
+            return self.transform(open_image(path))
         except Exception as error:  # decoders raise almost anything for malformed files
             return _reason(error)
 
@@ -165,6 +159,23 @@ def _key(path: str | Path | None, identity: str, row: int, reasons: dict[int, st
     except (OSError, UserError) as error:
         reasons[row] = _reason(error)
         return None
+
+
+def open_image(file: Path | BinaryIO) -> Image.Image:
+    """Decode an image file to RGB.
+
+    Raises:
+        UserError: The file is EPS, or has more than MAX_PIXELS.
+        Exception: Whatever the decoder raises for a malformed file.
+    """
+    with Image.open(file) as image:
+        if image.format == "EPS":
+            raise UserError("EPS files are programs for Ghostscript, which is not run")
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(
+                f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,} pixels in total"
+            )
+        return image.convert("RGB")
 
 
 def read_image_file(path: Path) -> bytes:

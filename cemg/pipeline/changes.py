@@ -14,6 +14,7 @@ from cemg.config import RunConfig
 from cemg.data import Dataset
 from cemg.errors import UserError
 from cemg.features.vision import read_image_file
+from cemg.settings import flat
 from cemg.storage import files
 from cemg.storage.read import digest, read_json
 
@@ -36,17 +37,6 @@ def settings_changed(old: RunConfig, new: RunConfig) -> list[str]:
         sources = (config.data.path or "the synthetic set" for config in (old, new))
         said.insert(0, f"data: {' → '.join(sources)}")
     return said
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; a tuple is the list that JSON makes of it."""
-    parts: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            parts |= flat(value, f"{prefix}{name}.")
-        else:
-            parts[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
-    return parts
 
 
 def _shown(value: object) -> str:

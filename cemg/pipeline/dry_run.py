@@ -10,7 +10,7 @@ from typing import Any
 from cemg.config import RunConfig
 from cemg.errors import DamagedError
 from cemg.pipeline import Pipeline
-from cemg.pipeline.changes import flat
+from cemg.settings import flat
 from cemg.storage.manifest import MANIFEST, STAGES, Manifest, verify
 from cemg.storage.run import Run
 

@@ -11,7 +11,8 @@ from cemg.artifacts import check_generator, recorded_settings
 from cemg.config import RunConfig, config_text, generator_of, load_config
 from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
-from cemg.pipeline.changes import IMAGES, data_changed, flat, settings_changed
+from cemg.pipeline.changes import IMAGES, data_changed, settings_changed
+from cemg.settings import flat
 from cemg.storage import files
 from cemg.storage.manifest import CONFIG, STAGES, Manifest, check_origin, verify
 from cemg.storage.read import read_json, read_tensors, read_text

@@ -25,7 +25,7 @@ def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_writes_results_a_report_and_the_configuration(tiny_run):
-    for name in ("config.yaml", "report/report.md", "results/synthetic-cemg-test.json"):
+    for name in ("config.yaml", "report/report.html", "results/synthetic-cemg-test.json"):
         assert (tiny_run / name).is_file(), name
     record = json.loads((tiny_run / "results" / "synthetic-cemg-test.json").read_text())
     assert set(record["metrics"]) == {f"{m}@{k}" for m in ("HR", "NDCG") for k in (5, 10, 20)}

@@ -60,7 +60,7 @@ def test_metrics_with_excluded_history_are_those_of_the_served_lists(tiny_run, t
 
 
 def test_the_table_shows_both_ways_to_exclude_the_history(tiny_run):
-    page = (tiny_run / "report" / "report.md").read_text()
+    page = (tiny_run / "report" / "report.html").read_text()
     assert "- history removed from the list" in page and "- history excluded in the search" in page
 
 
@@ -113,7 +113,7 @@ def test_a_training_ends_with_the_table_five_titles_the_report_and_the_next_comm
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     assert command(train.main, "--run", run, "--cache", feature_cache) == 0
     lines = [line for line in said.getvalue().splitlines() if line.strip()]
-    assert lines[-2] == f"report: {run}/report/report.md" and (run / "report" / "report.md").is_file()
+    assert lines[-2] == f"report: {run}/report/report.html" and (run / "report" / "report.html").is_file()
     shown = [line for line in lines if "item-00" in line]
     data = Dataset.load(run / "data")
     titles = dict(zip(data.item_ids, data.titles, strict=True))

@@ -148,7 +148,7 @@ class Kills:
         """Settings, codes and weights of two runs are equal, and nothing unfinished lies about."""
         for name in ("config.yaml", "catalog/catalog.json", "generator/weights.safetensors"):
             assert (run / name).read_bytes() == (whole / name).read_bytes(), name
-        assert (run / "report" / "report.md").is_file()
+        assert (run / "report" / "report.html").is_file()
         left = {path.name for path in run.rglob(".*")} - {".lock", ".image-hashes.json"}
         assert left == set(), left
 

@@ -462,7 +462,7 @@ def test_repeating_a_command_killed_in_every_stage_gives_the_metrics_of_an_unint
     one, other = (json.loads((r / "results" / "synthetic-cemg-test.json").read_text()) for r in (torn, whole))
     for key in ("metrics", "metrics_history_removed", "split", "cold"):
         assert one[key] == other[key]
-    assert (torn / "report" / "report.md").is_file()
+    assert (torn / "report" / "report.html").is_file()
 
 
 def test_a_run_uses_the_split_of_its_data(tiny_run, pipeline):

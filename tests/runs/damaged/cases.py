@@ -94,7 +94,7 @@ def add(run: Path, places: Places) -> Any:
 def report(run: Path, places: Places) -> Any:
     from cemg.report import write_report
 
-    return (write_report(run) / "report.md").read_text().replace(str(run), "RUN")
+    return write_report(run).read_text().partition("<main>")[2]  # above it stands the time of the report
 
 
 def train(run: Path, places: Places) -> Any:
@@ -180,7 +180,7 @@ def cached_features(folder: Path, places: Places) -> Any:
 
 Reader = Callable[[Path, Places], Any]
 READERS: dict[str, tuple[Reader, ...]] = {  # by the first part of a file's path in the run
-    "config.yaml": (recommend, evaluate, add, train, rebuild),
+    "config.yaml": (recommend, evaluate, add, report, train, rebuild),
     "data": (recommend, recommend, evaluate, add, report, recommend_unverified),
     "features": (add, train, report, recommend, rebuild),
     "graph": (report, train, recommend, rebuild),
