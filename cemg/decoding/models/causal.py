@@ -1,8 +1,9 @@
-"""The fast decoder-only state: the prompt once a user, its keys and values shared by the beams.
+"""Decoder-only models in PyTorch steps: one prefill per user, whose KV cache all beams share.
 
-B users, W beams, R = B * W rows, S cells of a prompt, P tokens of all, H heads over G key-value heads of Dh,
-d the width.
 Equal to the Hugging Face model up to rounding.
+
+B users, W beams, R = B * W rows, S cells of a prompt, P tokens of all prompts, H heads over G key-value heads
+of size Dh, d the width.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cemg.decoding.models.layers import (
     UnpaddedBatch,
     attention,
     code_table,
-    padding_of,
+    padding_mask,
 )
 from cemg.decoding.models.weights import unwrapped, weight_of
 from cemg.decoding.protocol import DecoderPlan, Logits, LogitsRequest, Unsupported
@@ -36,19 +37,22 @@ ROTARY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 
 @dataclass(frozen=True, slots=True)
 class Layer:
+    """The weights of a layer."""
+
     norm: Norm
     qkv: Projection  # [(H + 2 * G) * Dh, d]
-    q_norm: Norm | None  # of each head, before the rotation (Qwen3)
+    q_norm: Norm | None  # per head, before the rotary embedding (Qwen3)
     k_norm: Norm | None
     out: Projection
     feed_forward: FeedForward
 
 
 class CausalPlan(DecoderPlan):
-    """A decoder-only model's weights as the state wants them, read once: make a new plan after training.
+    """The weights of a GPT-2, Llama, Mistral, Qwen2 or Qwen3, arranged for our own steps.
 
-    GPT-2, Llama, Mistral, Qwen2 and Qwen3; raises ``Unsupported`` for other shapes, sliding windows and
-    rotations that depend on the length.
+    Raises:
+        Unsupported: For any other model, for sliding windows, and for rotary embeddings that depend on the
+            sequence length.
     """
 
     steps_in_torch = True
@@ -70,7 +74,6 @@ class CausalPlan(DecoderPlan):
         return "fast decoder-only"
 
     def new_state(self) -> CausalState:
-        """A state for one batch."""
         return CausalState(self)
 
     def _read_gpt2(self, source: Any, config: Any) -> None:
@@ -108,11 +111,12 @@ class CausalPlan(DecoderPlan):
         self.layers = [self._rotary_layer(layer) for layer in body.layers[: config.num_hidden_layers]]
 
     def _rotary_layer(self, layer: Any) -> Layer:
-        own, mlp = layer.self_attn, layer.mlp
-        q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
+        attn, mlp = layer.self_attn, layer.mlp
+        q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
         return Layer(
-            Norm.of(layer.input_layernorm), Projection.of([own.q_proj, own.k_proj, own.v_proj], self.dtype),
-            q_norm and Norm.of(q_norm), k_norm and Norm.of(k_norm), Projection.of([own.o_proj], self.dtype),
+            Norm.of(layer.input_layernorm),
+            Projection.of([attn.q_proj, attn.k_proj, attn.v_proj], self.dtype),
+            q_norm and Norm.of(q_norm), k_norm and Norm.of(k_norm), Projection.of([attn.o_proj], self.dtype),
             FeedForward(Norm.of(layer.post_attention_layernorm), Projection.of([mlp.gate_proj], self.dtype),
                  Projection.of([mlp.up_proj], self.dtype), Projection.of([mlp.down_proj], self.dtype),
                  mlp.act_fn),
@@ -123,26 +127,26 @@ class CausalPlan(DecoderPlan):
 
     @torch.no_grad()
     def _precompute(self, code_tokens: range) -> None:
-        """Layer 0's projections of each code; learned positions are added before them, so not for GPT-2."""
-        self.first_code = code_tokens.start
-        first = self.layers[0]
-        known = self.positions is None
-        self.table = code_table(first.norm, first.qkv, self.embedding, code_tokens) if known else None
+        """Compute layer 0's projections of all codes. GPT-2 has none: it adds learned positions first."""
+        self.first_code, self.table = code_tokens.start, None
+        if self.positions is None:
+            layer = self.layers[0]
+            self.table = code_table(layer.norm, layer.qkv, self.embedding, code_tokens)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Tokens and their positions, both [R] -> [R, d]."""
+        """Hidden states [R, d] of tokens at their positions, both [R]."""
         x = F.embedding(tokens, self.embedding)
         return x if self.positions is None else x + F.embedding(positions, self.positions)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines [R, 1, Dh] for positions [R]; None where positions are learned."""
+        """Cosines and sines [R, 1, Dh] of positions [R]; None if positions are learned."""
         if self.rotation is None:
             return None
         cos, sin = self.rotation(self.embedding, positions[None])  # [1, R, Dh], of the embedding's dtype
         return cos[0, :, None], sin[0, :, None]
 
     def signed_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The same with the signs that ``split`` wants: the sines of the first half are negative."""
+        """The same, with the sines of the first half negated, as ``split`` requires."""
         rotary = self.rotary(positions)
         if rotary is None:
             return None
@@ -152,20 +156,20 @@ class CausalPlan(DecoderPlan):
     def split(
         self, layer: Layer, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [R, (H + 2 * G) * Dh] -> queries [R, H, Dh], keys and values [R, G, Dh]; rotated."""
-        shaped = qkv.unflatten(1, (self.heads + 2 * self.kv_heads, -1))
-        turned, values = shaped.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        """Rows [R, (H + 2 * G) * Dh] -> rotated queries [R, H, Dh] and keys [R, G, Dh], values [R, G, Dh]."""
+        by_head = qkv.unflatten(1, (self.heads + 2 * self.kv_heads, -1))
+        query_keys, values = by_head.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            query, keys = turned.split((self.heads, self.kv_heads), dim=1)
-            turned = torch.cat((layer.q_norm(query), layer.k_norm(keys)), dim=1)
+            query, keys = query_keys.split((self.heads, self.kv_heads), dim=1)
+            query_keys = torch.cat((layer.q_norm(query), layer.k_norm(keys)), dim=1)
         if rotary is not None:
-            turned = _rotate(turned, *rotary)
-        query, keys = turned.split((self.heads, self.kv_heads), dim=1)
+            query_keys = _apply_rotary(query_keys, *rotary)
+        query, keys = query_keys.split((self.heads, self.kv_heads), dim=1)
         return query, keys, values
 
 
 class CausalState:
-    """The search's state: keys and values of the prompt, and of each beam's own tokens."""
+    """The KV cache of the prompts and of the beams."""
 
     def __init__(self, plan: CausalPlan) -> None:
         self.plan = plan
@@ -176,23 +180,24 @@ class CausalState:
         plan = self.plan
         batch, length = input_ids.shape
         unpadded = UnpaddedBatch.of(attention_mask, num_tokens)
-        positions = unpadded.tokens((attention_mask.cumsum(1) - 1).clamp_min(0).flatten())  # [P]
+        positions = unpadded.unpad((attention_mask.cumsum(1) - 1).clamp_min(0).flatten())  # [P]
         self.lengths = attention_mask.sum(1)  # [B]
-        self.padding = padding_of(attention_mask, plan.dtype)  # [B, S]
-        later = torch.full((length, length), float("-inf"), dtype=plan.dtype, device=input_ids.device).triu(1)
+        self.padding = padding_mask(attention_mask, plan.dtype)  # [B, S]
+        later = self.padding.new_full((length, length), float("-inf")).triu(1)
         mask = self.padding[:, None, None] + later  # [B, 1, S, S]
         rotary = plan.signed_rotary(positions)
-        x = plan.embed(unpadded.tokens(input_ids.flatten()), positions)  # [P, d]
-        self.prompt: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values [B, G, S, Dh]
-        self.beam_cache = BeamKVCache(batch, len(plan.layers), input_ids.device, shared_start=False)
+        x = plan.embed(unpadded.unpad(input_ids.flatten()), positions)  # [P, d]
+        self.prompt_kv: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values [B, G, S, Dh]
+        self.cache = BeamKVCache(batch, len(plan.layers), input_ids.device, shared_start=False)
         for layer in plan.layers:
             split = plan.split(layer, layer.qkv(layer.norm(x)), rotary)
-            wide, keys, values = (unpadded.cells(part).transpose(1, 2) for part in split)
-            self.prompt.append((keys, values))  # wide: [B, H, S, Dh]
-            if layer is plan.layers[-1]:  # only what follows the last token is asked for
-                x, wide, mask = unpadded.last(x), wide[:, :, -1:], mask[:, :, -1:]
-            seen = attention(wide, keys, values, plan.scale, mask).transpose(1, 2).flatten(0, 1).flatten(1)
-            rows = seen if len(seen) == len(x) else unpadded.tokens(seen)
+            query, keys, values = (unpadded.pad(part).transpose(1, 2) for part in split)  # [B, H, S, Dh]
+            self.prompt_kv.append((keys, values))
+            if layer is plan.layers[-1]:  # only the last token's logits are needed
+                x, query, mask = unpadded.last(x), query[:, :, -1:], mask[:, :, -1:]
+            attended = attention(query, keys, values, plan.scale, mask)
+            attended = attended.transpose(1, 2).flatten(0, 1).flatten(1)
+            rows = attended if len(attended) == len(x) else unpadded.unpad(attended)
             x = layer.feed_forward(layer.out.added_to(x, rows))
         return plan.head(x, batch, request)
 
@@ -200,9 +205,9 @@ class CausalState:
         plan = self.plan
         batch, beams = tokens.shape
         flat = tokens.flatten()
-        positions = (self.lengths + self.beam_cache.length).repeat_interleave(beams)  # [R]
+        positions = (self.lengths + self.cache.length).repeat_interleave(beams)  # [R]
         rotary = plan.signed_rotary(positions)
-        self.beam_cache.grow(parents)
+        self.cache.extend(parents)
         x = plan.embed(flat, positions)
         for number, layer in enumerate(plan.layers):
             if number == 0 and plan.table is not None:
@@ -210,19 +215,19 @@ class CausalState:
             else:
                 qkv = layer.qkv(layer.norm(x))
             query, keys, values = plan.split(layer, qkv, rotary)
-            self.beam_cache.add(number, torch.stack((keys, values), dim=1))
+            self.cache.append(number, torch.stack((keys, values), dim=1))
             prefix = prompt_attention(
-                query.unflatten(0, (batch, beams)), *self.prompt[number], self.padding, plan.scale
+                query.unflatten(0, (batch, beams)), *self.prompt_kv[number], self.padding, plan.scale
             )
-            seen = self.beam_cache.attend(number, query, plan.scale, prefix=prefix)
-            x = layer.feed_forward(layer.out.added_to(x, seen))
+            attended = self.cache.attend(number, query, plan.scale, prefix=prefix)
+            x = layer.feed_forward(layer.out.added_to(x, attended))
         return plan.head(x, batch, request)
 
     def reset_to_prefill(self) -> None:
-        self.beam_cache.reset_to_prefill()
+        self.cache.reset_to_prefill()
 
 
-def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary embedding of rows [R, heads, Dh]; of the sines, those of the first half are negative."""
+def _apply_rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Apply the rotary embedding to rows [R, heads, Dh]; the sines of the first half are negated."""
     swapped = x.unflatten(2, (2, -1)).flip(2).flatten(2)
     return torch.addcmul(x * cos, swapped, signed_sin)

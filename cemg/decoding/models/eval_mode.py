@@ -1,4 +1,4 @@
-"""Decoding runs a model without dropout, whatever mode the caller left it in."""
+"""Runs a model in evaluation mode while it decodes, and restores its mode afterwards."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cemg.decoding.protocol import DecoderState, Logits, LogitsRequest
 
 
 class _Switch:
-    """How many threads decode with a model, and the modules that trained before the first of them."""
+    """The number of threads that decode with a model, and the modules that were in training mode before."""
 
     def __init__(self) -> None:
-        self.users, self.trained = 0, list[nn.Module]()
+        self.threads, self.training_modules = 0, list[nn.Module]()
 
 
 _switches: WeakKeyDictionary[nn.Module, _Switch] = WeakKeyDictionary()
@@ -25,27 +25,30 @@ _lock = Lock()
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module is in evaluation mode inside; afterwards those that trained before train again."""
+    """Within the block, every module is in evaluation mode. Threads may enter it at the same time.
+
+    After the last block, modules that were in training mode are in training mode again.
+    """
     with _lock:
         switch = _switches.setdefault(model, _Switch())
-        switch.users += 1
+        switch.threads += 1
         for module in model.modules():
             if module.training:
-                switch.trained.append(module)
+                switch.training_modules.append(module)
                 module.training = False
     try:
         yield
     finally:
         with _lock:
-            switch.users -= 1
-            if switch.users == 0:
-                for module in switch.trained:
+            switch.threads -= 1
+            if switch.threads == 0:
+                for module in switch.training_modules:
                     module.training = True
-                switch.trained.clear()
+                switch.training_modules.clear()
 
 
 class EvalModeState:
-    """A state whose every call runs its model in evaluation mode."""
+    """A state that runs its model in evaluation mode in every call."""
 
     def __init__(self, model: nn.Module, state: DecoderState) -> None:
         self.model, self.state = model, state

@@ -1,8 +1,9 @@
-"""The tree-mask state: one prefill per user and a 4-D mask, for decoder-only models with plain attention.
+"""The model's own forward under a tree mask, for decoder-only models with plain attention.
 
-All beams of a user are further positions of one sequence. The mask lets a beam attend to the prompt and its
-ancestors. The prompt's keys and values are stored once per user, not once per beam. B users, W beams,
-S prompt tokens, V vocabulary.
+All beams of a user are further positions of one sequence. A 4-D mask lets a beam attend to the prompt and its
+ancestors, so there is one prefill and one copy of the prompt's KV cache per user.
+
+B users, W beams, S prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ ATTENTION = ("attention", "full_attention", "global", "sliding_attention", "chun
 
 
 class GenericPlan(DecoderPlan):
-    """A decoder-only model that obeys a 4-D mask and ``position_ids``.
+    """A decoder-only model that applies a 4-D mask and ``position_ids``.
 
-    Raises Unsupported for models that certainly do not: encoder-decoders, ALiBi, recurrent and state-space
-    layers, attention with a mask of its own. A model with a sliding window runs one row per beam where a
-    sequence does not fit in the window.
+    A model with a sliding window runs one row per beam if a sequence does not fit in the window.
+
+    Raises:
+        Unsupported: For models that certainly do not apply them: encoder-decoders, ALiBi, recurrent and
+            state-space layers, and attention with a mask of its own.
     """
 
     uses_model_forward = True
@@ -48,14 +51,13 @@ class GenericPlan(DecoderPlan):
         return "the model's own forward"
 
     def new_state(self) -> DecoderState:
-        """A state for one batch."""
         tree = TreeMaskState(self)
         state = tree if self.window is None else WindowedState(self, self.window, tree)
         return EvalModeState(self.model, state)
 
 
 def _refusal(model: PreTrainedModel, names: set[str]) -> str | None:
-    """Why the tree mask cannot be exact for this model; None where nothing is known."""
+    """Why the tree mask cannot be exact for this model; None if no reason is known."""
     config: Any = model.config.get_text_config(decoder=True)
     kinds = {
         kind
@@ -66,7 +68,7 @@ def _refusal(model: PreTrainedModel, names: set[str]) -> str | None:
     if model.config.is_encoder_decoder:
         return "an encoder-decoder"
     if getattr(config, "alibi", False) or config.model_type in ("mpt", "bloom"):
-        return "ALiBi positions, which follow the place in the cache"
+        return "ALiBi positions, which depend on the place in the cache"
     if getattr(plain(model), "_is_stateful", False):
         return "layers with a recurrent state"
     if other:
@@ -77,13 +79,12 @@ def _refusal(model: PreTrainedModel, names: set[str]) -> str | None:
 
 
 class TreeMaskState:
-    """The search's state: the cache of prompts and of all beams, and who descends from whom."""
+    """The cache of the prompts and of all beams, and the ancestors of each beam."""
 
     def __init__(self, plan: GenericPlan) -> None:
         self.plan = plan
-        self.cache: Cache = (
-            DynamicCache()
-        )  # whole in every layer: the masks of ``step`` hide what is not seen
+        # dynamic, so that every layer keeps all positions; the masks of ``decode_step`` do the rest
+        self.cache: Cache = DynamicCache()
 
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
@@ -91,8 +92,10 @@ class TreeMaskState:
         positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
         logits = self._forward(input_ids, attention_mask, positions, **self.plan.only_last)
         self.prompt = attention_mask.bool()  # [B, S]
-        self.position = attention_mask.sum(1)  # [B], of the next token
-        self.ancestors: Tensor | None = None  # [B, W, fed] bool: the fed tokens a beam descends from
+        self.position = attention_mask.sum(1)  # [B] position of the next token
+        self.ancestors: Tensor | None = (
+            None  # [B, W, fed] bool: the tokens of earlier steps that a beam extends
+        )
         return Logits.of(logits[:, -1:], request)
 
     def reset_to_prefill(self) -> None:
@@ -103,24 +106,22 @@ class TreeMaskState:
     def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
         batch, beams = tokens.shape
         itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
-        if self.ancestors is None:  # all grew from the one prompt
+        if self.ancestors is None:  # the first step: all beams extend the prompt
             self.ancestors = itself
         else:
             index = parents.long().clamp_min(0)[:, :, None].expand(-1, -1, self.ancestors.shape[2])
             self.ancestors = torch.cat((self.ancestors.gather(1, index), itself), dim=2)
-        seen = torch.cat(
-            (self.prompt[:, None].expand(-1, beams, -1), self.ancestors), dim=2
-        )  # [B, W, S + steps·W]
+        prompt = self.prompt[:, None].expand(-1, beams, -1)
+        visible = torch.cat((prompt, self.ancestors), dim=2)  # [B, W, S + steps·W]
         dtype = self.plan.model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-            ~seen, torch.finfo(dtype).min
-        )
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        mask = mask.masked_fill(~visible, torch.finfo(dtype).min)
         logits = self._forward(tokens, mask[:, None], self.position[:, None].expand(-1, beams))
         self.position = self.position + 1
         return Logits.of(logits, request)
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, **more: int) -> Tensor:
-        """Logits after ``tokens`` at ``positions``, both [B, n]."""
+        """Logits [B, n, V] after ``tokens`` at ``positions``, both [B, n]."""
         logits: Tensor = self.plan.model(
             input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
             **{self.plan.cache_name: self.cache}, **more,
@@ -129,15 +130,15 @@ class TreeMaskState:
 
 
 class WindowedState:
-    """The tree mask while all sequences fit in the model's window, else one row per beam.
+    """The tree mask while all sequences fit in the model's window, then one row per beam.
 
-    Past the window, what a layer attends to depends on the layer; only the model's own masks are right.
+    Past the window, what a layer attends to depends on the layer, so only the model's own masks are correct.
     """
 
     def __init__(self, plan: GenericPlan, window: int, tree: TreeMaskState) -> None:
-        self.plan, self.window = plan, window
+        self.plan, self.window, self.tree = plan, window, tree
         self.state: TreeMaskState | RowsState = tree
-        self.fed: list[tuple[Tensor, Tensor]] = []  # tokens and parents of each step so far
+        self.steps: list[tuple[Tensor, Tensor]] = []  # tokens and parents of each step so far
 
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
@@ -148,15 +149,15 @@ class WindowedState:
         return self.state.prefill(input_ids, attention_mask, request, num_tokens)
 
     def reset_to_prefill(self) -> None:
-        self.fed = []
+        self.steps = []
         self.state.reset_to_prefill()
 
     def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
-        length = self.prompts[0].shape[1] + len(self.fed) + 1
-        if isinstance(self.state, TreeMaskState) and length > self.window:
+        length = self.prompts[0].shape[1] + len(self.steps) + 1
+        if self.state is self.tree and length > self.window:
             self.state = RowsState(self.plan.model, cached=True)
             self.state.prefill(*self.prompts, request)
-            for step in self.fed:
+            for step in self.steps:
                 self.state.decode_step(*step, request)
-        self.fed.append((tokens, parents))
+        self.steps.append((tokens, parents))
         return self.state.decode_step(tokens, parents, request)

@@ -1,7 +1,7 @@
-"""The few layers that the fast states are made of: a model's own weights, arranged for few calls.
+"""The layers of our own decode steps: a model's weights, arranged so that few calls are needed.
 
-R rows, d the width, V vocabulary, K codes a level, B users, W beams, S prompt tokens, H heads over G
-key-value heads of Dh, T tokens a beam was fed.
+R rows, d the width, V vocabulary, K codes per level, B users, W beams, S prompt tokens, P tokens of all
+prompts, H heads over G key-value heads of size Dh, T tokens that each beam has been fed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from cemg_kernels.attention.beam_tree import ancestor_attention
 from cemg_kernels.attention.logsumexp import row_logsumexp
 from cemg_kernels.attention.shared_prefix import prompt_attention, served_by_triton
 
-BLOCK_CELLS = 2**26  # logits over the vocabulary held at once
-WORTH_UNPADDING = 0.9  # prompts are packed where their tokens are no larger a share of their cells
-TABLE_ROWS = 8192  # layer 0's projections of every code are kept where there are no more codes
+MAX_LOGITS = 2**26  # logits over the vocabulary held at once
+WORTH_UNPADDING = 0.9  # padding is skipped if tokens are at most this share of a batch
+MAX_TABLE_CODES = 8192  # layer 0's projections of all codes are stored up to this number of codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,52 +35,53 @@ class Projection:
 
     @classmethod
     def of(cls, modules: Sequence[Any], dtype: torch.dtype, transposed: bool = False) -> Projection:
-        """Several linear layers over one input as one; ``transposed`` for GPT-2's Conv1D."""
+        """Linear layers over the same input, as one; ``transposed`` for GPT-2's Conv1D."""
         parts = [linear_of(module) for module in modules]
         weights = [weight.t() if transposed else weight for weight, _ in parts]
         biases = [bias for _, bias in parts]
-        some = next((bias for bias in biases if bias is not None), None)
+        some_bias = next((bias for bias in biases if bias is not None), None)
         weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).contiguous()
         bias = None
-        if some is not None:  # a projection without one adds nothing
+        if some_bias is not None:
             zeros = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
             bias = torch.cat(zeros).to(dtype)
         return cls(weight, bias)
 
     def part(self, begin: int, end: int) -> Projection:
-        """The columns ``begin`` ... ``end`` of what it gives, as a projection of its own."""
+        """The projection to the outputs ``begin`` ... ``end`` only."""
         return Projection(self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
 
     def columns(self, request: LogitsRequest) -> Projection:
-        """The requested columns, as a projection of its own; a copy where they do not lie together."""
+        """The projection to the requested codes only; a copy if their tokens are not consecutive."""
         if request.tokens is None:
             return self.part(request.first_token, request.first_token + request.num_codes)
-        tokens, none = request.tokens.clamp_min(0), request.tokens < 0
+        tokens, missing = request.tokens.clamp_min(0), request.tokens < 0
         bias = None if self.bias is None else self.bias[tokens]
-        if bool(none.any()):
+        if bool(missing.any()):
             zeros = torch.zeros(len(tokens), dtype=self.weight.dtype, device=self.weight.device)
-            bias = (zeros if bias is None else bias).masked_fill(none, float("-inf"))
-        return Projection(self.weight[tokens].masked_fill(none[:, None], 0), bias)
+            bias = (zeros if bias is None else bias).masked_fill(missing, float("-inf"))
+        return Projection(self.weight[tokens].masked_fill(missing[:, None], 0), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def added_to(self, residual: Tensor, x: Tensor, *, inplace: bool = True) -> Tensor:
-        """``residual + self(x)`` [R, out], in one product where all have one dtype, else in the wider one.
+        """``residual + self(x)`` [R, out]; one fused product if all have the same dtype.
 
-        ``inplace``: ``residual`` may be overwritten, since nobody reads it later."""
+        Otherwise the result has the wider dtype. ``inplace``: ``residual`` may be overwritten.
+        """
         if not residual.dtype == x.dtype == self.weight.dtype:
             return residual + self(x)
         if self.bias is not None:
             residual, inplace = residual + self.bias, True
         if residual.is_cuda and inplace:
-            return residual.addmm_(x, self.weight.t())  # a launch less: nothing is copied
+            return residual.addmm_(x, self.weight.t())  # saves the launch of a copy
         return torch.addmm(residual, x, self.weight.t())
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """RMSNorm, or LayerNorm where there is a bias."""
+    """RMSNorm without a bias, LayerNorm with one."""
 
     weight: Tensor
     bias: Tensor | None
@@ -88,7 +89,7 @@ class Norm:
 
     @classmethod
     def of(cls, layer: Any) -> Norm:
-        """Of a norm of torch or transformers."""
+        """From a norm of torch or transformers."""
         if not type(layer).__name__.endswith(("LayerNorm", "RMSNorm")):
             raise Unsupported(f"a {type(layer).__name__} in the place of a norm")
         bias = getattr(layer, "bias", None)
@@ -103,16 +104,18 @@ class Norm:
 
 
 def code_table(norm: Norm, qkv: Projection, embedding: Tensor, codes: range) -> Tensor | None:
-    """What layer 0 projects each code's embedding to, [codes, out]; None where there are too many codes."""
-    if len(codes) > TABLE_ROWS:
+    """Layer 0's projection of each code's embedding, [codes, out]; None if there are too many codes."""
+    if len(codes) > MAX_TABLE_CODES:
         return None
     return qkv(norm(embedding[codes.start : codes.stop]))
 
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """The feed-forward block with its norm and residual: ``down(act(up(x)))``, or with a ``gate`` whose
-    activation ``up(x)`` is multiplied with."""
+    """The feed-forward block with its norm and residual.
+
+    ``x + down(act(up(norm(x))))``, or with a gate ``x + down(act(gate(norm(x))) * up(norm(x)))``.
+    """
 
     norm: Norm
     gate: Projection | None
@@ -121,95 +124,98 @@ class FeedForward:
     activation: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
-        seen = self.norm(x)
+        normed = self.norm(x)
         if self.gate is None:
-            return self.down.added_to(x, self.activation(self.up(seen)))
-        return self.down.added_to(x, self.activation(self.gate(seen)) * self.up(seen))
+            return self.down.added_to(x, self.activation(self.up(normed)))
+        return self.down.added_to(x, self.activation(self.gate(normed)) * self.up(normed))
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The language-model head: the K columns of a level, and the log-sum-exp of all, some rows at a time."""
+    """The last norm and the language-model head: logits of the K codes of a level, and their log-sum-exp."""
 
     norm: Norm
     whole: Projection  # [V, d]
-    scale: float = 1.0  # of what the norm gives
-    gathered: dict[int, tuple[Tensor, Projection]] = field(default_factory=dict)  # by their tokens' address
+    scale: float = 1.0  # applied after the norm
+    gathered: dict[int, tuple[Tensor, Projection]] = field(default_factory=dict)  # by the tokens' address
 
     def columns(self, request: LogitsRequest) -> Projection:
-        """The requested columns; those that do not lie together are gathered once."""
+        """The projection to the requested codes; tokens that are not consecutive are gathered once."""
         if request.tokens is None:
             return self.whole.columns(request)
         key = request.tokens.data_ptr()
         if key not in self.gathered:
-            self.gathered[key] = request.tokens, self.whole.columns(request)  # the tokens keep their address
+            self.gathered[key] = request.tokens, self.whole.columns(request)  # keeps the address in use
         return self.gathered[key][1]
 
     def __call__(self, x: Tensor, batch: int, request: LogitsRequest) -> Logits:
-        """``x`` [B * W, d] before the last norm."""
+        """The requested logits of hidden states ``x`` [B * W, d]."""
         hidden = self.norm(x)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         if not request.logsumexp:
             return Logits(self.columns(request)(hidden).float().view(batch, -1, request.num_codes), None)
         columns, totals = [], []
-        for part in hidden.split(max(1, BLOCK_CELLS // self.whole.weight.shape[0])):
-            logits = self.whole(part)
+        for rows in hidden.split(max(1, MAX_LOGITS // self.whole.weight.shape[0])):
+            logits = self.whole(rows)
             columns.append(request.columns_of(logits).float().contiguous())
             totals.append(row_logsumexp(logits))
-        level, total = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in (columns, totals))
-        return Logits(level.view(batch, -1, request.num_codes), total.view(batch, -1))
+        values, total = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (columns, totals))
+        return Logits(values.view(batch, -1, request.num_codes), total.view(batch, -1))
 
 
-def padding_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What hides padding when it is added to scores, [B, S]: 0 at a token, elsewhere a number so low that its
-    exponential is 0, and so far from the lowest that a score can be added to it."""
+def padding_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask [B, S] that is added to attention scores: 0 at a token, a very low number at padding.
+
+    Its exponential is 0. It is half the lowest finite number, so that a score can be added to it.
+    """
     return (1 - mask.to(dtype)) * (torch.finfo(dtype).min / 2)
 
 
 @dataclass(frozen=True, slots=True)
 class UnpaddedBatch:
-    """Where the P tokens of prompts lie among their B * S cells, so that layers see rows of tokens alone.
+    """Maps the P tokens of prompts to the B * S cells of a padded batch, so that layers skip padding.
 
-    ``cell`` [P] of each token, ``place`` [B * S] of each cell among the tokens; both None where nothing is
-    saved. A cell of padding has the place of a token of its own user, hidden by the mask; tokens beyond those
-    that there are have the cell of the last one, and are never asked for.
+    ``cell_of_token`` [P]; ``token_of_cell`` [B * S]; both None if skipping padding does not pay. A padding
+    cell maps to a token of its own user, hidden by the mask. If P exceeds the number of tokens, the surplus
+    maps to the last token's cell and is never read.
     """
 
     batch: int
-    cell: Tensor | None
-    place: Tensor | None
+    cell_of_token: Tensor | None
+    token_of_cell: Tensor | None
 
     @classmethod
-    def of(cls, mask: Tensor, tokens: int | None) -> UnpaddedBatch:
-        """Of ``mask`` [B, S], with room for ``tokens``, no fewer than it has; never waits for a GPU."""
-        cells, tokens = mask.numel(), token_count(mask) if tokens is None else tokens
+    def of(cls, mask: Tensor, num_tokens: int | None) -> UnpaddedBatch:
+        """From ``mask`` [B, S]. ``num_tokens`` is an upper bound; this never synchronizes with a GPU."""
+        cells, tokens = mask.numel(), token_count(mask) if num_tokens is None else num_tokens
         if tokens is None or tokens > WORTH_UNPADDING * cells:
             return cls(len(mask), None, None)
-        there = mask != 0
-        counts = there.sum(1)
-        first = counts.cumsum(0) - counts  # [B] the place of each user's first token
-        place = there.flatten().cumsum(0).view_as(mask) - 1
-        place = torch.maximum(place, first[:, None]).clamp_max(tokens - 1).flatten()
+        is_token = mask != 0
+        counts = is_token.sum(1)
+        first = counts.cumsum(0) - counts  # [B] index of each user's first token
+        token_of_cell = is_token.flatten().cumsum(0).view_as(mask) - 1
+        token_of_cell = torch.maximum(token_of_cell, first[:, None]).clamp_max(tokens - 1).flatten()
         numbers = torch.arange(cells, device=mask.device)
-        last = (numbers * there.flatten()).amax()
-        target = place.masked_fill(~there.flatten(), tokens)  # padding goes behind all
-        cell = last.repeat(tokens + 1).scatter_(0, target, numbers)[:-1]
-        return cls(len(mask), cell, place)
+        last = (numbers * is_token.flatten()).amax()
+        target = token_of_cell.masked_fill(~is_token.flatten(), tokens)  # padding goes to a dropped entry
+        cell_of_token = last.repeat(tokens + 1).scatter_(0, target, numbers)[:-1]
+        return cls(len(mask), cell_of_token, token_of_cell)
 
-    def tokens(self, cells: Tensor) -> Tensor:
+    def unpad(self, cells: Tensor) -> Tensor:
         """[B * S, ...] -> [P, ...]."""
-        return cells if self.cell is None else cells[self.cell]
+        return cells if self.cell_of_token is None else cells[self.cell_of_token]
 
-    def cells(self, tokens: Tensor) -> Tensor:
+    def pad(self, tokens: Tensor) -> Tensor:
         """[P, ...] -> [B, S, ...]."""
-        return (tokens if self.place is None else tokens[self.place]).unflatten(0, (self.batch, -1))
+        cells = tokens if self.token_of_cell is None else tokens[self.token_of_cell]
+        return cells.unflatten(0, (self.batch, -1))
 
     def last(self, tokens: Tensor) -> Tensor:
-        """What the last cell of each user has, [P, ...] -> [B, ...]."""
-        if self.place is None:
+        """The values of each user's last cell, [P, ...] -> [B, ...]."""
+        if self.token_of_cell is None:
             return tokens.unflatten(0, (self.batch, -1))[:, -1]
-        return tokens[self.place.view(self.batch, -1)[:, -1]]
+        return tokens[self.token_of_cell.view(self.batch, -1)[:, -1]]
 
 
 def heads(rows: Tensor, count: int) -> Tensor:
@@ -228,60 +234,64 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: T
 
 
 def cross_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, padding: Tensor) -> Tensor:
-    """Beams over the prompt of their user: ``query`` [B, W, H, Dh], ``keys`` and ``values`` [B, G, S, Dh],
-    ``padding`` [B, S] -> [B * W, H * Dh]."""
+    """Attention of beams to the prompt of their user, [B * W, H * Dh].
+
+    ``query`` [B, W, H, Dh], ``keys`` and ``values`` [B, G, S, Dh], ``padding`` [B, S].
+    """
     if served_by_triton(query):
         return prompt_attention(query, keys, values, padding, scale)[0].flatten(2).flatten(0, 1)
-    seen = attention(query.transpose(1, 2), keys, values, scale, padding[:, None, None])  # [B, H, W, Dh]
-    return seen.transpose(1, 2).flatten(2).flatten(0, 1)
+    out = attention(query.transpose(1, 2), keys, values, scale, padding[:, None, None])  # [B, H, W, Dh]
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class BeamKVCache:
-    """What the beams have been fed: keys and values of all steps, and who descends from whom.
+    """Keys and values of the tokens that beams have been fed, without reordering at a decode step.
 
-    No cache is re-ordered: a table of ancestors [T, R] says which of a layer's rows, those of all steps one
-    after the other, a row has.
+    Each layer keeps the rows of all steps, one step after the other. A table of ancestors [T, R] holds the
+    indices of the rows that each beam attends to.
     """
 
-    def __init__(self, batch: int, layers: int, device: torch.device, shared_start: bool) -> None:
-        """``shared_start``: step 0 is one row a user, whose keys and values follow by ``add``."""
-        self.kept: list[Tensor | None] = [None] * layers  # each [rows of all steps, 2, G, Dh]
+    def __init__(self, batch: int, layers: int, device: torch.device, *, shared_start: bool) -> None:
+        """``shared_start``: the prefill appends one row per user, which decode steps keep."""
+        self.keys_values: list[Tensor | None] = [None] * layers  # each [rows of all steps, 2, G, Dh]
         self.start = torch.arange(batch, device=device)[None][: int(shared_start)]  # [0 or 1, B]
         self.reset_to_prefill()
 
     def reset_to_prefill(self) -> None:
-        """Forget all but the shared start."""
+        """Drop all rows but those of the prefill."""
         self.ancestors, self.beams, self.rows = self.start, 1, self.start.numel()
-        for layer, kept in enumerate(self.kept):
-            self.kept[layer] = kept[: self.rows] if kept is not None and self.rows else None
+        for layer, rows in enumerate(self.keys_values):
+            self.keys_values[layer] = rows[: self.rows] if rows is not None and self.rows else None
 
     @property
     def length(self) -> int:
-        """T: how many tokens each beam was fed."""
+        """T, the number of tokens that each beam has been fed."""
         return len(self.ancestors)
 
-    def grow(self, parents: Tensor) -> None:
-        """Beams [B, W] grown from ``parents``, each fed one more token."""
+    def extend(self, parents: Tensor) -> None:
+        """Begin a step: beams [B, W] extend the beams ``parents`` by one token each."""
         batch, beams = parents.shape
         users = torch.arange(batch, device=parents.device)[:, None] * self.beams
         new = torch.arange(self.rows, self.rows + batch * beams, device=parents.device)[None]
         self.ancestors = torch.cat((self.ancestors[:, (users + parents).flatten()], new))
         self.beams, self.rows = beams, self.rows + batch * beams
 
-    def add(self, layer: int, keys_values: Tensor) -> None:
-        """Keys and values [R, 2, G, Dh] of the tokens just fed."""
-        kept = self.kept[layer]
-        self.kept[layer] = keys_values if kept is None else torch.cat((kept, keys_values))
+    def append(self, layer: int, keys_values: Tensor) -> None:
+        """Add the keys and values [R, 2, G, Dh] of this step's tokens."""
+        rows = self.keys_values[layer]
+        self.keys_values[layer] = keys_values if rows is None else torch.cat((rows, keys_values))
 
     def attend(
         self, layer: int, query: Tensor, scale: float, bias: Tensor | None = None,
         prefix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """``query`` [R, H, Dh] over all of it -> [R, H * Dh]; ``bias`` [T, H] is added to the scores.
+        """Attention of ``query`` [R, H, Dh] to each beam's own tokens, [R, H * Dh].
 
-        ``prefix``: attention over the prompt to be merged with, as ``prompt_attention`` gives it."""
-        kept = self.kept[layer]
-        assert kept is not None  # of at least the token just fed
+        ``bias`` [T, H] is added to the scores. ``prefix`` is attention to the prompt, as ``prompt_attention``
+        returns it; the two are merged.
+        """
+        keys_values = self.keys_values[layer]
+        assert keys_values is not None  # holds at least this step's tokens
         if prefix is not None:
             prefix = prefix[0].flatten(0, 1), prefix[1].flatten(0, 1)
-        return ancestor_attention(query, kept, self.ancestors, scale, bias, prefix)
+        return ancestor_attention(query, keys_values, self.ancestors, scale, bias, prefix)

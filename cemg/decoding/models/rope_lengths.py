@@ -1,8 +1,8 @@
-"""Models whose rotary embeddings follow the length of the whole sequence.
+"""Models whose rotary embeddings depend on the length of the whole sequence.
 
-Under rope types "dynamic" and "longrope" of ``transformers`` the frequencies of all positions change once a
-sequence of the batch is longer than a bound. Keys in a cache then belong to another length, and a short
-prompt is read differently beside a long one.
+Under the rope types "dynamic" and "longrope" of ``transformers``, the frequencies of all positions change
+when a sequence of the batch exceeds a bound. Cached keys then belong to another length, and the logits of a
+short prompt depend on whether a long one is in its batch.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-FOLLOW_LENGTH = ("dynamic", "longrope")
-KEYS = ("rope_type", "type")  # the second one is that of older configurations
+DEPEND_ON_LENGTH = ("dynamic", "longrope")
+KEYS = ("rope_type", "type")  # older configurations use the second one
 
 
 def rope_of_lengths(model: PreTrainedModel) -> str | None:
-    """The rope type of the model, in any part or layer, that follows the length; None where there is none."""
+    """The rope type that depends on the length, in any part or layer of the model; None if there is none."""
     return _find(model.config.to_dict(), inside=False)
 
 
 def forget_lengths(model: Any) -> None:
-    """Let the next forward depend on its own sequences alone: under "dynamic", ``transformers`` keeps the
-    frequencies of the longest sequence so far."""
+    """Make the next forward independent of earlier ones.
+
+    Under "dynamic", ``transformers`` keeps the frequencies of the longest sequence so far.
+    """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         by_prefix = {f"{layer}_": kind for layer, kind in kinds.items()} if isinstance(kinds, dict) else None
@@ -35,13 +37,13 @@ def forget_lengths(model: Any) -> None:
 
 
 def _find(settings: Any, *, inside: bool) -> str | None:
-    """The type in a configuration as a dictionary; ``inside`` the rope parameters of a part."""
+    """The type in a configuration dictionary. ``inside``: ``settings`` are the rope parameters of a part."""
     if not isinstance(settings, dict):
         return None
     for name, value in settings.items():
-        if inside and name in KEYS and value in FOLLOW_LENGTH:
+        if inside and name in KEYS and value in DEPEND_ON_LENGTH:
             return str(value)
-        found = _find(value, inside=inside or str(name).startswith("rope_"))
-        if found is not None:
-            return found
+        rope_type = _find(value, inside=inside or str(name).startswith("rope_"))
+        if rope_type is not None:
+            return rope_type
     return None

@@ -1,7 +1,7 @@
-"""Which modules a fast path may read instead of calling: the plain ones of a known model, and LoRA over them.
+"""Checks which modules a fast path may read: plain modules of a known model, and LoRA over them.
 
-A fast path multiplies with a module's weight and never calls its ``forward``. That is right only where the
-module is exactly the class it seems to be, and nothing is attached to it that changes what it computes.
+A fast path multiplies with a module's weight and never calls its ``forward``. That is correct only if the
+module is exactly of the expected class, and nothing is attached that changes its result.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ TORCH = {
 }  # fmt: skip
 ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 LORA = "peft.tuners.lora.layer.Linear"
-SAVED = "peft.utils.other.ModulesToSaveWrapper"  # a layer that trains whole, beside its frozen original
+SAVED = "peft.utils.other.ModulesToSaveWrapper"  # holds a fully trained copy of a layer
 PEFT = {
     LORA, SAVED, "peft.tuners.lora.model.LoraModel", "peft.peft_model.PeftModel",
     "peft.peft_model.PeftModelForCausalLM", "peft.peft_model.PeftModelForSeq2SeqLM",
     "torch.nn.modules.container.ModuleDict", "torch.nn.modules.container.ParameterDict",
     "torch.nn.modules.linear.Identity",
 }  # fmt: skip
-IDLE_HOOKS = {  # of transformers: they collect hidden states, or ask for gradients of the embeddings
+IDLE_HOOKS = {  # of transformers: they collect hidden states, or make embeddings require gradients
     ("transformers.utils.output_capturing", "output_capturing_hook"),
     ("transformers.modeling_utils", "make_inputs_require_grads"),
 }
@@ -38,11 +38,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def unwrapped(model: Any, classes: Iterable[str]) -> Any:
-    """The model under PEFT's wrapper, or itself: one of ``classes`` of transformers, plain in every module.
+    """The model without PEFT's wrapper: one of ``classes`` of transformers, with plain modules only.
 
-    Raises Unsupported for any other class, for a module of a class that the family does not have, with a
-    hook, a replaced ``forward`` or a weight that is not a plain one (quantized, sharded, on another device),
-    and for adapters other than LoRA.
+    Raises:
+        Unsupported: For any other class; for a module of a class that the family does not have, or with a
+            hook, a replaced ``forward`` or a weight that is quantized, sharded or on another device; and for
+            adapters other than LoRA.
     """
     source = _without_adapters(model)
     home = type(source).__module__
@@ -58,8 +59,8 @@ def unwrapped(model: Any, classes: Iterable[str]) -> Any:
         if type(module).__module__ not in (home, *ACTIVATIONS) and _class_of(module) not in known:
             raise Unsupported(f"{name or 'the model'} is not a plain layer but {_class_of(module)}")
         _check_attachments(name or "the model", module)
-        for own, weight in module.named_parameters(recurse=False):
-            _check_weight(f"{name}.{own}", weight, source.device)
+        for parameter, weight in module.named_parameters(recurse=False):
+            _check_weight(f"{name}.{parameter}", weight, source.device)
     return source
 
 
@@ -77,8 +78,8 @@ def _without_adapters(model: Any) -> Any:
 
 
 def _check_attachments(name: str, module: nn.Module) -> None:
-    own = vars(module).get("forward")
-    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+    replaced = vars(module).get("forward")
+    if replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward:
         raise Unsupported(f"the forward of {name} is replaced")
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
         if (getattr(hook, "__module__", ""), getattr(hook, "__name__", "")) not in IDLE_HOOKS:
@@ -95,9 +96,10 @@ def _check_weight(name: str, weight: Any, device: torch.device) -> None:
 
 
 def linear_of(module: Any) -> tuple[Tensor, Tensor | None]:
-    """The weight and the bias that a linear layer applies, with what LoRA adds to them.
+    """The weight and bias of a linear layer, with LoRA merged.
 
-    Raises Unsupported where an adapter does more than add to both.
+    Raises:
+        Unsupported: For adapters that are not added to the weight and bias.
     """
     kind = _class_of(module)
     if kind == SAVED:
@@ -111,7 +113,7 @@ def linear_of(module: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def weight_of(module: Any) -> Tensor:
-    """The weight that a module applies, of an embedding or of a linear layer without a bias."""
+    """The weight of an embedding, or of a linear layer without a bias, with LoRA merged."""
     weight, bias = linear_of(module)
     if bias is not None:
         raise Unsupported("a bias where the model has none")

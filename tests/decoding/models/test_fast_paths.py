@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from cemg.decoding import Decoder, Recommendations, record_timings, score_all
-from cemg.decoding.models.layers import FeedForward, padding_of
+from cemg.decoding.models.layers import FeedForward, padding_mask
 from cemg.decoding.models.native import large_pages
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
@@ -367,7 +367,7 @@ def test_what_is_no_prompt_is_refused_before_it_is_read():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_score_added_to_padding_stays_a_number(dtype):
     """The lowest float16 plus a score below -16 is -inf, and a softmax over a row of those NaN."""
-    padding = padding_of(torch.tensor([[1, 0]]), dtype)
+    padding = padding_mask(torch.tensor([[1, 0]]), dtype)
     assert (padding - 1000.0).isfinite().all() and padding[0, 0] == 0
     assert padding.float().softmax(1).tolist() == [[1.0, 0.0]]
 
@@ -397,7 +397,7 @@ def test_the_head_some_rows_at_a_time_equals_the_head_at_once(monkeypatch, same_
     catalog = random_catalog(60, 1)
     prompts = Bench(model, catalog).prompts([4, 4, 4])
     whole = Decoder(model, catalog, START, backend="torch").decode(*prompts, 9)
-    monkeypatch.setattr(layers, "BLOCK_CELLS", 3 * VOCABULARY)
+    monkeypatch.setattr(layers, "MAX_LOGITS", 3 * VOCABULARY)
     same_lists(Decoder(model, catalog, START, backend="torch").decode(*prompts, 9), whole)
 
 
@@ -409,7 +409,7 @@ def test_codes_too_many_for_the_table_are_projected_each_time(monkeypatch, same_
         prompts: tuple[Tensor, Tensor] = Bench(model, random_catalog(60, 1)).prompts([4, 2])
         with_table = Decoder(model, random_catalog(60, 1), START, backend="torch")
         with monkeypatch.context() as patch:
-            patch.setattr(layers, "TABLE_ROWS", LEVELS * SIZE - 1)
+            patch.setattr(layers, "MAX_TABLE_CODES", LEVELS * SIZE - 1)
             without = Decoder(model, random_catalog(60, 1), START, backend="torch")
         assert with_table.plan.table is not None and without.plan.table is None
         same_lists(without.decode(*prompts, 9), with_table.decode(*prompts, 9))
