@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from markdown.extensions.toc import slugify
 
 from cemg.config import load_config
 from cemg.decoding import Decoder
@@ -227,6 +226,7 @@ def test_every_figure_is_shown_on_a_page():
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_of_the_top_level_pages_lead_to_files_and_headings(name: str):
+    slugify = pytest.importorskip("markdown.extensions.toc").slugify
     for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text()):
         if not target.startswith("http"):
             path, _, anchor = target.partition("#")
@@ -240,6 +240,7 @@ def test_the_readme_is_short():
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path):
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config as load_site
 
