@@ -214,7 +214,7 @@ def test_a_run_whose_retraining_is_interrupted_recommends_as_before(
     assert (copy / ".config.next.yaml").is_file() and (copy / ".next").is_dir()
     pipeline(copy, override).train()
     assert not (copy / ".config.next.yaml").exists() and not (copy / ".next").exists()
-    trained = Recommender.from_run(copy).pipeline.config
+    trained = Recommender.from_run(copy).artifacts.config
     assert trained == load_config(tiny_run / "config.yaml", [override]).seeded()
 
 
