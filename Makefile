@@ -28,7 +28,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PYTHONPATH=src $(BIN)/lint-imports --no-logo
-	MYPYPATH=src $(BIN)/mypy -p cemg -p cemg_kernels
+	$(BIN)/mypy
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py --check

@@ -28,7 +28,8 @@ def preset(name: str) -> dict[str, Any]:
     """The settings of a preset, as sections of plain values. UserError for an unknown name."""
     if name not in preset_names():
         raise UserError(f"unknown preset {name!r}", fix=f"--preset {' or '.join(preset_names())}")
-    return yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    settings: dict[str, Any] = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    return settings
 
 
 def config_file(path: Path) -> Path:

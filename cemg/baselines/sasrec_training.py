@@ -141,7 +141,7 @@ class _Run:
         if not bool(loss.isfinite()):
             raise UserError(f"the loss is {float(loss)} at step {number}", fix="lower the learning rate")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         return float(loss.detach())
 

@@ -102,8 +102,9 @@ def _removed(
     artifacts: RunArtifacts, catalog: Catalog, studies: Sequence[str]
 ) -> tuple[list[int], list[str]]:
     """Catalog rows that ``cemg-catalog remove`` took out, and notes on them, which are printed too."""
-    row_of = {item: row for row, item in enumerate(catalog.item_ids)}
-    rows = [row_of[item] for item in artifacts.removed_items() if item in row_of]  # type: ignore[index]
+    item_ids: list[int | str] = [*catalog.item_ids]
+    row_of = {item: row for row, item in enumerate(item_ids)}
+    rows = [row_of[item] for item in artifacts.removed_items() if item in row_of]
     if not rows:
         return [], []
     notes = [f"{len(rows)} of {len(catalog)} items are removed: they are not listed and count as misses"]

@@ -133,7 +133,7 @@ def _remove_head(network: nn.Module, name: str) -> str:
             f"{name} has no linear layer to remove, so it has no features", fix="use another backbone"
         )
     network.set_submodule(linear[-1], nn.Identity())
-    return linear[-1]
+    return str(linear[-1])
 
 
 def _timm(name: str, weights: str) -> Backbone:

@@ -78,7 +78,8 @@ def read_json(path: Path, shape: type[T], *, fix: str = RESTORE) -> T:
 def parse_json(content: str | bytes, shape: type[T], *, name: str, fix: str = RESTORE) -> T:
     """JSON text as a ``shape``; ``name`` says in errors where it comes from."""
     try:
-        return _adapter(cast(Hashable, shape)).validate_json(content, strict=True)
+        value: T = _adapter(cast(Hashable, shape)).validate_json(content, strict=True)
+        return value
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -112,8 +112,7 @@ class Catalog:
         integers = not (codes.dtype.is_floating_point or codes.dtype.is_complex)
         if codes.ndim != 2 or codes.shape[1] == 0 or not integers:
             raise UserError(f"codes must be integers [items, levels], got {codes.dtype} {list(codes.shape)}")
-        ids: list = range(len(codes)) if item_ids is None else item_ids  # type: ignore[assignment]
-        ids = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+        ids: list[Any] = list(range(len(codes))) if item_ids is None else as_list(item_ids)
         if len(ids) != len(codes):
             raise UserError(f"{len(ids)} item ids for {len(codes)} rows of codes")
         if len({isinstance(i, str) for i in ids}) > 1:
@@ -267,7 +266,7 @@ class Catalog:
         """
         rows = [self.rows_of(history) for history in histories]
         if self.shared is None:
-            return RequestFilter.excluding(self.trie, rows if self.named else histories)  # type: ignore[arg-type]
+            return RequestFilter.excluding(self.trie, rows if self.named else histories)
         allowed = torch.ones(len(rows), len(self), dtype=torch.bool)
         for row, own in enumerate(rows):
             allowed[row, own] = False
@@ -300,7 +299,7 @@ class Catalog:
 
     def take(self, rows: Sequence[int]) -> Catalog:
         """The catalog of some rows, in the given order."""
-        kept: list = [self.item_ids[row] for row in rows]
+        kept: list[Any] = [self.item_ids[row] for row in rows]
         places = torch.tensor(rows, dtype=torch.int64)
         return Catalog(
             self.codes[places], self.codebook_sizes, kept, tokens=self.tokens,
@@ -397,3 +396,8 @@ def _whole(counts: Sequence[int] | np.ndarray | Tensor) -> Tensor:
     if whole is None or not torch.equal(whole.to(given.dtype), given) or bool((whole < 0).any()):
         raise UserError("counts must be integers from 0 on, one per item")
     return whole
+
+
+def as_list(values: Sequence[Any] | np.ndarray | Tensor) -> list[Any]:
+    """The values as Python numbers or strings."""
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)

@@ -238,7 +238,7 @@ def _unpacked(path: Path, table: pl.DataFrame, chosen: list[str]) -> tuple[pl.Da
     column = table[chosen[0]]
     if len(chosen) > 1 or not isinstance(column.dtype, pl.List | pl.Array):
         return table, chosen
-    lists = column.cast(pl.List(column.dtype.inner))  # type: ignore[union-attr,arg-type]
+    lists = column.cast(pl.List(column.dtype.inner))
     levels = lists.list.len()
     if levels.null_count() or levels.n_unique() > 1 or not levels[0]:
         raise UserError(f"{path}: the lists of {chosen[0]} must have one code per level, all the same number")

@@ -88,6 +88,8 @@ def place_new(
 
 def _colliding(codes: Tensor) -> Tensor:
     """True for the items that share all their codes with another, [N] bool."""
+    inverse: Tensor
+    counts: Tensor
     _, inverse, counts = codes.unique(dim=0, return_inverse=True, return_counts=True)
     return counts[inverse] > 1
 

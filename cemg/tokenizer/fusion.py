@@ -125,4 +125,4 @@ class Fusion(nn.Module):
 
 def _unit(scaled: Tensor) -> Tensor:
     """From a norm of about 1 to components of about 1."""
-    return scaled * scaled.shape[1] ** 0.5
+    return scaled * float(scaled.shape[1] ** 0.5)

@@ -107,7 +107,8 @@ class RQVAE(nn.Module):
 
     def encode(self, items: ItemFeatures) -> Tensor:
         """z [B, Z]."""
-        return self.encoder(self.fusion(items)[0])
+        z: Tensor = self.encoder(self.fusion(items)[0])
+        return z
 
     @torch.no_grad()
     def tokenize(self, items: ItemFeatures) -> tuple[Tensor, Tensor]:
