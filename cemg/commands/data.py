@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import join
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,11 +26,11 @@ from cemg.commands.sources import (
     SeparatorOption,
     one_source,
 )
-from cemg.data.dataset import Dataset
-from cemg.data.filter import Duplicates, Ties
-from cemg.data.readers import ColumnNames, Format, read_dataset
-from cemg.data.synthetic import synthetic_dataset
+from cemg.data.choices import Duplicates, Format, Ties
 from cemg.errors import UserError
+
+if TYPE_CHECKING:
+    from cemg.data import Dataset
 from cemg.storage import files
 
 app = command.command_line(
@@ -94,6 +94,8 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the number of users, items and interactions, the average history length and the sparsity."""
+    from cemg.data.readers import ColumnNames, read_dataset
+
     source = one_source(path, interactions, option="the argument")
     if source is None:
         raise UserError(
@@ -149,6 +151,8 @@ def prepare(
     force: ForceOption = False,
 ) -> None:
     """Read any format, filter the interactions, sort them by time, and write a folder of Parquet files."""
+    from cemg.data.readers import ColumnNames, read_dataset
+
     source, out = _source_and_out(paths, interactions)
     _check_output(out, force=force, source=source)
     data = read_dataset(
@@ -187,6 +191,8 @@ def synthetic(
     force: ForceOption = False,
 ) -> None:
     """Generate the synthetic dataset: pictures, texts and purchases drawn by fixed rules."""
+    from cemg.data import synthetic_dataset
+
     _check_output(out, force=force)
     with _renamed_when_complete(out) as folder:
         drawn = synthetic_dataset(folder, users=users, items=items, seed=seed)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import polars as pl
 
+from cemg.data.choices import DUPLICATES, TIES
 from cemg.errors import UserError
-
-Ties = Literal["source", "shuffle"]
-Duplicates = Literal["keep", "first", "last"]
-TIES: tuple[str, ...] = get_args(Ties)
-DUPLICATES: tuple[str, ...] = get_args(Duplicates)
 
 
 def k_core(interactions: pl.DataFrame, min_count: int) -> pl.DataFrame:

@@ -15,7 +15,7 @@ COMMANDS = {
     "train": train, "recommend": recommend, "evaluate": evaluate, "catalog": catalog, "data": data,
     "doctor": doctor,
 }  # fmt: skip
-SLOW = ("torch", "transformers", "sklearn", "matplotlib", "scipy")  # seconds of importing
+SLOW = ("torch", "transformers", "sklearn", "matplotlib", "scipy", "polars", "pydantic")  # slow to import
 
 
 @pytest.mark.parametrize("name", COMMANDS)

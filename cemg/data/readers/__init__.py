@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, get_args
 
+from cemg.data.choices import FORMATS, Format
 from cemg.data.dataset import Dataset
 from cemg.data.readers.amazon import read_amazon
 from cemg.data.readers.columns import ColumnNames
@@ -20,22 +20,6 @@ from cemg.data.readers.table_sets import read_table_set
 from cemg.data.readers.textfile import check_encoding
 from cemg.data.readers.yelp import read_yelp
 from cemg.errors import UserError
-
-Format = Literal[
-    "auto",
-    "prepared",
-    "sequence",
-    "amazon-2014",
-    "amazon-2018",
-    "amazon-2023",
-    "yelp",
-    "movielens",
-    "recbole",
-    "inter-json",
-    "csv",
-    "parquet",
-]
-FORMATS: tuple[str, ...] = get_args(Format)
 
 __all__ = ["FORMATS", "ColumnNames", "Format", "check_encoding", "detect_format", "read_dataset"]
 

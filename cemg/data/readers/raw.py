@@ -9,16 +9,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from cemg.data.choices import DUPLICATES, TIES
 from cemg.data.dataset import Dataset
-from cemg.data.filter import (
-    DUPLICATES,
-    TIES,
-    exact_duplicates,
-    in_time_order,
-    k_core,
-    tie_rule,
-    without_repeats,
-)
+from cemg.data.filter import exact_duplicates, in_time_order, k_core, tie_rule, without_repeats
 from cemg.data.readers.pictures import image_paths
 from cemg.data.readers.values import canonical, other_forms
 from cemg.errors import UserError

@@ -1,0 +1,28 @@
+"""The values that the options of the readers accept.
+
+The commands list them in ``--help``, so this module imports no library.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Format = Literal[
+    "auto",
+    "prepared",
+    "sequence",
+    "amazon-2014",
+    "amazon-2018",
+    "amazon-2023",
+    "yelp",
+    "movielens",
+    "recbole",
+    "inter-json",
+    "csv",
+    "parquet",
+]
+Ties = Literal["source", "shuffle"]
+Duplicates = Literal["keep", "first", "last"]
+FORMATS: tuple[str, ...] = get_args(Format)
+TIES: tuple[str, ...] = get_args(Ties)
+DUPLICATES: tuple[str, ...] = get_args(Duplicates)
