@@ -1,4 +1,4 @@
-"""One place of the latency grid: the model's shape, the catalog, and by arithmetic memory and floor."""
+"""One cell of the latency grid: model, catalog, and by arithmetic the memory and the time it needs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 import transformers
 from torch import Tensor
 
+from cemg.decoding import Normalize
 from cemg.tokenizer import Catalog
 
 MEMORY_LIMIT = 20 * 2**30
 MEMINFO = Path("/proc/meminfo")  # Linux
-ITEMS = 12_101  # of a catalog where nothing else is said: Beauty's
-SPECIAL = 3  # tokens before the text of a model that has none
+ITEMS = 12_101  # the default catalog size, that of Amazon Beauty
+SPECIAL = 3  # special tokens of a model without text
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """B users of ``history`` items each, W beams, N items of ``levels`` codes."""
+    """``batch`` users with ``history`` items each, ``beams`` beams, ``items`` items of ``levels`` codes."""
 
     model: str
     batch: int
@@ -32,14 +33,14 @@ class Cell:
     items: int = ITEMS
     levels: int = 4
     codes: int = 256
-    normalize: str = "vocab"
+    normalize: Normalize = "vocab"
     device: str = "cpu"
     dtype: str = "float32"
     label: str = ""
 
     @property
     def prompt(self) -> int:
-        """Tokens of a prompt."""
+        """Tokens per prompt."""
         return self.history * self.levels
 
     def name(self) -> str:
@@ -51,30 +52,33 @@ class Cell:
 
     @property
     def config(self) -> Any:
-        """The model's, of ``transformers``."""
+        """The model's configuration in ``transformers``."""
         return MODELS[self.model].config(self.levels * self.codes)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight."""
-        return getattr(torch, self.dtype).itemsize
+        """Bytes per weight."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype.itemsize
 
 
 class Skip(Exception):
-    """This engine cannot serve this cell, for this reason."""
+    """An engine cannot serve a cell; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model with random weights: how many tokens come before the codes, its family, its configuration."""
+    """A model with random weights; ``text_tokens`` come before the code tokens."""
 
-    text: int
+    text_tokens: int
     seq2seq: bool
     config: Callable[[int], Any]
 
     def build(self, codes: int) -> Any:
-        """The model, with ``codes`` tokens after its text."""
-        family = transformers.AutoModelForSeq2SeqLM if self.seq2seq else transformers.AutoModelForCausalLM
+        """The model with ``codes`` code tokens."""
+        family: Any = (
+            transformers.AutoModelForSeq2SeqLM if self.seq2seq else transformers.AutoModelForCausalLM
+        )
         return family.from_config(self.config(codes))
 
 
@@ -82,7 +86,7 @@ def t5(dim: int, layers: int, heads: int, ff: int, text: int, head: int = 64) ->
     def config(codes: int) -> Any:
         return transformers.T5Config(
             vocab_size=text + codes, d_model=dim, d_kv=head, d_ff=ff, num_layers=layers, num_heads=heads,
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,  # type: ignore[call-arg]  # by keywords
         )  # fmt: skip
 
     return Shape(text, True, config)
@@ -102,28 +106,21 @@ def decoder(
 
 
 MODELS = {
-    "tiger": t5(128, 4, 6, 1024, SPECIAL + 2000),  # its paper: 2,000 user tokens
+    "tiger": t5(128, 4, 6, 1024, SPECIAL + 2000),  # the paper has 2,000 user tokens
     "t5-small": t5(512, 6, 8, 2048, 32_128),
     "t5-base": t5(768, 12, 12, 3072, 32_128),
     "mmgrec": t5(64, 2, 4, 256, SPECIAL, head=16),
     "decoder-4": decoder(transformers.LlamaConfig, 128, 4, 4, 4, 344, SPECIAL),
     "smollm2-135m": decoder(transformers.LlamaConfig, 576, 30, 9, 3, 1536, 49_152),
     "qwen3-0.6b": decoder(
-        transformers.Qwen3Config,
-        1024,
-        28,
-        16,
-        8,
-        3072,
-        151_936,
-        head_dim=128,
+        transformers.Qwen3Config, 1024, 28, 16, 8, 3072, 151_936, head_dim=128,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     ),
-}
+}  # fmt: skip
 
 
 def random_codes(items: int, levels: int, codes: int) -> Tensor:
-    """``items`` different semantic IDs drawn from all of them, with seed 0: [N, levels] int32."""
+    """``items`` distinct semantic IDs, drawn uniformly with seed 0: [N, levels] int32."""
     generator = torch.Generator().manual_seed(0)
     if codes**levels >= 2**62:
         raise Skip(f"{codes} ** {levels} keys do not fit an int64")
@@ -132,10 +129,10 @@ def random_codes(items: int, levels: int, codes: int) -> Tensor:
         more = torch.randint(0, codes**levels, (items + items // 8 + 8,), generator=generator)
         drawn = torch.unique(torch.cat((drawn, more)))
     drawn = drawn[torch.randperm(drawn.numel(), generator=generator)[:items]]
-    found = torch.empty(items, levels, dtype=torch.int32)
+    table = torch.empty(items, levels, dtype=torch.int32)
     for level in range(levels):
-        found[:, level] = drawn // codes ** (levels - 1 - level) % codes
-    return found
+        table[:, level] = drawn // codes ** (levels - 1 - level) % codes
+    return table
 
 
 @lru_cache(maxsize=1)
@@ -146,27 +143,27 @@ def random_catalog(items: int, levels: int, codes: int) -> Catalog:
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """Weights of one layer's matrices, by use, and widths. Norms, biases and embeddings are left out."""
+    """Widths, and sizes of one layer's matrices in weights. Norms, biases and embeddings are left out."""
 
     dim: int
     layers: int
-    queries: int  # width of a token's queries, all heads
-    keys: int  # and of its keys, in groups fewer
+    queries: int  # width of the queries of all heads
+    keys: int  # width of the keys of all key-value heads
     feed_forward: int
 
     @property
-    def projections(self) -> int:
-        """Of self-attention: queries, keys and values."""
+    def qkv(self) -> int:
+        """Weights of the query, key and value projections of self-attention."""
         return self.dim * (self.queries + 2 * self.keys)
 
     @property
-    def rest(self) -> int:
-        """Of self-attention's output and the feed-forward block."""
+    def output_and_feed_forward(self) -> int:
+        """Weights of self-attention's output projection and of the feed-forward block."""
         return self.dim * self.queries + self.feed_forward
 
     @property
-    def cache(self) -> int:
-        """Keys and values of a token, all layers."""
+    def kv_per_token(self) -> int:
+        """Numbers in the KV cache per token, all layers."""
         return 2 * self.keys * self.layers
 
 
@@ -175,31 +172,35 @@ def matrices_of(cell: Cell) -> Matrices:
     if MODELS[cell.model].seq2seq:
         inner = config.num_heads * config.d_kv
         return Matrices(config.d_model, config.num_layers, inner, inner, 2 * config.d_model * config.d_ff)
-    d, head = config.hidden_size, config.head_dim
-    return Matrices(d, config.num_hidden_layers, head * config.num_attention_heads,
-                    head * config.num_key_value_heads, 3 * d * config.intermediate_size)  # fmt: skip
+    dim, head = config.hidden_size, config.head_dim
+    return Matrices(dim, config.num_hidden_layers, head * config.num_attention_heads,
+                    head * config.num_key_value_heads, 3 * dim * config.intermediate_size)  # fmt: skip
 
 
 def needed_bytes(cell: Cell, generate: bool = False) -> int:
-    """What an engine holds at most, by arithmetic; ``check_memory`` asks it before the engine is built.
+    """The most memory an engine holds, by arithmetic; activations are left out.
 
-    Weights twice (as loaded, and as packed for the engine); keys and values of the prompt and of each beam's
-    own codes; float32 logits of all beams over the vocabulary; the catalog while it is drawn: int64 keys
-    drawn, joined, sorted, made unique and shuffled, then codes, trie and ids. ``generate``, that of
-    transformers, holds the prompt's keys and values a beam, not a user, six copies of the logits and the
-    scores of each level, and up to 512 bytes an item in nested dicts. Activations are left out.
+    The sum of: the weights twice (as loaded, and packed for the engine); the KV cache of the prompts and of
+    the beams' codes; float32 logits of all beams over the vocabulary; the catalog while it is drawn (int64
+    keys drawn, joined, sorted, made unique and shuffled, then codes, trie and ids).
+
+    Args:
+        cell: The cell.
+        generate: Whether the engine is ``generate`` of transformers. It holds a prompt's KV cache per beam
+            instead of per user, six copies of the logits, the scores of each level, and for the nested dicts
+            up to 512 bytes per item.
     """
     rows, codes = cell.batch * cell.beams, cell.levels * cell.codes
     with torch.device("meta"):
-        loaded = sum(weight.numel() for weight in MODELS[cell.model].build(codes).parameters())
+        weights: int = sum(weight.numel() for weight in MODELS[cell.model].build(codes).parameters())
     prompts, copies, dicts = (rows, 6 + cell.levels, 512) if generate else (cell.batch, 1, 0)
-    cached = matrices_of(cell).cache * (prompts * cell.prompt + rows * cell.levels)
-    logits = 4 * rows * cell.config.vocab_size * copies
-    return cell.itemsize * (2 * loaded + cached) + logits + cell.items * (64 + 8 * cell.levels + dicts)
+    cached = matrices_of(cell).kv_per_token * (prompts * cell.prompt + rows * cell.levels)
+    logits = 4 * rows * int(cell.config.vocab_size) * copies
+    return cell.itemsize * (2 * weights + cached) + logits + cell.items * (64 + 8 * cell.levels + dicts)
 
 
 def check_memory(cell: Cell, generate: bool = False) -> None:
-    """Skip where the cell would need more than ``MEMORY_LIMIT``, or than is free beside the other engines."""
+    """Raises Skip if the cell needs more than ``MEMORY_LIMIT``, or more than the other engines leave free."""
     needs, free = needed_bytes(cell, generate), free_bytes(cell.device)
     if needs > min(MEMORY_LIMIT, free):
         limit = f"the limit is {MEMORY_LIMIT / 2**30:.0f}, {free / 2**30:.0f} are free"
@@ -207,7 +208,7 @@ def check_memory(cell: Cell, generate: bool = False) -> None:
 
 
 def free_bytes(device: str) -> float:
-    """Of the device's memory; inf where the system does not say."""
+    """Free memory of the device in bytes; inf if the system does not report it."""
     if torch.device(device).type == "cuda":
         return float(torch.cuda.mem_get_info()[0])
     if not MEMINFO.exists():
@@ -216,75 +217,81 @@ def free_bytes(device: str) -> float:
 
 
 def needed_operations(cell: Cell) -> int:
-    """Multiplications and additions that cannot be saved, under "valid" as many as are expected.
+    """Multiplications and additions that no engine can avoid; under "valid" the expected number.
 
-    The prompt once a user, one row a user for the first code, ``late_rows`` for the further ones; of a
-    decoder's last layer, the prompt's last place alone; the head's K columns, or all where it normalises
-    over the vocabulary. Layer 0 of a code is a table, its projections are not counted.
+    One prefill per user, one row per user for the first code, and ``decode_rows`` for the following codes.
+    The last layer of a decoder-only model runs for the last token of the prompt alone. The head computes K
+    columns, or all of them if the softmax runs over the vocabulary. The projections of a code in layer 0 are
+    a table, so they do not count.
     """
-    m, s, late = matrices_of(cell), cell.prompt, late_rows(cell)
-    attention = m.layers * 2 * s * m.queries  # of one row to the whole prompt
-    row = m.layers * (m.projections + m.rest) + attention
+    m, length, late = matrices_of(cell), cell.prompt, decode_rows(cell)
+    attention = m.layers * 2 * length * m.queries  # of one row over the whole prompt
+    row = m.layers * (m.qkv + m.output_and_feed_forward) + attention
     if MODELS[cell.model].seq2seq:
-        across = m.layers * 2 * m.dim * m.queries  # queries and outputs of a row; keys and values of a token
-        prompt = s * (row + across)
-        codes = (1 + late) * (row + across) - late * m.projections
+        cross = m.layers * 2 * m.dim * m.queries  # queries and outputs of a row; keys and values of a token
+        prompt = length * (row + cross)
+        codes = (1 + late) * (row + cross) - late * m.qkv
     else:
-        causal = s * (m.layers * m.projections + attention // 2)
-        prompt = causal + ((m.layers - 1) * s + 1) * m.rest
-        codes = late * (row - m.projections)
+        causal = length * (m.layers * m.qkv + attention // 2)
+        prompt = causal + ((m.layers - 1) * length + 1) * m.output_and_feed_forward
+        codes = late * (row - m.qkv)
     return round(2 * cell.batch * (prompt + codes + (1 + late) * m.dim * head_columns(cell)))
 
 
-def sole(cell: Cell, level: int) -> float:
-    """The share of prefixes of ``level`` codes with one item below them, expected of a random catalog.
+def single_item_share(cell: Cell, level: int) -> float:
+    """The expected share of prefixes of ``level`` codes with exactly one item, in a random catalog.
 
-    The items below a prefix are about Poisson with mean N / K^level, given that there is one.
+    The number of items below a prefix is about Poisson with mean N / K^level, given that it is not 0.
     """
-    mean = cell.items / cell.codes**level
+    mean: float = cell.items / cell.codes**level
     return mean * math.exp(-mean) / -math.expm1(-mean)
 
 
-def late_rows(cell: Cell) -> float:
-    """Beams of a user, all levels after the first together, for which the model has to run.
+def decode_rows(cell: Cell) -> float:
+    """Beams per user for which the model has to run after the first code, summed over the levels.
 
-    All of them; under "valid", where what follows a prefix of one item is certain, as many as are expected
-    of beams near uniform, which choose among the prefixes that there are.
+    Under "valid", a prefix with one item needs no model: its continuation has log-probability 0. The number
+    is then the expected one, for beams that choose uniformly among the existing prefixes.
     """
-    prefixes = [min(cell.beams, cell.codes**level) for level in range(1, cell.levels)]
+    prefixes: list[int] = [min(cell.beams, cell.codes**level) for level in range(1, cell.levels)]
     if cell.normalize != "valid":
         return sum(prefixes)
-    return sum(rows * (1 - sole(cell, level)) for level, rows in enumerate(prefixes, 1))
+    return sum(rows * (1 - single_item_share(cell, level)) for level, rows in enumerate(prefixes, 1))
 
 
-def late_passes(cell: Cell) -> float:
-    """Levels after the first at which any beam of the batch needs the model, expected as in ``late_rows``."""
+def decode_steps(cell: Cell) -> float:
+    """Levels after the first at which a beam of the batch needs the model; expected as in ``decode_rows``."""
     if cell.normalize != "valid":
         return cell.levels - 1
-    rows = [cell.batch * min(cell.beams, cell.codes**level) for level in range(1, cell.levels)]
-    return sum(1 - sole(cell, level) ** count for level, count in enumerate(rows, 1))
+    rows: list[int] = [cell.batch * min(cell.beams, cell.codes**level) for level in range(1, cell.levels)]
+    return sum(1 - single_item_share(cell, level) ** count for level, count in enumerate(rows, 1))
 
 
 def read_bytes(cell: Cell, cache: float) -> int:
-    """Bytes a search has to read: the weights and the prompt's keys and values once, and by each pass after
-    the first what of the decoder's does not fit a last cache of ``cache`` bytes."""
+    """Bytes that a search has to read from memory.
+
+    The weights and the prompt's KV cache once; and at each decode step the part of the decoder's weights and
+    of the KV cache that does not fit into a last-level cache of ``cache`` bytes.
+    """
     m = matrices_of(cell)
-    layers = m.layers * (m.projections + m.rest)
-    across = m.layers * 2 * m.dim * m.queries
+    layers = m.layers * (m.qkv + m.output_and_feed_forward)
+    cross = m.layers * 2 * m.dim * m.queries
     seq2seq = MODELS[cell.model].seq2seq
-    once = layers + across if seq2seq else m.projections
-    again = layers - m.projections + (across if seq2seq else 0) + m.dim * head_columns(cell)
-    again = cell.itemsize * (again + cell.batch * cell.prompt * m.cache)
-    beyond = max(0.0, again - cache)
-    return round(cell.itemsize * once + again + late_passes(cell) * beyond)
+    read_once = layers + cross if seq2seq else m.qkv
+    per_step = layers - m.qkv + (cross if seq2seq else 0) + m.dim * head_columns(cell)
+    per_step = cell.itemsize * (per_step + cell.batch * cell.prompt * m.kv_per_token)
+    not_cached = max(0.0, per_step - cache)
+    return round(cell.itemsize * read_once + per_step + decode_steps(cell) * not_cached)
 
 
 def head_columns(cell: Cell) -> int:
     """Columns of the head that a step has to multiply."""
-    return cell.config.vocab_size if cell.normalize == "vocab" else cell.codes
+    return int(cell.config.vocab_size) if cell.normalize == "vocab" else cell.codes
 
 
 def floor_ms(cell: Cell, flops: float, bandwidth: float, cache: float) -> float:
-    """The least time for this cell: its operations at the measured matrix rate or its bytes at the measured
-    bandwidth, whichever takes longer."""
+    """The least time for this cell, in milliseconds.
+
+    The longer of its operations at the measured matrix rate and its bytes at the measured bandwidth.
+    """
     return max(needed_operations(cell) / flops, read_bytes(cell, cache) / bandwidth) * 1e3

@@ -1,12 +1,12 @@
-"""Latency of one recommendation batch: our engine and its peers, in one run, each in a process of its own.
+"""Latency of one batch of recommendations: our engine and its peers, each in a process of its own.
 
     python bench/latency.py                    # four to five minutes on two CPU cores
-    python bench/latency.py --full             # the whole grid; some two hours on two CPU cores
-    python bench/latency.py --full --resume    # what is left of it
+    python bench/latency.py --full             # the whole grid: about two hours on two CPU cores
+    python bench/latency.py --full --resume    # the rest of an interrupted run
     python bench/latency.py --profile runs/profile --models tiger
 
-Weights are random (seed 0): their beams are near-uniform, which costs as much as trained ones. A peer that
-is not installed, cannot serve a cell or is not asked there is listed with the reason, and so are we.
+Weights are random (seed 0). Their beams are nearly uniform; a search with trained weights costs the same. An
+engine that is not installed, cannot serve a cell or is left out gets a row with the reason; so does ours.
 """
 
 from __future__ import annotations
@@ -20,64 +20,66 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
 import torch
 from cells import ITEMS, MODELS, Cell, floor_ms, read_bytes
-from engines import ANSWER, ENGINES, as_request
+from engines import ENGINES, REPLY, prepare_request
 from harness import (
-    NOT_ASKED,
+    NOT_RUN,
     Report,
     Times,
-    apart,
-    arguments,
+    apply_options,
     copy_bandwidth,
+    format_columns,
     gemm_rate,
-    in_columns,
-    last_cache,
+    last_level_cache,
     machine,
-    start,
+    make_parser,
+    separated,
 )
 
-PATIENCE_S = 120.0  # a search that takes longer ends the engine's part in this cell
-PREPARE_S = 300.0  # reading libraries, building the model and the catalog
-LONG_MS = 10e3  # of a first search on a CPU: what it warms up is little of it, and it is a sample
-MOST_LOGIT = 8  # of the random models here
+SEARCH_TIMEOUT_S = 120.0  # an engine whose search takes longer is stopped and skips the cell
+PREPARE_TIMEOUT_S = 300.0  # for imports, the model and the catalog
+LONG_MS = 10e3  # a first search on a CPU that takes longer counts as a sample: its warm-up is a small part
+MAX_LOGIT = 8  # of the random models here
 TOO_LONG = "over "  # begins the reason of an engine that was stopped
-NOTHING = "nothing: no constrained peer ran"
-ALIKE = ("engines", "full", "normalize", "dtype", "rounds", "seconds", "threads")  # of a run that goes on
+NOT_COMPARED = "nothing: no constrained peer ran"
+RESUME_OPTIONS = ("engines", "full", "normalize", "dtype", "rounds", "seconds", "threads")  # must not change
 
 
 class Worker:
-    """An engine in a process of its own; started anew after it was stopped."""
+    """An engine in a process of its own; it restarts after it was stopped."""
 
     def __init__(self, engine: str, threads: int) -> None:
         self.engine, self.threads = engine, threads
         self.process: subprocess.Popen[str] | None = None
         self.lines: Queue[str | None] = Queue()
 
-    def ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
-        """The answer, or {"skip": reason} where the process fails or takes longer than ``patience`` s."""
+    def request(self, content: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """The reply, or {"skip": reason} if the process fails or needs more than ``timeout`` seconds."""
         if self.process is None:
             self._start()
         process = self.process
         assert process is not None and process.stdin is not None
         try:
-            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.write(json.dumps(content) + "\n")
             process.stdin.flush()
-            line = self.lines.get(timeout=patience)
+            line = self.lines.get(timeout=timeout)
         except BrokenPipeError:
             line = None
         except Empty:
             self.stop()
-            return {"skip": f"{TOO_LONG}{patience:.0f} s"}
+            return {"skip": f"{TOO_LONG}{timeout:.0f} s"}
         if line is None:
             code = process.wait()
             self.stop()
             return {"skip": f"its process ended with code {code}"}
-        return json.loads(line)
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
     def _start(self) -> None:
         script = Path(__file__).with_name("engines.py")
@@ -92,12 +94,12 @@ class Worker:
     def _read(process: subprocess.Popen[str], lines: Queue[str | None]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith(ANSWER):
-                lines.put(line[len(ANSWER) :])
+            if line.startswith(REPLY):
+                lines.put(line[len(REPLY) :])
         lines.put(None)
 
     def stop(self) -> None:
-        """End the process; the next request starts another."""
+        """Ends the process; the next request starts another one."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -105,15 +107,15 @@ class Worker:
 
 
 def models_of(options: argparse.Namespace, on_gpu: bool) -> list[str]:
-    """Those asked for, or the grid's: flashrec's own family on a GPU alone, where flashrec runs."""
+    """The models of --models, or those of the grid; Qwen3 is for flashrec, which runs on a GPU only."""
     if options.models:
-        return options.models
+        return list(options.models)
     left_out = {"mmgrec", *(() if options.full else ("t5-base",)), *(() if on_gpu else ("qwen3-0.6b",))}
     return [name for name in MODELS if name not in left_out]
 
 
 def default_grid(models: list[str]) -> Iterator[Cell]:
-    """What five minutes on two cores hold."""
+    """Cells that take about five minutes on two cores."""
     for model in models:
         small = model in ("tiger", "decoder-4")
         if model == "smollm2-135m":
@@ -127,7 +129,7 @@ def default_grid(models: list[str]) -> Iterator[Cell]:
 
 
 def full_grid(models: list[str], on_gpu: bool) -> Iterator[Cell]:
-    """Every model, batch, width, history and catalog size, one thing varied at a time from B = 1, W = 50."""
+    """For every model, one thing varied at a time from B = 1 and W = 50: batch and beams, history, items."""
     for model in models:
         base = Cell(model, 1, 50)
         yield base
@@ -139,18 +141,20 @@ def full_grid(models: list[str], on_gpu: bool) -> Iterator[Cell]:
 
 
 RQ3 = "RQ3 "  # begins the label of a cell of this table
-CONSTRAINED, FREE = "transformers + dict trie", "transformers, unconstrained"
-PUBLISHED = {"CEMG": CONSTRAINED, "LETTER": CONSTRAINED, "TIGER": FREE, "MMGRec": FREE}  # the method's search
-SAME_SEARCH = (CONSTRAINED, "transformers + our processor", "vLLM + our trie")  # their scores equal ours
-GENERATE = (CONSTRAINED, "transformers + our processor", FREE)  # of like cost
+DICT_TRIE, UNCONSTRAINED = "transformers + dict trie", "transformers, unconstrained"
+PUBLISHED = {  # the search that each method was published with
+    "CEMG": DICT_TRIE, "LETTER": DICT_TRIE, "TIGER": UNCONSTRAINED, "MMGRec": UNCONSTRAINED,
+}  # fmt: skip
+SAME_SEARCH = (DICT_TRIE, "transformers + our processor", "vLLM + our trie")  # their scores equal ours
+GENERATE = (DICT_TRIE, "transformers + our processor", UNCONSTRAINED)  # these cost about the same
 
 
 def rq3_grid() -> Iterator[Cell]:
-    """The methods of the paper's RQ3 by the shape of their decoding.
+    """The methods of RQ3 in the paper, by the shape of their search. Prompts hold 20 items.
 
-    CEMG and LETTER: 4 codes of 256 under a trie, the same shape. TIGER: 3 codes and one that tells equal ones
-    apart, beams free. MMGRec: 3 codes of 128 and one that tells equal ones apart, a smaller model, 10 beams,
-    free. Prompts hold 20 items in each; a free beam may name no item at all.
+    CEMG and LETTER: 4 codes of 256 under a trie, the same shape. TIGER: 3 codes and one to separate equal
+    semantic IDs, unconstrained. MMGRec: 3 codes of 128 and one to separate equal semantic IDs, a smaller
+    model, 10 beams, unconstrained. An unconstrained beam may not be an item.
     """
     for batch in (1, 8):
         for method in ("CEMG", "LETTER", "TIGER"):
@@ -158,37 +162,37 @@ def rq3_grid() -> Iterator[Cell]:
         yield Cell("mmgrec", batch, 10, codes=128, label=f"{RQ3}MMGRec: ")
 
 
-def not_asked(cell: Cell, peer: str, full: bool) -> str:
-    """Why a peer is left out of this cell; empty where it is asked.
+def skip_reason(cell: Cell, peer: str, full: bool) -> str:
+    """Why a peer is left out of this cell; empty if it runs.
 
-    RQ3 has the search that each method is published with. Of catalogs apart from the default size, --full
-    asks the peers that search one; to the others its size is nothing.
+    In RQ3, each method runs with its published search. The catalog size matters only to peers that use the
+    catalog, and they run at sizes besides the default one only with --full.
     """
     if cell.label:
         published = PUBLISHED[cell.label.removeprefix(RQ3).removesuffix(": ")]
-        return "" if peer == published else f"{NOT_ASKED}not the method's published search"
+        return "" if peer == published else f"{NOT_RUN}not the published search of the method"
     if cell.items == ITEMS or (full and "unconstrained" not in peer):
         return ""
-    return NOT_ASKED + ("it knows no catalog" if "unconstrained" in peer else "--full asks it")
+    return NOT_RUN + ("it does not use the catalog" if "unconstrained" in peer else "needs --full")
 
 
 def rq3_table(report: Report) -> str:
-    """The methods as published, on ``transformers``, and the same shapes on our engine."""
+    """The methods with their published search, on ``transformers``, and the same shapes on our engine."""
     lines = [
         f"{'RQ3, one batch':34}{'published search':>30}{'its ms':>10}{'its illegal':>13}{'CEMG engine':>13}"
     ]
     for row in report.rows:
-        if row["case"].startswith(RQ3) and not row["status"].startswith(NOT_ASKED):
+        if row["case"].startswith(RQ3) and not row["status"].startswith(NOT_RUN):
             method, illegal = row["case"][len(RQ3) :], row.get("peer_illegal", "")
             theirs = "skipped" if row["peer_p50_ms"] is None else f"{row['peer_p50_ms']:.1f}"
             ours = "skipped" if row["p50_ms"] is None else f"{row['p50_ms']:.1f}"
             lines.append(f"{method:34}{row['peer']:>30}{theirs:>10}{illegal:>13}{ours:>13}")
-    lines.append("LETTER's shape is CEMG's own at 4 codes of 256: the difference between them is noise.")
+    lines.append("LETTER and CEMG have the same shape, 4 codes of 256: any difference between them is noise.")
     return "\n".join(lines)
 
 
 def cell_table(report: Report) -> str:
-    """Our engine, a line a cell; percentiles above the median from 100 samples on."""
+    """Our engine, one line per cell; p95 and p99 need at least 100 samples."""
     head = ("case", "p50 ms", "p95", "p99", "users/s", "floor ms", "encoder", "decoder", "selection", "other",
             "MiB", "illegal")  # fmt: skip
     lines = [head]
@@ -201,87 +205,91 @@ def cell_table(report: Report) -> str:
         memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         lines.append((row["case"], f"{row['p50_ms']:.1f}", *high, f"{row['users_per_second']:.0f}",
                       f"{row['floor_ms']:.1f}", *parts, memory, str(row["illegal"])))  # fmt: skip
-    return in_columns(lines)
+    return format_columns(lines)
 
 
 def run_cell(cell: Cell, workers: dict[str, Worker], rounds: int, seconds: float) -> dict[str, Any]:
-    """Prepare every engine, then let them take turns. Times, reasons, equality, illegal items, memory."""
+    """Prepares every engine, then times them in turns.
+
+    Returns, by engine: "times", "reasons" of those that were skipped, the "first" results with the number of
+    illegal items, and the peak "memory".
+    """
     times: dict[str, list[float]] = {}
     reasons: dict[str, str] = {}
     first: dict[str, dict[str, Any]] = {}
     for name, worker in workers.items():
         slow = [other for other in GENERATE if reasons.get(other, "").startswith(TOO_LONG)]
         if name in GENERATE and slow:
-            reasons[name] = f"{NOT_ASKED}{slow[0]}, the same generate(), took {reasons[slow[0]]}"
+            reasons[name] = f"{NOT_RUN}{slow[0]}, the same generate(), took {reasons[slow[0]]}"
             continue
-        found = worker.ask(as_request(cell), PREPARE_S)
-        if "skip" not in found:
-            found = worker.ask({"do": "first"}, PATIENCE_S)
-        if "skip" in found:
-            reasons[name] = found["skip"]
+        reply = worker.request(prepare_request(cell), PREPARE_TIMEOUT_S)
+        if "skip" not in reply:
+            reply = worker.request({"do": "first"}, SEARCH_TIMEOUT_S)
+        if "skip" in reply:
+            reasons[name] = reply["skip"]
         else:
-            first[name] = found
-            times[name] = [found["ms"]] if found["ms"] > LONG_MS and cell.device == "cpu" else []
+            first[name] = reply
+            times[name] = [reply["ms"]] if reply["ms"] > LONG_MS and cell.device == "cpu" else []
     for _ in range(rounds):
         for name in [name for name in times if name not in reasons]:
             if times[name] and sum(times[name]) > seconds * 1e3:
                 continue
-            found = workers[name].ask({"do": "sample"}, PATIENCE_S)
-            if "skip" in found:
-                reasons[name] = found["skip"]
+            reply = workers[name].request({"do": "sample"}, SEARCH_TIMEOUT_S)
+            if "skip" in reply:
+                reasons[name] = reply["skip"]
             else:
-                times[name].append(found["ms"])
+                times[name].append(reply["ms"])
     memory = {
-        name: workers[name].ask({"do": "memory"}, 30).get("mib") for name in times if name not in reasons
+        name: workers[name].request({"do": "memory"}, 30).get("mib") for name in times if name not in reasons
     }
     taken = {name: Times(tuple(samples)) for name, samples in times.items() if samples}
     return {"times": taken, "reasons": reasons, "first": first, "memory": memory}
 
 
 def tolerance(cell: Cell) -> float:
-    """How far two engines' scores of one list may lie apart.
+    """The largest difference of two engines' scores for the same list.
 
-    float32: 1e-4. Narrower: each of a score's ``levels`` logits is rounded once by each engine, and what
-    comes before it differs by as much; a logit is taken to be no larger than MOST_LOGIT.
+    float32: 1e-4. Narrower types: each engine rounds each of the ``levels`` logits of a score once, and the
+    hidden states before it cause an error of the same size. Logits are at most MAX_LOGIT.
     """
     if cell.dtype == "float32":
         return 1e-4
-    return 2 * cell.levels * MOST_LOGIT * torch.finfo(getattr(torch, cell.dtype)).eps
+    dtype: torch.dtype = getattr(torch, cell.dtype)
+    return 2 * cell.levels * MAX_LOGIT * torch.finfo(dtype).eps
 
 
 def compare(cell: Cell, first: dict[str, dict[str, Any]]) -> str:
-    """What our lists were compared with, and how closely; raises SystemExit where they differ.
+    """Compares our lists with those of the peers that run the same search; returns with which, how closely.
 
-    Scores in order, and the codes of each beam whose score lies apart from its neighbours' by more than both
-    could err.
+    The scores in order, and the codes of each beam whose score differs from its neighbors' by more than both
+    engines may err. Raises SystemExit if the lists differ.
     """
     allowed, equal = tolerance(cell), []
     for peer in SAME_SEARCH:
         if peer not in first or "cemg" not in first:
             continue
-        mine, other = (torch.tensor(first[name]["scores"]) for name in ("cemg", peer))
-        codes, others = (torch.tensor(first[name]["codes"]) for name in ("cemg", peer))
-        (mine, order), (other, places) = mine.sort(descending=True), other.sort(descending=True)
-        worst = float((mine - other).abs().max())
-        alone = apart(mine, 2 * allowed)
-        same = (rows_of(codes, order) == rows_of(others, places)).all(2)
-        other_codes = int((~same & alone).sum())
-        if worst > allowed or other_codes:
+        ours, theirs = (torch.tensor(first[name]["scores"]) for name in ("cemg", peer))
+        codes, their_codes = (torch.tensor(first[name]["codes"]) for name in ("cemg", peer))
+        (ours, order), (theirs, their_order) = ours.sort(descending=True), theirs.sort(descending=True)
+        worst = float((ours - theirs).abs().max())
+        same = (reordered(codes, order) == reordered(their_codes, their_order)).all(2)
+        different = int((~same & separated(ours, 2 * allowed)).sum())
+        if worst > allowed or different:
             raise SystemExit(
-                f"our lists differ from {peer}'s: scores by {worst:.1e}, {other_codes} codes, ties aside; "
-                "run pytest tests/decoding"
+                f"our lists differ from those of {peer}: scores by {worst:.1e}, {different} codes apart from "
+                "ties; run pytest tests/decoding"
             )
         equal.append(f"{peer} (worst {worst:.0e})")
-    return f"{', '.join(equal)}: scores within {allowed:.0e}, codes" if equal else NOTHING
+    return f"{', '.join(equal)}: scores within {allowed:.0e}, codes" if equal else NOT_COMPARED
 
 
-def rows_of(codes: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def reordered(codes: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """``codes`` [B, W, levels] in the ``order`` [B, W] of each user."""
     return codes.gather(1, order[..., None].expand_as(codes))
 
 
 def latency_plot(report: Report, path: Path) -> None:
-    """Two panels: medians a cell and engine, and our latency over the catalog's size."""
+    """Draws two panels: medians per cell and engine, and our latency by catalog size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -299,19 +307,20 @@ def latency_plot(report: Report, path: Path) -> None:
     width = 0.85 / len(names)
     for i, (name, medians) in enumerate(names.items()):
         shown = [cell for cell in cells if cell in medians]
-        places = [cells.index(cell) - 0.425 + (i + 0.5) * width for cell in shown]
-        left.bar(places, [medians[cell] for cell in shown], width, label=name)
+        positions = [cells.index(cell) - 0.425 + (i + 0.5) * width for cell in shown]
+        left.bar(positions, [medians[cell] for cell in shown], width, label=name)
     floors = {row["case"]: row["floor_ms"] for row in rows}
     for i, cell in enumerate(cells):
         left.hlines(floors[cell], i - 0.45, i + 0.45, colors="black", linestyles="dashed",
-                    label="floor of this machine" if i == 0 else None)  # fmt: skip
-    left.set(yscale="log", ylabel="milliseconds a batch, median")
+                    label="floor of this machine" if i == 0 else "")  # fmt: skip
+    left.set(yscale="log", ylabel="milliseconds per batch, median")
     left.set_xticks(range(len(cells)), cells, rotation=12)
     left.set_ylim(top=12 * max(max(medians.values(), default=1.0) for medians in names.values()))
     left.legend(fontsize=7, ncols=2, loc="upper left")
     for model in dict.fromkeys(row["case"].split()[0] for row in sized):
-        own = {row["case"]: row["p50_ms"] for row in sized if row["case"].startswith(model)}
-        right.plot([float(case.split(" N")[1]) for case in own], list(own.values()), "o-", label=model)
+        medians = {row["case"]: row["p50_ms"] for row in sized if row["case"].startswith(model)}
+        sizes = [float(case.split(" N")[1]) for case in medians]
+        right.plot(sizes, list(medians.values()), "o-", label=model)
     right.set(xscale="log", xlabel="items in the catalog", ylabel="CEMG, milliseconds", ylim=(0, None))
     if sized:
         right.legend(fontsize=7)
@@ -323,31 +332,19 @@ def latency_plot(report: Report, path: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0], rounds=100, seconds=0.7)
-    parser.set_defaults(json=Path("runs/latency.json"), plot=Path("runs/latency.png"))
-    parser.add_argument("--full", action="store_true", help="the whole grid, T5-base included")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep the cells that --json has, measure the rest"
-    )
-    parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="only these, and always cemg")
-    parser.add_argument("--cells", default="", help='only cells whose name has this pattern, as "B1 W50$"')
-    parser.add_argument("--normalize", choices=("vocab", "level", "valid"), default="vocab")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--profile", type=Path, help="write a Chrome trace a cell into this folder")
-    options = parser.parse_args()
-    device = start(options)
+    options = parse_options()
+    device = apply_options(options)
     models = models_of(options, device.type == "cuda")
-    cells = full_grid(models, device.type == "cuda") if options.full else default_grid(models)
-    cells = [*cells, *([] if options.models else rq3_grid())]
+    grid = full_grid(models, device.type == "cuda") if options.full else default_grid(models)
+    grid = chain(grid, () if options.models else rq3_grid())
     cells = [replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
-             for cell in cells if re.search(options.cells, cell.name())]  # fmt: skip
+             for cell in grid if re.search(options.cells, cell.name())]  # fmt: skip
     report = Report("latency", options, device)
-    done = report.take_up(ALIKE) if options.resume else set()
+    done = report.resume(RESUME_OPTIONS) if options.resume else set()
     names = ["cemg", *(name for name in options.engines or ENGINES if name != "cemg")]
     dtypes = {torch.float32, getattr(torch, options.dtype)}  # a CPU may be slow at the narrower one
     flops, bandwidth = max(gemm_rate(device, dtype) for dtype in dtypes), copy_bandwidth(device)
-    cache = last_cache(device)
+    cache = last_level_cache(device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"matrix product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; random weights")
     workers = {name: Worker(name, torch.get_num_threads()) for name in names}
@@ -358,53 +355,68 @@ def main() -> None:
                 floor, nbytes = floor_ms(cell, flops, bandwidth, cache), read_bytes(cell, cache)
                 one_cell(cell, workers, report, floor, nbytes)
     except KeyboardInterrupt:
-        print("interrupted: --resume goes on; what was measured so far follows")
+        print("interrupted; --resume continues. The results so far:")
     finally:
         for worker in workers.values():
             worker.stop()
     print(report.table())
-    print(f"\nThe engine itself\n{cell_table(report)}")
+    print(f"\nOur engine\n{cell_table(report)}")
     if not options.models:
         print(rq3_table(report))
     latency_plot(report, options.plot)
     print(f"{time.monotonic() - report.begun:.0f} s; rows in {options.json}, plot in {options.plot}")
 
 
+def parse_options() -> argparse.Namespace:
+    parser = make_parser(__doc__, rounds=100, seconds=0.7)
+    parser.set_defaults(json=Path("runs/latency.json"), plot=Path("runs/latency.png"))
+    parser.add_argument("--full", action="store_true", help="run the whole grid, including T5-base")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cells in the --json file and measure the rest"
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="run these models only")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="run cemg and these engines only")
+    parser.add_argument(
+        "--cells", default="", help='run only cells whose name matches this pattern, e.g. "B1 W50$"'
+    )
+    parser.add_argument("--normalize", choices=("vocab", "level", "valid"), default="vocab")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--profile", type=Path, help="folder to write one Chrome trace per cell to")
+    return parser.parse_args()
+
+
 def one_cell(cell: Cell, workers: dict[str, Worker], report: Report, floor: float, nbytes: int) -> None:
-    """Measure a cell and add its rows: one a peer, whether it ran, could not, or was not asked."""
+    """Measures a cell and adds its rows: one per peer, whether it ran, failed or was left out."""
     options = report.options
-    left_out = {name: not_asked(cell, name, options.full) for name in workers if name != "cemg"}
-    asked = {name: worker for name, worker in workers.items() if not left_out.get(name)}
-    found = run_cell(cell, asked, options.rounds, options.seconds)
+    left_out = {name: skip_reason(cell, name, options.full) for name in workers if name != "cemg"}
+    running = {name: worker for name, worker in workers.items() if not left_out.get(name)}
+    results = run_cell(cell, running, options.rounds, options.seconds)
     peers: dict[str, Times | str] = {
-        name: reason or found["reasons"].get(name) or found["times"].get(name, "nothing measured")
+        name: reason or results["reasons"].get(name) or results["times"].get(name, "nothing measured")
         for name, reason in left_out.items()
     }
-    more: dict[str, Any] = {
-        "normalize": cell.normalize,
-        "dtype": cell.dtype,
-        "weights": "random",
-        "exact": True,
-    }
-    mine = found["times"].get("cemg") or found["reasons"].get("cemg", "nothing measured")
-    if isinstance(mine, Times):
-        parts = workers["cemg"].ask({"do": "parts"}, PATIENCE_S).get("parts", {})
-        more |= {"users_per_second": cell.batch / mine.p50 * 1e3, "parts": parts}
-        more |= {"illegal": found["first"]["cemg"]["illegal"], "peak_mib": found["memory"].get("cemg")}
+    extra: dict[str, Any] = {
+        "normalize": cell.normalize, "dtype": cell.dtype, "weights": "random", "exact": True
+    }  # fmt: skip
+    ours = results["times"].get("cemg") or results["reasons"].get("cemg", "nothing measured")
+    if isinstance(ours, Times):
+        parts = workers["cemg"].request({"do": "parts"}, SEARCH_TIMEOUT_S).get("parts", {})
+        extra |= {"users_per_second": cell.batch / ours.p50 * 1e3, "parts": parts}
+        extra |= {"illegal": results["first"]["cemg"]["illegal"], "peak_mib": results["memory"].get("cemg")}
         shares = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
-        print(f"  {mine.p50:.1f} ms, floor {floor:.1f} ms; {shares}")
+        print(f"  {ours.p50:.1f} ms, floor {floor:.1f} ms; {shares}")
     else:
-        print(f"  cemg: {mine}")
-    if options.profile and isinstance(mine, Times):
+        print(f"  cemg: {ours}")
+    if options.profile and isinstance(ours, Times):
         options.profile.mkdir(parents=True, exist_ok=True)
         path = options.profile / f"{cell.name().replace(' ', '-')}.json"
-        workers["cemg"].ask({"do": "trace", "path": str(path.resolve())}, PATIENCE_S)
-    equal = compare(cell, found["first"])
-    for row in report.add(cell.name(), "cemg", mine, peers, equal, floor, nbytes, **more):
-        if row["peer"] in found["times"]:
-            row["peer_times"] = found["times"][row["peer"]].row()
-            row["peer_illegal"] = found["first"][row["peer"]]["illegal"]
-            row["peer_peak_mib"] = found["memory"].get(row["peer"])
+        workers["cemg"].request({"do": "trace", "path": str(path.resolve())}, SEARCH_TIMEOUT_S)
+    equal = compare(cell, results["first"])
+    for row in report.add(cell.name(), "cemg", ours, peers, equal, floor, nbytes, **extra):
+        if row["peer"] in results["times"]:
+            row["peer_times"] = results["times"][row["peer"]].row()
+            row["peer_illegal"] = results["first"][row["peer"]]["illegal"]
+            row["peer_peak_mib"] = results["memory"].get(row["peer"])
     report.write()
 
 

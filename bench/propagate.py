@@ -2,12 +2,13 @@
 
     python bench/propagate.py [--data data/beauty] [--device cuda] [--json PATH] [--plot PATH]
 
-Drawn edges of the size of two public sets; ``--data`` adds the training edges of a set of one's own. On a GPU
-the other backends are timed too, and bfloat16 tables, within the bound of what these round.
+The edges are random, in the sizes of two public data sets; ``--data`` adds the training edges of another data
+set. On a GPU, all backends are timed, and also bfloat16 tables, checked against their rounding bound.
 
-"floor": the bytes that cannot be saved, at the machine's copy bandwidth. Edges and table are read
-and the table written once; a layer after the first does so with what of them is beyond the last cache; each
-layer gathers again the rows of a table larger than that cache, were the most gathered kept there.
+The floor is the time of the bytes that must be moved, at the measured copy bandwidth: the first layer reads
+the edges and the table and writes the table; each later layer does so for the part that does not fit into the
+last-level cache; and if the table is larger than that cache, each layer gathers rows from memory again, even
+if the cache keeps the rows that are gathered most often.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import Report, Work, arguments, checked, copy_bandwidth, last_cache, optional, start
+from harness import (
+    Report,
+    Work,
+    apply_options,
+    check_peers,
+    copy_bandwidth,
+    last_level_cache,
+    make_parser,
+    missing_packages,
+)
 from torch import Tensor
 
 from cemg_kernels import BipartiteGraph, lightgcn_propagate
@@ -31,7 +41,7 @@ SHAPES = {"Gowalla-shaped": (29_858, 40_981, 1_027_370), "Beauty-shaped": (22_36
 
 
 def draw(users: int, items: int, edges: int) -> tuple[Tensor, Tensor]:
-    """Edges whose items follow a power law, as those of real sets do."""
+    """Random edges whose item popularity follows a power law, like that of real data sets."""
     generator = torch.Generator().manual_seed(0)
     popularity = 1 / torch.arange(1, items + 1).double().pow(0.7)
     chosen = torch.multinomial(popularity, edges, replacement=True, generator=generator)
@@ -39,7 +49,7 @@ def draw(users: int, items: int, edges: int) -> tuple[Tensor, Tensor]:
 
 
 def sparse_matrix(graph: BipartiteGraph) -> Tensor:
-    """The normalised adjacency as torch CSR."""
+    """The normalized adjacency matrix in torch's CSR format."""
     degree = graph.row_ptr.diff()
     row = torch.repeat_interleave(torch.arange(len(degree), device=degree.device), degree)
     values = graph.inv_sqrt_degree[row] * graph.inv_sqrt_degree[graph.neighbours]
@@ -48,6 +58,7 @@ def sparse_matrix(graph: BipartiteGraph) -> Tensor:
 
 
 def mean_of_layers(multiply: Operator, x: Tensor) -> Tensor:
+    """The mean of x and its products, layer by layer."""
     total = layer = x
     for _ in range(LAYERS):
         layer = multiply(layer)
@@ -56,8 +67,8 @@ def mean_of_layers(multiply: Operator, x: Tensor) -> Tensor:
 
 
 def pyg(graph: BipartiteGraph) -> Operator | str:
-    """``LGConv`` of PyG, its default scatter over an edge index."""
-    missing = optional(["torch-geometric"])
+    """``LGConv`` of PyG with its default, a scatter over an edge index."""
+    missing = missing_packages(["torch-geometric"])
     if missing:
         return missing
     from torch_geometric.nn import LGConv
@@ -82,6 +93,7 @@ def bag(graph: BipartiteGraph) -> Operator:
 
 
 def scipy_csr(graph: BipartiteGraph, matrix: Tensor) -> Operator | str:
+    """The CSR product of scipy."""
     if graph.device.type != "cpu":
         return "scipy runs on the CPU only"
     from scipy.sparse import csr_matrix
@@ -97,21 +109,25 @@ def forward(run: Operator, x: Tensor) -> Work:
 
 
 def backward(run: Operator, x: Tensor, gradient: Tensor) -> Callable[[], Tensor]:
-    def once() -> Tensor:
-        own = x.detach().requires_grad_()
-        run(own).backward(gradient)
-        assert own.grad is not None
-        return own.grad
+    """A call that runs forward and backward and returns the gradient of x."""
 
-    return once
+    def gradient_of_x() -> Tensor:
+        leaf = x.detach().requires_grad_()
+        run(leaf).backward(gradient)  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        return leaf.grad
+
+    return gradient_of_x
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0], rounds=9, seconds=15.0)
-    parser.add_argument("--scale", type=float, default=1.0, help="of users, items and edges, for trials")
-    parser.add_argument("--data", type=Path, help="also the edges of this set, as cemg-train --data takes it")
+    parser = make_parser(__doc__, rounds=9, seconds=15.0)
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor of users, items and edges, for trials"
+    )
+    parser.add_argument("--data", type=Path, help="another data set, as for cemg-train --data")
     options = parser.parse_args()
-    device = start(options)
+    device = apply_options(options)
     report = Report("lightgcn_propagate", options, device)
     bandwidth = copy_bandwidth(device)
     for name, shape in SHAPES.items():
@@ -119,7 +135,7 @@ def main() -> None:
         graph = BipartiteGraph.from_edges(*draw(users, items, edges), users, items)
         one_graph(report, name, graph.to(device), bandwidth)
     if options.data:
-        from cemg.data import read_dataset  # polars, which the rest can do without
+        from cemg.data import read_dataset  # imports polars, which nothing else here needs
         from cemg.graph.lightgcn import edges_of
 
         data = read_dataset(options.data)
@@ -129,22 +145,23 @@ def main() -> None:
     report.finish()
 
 
-def unavoidable(graph: BipartiteGraph, row_bytes: int, cache: float) -> int:
-    """Bytes that the layers move between memory and a last cache of ``cache`` bytes: see the module."""
+def floor_bytes(graph: BipartiteGraph, row_bytes: int, cache: float) -> int:
+    """Bytes moved between memory and a last-level cache of ``cache`` bytes; see the top of this file."""
     degree = graph.row_ptr.diff()
-    once = graph.neighbours.nbytes + graph.row_ptr.nbytes + 2 * len(degree) * row_bytes
-    beyond = int(max(0.0, once - cache))
-    kept = int(min(cache / row_bytes, len(degree)))
-    again = (degree.sort(descending=True).values[kept:] - 1).clamp_min(0).sum()
-    return once + (LAYERS - 1) * beyond + LAYERS * int(again) * row_bytes
+    first_layer = graph.neighbours.nbytes + graph.row_ptr.nbytes + 2 * len(degree) * row_bytes
+    not_cached = int(max(0.0, first_layer - cache))
+    cached_rows = int(min(cache / row_bytes, len(degree)))
+    gathered_again = (degree.sort(descending=True).values[cached_rows:] - 1).clamp_min(0).sum()
+    return first_layer + (LAYERS - 1) * not_cached + LAYERS * int(gathered_again) * row_bytes
 
 
 def one_graph(report: Report, name: str, graph: BipartiteGraph, bandwidth: float) -> None:
+    """Times one graph after comparing the outputs and gradients with the float64 reference."""
     device, generator = report.device, torch.Generator().manual_seed(1)
     vertices = graph.num_users + graph.num_items
     x, gradient = (torch.randn(vertices, DIM, generator=generator).to(device) for _ in range(2))
     csr = sparse_matrix(graph)
-    coo = csr.to_sparse_coo().coalesce()
+    coo = csr.to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
     peers: dict[str, Operator | str] = {
         "PyG LGConv": pyg(graph),
         "torch COO": lambda y: mean_of_layers(lambda z: coo @ z, y),
@@ -154,26 +171,29 @@ def one_graph(report: Report, name: str, graph: BipartiteGraph, bandwidth: float
     chosen = dispatch.choose("lightgcn_propagate", device).backend
     backends = {chosen, "torch"} | ({"sparse"} if x.is_cuda else set())
     ours: dict[str, Operator] = {
-        own: partial(lightgcn_propagate, graph, layers=LAYERS, backend=own) for own in sorted(backends)
+        backend: partial(lightgcn_propagate, graph, layers=LAYERS, backend=backend)
+        for backend in sorted(backends)
     }
     if chosen == "triton":
-        ours[BFLOAT16] = partial(ours[chosen], table_dtype=torch.bfloat16)
+        ours[BFLOAT16] = partial(
+            lightgcn_propagate, graph, layers=LAYERS, backend=chosen, table_dtype=torch.bfloat16
+        )
     forward_peers = {**peers, "scipy CSR": scipy_csr(graph, csr)}
     reference = partial(lightgcn_propagate, graph, layers=LAYERS, backend="reference")
-    wanted = reference(x.double()).float()
-    wanted_gradient = backward(reference, x.double(), gradient.double())().float()
-    for own, found in ours.items():
-        for made, given, right in (
-            (found(x), x, wanted),
-            (backward(found, x, gradient)(), gradient, wanted_gradient),
+    expected = reference(x.double()).float()
+    expected_gradient = backward(reference, x.double(), gradient.double())().float()
+    for backend, run in ours.items():
+        for result, operand, right in (
+            (run(x), x, expected),
+            (backward(run, x, gradient)(), gradient, expected_gradient),
         ):
-            rounded = 1.01 * LAYERS * 2**-9 * reference(given.abs()) if own == BFLOAT16 else 0.0
-            if not bool(((made - right).abs() <= 1e-5 + rounded).all()):
-                raise SystemExit(f"{own} differs from the reference: run pytest tests/kernels")
+            rounding = 1.01 * LAYERS * 2**-9 * reference(operand.abs()) if backend == BFLOAT16 else 0.0
+            if not torch.le((result - right).abs(), 1e-5 + rounding).all():
+                raise SystemExit(f"{backend} differs from the reference: run pytest tests/kernels")
     close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
-    forward_peers = checked(forward_peers, lambda run: close(run(x), wanted))
-    peers = checked(peers, lambda run: close(backward(run, x, gradient)(), wanted_gradient))
-    moved = unavoidable(graph, DIM * x.element_size(), last_cache(device))
+    forward_peers = check_peers(forward_peers, lambda run: close(run(x), expected))
+    peers = check_peers(peers, lambda run: close(backward(run, x, gradient)(), expected_gradient))
+    moved = floor_bytes(graph, DIM * x.element_size(), last_level_cache(device))
     floor, gathered = moved / bandwidth * 1e3, LAYERS * len(graph.neighbours) * DIM * x.element_size()
     with torch.no_grad():
         report.case(f"{name}, forward", {b: forward(run, x) for b, run in ours.items()},

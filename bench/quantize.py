@@ -1,4 +1,4 @@
-"""Residual quantization: codes of N rows by M codebooks of K vectors, against what people use for it.
+"""Residual quantization of N rows with M codebooks of K vectors, against the usual implementations.
 
 python bench/quantize.py [--items 100000] [--device cuda] [--json PATH] [--plot PATH]
 """
@@ -6,19 +6,19 @@ python bench/quantize.py [--items 100000] [--device cuda] [--json PATH] [--plot 
 from __future__ import annotations
 
 import torch
-from harness import Report, Work, arguments, gemm_rate, optional, start
+from harness import Report, Work, apply_options, gemm_rate, make_parser, missing_packages
 from torch import Tensor
 
 from cemg_kernels import residual_quantize
 from cemg_kernels.runtime import dispatch
 
 DIM, LEVELS, SAMPLE = 64, 4, 2000
-ITEMS, SIZES = 100_000, (256, 2048)  # rows N, and codes a level K of the cases
+ITEMS, SIZES = 100_000, (256, 2048)  # rows N and codes per level K of the cases
 TILE, TIE = 4096, 1e-9
 
 
 def cdist_loop(x: Tensor, codebooks: Tensor) -> Tensor:
-    """The loop of most repositories: torch.cdist, argmin, subtract."""
+    """The loop of most implementations: torch.cdist, argmin, subtract."""
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(torch.cdist(residual, codebook).argmin(1))
@@ -27,21 +27,21 @@ def cdist_loop(x: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def tiled_addmm(x: Tensor, codebooks: Tensor, rows: int) -> Tensor:
-    """||c||^2 / 2 - x.c by one product a tile of rows, its argmin: fast, and inexact at near ties."""
+    """The argmin of ||c||^2 / 2 - x.c, one product per tile of rows: fast, and wrong at near ties."""
     half = codebooks.square().sum(2) / 2
-    out = torch.empty(len(x), len(codebooks), dtype=torch.int64, device=x.device)
+    codes = torch.empty(len(x), len(codebooks), dtype=torch.int64, device=x.device)
     for begin in range(0, len(x), rows):
         residual = x[begin : begin + rows]
         for m, codebook in enumerate(codebooks):
             code = torch.addmm(half[m], residual, codebook.t(), alpha=-1).argmin(1)
-            out[begin : begin + rows, m] = code
+            codes[begin : begin + rows, m] = code
             residual = residual - codebook[code]
-    return out
+    return codes
 
 
 def residual_vq(x: Tensor, codebooks: Tensor) -> Work | str:
-    """``ResidualVQ`` of vector-quantize-pytorch with these codebooks, in evaluation."""
-    missing = optional(["vector-quantize-pytorch", "einops", "einx"])
+    """``ResidualVQ`` of vector-quantize-pytorch with these codebooks, in evaluation mode."""
+    missing = missing_packages(["vector-quantize-pytorch", "einops", "einx"])
     if missing:
         return missing
     from vector_quantize_pytorch import ResidualVQ
@@ -55,8 +55,8 @@ def residual_vq(x: Tensor, codebooks: Tensor) -> Work | str:
 
 
 def faiss_index(x: Tensor, codebooks: Tensor) -> Work | str:
-    """A flat L2 index a level."""
-    missing = optional(["faiss-cpu"])
+    """One flat L2 index of faiss per level."""
+    missing = missing_packages(["faiss-cpu"])
     if missing or x.device.type != "cpu":
         return missing or "faiss-cpu runs on the CPU only"
     import faiss
@@ -69,18 +69,19 @@ def faiss_index(x: Tensor, codebooks: Tensor) -> Work | str:
     def run() -> Tensor:
         residual, codes = x.numpy(), []
         for index, book in zip(indexes, books, strict=True):
-            found = index.search(residual, 1)[1][:, 0]
-            codes.append(torch.from_numpy(found))
-            residual = residual - book[found]
+            code = index.search(residual, 1)[1][:, 0]
+            codes.append(torch.from_numpy(code))
+            residual = residual - book[code]
         return torch.stack(codes, dim=1)
 
     return run
 
 
-def not_nearest(x: Tensor, codebooks: Tensor, codes: Tensor) -> int:
-    """How many rows hold a code that, in float64, is not the nearest to its residual, ties of TIE aside."""
+def count_wrong(x: Tensor, codebooks: Tensor, codes: Tensor) -> int:
+    """The number of rows with a code that is not the nearest one in float64, by more than TIE."""
     wrong = 0
-    for rows, chosen in zip(x.split(TILE), codes.split(TILE), strict=True):
+    for begin in range(0, len(x), TILE):
+        rows, chosen = x[begin : begin + TILE], codes[begin : begin + TILE]
         missed, residual = torch.zeros(len(rows), dtype=torch.bool, device=x.device), rows
         for m, codebook in enumerate(codebooks):
             vectors = codebook.double()
@@ -94,34 +95,36 @@ def not_nearest(x: Tensor, codebooks: Tensor, codes: Tensor) -> int:
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0], rounds=9, seconds=15.0)
-    parser.add_argument("--items", type=int, default=ITEMS)
+    parser = make_parser(__doc__, rounds=9, seconds=15.0)
+    parser.add_argument("--items", type=int, default=ITEMS, help="number of rows, N")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="codes per level, K")
     options = parser.parse_args()
-    device = start(options)
+    device = apply_options(options)
     report = Report("residual_quantize", options, device)
-    if device.type == "cuda":  # TF32, which our kernel takes as well
+    if device.type == "cuda":  # the rate of TF32, which our kernel uses too
         torch.set_float32_matmul_precision("high")
     rate = gemm_rate(device)
     torch.set_float32_matmul_precision("highest")
-    for size in SIZES:
+    for size in options.sizes:
         one_case(report, options.items, size, rate)
     report.finish()
 
 
 def draw(items: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x [N, D] and codebooks [M, K, D] of one case."""
+    """Random x [N, D] and codebooks [M, K, D]."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(items, DIM, generator=generator).to(device)
     return x, torch.randn(LEVELS, size, DIM, generator=generator).to(device)
 
 
 def one_case(report: Report, items: int, size: int, rate: float) -> None:
+    """Times our backend and the peers after comparing the codes with the reference."""
     x, codebooks = draw(items, size, report.device)
-    wanted = residual_quantize(x[:SAMPLE], codebooks, backend="reference")[0]
+    expected = residual_quantize(x[:SAMPLE], codebooks, backend="reference")[0]
     fast = dispatch.choose("residual_quantize", report.device).backend
     ours: dict[str, Work] = {fast: lambda: residual_quantize(x, codebooks, backend=fast)}
     codes = residual_quantize(x, codebooks, backend=fast)[0]
-    if not torch.equal(codes[:SAMPLE], wanted) or not_nearest(x, codebooks, codes):
+    if not torch.equal(codes[:SAMPLE], expected) or count_wrong(x, codebooks, codes):
         raise SystemExit(f"{fast} differs from the reference: run pytest tests/kernels")
     peers: dict[str, Work | str] = {
         "ResidualVQ": residual_vq(x, codebooks),
@@ -129,8 +132,8 @@ def one_case(report: Report, items: int, size: int, rate: float) -> None:
         "torch.cdist loop": lambda: cdist_loop(x, codebooks),
         "tiled addmm + argmin": lambda: tiled_addmm(x, codebooks, len(x) if x.is_cuda else 1024),
     }
-    agree = {
-        name: float((peer() == codes).all(1).float().mean())
+    equal_rows = {
+        name: float((torch.as_tensor(peer()) == codes).all(1).float().mean())
         for name, peer in peers.items()
         if not isinstance(peer, str)
     }
@@ -138,7 +141,7 @@ def one_case(report: Report, items: int, size: int, rate: float) -> None:
     moved = x.nbytes * 2 + items * LEVELS * 8
     rows = report.case(f"N {items:,} D {DIM} K {size} M {LEVELS}", ours, peers,
                        f"reference, {SAMPLE:,} rows exactly; float64 distances of all rows",
-                       floor, nbytes=moved, peers_equal_rows=agree)  # fmt: skip
+                       floor, nbytes=moved, peers_equal_rows=equal_rows)  # fmt: skip
     for row in rows:
         row["gemm_share"] = floor / row["p50_ms"]
     print(f"  {rows[0]['gemm_share']:.0%} of the matrix rate, {rate / 1e9:.0f} GFLOP/s")

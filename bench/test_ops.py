@@ -1,6 +1,6 @@
-"""The cases of the scripts under pytest-benchmark: ``pytest bench/test_ops.py`` (extra ``bench``).
+"""The cases of the scripts as pytest-benchmark tests: ``pytest bench/test_ops.py`` (extra ``bench``).
 
-Each on the backend that dispatch picks, compared with the reference on what the script compares.
+Each case runs on the default backend and is compared with the reference in the same way as in its script.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def codes_of(items, size):
 def test_residual_quantize(benchmark, size):
     x, codebooks = quantize.draw(quantize.ITEMS, size, DEVICE)
     codes, _ = benchmark(residual_quantize, x, codebooks)
-    assert quantize.not_nearest(x, codebooks, codes) == 0
+    assert quantize.count_wrong(x, codebooks, codes) == 0
 
 
 @pytest.mark.parametrize("name", propagate.SHAPES)
@@ -50,31 +50,31 @@ def test_lightgcn_propagate(benchmark, name, direction):
         return run(x) if direction == "forward" else propagate.backward(run, x, gradient)()
 
     out = benchmark(work, x, gradient)
-    wanted = work(x.double(), gradient.double(), "reference").float()
-    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-5)
+    expected = work(x.double(), gradient.double(), "reference").float()
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size, items, users", STEPS)
 def test_trie_beam_step(benchmark, size, items, users):
-    step = trie_step.Step(codes_of(items, size), size, DEVICE, users)
+    step = trie_step.StepCase(codes_of(items, size), size, DEVICE, users)
     trie_step.check(benchmark(step.run, None), step.run("reference"))
 
 
 @pytest.mark.parametrize("size, items, users", STEPS)
 @pytest.mark.parametrize("normalize, filtered", [("level", False), ("valid", True)])
 def test_trie_beam_step_over_the_level_or_under_a_filter(benchmark, size, items, users, normalize, filtered):
-    step = trie_step.Step(codes_of(items, size), size, DEVICE, users)
+    step = trie_step.StepCase(codes_of(items, size), size, DEVICE, users)
     filter = step.filter if filtered else None
     trie_step.check(benchmark(step.run, None, normalize, filter), step.run("reference", normalize, filter))
 
 
 @pytest.mark.parametrize("size, items, users", STEPS)
 def test_trie_softmax(benchmark, size, items, users):
-    step = trie_step.Step(codes_of(items, size), size, DEVICE, users)
+    step = trie_step.StepCase(codes_of(items, size), size, DEVICE, users)
     operands = step.flat, step.nodes.flatten(), step.trie, "valid"
-    found = benchmark(trie_softmax, *operands)
-    wanted = trie_softmax(*operands, backend="reference")
-    torch.testing.assert_close(found, wanted, rtol=0, atol=trie_step.TOLERANCE)
+    result = benchmark(trie_softmax, *operands)
+    expected = trie_softmax(*operands, backend="reference")
+    torch.testing.assert_close(result, expected, rtol=0, atol=trie_step.TOLERANCE)
 
 
 @pytest.mark.parametrize("size, items", BUILDS)
@@ -88,10 +88,10 @@ def test_trie_build(benchmark, size, items, ordered):
     assert torch.equal(trie.items(trie.lookup(codes[rows])), rows)
 
 
-@pytest.mark.parametrize("question", trie_build.QUESTIONS)
+@pytest.mark.parametrize("query", trie_build.QUERIES)
 @pytest.mark.parametrize("size, items", BUILDS)
-def test_trie_query(benchmark, size, items, question):
+def test_trie_query(benchmark, size, items, query):
     codes = codes_of(items, size)
-    asked = trie_build.Questions(codes, Trie.from_codes(codes, size).to(DEVICE))
-    found = benchmark(asked.ours()[question])
-    assert torch.equal(found, asked.reference(question))
+    queries = trie_build.TrieQueries(codes, Trie.from_codes(codes, size).to(DEVICE))
+    result = benchmark(queries.ours()[query])
+    assert torch.equal(result, queries.reference(query))

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: equality before time, rows that say why, floors, memory, targets."""
+"""The benchmarks: results are compared before they are timed, rows state reasons, floors, memory, targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import transformers
 import trie_build
 import trie_step
 from cells import Cell
-from harness import NOT_ASKED, Report, Times, apart
+from harness import NOT_RUN, Report, Times, separated
 
 from cemg.decoding import Decoder
 from cemg_kernels import BipartiteGraph, Trie, residual_quantize
@@ -32,14 +32,16 @@ FIELDS = {"op", "case", "backend", "peer", "status", "ratio", "peer_p50_ms", "eq
 CELL = Cell("tiger", 1, 3)
 
 
-def a_report(tmp_path: Path) -> Report:
+def make_report(tmp_path: Path) -> Report:
     options = argparse.Namespace(json=tmp_path / "rows.json", rounds=2, seconds=1.0, full=False, profile=None)
     return Report("op", options, torch.device("cpu"))
 
 
 def test_a_row_has_every_field_whether_it_was_timed_or_not(tmp_path: Path) -> None:
-    report, own = a_report(tmp_path), Times((1.0, 2.0, 3.0))
-    report.add("timed", "native", own, {"slow": Times((8.0,)), "away": "not installed"}, "reference", 0.5, 64)
+    report, times = make_report(tmp_path), Times((1.0, 2.0, 3.0))
+    report.add(
+        "timed", "native", times, {"slow": Times((8.0,)), "away": "not installed"}, "reference", 0.5, 64
+    )
     report.add("skipped", "native", "over 120 s", {"slow": Times((8.0,))}, "nothing")
     timed, away, skipped = report.rows
     assert all(row.keys() >= FIELDS for row in report.rows)
@@ -47,100 +49,111 @@ def test_a_row_has_every_field_whether_it_was_timed_or_not(tmp_path: Path) -> No
     assert skipped["status"] == "ours skipped: over 120 s"
     assert (skipped["p50_ms"], skipped["ratio"], skipped["peer_p50_ms"]) == (None, None, 8.0)
     assert "ours skipped: over 120 s" in report.table()
-    peers: dict[str, Times | str] = dict.fromkeys(("a", "b"), f"{NOT_ASKED}it knows no catalog")
-    report.add("sized", "native", own, {**peers, "slow": Times((8.0,))}, "nothing")
+    peers: dict[str, Times | str] = dict.fromkeys(("a", "b"), f"{NOT_RUN}it does not use the catalog")
+    report.add("sized", "native", times, {**peers, "slow": Times((8.0,))}, "nothing")
     assert [row["peer"] for row in report.rows[-3:]] == ["a", "b", "slow"]
     shared, slow = report.table().splitlines()[-2:]
-    assert "2 peers" in shared and f"{NOT_ASKED}it knows no catalog" in shared and "8.000" in slow
+    assert "2 peers" in shared and f"{NOT_RUN}it does not use the catalog" in shared and "8.000" in slow
 
 
 def test_an_interrupted_benchmark_is_resumed_only_by_the_same_code_and_settings(
     tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
-    report = a_report(tmp_path)
-    assert report.take_up(["rounds"]) == set()  # there is no file yet
+    report = make_report(tmp_path)
+    assert report.resume(["rounds"]) == set()  # the file does not exist yet
     report.add("first", "native", Times((1.0,)), {}, "reference")
     report.add("crashed", "native", "its process ended", {}, "nothing")
     report.write()
-    again = a_report(tmp_path)
-    assert again.take_up(["rounds"]) == {"first"} and again.rows == report.rows[:1]
+    again = make_report(tmp_path)
+    assert again.resume(["rounds"]) == {"first"} and again.rows == report.rows[:1]
     again.add("crashed", "native", Times((1.0,)), {}, "reference")
     again.write()
-    assert a_report(tmp_path).take_up(["rounds"]) == {"first", "crashed"}
-    other = a_report(tmp_path)
+    assert make_report(tmp_path).resume(["rounds"]) == {"first", "crashed"}
+    other = make_report(tmp_path)
     other.options.rounds = 3
-    with pytest.raises(SystemExit, match=r"rows\.json .* of another --rounds: leave out --resume"):
-        other.take_up(["rounds"])
+    with pytest.raises(SystemExit, match=r"rows\.json .* differs in: --rounds\. Leave out --resume"):
+        other.resume(["rounds"])
     other.op = "trie_step"
-    with pytest.raises(SystemExit, match="of another op:"):
-        other.take_up([])
-    for now, said in (("ba9876543210", "of another commit:"), ("0123456789ab+", "state of the code")):
+    with pytest.raises(SystemExit, match=r"differs in: op\."):
+        other.resume([])
+    for now, message in (("ba9876543210", "differs in: commit"), ("0123456789ab+", "uncommitted code")):
         monkeypatch.setattr(harness, "commit", lambda now=now: now)
-        with pytest.raises(SystemExit, match=said):
-            a_report(tmp_path).take_up([])
+        with pytest.raises(SystemExit, match=message):
+            make_report(tmp_path).resume([])
 
 
 def test_the_work_that_valid_saves_is_between_nothing_and_all_but_the_first_code() -> None:
     whole = replace(CELL, beams=50)
     valid = replace(whole, normalize="valid")
-    assert cells.late_rows(whole) == 3 * 50 and cells.late_passes(whole) == 3
+    assert cells.decode_rows(whole) == 3 * 50 and cells.decode_steps(whole) == 3
     crowded, sparse = replace(valid, items=10**14), replace(valid, items=10)
-    assert cells.late_rows(crowded) == pytest.approx(3 * 50) and cells.late_passes(crowded) == pytest.approx(
-        3
-    )
-    assert cells.late_rows(sparse) < 2 and cells.late_passes(sparse) < 1
-    assert 50 < cells.late_rows(valid) < 60  # 47 items below a first code, one or two below a second
+    assert cells.decode_rows(crowded) == pytest.approx(3 * 50) and cells.decode_steps(
+        crowded
+    ) == pytest.approx(3)
+    assert cells.decode_rows(sparse) < 2 and cells.decode_steps(sparse) < 1
+    assert 50 < cells.decode_rows(valid) < 60  # 47 items per first code, one or two per second code
     level = replace(whole, normalize="level")
     assert cells.needed_operations(valid) < cells.needed_operations(level)
     assert cells.read_bytes(valid, 0.0) < cells.read_bytes(level, 0.0)
 
 
-class Answers:
-    """A worker that needs no process."""
+class FakeWorker:
+    """A worker without a process; it replies with the same result to each request."""
 
-    def __init__(self, found: dict[str, Any], ms: float = 5.0) -> None:
-        self.found, self.ms, self.asked = found, ms, []
+    def __init__(self, result: dict[str, Any], ms: float = 5.0) -> None:
+        self.result, self.ms, self.requests = result, ms, []  # type: ignore[var-annotated]
 
-    def ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
-        self.asked.append(request["do"])
-        more = self.found if request["do"] in ("prepare", "first") else {}
-        return {"ms": self.ms, "mib": 1.0, "parts": {"encoder": 1.0}} | more
+    def request(self, content: dict[str, Any], timeout: float) -> dict[str, Any]:
+        self.requests.append(content["do"])
+        extra = self.result if content["do"] in ("prepare", "first") else {}
+        return {"ms": self.ms, "mib": 1.0, "parts": {"encoder": 1.0}} | extra
 
 
 def test_a_skipped_cell_and_a_peer_that_was_not_run_have_rows(tmp_path: Path) -> None:
-    report = a_report(tmp_path)
-    workers = {"cemg": Answers({"skip": "would need 30 GiB"}), latency.FREE: Answers({})}
+    report = make_report(tmp_path)
+    workers = {"cemg": FakeWorker({"skip": "would need 30 GiB"}), latency.UNCONSTRAINED: FakeWorker({})}
     latency.one_cell(replace(CELL, items=10**4), workers, report, 1.0, 8)  # type: ignore[arg-type]
     (row,) = json.loads(report.options.json.read_text())["rows"]
     assert (row["status"], row["p50_ms"]) == ("ours skipped: would need 30 GiB", None)
     assert "ours skipped: would need 30 GiB" in latency.cell_table(report)
-    workers["cemg"] = Answers({"scores": [[0.0]], "codes": [[[1]]], "illegal": 0})
+    workers["cemg"] = FakeWorker({"scores": [[0.0]], "codes": [[[1]]], "illegal": 0})
     latency.one_cell(replace(CELL, items=10**4), workers, report, 1.0, 8)  # type: ignore[arg-type]
     row = report.rows[-1]
-    assert (row["status"], row["p50_ms"]) == (f"{NOT_ASKED}it knows no catalog", 5.0)
+    assert (row["status"], row["p50_ms"]) == (f"{NOT_RUN}it does not use the catalog", 5.0)
 
 
 def test_a_long_first_search_counts_as_a_sample_and_the_same_generate_times_out_once() -> None:
-    workers = {"cemg": Answers({}), "slow": Answers({}, ms=2 * latency.LONG_MS)}
-    workers |= {name: Answers({"skip": "over 120 s"}) for name in latency.GENERATE}
-    found = latency.run_cell(CELL, workers, 3, 1.0)  # type: ignore[arg-type]
-    assert found["times"]["slow"].samples == (2 * latency.LONG_MS,)
-    assert found["times"]["cemg"].samples == (5.0,) * 3
-    assert workers["slow"].asked == ["prepare", "first", "memory"]
+    workers = {"cemg": FakeWorker({}), "slow": FakeWorker({}, ms=2 * latency.LONG_MS)}
+    workers |= {name: FakeWorker({"skip": "over 120 s"}) for name in latency.GENERATE}
+    results = latency.run_cell(CELL, workers, 3, 1.0)  # type: ignore[arg-type]
+    assert results["times"]["slow"].samples == (2 * latency.LONG_MS,)
+    assert results["times"]["cemg"].samples == (5.0,) * 3
+    assert workers["slow"].requests == ["prepare", "first", "memory"]
     first, *others = latency.GENERATE
-    assert found["reasons"][first] == "over 120 s" and workers[first].asked == ["prepare"]
+    assert results["reasons"][first] == "over 120 s" and workers[first].requests == ["prepare"]
     for name in others:
-        assert found["reasons"][name] == f"{NOT_ASKED}{first}, the same generate(), took over 120 s"
-        assert workers[name].asked == []
+        assert results["reasons"][name] == f"{NOT_RUN}{first}, the same generate(), took over 120 s"
+        assert workers[name].requests == []
+
+
+def test_the_stages_of_our_engine_and_a_trace_of_its_native_calls_are_recorded(tmp_path: Path) -> None:
+    engines.cemg(Cell("mmgrec", 1, 4, history=3, items=100, codes=16))
+    shares = engines.stage_shares()
+    assert shares.keys() == {"encoder", "decoder", "selection", "other"}
+    assert sum(shares.values()) == pytest.approx(1) and all(share > 0 for share in shares.values())
+    engines.trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events}
+    assert {"decode: prompt and first code", "decode: code 1", "trie_beam_step", "projection"} <= names
 
 
 @pytest.mark.skipif(find_spec("flashrec") is None, reason="not installed: flashrec")
-def test_flashrec_finds_the_lists_of_our_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own code on a CPU, but for two places that want a GPU: pinned memory, and its rotation.
+def test_flashrec_returns_the_same_lists_as_our_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flashrec's code on a CPU; only pinned memory and the rotation, which require a GPU, are replaced.
 
-    It looks at twice as many tokens as beams before the trie is asked, here at all codes of a level, and
-    normalises a first code over the codes of all levels: a constant that all beams of a user share.
+    flashrec reads twice as many tokens as beams before it applies the trie: here all codes of a level. It
+    normalizes the first code over the codes of all levels, which adds a constant per user.
     """
     from flashrec.layers.rotary import RotaryEmbedding
 
@@ -160,74 +173,76 @@ def test_flashrec_finds_the_lists_of_our_engine(monkeypatch: pytest.MonkeyPatch)
                           rope_parameters={"rope_type": "default", "rope_theta": 1e4})  # fmt: skip
     monkeypatch.setitem(cells.MODELS, "qwen3-tiny", shape)
     cell = Cell("qwen3-tiny", 3, 8, 5, 400, 4, 16, "level", dtype="bfloat16")
-    bench = engines.Bench(cell)
+    workload = engines.Workload(cell)
     with torch.inference_mode():
-        codes, scores = engines.flashrec_search(bench)()
-        bench.model.float()
-        decoder = Decoder(bench.model, bench.catalog, bench.start, "level")
-        found = decoder.decode(bench.ids, bench.mask, cell.beams)
-    assert engines.illegal(codes, bench.catalog) == 0
-    below, wanted = (table - table[:, :1] for table in (scores, found.scores))
-    assert torch.allclose(below, wanted, atol=0.2)  # 8 bits a number; scores are -5 ... -15
-    clear = apart(found.scores, 0.4)
-    assert clear.sum() >= 6 and torch.equal(codes[clear], found.codes[clear].to(codes.dtype))
+        codes, scores = engines.flashrec_search(workload)()
+        workload.model.float()
+        decoder = Decoder(workload.model, workload.catalog, workload.first_token, "level")
+        ours = decoder.decode(workload.ids, workload.mask, cell.beams)
+    assert engines.illegal(codes, workload.catalog) == 0
+    theirs, expected = (table - table[:, :1] for table in (scores, ours.scores))
+    assert torch.allclose(theirs, expected, atol=0.2)  # bfloat16 has 8 bits; scores are -5 ... -15
+    clear = separated(ours.scores, 0.4)
+    assert clear.sum() >= 6 and torch.equal(codes[clear], ours.codes[clear].to(codes.dtype))
 
 
-@pytest.mark.parametrize("items, label, peer, full, asked", [
-    (cells.ITEMS, "", latency.FREE, False, True),
-    (10**4, "", latency.CONSTRAINED, False, False),
-    (10**4, "", latency.CONSTRAINED, True, True),
-    (10**4, "", latency.FREE, True, False),
-    (cells.ITEMS, "RQ3 TIGER: ", latency.FREE, False, True),
-    (cells.ITEMS, "RQ3 LETTER: ", latency.FREE, False, False),
+@pytest.mark.parametrize("items, label, peer, full, runs", [
+    (cells.ITEMS, "", latency.UNCONSTRAINED, False, True),
+    (10**4, "", latency.DICT_TRIE, False, False),
+    (10**4, "", latency.DICT_TRIE, True, True),
+    (10**4, "", latency.UNCONSTRAINED, True, False),
+    (cells.ITEMS, "RQ3 TIGER: ", latency.UNCONSTRAINED, False, True),
+    (cells.ITEMS, "RQ3 LETTER: ", latency.UNCONSTRAINED, False, False),
 ])  # fmt: skip
 def test_each_cell_selects_the_peers_that_run(
-    items: int, label: str, peer: str, full: bool, asked: bool
+    items: int, label: str, peer: str, full: bool, runs: bool
 ) -> None:
-    said = latency.not_asked(replace(CELL, items=items, label=label), peer, full)
-    assert said == "" if asked else said.startswith(NOT_ASKED)
+    reason = latency.skip_reason(replace(CELL, items=items, label=label), peer, full)
+    assert reason == "" if runs else reason.startswith(NOT_RUN)
 
 
 def lists(scores: list[float], codes: list[int]) -> dict[str, Any]:
     return {"scores": [scores], "codes": [[[code] for code in codes]]}
 
 
-def test_lists_are_compared_by_scores_and_by_codes_apart_from_ties() -> None:
+def test_lists_are_compared_by_scores_and_except_at_ties_by_codes() -> None:
     ours = lists([-1.0, -2.0, -3.0, -3.00001], [5, 6, 7, 8])
 
     def against(scores: list[float], codes: list[int], dtype: str = "float32") -> str:
-        first = {"cemg": ours, latency.CONSTRAINED: lists(scores, codes)}
+        first = {"cemg": ours, latency.DICT_TRIE: lists(scores, codes)}
         return latency.compare(replace(CELL, dtype=dtype), first)
 
     tied = against([-1.0, -2.0, -3.0, -3.00001], [5, 6, 8, 7])
-    assert tied.startswith(latency.CONSTRAINED) and "within 1e-04" in tied
+    assert tied.startswith(latency.DICT_TRIE) and "within 1e-04" in tied
     with pytest.raises(SystemExit, match="1 codes"):
         against([-1.0, -2.0, -3.0, -3.00001], [5, 9, 7, 8])
     with pytest.raises(SystemExit, match=r"scores by 1\.0e-02"):
         against([-1.0, -2.01, -3.0, -3.00001], [5, 6, 7, 8])
     assert "within 5e-01" in against([-1.0, -2.01, -3.0, -3.00001], [5, 6, 7, 8], "bfloat16")
-    assert latency.compare(CELL, {"cemg": ours}) == latency.NOTHING
+    assert latency.compare(CELL, {"cemg": ours}) == latency.NOT_COMPARED
 
 
-def test_the_last_score_may_tie_with_what_was_cut() -> None:
-    assert apart(torch.tensor([[0.0, -1.0, -1.1, -2.0]]), 0.5).tolist() == [[True, False, False, False]]
-    assert apart(torch.tensor([[0.0, -1.0, -2.0]]), 0.5).tolist() == [[True, True, False]]
+def test_the_last_score_may_tie_with_a_pruned_one() -> None:
+    assert separated(torch.tensor([[0.0, -1.0, -1.1, -2.0]]), 0.5).tolist() == [[True, False, False, False]]
+    assert separated(torch.tensor([[0.0, -1.0, -2.0]]), 0.5).tolist() == [[True, True, False]]
 
 
 @pytest.mark.parametrize("model", ["tiger", "decoder-4", "smollm2-135m"])
-def test_a_search_reads_no_weight_twice_that_a_cache_holds(model: str) -> None:
+def test_a_search_reads_cached_weights_once(model: str) -> None:
     cell = Cell(model, 1, 10)
     shape = cells.MODELS[model]
     with torch.device("meta"):
         weights = sum(p.numel() for p in shape.build(1024).parameters())
-    prompt = cells.matrices_of(cell).cache * cell.prompt
+    prompt = cells.matrices_of(cell).kv_per_token * cell.prompt
     once = cells.read_bytes(cell, float("inf"))
-    assert 0.8 * 4 * weights < once < 4 * (weights + prompt)  # all but embeddings, norms and biases
+    assert 0.8 * 4 * weights < once < 4 * (weights + prompt)  # without embeddings, norms and biases
     assert once < cells.read_bytes(cell, once / 4) < cells.read_bytes(cell, 0) < cell.levels * once
     assert cells.read_bytes(replace(cell, dtype="bfloat16"), float("inf")) * 2 == once
 
 
-def test_a_cell_beyond_the_limit_or_beyond_what_is_free_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_needs_more_than_the_limit_or_the_free_memory_is_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     large = Cell("t5-base", 64, 50)
     assert cells.needed_bytes(large) < cells.MEMORY_LIMIT < cells.needed_bytes(large, generate=True)
     assert cells.needed_bytes(replace(CELL, items=10**7)) > cells.needed_bytes(CELL) + 64 * 10**7 - 10**6
@@ -240,34 +255,34 @@ def test_a_cell_beyond_the_limit_or_beyond_what_is_free_is_skipped(monkeypatch: 
         cells.check_memory(large)
 
 
-def test_the_floor_of_propagation_counts_what_no_cache_saves() -> None:
+def test_the_floor_of_propagation_counts_the_bytes_that_no_cache_saves() -> None:
     users, items = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0])
     graph = BipartiteGraph.from_edges(users, items, 3, 3)  # 6 vertices, of degrees 3 1 0 2 1 1
     once = 8 * 8 + 7 * 8 + 2 * 6 * 100
-    assert propagate.unavoidable(graph, 100, float("inf")) == once
-    assert propagate.unavoidable(graph, 100, 0) == propagate.LAYERS * (once + (2 + 1) * 100)
+    assert propagate.floor_bytes(graph, 100, float("inf")) == once
+    assert propagate.floor_bytes(graph, 100, 0) == propagate.LAYERS * (once + (2 + 1) * 100)
     kept = propagate.LAYERS * (1 * 100) + once + (propagate.LAYERS - 1) * (once - 100)
-    assert propagate.unavoidable(graph, 100, 100) == kept  # the row of degree 3 stays
+    assert propagate.floor_bytes(graph, 100, 100) == kept  # the row of degree 3 stays
 
 
 def test_one_wrong_code_in_a_hundred_rows_is_detected() -> None:
     x, codebooks = quantize.draw(100, 16, torch.device("cpu"))
     codes, _ = residual_quantize(x, codebooks)
-    assert quantize.not_nearest(x, codebooks, codes) == 0
+    assert quantize.count_wrong(x, codebooks, codes) == 0
     codes[70, 3] = (codes[70, 3] + 1) % 16
-    assert quantize.not_nearest(x, codebooks, codes) == 1
+    assert quantize.count_wrong(x, codebooks, codes) == 1
 
 
-def test_a_step_with_another_parent_or_code_is_refused() -> None:
-    step = trie_step.Step(cells.random_codes(500, 4, 8), 8, torch.device("cpu"), users=2)
-    wanted = step.run("reference")
-    trie_step.check(step.run("reference"), wanted)
+def test_a_step_with_another_parent_or_code_is_rejected() -> None:
+    step = trie_step.StepCase(cells.random_codes(500, 4, 8), 8, torch.device("cpu"), users=2)
+    expected = step.run("reference")
+    trie_step.check(step.run("reference"), expected)
     for name in ("parents", "codes"):
-        other = wanted._replace(**{name: getattr(wanted, name) + 1})
-        with pytest.raises(AssertionError, match=f"other {name}"):
-            trie_step.check(other, wanted)
-    wrong = {"wrong": lambda: wanted._replace(scores=wanted.scores - 1)}
-    peers = harness.checked(wrong, lambda peer: trie_step.check(peer(), wanted))
+        other = expected._replace(**{name: getattr(expected, name) + 1})
+        with pytest.raises(AssertionError, match=f"{name} differ"):
+            trie_step.check(other, expected)
+    wrong = {"wrong": lambda: expected._replace(scores=expected.scores - 1)}
+    peers = harness.check_peers(wrong, lambda peer: trie_step.check(peer(), expected))
     assert str(peers["wrong"]).startswith("failed: Tensor-likes are not close")
 
 
@@ -275,12 +290,12 @@ def test_the_dict_trie_agrees_with_the_trie_and_a_wrong_answer_is_detected() -> 
     from cemg.decoding import dict_trie
 
     codes = cells.random_codes(300, trie_build.LEVELS, 8)
-    asked = trie_build.Questions(codes, Trie.from_codes(codes, 8))
-    ours, theirs = asked.ours(), asked.of_dicts(dict_trie(codes))
-    for name in trie_build.QUESTIONS:
-        assert trie_build.same_answer(name, ours[name](), theirs[name]())
-    assert not trie_build.same_answer("mask", ~ours["mask"](), theirs["mask"]())
-    assert not trie_build.same_answer("lookup", ours["lookup"]().flip(0), theirs["lookup"]())
+    queries = trie_build.TrieQueries(codes, Trie.from_codes(codes, 8))
+    ours, theirs = queries.ours(), queries.of_dicts(dict_trie(codes))
+    for name in trie_build.QUERIES:
+        assert trie_build.same_result(name, ours[name](), theirs[name]())
+    assert not trie_build.same_result("mask", ~ours["mask"](), theirs["mask"]())
+    assert not trie_build.same_result("lookup", ours["lookup"]().flip(0), theirs["lookup"]())
 
 
 def test_a_target_is_judged_by_the_best_median_and_omitted_without_rows(
@@ -295,8 +310,8 @@ def test_a_target_is_judged_by_the_best_median_and_omitted_without_rows(
             row("latency", "t5-small B1 W50", None)]  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "killed.json").write_text('{"rows": [')
-    found = targets.targets(targets.read(sorted(tmp_path.glob("*.json"))))
-    assert found == {
+    results = targets.targets(targets.read(sorted(tmp_path.glob("*.json"))))
+    assert results == {
         targets.SELECTION: {"goal": 0.008, "measured": 0.012, "met": False},
         "TIGER's size, B 1, W 50": {"goal": 0.4, "measured": 0.3, "met": True},
         "selection, flat from 1e+04 to 1e+08 items": {"goal": 1.2, "measured": 2.0, "met": False},
