@@ -1,6 +1,6 @@
-"""Presets, and the explanation of every setting.
+"""Presets, and the explanations of the settings.
 
-A field of a configuration is explained by the string below it, where it is defined.
+The explanation of a setting is the string below the field of the dataclass that defines it.
 """
 
 from __future__ import annotations
@@ -21,31 +21,36 @@ PRESETS, CONFIGS = (Path(__file__).parent / name for name in ("presets", "config
 
 
 def preset_names() -> list[str]:
+    """List the names of the presets."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The settings of a preset, as sections of plain values. UserError for an unknown name."""
+    """Read the settings of a preset, as sections of plain values.
+
+    Raises:
+        UserError: There is no preset of that name.
+    """
     if name not in preset_names():
-        raise UserError(f"unknown preset {name!r}", fix=f"--preset {' or '.join(preset_names())}")
+        raise UserError(f"unknown preset {name!r}", fix=f"use --preset {' or '.join(preset_names())}")
     settings: dict[str, Any] = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
     return settings
 
 
 def config_file(path: Path) -> Path:
-    """``path``, or where there is no such file, the installed configuration of that name: beauty, ml-100k."""
-    named = str(path.parent) in (".", "configs") and path.suffix in ("", ".yaml")
-    installed = CONFIGS / f"{path.stem}.yaml"
-    return installed if named and not path.exists() and installed.is_file() else path
+    """Return ``path``, or the included configuration of that name if there is no such file."""
+    is_name = str(path.parent) in (".", "configs") and path.suffix in ("", ".yaml")
+    included = CONFIGS / f"{path.stem}.yaml"
+    return included if is_name and not path.exists() and included.is_file() else path
 
 
-def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Both trees; where both have a setting, that of ``over``."""
-    both = under | over
-    for name in under.keys() & over.keys():
-        if isinstance(under[name], dict) and isinstance(over[name], dict):
-            both[name] = merged(under[name], over[name])
-    return both
+def merged(defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Merge two trees of settings. If both have a setting, ``overrides`` counts."""
+    result = defaults | overrides
+    for name in defaults.keys() & overrides.keys():
+        if isinstance(defaults[name], dict) and isinstance(overrides[name], dict):
+            result[name] = merged(defaults[name], overrides[name])
+    return result
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -60,31 +65,32 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def explanations(kind: type) -> dict[str, str]:
-    """Field name to the string that stands below the field in the source of dataclass ``kind``."""
+    """Map the fields of a dataclass to the strings below them in its source."""
     source = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(source, ast.ClassDef)
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for field, text in zip(source.body, source.body[1:], strict=False):
-        named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if named and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            found[field.target.id] = " ".join(str(text.value.value).split())  # type: ignore[attr-defined]
-    return found
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts
 
 
 def explained(config: Any) -> str:
-    """Every setting of a configuration with its value and its explanation, as YAML of the same."""
-    tree, about = config.to_dict(), explanations(type(config))
-    lines = ["# All settings of a run, as cemg-train --config reads them."]
+    """Format a configuration as YAML, with the explanation of every setting."""
+    tree, texts = config.to_dict(), explanations(type(config))
+    lines = ["# All settings of a run, for cemg-train --config."]
     sections = [name for name in tree if dataclasses.is_dataclass(getattr(config, name))]
-    lines += [_line(name, value, about[name]) for name, value in tree.items() if name not in sections]
+    lines += [_line(name, value, texts[name]) for name, value in tree.items() if name not in sections]
     for name in sections:
-        lines += ["", f"{name}:  # {about[name]}"]
-        inner = explanations(type(getattr(config, name)))
-        lines += [f"  {_line(field, setting, inner[field])}" for field, setting in tree[name].items()]
+        lines += ["", f"{name}:  # {texts[name]}"]
+        section_texts = explanations(type(getattr(config, name)))
+        lines += [f"  {_line(field, setting, section_texts[field])}" for field, setting in tree[name].items()]
     return "\n".join(lines) + "\n"
 
 
 def _line(name: str, value: Any, text: str) -> str:
     flow = isinstance(value, list)
-    written = yaml.safe_dump(value if flow else {name: value}, default_flow_style=flow, width=10**6).strip()
-    return f"{name}: {written}  # {text}" if flow else f"{written}  # {text}"
+    dumped = yaml.safe_dump(value if flow else {name: value}, default_flow_style=flow, width=10**6).strip()
+    return f"{name}: {dumped}  # {text}" if flow else f"{dumped}  # {text}"
