@@ -21,12 +21,13 @@ from cemg_kernels import (
     trie_softmax,
     use_fast_kernels,
 )
-from cemg_kernels.attention.beam_tree import ancestor_attention
+from cemg_kernels.attention.beam_tree import beam_tree_attention
 from cemg_kernels.attention.logsumexp import row_logsumexp
-from cemg_kernels.attention.shared_prefix import prompt_attention
+from cemg_kernels.attention.shared_prefix import shared_prefix_attention
 from cemg_kernels.runtime import dispatch
 from cemg_kernels.trie import cuda_launch as trie_cuda
-from cemg_kernels.trie.arrays import DuplicateCodes, build
+from cemg_kernels.trie.arrays import DuplicateCodes
+from cemg_kernels.trie.build import build
 from cemg_kernels.trie.filter_tensors import NO_NODE
 
 pytestmark = [
@@ -279,12 +280,12 @@ def test_attention_over_own_tokens_equals_the_reference(dtype, atol, groups, tok
     ancestors = torch.randint(200, (tokens, 70), generator=generator)
     bias = torch.randn(tokens, 8, generator=generator)
     given = (torch.randn(70, 8, 64, generator=generator), torch.randn(70, 8, generator=generator) * 3)
-    wanted = ancestor_attention(query, kept, ancestors, 0.125, bias, given if prefix else None)
+    wanted = beam_tree_attention(query, kept, ancestors, 0.125, bias, given if prefix else None)
     there = (given[0].to(GPU, dtype), given[1].to(GPU)) if prefix else None
-    found = ancestor_attention(
+    found = beam_tree_attention(
         query.to(GPU, dtype), kept.to(GPU, dtype), ancestors.to(GPU), 0.125, bias.to(GPU, dtype), there
     )
-    assert dispatch.choose("ancestor_attention", GPU).backend == "triton" and found.dtype == dtype
+    assert dispatch.choose("beam_tree_attention", GPU).backend == "triton" and found.dtype == dtype
     torch.testing.assert_close(found.float().cpu(), wanted, rtol=0, atol=atol)
 
 
@@ -299,9 +300,9 @@ def test_attention_over_a_prompt_equals_the_reference(dtype, atol, groups, dim):
     mask = torch.zeros(3, 83)
     mask[1, 70:], mask[2, :50] = torch.finfo(dtype).min / 2, torch.finfo(dtype).min / 2
     drawn = query, keys, values, mask
-    wanted = prompt_attention(*drawn, 0.125)
-    found = prompt_attention(*(part.to(GPU, dtype) for part in drawn), 0.125)
-    assert dispatch.choose("prompt_attention", GPU).backend == "triton" and found[0].dtype == dtype
+    wanted = shared_prefix_attention(*drawn, 0.125)
+    found = shared_prefix_attention(*(part.to(GPU, dtype) for part in drawn), 0.125)
+    assert dispatch.choose("shared_prefix_attention", GPU).backend == "triton" and found[0].dtype == dtype
     for ours, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours.float().cpu(), right, rtol=0, atol=atol)
 

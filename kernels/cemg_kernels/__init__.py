@@ -1,17 +1,20 @@
-"""The operations of CEMG on plain arrays, each with a reference and its fast backends."""
+"""The operations of CEMG on plain arrays. Each has a reference in PyTorch and faster backends."""
 
+from . import attention as attention  # registers the operations of the decoder
 from .constrained.beam_step import trie_beam_step
 from .constrained.softmax import trie_softmax
-from .graph.propagate import BipartiteGraph, lightgcn_propagate
+from .graph.bipartite import BipartiteGraph
+from .graph.propagate import lightgcn_propagate
 from .quantize.residual import residual_quantize
 from .runtime.dispatch import backends, fast_kernels_enabled, use_fast_kernels
 from .runtime.forking import watch_forks
-from .trie.item_filter import ItemFilter
+from .runtime.registry import register
+from .trie.filters import ItemFilter, RequestFilter
 from .trie.live import LiveTrie
-from .trie.request_filter import RequestFilter
 from .trie.trie import Trie
 
 watch_forks()
+register("decoder", ("native", "torch", "reference"))  # the C++ beam search, which cemg.decoding calls
 
 __all__ = [
     "BipartiteGraph",

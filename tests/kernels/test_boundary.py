@@ -207,17 +207,17 @@ GRAPH = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"neighbours": torch.tensor([1, 3, 0, 0])}, "neighbours must lie in 0 to 2, got 0 to 3"),
+        ({"neighbours": torch.tensor([1, 3, 0, 0])}, "neighbours must be 0 to 2, got 0 to 3"),
         ({"neighbours": torch.tensor([1, 2, 0, -1])}, "got -1 to 2"),
-        ({"neighbours": torch.tensor([1, 2, 0])}, "row_ptr must rise from 0 to 3"),
-        ({"row_ptr": torch.tensor([0, 3, 2, 4])}, "row_ptr must rise"),
-        ({"row_ptr": torch.tensor([1, 2, 3, 4])}, "row_ptr must rise"),
+        ({"neighbours": torch.tensor([1, 2, 0])}, "row_ptr must ascend from 0 to 3"),
+        ({"row_ptr": torch.tensor([0, 3, 2, 4])}, "row_ptr must ascend"),
+        ({"row_ptr": torch.tensor([1, 2, 3, 4])}, "row_ptr must ascend"),
         ({"row_ptr": torch.tensor([0, 4])}, r"row_ptr must be contiguous torch.int64 \[4\]"),
         ({"row_ptr": torch.tensor([0, 2, 3, 4], dtype=torch.int32)}, "got torch.int32"),
         ({"inv_sqrt_degree": torch.ones(6)[::2]}, "contiguous"),
-        ({"inv_sqrt_degree": torch.tensor([1.0, float("nan"), 1.0])}, "not finite"),
+        ({"inv_sqrt_degree": torch.tensor([1.0, float("nan"), 1.0])}, "must be finite"),
         ({"num_items": -1}, "0 or more"),
-        ({"num_users": 2**40}, "together 2147483647 at most"),
+        ({"num_users": 2**40}, "at most 2147483647 together"),
     ],
 )
 def test_a_graph_whose_arrays_lead_out_of_it_is_not_made(changes, message):

@@ -115,5 +115,5 @@ def test_types_are_visible_to_mypy_after_an_editable_install(tree, tmp_path, qui
     checked = run(sys.executable, "-m", "mypy", "--python-executable", python, "user.py", cwd=tmp_path)
     assert "import-untyped" not in checked.stdout and "import-not-found" not in checked.stdout
     assert 'Revealed type is "list[list[int | str | None]]"' in checked.stdout
-    assert "cemg_kernels.trie.item_filter.ItemFilter" in checked.stdout
+    assert "cemg_kernels.trie.filters.ItemFilter" in checked.stdout
     assert 'error: Incompatible types in assignment (expression has type "list[' in checked.stdout

@@ -30,7 +30,7 @@ from cemg.decoding.models.layers import (
 )
 from cemg.decoding.models.weights import unwrapped, weight_of
 from cemg.decoding.protocol import DecoderPlan, Logits, LogitsRequest, Unsupported
-from cemg_kernels.attention.shared_prefix import prompt_attention
+from cemg_kernels.attention.shared_prefix import shared_prefix_attention
 
 ROTARY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -216,7 +216,7 @@ class CausalState:
                 qkv = layer.qkv(layer.norm(x))
             query, keys, values = plan.split(layer, qkv, rotary)
             self.cache.append(number, torch.stack((keys, values), dim=1))
-            prefix = prompt_attention(
+            prefix = shared_prefix_attention(
                 query.unflatten(0, (batch, beams)), *self.prompt_kv[number], self.padding, plan.scale
             )
             attended = self.cache.attend(number, query, plan.scale, prefix=prefix)

@@ -17,9 +17,9 @@ from torch import Tensor
 from cemg.decoding.beams import token_count
 from cemg.decoding.models.weights import linear_of
 from cemg.decoding.protocol import Logits, LogitsRequest, Unsupported
-from cemg_kernels.attention.beam_tree import ancestor_attention
+from cemg_kernels.attention.beam_tree import beam_tree_attention
 from cemg_kernels.attention.logsumexp import row_logsumexp
-from cemg_kernels.attention.shared_prefix import prompt_attention, served_by_triton
+from cemg_kernels.attention.shared_prefix import served_by_triton, shared_prefix_attention
 
 MAX_LOGITS = 2**26  # logits over the vocabulary held at once
 WORTH_UNPADDING = 0.9  # padding is skipped if tokens are at most this share of a batch
@@ -239,7 +239,7 @@ def cross_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, p
     ``query`` [B, W, H, Dh], ``keys`` and ``values`` [B, G, S, Dh], ``padding`` [B, S].
     """
     if served_by_triton(query):
-        return prompt_attention(query, keys, values, padding, scale)[0].flatten(2).flatten(0, 1)
+        return shared_prefix_attention(query, keys, values, padding, scale)[0].flatten(2).flatten(0, 1)
     out = attention(query.transpose(1, 2), keys, values, scale, padding[:, None, None])  # [B, H, W, Dh]
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
@@ -287,11 +287,11 @@ class BeamKVCache:
     ) -> Tensor:  # fmt: skip
         """Attention of ``query`` [R, H, Dh] to each beam's own tokens, [R, H * Dh].
 
-        ``bias`` [T, H] is added to the scores. ``prefix`` is attention to the prompt, as ``prompt_attention``
+        ``bias`` [T, H] is added to the scores. ``prefix`` is attention to the prompt, as ``shared_prefix_attention``
         returns it; the two are merged.
         """
         keys_values = self.keys_values[layer]
         assert keys_values is not None  # holds at least this step's tokens
         if prefix is not None:
             prefix = prefix[0].flatten(0, 1), prefix[1].flatten(0, 1)
-        return ancestor_attention(query, keys_values, self.ancestors, scale, bias, prefix)
+        return beam_tree_attention(query, keys_values, self.ancestors, scale, bias, prefix)

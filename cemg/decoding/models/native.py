@@ -29,7 +29,7 @@ from cemg.decoding.protocol import (
 )
 from cemg.decoding.timings import add_native_events
 from cemg.errors import UserError
-from cemg_kernels.constrained.softmax import OVER, Normalize
+from cemg_kernels.constrained.softmax import NORMALIZE_INDEX, Normalize
 from cemg_kernels.runtime.dispatch import native
 from cemg_kernels.runtime.ranges import ranges_enabled
 from cemg_kernels.trie.arrays import TrieArrays
@@ -173,7 +173,7 @@ class NativePlan(DecoderPlan):
         scores, pruned = torch.empty(batch, beams), torch.empty(batch)
         leaves = torch.empty(batch, beams, dtype=torch.int32)
         codes = torch.empty(batch, beams, trie.levels, dtype=torch.int64)
-        numbers = [OVER[normalize], beams, requests[0].first_token, self.start_token]
+        numbers = [NORMALIZE_INDEX[normalize], beams, requests[0].first_token, self.start_token]
         if code_tokens is not None:
             numbers.append(code_tokens.data_ptr())
         room = self.search(torch.get_num_threads())

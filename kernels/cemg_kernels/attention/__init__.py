@@ -1,1 +1,7 @@
-"""Attention of a beam decoder (shared prompt, tree of beams) and the streamed log-sum-exp of logits."""
+"""Attention of a beam decoder (shared prompt, beam tree), and the log-sum-exp of logits."""
+
+from .beam_tree import beam_tree_attention
+from .logsumexp import row_logsumexp
+from .shared_prefix import shared_prefix_attention
+
+__all__ = ["beam_tree_attention", "row_logsumexp", "shared_prefix_attention"]

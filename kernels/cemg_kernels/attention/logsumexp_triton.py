@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""``row_logsumexp`` in one launch: a program a row, which it reads once, whatever its dtype."""
+"""The Triton kernel of ``row_logsumexp``: one program per row, which reads each logit once."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.aot import AotCase, powers_of_two
+from ..runtime.aot_case import AotCase, powers_of_two
 from ..runtime.dispatch import on_its_gpu
-from ..trie.filter_triton import finite
+from ..runtime.triton_math import zero_if_neg_inf
 
 DTYPES = ("fp32", "bf16", "fp16")
-MIN_BLOCK, MAX_BLOCK = 512, 8192  # columns at a time
+MIN_BLOCK, MAX_BLOCK = 512, 8192  # columns per iteration
 
 
-# R=50 V=33k fp32: reads 6.6 MB from the L2 cache, where the product before left them: 2 us.
+# R=50 V=33k fp32: reads 6.6 MB, 2 us, from the L2 cache, where the preceding matrix product left them.
 @triton.jit
 def logsumexp_kernel(logits_ptr, out_ptr, stride_row, V, BLOCK: tl.constexpr):
-    """Each lane keeps a maximum and a sum, joined at the end."""
+    """Each lane computes a maximum and a sum; they are combined at the end."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     highest, sums = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
-    odd = tl.zeros([BLOCK], tl.int32)  # lanes that met NaN
+    has_nan = tl.zeros([BLOCK], tl.int32)
     for first in range(0, V, BLOCK):
         inside = first + at < V
         x = tl.load(logits_ptr + row * stride_row + first + at, mask=inside, other=float("-inf"))
         x = x.to(tl.float32)
         higher = tl.maximum(highest, x)
-        base = finite(higher)
+        base = zero_if_neg_inf(higher)
         sums = sums * tl.exp(highest - base) + tl.exp(x - base)
-        highest, odd = higher, odd | (x != x).to(tl.int32)
+        highest, has_nan = higher, has_nan | (x != x).to(tl.int32)
     top = tl.max(highest, 0)
-    total = tl.log(tl.sum(sums * tl.exp(highest - finite(top)), 0))
-    total = tl.where(top == float("inf"), top, finite(top) + total)
-    tl.store(out_ptr + row, tl.where(tl.max(odd, 0) > 0, float("nan"), total))
+    total = tl.log(tl.sum(sums * tl.exp(highest - zero_if_neg_inf(top)), 0))
+    total = tl.where(top == float("inf"), top, zero_if_neg_inf(top) + total)
+    tl.store(out_ptr + row, tl.where(tl.max(has_nan, 0) > 0, float("nan"), total))
 
 
 @on_its_gpu
 def logsumexp(logits: Tensor) -> Tensor:
-    """Of checked logits [R, V]."""
+    """Computes the log-sum-exp float32 [R] of checked logits [R, V]."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     rows, columns = logits.shape
     out = torch.empty(rows, device=logits.device)
@@ -54,15 +54,17 @@ def logsumexp(logits: Tensor) -> Tensor:
 
 
 def block_of(columns: int) -> int:
+    """Returns the number of columns per iteration for V = ``columns``."""
     return min(MAX_BLOCK, max(MIN_BLOCK, triton.next_power_of_2(columns)))
 
 
 def warps_of(block: int) -> int:
+    """Returns the warps per program: 16 columns per thread."""
     return block // 512
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
-    """The dtypes, of every class of vocabularies or the largest."""
+    """Returns the cases of each dtype: for every class of vocabulary sizes, or the largest."""
     blocks = [block for block in powers_of_two(MAX_BLOCK) if block >= MIN_BLOCK] if every else [MAX_BLOCK]
     return [_case(*choice) for choice in product(DTYPES, blocks)]
 

@@ -1,58 +1,77 @@
-"""Attention of beams over the prompt of their user, whose keys and values exist once (DESIGN §5.3).
+"""Attention of beams over the prompt of their user, whose keys and values are stored once per user.
 
-B users, W beams each, S cells of a prompt, H query heads over G key-value heads of Dh.
+B users, W beams per user, S positions in the prompt, H query heads over G key-value heads of dimension Dh.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..runtime.aot_case import AotCase
 from ..runtime.dispatch import TRITON_DTYPES, pick
 from ..runtime.ranges import ranged
-
-MAX_DIM = 128  # of a head in the kernel
+from ..runtime.registry import register
 
 
 @ranged
-def prompt_attention(
+def shared_prefix_attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float = 1.0, *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Softmax of ``scale * query . keys + mask``, times the values, and the log-sum-exp of the scores, by
-    which it is merged with attention over other keys: [B, W, H, Dh] of the dtype of ``query``, and [B, W, H]
-    float32.
+    """Computes softmax(scale * query . keys + mask) . values over the prompt. There is no gradient.
 
-    ``query`` [B, W, H, Dh]; ``keys`` and ``values`` [B, G, S, Dh]; ``mask`` [B, S], finite somewhere in each
-    row. No gradient. Raises ValueError where shapes do not fit.
+    Args:
+        query: [B, W, H, Dh].
+        keys: [B, G, S, Dh].
+        values: [B, G, S, Dh].
+        mask: [B, S], added to the scores; each row needs a finite entry.
+        scale: The factor of the scores.
+        backend: "triton", "reference", or None for the dispatcher's choice.
+
+    Returns:
+        The output [B, W, H, Dh] in the dtype of ``query``, and the log-sum-exp of the scores, float32 [B, W,
+        H]. With the latter, ``beam_tree_attention`` merges the output with attention over other keys.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
     _check(query, keys, values, mask)
     if served_by_triton(query, backend):
         from .shared_prefix_triton import attend
 
         return attend(query, keys, values, mask, scale)
-    return attend_reference(query, keys, values, mask, scale)
+    return shared_prefix_attention_reference(query, keys, values, mask, scale)
 
 
 def served_by_triton(query: Tensor, backend: str | None = None) -> bool:
-    """Whether the kernel would take it."""
-    chosen = pick("prompt_attention", query.device, backend)
-    return chosen == "triton" and query.dtype in TRITON_DTYPES and query.shape[-1] <= MAX_DIM
+    """Returns whether the Triton kernel runs for this query."""
+    chosen = pick("shared_prefix_attention", query.device, backend)
+    if chosen != "triton" or query.dtype not in TRITON_DTYPES:
+        return False
+    from .shared_prefix_triton import MAX_HEAD_DIM
+
+    return query.shape[-1] <= MAX_HEAD_DIM
 
 
-def attend_reference(
+def shared_prefix_attention_reference(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The definition, in the dtype of ``query``, its softmax in float32. Beams, and the heads that share
-    keys, are the rows of one product: no key is copied.
+    """The definition: the dtype of ``query``, with a float32 softmax.
+
+    Beams and heads that share keys become the rows of one matrix product, so no key is copied.
     """
     folded = query.unflatten(2, (keys.shape[1], -1)).transpose(1, 2).flatten(2, 3)  # [B, G, W * H / G, Dh]
     scores = (folded * scale) @ keys.transpose(2, 3) + mask[:, None, None]  # [B, G, W * H / G, S]
     scores = scores if scores.dtype is torch.float64 else scores.float()
     out = scores.softmax(3).to(values.dtype) @ values
     lse = scores.logsumexp(3, keepdim=True)
-    apart = (t.unflatten(2, (query.shape[1], -1)).transpose(1, 2) for t in (out, lse))  # [B, W, G, H / G, c]
-    out, lse = (t.flatten(2, 3) for t in apart)
+    unfolded = (
+        t.unflatten(2, (query.shape[1], -1)).transpose(1, 2) for t in (out, lse)
+    )  # [B, W, G, H / G, c]
+    out, lse = (t.flatten(2, 3) for t in unfolded)
     return out, lse[..., 0]
 
 
@@ -66,3 +85,12 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> None:
         raise ValueError(f"values must be {list(keys.shape)} as the keys are, got {list(values.shape)}")
     if mask.shape != (users, keys.shape[2]):
         raise ValueError(f"mask must be {[users, keys.shape[2]]}, got {list(mask.shape)}")
+
+
+def _aot_cases(every: bool) -> Sequence[AotCase]:
+    from .shared_prefix_triton import aot_cases
+
+    return aot_cases(every)
+
+
+register("shared_prefix_attention", ("triton", "reference"), aot_cases=_aot_cases)

@@ -1,1 +1,1 @@
-"""Operations under the trie: softmax over the valid continuations and one step of beam search."""
+"""Operations constrained by the trie: softmax over the valid continuations, and one step of beam search."""

@@ -1,6 +1,6 @@
-"""One step of constrained beam search: mask, normalise, add, keep the best, walk on.
+"""One step of constrained beam search: mask, normalise, add, select the best, advance in the trie.
 
-B users, W beams, K codes a level.
+B users, W beams, K codes per level.
 
     candidate[b, w, k] = scores[b, w] + log_prob[b, w, k]       for each child k of nodes[b, w]
     keep the `width` best candidates of each user
@@ -14,33 +14,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..runtime.aot_case import AotCase
 from ..runtime.dispatch import pick
 from ..runtime.ranges import ranged
+from ..runtime.registry import register
 from ..trie import ops as trie_ops
 from ..trie.arrays import TrieArrays
-from ..trie.filter_tensors import FilterTensors
-from ..trie.trie import Filter, Trie, as_nodes
+from ..trie.filter_tensors import Filter, FilterTensors
+from ..trie.trie import Trie, as_nodes
 from .softmax import (
-    NEVER,
-    OVER,
+    NEG_INF,
+    NORMALIZE_INDEX,
     Normalize,
+    as_float32,
     check_like,
     check_logits,
     check_normalize,
-    dense,
-    flat,
+    flat_arguments,
     masked_log_prob,
 )
 
-MAX_WIDTH = 2**24  # of a user: 400 MB of results
+MAX_WIDTH = 2**24  # 400 MB of results per user
 
 
 class BeamStep(NamedTuple):
-    """The kept beams, best first, and the best candidate that was cut.
+    """The next beams of each user, best first, and the score of the best pruned candidate.
 
-    ``scores`` [B, width] float32; ``parents`` [B, width] int64, the beam each grew from; ``codes``
-    [B, width] int64; ``nodes`` [B, width] int32; ``pruned`` [B] float32. A dead place has score -inf,
-    node -1, parent 0 and code 0; ``pruned`` is -inf where nothing was cut.
+    A dead beam has score -inf, node -1, parent 0 and code 0.
+
+    Args:
+        scores: float32 [B, width], cumulative log-probabilities.
+        parents: int64 [B, width], the beam that each was expanded from.
+        codes: int64 [B, width], the code that each added.
+        nodes: int32 [B, width], the node of each.
+        pruned: float32 [B], the score of the best candidate that was not kept; -inf if all were kept.
     """
 
     scores: Tensor
@@ -63,17 +70,37 @@ def trie_beam_step(
     *,
     backend: str | None = None,
 ) -> BeamStep:
-    """The ``width`` best continuations of each user's beams.
+    """Selects the ``width`` best continuations of each user's beams.
 
-    ``logits`` [B, W, K], ``scores`` [B, W], ``nodes`` [B, W] int32, ``logsumexp`` [B, W] for "vocab".
-    Exact: every child is a candidate before anything is cut. Log-probabilities are those of
-    ``trie_softmax`` (each <= 0, so scores only fall); sums are float32. Best first, ties to the lowest
-    (parent, code). A beam of score -inf or NaN, or of node -1, is dead and has no candidates; where fewer
-    than ``width`` candidates live, the remaining places are dead, never filled up.
-    ``backend``: "triton" (up to 256 beams, width 256 and 4,096 codes), "native" (C++ on the CPU), "torch",
-    "reference", or None for the dispatcher's. For "vocab" all give the same bits; else their log-sum-exps
-    may differ in the last bits, and so may the order of candidates as close as that.
-    Raises ValueError where shapes, dtypes, devices or arguments do not fit.
+    The selection is exact: every child of every beam is a candidate. Log-probabilities are those of
+    ``trie_softmax``, each <= 0, so scores never rise. Sums are float32. Ties go to the lowest (parent, code).
+    A beam with score -inf or NaN, or with node -1, is dead and has no candidates. If a user has fewer than
+    ``width`` candidates, the remaining beams are dead.
+
+    Args:
+        logits: Floating point [B, W, K].
+        scores: Floating point [B, W], cumulative log-probabilities.
+        nodes: Integers [B, W].
+        trie: The trie of the valid semantic IDs.
+        width: The number of beams to keep per user.
+        normalize: The logits that the softmax sums over, as in ``trie_softmax``.
+        logsumexp: Floating point [B, W], the log-sum-exp over the whole vocabulary; required for "vocab"
+            only.
+        filter: Restricts the trie to the items that it allows.
+        backend: "triton" (up to 256 beams, width 256 and 4,096 codes), "native" (C++ on the CPU), "torch",
+            "reference", or None for the dispatcher's choice. For "vocab", all backends return the same bits.
+            Otherwise their log-sum-exps may differ in the last bits, and so may the order of candidates whose
+            scores differ by no more than that.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or arguments do not fit.
+
+    Example:
+        >>> trie = Trie.from_codes(torch.tensor([[0, 1], [0, 2], [3, 0]]), 4)
+        >>> root = torch.zeros(1, 1, dtype=torch.int32)
+        >>> logits = torch.tensor([[[1.0, 9.0, 0.0, 2.0]]])
+        >>> trie_beam_step(logits, torch.zeros(1, 1), root, trie, 2, "valid").codes.tolist()
+        [[3, 0]]
     """
     check_logits(logits, nodes, trie, 3)
     check_normalize(normalize, logsumexp, nodes)
@@ -81,9 +108,17 @@ def trie_beam_step(
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(f"width must be 1 to {MAX_WIDTH}, got {width}")
     allowed = trie.filter_tensors(filter, nodes.numel())
-    operands = logits, scores, as_nodes(nodes, trie.num_nodes), width, OVER[normalize], logsumexp, backend
+    operands = (
+        logits,
+        scores,
+        as_nodes(nodes, trie.num_nodes),
+        width,
+        NORMALIZE_INDEX[normalize],
+        logsumexp,
+        backend,
+    )
     if torch.compiler.is_compiling():
-        return BeamStep(*torch.ops.cemg.trie_beam_step(*flat(trie.arrays, allowed), *operands))
+        return BeamStep(*torch.ops.cemg.trie_beam_step(*flat_arguments(trie.arrays, allowed), *operands))
     return _step(trie.arrays, allowed, *operands)
 
 
@@ -91,14 +126,14 @@ def _step(
     trie: TrieArrays, filter: FilterTensors | None, logits: Tensor, scores: Tensor, nodes: Tensor, width: int,
     normalize: int, logsumexp: Tensor | None, backend: str | None,
 ) -> BeamStep:  # fmt: skip
-    """Checked input, on the backend of this name or the dispatcher's."""
+    """Runs checked arguments on ``backend`` or the dispatcher's choice."""
     chosen = pick("trie_beam_step", logits.device, backend)
     if chosen == "triton":
-        from . import step_triton as kernels
+        from . import beam_step_triton as kernels
 
         if backend is not None or not kernels.problem(nodes.shape[1], trie.codebook_size, width):
-            found = kernels.beam_step(logits, scores, nodes, trie, width, normalize, logsumexp, filter)
-            return BeamStep(*found)
+            step = kernels.beam_step(logits, scores, nodes, trie, width, normalize, logsumexp, filter)
+            return BeamStep(*step)
     if chosen == "native":
         return _native(trie, filter, logits, scores, nodes, width, normalize, logsumexp)
     with torch.no_grad():
@@ -106,7 +141,7 @@ def _step(
         log_prob = masked_log_prob(logits, allowed, normalize, logsumexp)
         candidates = _candidates(log_prob, scores)  # [B, W * K]
         select = _select_reference if chosen == "reference" else _select
-        return _walk_on(*select(candidates, width), nodes, trie, width)
+        return _advance(*select(candidates, width), nodes, trie, width)
 
 
 def _native(
@@ -114,24 +149,26 @@ def _native(
     normalize: int, logsumexp: Tensor | None,
 ) -> BeamStep:  # fmt: skip
     users, beams = nodes.shape
-    logits, scores, total = dense(logits), dense(scores), None if logsumexp is None else dense(logsumexp)
+    logits, scores = as_float32(logits), as_float32(scores)
+    total = None if logsumexp is None else as_float32(logsumexp)
     nodes = nodes.resolve_neg()
-    step = best, parents, codes, grown, pruned = empty_step(scores, nodes, width)
+    step = best, parents, codes, next_nodes, pruned = empty_step(scores, nodes, width)
     trie.view.beam_step(
         None if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),
         0 if total is None else total.data_ptr(), normalize, scores.data_ptr(), nodes.data_ptr(),
-        (users, beams, width), best.data_ptr(), parents.data_ptr(), codes.data_ptr(), grown.data_ptr(),
+        (users, beams, width), best.data_ptr(), parents.data_ptr(), codes.data_ptr(), next_nodes.data_ptr(),
         pruned.data_ptr(),
     )  # fmt: skip
     return step
 
 
 def empty_step(scores: Tensor, nodes: Tensor, width: int) -> BeamStep:
-    """Room for a step of ``scores`` [B, W] and ``nodes`` [B, W] int32, each tensor its own."""
+    """Allocates the tensors of a step from ``scores`` [B, W] and ``nodes`` int32 [B, W]."""
     users = scores.shape[0]
     if scores.dtype is not torch.float32:
         scores = scores.new_empty(0, dtype=torch.float32)
-    # sizes apart, and a dtype of one's own, take half the time of a tuple and of a dtype that is named
+    # new_empty with separate sizes and an inherited dtype takes half the time of a size tuple and a given
+    # dtype
     parents = torch.empty(users, width, dtype=torch.int64, device=scores.device)
     return BeamStep(
         scores.new_empty(users, width), parents, parents.new_empty(users, width),
@@ -140,44 +177,45 @@ def empty_step(scores: Tensor, nodes: Tensor, width: int) -> BeamStep:
 
 
 def _candidates(log_prob: Tensor, scores: Tensor) -> Tensor:
-    """Scores of all continuations, [B, W * K]; -inf where there is none."""
-    alive = torch.nan_to_num(scores.float(), nan=NEVER, neginf=NEVER)[..., None]  # [B, W, 1]
+    """Returns the scores of all continuations [B, W * K]; -inf for codes that do not continue."""
+    alive = torch.nan_to_num(scores.float(), nan=NEG_INF, neginf=NEG_INF)[..., None]  # [B, W, 1]
     return (alive + log_prob).flatten(1)
 
 
 def _select_reference(candidates: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The definition: sort all, stably, best first. Scores and places, [B, up to width + 1]."""
-    ordered, place = candidates.sort(dim=1, descending=True, stable=True)
-    return ordered[:, : width + 1], place[:, : width + 1]
+    """The definition: a stable descending sort. Returns scores and positions [B, up to width + 1]."""
+    ordered, position = candidates.sort(dim=1, descending=True, stable=True)
+    return ordered[:, : width + 1], position[:, : width + 1]
 
 
 def _select(candidates: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The same by one top-k of integers: a score's bits, ordered as it is, over its place counted down.
+    """Returns the same from one top-k of integer keys.
 
-    No two keys are equal, so ties fall as in a stable sort.
+    A key holds the order-preserving bits of the score, then the inverted position. No two keys are equal, so
+    ties resolve as in a stable sort.
     """
-    bits = (candidates + 0.0).view(torch.int32)  # + 0.0: one zero, not two
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # rises with the score
+    bits = (candidates + 0.0).view(torch.int32)  # + 0.0 turns -0 into 0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # in the order of the scores
     count = candidates.shape[1]
-    place = torch.arange(count, device=candidates.device)
-    keys = (ordered << 32) + (count - 1 - place)
+    inverted = count - 1 - torch.arange(count, device=candidates.device)
+    keys = (ordered << 32) + inverted
     best = keys.topk(min(width + 1, count), dim=1).values
-    at = count - 1 - (best & 0xFFFFFFFF)
-    return candidates.gather(1, at), at
+    position = count - 1 - (best & 0xFFFFFFFF)
+    return candidates.gather(1, position), position
 
 
-def _walk_on(best: Tensor, place: Tensor, nodes: Tensor, trie: TrieArrays, width: int) -> BeamStep:
-    """From the width + 1 best (fewer, where there are fewer) to the next beams."""
+def _advance(best: Tensor, position: Tensor, nodes: Tensor, trie: TrieArrays, width: int) -> BeamStep:
+    """Returns the next beams from the up to width + 1 best candidates."""
     missing = width + 1 - best.shape[1]
-    best = torch.nn.functional.pad(best, (0, missing), value=NEVER)
-    place = torch.nn.functional.pad(place, (0, missing))
-    scores, dead = best[:, :width], best[:, :width] == NEVER
-    place = place[:, :width].masked_fill(dead, 0)
-    parents, codes = place // trie.codebook_size, place % trie.codebook_size
-    nodes = torch.nn.functional.pad(nodes, (0, 1), value=-1)  # so that of no beams the dead have a parent
-    grown = trie_ops.advance(trie, None, nodes.gather(1, parents).flatten(), codes.flatten())
-    grown = grown.view(codes.shape).masked_fill(dead, -1)
-    return BeamStep(scores.clone(), parents, codes, grown, best[:, width].clone())
+    best = torch.nn.functional.pad(best, (0, missing), value=NEG_INF)
+    position = torch.nn.functional.pad(position, (0, missing))
+    scores, dead = best[:, :width], best[:, :width] == NEG_INF
+    position = position[:, :width].masked_fill(dead, 0)
+    parents, codes = position // trie.codebook_size, position % trie.codebook_size
+    nodes = torch.nn.functional.pad(nodes, (0, 1), value=-1)  # parent 0 exists even if there are no beams
+    next_nodes = trie_ops.advance(trie, None, nodes.gather(1, parents).flatten(), codes.flatten())
+    next_nodes = next_nodes.view(codes.shape).masked_fill(dead, -1)
+    return BeamStep(scores.clone(), parents, codes, next_nodes, best[:, width].clone())
 
 
 def _custom_op(
@@ -192,8 +230,8 @@ def _custom_op(
 
 _op = torch.library.custom_op(
     "cemg::trie_beam_step", _custom_op, mutates_args=(),
-    schema=f"({trie_ops.FLAT}, Tensor logits, Tensor scores, Tensor nodes, SymInt width, int normalize, "
-    "Tensor? logsumexp, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({trie_ops.ARRAYS_AND_FILTER}, Tensor logits, Tensor scores, Tensor nodes, SymInt width, "
+    "int normalize, Tensor? logsumexp, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 
 
@@ -203,3 +241,12 @@ def _fake(
     filter: Sequence[Tensor], logits: Tensor, scores: Tensor, nodes: Tensor, width: int, *_: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(empty_step(scores, nodes, width))
+
+
+def _aot_cases(every: bool) -> Sequence[AotCase]:
+    from .beam_step_triton import aot_cases
+
+    return aot_cases(every)
+
+
+register("trie_beam_step", ("triton", "native", "torch", "reference"), aot_cases=_aot_cases)

@@ -1,14 +1,14 @@
 # mypy: disable-error-code="no-untyped-def"
-"""LightGCN propagation on a GPU: neighbour rows are summed without an array of edge values.
+"""The Triton kernels of ``lightgcn_propagate``; they sum neighbour rows without an array of edge values.
 
-V vertices, D dimensions, L layers. With s = D^-1/2 by vertex, a layer of Horner's form is
+V vertices, D dimensions, L layers. With s = D^-1/2 per vertex, one layer of Horner's scheme is
 
     y <- x + s * (A (s * y))
 
-so a layer reads the table s * y, sums its neighbour rows in float32 and writes the next layer's table; the
-last one divides by L + 1 instead. Vertices run in the order of their degrees: those of a
-program have nearly as many neighbours each. A vertex of more than ``CHUNK`` neighbours is summed in two
-steps, chunks first, so that no program is long; sums are in a fixed order, so results repeat.
+A layer reads the table s * y, sums its neighbour rows in float32 and writes the table of the next layer. The
+last layer divides by L + 1 instead. Vertices run in the order of their degrees, so the vertices of one
+program have similar numbers of neighbours. Vertices with more than ``CHUNK`` neighbours are summed in two
+steps, first per chunk, so no program runs long. The order of every sum is fixed, so results are reproducible.
 """
 
 from __future__ import annotations
@@ -22,50 +22,51 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..runtime.aot import REGISTERS, AotCase, pairwise, powers_of_two
+from ..runtime.aot_case import MAX_REGISTERS, AotCase, pairwise, powers_of_two
 from ..runtime.dispatch import on_its_gpu
-from .propagate import BipartiteGraph
+from .bipartite import BipartiteGraph
 
 MAX_DIM = 1024
-FEW = 32  # up to so many neighbours, several vertices share a program
-CHUNK = 256  # neighbours that one program adds up, one block after the other
-PER_WARP = 1024  # numbers at a time
+LIGHT_DEGREE = 32  # several vertices of at most this degree share a program
+CHUNK = 256  # neighbours per program, summed block by block
+PER_WARP = 1024  # table entries per iteration
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TABLES = ("fp32", "bf16")
 
 
-# Gowalla-shaped (71k vertices, 2.1 M directed edges), D = 64, fp32: 526 MB of gathered rows a layer, of which
-# the 18 MB table stays in L2; 36 MB of x and tables otherwise. Bound by L2 bandwidth. A bf16 table halves it.
+# A graph like Gowalla (71k vertices, 2.1 M directed edges), D = 64, fp32: 526 MB of gathered rows per layer
+# from an 18 MB table that stays in L2, and 36 MB of x and tables. Bound by L2 bandwidth; a bf16 table halves
+# the bytes.
 @triton.jit
 def layer_kernel(
     order_ptr, begin_ptr, neighbours_ptr, table_ptr, x_ptr, scale_ptr, out_ptr, first, last, divisor,
     D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
     GATHER: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Vertices order[first:last]; where not GATHER, their summands lie one after the other in the table."""
-    place = first + tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    alive = place < last
-    vertex = tl.load(order_ptr + place, mask=alive, other=0).to(tl.int64)
-    bounds = vertex if GATHER else (place - first).to(tl.int64)
+    """Vertices order[first:last]. If not GATHER, the rows to sum are consecutive in the table."""
+    position = first + tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    alive = position < last
+    vertex = tl.load(order_ptr + position, mask=alive, other=0).to(tl.int64)
+    bounds = vertex if GATHER else (position - first).to(tl.int64)
     begin = tl.load(begin_ptr + bounds, mask=alive, other=0)
     degree = tl.where(alive, tl.load(begin_ptr + bounds + 1, mask=alive, other=0) - begin, 0)
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
     for e0 in range(0, tl.max(degree, 0), BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
-        here = e[None, :] < degree[:, None]  # [BLOCK_V, BLOCK_E]
+        exists = e[None, :] < degree[:, None]  # [BLOCK_V, BLOCK_E]
         row = begin[:, None] + e[None, :]
         if GATHER:
-            row = tl.load(neighbours_ptr + row, mask=here, other=0).to(tl.int64)
-        inside = here[:, :, None] & (d < D)[None, None, :]
+            row = tl.load(neighbours_ptr + row, mask=exists, other=0).to(tl.int64)
+        inside = exists[:, :, None] & (d < D)[None, None, :]
         rows = tl.load(table_ptr + row[:, :, None] * D + d[None, None, :], mask=inside, other=0.0)
         total += tl.sum(rows.to(tl.float32), 1)
     inside = alive[:, None] & (d < D)[None, :]
-    at = vertex[:, None] * D + d[None, :]
+    offset = vertex[:, None] * D + d[None, :]
     scale = tl.load(scale_ptr + vertex, mask=alive, other=0.0)[:, None]
-    y = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + scale * total
+    y = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) + scale * total
     y = y / divisor if FINAL else y * scale
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def chunk_kernel(
     chunk_ptr, neighbours_ptr, table_ptr, partial_ptr,
     D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the neighbour rows of one chunk of edges: chunk_ptr [chunks, 2] begin and end."""
+    """Sums the neighbour rows of one chunk of edges; chunk_ptr [chunks, 2] holds begin and end."""
     chunk = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(chunk_ptr + 2 * chunk), tl.load(chunk_ptr + 2 * chunk + 1)
     d = tl.arange(0, BLOCK_D)
@@ -89,54 +90,60 @@ def chunk_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """In which order the vertices run: ``order`` [V] int32 by degree, few neighbours, more, over CHUNK.
+    """The order in which the vertices run, in three kinds: light, medium (up to CHUNK neighbours) and heavy.
 
-    ``neighbours`` [2 E] int32; ``few`` and ``some`` end the first two kinds in ``order``; ``chunks``
-    [C, 2] int64 are the edges of the third kind in pieces, ``chunk_begin`` its row pointers into them.
+    Args:
+        order: int32 [V], the vertices by degree.
+        neighbours: int32 [2 E].
+        light_end: The end of the light vertices in ``order``.
+        medium_end: The end of the medium vertices in ``order``.
+        chunks: int64 [C, 2], begin and end of the edges of the heavy vertices, in pieces of up to CHUNK.
+        chunk_begin: int64, the first chunk of each heavy vertex, and the end.
     """
 
     order: Tensor
     neighbours: Tensor
-    few: int
-    some: int
+    light_end: int
+    medium_end: int
     chunks: Tensor
     chunk_begin: Tensor
 
 
-_schedules = WeakTensorKeyDictionary()  # by neighbours, which compiled calls pass on as they are
+_schedules = WeakTensorKeyDictionary()  # keyed by ``neighbours``, the same tensor in eager and compiled calls
 
 
 def schedule_of(graph: BipartiteGraph) -> Schedule:
-    """The graph's schedule, made at first use."""
-    kept: Schedule | None = _schedules.get(graph.neighbours)
-    if kept is None:
+    """Returns the schedule of a graph; computes it at first use."""
+    schedule: Schedule | None = _schedules.get(graph.neighbours)
+    if schedule is None:
         degree = graph.row_ptr.diff()
         order = degree.argsort(stable=True)
-        few, some = int((degree <= FEW).sum()), int((degree <= CHUNK).sum())
-        heavy = order[some:]
+        light_end, medium_end = int((degree <= LIGHT_DEGREE).sum()), int((degree <= CHUNK).sum())
+        heavy = order[medium_end:]
         pieces = (degree[heavy] + CHUNK - 1) // CHUNK
         chunk_begin = torch.cat((pieces.new_zeros(1), pieces.cumsum(0)))
         owner = torch.repeat_interleave(torch.arange(heavy.numel(), device=graph.device), pieces)
         index = torch.arange(owner.numel(), device=graph.device) - chunk_begin[owner]
         begin = graph.row_ptr[heavy][owner] + index * CHUNK
         end = torch.minimum(begin + CHUNK, graph.row_ptr[heavy + 1][owner])
-        kept = _schedules[graph.neighbours] = Schedule(
-            order.to(torch.int32), graph.neighbours.to(torch.int32), few, some,
+        schedule = _schedules[graph.neighbours] = Schedule(
+            order.to(torch.int32), graph.neighbours.to(torch.int32), light_end, medium_end,
             torch.stack((begin, end), dim=1).contiguous(), chunk_begin,
         )  # fmt: skip
-    return kept
+    return schedule
 
 
 @on_its_gpu
 def propagate(
     graph: BipartiteGraph, x: Tensor, layers: int, table_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Checked input: ``x`` [V, D] -> the mean over the layers, of x's dtype.
+    """Returns the mean over the layers [V, D], in the dtype of ``x``, for checked arguments.
 
-    ``table_dtype`` of the gathered tables: float32 by default, or bfloat16, which halves what is read. It
-    rounds a table by u = 2^-9 at most: what the j-th layer from the end gathers is off by u |y|, and so the
-    sum by u A_hat^j |y|. There |y| <= the sum of A_hat^i |x| over i <= L - j; for all j that makes u times
-    the sum of k A_hat^k |x|, so the mean is off by u L * (the mean of A_hat^k |x|) to first order in u.
+    ``table_dtype`` is the dtype of the gathered tables: float32 by default, or bfloat16, which halves the
+    bytes read. Error bound for bfloat16: rounding changes a table by at most u = 2^-9, relatively. The rows
+    that the j-th layer from the end gathers are off by u |y|, so the sum is off by u A_hat^j |y|, where |y|
+    is at most the sum of A_hat^i |x| over i <= L - j. Over all j this is u times the sum of k A_hat^k |x|, so
+    the mean is off by at most u L * (the mean of A_hat^k |x|), to first order in u.
     """
     dim = x.shape[1]
     if dim > MAX_DIM or x.dtype not in DTYPES:
@@ -147,28 +154,28 @@ def propagate(
     x = x.contiguous()
     if layers == 0 or not x.numel() or not graph.neighbours.numel():
         return (x.float() / (layers + 1)).to(x.dtype)
-    plan = schedule_of(graph)
+    schedule = schedule_of(graph)
     table = (x.float() * graph.inv_sqrt_degree[:, None]).to(table_dtype)
-    partial = torch.empty(len(plan.chunks), dim, device=x.device)
+    partial = torch.empty(len(schedule.chunks), dim, device=x.device)
     for layer in range(layers):
         final = layer == layers - 1
         out = torch.empty_like(x) if final else torch.empty_like(table)
-        _layer(graph, plan, table, partial, x, out, float(layers + 1), final)
+        _layer(graph, schedule, table, partial, x, out, float(layers + 1), final)
         table = out
     return table
 
 
 def _layer(
-    graph: BipartiteGraph, plan: Schedule, table: Tensor, partial: Tensor, x: Tensor, out: Tensor,
+    graph: BipartiteGraph, schedule: Schedule, table: Tensor, partial: Tensor, x: Tensor, out: Tensor,
     divisor: float, final: bool,
 ) -> None:  # fmt: skip
     vertices, dim = x.shape
     scale = graph.inv_sqrt_degree
-    ends = (0, plan.few, plan.some, vertices)
-    if len(plan.chunks):
-        chunk_kernel[(len(plan.chunks),)](
-            plan.chunks, plan.neighbours, table, partial,
-            D=dim, **chunk_blocks(dim), num_warps=4, maxnreg=REGISTERS,
+    ends = (0, schedule.light_end, schedule.medium_end, vertices)
+    if len(schedule.chunks):
+        chunk_kernel[(len(schedule.chunks),)](
+            schedule.chunks, schedule.neighbours, table, partial,
+            D=dim, **chunk_blocks(dim), num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     for kind in range(3):
         first, last = ends[kind], ends[kind + 1]
@@ -176,16 +183,17 @@ def _layer(
             continue
         blocks, warps = layer_blocks(dim, kind)
         grid = (triton.cdiv(last - first, blocks["BLOCK_V"]),)
-        begin, source = (plan.chunk_begin, partial) if kind == 2 else (graph.row_ptr, table)
+        begin, source = (schedule.chunk_begin, partial) if kind == 2 else (graph.row_ptr, table)
         layer_kernel[grid](
-            plan.order, begin, plan.neighbours, source, x, scale, out, first, last, divisor,
-            D=dim, **blocks, GATHER=kind < 2, FINAL=final, num_warps=warps, maxnreg=REGISTERS,
+            schedule.order, begin, schedule.neighbours, source, x, scale, out, first, last, divisor,
+            D=dim, **blocks, GATHER=kind < 2, FINAL=final, num_warps=warps, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
 
 
 def layer_blocks(dim: int, kind: int) -> tuple[dict[str, int], int]:
-    """Tiles and warps for vertices of few neighbours (0), more (1) and those summed by chunks (2): as small
-    as keeps a warp busy, so that no vertex waits for the neighbours of another.
+    """Returns tile sizes and warps for light (0), medium (1) and heavy (2) vertices.
+
+    The tiles are the smallest that keep a warp busy, so that few vertices wait for the longest row of a tile.
     """
     block = triton.next_power_of_2(dim)
     edges = 4 if kind == 0 else max(4, PER_WARP // block)
@@ -195,21 +203,23 @@ def layer_blocks(dim: int, kind: int) -> tuple[dict[str, int], int]:
 
 
 def chunk_blocks(dim: int) -> dict[str, int]:
+    """Returns the tile sizes of ``chunk_kernel``."""
     block = triton.next_power_of_2(dim)
     return {"BLOCK_E": max(4, 4 * PER_WARP // block), "BLOCK_D": block}
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
-    """Each kind of vertex, in a middle layer and the last, all that there are; or of some dimensions any two
-    choices. Full tiles and not.
+    """Returns cases for each kind of vertex, in a middle and in the last layer, with full and partial tiles.
+
+    By default any two choices of dimension, dtype, table dtype, kind and layer occur together in one case.
     """
     axes = tuple(DTYPES.values()), TABLES, range(3), (False, True)
     if every:
         dims = sorted({d for block in powers_of_two(MAX_DIM) for d in (block, block // 2 + 1)})
         cases, chunked = [_layer_case(*choice) for choice in product(dims, *axes)], dims
     else:
-        some = pairwise([1, 64, 100, 256, MAX_DIM], *axes)
-        cases, chunked = [_layer_case(*choice) for choice in some], [MAX_DIM]
+        chosen = pairwise([1, 64, 100, 256, MAX_DIM], *axes)
+        cases, chunked = [_layer_case(*choice) for choice in chosen], [MAX_DIM]
     cases += [_chunk_case(dim, table) for dim in chunked for table in TABLES]
     return list({case.name: case for case in cases}.values())
 
@@ -222,12 +232,14 @@ def _layer_case(dim: int, dtype: str, table: str, kind: int, final: bool) -> Aot
         "table_ptr": "*fp32" if kind == 2 else f"*{table}", "x_ptr": f"*{dtype}", "scale_ptr": "*fp32",
         "out_ptr": f"*{dtype if final else table}", "first": "i32", "last": "i32", "divisor": "fp32",
     }  # fmt: skip
-    read = "sums" if kind == 2 else table  # and the last layer writes x's dtype, whatever the table's
+    read = "sums" if kind == 2 else table  # the last layer writes the dtype of x in any case
     name = f"lightgcn_propagate D={dim} {dtype} table {read} kind {kind}"
     name += " final" if final else f" to {table}"
     pointers = [argument for argument in types if argument.endswith("_ptr")]
     types |= dict.fromkeys(constants, "constexpr")
-    return AotCase(name, layer_kernel, types, constants, {"num_warps": warps, "maxnreg": REGISTERS}, pointers)
+    return AotCase(
+        name, layer_kernel, types, constants, {"num_warps": warps, "maxnreg": MAX_REGISTERS}, pointers
+    )
 
 
 def _chunk_case(dim: int, table: str) -> AotCase:
@@ -236,4 +248,4 @@ def _chunk_case(dim: int, table: str) -> AotCase:
     pointers = list(types)
     types |= dict.fromkeys(constants, "constexpr")
     name = f"lightgcn_propagate chunks D={dim} table {table}"
-    return AotCase(name, chunk_kernel, types, constants, {"num_warps": 4, "maxnreg": REGISTERS}, pointers)
+    return AotCase(name, chunk_kernel, types, constants, {"num_warps": 4, "maxnreg": MAX_REGISTERS}, pointers)

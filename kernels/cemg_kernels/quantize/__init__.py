@@ -1,1 +1,1 @@
-"""Residual quantization: the nearest code of every level."""
+"""Residual quantization: finds the nearest code on every level."""

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Residual quantization on a GPU: every level of a tile of rows in one launch, N x K never written.
+"""The Triton kernel of ``residual_quantize``: all levels in one launch, without writing the N x K scores.
 
-N rows, M levels, K codes a level, D dimensions; codebooks are padded by zeros to 2**HALVINGS dimensions, so
-that their rows are aligned. A program keeps the residual of its rows on chip through all levels. Codes are
-exact: a row whose winner is within rounding of another is decided again in float64, in the kernel, so
-nothing comes back to the host.
+N rows, M levels, K codes per level, D dimensions. Codebooks are padded with zeros to 2**HALVINGS dimensions,
+which aligns their rows. A program keeps the residuals of its rows in registers through all levels. Codes are
+exact: if two codes of a row differ by less than the rounding error, the kernel recomputes the row in float64,
+without the host. The definition is ``residual_quantize_reference`` (``residual.py``).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.aot import ARCHITECTURES, AotCase, powers_of_two
+from ..runtime.aot_case import ARCHITECTURES, MAX_REGISTERS, AotCase, powers_of_two
 from ..runtime.dispatch import on_its_gpu
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-MAX_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # more spills, or fills 163 KB
+MAX_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # more would spill or exceed 163 KB
 CODES = ("i32", "i16", "u8")
-HOPPER = 90  # the architecture from which on four warps multiply together
-EXACT_CELLS = 1024  # float64 differences held at a time
+HOPPER = 90  # from this architecture on, four warps share one tensor core instruction
+EXACT_CELLS = 1024  # float64 differences per iteration
 
 
 @triton.jit
 def _sum_by_pairs(values, HALVINGS: tl.constexpr):
-    """Neighbours added, then neighbouring sums, and so on: [R, 2**HALVINGS] -> [R]."""
+    """Sums each row by pairwise addition: [R, 2**HALVINGS] -> [R]."""
     for _ in tl.static_range(HALVINGS):
         left, right = tl.split(tl.reshape(values, [values.shape[0], values.shape[1] // 2, 2]))
         values = left + right
@@ -39,7 +39,7 @@ def _sum_by_pairs(values, HALVINGS: tl.constexpr):
 
 @triton.jit
 def _tf32_part(values):
-    """float32 with the 13 bits that TF32 has no place for set to zero."""
+    """Clears the 13 bits of a float32 that TF32 does not have."""
     return (values.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
@@ -48,16 +48,16 @@ def prepare_kernel(
     codebooks_ptr, high_ptr, low_ptr, half_norm_ptr, norm_ptr, rows,
     HALVINGS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each of the M * K vectors: its TF32 part, the rest, ||c||^2 / 2 and ||c||, rounded up."""
+    """Writes of each of the M * K vectors: its TF32 part, the rest, ||c||^2 / 2, and ||c|| rounded up."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place = row[:, None] * 2**HALVINGS + tl.arange(0, 2**HALVINGS)
+    offset = row[:, None] * 2**HALVINGS + tl.arange(0, 2**HALVINGS)
     inside = (row < rows)[:, None]
-    vectors = tl.load(codebooks_ptr + place, mask=inside, other=0).to(tl.float32)
+    vectors = tl.load(codebooks_ptr + offset, mask=inside, other=0).to(tl.float32)
     high = _tf32_part(vectors)
-    tl.store(high_ptr + place, high, mask=inside)
-    tl.store(low_ptr + place, vectors - high, mask=inside)
-    wide = vectors.to(tl.float64)
-    squares = tl.sum(wide * wide, 1)
+    tl.store(high_ptr + offset, high, mask=inside)
+    tl.store(low_ptr + offset, vectors - high, mask=inside)
+    vectors_64 = vectors.to(tl.float64)
+    squares = tl.sum(vectors_64 * vectors_64, 1)
     tl.store(half_norm_ptr + row, (squares / 2).to(tl.float32), mask=row < rows)
     norm = tl.where(squares == squares, tl.sqrt(squares) * 1.001, float("inf"))
     tl.store(norm_ptr + row, norm.to(tl.float32), mask=row < rows)
@@ -65,7 +65,7 @@ def prepare_kernel(
 
 @triton.jit
 def _largest(norm_ptr, K, BLOCK: tl.constexpr):
-    """The maximum of ``norm_ptr`` [K]."""
+    """Returns the maximum of ``norm_ptr`` [K]."""
     largest = tl.zeros([BLOCK], tl.float32)
     for k0 in range(0, K, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
@@ -74,11 +74,11 @@ def _largest(norm_ptr, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _error_bound(residual, longest, D: tl.constexpr):
-    """E of ``residual_quantize_tiles`` for each row of ``residual`` [R, ...]: [R], rounded up."""
+def _error_bound(residual, max_norm, D: tl.constexpr):
+    """Returns E of ``residual._nearest`` for each row of ``residual`` [R, ...]: [R], rounded up."""
     norm = tl.sqrt(tl.sum(residual * residual, 1)) * 1.001 + D * 2.0**-62  # squares below 2^-126 are lost
-    size = norm * longest + longest * longest / 2
-    both = norm + longest
+    size = norm * max_norm + max_norm * max_norm / 2
+    both = norm + max_norm
     bound = ((D + 8) * 2.0**-22 + 2.0**-18) * size + (D + 8) * (
         2.0**-52 * both * both + 2.0**-125 * (1 + both)
     )
@@ -87,17 +87,17 @@ def _error_bound(residual, longest, D: tl.constexpr):
 
 @triton.jit
 def _nearest_exact(residual, codebook_ptr, K, HALVINGS: tl.constexpr, BLOCK: tl.constexpr):
-    """The definition, of one row: the code of the least float64 distance to ``residual`` [2**HALVINGS]."""
+    """Returns the code with the smallest float64 distance to one row, ``residual`` [2**HALVINGS]."""
     d = tl.arange(0, 2**HALVINGS)
-    wide = residual.to(tl.float64)
+    residual_64 = residual.to(tl.float64)
     best = tl.full([], float("inf"), tl.float64)
     code = tl.full([], 0, tl.int32)
     for k0 in range(0, K, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
-        place = k[:, None] * 2**HALVINGS + d
-        vectors = tl.load(codebook_ptr + place, mask=(k < K)[:, None], other=0).to(tl.float64)
-        off = wide[None, :] - vectors
-        distance = _sum_by_pairs(off * off, HALVINGS)
+        offset = k[:, None] * 2**HALVINGS + d
+        vectors = tl.load(codebook_ptr + offset, mask=(k < K)[:, None], other=0).to(tl.float64)
+        difference = residual_64[None, :] - vectors
+        distance = _sum_by_pairs(difference * difference, HALVINGS)
         distance = tl.where((k < K) & (distance == distance), distance, float("inf"))
         least = tl.min(distance, 0)
         first = tl.min(tl.where(distance == least, k, 2147483647), 0)
@@ -106,65 +106,66 @@ def _nearest_exact(residual, codebook_ptr, K, HALVINGS: tl.constexpr, BLOCK: tl.
     return code
 
 
-# N=100k D=64 K=256 M=4 fp32: read x 26 MB, write 26 MB + codes; 3 x 13 GFLOP on TF32 cores. Compute-bound:
-# with scores written it would move 820 MB more.
+# N=100k D=64 K=256 M=4 fp32: reads 26 MB of x, writes 26 MB and the codes; 3 x 13 GFLOP on TF32 cores. It is
+# compute-bound; writing the scores would move 820 MB more.
 @triton.jit
 def residual_quantize_kernel(
     x_ptr, codebooks_ptr, high_ptr, low_ptr, half_norm_ptr, norm_ptr, codes_ptr, quantized_ptr,
     N, K, M, stride_x, D: tl.constexpr, HALVINGS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_EXACT: tl.constexpr,
 ):  # fmt: skip
+    """All levels of BLOCK_N rows: codes_ptr [N, M] and quantized_ptr [N, D]."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, 2**HALVINGS)
-    wide_row = row.to(tl.int64)
+    row_64 = row.to(tl.int64)
     inside = (row < N)[:, None] & (d < D)
-    residual = tl.load(x_ptr + wide_row[:, None] * stride_x + d, mask=inside, other=0).to(tl.float32)
+    residual = tl.load(x_ptr + row_64[:, None] * stride_x + d, mask=inside, other=0).to(tl.float32)
     for m in range(M):
         high, best = _tf32_part(residual), tl.full([BLOCK_N], float("inf"), tl.float32)
         low, second = residual - high, tl.full([BLOCK_N], float("inf"), tl.float32)
         code = tl.zeros([BLOCK_N], tl.int32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            place = (m * K + k)[:, None] * 2**HALVINGS + d
+            offset = (m * K + k)[:, None] * 2**HALVINGS + d
             valid = (k < K)[:, None]
-            vectors = tl.load(high_ptr + place, mask=valid, other=0.0)
+            vectors = tl.load(high_ptr + offset, mask=valid, other=0.0)
             dot = tl.dot(low, tl.trans(vectors), input_precision="tf32")
             if SPLIT:
-                rest = tl.load(low_ptr + place, mask=valid, other=0.0)
+                rest = tl.load(low_ptr + offset, mask=valid, other=0.0)
                 dot = tl.dot(high, tl.trans(rest), dot, input_precision="tf32")
             dot = tl.dot(high, tl.trans(vectors), dot, input_precision="tf32")
             half_norm = tl.load(half_norm_ptr + m * K + k, mask=k < K, other=float("inf"))
             score = half_norm[None, :] - dot  # [BLOCK_N, BLOCK_K]
-            score = tl.where(score == score, score, float("inf"))  # NaN is never near
-            least, place_of_least = tl.min(score, 1, True, False)  # ties: either, both are doubtful
-            runner_up = tl.min(tl.where(k[None, :] - k0 == place_of_least[:, None], float("inf"), score), 1)
+            score = tl.where(score == score, score, float("inf"))  # NaN never wins
+            least, argmin = tl.min(score, 1, True, False)  # either code of a tie: the row is uncertain anyway
+            runner_up = tl.min(tl.where(k[None, :] - k0 == argmin[:, None], float("inf"), score), 1)
             second = tl.minimum(tl.minimum(second, runner_up), tl.maximum(best, least))
-            code = tl.where(least < best, k0 + place_of_least, code)
+            code = tl.where(least < best, k0 + argmin, code)
             best = tl.minimum(best, least)
         bound = _error_bound(residual, _largest(norm_ptr + m * K, K, BLOCK_K), D)
-        doubtful = (row < N) & ~(second > best + 2 * bound)
-        for _ in range(tl.sum(doubtful.to(tl.int32), 0)):
-            one = row == tl.max(tl.where(doubtful, row, -1), 0)
-            its_residual = tl.sum(tl.where(one[:, None], residual, 0.0), 0)
+        uncertain = (row < N) & ~(second > best + 2 * bound)
+        for _ in range(tl.sum(uncertain.to(tl.int32), 0)):
+            is_row = row == tl.max(tl.where(uncertain, row, -1), 0)
+            row_residual = tl.sum(tl.where(is_row[:, None], residual, 0.0), 0)
             codebook_ptr = codebooks_ptr + m * K * 2**HALVINGS
-            exact = _nearest_exact(its_residual, codebook_ptr, K, HALVINGS, BLOCK_EXACT)
-            code = tl.where(one, exact, code)
-            doubtful = doubtful & ~one
-        tl.store(codes_ptr + wide_row * M + m, code.to(codes_ptr.dtype.element_ty), mask=row < N)
+            exact = _nearest_exact(row_residual, codebook_ptr, K, HALVINGS, BLOCK_EXACT)
+            code = tl.where(is_row, exact, code)
+            uncertain = uncertain & ~is_row
+        tl.store(codes_ptr + row_64 * M + m, code.to(codes_ptr.dtype.element_ty), mask=row < N)
         chosen = codebooks_ptr + (m * K + code)[:, None] * 2**HALVINGS + d
         residual -= tl.load(chosen).to(tl.float32)
-    tl.debug_barrier()  # the codes are read back, so that the sum takes no registers meanwhile
+    tl.debug_barrier()  # the codes are read back, because a running sum would need more registers
     quantized = tl.zeros([BLOCK_N, 2**HALVINGS], tl.float32)
     for m in range(M):
-        code = tl.load(codes_ptr + wide_row * M + m, mask=row < N, other=0).to(tl.int32)
+        code = tl.load(codes_ptr + row_64 * M + m, mask=row < N, other=0).to(tl.int32)
         chosen = codebooks_ptr + (m * K + code)[:, None] * 2**HALVINGS + d
         quantized += tl.load(chosen).to(tl.float32)
-    tl.store(quantized_ptr + wide_row[:, None] * D + d, quantized, mask=inside)
+    tl.store(quantized_ptr + row_64[:, None] * D + d, quantized, mask=inside)
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How the kernel is cut for one D; ``registers`` a thread where ptxas would else save some and spill."""
+    """The tile sizes for one D; ``registers`` per thread, because ptxas would choose fewer and spill."""
 
     rows: int
     codes: int
@@ -175,10 +176,11 @@ class Tiles:
 
 @on_its_gpu
 def quantize(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
-    """Checked input: ``x`` [N, D], ``codebooks`` [M, K, D] -> codes [N, M], quantized [N, D] float32.
+    """Returns codes [N, M] and quantized float32 [N, D] of checked ``x`` [N, D] and ``codebooks`` [M, K, D].
 
-    Of one dtype, float32, bfloat16 or float16, they are read as they are; else as float32. The codebooks are
-    prepared anew each call, one launch: their address and version do not tell that they are the same still.
+    If both have the same dtype (float32, bfloat16 or float16), they are read without conversion, otherwise as
+    float32. Each call prepares the codebooks in one launch, because neither their address nor their version
+    proves that they are unchanged.
     """
     levels, size, dim = codebooks.shape
     if x.dtype != codebooks.dtype or x.dtype not in DTYPES:
@@ -210,22 +212,24 @@ def quantize(x: Tensor, codebooks: Tensor, code_dtype: torch.dtype = torch.int64
 
 
 def tiles_of(dim: int, dtype: torch.dtype, architecture: int) -> Tiles:
-    """Tiles that keep the residual on chip, for D = ``dim``: 64 rows and four warps, which Hopper's tensor
-    cores take at once. On an H200 the fastest of fourteen for float32 and D = 64, three times as fast as 64
-    rows by eight warps; the others by analogy. Before Hopper by what spills no register, not by time.
+    """Returns tile sizes that keep the residual in registers, for D = ``dim``.
+
+    On Hopper: 64 rows and four warps, the shape of one tensor core instruction. For float32 and D = 64 this
+    was the fastest of fourteen choices on an H200, three times as fast as 64 rows and eight warps. The other
+    sizes follow by analogy. Before Hopper, the sizes are those that do not spill; they were not timed.
     """
     if dim > 128:
-        return Tiles(16, 32, 4, 1, 255)
+        return Tiles(16, 32, 4, 1, MAX_REGISTERS)
     codes = 64 if dim <= 64 else 16 if dtype == torch.float32 else 32
     if architecture >= HOPPER:
-        return Tiles(64, codes, 4, 2, 255)
+        return Tiles(64, codes, 4, 2, MAX_REGISTERS)
     if dim > 64 and dtype != torch.float32:
-        return Tiles(32, 64, 4, 2, 255)
-    return Tiles(64, max(16, codes // 2), 8, 2, 255)
+        return Tiles(32, 64, 4, 2, MAX_REGISTERS)
+    return Tiles(64, max(16, codes // 2), 8, 2, MAX_REGISTERS)
 
 
 def architecture_of(device: torch.device) -> int:
-    """80 of an A100, 90 of an H100; of a CPU, which interprets, the latter."""
+    """Returns 80 for an A100, 90 for an H100, and 90 for a CPU, which interprets the kernel."""
     if device.type != "cuda":
         return HOPPER
     major, minor = torch.cuda.get_device_capability(device)
@@ -233,22 +237,26 @@ def architecture_of(device: torch.device) -> int:
 
 
 def halvings_of(dim: int) -> int:
-    """log2 of ``dim`` rounded up to a power of two, and to the 16 that a dot product needs."""
+    """Returns log2 of ``dim`` rounded up to a power of two and to 16, the minimum of a matrix product."""
     return max(4, (dim - 1).bit_length())
 
 
 def constants_of(dim: int, tiles: Tiles, dtype: torch.dtype) -> dict[str, int]:
+    """Returns the constexprs of the kernel."""
     halvings = halvings_of(dim)
     return {"D": dim, "HALVINGS": halvings, "SPLIT": dtype == torch.float32, "BLOCK_N": tiles.rows,
             "BLOCK_K": tiles.codes, "BLOCK_EXACT": EXACT_CELLS >> halvings}  # fmt: skip
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
-    """Dtypes, types of codes, classes of dimensions, full tiles and not. K and M are run-time numbers."""
+    """Returns cases for dtypes, code types and classes of dimensions, with full and partial tiles.
+
+    K and M are run-time numbers, so they need no cases.
+    """
     cases = []
-    for dtype, most in MAX_DIM.items():
-        dims = sorted({d for block in powers_of_two(most)[4:] for d in (block, block // 2 + 1)})
-        dims = dims if every else [64, most] if dtype != torch.float16 else [most]
+    for dtype, max_dim in MAX_DIM.items():
+        dims = sorted({d for block in powers_of_two(max_dim)[4:] for d in (block, block // 2 + 1)})
+        dims = dims if every else [64, max_dim] if dtype != torch.float16 else [max_dim]
         for dim, codes in product(dims, ("i64", *CODES * every)):
             cases += _quantize_cases(dim, dtype, codes)
         cases += [_prepare_case(dim, DTYPES[dtype]) for dim in dims]
@@ -256,12 +264,12 @@ def aot_cases(every: bool = False) -> list[AotCase]:
 
 
 def _quantize_cases(dim: int, dtype: torch.dtype, codes: str) -> list[AotCase]:
-    """One where all architectures launch the same."""
-    launched: dict[Tiles, tuple[int, ...]] = {}
+    """Returns one case per distinct launch; architectures with the same tile sizes share a case."""
+    by_tiles: dict[Tiles, tuple[int, ...]] = {}
     for architecture in ARCHITECTURES:
         tiles = tiles_of(dim, dtype, architecture)
-        launched[tiles] = (*launched.get(tiles, ()), architecture)
-    return [_quantize_case(dim, dtype, codes, *pair) for pair in launched.items()]
+        by_tiles[tiles] = (*by_tiles.get(tiles, ()), architecture)
+    return [_quantize_case(dim, dtype, codes, *pair) for pair in by_tiles.items()]
 
 
 def _quantize_case(

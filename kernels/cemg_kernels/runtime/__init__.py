@@ -1,1 +1,1 @@
-"""What the operations share: backend choice, profiler ranges, argument checks, ahead-of-time compilation."""
+"""Code that all operations share: backend choice, argument checks, profiler ranges, compilation."""

@@ -1,13 +1,14 @@
-"""Which backend of an operation runs: by device, by what is built, by one switch.
+"""Chooses the backend of each operation from the device, from what is installed and from one switch.
 
-An operation has up to five backends: ``reference`` (plain PyTorch, the definition), ``torch`` (tuned
-PyTorch), ``sparse`` (its CSR product, cuSPARSE on a GPU), ``triton`` and ``native`` (C++).
-``CEMG_FAST_KERNELS=0`` in the environment, or ``use_fast_kernels(False)``, puts every operation on its
-reference; both are on by default.
+The backends of an operation are some of these: ``reference`` (plain PyTorch, the definition), ``torch``
+(tuned PyTorch), ``sparse`` (torch's CSR product, cuSPARSE on a GPU), ``triton`` and ``native`` (C++).
+``CEMG_FAST_KERNELS=0`` in the environment, or ``use_fast_kernels(False)``, selects the reference of every
+operation. Fast kernels are on by default.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -19,55 +20,55 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .registry import OPERATIONS
+
 _native: ModuleType | None
 try:
-    from .. import _native  # type: ignore[no-redef]
-
-    NATIVE_ERROR = ""
+    _native, NATIVE_ERROR = importlib.import_module("cemg_kernels._native"), ""
 except ImportError as error:
-    _native = None
-    NATIVE_ERROR = str(error)
+    _native, NATIVE_ERROR = None, str(error)
 
 ENVIRONMENT = "CEMG_FAST_KERNELS"
-OPS: dict[str, tuple[str, ...]] = {  # the backends of each operation, the preferred first
-    "residual_quantize": ("triton", "native", "torch", "reference"),
-    "trie_softmax": ("triton", "native", "reference"),
-    "trie_beam_step": ("triton", "native", "torch", "reference"),
-    "trie_build": ("triton", "native", "reference"),
-    "trie": ("native", "reference"),
-    "lightgcn_propagate": ("triton", "native", "sparse", "torch", "reference"),
-    "ancestor_attention": ("triton", "reference"),
-    "prompt_attention": ("triton", "reference"),
-    "row_logsumexp": ("triton", "reference"),
-    "decoder": ("native", "torch", "reference"),
+ON_REQUEST = {  # backends that run on a CPU only if the caller names them
+    "triton": "interpreted on the CPU, so only on request",
+    "sparse": "slower than torch's embedding_bag on the CPU, so only on request",
 }
-ON_REQUEST = {  # backends that run on a CPU, but not unless asked for
-    "triton": "interpreted on the CPU, so only when asked for",
-    "sparse": "slower than torch's embedding_bag on the CPU, so only when asked for",
-}
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels of attention and sums read
+TRITON_DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)  # that the attention and logsumexp kernels read
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-_environment = os.environ.get(ENVIRONMENT, "1")  # read once: a look costs a microsecond, an operation few
+_environment = os.environ.get(ENVIRONMENT, "1")  # read once: a read takes 1 us, an operation a few
 _override: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend an operation gets, and why in words."""
+    """The backend that an operation runs on, and the reason in words."""
 
     backend: str
     why: str
 
 
 def use_fast_kernels(enabled: bool | None) -> None:
-    """Turn every backend but the references on or off, for this process; outranks the environment.
+    """Turns all backends except the references on or off for this process.
 
-    None gives the word back to the environment, which is read again.
+    Args:
+        enabled: True or False override the environment variable ``CEMG_FAST_KERNELS``. None removes the
+            override and reads the variable again.
+
+    Raises:
+        ValueError: ``enabled`` is anything else.
+
+    Example:
+        >>> use_fast_kernels(False)  # compare against the references
+        >>> use_fast_kernels(None)
     """
     if not isinstance(enabled, bool | None):
         raise ValueError(
-            f"fast kernels are on (True), off (False) or as the environment says (None), got {enabled!r}"
+            f"enabled must be True, False or None (as {ENVIRONMENT} says), got {enabled!r}; pass one of these"
         )
     global _override, _environment
     _override, _environment = enabled, os.environ.get(ENVIRONMENT, "1")
@@ -75,9 +76,13 @@ def use_fast_kernels(enabled: bool | None) -> None:
 
 
 def fast_kernels_enabled() -> bool:
-    """What ``use_fast_kernels`` said last, else what ``CEMG_FAST_KERNELS`` (0 or 1) was then, else True.
+    """Returns whether fast kernels are on.
 
-    Raises ValueError where the variable holds anything else.
+    The last call of ``use_fast_kernels`` decides. Without one, the environment variable ``CEMG_FAST_KERNELS``
+    (0 or 1, by default 1) decides.
+
+    Raises:
+        ValueError: The variable holds anything else.
     """
     if _override is not None:
         return _override
@@ -87,18 +92,19 @@ def fast_kernels_enabled() -> bool:
 
 
 def native() -> ModuleType:
-    """The C++ module; RuntimeError with the reason where it is not built."""
+    """Returns the C++ module; raises RuntimeError with the reason if it is not built."""
     if _native is None:
         raise RuntimeError(f"the native module is not built ({NATIVE_ERROR}); run: pip install -e .")
     return _native
 
 
 def native_available() -> bool:
+    """Returns whether the C++ module is built."""
     return _native is not None
 
 
 def choose(op: str, device: torch.device) -> Choice:
-    """The backend that ``op`` runs on tensors of ``device``."""
+    """Returns the backend that ``op`` uses for tensors on ``device``, with the reason."""
     return _choose(op, device.type)
 
 
@@ -106,26 +112,28 @@ def choose(op: str, device: torch.device) -> Choice:
 def _choose(op: str, device: str) -> Choice:
     if not fast_kernels_enabled():
         return Choice("reference", f"fast kernels are off ({ENVIRONMENT}=0 or --no-fast-kernels)")
-    refused: list[str] = []
-    for backend in OPS[op]:
+    unavailable: list[str] = []
+    for backend in OPERATIONS[op].backends:
         problem = _problem(op, backend, device)
         if not problem and device == "cpu":
             problem = ON_REQUEST.get(backend, "")
         if not problem:
-            return Choice(backend, "; ".join(refused) or f"the fastest built for {device}")
-        refused.append(f"{backend}: {problem}")
-    raise RuntimeError(f"{op} has no backend for {device}: {'; '.join(refused)}")
+            return Choice(backend, "; ".join(unavailable) or f"the fastest available on {device}")
+        unavailable.append(f"{backend}: {problem}")
+    raise RuntimeError(f"{op} has no backend for {device}: {'; '.join(unavailable)}")
 
 
 def pick(op: str, device: torch.device, backend: str | None = None) -> str:
-    """``backend`` checked, or the choice where it is None.
+    """Returns ``backend`` after a check, or the dispatcher's choice if it is None.
 
-    Raises ValueError where ``op`` has no such backend, or where it cannot serve ``device``.
+    Raises:
+        ValueError: ``op`` does not have this backend, or the backend cannot run on ``device``.
     """
     if backend is None:
         return _choose(op, device.type).backend
-    if backend not in OPS[op]:
-        raise ValueError(f"{op} has no backend {backend!r}; choose from {', '.join(OPS[op])}")
+    known = OPERATIONS[op].backends
+    if backend not in known:
+        raise ValueError(f"{op} has no backend {backend!r}; choose from {', '.join(known)}")
     problem = _problem(op, backend, device.type)
     if problem:
         raise ValueError(f"{op}: backend {backend!r} cannot run on {device}: {problem}")
@@ -133,16 +141,32 @@ def pick(op: str, device: torch.device, backend: str | None = None) -> str:
 
 
 def backends(device: str | torch.device = "cpu") -> dict[str, Choice]:
-    """Every operation's backend on ``device`` and why: what ``cemg-doctor`` and ``cemg-train`` print."""
+    """Returns the backend of every operation on ``device``, with the reason.
+
+    ``cemg-doctor`` and ``cemg-train`` print this table.
+
+    Args:
+        device: The device of the tensors, "cpu" or "cuda".
+
+    Returns:
+        A ``Choice`` per operation: its ``backend``, and ``why`` in words.
+
+    Raises:
+        ValueError: ``device`` is not the name of a device.
+
+    Example:
+        >>> backends("cpu")["trie"].backend
+        'native'
+    """
     try:
-        found = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{device!r} is not a device; use cpu, or cuda") from error
-    return {op: choose(op, found) for op in OPS}
+    return {op: choose(op, parsed) for op in OPERATIONS}
 
 
 def on_its_gpu(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The function, whose Triton launches go to the GPU of its first tensor, whatever GPU is current."""
+    """Decorator: Triton launches go to the GPU of the first tensor argument, whichever GPU is current."""
 
     @wraps(function)
     def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
@@ -153,15 +177,14 @@ def on_its_gpu(function: Callable[Arguments, Result]) -> Callable[Arguments, Res
 
 
 def _problem(op: str, backend: str, device: str) -> str:
-    """Why ``backend`` of ``op`` cannot serve ``device``; empty where it can."""
+    """Returns why ``backend`` of ``op`` cannot run on ``device``, or "" if it can."""
     if backend == "triton":
         return _triton_problem(device)
     if backend != "native":
         return ""
-    if op == "trie" and device == "cuda":
-        from ..trie import cuda_launch as trie_cuda
-
-        return trie_cuda.problem()
+    cuda_problem = OPERATIONS[op].cuda_problem
+    if cuda_problem is not None and device == "cuda":
+        return cuda_problem()
     if device != "cpu":
         return f"the C++ of this operation is built for the CPU, not for {device}"
     return "" if _native is not None else f"not built ({NATIVE_ERROR})"

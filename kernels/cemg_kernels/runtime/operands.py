@@ -1,6 +1,6 @@
-"""What callers pass where a tensor is wanted: tensors, numpy arrays and lists; ValueError for anything else.
+"""Converts arguments (tensors, numpy arrays, lists) to dense tensors and rejects everything else.
 
-The C++ reads addresses, so nothing may reach it that is not a dense tensor in memory.
+The C++ code reads raw addresses, so it may only receive dense tensors in memory.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ INTEGERS = frozenset({
 
 
 def tensor_of(name: str, value: Any) -> Tensor:
-    """``value`` itself where it is a dense tensor; made of a numpy array or of nested lists of numbers.
+    """Returns a dense tensor: ``value`` itself, or a copy of a numpy array or of nested lists.
 
-    Raises ValueError, naming ``name``, for anything else, and for tensors that are sparse, quantized or on
-    the device "meta".
+    Args:
+        name: The name of the argument, for error messages.
+        value: A tensor, a numpy array or nested lists of numbers.
+
+    Raises:
+        ValueError: ``value`` is anything else, or a tensor that is sparse, quantized or on the device "meta".
     """
-    tensor = value if isinstance(value, Tensor) else _made(name, value)
+    tensor = value if isinstance(value, Tensor) else _converted(name, value)
     if torch.compiler.is_compiling():
-        return tensor  # whose kinds Dynamo does not trace
+        return tensor  # Dynamo cannot trace the checks below
     if tensor.layout is not torch.strided or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else str(tensor.layout)
         raise ValueError(f"{name} must be a dense tensor, got a {kind} one; convert it with .to_dense()")
@@ -38,40 +42,45 @@ def tensor_of(name: str, value: Any) -> Tensor:
 
 
 def integers_of(name: str, value: Any) -> Tensor:
-    """The same of integers of any width, unsigned ones as int64; what is empty counts as integers.
+    """Returns a dense tensor of integers; uint16, uint32 and uint64 become int64.
 
-    Raises ValueError for numbers of another kind, which are never rounded.
+    Raises:
+        ValueError: The values are not integers; they are never rounded. An empty tensor may have any dtype.
     """
     tensor = tensor_of(name, value)
     if tensor.dtype not in INTEGERS:
         if tensor.numel():
             raise ValueError(f"{name} must be integers, got {tensor.dtype}; convert them with .long()")
         return tensor.to(torch.int64)
-    wide = tensor.dtype in (torch.uint16, torch.uint32, torch.uint64)  # torch compares few of these
-    return tensor.to(torch.int64) if wide else tensor
+    unsigned = tensor.dtype in (
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    )  # torch lacks many of their operations
+    return tensor.to(torch.int64) if unsigned else tensor
 
 
 def integers_on(name: str, value: Any, device: torch.device) -> Tensor:
-    """The same as int64 on ``device``."""
+    """Returns a dense int64 tensor on ``device``; raises as ``integers_of`` does."""
     return integers_of(name, value).to(device, torch.int64)
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """The device, with its index; ValueError where this machine or this torch does not have it."""
+    """Returns the device with its index; raises ValueError if this machine or this torch does not have it."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"{device!r} is not a device of this machine: {first_line(error)}") from error
+        raise ValueError(f"{device!r} is not available on this machine: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without torch's explanations below."""
+    """Returns the first line of an error's message, without torch's explanations below it."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _made(name: str, value: Any) -> Tensor:
+def _converted(name: str, value: Any) -> Tensor:
     try:
-        if hasattr(value, "__array_interface__"):  # numpy's may be read-only, or run backwards
+        if hasattr(value, "__array_interface__"):  # numpy arrays may be read-only or have negative strides
             import numpy as np
 
             return torch.from_numpy(np.array(value, order="C"))

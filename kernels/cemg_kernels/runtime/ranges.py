@@ -1,6 +1,6 @@
-"""Named ranges round each operation and stage, for profilers: NVTX on a GPU, ``record_function`` anywhere.
+"""Named profiler ranges around operations and stages: ``record_function``, and NVTX on a GPU.
 
-Off by default. ``CEMG_NVTX=1`` in the environment or ``use_ranges(True)`` turns them on.
+They are off by default. ``CEMG_NVTX=1`` in the environment or ``use_ranges(True)`` turns them on.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def use_ranges(enabled: bool) -> None:
-    """Turn the ranges on or off for this process; outranks the environment."""
+    """Turns the ranges on or off for this process, whatever the environment variable says."""
     global _enabled
     _enabled = enabled
 
 
 def ranges_enabled() -> bool:
-    """What ``use_ranges`` said last, else what ``CEMG_NVTX`` was at import."""
+    """Returns whether ranges are on: by the last ``use_ranges``, otherwise by ``CEMG_NVTX`` at import."""
     return _enabled
 
 
 @contextmanager
 def named_range(name: str) -> Iterator[None]:
-    """A range of this name while the block runs; nothing where ranges are off."""
+    """Context manager: opens a range of this name while the block runs, if ranges are on."""
     if not _enabled or torch.compiler.is_compiling():
         yield
         return
@@ -47,7 +47,7 @@ def named_range(name: str) -> Iterator[None]:
 
 
 def ranged(function: Function) -> Function:
-    """The function, each call of it a range of its name."""
+    """Decorator: opens a range with the function's name around each call."""
 
     @functools.wraps(function)
     def run(*arguments: object, **options: object) -> object:

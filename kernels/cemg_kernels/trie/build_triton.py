@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The trie's arrays built on a GPU: torch sorts the rows, two kernels write all levels, torch packs them.
+"""Builds the trie's arrays on a GPU: torch sorts the rows, two kernels write all levels, torch packs them.
 
-N items, L levels. A program takes a block of ranks. The first kernel compares each rank with the one before
-and counts what starts in its block; from the sums over the blocks the second knows which node is its first
-on each level, and so writes every node's code and first child in one pass over the codes.
-The definition is ``build_reference`` (``trie_arrays.py``).
+N items, L levels. A program processes a block of ranks. The first kernel compares each rank with the previous
+one and counts the nodes that start in its block, per level. The sums over the blocks give the first node of
+each block on each level. With these, the second kernel writes the code and first child of every node in one
+pass. The definition is ``build_reference`` (``build.py``).
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.aot import AotCase
+from ..runtime.aot_case import AotCase
 from ..runtime.dispatch import on_its_gpu
-from .arrays import TrieArrays, check_nodes, code_dtype, refuse_duplicates, sorted_order
+from .arrays import TrieArrays, check_distinct, check_nodes, code_dtype, sorted_order
 from .packed import pack
 
 BLOCK = 1024
 DTYPES = ("u8", "i8", "i16", "i32", "i64")
 
 
-# N=1e8 L=4 int64: read 6.4 GB of codes by row and 1.6 GB of order, write 0.1 GB.
+# N=1e8 L=4 int64: reads 6.4 GB of codes by row and 1.6 GB of order, writes 0.1 GB.
 @triton.jit
 def depth_kernel(
     codes_ptr, order_ptr, depth_ptr, counts_ptr, N, L, stride_codes, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Leading codes that each rank shares with the one before; counts_ptr [blocks, L + 1] int32: the ranks
-    that start a node of level 1, 2, ..., and those equal to the one before.
+    """Writes the number of leading codes that each rank shares with the previous one.
+
+    counts_ptr is int32 [blocks, L + 1]: the ranks that start a node on level 1, 2, ..., and the ranks whose
+    codes equal those of the previous rank.
     """
     block = tl.program_id(0).to(tl.int64)
     rank = block * BLOCK + tl.arange(0, BLOCK)
@@ -51,14 +53,14 @@ def depth_kernel(
     tl.store(depth_ptr + rank, depth.to(tl.uint8), mask=live)
 
 
-# N=1e8 L=4 int64: read 3.2 GB of codes, 0.8 of order, 0.1 of depth, write 6 bytes an item,
-# before they are packed.
+# N=1e8 L=4 int64: reads 3.2 GB of codes, 0.8 GB of order and 0.1 GB of depth; writes 6 bytes per item, before
+# packing.
 @triton.jit
 def write_kernel(
     codes_ptr, order_ptr, depth_ptr, first_ptr, code_ptr, first_child_ptr, N, L, stride_codes,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Codes and first children of the nodes that start in a block; first_ptr [blocks, L]: its first nodes."""
+    """Writes codes and first children of the nodes of a block; first_ptr is [blocks, L], its first nodes."""
     block = tl.program_id(0).to(tl.int64)
     rank = block * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(order_ptr + rank, mask=rank < N, other=0)
@@ -69,13 +71,15 @@ def write_kernel(
         node = tl.load(first_ptr + block * L + m) + tl.cumsum(starts.to(tl.int32), 0) - 1
         code = tl.load(codes_ptr + row * stride_codes + m, mask=starts, other=0)
         tl.store(code_ptr + node - 1, code.to(code_ptr.dtype.element_ty), mask=starts)
-        tl.store(first_child_ptr + parent, node, mask=parent_starts)  # its first child starts with it
+        tl.store(
+            first_child_ptr + parent, node, mask=parent_starts
+        )  # a node and its first child start at the same rank
         parent, parent_starts = node, starts
 
 
 @on_its_gpu
 def build(codes: Tensor, codebook_size: int) -> TrieArrays:
-    """The arrays of checked ``codes`` [N, L], on their device; DuplicateCodes where two rows are equal."""
+    """Builds the arrays of checked ``codes`` [N, L] on their device; raises DuplicateCodes for equal rows."""
     (num_items, levels), device = codes.shape, codes.device
     codes = codes.contiguous()
     order = sorted_order(codes, codebook_size)
@@ -85,12 +89,12 @@ def build(codes: Tensor, codebook_size: int) -> TrieArrays:
     sizes = num_items, levels, codes.stride(0)
     depth_kernel[(blocks,)](codes, order, depth, counts, *sizes, BLOCK=BLOCK)
     ends = counts.cumsum(0)  # [blocks, L + 1] int64
-    *nodes, duplicates = ends[-1].tolist()  # the host waits here, and once for the size of what is packed
+    *nodes, duplicates = ends[-1].tolist()  # synchronizes with the GPU, as ``pack`` does once
     if duplicates:
-        refuse_duplicates(order, depth, levels)
+        check_distinct(order, depth, levels)
     num_nodes = 1 + sum(nodes)
     check_nodes(num_nodes, num_items)
-    begin = torch.tensor([1, *nodes[:-1]]).cumsum(0).to(device)  # [L], of levels 1, 2, ...
+    begin = torch.tensor([1, *nodes[:-1]]).cumsum(0).to(device)  # [L], first nodes of levels 1, 2, ...
     first = ((ends - counts)[:, :levels] + begin).to(torch.int32).contiguous()
     code = torch.empty(num_nodes - 1, dtype=code_dtype(codebook_size), device=device)
     first_child = torch.empty(num_nodes - num_items + 1, dtype=torch.int32, device=device)
@@ -100,7 +104,7 @@ def build(codes: Tensor, codebook_size: int) -> TrieArrays:
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
-    """The dtypes that codes come in, and the two that they are written as."""
+    """Returns cases for the dtypes of the input codes and the two dtypes of the stored codes."""
     dtypes = DTYPES if every else ("u8", "i64")
     cases = [_case(depth_kernel, codes, {"counts_ptr": "*i32"}) for codes in dtypes]
     for codes, written in product(dtypes, ("u8", "i16")):

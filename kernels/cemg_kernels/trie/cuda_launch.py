@@ -1,7 +1,7 @@
-"""The trie's operations on a GPU: the kernels of ``csrc/src/trie_cuda.cu``, built by nvcc or at first use.
+"""Launches the trie's CUDA kernels (``csrc/src/trie_cuda.cu``) on torch's current stream.
 
-``pip install -e .`` builds them where it finds nvcc. Where it did not, CuPy compiles the same file (extra
-``gpu``). Launches are asynchronous, on torch's current stream.
+``pip install -e .`` compiles them if it finds nvcc. Otherwise CuPy (extra ``gpu``) compiles the same file at
+first use. Launches are asynchronous.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.dispatch import native, native_available
 from .arrays import TrieArrays
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
 SOURCE = CSRC / "src" / "trie_cuda.cu"
 NVRTC_OPTIONS = ("--std=c++20", f"-I{CSRC / 'include'}")
-THREADS, MOST_BLOCKS = 256, 132 * 16
-NO_FILTER = (0, 0, 0, 0, 0, 1)  # the fields of a filter that allows everything
+THREADS, MAX_BLOCKS = 256, 132 * 16
+NO_FILTER = (0, 0, 0, 0, 0, 1)  # the fields of a filter that allows all items
 
 
 def problem() -> str:
-    """Why the kernels cannot run on this machine; empty where they can."""
+    """Returns why the kernels cannot run on this machine, or "" if they can."""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     if built_by_nvcc():
@@ -37,21 +38,24 @@ def problem() -> str:
 
 
 def built_by_nvcc() -> str:
-    """The architectures in the module; empty where it was built for the CPU alone."""
-    from ..runtime.dispatch import native, native_available
-
+    """Returns the GPU architectures in the native module, or "" if it was built for the CPU only."""
     return str(native().build_info()["cuda"]) if native_available() else ""
 
 
 def launch(
     name: str, trie: TrieArrays, filter: tuple[int, ...], arguments: tuple[Tensor | int, ...], count: int
 ) -> None:
-    """Run kernel ``name`` over ``count`` rows or cells; tensors of the trie's device, contiguous.
+    """Launches one kernel.
 
-    ``filter``: ``FilterTensors.fields`` of the call.
+    Args:
+        name: The operation, as in ``csrc/src/trie_cuda.cu``.
+        trie: The trie, on a GPU.
+        filter: ``FilterTensors.fields`` of the call, or ``NO_FILTER``.
+        arguments: Contiguous tensors on the same GPU, and sizes.
+        count: The number of rows or cells.
     """
     if count == 0:
-        return  # a grid has at least one block
+        return  # CUDA rejects an empty grid
     kernel = f"{name}_{'u8' if trie.code.element_size() == 1 else 'i16'}"
     view: tuple[Tensor | int, ...] = (
         trie.code, trie.first_child, trie.num_inner, trie.num_nodes, trie.codebook_size, *filter,
@@ -60,20 +64,18 @@ def launch(
     device = trie.code.device
     stream = torch.cuda.current_stream(device).cuda_stream
     if built_by_nvcc():
-        from ..runtime.dispatch import native
-
         native().launch_trie_kernel(kernel, values, count, device.index or 0, stream)
         return
     import cupy
 
     with cupy.cuda.Device(device.index or 0), cupy.cuda.ExternalStream(stream):
-        blocks = min(-(-count // THREADS), MOST_BLOCKS)
+        blocks = min(-(-count // THREADS), MAX_BLOCKS)
         _compiled().get_function(kernel)((blocks,), (THREADS,), (*values, count))
 
 
 @cache
 def _compiled() -> Any:
-    """The module that CuPy's NVRTC makes of trie_cuda.cu; kept for the process, on disk by CuPy."""
+    """Compiles trie_cuda.cu with CuPy's NVRTC, once per process; CuPy also caches the result on disk."""
     import cupy
 
     return cupy.RawModule(code=SOURCE.read_text(), options=NVRTC_OPTIONS)

@@ -1,4 +1,4 @@
-"""A trie as a file: safetensors, so no code; mapped into memory, so no copy; hashed and verified, so no lies.
+"""Reads and writes a trie as a safetensors file, which is memory-mapped and verified against a hash.
 
 N items.
 """
@@ -21,25 +21,25 @@ ARRAYS = ("code", "first_child", "rows")
 
 
 def write(path: Path, arrays: TrieArrays, ids: Tensor | None) -> None:
-    """Write ``arrays`` and the ids [N] int64 by rank, under another name first: ``path`` is whole or absent.
+    """Writes ``arrays`` and the ids (int64 [N] in rank order) atomically.
 
-    Whoever has the old file mapped keeps it.
+    Processes that have the old file mapped keep the old contents.
     """
     tensors = {name: getattr(arrays, name).cpu() for name in ARRAYS}
-    about = {"format": FORMAT, "levels": str(arrays.levels), "codebook_size": str(arrays.codebook_size),
+    metadata = {"format": FORMAT, "levels": str(arrays.levels), "codebook_size": str(arrays.codebook_size),
              "fingerprint": fingerprint_of(arrays, ids)}  # fmt: skip
     if ids is not None:
         tensors["ids"] = ids.cpu()
-    _save(path, tensors, about)
+    _save(path, tensors, metadata)
 
 
-def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Write, flush, rename, flush the folder; a failure removes the temporary file."""
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a temporary file, flushes it, renames it and flushes the folder; removes it after a failure."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        partial.touch()  # with the modes of the umask, which safetensors does not obey
+        partial.touch()  # applies the umask, which safetensors ignores
         mode = partial.stat().st_mode
-        save_file(tensors, partial, metadata=about)
+        save_file(tensors, partial, metadata=metadata)
         partial.chmod(mode & 0o777)
         _flush(partial)
         partial.replace(path)
@@ -50,57 +50,61 @@ def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None
 
 
 def _flush(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def read(path: Path) -> tuple[TrieArrays, Tensor | None, str]:
-    """The arrays, the ids and the fingerprint of a file, mapped into memory.
+    """Maps a file into memory and returns its arrays, ids and fingerprint.
 
-    Raises ValueError where it is missing, holds something else, or differs from what was written.
+    Raises:
+        ValueError: The file is missing, has another format, or was modified after it was written.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; write it with Trie.save")
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-        if about.get("format") != FORMAT:
-            raise ValueError(f"its format is {about.get('format')}, this version reads {FORMAT}")
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')}, this version reads {FORMAT}")
         ids = tensors.pop("ids", None)
         if set(tensors) != set(ARRAYS):
-            raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
-        arrays = TrieArrays(**tensors, levels=int(about["levels"]), codebook_size=int(about["codebook_size"]))
-        fingerprint = about["fingerprint"]
+            raise ValueError(
+                f"it contains {', '.join(sorted(tensors)) or 'nothing'}, not {', '.join(ARRAYS)}"
+            )
+        levels, codebook_size = int(metadata["levels"]), int(metadata["codebook_size"])
+        arrays = TrieArrays(**tensors, levels=levels, codebook_size=codebook_size)
+        fingerprint = metadata["fingerprint"]
     except (SafetensorError, KeyError, ValueError, OverflowError, RuntimeError, TypeError, OSError) as error:
-        raise ValueError(f"{path} holds no trie: {error}; write it again with Trie.save") from error
+        raise ValueError(f"{path} is not a trie file: {error}; write it again with Trie.save") from error
     problem = verify(arrays) or ids_problem(ids, arrays.rows.numel())
     if not problem and fingerprint_of(arrays, ids) != fingerprint:
-        problem = "its contents do not have the hash it was written with"
+        problem = "its contents do not match its hash"
     if problem:
-        raise ValueError(f"{path} holds no valid trie: {problem}; write it again with Trie.save")
+        raise ValueError(f"{path} is not a valid trie: {problem}; write it again with Trie.save")
     return arrays, ids, fingerprint
 
 
 def ids_problem(ids: Tensor | None, num_items: int) -> str:
-    """What makes ``ids`` no [N] of distinct item ids from 0 on, in words; empty where they are, or None."""
+    """Returns why ``ids`` are not [N] distinct integers of 0 or larger, or "" if they are or are None."""
     if ids is None:
         return ""
     if ids.dtype != torch.int64 or ids.shape != (num_items,):
         return f"item_ids are {ids.dtype} {list(ids.shape)}, not int64 [{num_items}]"
     if int(ids.min()) < 0:
-        return f"item_ids hold {int(ids.min())}"
+        return f"item_ids contain {int(ids.min())}"
     if native_available():
-        place = native().wrong_id(ids.data_ptr(), num_items)
-        return "" if place < 0 else f"item_ids hold {int(ids[place])} twice"
+        row = native().wrong_id(ids.data_ptr(), num_items)
+        return "" if row < 0 else f"item_ids contain {int(ids[row])} twice"
     ordered = ids.sort().values
-    again = ordered[1:][ordered[1:] == ordered[:-1]]
-    return f"item_ids hold {int(again[0])} twice" if again.numel() else ""
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    return f"item_ids contain {int(repeated[0])} twice" if repeated.numel() else ""
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor itself; a copy where a foreign file has put it at an odd address."""
+    """Returns the tensor, or a copy if another program's file stores it at an unaligned address."""
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor

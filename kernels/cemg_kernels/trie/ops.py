@@ -1,9 +1,10 @@
-"""The trie's operations on flat tensors: C++ or CUDA where they serve, the plain walk elsewhere.
+"""The trie's operations on checked tensors: C++ or CUDA if available, otherwise the reference.
 
-Arguments are checked (``trie.py``): nodes int32, codes int64, contiguous, on the trie's device; a filter is
-its ``FilterTensors``, whose requests divide the rows. Each is a custom op too (``torch.ops.cemg.trie_mask``
-and so on), so that ``torch.compile`` sees one call; outside a compiled graph ``run`` saves its overhead.
-R rows, m codes of a prefix, K codes a level.
+``trie.py`` checks the arguments: int32 nodes and int64 codes, contiguous, on the trie's device. A filter is
+passed as ``FilterTensors``, and the number of rows is a multiple of its requests. Each operation is also a
+custom op (``torch.ops.cemg.trie_mask`` and so on), so ``torch.compile`` does not trace into it. Outside a
+compiled graph, ``run`` bypasses the custom op to save its overhead.
+R rows, m codes per prefix, K codes per level.
 """
 
 from __future__ import annotations
@@ -16,31 +17,34 @@ from torch import Tensor
 
 from ..runtime.dispatch import pick
 from ..runtime.ranges import named_range, ranges_enabled
+from ..runtime.registry import register
 from . import cuda_launch as trie_cuda
 from . import reference as trie_walk
 from .arrays import TrieArrays
 from .filter_tensors import FilterTensors
 
-Filter = FilterTensors | None
+MaybeFilter = FilterTensors | None
+
+register("trie", ("native", "reference"), cuda_problem=trie_cuda.problem)
 
 
-def run(name: str, trie: TrieArrays, filter: Filter, *operands: Tensor) -> Any:
-    """The operation of this name; inside ``torch.compile`` through its custom op."""
+def run(name: str, trie: TrieArrays, filter: MaybeFilter, *operands: Tensor) -> Any:
+    """Runs the operation ``name``; inside ``torch.compile`` through its custom op."""
     if ranges_enabled():
         with named_range(f"trie_{name}"):
             return _run(name, trie, filter, *operands)
     return _run(name, trie, filter, *operands)
 
 
-def _run(name: str, trie: TrieArrays, filter: Filter, *operands: Tensor) -> Any:
+def _run(name: str, trie: TrieArrays, filter: MaybeFilter, *operands: Tensor) -> Any:
     if torch.compiler.is_compiling():
         flat = (trie.code, trie.first_child, trie.rows, trie.levels, trie.codebook_size, list(filter or ()))
         return getattr(torch.ops.cemg, f"trie_{name}")(*flat, *operands)
     return OPERATIONS[name](trie, filter, *operands)
 
 
-def lookup(trie: TrieArrays, filter: Filter, prefixes: Tensor) -> Tensor:
-    """Nodes [R] int32 that ``prefixes`` [R, m] int64 lead to from the root; -1 for none."""
+def lookup(trie: TrieArrays, filter: MaybeFilter, prefixes: Tensor) -> Tensor:
+    """Returns the node of each of ``prefixes`` int64 [R, m]: int32 [R]; -1 for none."""
     rows = prefixes.shape[0]
     if _native(trie):
         out = torch.empty(rows, dtype=torch.int32, device=prefixes.device)
@@ -52,8 +56,8 @@ def lookup(trie: TrieArrays, filter: Filter, prefixes: Tensor) -> Tensor:
     return _kept(trie, filter, nodes)
 
 
-def advance(trie: TrieArrays, filter: Filter, nodes: Tensor, codes: Tensor) -> Tensor:
-    """The child of each of ``nodes`` [R] along ``codes`` [R], int32 [R]; -1 for none."""
+def advance(trie: TrieArrays, filter: MaybeFilter, nodes: Tensor, codes: Tensor) -> Tensor:
+    """Returns the child of each of ``nodes`` [R] for ``codes`` [R]: int32 [R]; -1 for none."""
     if _native(trie):
         out = torch.empty_like(nodes)
         _launch("advance", trie, filter, (nodes, codes, out), nodes.numel())
@@ -61,38 +65,40 @@ def advance(trie: TrieArrays, filter: Filter, nodes: Tensor, codes: Tensor) -> T
     return _kept(trie, filter, trie_walk.find_child(trie, nodes, codes))
 
 
-def children(trie: TrieArrays, filter: Filter, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and nodes of the children of ``nodes`` [R], two int32 [R, K], ascending, then -1."""
+def children(trie: TrieArrays, filter: MaybeFilter, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns codes and nodes of the children of ``nodes`` [R]: two int32 [R, K], ascending, then -1."""
     shape = (nodes.numel(), trie.codebook_size)
     if _native(trie):
-        codes, found = (torch.empty(shape, dtype=torch.int32, device=nodes.device) for _ in range(2))
-        _launch("children", trie, filter, (nodes, codes, found), shape[0])
-        return codes, found
-    codes, found = trie_walk.child_grid(trie, nodes)
+        codes, children = (torch.empty(shape, dtype=torch.int32, device=nodes.device) for _ in range(2))
+        _launch("children", trie, filter, (nodes, codes, children), shape[0])
+        return codes, children
+    codes, children = trie_walk.child_grid(trie, nodes)
     if filter is None:
-        return codes, found
-    found = _kept(trie, filter, found)
-    front = (found < 0).to(torch.int8).argsort(dim=1, stable=True)  # what is allowed moves to the front
-    codes = torch.where(found < 0, trie_walk.NONE, codes)
-    return codes.gather(1, front), found.gather(1, front)
+        return codes, children
+    children = _kept(trie, filter, children)
+    allowed_first = (children < 0).to(torch.int8).argsort(dim=1, stable=True)
+    codes = torch.where(children < 0, trie_walk.NONE, codes)
+    return codes.gather(1, allowed_first), children.gather(1, allowed_first)
 
 
-def mask(trie: TrieArrays, filter: Filter, nodes: Tensor) -> Tensor:
-    """Which codes continue ``nodes`` [R], bool [R, K]."""
+def mask(trie: TrieArrays, filter: MaybeFilter, nodes: Tensor) -> Tensor:
+    """Returns which codes continue ``nodes`` [R]: bool [R, K]."""
     rows, size = nodes.numel(), trie.codebook_size
     if _native(trie):
         out = torch.empty(rows, size, dtype=torch.bool, device=nodes.device)
         _launch("mask", trie, filter, (nodes, out), rows)
         return out
-    codes, found = trie_walk.child_grid(trie, nodes)
-    allowed = _kept(trie, filter, found) >= 0
+    codes, children = trie_walk.child_grid(trie, nodes)
+    allowed = _kept(trie, filter, children) >= 0
     padded = torch.zeros(rows, size + 1, dtype=torch.bool, device=nodes.device)
-    place = torch.where(codes < 0, size, codes).long()  # no child: the column cut off
-    return padded.scatter_(1, place, allowed)[:, :-1].contiguous()
+    column = torch.where(
+        codes < 0, size, codes
+    ).long()  # missing children go to the last column, cut off below
+    return padded.scatter_(1, column, allowed)[:, :-1].contiguous()
 
 
-def interval(trie: TrieArrays, filter: Filter, nodes: Tensor) -> Tensor:
-    """The ranks below ``nodes`` [R], [R, 2] int32, half open; (0, 0) for none. The filter plays no part."""
+def interval(trie: TrieArrays, filter: MaybeFilter, nodes: Tensor) -> Tensor:
+    """Returns the ranks below ``nodes`` [R]: int32 [R, 2], half open; (0, 0) for none. Ignores the filter."""
     if not _native(trie):
         return trie_walk.node_interval(trie, nodes)
     out = torch.empty(nodes.numel(), 2, dtype=torch.int32, device=nodes.device)
@@ -100,8 +106,8 @@ def interval(trie: TrieArrays, filter: Filter, nodes: Tensor) -> Tensor:
     return out
 
 
-def keep(trie: TrieArrays, filter: Filter, nodes: Tensor) -> Tensor:
-    """``nodes`` [R] themselves, -1 where the filter allows nothing below."""
+def keep(trie: TrieArrays, filter: MaybeFilter, nodes: Tensor) -> Tensor:
+    """Returns ``nodes`` [R], with -1 where the filter allows no item below."""
     if not _native(trie):
         return _kept(trie, filter, nodes).clone()
     out = torch.empty_like(nodes)
@@ -115,8 +121,8 @@ OPERATIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _kept(trie: TrieArrays, filter: Filter, nodes: Tensor) -> Tensor:
-    """``nodes`` [R, ...], -1 where the filter allows nothing below for the row."""
+def _kept(trie: TrieArrays, filter: MaybeFilter, nodes: Tensor) -> Tensor:
+    """Returns ``nodes`` [R, ...], with -1 where the filter of the row allows no item below."""
     if filter is None:
         return nodes
     is_node = (nodes >= 0) & (nodes < trie.num_nodes)
@@ -129,9 +135,9 @@ def _native(trie: TrieArrays) -> bool:
 
 
 def _launch(
-    name: str, trie: TrieArrays, filter: Filter, arguments: tuple[Tensor | int, ...], rows: int
+    name: str, trie: TrieArrays, filter: MaybeFilter, arguments: tuple[Tensor | int, ...], rows: int
 ) -> None:
-    """The C++ or CUDA operation of this name over ``rows`` rows; its outputs come last in ``arguments``."""
+    """Runs the C++ or CUDA operation ``name`` over ``rows`` rows; its outputs come last in ``arguments``."""
     fields = None if filter is None else filter.fields(rows)
     if trie.code.device.type == "cuda":
         cells = rows * trie.codebook_size if name == "mask" else rows
@@ -141,11 +147,13 @@ def _launch(
     getattr(trie.view, name)(fields, *addresses, rows)
 
 
-FLAT = "Tensor code, Tensor first_child, Tensor rows, int levels, int codebook_size, Tensor[] filter"
+ARRAYS_AND_FILTER = (
+    "Tensor code, Tensor first_child, Tensor rows, int levels, int codebook_size, Tensor[] filter"
+)
 
 
 def _register(name: str, operands: str, results: str, fake: Callable[..., Any]) -> None:
-    """Make ``torch.ops.cemg.trie_<name>``; ``filter`` holds the tensors of a FilterTensors, or none."""
+    """Registers ``torch.ops.cemg.trie_<name>``; ``filter`` is the tensors of a FilterTensors, or empty."""
     operation = OPERATIONS[name]
 
     def call(
@@ -155,7 +163,7 @@ def _register(name: str, operands: str, results: str, fake: Callable[..., Any]) 
         arrays = TrieArrays(code, first_child, rows, levels, codebook_size)
         return operation(arrays, FilterTensors(*filter) if filter else None, *tensors)
 
-    schema = f"({FLAT}, {operands}) -> {results}"
+    schema = f"({ARRAYS_AND_FILTER}, {operands}) -> {results}"
     op = torch.library.custom_op(f"cemg::trie_{name}", call, mutates_args=(), schema=schema)
     op.register_fake(lambda code, first, rows, levels, size, filter, *tensors: fake(size, *tensors))
 

@@ -1,11 +1,15 @@
-"""Numbers that ascend, packed, as the trie keeps its nodes' first children; in plain PyTorch: the definition.
+"""Packs ascending numbers, such as the first children of a trie's nodes. The reference, in plain PyTorch.
 
-Blocks of 64 numbers. There is a word for each block, then what these point to. A block's word holds its first
-number, and in its upper half a place among all words. From there on, where the block spans no more than 512,
-stands a bit for each number from the first on, set for those of the block. Otherwise the place is inverted,
-so negative, and the block's numbers stand there, two in a word. Seven words of zeros end it all, so that
-eight may be read wherever bits begin. The same as ``csrc/include/cemg/packed_ascending.h``.
-C numbers, P blocks, W words.
+The numbers are split into blocks of 64. The packed form starts with one head word per block, followed by the
+data of the blocks. The lower half of a head is the first number of the block; the upper half is the offset of
+its data.
+
+- If the numbers of a block span at most 512 values, the data is a bitmap: bit i is set if first + i is one of
+  them.
+- Otherwise the offset is inverted, so it is negative, and the data lists the numbers, two per word.
+
+Seven zero words follow at the end, so that eight words can be read wherever a bitmap starts. The format is
+the one of ``csrc/include/cemg/packed_ascending.h``. C numbers, P blocks, W words.
 """
 
 from __future__ import annotations
@@ -14,73 +18,75 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-MOST_WORDS = 8  # of bits
-LOW = 0xFFFFFFFF
-CHUNK = 1 << 18  # numbers looked up at a time
+BITMAP_WORDS = 8
+LOW_BITS = 0xFFFFFFFF
+CHUNK = 1 << 18  # numbers unpacked per iteration
 
 
 def pack(numbers: Tensor) -> Tensor:
-    """``numbers`` [C], from 0 to 2**31 - 1, each above the one before -> words [W] int64."""
+    """Packs ``numbers`` [C], strictly ascending from 0 to 2**31 - 1, into int64 words [W]."""
     count, device = numbers.numel(), numbers.device
     blocks = -(-count // BLOCK)
     padded = torch.nn.functional.pad(numbers.long(), (0, blocks * BLOCK - count), value=-1).view(-1, BLOCK)
     first, sizes = padded[:, 0], (padded >= 0).sum(1)  # [P]
     span = padded.amax(1) - first + 1
-    dense = span <= MOST_WORDS * 64
-    taken = torch.where(dense, (span + 63) // 64, (sizes + 1) // 2)
-    place = blocks + taken.cumsum(0) - taken
-    words = torch.zeros(blocks + int(taken.sum()) + MOST_WORDS - 1, dtype=torch.int64, device=device)
-    words[:blocks] = (torch.where(dense, place, ~place) << 32) | first
+    dense = span <= BITMAP_WORDS * 64
+    lengths = torch.where(dense, (span + 63) // 64, (sizes + 1) // 2)  # words per block
+    offsets = blocks + lengths.cumsum(0) - lengths
+    words = torch.zeros(blocks + int(lengths.sum()) + BITMAP_WORDS - 1, dtype=torch.int64, device=device)
+    words[:blocks] = (torch.where(dense, offsets, ~offsets) << 32) | first
     number = numbers.long()
     i = torch.arange(count, device=device)
     block, i = i // BLOCK, i % BLOCK
-    offset = number - first[block]
-    own = torch.where(dense[block], offset // 64, i // 2)
-    shift = torch.where(dense[block], offset % 64, i % 2 * 32)
+    distance = number - first[block]
+    word = torch.where(dense[block], distance // 64, i // 2)
+    shift = torch.where(dense[block], distance % 64, i % 2 * 32)
     bits = torch.where(dense[block], 1, number) << shift
-    return words.index_add_(0, place[block] + own, bits)  # no two have a bit in common
+    return words.index_add_(
+        0, offsets[block] + word, bits
+    )  # the bits are disjoint, so adding them is a bitwise or
 
 
 def unpack(words: Tensor, count: int) -> Tensor:
-    """The ``count`` numbers that ``words`` [W] int64 pack, int64 [C]."""
-    every = torch.arange(count, device=words.device)
-    return torch.cat([at(words, part) for part in every.split(CHUNK)])
+    """Unpacks ``count`` numbers from int64 words [W]: int64 [C]."""
+    indices = torch.arange(count, device=words.device)
+    return torch.cat([at(words, chunk) for chunk in indices.split(CHUNK)])
 
 
 def unpack_any(words: Tensor, count: int) -> Tensor | None:
-    """The same of words with any values; None where they pack no such numbers."""
+    """Unpacks words that may be corrupt; returns None if they are not ``count`` packed numbers."""
     blocks = -(-count // BLOCK)
-    if count < 1 or blocks + MOST_WORDS - 1 > words.numel():
+    if count < 1 or blocks + BITMAP_WORDS - 1 > words.numel():
         return None
     heads = words[:blocks]
-    place = heads >> 32
+    offsets = heads >> 32
     sizes = (count - torch.arange(blocks, device=words.device) * BLOCK).clamp(max=BLOCK)
-    end = torch.where(place < 0, ~place + (sizes + 1) // 2, place + MOST_WORDS)
-    if int(end.max()) > words.numel() or int((heads & LOW).max()) >= 2**31:
+    end = torch.where(offsets < 0, ~offsets + (sizes + 1) // 2, offsets + BITMAP_WORDS)
+    if int(end.max()) > words.numel() or int((heads & LOW_BITS).max()) >= 2**31:
         return None
     numbers = unpack(words, count)
-    rising = bool((numbers.diff() > 0).all()) and int(numbers[0]) >= 0 and int(numbers[-1]) < 2**31
-    return numbers if rising and torch.equal(pack(numbers), words) else None
+    ascending = bool((numbers.diff() > 0).all()) and int(numbers[0]) >= 0 and int(numbers[-1]) < 2**31
+    return numbers if ascending and torch.equal(pack(numbers), words) else None
 
 
 def at(words: Tensor, n: Tensor) -> Tensor:
-    """Number ``n`` (any shape) of those that ``words`` [W] pack, int64."""
+    """Returns the numbers at the indices ``n`` (any shape) of packed ``words`` [W]: int64."""
     n = n.long()
     head, i = words[n // BLOCK], n % BLOCK
-    first, place = head & LOW, head >> 32
-    pair = words[torch.where(place < 0, ~place + i // 2, 0)]
-    listed = (pair >> (i % 2 * 32)) & LOW
-    reach = place.clamp(min=0)[..., None] + torch.arange(MOST_WORDS, device=words.device)
-    bits = words[reach.clamp(max=words.numel() - 1)]  # [..., MOST_WORDS]
-    counts = popcount(bits).cumsum(-1)
-    passed = (counts <= i[..., None]).sum(-1, keepdim=True).clamp(max=MOST_WORDS - 1)
-    word = bits.gather(-1, passed)[..., 0]
-    before = i - (counts.gather(-1, passed)[..., 0] - popcount(word))
-    return torch.where(place < 0, listed, first + 64 * passed[..., 0] + _nth_bit(word, before))
+    first, offset = head & LOW_BITS, head >> 32
+    pair = words[torch.where(offset < 0, ~offset + i // 2, 0)]
+    from_list = (pair >> (i % 2 * 32)) & LOW_BITS
+    index = offset.clamp(min=0)[..., None] + torch.arange(BITMAP_WORDS, device=words.device)
+    bitmap = words[index.clamp(max=words.numel() - 1)]  # [..., BITMAP_WORDS]
+    counts = popcount(bitmap).cumsum(-1)
+    skipped = (counts <= i[..., None]).sum(-1, keepdim=True).clamp(max=BITMAP_WORDS - 1)
+    word = bitmap.gather(-1, skipped)[..., 0]
+    before = i - (counts.gather(-1, skipped)[..., 0] - popcount(word))
+    return torch.where(offset < 0, from_list, first + 64 * skipped[..., 0] + _nth_bit(word, before))
 
 
 def popcount(words: Tensor) -> Tensor:
-    """The set bits of each int64, counted in parallel: pairs, nibbles, bytes, then their sum. int64."""
+    """Counts the set bits of each int64 by adding pairs, nibbles and bytes in parallel: int64."""
     pairs = words - ((words >> 1) & 0x5555555555555555)
     nibbles = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
     in_bytes = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -88,12 +94,12 @@ def popcount(words: Tensor) -> Tensor:
 
 
 def _nth_bit(word: Tensor, before: Tensor) -> Tensor:
-    """The place of the bit with ``before`` others of the word below it; halves are passed by their counts."""
-    place = torch.zeros_like(word)
+    """Returns the index of the set bit that has ``before`` set bits below it, by binary search."""
+    index = torch.zeros_like(word)
     for half in (32, 16, 8, 4, 2, 1):
         count = popcount(word & ((1 << half) - 1))
         up = before >= count
         before = torch.where(up, before - count, before)
         word = torch.where(up, word >> half, word)
-        place = torch.where(up, place + half, place)
-    return place
+        index = torch.where(up, index + half, index)
+    return index

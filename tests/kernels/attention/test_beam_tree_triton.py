@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels.attention.beam_tree import ancestor_attention
+from cemg_kernels.attention.beam_tree import beam_tree_attention
 
 BACKENDS = ["reference", "triton"]
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
@@ -35,7 +35,7 @@ def cast(drawn: Drawn, dtype: torch.dtype) -> Drawn:
 
 def attend(drawn: Drawn, scale: float, backend: str) -> Tensor:
     query, kept, ancestors, bias, prefix = drawn
-    return ancestor_attention(query, kept, ancestors, scale, bias, prefix, backend=backend)
+    return beam_tree_attention(query, kept, ancestors, scale, bias, prefix, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -89,10 +89,10 @@ def test_views_are_read_where_they_lie(backend):
     made = torch.randn(4, 3, 2, 8, generator=torch.Generator().manual_seed(0))
     ancestors = torch.tensor([[3, 2, 1, 0]])
     views = made[:, 0], made[:, 1:]
-    found = ancestor_attention(*views, ancestors, backend=backend)
+    found = beam_tree_attention(*views, ancestors, backend=backend)
     torch.testing.assert_close(found, made[[3, 2, 1, 0], 2].flatten(1))  # one key: its value
     shared = made[:1, 1:].expand(4, -1, -1, -1)
-    found = ancestor_attention(views[0], shared, ancestors, backend=backend)
+    found = beam_tree_attention(views[0], shared, ancestors, backend=backend)
     torch.testing.assert_close(found, made[:1, 2].expand(4, -1, -1).flatten(1))
 
 
@@ -117,8 +117,8 @@ def test_a_row_of_nan_stays_in_its_row():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"kept": torch.zeros(3, 2, 3, 8)}, r"kept must be \[N, 2, G, 8\] with G a divisor of 4"),
-        ({"kept": torch.zeros(3, 1, 2, 8)}, "kept must be"),
+        ({"cache": torch.zeros(3, 2, 3, 8)}, r"cache must be \[N, 2, G, 8\] with G a divisor of 4"),
+        ({"cache": torch.zeros(3, 1, 2, 8)}, "cache must be"),
         ({"ancestors": torch.zeros(2, 4, dtype=torch.int64)}, r"ancestors must be \[T, 5\]"),
         ({"ancestors": torch.zeros(0, 5, dtype=torch.int64)}, "T of at least 1"),
         ({"bias": torch.zeros(3, 4)}, r"bias must be \[2, 4\], got \[3, 4\]"),
@@ -126,8 +126,8 @@ def test_a_row_of_nan_stays_in_its_row():
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change, said):
-    good = {"query": torch.zeros(5, 4, 8), "kept": torch.zeros(3, 2, 2, 8),
+    good = {"query": torch.zeros(5, 4, 8), "cache": torch.zeros(3, 2, 2, 8),
             "ancestors": torch.zeros(2, 5, dtype=torch.int64)}  # fmt: skip
-    assert ancestor_attention(**good).shape == (5, 32)
+    assert beam_tree_attention(**good).shape == (5, 32)
     with pytest.raises(ValueError, match=said):
-        ancestor_attention(**(good | change))
+        beam_tree_attention(**(good | change))

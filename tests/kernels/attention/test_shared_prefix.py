@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels.attention.shared_prefix import prompt_attention
+from cemg_kernels.attention.shared_prefix import shared_prefix_attention
 
 BACKENDS = ["reference", "triton"]
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -38,8 +38,8 @@ def cast(drawn: Drawn, dtype: torch.dtype) -> Drawn:
 )  # fmt: skip
 def test_it_equals_the_definition_in_float64(backend, shape):
     drawn = draw(*shape)
-    out, lse = prompt_attention(*cast(drawn, torch.float32), 0.3, backend=backend)
-    wanted = prompt_attention(*drawn, 0.3, backend="reference")
+    out, lse = shared_prefix_attention(*cast(drawn, torch.float32), 0.3, backend=backend)
+    wanted = shared_prefix_attention(*drawn, 0.3, backend="reference")
     assert out.dtype == lse.dtype == torch.float32
     assert out.shape == drawn[0].shape and lse.shape == drawn[0].shape[:3]
     torch.testing.assert_close(out.double(), wanted[0], rtol=0, atol=2e-6)
@@ -48,7 +48,7 @@ def test_it_equals_the_definition_in_float64(backend, shape):
 
 def test_the_definition_is_torchs_attention():
     query, keys, values, mask = draw(3, 4, 6, 2, 11, 8)
-    out, lse = prompt_attention(query, keys, values, mask, 0.7, backend="reference")
+    out, lse = shared_prefix_attention(query, keys, values, mask, 0.7, backend="reference")
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query.transpose(1, 2), keys, values, attn_mask=mask[:, None, None], scale=0.7, enable_gqa=True
     )
@@ -63,8 +63,8 @@ def test_the_definition_is_torchs_attention():
 def test_a_narrow_dtype_comes_back_as_it_went_in(backend, dtype, atol):
     """A few roundings of numbers of about 1, and of scores up to 8."""
     narrow = cast(draw(2, 6, 4, 2, 21, 32), dtype)
-    out, lse = prompt_attention(*narrow, 0.2, backend=backend)
-    wanted = prompt_attention(*cast(narrow, torch.float64), 0.2, backend="reference")
+    out, lse = shared_prefix_attention(*narrow, 0.2, backend=backend)
+    wanted = shared_prefix_attention(*cast(narrow, torch.float64), 0.2, backend="reference")
     assert out.dtype == dtype and lse.dtype == torch.float32
     torch.testing.assert_close(out.double(), wanted[0], rtol=0, atol=atol)
     torch.testing.assert_close(lse.double(), wanted[1], rtol=0, atol=atol)
@@ -77,8 +77,8 @@ def test_views_are_read_as_what_they_show(backend):
     keys, values = rows[:, :, 0].transpose(1, 2), rows[:, :, 2].transpose(1, 2)
     query = torch.randn(2, 5, 3, 2, 8, generator=torch.Generator().manual_seed(1))[:, :, 1]
     mask = torch.zeros(2, 9)
-    found = prompt_attention(query, keys, values, mask, backend=backend)
-    wanted = prompt_attention(
+    found = shared_prefix_attention(query, keys, values, mask, backend=backend)
+    wanted = shared_prefix_attention(
         query.contiguous(), keys.contiguous(), values.contiguous(), mask, backend="reference"
     )
     for mine, right in zip(found, wanted, strict=True):
@@ -91,9 +91,11 @@ def test_padding_on_the_left_is_not_seen(backend, hidden):
     """More of it than the kernel looks at at once; what lies there may be NaN-free rubbish of any size."""
     query, keys, values, mask = cast(draw(2, 5, 4, 2, 90, 16), torch.float32)
     mask[0, :70] = hidden
-    found = prompt_attention(query[:1], keys[:1], values[:1], mask[:1], 0.5, backend=backend)
+    found = shared_prefix_attention(query[:1], keys[:1], values[:1], mask[:1], 0.5, backend=backend)
     short = keys[:1, :, 70:], values[:1, :, 70:], torch.zeros(1, 20)
-    for mine, right in zip(found, prompt_attention(query[:1], *short, 0.5, backend="reference"), strict=True):
+    for mine, right in zip(
+        found, shared_prefix_attention(query[:1], *short, 0.5, backend="reference"), strict=True
+    ):
         torch.testing.assert_close(mine, right, rtol=0, atol=4e-6)
 
 
@@ -104,8 +106,8 @@ def test_padding_on_the_left_is_not_seen(backend, hidden):
 )  # fmt: skip
 def test_the_kernel_equals_the_reference_on_any_shape(users, beams, groups, share, cells, dim, scale):
     drawn = draw(users, beams, groups * share, groups, cells, dim)
-    found = prompt_attention(*cast(drawn, torch.float32), scale, backend="triton")
-    for mine, right in zip(found, prompt_attention(*drawn, scale, backend="reference"), strict=True):
+    found = shared_prefix_attention(*cast(drawn, torch.float32), scale, backend="triton")
+    for mine, right in zip(found, shared_prefix_attention(*drawn, scale, backend="reference"), strict=True):
         torch.testing.assert_close(mine.double(), right, rtol=0, atol=2e-5)
 
 
@@ -113,7 +115,7 @@ def test_the_kernel_equals_the_reference_on_any_shape(users, beams, groups, shar
 def test_a_user_of_nan_is_alone_with_it(backend):
     query, keys, values, mask = cast(draw(3, 4, 2, 2, 8, 8), torch.float32)
     keys[1] = float("nan")
-    out, lse = prompt_attention(query, keys, values, mask, backend=backend)
+    out, lse = shared_prefix_attention(query, keys, values, mask, backend=backend)
     assert out[1].isnan().all() and lse[1].isnan().all()
     assert not out[[0, 2]].isnan().any() and not lse[[0, 2]].isnan().any()
 
@@ -131,6 +133,6 @@ def test_a_user_of_nan_is_alone_with_it(backend):
 def test_shapes_that_do_not_fit_are_refused(change, said):
     good = {"query": torch.zeros(2, 5, 4, 8), "keys": torch.zeros(2, 2, 7, 8),
             "values": torch.zeros(2, 2, 7, 8), "mask": torch.zeros(2, 7)}  # fmt: skip
-    assert prompt_attention(**good)[0].shape == (2, 5, 4, 8)
+    assert shared_prefix_attention(**good)[0].shape == (2, 5, 4, 8)
     with pytest.raises(ValueError, match=said):
-        prompt_attention(**(good | change))
+        shared_prefix_attention(**(good | change))

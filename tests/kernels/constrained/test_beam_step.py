@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cemg_kernels import ItemFilter, RequestFilter, Trie, trie_beam_step, trie_softmax
-from cemg_kernels.constrained.softmax import flat, tame
+from cemg_kernels.constrained.softmax import flat_arguments, sanitize
 from cemg_kernels.runtime import dispatch
 
 INF = float("inf")
@@ -47,7 +47,7 @@ def assert_step_is_brute_force(
     flat = (logits.reshape(-1, trie.codebook_size), nodes.flatten())
     if backend == "triton" and total is None:
         allowed = trie.mask(flat[1], filter=filter) if normalize == "valid" else torch.tensor(True)
-        total, normalize = tame(flat[0]).masked_fill(~allowed, -INF).logsumexp(1), "vocab"
+        total, normalize = sanitize(flat[0]).masked_fill(~allowed, -INF).logsumexp(1), "vocab"
     shaped = None if total is None else total.view(nodes.shape)
     step = trie_beam_step(logits, scores, nodes, trie, width, normalize, shaped, filter, backend=backend)
     softmax = backend if backend in ("native", "triton") else "reference"
@@ -118,7 +118,7 @@ def test_one_user_with_nodes_of_any_density_gets_what_the_definition_gives(size,
         excluded = RequestFilter.excluding(trie, [trie.items(children[best.flatten().topk(60).indices])])
     elif kind == "odd values":
         logits[0, 8, 5], logits[0, 9, 7], logits[0, 18, ::3], logits[0, 19] = math.nan, INF, -INF, -INF
-    total = tame(logits).logsumexp(2)
+    total = sanitize(logits).logsumexp(2)
     for width in (1, 50, 400):
         for normalize in ("vocab", "level", "valid"):
             ours, wanted = (
@@ -283,7 +283,9 @@ def test_the_custom_op_keeps_what_it_promises(backend, users):
     for allowed, laid_out, over in cases:
         total = logits.logsumexp(2) if over == 0 else None
         operands = laid_out, scores, nodes, 4, over, total, backend
-        torch.library.opcheck(torch.ops.cemg.trie_beam_step.default, (*flat(trie.arrays, allowed), *operands))
+        torch.library.opcheck(
+            torch.ops.cemg.trie_beam_step.default, (*flat_arguments(trie.arrays, allowed), *operands)
+        )
 
 
 @pytest.mark.parametrize("engine", ["eager", "aot_eager"])

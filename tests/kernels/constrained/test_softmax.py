@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cemg_kernels import ItemFilter, Trie, trie_softmax
-from cemg_kernels.constrained.softmax import flat
+from cemg_kernels.constrained.softmax import flat_arguments
 
 INF = float("inf")
 every_backend = pytest.mark.parametrize("backend", ["reference", "native", "triton"])
@@ -117,7 +117,7 @@ def test_arguments_that_do_not_fit_are_refused():
     total = logits.logsumexp(1)
     with pytest.raises(ValueError, match="needs logsumexp"):
         trie_softmax(logits, nodes, trie)
-    with pytest.raises(ValueError, match="no use for logsumexp"):
+    with pytest.raises(ValueError, match="does not take logsumexp"):
         trie_softmax(logits, nodes, trie, "level", total)
     with pytest.raises(ValueError, match="vocab, level, valid"):
         trie_softmax(logits, nodes, trie, "softmax", total)
@@ -138,7 +138,7 @@ def test_the_custom_op_keeps_what_it_promises(backend):
         for over, total in enumerate((logits.logsumexp(1), None, None)):
             operands = laid_out, nodes, over, total, backend
             torch.library.opcheck(
-                torch.ops.cemg.trie_softmax.default, (*flat(trie.arrays, allowed), *operands)
+                torch.ops.cemg.trie_softmax.default, (*flat_arguments(trie.arrays, allowed), *operands)
             )
 
 

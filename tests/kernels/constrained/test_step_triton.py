@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
+from cemg_kernels import ItemFilter, RequestFilter, Trie, trie_beam_step, trie_softmax
 from cemg_kernels.trie.packed import pack
-from cemg_kernels.trie.request_filter import RequestFilter
 
-kernels = pytest.importorskip("cemg_kernels.constrained.step_triton")
+kernels = pytest.importorskip("cemg_kernels.constrained.beam_step_triton")
+softmax_kernels = import_module("cemg_kernels.constrained.softmax_triton")
 child_range = import_module("cemg_kernels.trie.filter_triton").child_range
 triton, tl = import_module("triton"), import_module("triton.language")
 
@@ -30,7 +30,7 @@ SAME = 1e-5  # log-sum-exps of 2 ** 12 logits below 2 ** 5 in size: a few of the
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight candidates sorted at once, and merges of no more than they must."""
-    sizes = {"PER_WARP": 8, "FIRST_ROUND": 8, "MERGED": 4, "TOPS": (2, 4, 8, 16), "MIN_BLOCK_K": 1}
+    sizes = {"PER_WARP": 8, "MIN_SORTED": 8, "MIN_MERGED": 4, "LIST_SIZES": (2, 4, 8, 16), "MIN_BLOCK_K": 1}
     for name, value in sizes.items():
         monkeypatch.setattr(kernels, name, value)
 
@@ -179,7 +179,7 @@ def test_logits_may_be_columns_of_a_wider_tensor():
 @pytest.mark.parametrize("kind", ["none", "one", "stacked", "both"])
 @pytest.mark.parametrize("block", [16, 512])
 def test_log_probabilities_equal_the_reference(normalize, kind, block, monkeypatch):
-    monkeypatch.setattr(kernels, "SOFTMAX_BLOCK", block)
+    monkeypatch.setattr(softmax_kernels, "SOFTMAX_BLOCK", block)
     trie, logits, _, nodes = draw_case(2, 3, 29, 300, seed=5)
     rows, flat_nodes = logits.flatten(0, 1), nodes.flatten()
     rows[3, ::2], rows[4] = math.nan, -INF

@@ -161,7 +161,7 @@ def test_triton_sums_vertices_of_any_number_of_neighbours(monkeypatch, table_dty
     """Every kind of vertex: few neighbours, more, several chunks of them; small, for the interpreter."""
     from cemg_kernels.graph import propagate_triton as triton_backend
 
-    monkeypatch.setattr(triton_backend, "FEW", 3)
+    monkeypatch.setattr(triton_backend, "LIGHT_DEGREE", 3)
     monkeypatch.setattr(triton_backend, "CHUNK", 8)
     users, items = draw_edges(20, 40, 90)
     users, items = torch.cat((users, torch.zeros(40).long())), torch.cat((items, torch.arange(40)))
@@ -198,7 +198,7 @@ def test_bfloat16_is_summed_in_float32(backend):
 
 def test_edges_and_inputs_that_do_not_fit_are_refused():
     one = torch.tensor([0])
-    with pytest.raises(ValueError, match="users must lie in 0 to 1"):
+    with pytest.raises(ValueError, match="users must be 0 to 1"):
         BipartiteGraph.from_edges(torch.tensor([2]), one, 2, 2)
     with pytest.raises(ValueError, match="items must lie"):
         BipartiteGraph.from_edges(one, torch.tensor([-1]), 2, 2)

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cemg_kernels.runtime import aot, dispatch
+from cemg_kernels.runtime import aot, aot_case, dispatch
+from cemg_kernels.runtime.registry import OPERATIONS
 from cemg_kernels.trie import cuda_launch as trie_cuda
 
 CUDA_OPERATIONS = ("lookup", "advance", "children", "mask", "interval", "keep", "open_level", "close")
@@ -41,7 +42,7 @@ def test_every_configuration_compiles_for_both_architectures_and_none_spills(tmp
     assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 for row in rows)
 
 
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", aot_case.ARCHITECTURES)
 def test_the_compiler_of_cupy_accepts_the_cuda_source(architecture: int):
     """NVRTC, which comes with torch, with the options that CuPy gets: no standard headers, no launcher."""
     options = f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v"
@@ -96,14 +97,14 @@ def test_why_a_gpu_has_no_trie_is_said(monkeypatch, tmp_path, cupy, source, said
 
 
 def test_every_op_with_a_triton_backend_brings_its_cases():
-    with_triton = {op for op, backends in dispatch.OPS.items() if "triton" in backends}
+    with_triton = {name for name, op in OPERATIONS.items() if "triton" in op.backends}
     covered = {case.name.split()[0] for case in aot.triton_cases()}
     assert with_triton == covered
 
 
 def test_the_cases_are_what_launches_can_pick():
     """Whatever shape a beam step has, its kernels are among those compiled."""
-    from cemg_kernels.constrained import step_triton as step
+    from cemg_kernels.constrained import beam_step_triton as step
 
     cases = list(aot.triton_cases(every=True))
     assert len({case.name for case in cases}) == len(cases)
@@ -126,7 +127,7 @@ def test_the_cases_are_what_launches_can_pick():
     }
     assert len(filtered) == 9
     tiles = {case.constants["BLOCK_D"] for case in aot.triton_cases(["lightgcn"], every=True)}
-    assert tiles == set(aot.powers_of_two(1024))
+    assert tiles == set(aot_case.powers_of_two(1024))
 
 
 def test_a_sum_over_copies_is_found():
@@ -149,7 +150,7 @@ def test_a_sum_over_copies_is_found():
 
 def test_any_two_values_of_two_axes_meet():
     axes = (1, 2, 3), "ab", (True, False), range(4)
-    rows = aot.pairwise(*axes)
+    rows = aot_case.pairwise(*axes)
     assert len(rows) < 24  # of 48 combinations
     for i, j in itertools.combinations(range(4), 2):
         assert {(row[i], row[j]) for row in rows} == set(itertools.product(axes[i], axes[j]))

@@ -24,6 +24,7 @@ from cemg_kernels import (
     use_fast_kernels,
 )
 from cemg_kernels.runtime import dispatch, ranges
+from cemg_kernels.runtime.registry import OPERATIONS
 
 ROOT = Path(__file__).parents[3]
 
@@ -40,7 +41,7 @@ def no_override() -> Iterator[None]:
 def test_the_native_trie_serves_the_cpu_and_every_op_says_why():
     chosen = backends("cpu")
     assert chosen["trie"].backend == "native"
-    assert set(chosen) == set(dispatch.OPS) and all(choice.why for choice in chosen.values())
+    assert set(chosen) == set(OPERATIONS) and all(choice.why for choice in chosen.values())
 
 
 def test_the_environment_and_the_function_turn_fast_kernels_off(monkeypatch):

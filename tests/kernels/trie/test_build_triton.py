@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cemg_kernels import Trie
 from cemg_kernels.runtime import dispatch
-from cemg_kernels.trie.arrays import DuplicateCodes, build, build_reference
+from cemg_kernels.trie.arrays import DuplicateCodes
+from cemg_kernels.trie.build import build, build_reference
 from cemg_kernels.trie.build_triton import BLOCK
 
 from ...helpers import draw_codes

@@ -62,7 +62,7 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="is missing"):
         Trie.load(tmp_path / "none")
     (tmp_path / "text").write_text("no trie")
-    with pytest.raises(ValueError, match="holds no trie"):
+    with pytest.raises(ValueError, match="is not a trie file"):
         Trie.load(tmp_path / "text")
     save_file({"code": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match=f"format is None, this version reads {FORMAT}"):
@@ -76,13 +76,13 @@ def test_a_file_that_lacks_a_part_or_whose_part_changed_is_refused(backend, tmp_
     header = json.loads(path.read_bytes()[8 : 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]])
     tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
     save_file({k: v for k, v in tensors.items() if k != name}, path, metadata=header["__metadata__"])
-    with pytest.raises(ValueError, match="holds no"):
+    with pytest.raises(ValueError, match="is not a"):
         Trie.load(path)
     save_file(tensors | {"more": torch.zeros(1)}, path, metadata=header["__metadata__"])
-    with pytest.raises(ValueError, match="it holds"):
+    with pytest.raises(ValueError, match="it contains"):
         Trie.load(path)
     save_file(tensors | {name: tensors[name].flip(0).contiguous()}, path, metadata=header["__metadata__"])
-    with pytest.raises(ValueError, match="no valid trie"):
+    with pytest.raises(ValueError, match="is not a valid trie"):
         Trie.load(path)
 
 
@@ -114,9 +114,9 @@ def test_the_native_verdict_on_arrays_is_the_reference_s():
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([0, 5, 5], "hold 5 twice"),
+        ([0, 5, 5], "contain 5 twice"),
         ([3, -1, 4], "hold -1"),
-        ([10**15, 7, 10**15], f"hold {10**15} twice"),  # too spread for a bitmap
+        ([10**15, 7, 10**15], f"contain {10**15} twice"),  # too spread for a bitmap
         ([10**15, 7, 0], ""),
         ([2, 1, 0], ""),
         ([1, 2], r"\[2\]"),

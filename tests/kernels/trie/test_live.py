@@ -56,7 +56,7 @@ def test_an_addition_comes_with_the_next_version_and_old_requests_keep_their_tri
     live.add([[7, 7], [0, 1]], [100, 101])  # the second takes the codes of what was removed
     assert (live.version, len(live)) == (1, 11)
     assert items_of(live.snapshot()) == set(range(0, 30, 3)) - {3}
-    with pytest.raises(TimeoutError, match="2 items still wait"):
+    with pytest.raises(TimeoutError, match="2 items are still pending"):
         live.wait(0.01)
     held.set()
     assert live.wait(10) == 2

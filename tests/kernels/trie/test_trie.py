@@ -15,7 +15,8 @@ from torch import Tensor
 
 import cemg_kernels
 from cemg_kernels import ItemFilter, Trie, trie_beam_step, trie_softmax
-from cemg_kernels.trie.arrays import DuplicateCodes, build, build_reference
+from cemg_kernels.trie.arrays import DuplicateCodes
+from cemg_kernels.trie.build import build, build_reference
 
 from ...helpers import draw_codes
 
