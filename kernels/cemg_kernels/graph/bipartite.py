@@ -131,9 +131,7 @@ def _check_csr(graph: BipartiteGraph) -> None:
     if int(row_ptr[0]) != 0 or int(row_ptr[-1]) != neighbours.numel() or bool((row_ptr.diff() < 0).any()):
         raise ValueError(f"row_ptr must ascend from 0 to {neighbours.numel()}, the number of neighbours")
     if not bool(graph.inv_sqrt_degree.isfinite().all()):
-        raise ValueError(
-            "inv_sqrt_degree must be finite; make graphs with BipartiteGraph.from_edges"
-        )
+        raise ValueError("inv_sqrt_degree must be finite; make graphs with BipartiteGraph.from_edges")
     _check_indices("neighbours", neighbours, vertices)
 
 

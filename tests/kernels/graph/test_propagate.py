@@ -200,7 +200,7 @@ def test_edges_and_inputs_that_do_not_fit_are_refused():
     one = torch.tensor([0])
     with pytest.raises(ValueError, match="users must be 0 to 1"):
         BipartiteGraph.from_edges(torch.tensor([2]), one, 2, 2)
-    with pytest.raises(ValueError, match="items must lie"):
+    with pytest.raises(ValueError, match="items must be 0 to"):
         BipartiteGraph.from_edges(one, torch.tensor([-1]), 2, 2)
     with pytest.raises(ValueError, match="integers"):
         BipartiteGraph.from_edges(one.float(), one, 2, 2)
