@@ -123,7 +123,7 @@ def test_per_request_filters_combine_with_removals():
 @pytest.mark.parametrize(
     ("codes", "ids", "message"),
     [
-        ([[7, 7]], [3], "id 3 is negative or taken"),
+        ([[7, 7]], [3], "id 3 is negative or already in use"),
         ([[7, 7]], [-1], "id -1 is negative"),
         ([[7, 7], [7, 6]], [50, 50], "id 50"),
         ([[0, 1]], [50], r"items 3 and 50 would share the codes \[0, 1\]"),
