@@ -287,8 +287,8 @@ class BeamKVCache:
     ) -> Tensor:  # fmt: skip
         """Attention of ``query`` [R, H, Dh] to each beam's own tokens, [R, H * Dh].
 
-        ``bias`` [T, H] is added to the scores. ``prefix`` is attention to the prompt, as ``shared_prefix_attention``
-        returns it; the two are merged.
+        ``bias`` [T, H] is added to the scores. ``prefix`` is attention to the prompt, as
+        ``shared_prefix_attention`` returns it; the two are merged.
         """
         keys_values = self.keys_values[layer]
         assert keys_values is not None  # holds at least this step's tokens
