@@ -2,9 +2,9 @@
 # # Quickstart
 #
 # This tutorial trains CEMG on a small synthetic data set, recommends items to a user, adds a new
-# item to the catalog and recommends from a part of the catalog. Run it with `python
-# examples/quickstart.py`, or cell by cell in an editor that knows `# %%`. It takes less than a
-# minute on two CPU cores.
+# item to the catalog and recommends from a part of the catalog. Run it with
+# `python examples/quickstart.py`, or cell by cell in an editor that knows `# %%`. It takes less than
+# a minute on two CPU cores.
 
 # %%
 import shlex

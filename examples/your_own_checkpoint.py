@@ -5,8 +5,8 @@
 # IDs, for example a T5 or a Llama. This tutorial decodes it with CEMG and compares the result with
 # `generate()`.
 #
-# Run it with `python examples/your_own_checkpoint.py`, or cell by cell in an editor that knows `#
-# %%`. It takes a few seconds on a CPU, because the model is tiny and its weights are random.
+# Run it with `python examples/your_own_checkpoint.py`, or cell by cell in an editor that knows
+# `# %%`. It takes a few seconds on a CPU, because the model is tiny and its weights are random.
 
 # %%
 import time

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cemg.report.blocks import Chart
 from cemg.report.logs import Curve
@@ -31,7 +32,6 @@ def line_chart(
     curves: Mapping[str, Curve],
     *,
     x_label: str = "epoch",
-    y_label: str = "",
     log_scale: bool = False,
 ) -> Chart:
     """One line per curve, with the legend above the axes."""
@@ -41,7 +41,8 @@ def line_chart(
             marker = "o" if len(curve) < 30 else None  # a line through one point is invisible
             axes.plot(*zip(*curve, strict=True), label=name, linewidth=1.4, marker=marker, markersize=3)
         axes.set_yscale("log" if log_scale else "linear")
-        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _add_legend(figure, len(curves))
         described = "; ".join(f"{name} from {c[0][1]:.4g} to {c[-1][1]:.4g}" for name, c in curves.items())
         return Chart(title, f"{title} by {x_label}: {described}", _svg(figure, title))
@@ -77,7 +78,7 @@ def _figure() -> tuple[Figure, Any]:
 
 def _add_legend(figure: Figure, entries: int) -> None:
     """A legend outside the axes: it covers no data."""
-    figure.legend(loc="outside upper left", ncols=min(entries, 3), fontsize=8, handlelength=1.4)
+    figure.legend(loc="outside upper left", ncols=min(entries, 4), fontsize=8, handlelength=1.4)
 
 
 def _svg(figure: Figure, salt: str) -> Markup:
