@@ -51,7 +51,7 @@ def test_a_preset_overrides_the_defaults_and_the_file_overrides_the_preset(tmp_p
 def test_an_unknown_preset_is_refused_with_the_valid_names():
     with pytest.raises(UserError, match="unknown preset 'huge'") as error:
         load_config(None, preset="huge")
-    assert error.value.fix == "--preset large or medium or paper or small"
+    assert error.value.fix == "use --preset large or medium or paper or small"
 
 
 @pytest.mark.parametrize("kind", [RunConfig, *PARTS])
