@@ -1,4 +1,4 @@
-"""Items that are taken out of the recommendations and put back, and the catalog as a list."""
+"""cemg-catalog remove, restore and list."""
 
 from __future__ import annotations
 

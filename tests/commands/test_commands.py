@@ -1,4 +1,4 @@
-"""The commands as a user meets them: what they print, and their errors to the letter."""
+"""The output of the commands, and the exact text of their errors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_both_engines_give_the_same_metrics_when_a_run_is_evaluated_again(tiny_r
 
 
 def test_search_studies_are_printed_and_saved(tiny_run, tmp_path, command, capsys):
-    """50 items: a search with a beam for each is the exact ranking, so its metrics are the exact study's."""
+    """With one beam per item (50), the search is exact, so its metrics equal those of the exact study."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     arguments = ("--run", run, "--users", 30)
     assert command(evaluate.main, *arguments, "--beams", 50, "--result", tmp_path / "whole.json") == 0
@@ -118,7 +118,7 @@ def test_another_search_or_a_study_keeps_the_results_of_the_runs_own_search(tiny
 def test_a_damaged_stage_is_built_again_by_the_command_that_the_error_prints(
     tiny_run, tmp_path, command, capsys, feature_cache
 ):
-    """With the run's own settings: those of the synthetic set's defaults would train for minutes."""
+    """Uses the settings of the run, since those of the synthetic data set would train for minutes."""
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     kept = (run / "config.yaml").read_text(), (run / "catalog" / "catalog.safetensors").read_bytes()
     (run / "generator" / "weights.safetensors").unlink()

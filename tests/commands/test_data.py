@@ -1,4 +1,4 @@
-"""``cemg-data`` from the outside: what it prints where, what it writes, what it refuses."""
+"""``cemg-data``: its output on stdout and stderr, the files it writes, and the input it refuses."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_columns_can_be_given_by_role(command, shop):
 
 @pytest.fixture
 def tables(tmp_path: Path) -> list[str]:
-    """The options that name two tables of a shop: semicolons, cp1252, other names, a repeated row."""
+    """The options for two tables of a shop with semicolons, cp1252, other file names and a repeated row."""
     orders = "uid;sku;ts\na;01;2020-01-01\na;02;2020-01-02\na;03;2020-01-03\na;03;2020-01-03\n"
     (tmp_path / "orders.csv").write_text(orders)
     products = "id;name;about\n01;Café;Noir\n02;Thé;Vert\n03;Eau;\n"

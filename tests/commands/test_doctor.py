@@ -1,4 +1,4 @@
-"""cemg-doctor reports what the machine really has."""
+"""cemg-doctor reports the versions, device and backends of this machine."""
 
 from __future__ import annotations
 

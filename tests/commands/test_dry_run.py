@@ -1,4 +1,4 @@
-"""cemg-train --dry-run: which stages would be built or reused, and why; nothing is written."""
+"""cemg-train --dry-run lists which stages would be built or reused, and why, and writes nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cemg.commands import train
 
 
 def verdicts(printed: str) -> dict[str, str]:
-    """Stage to what is said of it."""
+    """Maps each stage to its line of the output."""
     return dict(line.split(maxsplit=1) for line in printed.splitlines())
 
 

@@ -1,4 +1,4 @@
-"""cemg-eval and the end of cemg-train: what is measured is what is served."""
+"""cemg-eval and the end of cemg-train evaluate the lists that cemg-recommend serves."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SERVED = "metrics_history_excluded_in_search"
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What goes to stderr through the console."""
+    """The text that the console prints to stderr."""
     stream = io.StringIO()
     monkeypatch.setattr(progress.console, "_file", stream)
     return stream
 
 
 def write_served(run: Path, path: Path) -> pl.DataFrame:
-    """What the run serves to each user before the test item, as a table."""
+    """Writes a table of the lists that the run serves to each user before the test item."""
     data, recommender = Dataset.load(run / "data"), Recommender.from_run(run)
     split, rows = data.split(), []
     for user, history in zip(split.users, split.histories("test"), strict=True):

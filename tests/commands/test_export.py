@@ -1,4 +1,4 @@
-"""What leaves a run: its codes as a table, and model, token map and catalog as one checkpoint folder."""
+"""Exports of a run: its codes as a table, and model, token map and catalog as one checkpoint folder."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_removed_items_are_not_in_what_a_recommender_saves(tiny_run: Path, tmp_p
 def test_a_catalog_of_a_form_that_runs_do_not_support_is_refused(
     tiny_run: Path, tmp_path: Path, monkeypatch, kind: str
 ):
-    """Its prompts and filters count on one item per semantic ID and on K tokens per level."""
+    """The prompts and filters of a run require one item per semantic ID and K tokens per level."""
     own = Catalog.load(tiny_run / "catalog")
     size = own.codebook_size
     few = own.take((own.codes[:, -1] < size - 1).nonzero().flatten().tolist())

@@ -1,4 +1,4 @@
-"""What a new user meets first: help, version, Ctrl-C, and the calls of ``cemg`` itself."""
+"""Help, version, Ctrl-C, and the names that ``cemg`` exports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOW = ("torch", "transformers", "sklearn", "matplotlib", "scipy", "polars", "py
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_does_not_import_slow_modules(name):
-    """Time depends on the machine; what is imported does not."""
+    """Checks the imported modules, because the time depends on the machine."""
     code = (
         f"import sys; sys.argv = ['cemg-{name}', '-h']\n"
         f"from cemg.commands.{name} import main\n"

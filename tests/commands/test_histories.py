@@ -1,4 +1,4 @@
-"""``cemg-recommend --histories``: one line out per line in, whatever the lines hold."""
+"""``cemg-recommend --histories`` writes one line per input line, whatever the lines contain."""
 
 from __future__ import annotations
 

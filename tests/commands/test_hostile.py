@@ -1,4 +1,4 @@
-"""Hostile input: text that is not markup, files that never end, archives and images that grow."""
+"""Hostile input: text that looks like markup, endless files, and archives and images that expand."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_small_yaml_alias_is_accepted(tmp_path):
 
 
 def _png_of(width: int, height: int) -> bytes:
-    """A valid PNG of black pixels, 1 bit each, some kilobytes in all."""
+    """A valid PNG of black 1-bit pixels, a few kilobytes long."""
     row = b"\0" + bytes((width + 7) // 8)
     packer = zlib.compressobj(9)
     data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()

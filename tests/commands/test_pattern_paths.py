@@ -1,4 +1,4 @@
-"""Paths with the characters ``[ ? *``: they name one file, and never the files that match a pattern."""
+"""Paths with the characters ``[ ? *`` name one file, never the files that match a pattern."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_items_are_added_from_the_named_file_to_the_named_run(tiny_run: Path, tm
 
 
 def test_no_reader_lets_polars_expand_a_path():
-    """Each is called with ``glob=False``, but that of JSON lines, which has no such setting."""
+    """Every reader is called with ``glob=False``, except that of JSON lines, which has no such option."""
     sources = [*Path("cemg").rglob("*.py"), *Path("bench").rglob("*.py")]
     kinds = ("csv", "parquet", "ipc", "lines")
     calls = [f"pl.{verb}_{kind}(" for verb in ("read", "scan") for kind in kinds]

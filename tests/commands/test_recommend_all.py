@@ -1,4 +1,4 @@
-"""Recommendations for every user in one file, and lists of items that are allowed or not."""
+"""Recommendations for every user in one file, and the options --only and --exclude."""
 
 from __future__ import annotations
 

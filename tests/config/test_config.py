@@ -1,4 +1,4 @@
-"""The configuration: what is wrong is refused by its name, and what comes later wins."""
+"""Configurations: errors name the invalid setting, and later sources override earlier ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a later stage would refuse is refused before the first one; odd sets of data train all the same."""
+"""Settings that a later stage would refuse are refused before the first stage. Unusual data sets train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presets and printed configurations: what is recorded, in which order it wins, and that all is explained."""
+"""Presets and printed configurations: their record, their precedence, and the help of every setting."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ import pytest
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
-FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+# -O0, because an optimizer may remove undefined behaviour before the sanitizer can see it.
+FLAGS = ["-std=c++20", "-O0", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
          "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC / 'include'}"]  # fmt: skip
 BUILDS = {  # compiler options and the programs built with them
     "openmp": (["-fopenmp"], ["trie_main", "cpu_main"]),

@@ -190,7 +190,14 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(tmp_path):
     assert error.value.fix == "lower generator.learning_rate"
 
 
-@pytest.mark.parametrize("backbone", [SCRATCH, T5, LLAMA], ids=["scratch", "t5", "llama"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(SCRATCH, id="scratch"),
+        pytest.param(T5, id="t5", marks=pytest.mark.slow),
+        pytest.param(LLAMA, id="llama"),
+    ],
+)
 def test_a_loss_over_valid_codes_learns_the_planted_rule_too(tmp_path, backbone):
     backbone = replace(backbone, dropout=0.0)
     trial = Trial(

@@ -1,4 +1,4 @@
-"""What a caller may hand to a ``Recommender``, a ``Decoder`` and a ``Catalog``, and what comes back."""
+"""The arguments that ``Recommender``, ``Decoder`` and ``Catalog`` accept, and their results."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_run_without_a_cache_recommends_and_creates_none(tiny_run, tmp_path):
 
 
 def where_modes_hold(*command: object) -> subprocess.CompletedProcess[str]:
-    """Run ``command``; as root, without the capability to write where the mode forbids it."""
+    """Runs ``command``; as root, without the capability that ignores file modes."""
     words = ["setpriv", "--bounding-set=-dac_override,-fowner"] if os.getuid() == 0 else []
     return subprocess.run([*words, *map(str, command)], capture_output=True, text=True)
 

@@ -1,4 +1,4 @@
-"""A process that is forked after a recommendation, as by ``gunicorn --preload``, recommends too."""
+"""A process forked after a recommendation, as by ``gunicorn --preload``, can recommend."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ print(json.dumps([answers(), in_a_child(answers)]))
 
 
 def run(script: str, *arguments: object) -> Any:
-    """What a script prints, in a process of its own that may use two threads."""
+    """Runs a script in a new process that may use two threads, and returns its output."""
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-W", "ignore", "-c", IN_A_CHILD + script, *map(str, arguments)]
     ran = subprocess.run(

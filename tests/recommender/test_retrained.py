@@ -1,4 +1,4 @@
-"""A run that is trained anew while a program has it open."""
+"""A run that is retrained while a program has it open."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ READS: dict[str, Callable[[RunArtifacts], object]] = {
 
 
 def _retrain(run: Path, stage: str) -> None:
-    """As a training does that commits: the stage has another key."""
+    """Writes another key for the stage, as a training does when it commits."""
     record = read_json(run / stage / MANIFEST, dict)
     record.pop("sha256", None)
     files.write_json(run / stage / MANIFEST, signed(record | {"key": "0" * len(record["key"])}))

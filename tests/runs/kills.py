@@ -1,10 +1,10 @@
-"""kill -9 at many moments of a training, a retraining and `cemg-catalog add`: nothing is lost.
+"""Kills a training, a retraining and `cemg-catalog add` at many moments and checks that nothing is lost.
 
-``python tests/runs/kills.py FOLDER ABOUT COUNT`` prints, for each of them, how many kills were survived; ABOUT is
-a JSON file with the ``settings`` of a tiny run and its ``cache`` (see test_kills.py). A run is killed at its
-n-th change to the disk (n drawn over all of them), or after a drawn share of its time. Then the run is
-opened: a finished one recommends what it did, or what the new one does. Then the next command ends as if no
-command had been killed: the same settings, codes and weights.
+``python tests/runs/kills.py FOLDER ABOUT COUNT`` prints how many kills each command survived. ABOUT is a
+JSON file with the ``settings`` of a tiny run and its ``cache`` (see test_kills.py). A command gets SIGKILL at
+a random disk operation or after a random share of its time. Then the run is opened: a finished run must
+recommend as before the command or as after it. Then the next command must end with the settings, codes and
+weights of a run that was never killed.
 
 Each command runs in a fork of one process that has imported everything and started no thread.
 """
@@ -37,7 +37,7 @@ HISTORY = "item-0003 item-0004"
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a forked command ended: its exit code (−9 where it was killed), output, steps and seconds."""
+    """How a forked command ended: exit code (−9 if it was killed), output, steps and seconds."""
 
     code: int
     text: str
@@ -48,7 +48,7 @@ class Ended:
 def forked(
     command: Callable[[], None], *arguments: object, log: Path, at_step: int = 0, after: float = 0.0
 ) -> Ended:
-    """Run a command in a fork, killed before its ``at_step``-th step or ``after`` seconds where not 0."""
+    """Runs a command in a fork and kills it before step ``at_step`` or after ``after`` seconds, unless they are 0."""
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -68,7 +68,7 @@ def forked(
 
 
 def _run(command: Callable[[], None], arguments: tuple[object, ...], log: Path, at_step: int) -> None:
-    """In the child: never returns."""
+    """Runs in the child and never returns."""
     torch.set_num_threads(1)
     log.unlink(missing_ok=True)
     output = log.open("w")
@@ -103,7 +103,7 @@ def _run(command: Callable[[], None], arguments: tuple[object, ...], log: Path, 
 
 
 class Kills:
-    """The three commands that are killed, on runs below ``folder``; ``settings`` are those of a tiny run."""
+    """The three killed commands, on runs in ``folder`` with the ``settings`` of a tiny run."""
 
     def __init__(self, folder: Path, settings: list[str], *, cache: str, seed: int = 0) -> None:
         self.folder, self.log, self.draw = folder, folder / "log", random.Random(seed)

@@ -1,4 +1,4 @@
-"""The readers of what was written before: the right content comes back, any other is an error."""
+"""The readers of artifacts return valid content and raise an error for any other."""
 
 from __future__ import annotations
 

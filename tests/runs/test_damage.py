@@ -1,4 +1,4 @@
-"""Damaged files of a run are refused or built again; none gives other results, a traceback or a crash."""
+"""Damaged files of a run are refused or rebuilt. None gives other results, a traceback or a crash."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 def count(tmp_path: Path, settings: list[str], *options: object) -> dict[str, int]:
-    """What the script counts, in a process of its own: it forks, which no thread survives."""
+    """The counts of the script, which runs in a new process because it forks and threads do not survive that."""
     done = subprocess.run(
         [sys.executable, "-m", "damaged", "--settings", json.dumps(settings), *map(str, options)],
         cwd=Path(__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},

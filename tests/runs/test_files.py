@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, whatever fails, with the modes of the umask."""
+"""Files are written completely or not at all, whatever fails, with the mode of the umask."""
 
 from __future__ import annotations
 

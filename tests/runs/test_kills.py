@@ -1,4 +1,4 @@
-"""Over a hundred kills of real commands; the count stands in the note of a release."""
+"""Kills real commands more than a hundred times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 def test_killing_a_training_a_retraining_or_an_addition_loses_nothing(
     tmp_path, tiny_settings, feature_cache
 ):
-    """Twenty minutes on one core."""
+    """Takes twenty minutes on one core."""
     settings = [*tiny_settings, "generator.epochs=3", "tokenizer.epochs=10"]
     about = tmp_path / "about.json"
     about.write_text(json.dumps({"settings": settings, "cache": str(feature_cache)}))

@@ -1,4 +1,4 @@
-"""A stage's files are those that were written, or the file that is not is named."""
+"""The files of a stage are verified against its manifest, and the error names the file that differs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_manifest_of_an_earlier_version_still_names_its_files(stage: Path) -> 
 
 
 def test_a_zero_length_file_of_a_finished_stage_is_never_reused(stage: Path, monkeypatch) -> None:
-    """The line says which file, and the stage is built again."""
+    """The output names the file, and the stage is rebuilt."""
     (stage / "t.safetensors").write_bytes(b"")
     monkeypatch.setattr(console, "_file", io.StringIO())
     run = Run(stage.parent)
@@ -107,7 +107,7 @@ def test_a_zero_length_file_of_a_finished_stage_is_never_reused(stage: Path, mon
 
 
 def chain(folder: Path, value: float) -> Run:
-    """Stage b is made of stage a, which holds ``value``."""
+    """A run whose stage b has stage a, which contains ``value``, as its input."""
     run = Run(folder)
 
     def write(stage: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_finished_training_is_recognized_by_its_files(tmp_path: Path) -> None:
 
 
 def test_moved_data_are_the_same_data(tmp_path: Path) -> None:
-    """Prepared data name their pictures by path; a moved run rebuilds nothing else."""
+    """Prepared data contain the paths of their images, but moving them rebuilds no other stage."""
 
     def contents(place: str) -> str | None:
         def write(stage: Path) -> None:

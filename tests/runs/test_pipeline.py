@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny synthetic set: what is reused, what is made anew, and death in any stage."""
+"""The pipeline on a tiny synthetic data set: reused stages, rebuilt stages, and kills in any stage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
 
 @pytest.fixture
 def copy(tiny_run: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to be written to."""
+    """A copy of the finished run, which the test may change."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
@@ -51,7 +51,7 @@ def pipeline(feature_cache: Path):
 
 
 def finish_again(stage: Path) -> None:
-    """Write the manifest that the stage would have, had it been built with the files of now."""
+    """Writes the manifest that the stage would have if it had been built with its current files."""
     old = Manifest.read(stage)
     inputs = {name: Manifest.read(stage.parent / name) for name in old.inputs}
     about = describe(stage, key=old.key, config=old.config, seconds=old.seconds, made_of=inputs)
@@ -219,7 +219,7 @@ def test_a_run_whose_retraining_is_interrupted_recommends_as_before(
 
 
 def test_stages_of_two_trainings_are_refused(tiny_run, copy, pipeline):
-    """Of the same shape, so nothing else would tell that its parts do not belong together."""
+    """They have the same shapes, so nothing else would show that the parts do not belong together."""
     pipeline(copy, "tokenizer.epochs=1").train()
     shutil.rmtree(copy / "tokenizer")
     shutil.copytree(tiny_run / "tokenizer", copy / "tokenizer")
@@ -231,7 +231,7 @@ def test_stages_of_two_trainings_are_refused(tiny_run, copy, pipeline):
 
 
 def test_a_rebuilt_catalog_with_other_codes_retrains_the_generator(copy, pipeline):
-    """As on a GPU, where the same tokenizer need not come out twice."""
+    """This happens on a GPU, where training the tokenizer is not deterministic."""
     catalog = Catalog.load(copy / "catalog")
     Catalog.from_codes(catalog.codes.flip(0), catalog.codebook_size, catalog.item_ids).save(copy / "catalog")
     finish_again(copy / "catalog")
@@ -291,7 +291,7 @@ def test_excluding_a_history_as_long_as_the_beam_still_fills_the_list(tiny_run):
 
 
 def tastes(recommender: Recommender) -> list[list[str]]:
-    """For two histories of one item, all items as the model ranks them."""
+    """The full ranking of the items for two histories of one item."""
     found = recommender.recommend([["item-0001"], ["item-0002"]], top=50, beams=50)
     return [[str(name) for name in row] for row in recommender.item_ids(found)]
 
@@ -406,7 +406,7 @@ def start(run: Path, cache: Path, settings: list[str]) -> subprocess.Popen:
 
 
 def killed_at(process: subprocess.Popen, *signs: Path) -> bool:
-    """Kill once one of ``signs`` is there; False where the process ended first."""
+    """Kills the process when one of ``signs`` exists. Returns False if the process ended first."""
     while not any(sign.exists() for sign in signs) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -442,7 +442,7 @@ def test_repeating_a_command_killed_in_two_stages_gives_the_metrics_of_an_uninte
 def test_repeating_a_command_killed_in_every_stage_gives_the_metrics_of_an_uninterrupted_run(
     tmp_path, tiny_settings, feature_cache
 ):
-    """A stage that takes milliseconds may be whole before the kill arrives; the long ones may not."""
+    """A stage of milliseconds may finish before the kill arrives; the long stages may not."""
     settings = [*tiny_settings, "graph.epochs=300", "tokenizer.epochs=400", "generator.epochs=40"]
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     process = start(whole, feature_cache, settings)

@@ -1,4 +1,4 @@
-"""A user's work is not replaced unasked: changed settings and data, damaged state, leftovers, full disks."""
+"""A user's work is never replaced without permission: changed settings and data, damage, full disks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def training(command, feature_cache: Path, monkeypatch) -> Trainer:
 
 @pytest.fixture
 def data(tiny_run: Path, tmp_path: Path) -> Path:
-    """A prepared folder of the run's data under another name, with pictures of its own."""
+    """A prepared folder with the data of the run under another name, and its own images."""
     own = Dataset.load(tiny_run / "data")
     images = tmp_path / "images"
     images.mkdir()
@@ -53,7 +53,7 @@ def data(tiny_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def shop_run(tiny_run: Path, tmp_path_factory, tiny_settings, feature_cache, command) -> tuple[Path, Path]:
-    """A prepared folder with pictures, and a run trained on it."""
+    """A prepared folder with images, and a run trained on it."""
     folder = tmp_path_factory.mktemp("shop")
     own = Dataset.load(tiny_run / "data")
     (folder / "images").mkdir()
@@ -69,7 +69,7 @@ def shop_run(tiny_run: Path, tmp_path_factory, tiny_settings, feature_cache, com
 
 @pytest.fixture
 def shop(shop_run: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
-    """Copies of both, to be changed; the pictures' folder is another one then."""
+    """Copies of both, which the test may change. The images are in another folder."""
     folder, run = shop_run
     data = Dataset.load(folder)
     (tmp_path / "pictures").mkdir()
@@ -79,7 +79,7 @@ def shop(shop_run: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 
 def state(run: Path) -> dict[str, bytes]:
-    """What a run is: its settings and the files of its stages."""
+    """The contents of the settings and stage files of a run."""
     names = ("config.yaml", "data", "features", "graph", "tokenizer", "catalog", "generator", "synthetic")
     paths = [path for name in names for path in [run / name, *(run / name).rglob("*")] if path.is_file()]
     kept = [path for path in paths if path.parent.name != "tensorboard"]
@@ -91,7 +91,7 @@ def hidden(run: Path) -> set[str]:
 
 
 def error_of(capsys: pytest.CaptureFixture, code: int) -> list[str]:
-    """The lines of the error that a command ended with."""
+    """The lines of the error of a command that failed."""
     lines = capsys.readouterr().err.splitlines()
     assert code == 2
     return lines[next(i for i, line in enumerate(lines) if line.startswith("error: ")) :]

@@ -1,4 +1,4 @@
-"""A run's folder: stages are reused, resumed or made anew, never taken half; one command at a time."""
+"""The folder of a run: stages are reused, resumed or rebuilt, and one command at a time may write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cemg.storage.run import Run
 
 
 class Stage:
-    """A stage of two steps that counts its calls and can be made to die in between."""
+    """A stage of two steps that counts its calls and can die between them."""
 
     def __init__(self, content: str = "made", *, dies: bool = False) -> None:
         self.content, self.dies, self.calls = content, dies, 0
@@ -87,7 +87,7 @@ def test_an_interrupted_stage_of_another_configuration_leaves_nothing_behind(tmp
 
 
 def dying_at(patch: pytest.MonkeyPatch, call: int) -> list[int]:
-    """From the ``call``-th change to the disk on, counted from 0, every change raises KeyboardInterrupt."""
+    """From the ``call``-th disk operation on, counted from 0, every operation raises KeyboardInterrupt."""
     count = [0]
 
     def dying(change):

@@ -96,10 +96,15 @@ def test_the_small_sizes_reach_every_way_of_cutting(small):
     assert plans[2].top < 9 < plans[2].chunk  # fewer candidates than beams wanted: the merge fills up
 
 
-@pytest.mark.parametrize("normalize", ["level", "valid"])
 @pytest.mark.parametrize(
-    ("beams", "size", "width"),
-    [pytest.param(50, 256, 50, marks=pytest.mark.slow), (12, 256, 50), (6, 700, 20)],
+    ("normalize", "beams", "size", "width"),
+    [
+        ("valid", 12, 256, 50),
+        ("level", 6, 700, 20),
+        pytest.param("valid", 50, 256, 50, marks=pytest.mark.slow),
+        pytest.param("level", 50, 256, 50, marks=pytest.mark.slow),
+        pytest.param("valid", 6, 700, 20, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_of_real_size_makes_the_choices_of_the_reference(normalize, beams, size, width):
     trie, logits, scores, nodes = draw_case(1, beams, size, 3000, seed=3)

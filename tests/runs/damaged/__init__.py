@@ -1,1 +1,1 @@
-"""Damages every file of a run in every way and counts what the commands make of it."""
+"""Damages the files of a run and counts how the commands react."""

@@ -53,7 +53,7 @@ SAID = ("built anew", "trained again", "from the beginning", "computed again", "
 
 
 def in_child(work: Callable[[], Any], *, limit: float = LIMIT) -> dict[str, Any]:
-    """``work()`` in a forked process: its value, what it said, or how it died."""
+    """``work()`` in a forked process: its value, its output, or the signal that killed it."""
     folder = Path(tempfile.mkdtemp(prefix="damaged-"))
     pid = os.fork()
     if pid == 0:
@@ -144,7 +144,7 @@ def _leaves_out(page: str, whole: str) -> bool:
 
 
 def make_places(places: Places, settings: Sequence[str]) -> None:
-    """Train the runs, each in a process of its own: this one must not start a thread before it forks."""
+    """Trains each run in a new process, because this one must not start a thread before it forks."""
     options = [part for setting in settings for part in ("--set", setting)]
 
     def do(work: Callable[[], Any]) -> None:
@@ -196,7 +196,7 @@ def make_places(places: Places, settings: Sequence[str]) -> None:
 
 
 class Damages:
-    """Draws cases, runs them and keeps what was found."""
+    """Draws cases, runs them and records the outcomes."""
 
     def __init__(self, places: Places, *, seed: int) -> None:
         self.places, self.rng = places, random.Random(seed)

@@ -1,4 +1,4 @@
-"""What reads a run: each reader returns what a user would see, so that two outcomes can be compared."""
+"""The readers of a run. Each returns what a user would see, so that two outcomes can be compared."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Refused(Exception):
 
 
 def call(main: Callable[[], None], *arguments: object) -> str:
-    """What a command prints to stdout. Raises Refused with its message where it ends with 2."""
+    """The stdout of a command. Raises Refused with the message if the exit code is 2."""
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["cemg", *map(str, arguments)]
     try:
@@ -98,7 +98,7 @@ def report(run: Path, places: Places) -> Any:
 
 
 def train(run: Path, places: Places) -> Any:
-    """The run, trained on; a stage that is built anew has to come out the same."""
+    """Continues the training. A rebuilt stage must give the same results."""
     from cemg.commands.train import main
 
     said = call(main, "--run", run, *places.settings())
@@ -107,7 +107,7 @@ def train(run: Path, places: Places) -> Any:
 
 
 def rebuild(run: Path, places: Places) -> Any:
-    """The run, damaged stages built again: what the fix of an error says to type."""
+    """Rebuilds the damaged stages with the command that errors suggest."""
     from cemg.commands.train import main
 
     call(main, "--run", run, "--rebuild", *places.settings())
@@ -169,7 +169,7 @@ def resume_baseline(folder: Path, places: Places) -> Any:
 
 
 def cached_features(folder: Path, places: Places) -> Any:
-    """Rows that a damaged shard held are computed again; here that means they are not found."""
+    """Rows of a damaged shard would be computed again. Here they count as not found."""
     from cemg.features import FeatureCache
 
     found: dict[str, Any] = {}

@@ -17,7 +17,7 @@ Damage = Callable[[Path, random.Random, Sequence[Path]], bool | None]
 
 
 def put(path: Path, content: bytes) -> None:
-    """Replace a file by a new one: a hard link to the old content keeps it."""
+    """Replaces a file with a new one, so that hard links keep the old content."""
     path.unlink()
     path.write_bytes(content)
 
@@ -108,7 +108,7 @@ def a_pipe(path: Path, rng: random.Random, donors: Sequence[Path]) -> None:
 
 
 def another_stage(path: Path, rng: random.Random, donors: Sequence[Path]) -> None:
-    """A whole folder is that of another run, its manifest included."""
+    """The whole folder, with its manifest, comes from another run."""
     shutil.rmtree(path)
     shutil.copytree(donors[0], path)
 
@@ -133,7 +133,7 @@ ODD_VALUES: tuple[Any, ...] = (None, [], {}, "x", -1, 0, 3, 10**30, 1.5, float("
 
 
 def a_value_changed(path: Path, rng: random.Random, donors: Sequence[Path]) -> bool:
-    """One value of a JSON file is another, of any type, or an integer of 5,000 digits."""
+    """One value of a JSON file changes to a value of any type or an integer of 5,000 digits."""
     tree = _json(path)
     places = list(_places(tree))
     if not places:
@@ -145,7 +145,7 @@ def a_value_changed(path: Path, rng: random.Random, donors: Sequence[Path]) -> b
 
 
 def a_name_changed(path: Path, rng: random.Random, donors: Sequence[Path]) -> bool:
-    """One key of a JSON object is missing, another, or one too many."""
+    """One key of a JSON object is missing, renamed or added."""
     tree = _json(path)
     objects = [o for o in _objects(tree) if o]
     if not objects:
@@ -291,12 +291,12 @@ BY_SUFFIX: dict[str, tuple[Damage, ...]] = {
 
 
 def kinds_for(path: Path) -> tuple[Damage, ...]:
-    """The kinds of damage for a file, common ones several times."""
+    """The kinds of damage for a file. Common kinds occur several times."""
     return BYTES + BY_SUFFIX.get(path.suffix, ())
 
 
 def copy_run(source: Path, target: Path) -> None:
-    """A copy of a folder whose files are hard links, apart from those that commands append to."""
+    """Copies a folder with hard links, except for files that commands append to."""
 
     def link(one: str, other: str) -> None:
         if Path(one).suffix in (".jsonl", ".lock", ".0") or Path(one).name == ".lock":
