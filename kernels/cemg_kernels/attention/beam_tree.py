@@ -65,7 +65,7 @@ def beam_tree_attention_reference(
         scores = torch.cat((scores, prefix[1][:, None]), dim=1)  # [R, T + 1, H]
     weights = scores.softmax(1).to(query.dtype)
     grouped_weights = weights[:, : len(ancestors)].unflatten(2, (keys.shape[2], -1))  # [R, T, G, H / G]
-    out = (grouped_weights[..., None] * values[:, :, :, None]).sum(1).flatten(1, 2)  # [R, H, Dh]
+    out: Tensor = (grouped_weights[..., None] * values[:, :, :, None]).sum(1).flatten(1, 2)  # [R, H, Dh]
     if prefix is not None:
         out = out + weights[:, -1, :, None] * prefix[0]
     return out.flatten(1)

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """The Triton kernel of ``beam_tree_attention``: one program per beam and head, with an online softmax.
 
 The definition is ``beam_tree_attention_reference`` (``beam_tree.py``). The kernel computes in float32.

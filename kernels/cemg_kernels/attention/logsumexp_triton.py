@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """The Triton kernel of ``row_logsumexp``: one program per row, which reads each logit once."""
 
 from __future__ import annotations
@@ -55,7 +54,8 @@ def logsumexp(logits: Tensor) -> Tensor:
 
 def block_of(columns: int) -> int:
     """Returns the number of columns per iteration for V = ``columns``."""
-    return min(MAX_BLOCK, max(MIN_BLOCK, triton.next_power_of_2(columns)))
+    block: int = triton.next_power_of_2(columns)
+    return min(MAX_BLOCK, max(MIN_BLOCK, block))
 
 
 def warps_of(block: int) -> int:

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """The Triton kernel of ``shared_prefix_attention``: one program per tile of beams and heads that share keys.
 
 The softmax is online. The definition is ``shared_prefix_attention_reference`` (``shared_prefix.py``). Sums

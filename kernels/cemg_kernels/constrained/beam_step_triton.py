@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """One step of constrained beam search on a GPU: masked log-probabilities and the selection of the next beams.
 
 B users, W beams, K codes per level. The candidates of a beam are its children, in ascending order of their

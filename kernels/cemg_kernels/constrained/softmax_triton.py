@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """The Triton kernel of ``trie_softmax``; the definition is ``masked_log_prob`` (``softmax.py``).
 
 R rows, K codes per level.
@@ -101,7 +100,8 @@ def softmax(
 
 def softmax_block(size: int) -> int:
     """Returns the number of codes that a program reads at a time, for K = ``size``."""
-    return min(SOFTMAX_BLOCK, max(MIN_SOFTMAX_BLOCK, triton.next_power_of_2(size)))
+    block: int = triton.next_power_of_2(size)
+    return min(SOFTMAX_BLOCK, max(MIN_SOFTMAX_BLOCK, block))
 
 
 def readable_logits(logits: Tensor) -> Tensor:

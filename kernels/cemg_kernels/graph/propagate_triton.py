@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """The Triton kernels of ``lightgcn_propagate``; they sum neighbour rows without an array of edge values.
 
 V vertices, D dimensions, L layers. With s = D^-1/2 per vertex, one layer of Horner's scheme is

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """The Triton kernel of ``residual_quantize``: all levels in one launch, without writing the N x K scores.
 
 N rows, M levels, K codes per level, D dimensions. Codebooks are padded with zeros to 2**HALVINGS dimensions,

@@ -9,13 +9,14 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
 ENVIRONMENT = "CEMG_NVTX"
 _enabled = os.environ.get(ENVIRONMENT, "0") == "1"
-Function = TypeVar("Function", bound=Callable[..., object])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def use_ranges(enabled: bool) -> None:
@@ -46,14 +47,14 @@ def named_range(name: str) -> Iterator[None]:
                 torch.cuda.nvtx.range_pop()
 
 
-def ranged(function: Function) -> Function:
+def ranged(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Decorator: opens a range with the function's name around each call."""
 
     @functools.wraps(function)
-    def run(*arguments: object, **options: object) -> object:
+    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         if not _enabled or torch.compiler.is_compiling():
             return function(*arguments, **options)
         with named_range(function.__qualname__):
             return function(*arguments, **options)
 
-    return run  # type: ignore[return-value]
+    return run

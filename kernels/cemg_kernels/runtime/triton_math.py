@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """Small functions that several Triton kernels share."""
 
 from __future__ import annotations

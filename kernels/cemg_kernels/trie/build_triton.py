@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """Builds the trie's arrays on a GPU: torch sorts the rows, two kernels write all levels, torch packs them.
 
 N items, L levels. A program processes a block of ranks. The first kernel compares each rank with the previous

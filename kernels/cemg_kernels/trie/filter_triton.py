@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """The trie and its filters in Triton: finds the children of a node and tests which of them a filter allows.
 
 The rules are those of ``packed.py``, of ``FilterTensors`` (``filter_tensors.py``) and of

@@ -154,7 +154,9 @@ class Trie:
         prefixes = self._on_device("prefixes", prefixes).long().contiguous()
         if prefixes.dim() != 2 or prefixes.shape[1] > self.levels:
             raise ValueError(f"prefixes must be [B, m] with m <= {self.levels}, got {list(prefixes.shape)}")
-        return trie_ops.run("lookup", self.arrays, self.filter_tensors(filter, prefixes.shape[0]), prefixes)
+        allowed = self.filter_tensors(filter, prefixes.shape[0])
+        nodes: Tensor = trie_ops.run("lookup", self.arrays, allowed, prefixes)
+        return nodes
 
     def advance(self, nodes: Numbers, codes: Numbers, *, filter: Filter | None = None) -> Tensor:
         """Finds the child of each node for a code.
