@@ -38,7 +38,7 @@ def _about(version: command.VersionOption = False) -> None: ...
 )
 def show(
     run: command.RunOption,
-    item: Annotated[str, typer.Option(help="Id of one item.")],
+    item: Annotated[str, typer.Option(metavar="ID", help="Id of the item.")],
     no_verify: command.NoVerifyOption = False,
 ) -> None:
     """Print the semantic ID of one item."""
@@ -81,7 +81,7 @@ def add(
 ) -> None:
     """Add new items to the catalog, without retraining.
 
-    The run's feature encoders and tokenizer compute their semantic IDs. Existing semantic IDs do not change.
+    The encoders and the tokenizer of the run compute their semantic IDs. Existing ones do not change.
     """
     from cemg.artifacts import ADDED_TITLES, RunArtifacts
     from cemg.data.readers.pictures import image_paths
@@ -121,7 +121,7 @@ def add(
 )
 def export(
     run: command.RunOption,
-    out: Annotated[Path, typer.Argument(help="File to write: OUT.csv, OUT.parquet or OUT.index.json.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .csv, .parquet or .index.json.")],
     no_verify: command.NoVerifyOption = False,
 ) -> None:
     """Write the semantic IDs of all items to a file for other programs.

@@ -59,7 +59,9 @@ TiesOption = Annotated[
 ]
 DuplicatesOption = Annotated[
     Duplicates,
-    typer.Option(help="Which interactions to keep if a user has the same item several times; keep: all."),
+    typer.Option(
+        help="Interactions to keep if a user has an item several times: all (keep), the first or the last."
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Random seed.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT if it is a prepared folder.")]
@@ -141,7 +143,9 @@ def prepare(
     separator: SeparatorOption = "",
     encoding: EncodingOption = "",
     format: FormatOption = "auto",
-    name: Annotated[str | None, typer.Option(help="Name of the dataset. Default: the source's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the dataset. Default: that of the source.")
+    ] = None,
     min_count: MinCountOption = None,
     min_rating: MinRatingOption = None,
     ties: TiesOption = "source",

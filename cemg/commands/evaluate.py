@@ -74,7 +74,9 @@ def run_evaluation(
             "rank.",
         ),
     ] = None,
-    result: Annotated[Path | None, typer.Option(help="Also copy the result file to this path.")] = None,
+    result: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also copy the result file to this path.")
+    ] = None,
     no_verify: command.NoVerifyOption = False,
     version: command.VersionOption = False,
 ) -> None:

@@ -48,7 +48,10 @@ def recommend(
     run: command.RunOption,
     history: Annotated[
         str,
-        typer.Option(help="Item ids, oldest first, separated by spaces or commas; or a JSON list of ids."),
+        typer.Option(
+            metavar="IDS",
+            help="Item ids, oldest first, separated by spaces or commas; or a JSON list of ids.",
+        ),
     ] = "",
     user: Annotated[
         str, typer.Option(metavar="ID", help="Use the whole history of this user of the run's data.")
@@ -58,7 +61,7 @@ def recommend(
         typer.Option(
             metavar="FILE",
             help='File with one JSON line per request: a list of item ids, or {"user": …, "history": […]}. '
-            "May be .gz, or - for stdin. Prints one JSON line per request. Exit code 3: some lines failed.",
+            "May be .gz, or - for stdin. Prints a JSON line per request; the exit code is 3 if some failed.",
         ),
     ] = None,
     everyone: Annotated[
@@ -73,7 +76,7 @@ def recommend(
         ),
     ] = "all",
     top: Annotated[int, typer.Option(help="Number of items to recommend.")] = 10,
-    beams: Annotated[int, typer.Option(help="Number of beams; at least --top are used.")] = 50,
+    beams: Annotated[int, typer.Option(help="Number of beams, raised to --top if that is larger.")] = 50,
     engine: Annotated[
         str, typer.Option(metavar="NAME", help="Decoder: cemg, vllm, or transformers (slow, for comparison).")
     ] = "cemg",

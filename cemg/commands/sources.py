@@ -28,8 +28,8 @@ ColumnsOption = Annotated[
     str,
     typer.Option(
         metavar="ROLE=NAME,…",
-        help="Names of the columns. Roles of interactions: user, item, timestamp, rating; of items: id, "
-        "title, text, image. Several texts: text=a+b. Columns of a file without a header: #1, #2, …",
+        help="Names of the columns, as in user=uid,item=sku. Interactions have the roles user, item, "
+        "timestamp and rating; items id, title, text (several: text=a+b) and image. Without a header: #1, …",
     ),
 ]
 SeparatorOption = Annotated[
@@ -40,7 +40,7 @@ EncodingOption = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Encoding of text files: cp1252, latin-1, utf-16, … Default: UTF-8, or by byte order mark.",
+        help="Encoding of text files: cp1252, latin-1, utf-16, … Default: UTF-8, unless marked.",
     ),
 ]
 DropDuplicatesOption = Annotated[

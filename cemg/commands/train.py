@@ -50,7 +50,7 @@ SYNTHETIC = (  # settings small enough for a few minutes on two CPU cores
 )
 def train(
     run: Annotated[
-        Path, typer.Option(help="Folder of the run. In an existing one, finished stages are reused.")
+        Path, typer.Option(metavar="FOLDER", help="The run. In an existing run, finished stages are reused.")
     ] = Path("runs/synthetic"),
     data: Annotated[
         str,
@@ -103,7 +103,7 @@ def train(
     fast_kernels: Annotated[
         bool | None,
         typer.Option(
-            help="Use fast kernels, or the plain PyTorch references. Default: $CEMG_FAST_KERNELS, or fast.",
+            help="Use fast kernels, or plain PyTorch references. Default: fast, unless CEMG_FAST_KERNELS=0.",
             show_default=False,
         ),
     ] = None,
