@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Everything a borrowed GPU should do, worth most first, each step safe to kill:
+# Builds, checks, benchmarks, profiles and trains on a rented GPU, most important step first. Every step may be killed.
 #   bash bench/gpu.sh [STEP ...]      steps: build check latency ops ncu train; default: all of them
-# On an H200 with 16 cores build takes 45 s, check 75, latency 100; ops some minutes. `check` (or tests, or sanitizer)
-# runs side by side all that is not timed, and compiles on the way what the timed steps launch, one after the other on
-# a machine left alone. `ops` (or bench) times the operations. Where nothing is built, build comes first. With ten
-# minutes a call: `build check latency`, then `ops ncu`.
-# CEMG_COMMIT names the commit where .git did not come along. $OUT (default: runs/gpu) gets STEP.json (what ran, its
-# exit codes, the rows it measured, the targets they meet or miss; new after each command), logs.tgz (logs, plots,
-# profiles) and compiled.tgz, Triton's cache: put where $COMPILED says (default: .compiled.tgz), it saves the next run
-# the compiler. Ends with 1 if a command failed. Needs Python 3.11+, torch, Triton, CuPy or nvcc, and no network. What
-# the machine lacks can come along as wheels in $WHEELS (default: .whl): building needs pybind11, the tests pytest and
-# hypothesis, training polars and pydantic, peers need theirs; the other steps need torch and transformers.
-# DATA (default: ../shared/data) holds beauty/ for the last step; it is skipped where that is not.
+# On an H200 with 16 cores, build takes 45 s, check 75 s, latency 100 s and ops some minutes. With ten minutes per call:
+# `build check latency`, then `ops ncu`. build runs first if nothing is built yet.
+# check (or: tests, sanitizer) runs everything that is not timed, in parallel, and compiles the kernels of the timed
+# steps. latency and ops (or: bench) time one thing at a time.
+# Output folder: $OUT (default: runs/gpu). It gets STEP.json (the commands with their exit codes, the rows, and the
+# targets that they meet or miss; rewritten after each command), logs.tgz (logs, plots, profiles) and compiled.tgz,
+# Triton's cache. Saved as $COMPILED (default: .compiled.tgz), it spares the next run the compiler.
+# CEMG_COMMIT: the commit, if .git is missing. Exits with 1 if a command failed.
+# Needs Python 3.11+, torch, Triton, CuPy or nvcc, and no network. Missing packages are installed from the wheels in
+# $WHEELS (default: .whl): the build needs pybind11, the tests pytest and hypothesis, training polars and pydantic, and
+# each peer its own; the other steps need torch and transformers.
+# DATA (default: ../shared/data) must hold beauty/ for the last step, which is skipped otherwise.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-runs/gpu}
@@ -24,19 +25,19 @@ export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/cemg-triton}  # the archive names this folder: keep it the same
 mkdir -p "$OUT" "$TRITON_CACHE_DIR" "$SITE"
-WORK=$(mktemp -d)  # apart from $OUT, of which few files may come back
+WORK=$(mktemp -d)  # not in $OUT, from which few files may be copied back
 [ ! -f "$COMPILED" ] || tar -xzf "$COMPILED" -C "$TRITON_CACHE_DIR"
 
-bounded() {  # seconds, name, command: its log, and one line of how it went
+bounded() {  # seconds, name, command: runs it with a time limit, keeps its log and adds one line with its exit code
   local seconds=$1 name=$2 began=$SECONDS; shift 2
   timeout --signal=INT --kill-after=15 "$seconds" "$@" >"$WORK/$name.log" 2>&1
   local code=$?
   printf '{"command": "%s", "exit": %d, "seconds": %d}\n' "$name" "$code" "$((SECONDS - began))" | tee -a "$WORK/$STEP.jsonl"
   [ $code -eq 0 ] || { touch "$WORK/failed"; tail -n 15 "$WORK/$name.log"; }
-  [ -n "${SIDE_BY_SIDE:-}" ] || report  # whoever is killed keeps what has ended
+  [ -n "${SIDE_BY_SIDE:-}" ] || report  # so a run that is killed keeps the finished commands
 }
 
-report() {  # STEP.json from the lines of `bounded` and the JSON files named STEP-*, and all else in two archives
+report() {  # writes STEP.json from the lines of `bounded` and the files STEP-*.json, and archives everything else
   "$PYTHON" - "$WORK" "$STEP" "$OUT/$STEP.json" <<'PYTHON'
 import json, sys
 from pathlib import Path
@@ -77,7 +78,7 @@ check() {
   export OMP_NUM_THREADS=3 SIDE_BY_SIDE=yes
   CEMG_NO_SKIPS=1 bounded 300 tests "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py tests/kernels \
     "${workers[@]}" --junitxml "$WORK/tests.xml" &
-  # without torch's cache of memory, so that a read past a tensor is one past an allocation
+  # without torch's memory cache, so that a read past a tensor is a read past an allocation
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 bounded 200 sanitizer-trie compute-sanitizer --error-exitcode 9 \
     "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py -k "every_trie_operation or filters_made_here" &
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 bounded 300 sanitizer-triton compute-sanitizer --error-exitcode 9 \
@@ -94,7 +95,7 @@ check() {
   wait
   unset OMP_NUM_THREADS SIDE_BY_SIDE
 }
-latency() {  # the peers that such a machine has; flashrec's own family where it is installed
+latency() {  # the peers that such a machine has, and flashrec's model family if it is installed
   local models=(tiger t5-small decoder-4)
   "$PYTHON" -c 'import flashinfer, flashrec, sgl_kernel' 2>/dev/null && models+=(qwen3-0.6b)
   bounded 200 latency "$PYTHON" bench/latency.py --device cuda --seconds 0.5 --models tiger t5-small decoder-4 \
@@ -103,7 +104,7 @@ latency() {  # the peers that such a machine has; flashrec's own family where it
     --models "${models[@]}" --cells 'W50$' --engines flashrec \
     --json "$WORK/latency-bfloat16.json" --plot "$WORK/latency-bfloat16.png"
 }
-timed() {  # seconds, name, options: a benchmark of operations
+timed() {  # seconds, name, options: runs a benchmark of operations
   local seconds=$1 name=$2; shift 2
   bounded "$seconds" "ops-$name" "$PYTHON" "bench/${name%-*}.py" --device cuda --seconds 0.5 \
     --json "$WORK/ops-$name.json" --plot "$WORK/ops-$name.png" "$@"
@@ -115,7 +116,7 @@ ops() {
   timed 50 quantize
   timed 110 trie_build --items 10000 10000000 1000000  # the last takes flashrec a minute
 }
-profiled() {  # name, kernels, tests: the first launches of these kernels in these tests, none of torch's own
+profiled() {  # name, kernels, tests: profiles the first launches of these kernels in these tests
   bounded 70 "ncu-$1" "$(type -P ncu || echo ncu)" --clock-control none --set basic --kernel-name "regex:$2" --launch-count 48 \
     --csv --log-file "$WORK/ncu-$1.csv" "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py -k "$3"
 }
@@ -129,10 +130,10 @@ ncu() {
   profiled build "depth_kernel|write_kernel" "trie_built_here"
 }
 train() {
-  if [ ! -d "$DATA/beauty" ]; then echo "no $DATA/beauty: train skipped"; return; fi
+  if [ ! -d "$DATA/beauty" ]; then echo "$DATA/beauty is missing: train skipped"; return; fi
   bounded 500 train "$PYTHON" -c 'from cemg.commands.train import main; main()' --data "$DATA/beauty" --config configs/beauty.yaml --device cuda \
     --run "$WORK/beauty" --result "$WORK/train-beauty.json"
-  rm -rf "$WORK/beauty"  # the weights; $OUT takes small files
+  rm -rf "$WORK/beauty"  # the weights are too large for $OUT
 }
 
 step() {
@@ -148,7 +149,7 @@ for name in "$@"; do
     tests | sanitizer) step check ;;
     bench) step ops ;;
     build | check | latency | ops | ncu | train) step "$name" ;;
-    *) echo "unknown step $name; see the head of this file"; exit 2 ;;
+    *) echo "unknown step $name; the top of this file lists them"; exit 2 ;;
   esac
 done
 [ ! -f "$WORK/failed" ]

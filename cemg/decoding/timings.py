@@ -20,7 +20,7 @@ from cemg_kernels.runtime.ranges import named_range
 
 Stage = Literal["prefill", "decode_steps", "selection"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-Events = list[tuple[str, float]]  # what was done, and when it ended, in seconds after the first began
+Events = list[tuple[str, float]]  # the name of each part, and its end in seconds since the begin of the first
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Timings:
     Attributes:
         seconds: "prefill" (the encoder, or the prompt of a decoder-only model), "decode_steps" (the decoder's
             forward passes) and "selection" (softmax, trie and top-k).
-        total: Seconds of the whole block. What the stages leave is preparation and the copy of the results.
+        total: Seconds of the whole block, which includes preparation and the copy of the results.
         native_events: One list per call of the C++ decoder, while named ranges are on: each part of the call,
             and the seconds after the begin of the call at which it ended.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ import latency
 import propagate
 import pytest
 import quantize
+import smoke
 import targets
 import torch
 import transformers
@@ -316,3 +318,39 @@ def test_a_target_is_judged_by_the_best_median_and_omitted_without_rows(
         "TIGER's size, B 1, W 50": {"goal": 0.4, "measured": 0.3, "met": True},
         "selection, flat from 1e+04 to 1e+08 items": {"goal": 1.2, "measured": 2.0, "met": False},
     }
+
+
+def test_the_smoke_run_rejects_a_case_without_a_time_or_a_comparison(tmp_path: Path) -> None:
+    path = tmp_path / "op.json"
+    good = {"case": "tiny", "p50_ms": 1.0, "equal_to": "reference", "status": "ok"}
+    path.write_text(json.dumps({"rows": [good, good]}))
+    assert smoke.check_rows(path) == 2
+    bad = (
+        {"p50_ms": None, "status": "ours skipped: x"},
+        {"equal_to": latency.NOT_COMPARED},
+        {"equal_to": ""},
+    )
+    for change in bad:
+        path.write_text(json.dumps({"rows": [good, good | change]}))
+        with pytest.raises(AssertionError, match=r"tiny: (ours skipped: x|not compared)"):
+            smoke.check_rows(path)
+    path.write_text(json.dumps({"rows": []}))
+    with pytest.raises(AssertionError, match="op has no rows"):
+        smoke.check_rows(path)
+
+
+def test_the_gpu_script_names_kernels_and_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    script = (root / "bench/gpu.sh").read_text()
+    tests = set(re.findall(r"^def test_(\w+)", (root / "tests/test_gpu.py").read_text(), re.MULTILINE))
+    sources = [*root.glob("kernels/cemg_kernels/**/*.py"), *root.glob("csrc/src/*.cu")]
+    names = "\n".join(path.read_text() for path in sources)
+    profiles = re.findall(r'^  profiled \w+ "(.+)" "(.+)"$', script, re.MULTILINE)
+    assert len(profiles) == 7
+    for kernels, _ in profiles:
+        assert all(re.search(rf"\b{kernel}", names) for kernel in kernels.split("|")), kernels
+    selections = [selection for _, selection in profiles] + re.findall(r'-k "([^$"]+)"', script)
+    words = {word for selection in selections for word in re.findall(r"[a-z_]{5,}", selection)}
+    words -= {"valid", "float"}  # parameters
+    assert {"every_trie_operation", "log_sum_exp", "codes"} <= words
+    assert [word for word in sorted(words) if not any(word in name for name in tests)] == []

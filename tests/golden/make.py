@@ -51,7 +51,7 @@ def make() -> None:
 
 
 def make_run(folder: Path) -> None:
-    """Trains a run of a second and copies its stages, without logs of the training."""
+    """Trains a tiny run and copies its stages."""
     with tempfile.TemporaryDirectory(prefix="cemg-golden-") as temporary:
         run = Path(temporary) / "run"
         settings = [part for setting in SETTINGS for part in ("--set", setting)]
