@@ -1,14 +1,15 @@
-"""Choice of the engine that runs the search, by name."""
+"""Chooses the engine of a search by its name."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from cemg.decoding.engine import Decoder, Normalize
+from cemg.decoding.engine import Decoder
 from cemg.decoding.integrations.transformers import TransformersDecoder
 from cemg.decoding.integrations.vllm import VllmDecoder
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
+from cemg_kernels.constrained.softmax import Normalize
 
 
 def make_decoder(

@@ -1,4 +1,4 @@
-"""A checkpoint folder with its catalog: what ``transformers`` loads, and beside it what decoding needs."""
+"""A checkpoint folder with its catalog: ``transformers`` loads the model, and ``Decoder`` both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cemg.errors import UserError
 from cemg.storage import files
 from cemg.tokenizer import Catalog, CodeTokens
 
-CATALOG = "cemg_catalog"  # a folder in the checkpoint's
+CATALOG = "cemg_catalog"  # a subfolder of the checkpoint's folder
 SETTINGS = "cemg_decoder.json"  # in that folder
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
@@ -30,10 +30,18 @@ def save_pretrained(
     folder: Path | str, model: PreTrainedModel, catalog: Catalog, *, tokens: CodeTokens, normalize: str,
     prompts: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Write model, catalog and token map to one folder; other files in it stay, a tokenizer's for example.
+    """Write a model, its catalog and its token map to one folder. Other files in it stay.
 
-    Adapters are merged into a copy of the weights first. Raises UserError for a model whose adapters cannot
-    be merged.
+    Args:
+        folder: The folder, created if it does not exist.
+        model: The model; adapters are merged into a copy of its weights.
+        catalog: The catalog.
+        tokens: The token of each code.
+        normalize: The ``normalize`` of the ``Decoder`` that loads it.
+        prompts: Settings of prompts, stored with it.
+
+    Raises:
+        UserError: If ``folder`` is a file or holds adapters, or if the model's adapters cannot be merged.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -57,7 +65,7 @@ def save_pretrained(
         for file in sorted(part.iterdir()):
             files.move(file, folder / file.name)
             written.add(file.name)
-        for old in folder.iterdir():  # weights in another number of files
+        for old in folder.iterdir():  # weights that were split into other files
             if WEIGHTS.fullmatch(old.name) and old.name not in written:
                 old.unlink()
     finally:
@@ -65,9 +73,13 @@ def save_pretrained(
 
 
 def load_pretrained(folder: Path | str, *, device: str = "cpu") -> tuple[PreTrainedModel, Catalog, str]:
-    """The model, in evaluation mode, the catalog with its tokens, and ``normalize``, of a saved folder.
+    """Load a folder that ``save_pretrained`` wrote.
 
-    Raises UserError where a part is missing or damaged, and where weights are missing or unexpected.
+    Returns:
+        The model in evaluation mode, the catalog with its token map, and ``normalize``.
+
+    Raises:
+        UserError: If a part is missing or damaged, or if weights are missing or unexpected.
     """
     folder = Path(folder)
     if not (folder / CATALOG / SETTINGS).is_file():
@@ -82,13 +94,13 @@ def load_pretrained(folder: Path | str, *, device: str = "cpu") -> tuple[PreTrai
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, report = family.from_pretrained(folder, trust_remote_code=False, output_loading_info=True)
-    except Exception as error:  # of many kinds, by what is wrong with the files
+    except Exception as error:  # its type depends on the damage
         cause = str(error).strip().splitlines()
         raise UserError(f"{folder} holds no readable model", cause=cause[0] if cause else None) from error
-    for what in ("missing_keys", "unexpected_keys"):
-        if report[what]:
-            name = what.replace("_keys", "")
-            raise UserError(f"{folder}: {len(report[what])} weights are {name}", cause=min(report[what]))
+    for problem in ("missing", "unexpected"):
+        weights = report[f"{problem}_keys"]
+        if weights:
+            raise UserError(f"{folder}: {len(weights)} weights are {problem}", cause=min(weights))
     return model.to(device).eval(), catalog, about["normalize"]
 
 
@@ -105,24 +117,25 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that ``save_pretrained`` writes whole: LoRA merged in a copy, itself where there are none.
+    """The model with LoRA merged in a copy; itself if it has no adapters.
 
-    Raises UserError for other adapters, and for adapters over quantized weights.
+    Raises:
+        UserError: For other adapters, and for adapters over quantized weights.
     """
     if hasattr(model, "peft_config"):
         kinds = ", ".join(sorted({str(one.peft_type.value) for one in cast(Any, model).peft_config.values()}))
         try:
             model = copy.deepcopy(cast(Any, model)).merge_and_unload(safe_merge=True)
-        except Exception as error:  # of many kinds, by the adapter
+        except Exception as error:  # its type depends on the adapter
             raise UserError(
                 f"adapters of the kind {kinds} cannot be merged into this model", cause=str(error),
                 fix="merge them yourself, and make the Decoder of the merged model",
             ) from error  # fmt: skip
-    return unmarked(model)
+    return without_gguf_mark(model)
 
 
-def unmarked(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that can be saved: read from GGUF, it counts as quantized, though its weights are plain."""
+def without_gguf_mark(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that can be saved: one read from GGUF is marked as quantized, though its weights are plain."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.quantization_config.quant_method != "gguf":
         return model

@@ -153,4 +153,4 @@ class DecoderPlan(Protocol):
 
         ``requests``: one per level. ``code_tokens`` [M, K] int64 where tokens of codes are not consecutive.
         """
-        raise NotImplementedError
+        raise Unsupported(f"{self.describe()} has no search in one call")

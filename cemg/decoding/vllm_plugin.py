@@ -1,4 +1,4 @@
-"""The name of ``cemg.decoding.integrations.vllm_plugin`` in version 0.1, kept for one release."""
+"""Deprecated alias of ``cemg.decoding.integrations.vllm_plugin``, the path of version 0.1."""
 
 import warnings
 
@@ -7,7 +7,7 @@ from cemg.decoding.integrations.vllm_plugin import VllmTrieProcessor
 __all__ = ["VllmTrieProcessor"]
 
 warnings.warn(
-    "cemg.decoding.vllm_plugin moved; name cemg.decoding.integrations.vllm_plugin:VllmTrieProcessor",
+    "cemg.decoding.vllm_plugin is deprecated; use cemg.decoding.integrations.vllm_plugin:VllmTrieProcessor",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -1,4 +1,4 @@
-"""The yardstick: ``transformers``' own constrained beam search over a Python trie, as its users run it."""
+"""The reference engine: constrained beam search of ``transformers`` over a Python trie."""
 
 from __future__ import annotations
 
@@ -16,19 +16,32 @@ from transformers import (
     PreTrainedModel,
 )
 
-from cemg.decoding.beams import pad_left, pad_right
-from cemg.decoding.engine import Normalize, Recommendations, check_fit
+from cemg.decoding.beams import Recommendations, pad_left, pad_right
+from cemg.decoding.engine import check_fit
 from cemg.decoding.integrations.logits_processor import plain_generation
 from cemg.decoding.models.eval_mode import evaluating
 from cemg.decoding.shared_ids import expand_shared_ids
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, TokenMap
+from cemg_kernels.constrained.softmax import Normalize
 
 Children = dict[int, "Children"]
 
 
 class TransformersDecoder:
-    """The interface of ``Decoder``, served by ``generate`` and its prefix constraint; certifies nothing."""
+    """``Decoder`` without filters and certificates, run by ``generate()`` and its prefix constraint.
+
+    It is the reference that tests and benchmarks compare ``Decoder`` with.
+
+    Args:
+        model: The generator, on any device.
+        catalog: The items and their semantic IDs.
+        code_token_start: As for ``Decoder``.
+        normalize: As for ``Decoder``.
+
+    Raises:
+        UserError: If the model lacks a token of a code.
+    """
 
     def __init__(
         self, model: PreTrainedModel, catalog: Catalog,
@@ -43,18 +56,30 @@ class TransformersDecoder:
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
-        """As ``Decoder.decode``, for unfiltered prompts [B, S]; ``beams`` may not exceed the items."""
+        """The ``beams`` best items that ``generate()`` finds for each prompt.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: [B, S], 0 at padding, which may be anywhere.
+            beams: The number of beams and of results per prompt.
+
+        Returns:
+            Results [B, beams], best first; ``certified`` is 0.
+
+        Raises:
+            UserError: For more beams than items.
+        """
         if beams > len(self.catalog):
             raise UserError(
-                f"{beams} beams for {len(self.catalog)} items: generate() would fill up with illegal ones"
+                f"{beams} beams for {len(self.catalog)} items: generate() would return illegal items"
             )
-        found = self._leaves(input_ids, attention_mask, min(beams, self.catalog.num_ids))
-        return expand_shared_ids(found, self.catalog, None, beams)
+        results = self._decode_leaves(input_ids, attention_mask, min(beams, self.catalog.num_ids))
+        return expand_shared_ids(results, self.catalog, None, beams)
 
-    def _leaves(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
-        """The leaves that ``generate`` ends on, by the ids that the trie gives them."""
+    def _decode_leaves(self, input_ids: Tensor, attention_mask: Tensor, beams: int) -> Recommendations:
+        """The results of ``generate()``; ``items`` are what the trie's leaves hold."""
         device = self.model.device
-        prompt = 1  # the decoder's start
+        prompt = 1  # the decoder's start token
         if self.model.config.is_encoder_decoder:
             input_ids, attention_mask = pad_right(input_ids, attention_mask)
         else:
@@ -76,14 +101,14 @@ class TransformersDecoder:
         return self._results(tokens, scores.reshape(len(input_ids), beams))
 
     def _processors(self, prompt: int, beams: int) -> LogitsProcessorList:
-        """The trie's mask; before it, for "level", the log-softmax over a level, which must see no mask."""
+        """The trie's mask; for "level", the log-softmax over a level comes first, before the mask."""
         masked = PrefixConstrainedLogitsProcessor(self._allowed(prompt), beams)
         if self.normalize != "level":
             return LogitsProcessorList([masked])
-        return LogitsProcessorList([LevelOnly(prompt, self.tokens.to(self.model.device)), masked])
+        return LogitsProcessorList([LevelLogSoftmax(prompt, self.tokens.to(self.model.device)), masked])
 
     def _greedy_scores(self, out: Any, tokens: Tensor) -> Tensor:
-        """Sums [B] for one beam, where ``generate`` decodes greedily and sums nothing."""
+        """Sums [B] for one beam: ``generate()`` then decodes greedily and returns no sums."""
         steps = [x.float().log_softmax(1) for x in out.logits] if self.normalize == "vocab" else out.scores
         chosen = [step.cpu().gather(1, tokens[:, :, level]) for level, step in enumerate(steps)]
         return torch.cat(chosen, dim=1).sum(1)
@@ -93,23 +118,23 @@ class TransformersDecoder:
             node = self.root
             for token in tokens[prompt:].tolist():
                 node = node.get(token, {})
-            return list(node) or [self.tokens.span.start]  # a finished beam: whatever it adds is cut off
+            return list(node) or [self.tokens.span.start]  # a finished beam: further tokens are cut off
 
         return allowed
 
     def _results(self, tokens: Tensor, scores: Tensor) -> Recommendations:
         codes = self.tokens.codes_of(tokens)  # [B, W, levels]
         nodes = self.catalog.trie.lookup(codes.reshape(-1, self.catalog.levels)).reshape(scores.shape)
-        dead = (nodes < 0) | ~scores.isfinite()
-        items = self.catalog.trie.items(nodes.masked_fill(dead, -1).flatten()).reshape(scores.shape)
+        illegal = (nodes < 0) | ~scores.isfinite()
+        items = self.catalog.trie.items(nodes.masked_fill(illegal, -1).flatten()).reshape(scores.shape)
         return Recommendations(
-            items, scores.masked_fill(dead, float("-inf")), codes.masked_fill(dead[:, :, None], -1),
+            items, scores.masked_fill(illegal, float("-inf")), codes.masked_fill(illegal[:, :, None], -1),
             torch.zeros(len(scores), dtype=torch.int64),
         )  # fmt: skip
 
 
-class LevelOnly(LogitsProcessor):
-    """Log-probabilities over the codes of the level that comes next, for ``normalize="level"``."""
+class LevelLogSoftmax(LogitsProcessor):
+    """Log-probabilities over the codes of the next level, for ``normalize="level"``."""
 
     def __init__(self, prompt: int, tokens: CodeTokens) -> None:
         self.prompt, self.tokens = prompt, tokens
@@ -122,7 +147,14 @@ class LevelOnly(LogitsProcessor):
 
 
 def dict_trie(rows: Tensor) -> Children:
-    """A trie of nested dicts over rows [N, levels]: the structure most people use, and the tests' oracle."""
+    """A trie of nested dicts, the structure that most users of ``transformers`` build.
+
+    Args:
+        rows: Integers [N, levels].
+
+    Returns:
+        The children of the root, by token.
+    """
     root: Children = {}
     for row in rows.tolist():
         node = root

@@ -1,6 +1,6 @@
-"""The trie as a logits processor of vLLM, which loads it by the name of this module and of the class.
+"""The trie as a logits processor of vLLM, which loads it by the names of this module and of the class.
 
-Apart from ``vllm_processor``, so that nothing else imports vLLM, which takes seconds.
+Only this module imports vLLM at its top, which takes seconds.
 """
 
 from typing import Any
@@ -9,19 +9,19 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from cemg.decoding.integrations.vllm_processor import TrieProcessor
 
-try:  # the second model runner takes another kind, and says of ours that it is none, but not what to do
-    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as OfTheSecondRunner
+try:  # a subclass of the second runner's base class can raise a clear error there
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunnerProcessor
 except ImportError:  # an older vLLM
 
-    class OfTheSecondRunner:  # type: ignore[no-redef]
+    class SecondRunnerProcessor:  # type: ignore[no-redef]
         pass
 
 
-class VllmTrieProcessor(TrieProcessor, LogitsProcessor, OfTheSecondRunner):  # type: ignore[misc]
-    """``TrieProcessor`` as vLLM's v1 engine and its first model runner know its kind.
+class VllmTrieProcessor(TrieProcessor, LogitsProcessor, SecondRunnerProcessor):  # type: ignore[misc]
+    """``TrieProcessor`` as a logits processor of vLLM's v1 engine and its first model runner.
 
-    Raises ValueError under the second runner, which vLLM 0.32 takes of its own accord where it finds
-    Triton.
+    Raises:
+        ValueError: Under the second model runner, which vLLM 0.32 chooses by default if it finds Triton.
     """
 
     def __init__(self, vllm_config: Any, *others: Any) -> None:

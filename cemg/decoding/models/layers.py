@@ -209,18 +209,20 @@ class UnpaddedBatch:
     def pad(self, tokens: Tensor) -> Tensor:
         """[P, ...] -> [B, S, ...]."""
         cells = tokens if self.token_of_cell is None else tokens[self.token_of_cell]
-        return cells.unflatten(0, (self.batch, -1))
+        padded: Tensor = cells.unflatten(0, (self.batch, -1))
+        return padded
 
     def last(self, tokens: Tensor) -> Tensor:
         """The values of each user's last cell, [P, ...] -> [B, ...]."""
         if self.token_of_cell is None:
-            return tokens.unflatten(0, (self.batch, -1))[:, -1]
+            return self.pad(tokens)[:, -1]
         return tokens[self.token_of_cell.view(self.batch, -1)[:, -1]]
 
 
 def heads(rows: Tensor, count: int) -> Tensor:
     """[B, S, count * Dh] -> [B, count, S, Dh], a view."""
-    return rows.unflatten(2, (count, -1)).transpose(1, 2)
+    by_head: Tensor = rows.unflatten(2, (count, -1))
+    return by_head.transpose(1, 2)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor) -> Tensor:

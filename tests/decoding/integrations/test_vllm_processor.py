@@ -161,19 +161,35 @@ def test_it_never_leaves_the_best_token_as_it_was_for_certain(make):
     assert make().is_argmax_invariant() is False
 
 
-def test_the_plugin_says_what_to_do_under_the_second_model_runner(monkeypatch):
-    """With stand-ins for the kinds that either runner of vLLM 0.32 asks for."""
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Stand-ins for the base classes of both model runners of vLLM 0.32; the plugin is imported anew."""
     kinds = []
     for name in ("vllm.v1.sample", "vllm.v1.worker.gpu.sample"):
         kinds.append(type("LogitsProcessor", (), {}))
         parts = f"{name}.logits_processor".split(".")
         for end in range(1, len(parts) + 1):
-            whole = ".".join(parts[:end])
-            monkeypatch.setitem(sys.modules, whole, ModuleType(whole))
-        sys.modules[whole].LogitsProcessor = kinds[-1]
-    monkeypatch.delitem(sys.modules, "cemg.decoding.integrations.vllm_plugin", raising=False)
+            module = ".".join(parts[:end])
+            monkeypatch.setitem(sys.modules, module, ModuleType(module))
+        sys.modules[module].LogitsProcessor = kinds[-1]
+    for module in ("cemg.decoding.integrations.vllm_plugin", "cemg.decoding.vllm_plugin"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    yield kinds
+    for module in ("cemg.decoding.integrations.vllm_plugin", "cemg.decoding.vllm_plugin"):
+        sys.modules.pop(module, None)
+
+
+def test_the_plugin_names_the_fix_under_the_second_model_runner(stand_ins):
     plugin = importlib.import_module("cemg.decoding.integrations.vllm_plugin").VllmTrieProcessor
-    monkeypatch.delitem(sys.modules, "cemg.decoding.integrations.vllm_plugin")
-    assert all(issubclass(plugin, kind) for kind in kinds)  # so that its own words are heard
+    assert all(issubclass(plugin, kind) for kind in stand_ins)  # so that vLLM creates it and it can raise
     with pytest.raises(ValueError, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
         plugin(SimpleNamespace(), SimpleNamespace())
+
+
+def test_the_path_of_version_0_1_is_an_alias_that_warns(stand_ins):
+    with pytest.warns(
+        DeprecationWarning, match=r"cemg\.decoding\.integrations\.vllm_plugin:VllmTrieProcessor"
+    ):
+        alias = importlib.import_module("cemg.decoding.vllm_plugin")
+    plugin = importlib.import_module("cemg.decoding.integrations.vllm_plugin")
+    assert alias.VllmTrieProcessor is plugin.VllmTrieProcessor
