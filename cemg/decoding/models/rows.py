@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from cemg.decoding.models.eval_mode import EvalModeState
 from cemg.decoding.models.rope_lengths import forget_lengths, rope_of_lengths
