@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 
+from cemg.commands import recommend
 from cemg.config import load_config
 from cemg.decoding import Decoder
 
@@ -104,6 +105,18 @@ def test_the_recommender_of_the_readme_prints_lines_of_the_printed_form(capsys: 
     assert len(items) == len(shown) - 1
     assert all(re.fullmatch(r"item-\d{4} .* -\d+\.\d+", line) for line in (*items, *shown[:-1]))
     assert re.sub(r"\d", "", last) == re.sub(r"\d", "", shown[-1])
+
+
+@pytest.mark.usefixtures("in_workspace")
+def test_the_tables_of_the_tutorial_have_the_columns_that_are_printed_today(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+):
+    assert command(recommend.main, "--run", "runs/demo", "--history", "item-0012", "--top", 3) == 0
+    printed = next(line for line in capsys.readouterr().out.splitlines() if "item" in line)
+    tables = [text for text in blocks(ROOT / "docs" / "getting-started.md", "text") if text.startswith("┏")]
+    assert tables and all(
+        re.findall(r"[\w-]+", t.splitlines()[1]) == re.findall(r"[\w-]+", printed) for t in tables
+    )
 
 
 @pytest.mark.usefixtures("in_workspace")
