@@ -1,4 +1,4 @@
-"""Baselines under one protocol: rankers ``(histories, top) -> [B, top]`` for ``cemg.evaluation.evaluate``."""
+"""Baselines under the same protocol as CEMG: their rankers are arguments of ``cemg.evaluation.evaluate``."""
 
 from cemg.baselines.cross_entropy import linear_cross_entropy
 from cemg.baselines.sasrec import Sasrec, SasrecConfig, SasrecRanker

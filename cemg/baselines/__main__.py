@@ -1,4 +1,4 @@
-"""``python -m cemg.baselines``: train a baseline, test it on the whole catalog, write its result file."""
+"""``python -m cemg.baselines``: trains a baseline, tests it on the whole catalog and writes a result file."""
 
 from __future__ import annotations
 
@@ -21,43 +21,46 @@ from cemg.errors import UserError
 from cemg.evaluation import PopularityRanker, Rank, evaluate, hardware, result_table, write_result
 from cemg.progress import console
 
-OWN_OPTIONS = ("loss", "seed", "epochs")  # fields of SasrecConfig that --set leaves to their options
+OWN_OPTIONS = ("loss", "seed", "epochs")  # fields of SasrecConfig with an option of their own: not for --set
 
 
 class Model(StrEnum):
-    """The baselines of this command."""
+    """The baselines that this command trains."""
 
     popularity = "popularity"
     sasrec = "sasrec"
 
 
 class Loss(StrEnum):
-    """SASRec's losses."""
+    """The losses of SASRec."""
 
     ce = "ce"
     bce = "bce"
 
 
 def run(
-    data: Annotated[Path, typer.Option(help="Folder or file that the readers know, or a prepared folder.")],
-    model: Annotated[Model, typer.Option(help="Which baseline.")],
-    out: Annotated[Path, typer.Option(help="The result file to write, JSON.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder or file that cemg-data reads, or a folder that it prepared.")
+    ],
+    model: Annotated[Model, typer.Option(help="The baseline.")],
+    out: Annotated[Path, typer.Option(help="Result file to write, JSON.")],
     folder: Annotated[
-        Path | None, typer.Option("--run", help="Run folder of SASRec: checkpoints, log.")
+        Path | None, typer.Option("--run", help="Folder for the checkpoints and the log of SASRec.")
     ] = None,
     loss: Annotated[
-        Loss, typer.Option(help="Full softmax cross-entropy, or BCE with one negative.")
+        Loss,
+        typer.Option(help="Softmax cross-entropy over all items (ce), or binary with one negative (bce)."),
     ] = Loss.ce,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A field of SasrecConfig, e.g. --set dim=128; repeatable."),
+        typer.Option("--set", help="One setting of SASRec, e.g. --set dim=128; repeatable."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Most epochs of training.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, order, dropout and negatives.")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Largest number of epochs.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, batch order, dropout and negatives.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if not given.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: the choice of torch.")] = None,
 ) -> None:
-    """Train a baseline on the training part, rank the whole catalog for every test user, write the figures.
+    """Train a baseline, rank the whole catalog for every test user, and write the metrics to a file.
 
     Example: python -m cemg.baselines --data data/beauty --model sasrec --loss ce
     --out results/beauty-sasrec-ce.json --run runs/sasrec-ce
@@ -66,20 +69,20 @@ def run(
     command.check_result(out, "--out")
     if threads is not None:
         torch.set_num_threads(threads)
-    began = time.perf_counter()
+    started = time.perf_counter()
     dataset = Dataset.load(data) if (data / "dataset.json").is_file() else read_dataset(data)
     if model is Model.popularity:
         ranker, config = _fit_popularity(dataset)
     else:
         changes = _parse_settings(settings or []) | {"loss": loss.value, "seed": seed}
         ranker, config = _train(dataset, changes, epochs=epochs, folder=folder, device=device)
-    _write(out, dataset, ranker=ranker, config=config | {"seed": seed}, device=device, began=began)
+    _write(out, dataset, ranker=ranker, config=config | {"seed": seed}, device=device, started=started)
 
 
 def _write(
-    out: Path, data: Dataset, *, ranker: Rank, config: dict[str, Any], device: str, began: float
+    out: Path, data: Dataset, *, ranker: Rank, config: dict[str, Any], device: str, started: float
 ) -> None:
-    scored = evaluate(ranker, data.split())
+    evaluation = evaluate(ranker, data.split())
     write_result(
         out,
         dataset=data.name,
@@ -87,8 +90,8 @@ def _write(
         config=config,
         seed=config["seed"],
         hardware=hardware(device),
-        seconds=time.perf_counter() - began,
-        evaluation=scored,
+        seconds=time.perf_counter() - started,
+        evaluation=evaluation,
     )
     console.print(result_table([out]))
 
@@ -106,29 +109,33 @@ def _train(
     ranker = train_sasrec(data, config, folder=folder, device=device)
     log = json.loads((folder / "log.json").read_text())
     best = max(log, key=lambda row: row["valid_NDCG@10"])
-    chosen = {"best_epoch": best["epoch"], "epochs_run": len(log), "valid_NDCG@10": best["valid_NDCG@10"]}
-    trained = {"train_seconds": round(sum(row["train_seconds"] for row in log), 1)}
-    return ranker, {"model": "sasrec", **dataclasses.asdict(config), **chosen, **trained}
+    early_stopping = {
+        "best_epoch": best["epoch"],
+        "epochs_run": len(log),
+        "valid_NDCG@10": best["valid_NDCG@10"],
+    }
+    cost = {"train_seconds": round(sum(row["train_seconds"] for row in log), 1)}
+    return ranker, {"model": "sasrec", **dataclasses.asdict(config), **early_stopping, **cost}
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:
-    """``["dim=128"]`` to ``{"dim": 128}``, for SasrecConfig's fields; UserError on any other name."""
+    """Parse ``["dim=128"]`` to ``{"dim": 128}``. Raises UserError for an unknown name."""
     defaults = {k: v for k, v in dataclasses.asdict(SasrecConfig()).items() if k not in OWN_OPTIONS}
     changes: dict[str, Any] = {}
     for setting in settings:
         name, _, text = setting.partition("=")
         if name not in defaults:
-            raise UserError(f"--set {setting}: no such field", fix=f"one of {', '.join(defaults)}")
+            raise UserError(f"--set {setting}: unknown setting", fix=f"one of {', '.join(defaults)}")
         kind = type(defaults[name])
         try:
             changes[name] = text if kind is str else kind(json.loads(text))
         except (ValueError, TypeError) as error:
-            raise UserError(f"--set {setting}: {text!r} is no {kind.__name__}") from error
+            raise UserError(f"--set {setting}: {text!r} is not a valid {kind.__name__}") from error
     return changes
 
 
 def main() -> None:
-    """Run the command; a mistake of the user's is printed as such and exits with 2."""
+    """Run the command. A UserError is printed and exits with code 2."""
     command.run(lambda: typer.run(run))
 
 

@@ -1,6 +1,8 @@
-"""SASRec (Kang and McAuley, 2018): a causal transformer over item embeddings, scored by dot product.
+"""SASRec: a causal Transformer over item embeddings that scores items by dot product.
 
 B users, L positions, D embedding, N items, P valid positions.
+
+Source: Kang and McAuley, Self-Attentive Sequential Recommendation, 2018, https://arxiv.org/abs/1808.09781
 """
 
 from __future__ import annotations
@@ -28,13 +30,17 @@ PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class SasrecConfig:
-    """The model, its loss and its training.
+    """Settings of the model, its loss and its training.
 
-    ``loss`` "ce" is softmax cross-entropy over the whole catalog at every position; "bce" the original's
-    binary cross-entropy with one random negative a position. ``products`` is the type in which the
-    cross-entropy multiplies states with the item table. ``norm_first`` puts LayerNorm before each sublayer,
-    else after. Early stopping looks at NDCG@10 of ``valid_users`` seeded users, and gives up after
-    ``patience`` epochs without a better one.
+    Attributes:
+        loss: "ce" is softmax cross-entropy over the whole catalog at every position. "bce" is the binary
+            cross-entropy of the original, with one random negative per position.
+        inner: Width of the hidden layer of the feed-forward network.
+        norm_first: Whether LayerNorm precedes each sublayer instead of following it.
+        max_length: Number of the newest items of a history that the model reads.
+        patience: Training stops after this many epochs without a better validation NDCG@10.
+        valid_users: Users of a validation, drawn by the seed.
+        products: Type of the matrix products of the cross-entropy, "bfloat16" or "float32".
     """
 
     loss: str = "ce"
@@ -63,7 +69,7 @@ class SasrecConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.dim % self.heads:
-            raise UserError(f"dim {self.dim} does not divide into {self.heads} heads")
+            raise UserError(f"dim {self.dim} is not divisible by heads {self.heads}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.learning_rate <= 0 or self.weight_decay < 0:
@@ -71,7 +77,7 @@ class SasrecConfig:
 
 
 class Block(nn.Module):
-    """Causal self-attention and a two-layer network, each with dropout and a residual."""
+    """Causal self-attention and a two-layer feed-forward network, each with dropout and a residual."""
 
     def __init__(self, config: SasrecConfig) -> None:
         super().__init__()
@@ -83,13 +89,13 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] to [B, L, D]. Padding stands on the right, where causality hides it."""
+        """Map [B, L, D] to [B, L, D]. Padding is on the right, so the causal mask hides it."""
         if self.config.norm_first:
             x = x + self.dropout(self._attend(self.attention_norm(x)))
-            x = x + self.dropout(self._inner(self.inner_norm(x)))
+            x = x + self.dropout(self._feed_forward(self.inner_norm(x)))
         else:
             x = self.attention_norm(x + self.dropout(self._attend(x)))
-            x = self.inner_norm(x + self.dropout(self._inner(x)))
+            x = self.inner_norm(x + self.dropout(self._feed_forward(x)))
         return x
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -100,13 +106,13 @@ class Block(nn.Module):
         attended: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return attended
 
-    def _inner(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor) -> Tensor:
         contracted: Tensor = self.contract(self.dropout(F.gelu(self.expand(x))))
         return contracted
 
 
 class Sasrec(nn.Module):
-    """States of every position; an item's score is their dot product with its embedding."""
+    """Computes a state per position. The score of an item is the dot product of state and item embedding."""
 
     def __init__(self, num_items: int, config: SasrecConfig) -> None:
         super().__init__()
@@ -116,19 +122,19 @@ class Sasrec(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.output_norm = nn.LayerNorm(config.dim) if config.norm_first else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, items: Tensor) -> Tensor:
-        """``items`` [B, L] int64, oldest first, padded on the right with any row; states [B, L, D]."""
-        places = self.positions.weight[: items.shape[1]]  # [L, D]
-        x = self.dropout(self.input_norm(self.items(items) + places))
+        """Compute the states [B, L, D] of ``items`` [B, L] int64: oldest first, padded on the right."""
+        positions = self.positions.weight[: items.shape[1]]  # [L, D]
+        x = self.dropout(self.input_norm(self.items(items) + positions))
         for block in self.blocks:
             x = block(x)
         states: Tensor = self.output_norm(x)
         return states
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
@@ -137,16 +143,24 @@ def _initialise(module: nn.Module) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SasrecRanker:
-    """A trained model as a ranker: ``ranker(histories, top)`` gives [B, min(top, N)] item rows."""
+    """A trained model as a ranker for ``cemg.evaluation.evaluate``."""
 
     model: Sasrec
     config: SasrecConfig
 
     @torch.inference_mode()
     def __call__(self, histories: Sequence[np.ndarray], top: int) -> Tensor:
-        """Rank the whole catalog for B histories (item rows, oldest first), best first, history included.
+        """Rank the whole catalog, the histories' own items included.
 
-        Raises UserError where a history is empty: there is no position to read a state from.
+        Args:
+            histories: B histories of item rows, oldest first.
+            top: Items per list.
+
+        Returns:
+            [B, min(top, N)] int64 item rows, best first.
+
+        Raises:
+            UserError: A history is empty, so it has no position with a state.
         """
         if any(len(h) == 0 for h in histories):
             raise UserError("SASRec cannot rank for an empty history", fix="use popularity for those users")
@@ -158,7 +172,7 @@ class SasrecRanker:
         return best
 
     def save(self, folder: Path) -> None:
-        """``sasrec.safetensors`` and ``sasrec.json``."""
+        """Write ``sasrec.safetensors`` and ``sasrec.json``."""
         files.save_tensors(self.model.state_dict(), folder / "sasrec.safetensors")
         about = {"num_items": self.model.items.num_embeddings, "config": asdict(self.config)}
         about["weights_sha256"] = file_digest(folder / "sasrec.safetensors")
@@ -166,10 +180,10 @@ class SasrecRanker:
 
     @classmethod
     def load(cls, folder: Path) -> SasrecRanker:
-        """Read what ``save`` wrote; UserError where it is missing or damaged."""
+        """Read what ``save`` wrote. Raises UserError where it is missing or damaged."""
         path, weights = folder / "sasrec.json", folder / "sasrec.safetensors"
         if not path.exists():
-            raise UserError(f"{folder} holds no SASRec", fix="train one: python -m cemg.baselines")
+            raise UserError(f"{folder} has no trained SASRec", fix="train one: python -m cemg.baselines")
         fix = "restore it from a copy, or train again: python -m cemg.baselines"
         record = read_json(path, dict[str, Any], fix=fix)
         about = read_json(path, _About, fix=fix)
@@ -186,7 +200,7 @@ class SasrecRanker:
 
 @dataclass(frozen=True, slots=True)
 class _About:
-    """``sasrec.json``; earlier versions wrote no digests."""
+    """The content of ``sasrec.json``. Earlier versions wrote no digests."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

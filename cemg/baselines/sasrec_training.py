@@ -1,8 +1,8 @@
-"""Training of SASRec: early stopping, and checkpoints from which a run goes on as if it had not stopped.
+"""Training of SASRec, with early stopping and checkpoints.
 
-B users, L positions, D embedding, N items, P valid positions. Every random choice is a function of the seed
-and of the step, so nothing of a random generator has to be stored: an epoch's order is drawn from
-(seed, epoch), and dropout and negatives from (seed, step).
+B users, L positions, D embedding, N items, P valid positions. A resumed training gives the same weights as an
+uninterrupted one. No state of a random generator is stored: the order of an epoch is drawn from
+(seed, epoch), dropout and negatives from (seed, step).
 """
 
 from __future__ import annotations
@@ -28,73 +28,79 @@ from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.read import parse_json, read_tensor_file, tensors_digest
 
-BETAS = (0.9, 0.98)  # of Adam, as the SASRec paper's code has them
-REDRAWS = 8  # of a negative that the user has in the sequence; then it is kept
-MAY_CHANGE = ("epochs", "patience")  # of a config, between the runs that share a folder
+BETAS = (0.9, 0.98)  # of Adam, as in the code of the SASRec paper
+REDRAWS = 8  # of a negative that is in the user's own sequence, before it is kept
+MAY_CHANGE = ("epochs", "patience")  # settings that may differ when a training is resumed
 
 
 def train_sasrec(
     data: Dataset, config: SasrecConfig, *, folder: Path, device: str = "cpu", progress: bool = True
 ) -> SasrecRanker:
-    """Train on the training part of the leave-one-out split; returns the weights of the best epoch.
+    """Train on the training part of the leave-one-out split.
 
-    ``folder`` gets ``checkpoint.safetensors`` after every epoch, from which the same call goes on, and
-    ``sasrec.safetensors`` and ``log.json`` at the end. Raises UserError where the folder belongs to a run of
-    another config or split, where no user has two training items, and where the loss is no longer finite.
+    Writes ``checkpoint.safetensors`` after every epoch, and ``sasrec.safetensors`` and ``log.json`` at the
+    end. The same call resumes at the checkpoint.
+
+    Returns:
+        The ranker with the weights of the best epoch.
+
+    Raises:
+        UserError: The folder has a checkpoint of other settings or of another split, no user has two
+            training items, or the loss is not finite.
     """
     split = data.split()
     if num_batches(split.train, config.batch_size) == 0:
         raise UserError(f"{data.name}: no user has two training items", fix="use data with longer histories")
-    run = _Run.start(data.num_items, config, split, torch.device(device))
-    run.resume(folder)
-    while run.epoch < config.epochs and run.stale < config.patience:
-        run.train_epoch(split)
-        run.validate(split)
-        run.checkpoint(folder)
+    training = _Training.start(data.num_items, config, split, torch.device(device))
+    training.resume(folder)
+    while training.epoch < config.epochs and training.stale < config.patience:
+        training.train_epoch(split)
+        training.validate(split)
+        training.checkpoint(folder)
         if progress:
-            _report(run.log[-1])
-    files.write_json(folder / "log.json", run.log)
-    ranker = run.best_ranker()
+            _print_epoch(training.log[-1])
+    files.write_json(folder / "log.json", training.log)
+    ranker = training.best_ranker()
     ranker.save(folder)
     return ranker
 
 
 def loss_of(model: Sasrec, batch: Batch, *, config: SasrecConfig, generator: torch.Generator) -> Tensor:
-    """The config's loss, averaged over the P valid positions; ``generator`` (CPU) draws the negatives."""
+    """Compute the loss, averaged over the P valid positions. ``generator`` (CPU) draws the negatives."""
     states = model(batch.inputs)[batch.valid]  # [P, D]
     targets = batch.targets[batch.valid]  # [P]
     table = model.items.weight
     if config.loss == "ce":
         return linear_cross_entropy(states, table, targets=targets, dtype=PRODUCTS[config.products])
     negatives = draw_negatives(batch, len(table), generator=generator)  # [P]
-    liked, other = (states * table[targets]).sum(1), (states * table[negatives]).sum(1)
-    return (F.softplus(-liked) + F.softplus(other)).mean()
+    positive, negative = (states * table[targets]).sum(1), (states * table[negatives]).sum(1)  # [P] logits
+    return (F.softplus(-positive) + F.softplus(negative)).mean()
 
 
 def draw_negatives(batch: Batch, num_items: int, *, generator: torch.Generator) -> Tensor:
-    """A uniform item for each valid position that is not in its user's sequence, [P] int64.
+    """Draw an item that is not in the user's sequence for each valid position, uniformly; [P] int64.
 
-    After a few draws a clash is kept: a user may have nearly the whole catalog.
+    An item that is still in the sequence after REDRAWS draws is kept: a user may have almost all items.
     """
     rows = batch.valid.nonzero()[:, 0]  # [P] the user of each position
-    first = batch.inputs[:, :1]
-    own = torch.cat([first, torch.where(batch.valid, batch.targets, first)], dim=1)  # [B, L + 1]
+    oldest = batch.inputs[:, :1]
+    sequences = torch.cat([oldest, torch.where(batch.valid, batch.targets, oldest)], dim=1)  # [B, L + 1]
     negatives = torch.randint(num_items, (len(rows),), generator=generator).to(rows.device)
     for _ in range(REDRAWS):
-        clash = (negatives[:, None] == own[rows]).any(1)
-        again = torch.randint(num_items, (len(rows),), generator=generator).to(rows.device)
-        negatives = torch.where(clash, again, negatives)
+        in_sequence = (negatives[:, None] == sequences[rows]).any(1)
+        redrawn = torch.randint(num_items, (len(rows),), generator=generator).to(rows.device)
+        negatives = torch.where(in_sequence, redrawn, negatives)
     return negatives
 
 
 @dataclass(slots=True)
-class _Run:
-    """A training under way: everything a checkpoint holds."""
+class _Training:
+    """The state of a training, which a checkpoint stores."""
 
     model: Sasrec
     optimizer: torch.optim.Optimizer
     config: SasrecConfig
-    identity: dict[str, object]  # config and split, which a checkpoint must share
+    identity: dict[str, object]  # settings and split, which a checkpoint must have in common
     epoch: int = 0
     stale: int = 0  # epochs since the best one
     best_score: float = -1.0
@@ -102,7 +108,7 @@ class _Run:
     log: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, num_items: int, config: SasrecConfig, split: Split, device: torch.device) -> _Run:
+    def start(cls, num_items: int, config: SasrecConfig, split: Split, device: torch.device) -> _Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = Sasrec(num_items, config).to(device)
@@ -117,21 +123,21 @@ class _Run:
         return cls(model, optimizer, config, {"config": settings, "split": split.fingerprint})
 
     def train_epoch(self, split: Split) -> None:
-        """One pass over the users; appends the mean loss over positions and the seconds to the log."""
-        began, total, positions = time.perf_counter(), 0.0, 0
+        """Train on every user once. Appends the mean loss over positions and the seconds to the log."""
+        started, total, positions = time.perf_counter(), 0.0, 0
         config, device = self.config, self.model.items.weight.device
         step = self.epoch * num_batches(split.train, config.batch_size)
-        order = np.random.default_rng((config.seed, self.epoch))
+        rng = np.random.default_rng((config.seed, self.epoch))
         self.model.train()
-        batches = training_batches(split.train, config.batch_size, max_length=config.max_length, rng=order)
+        batches = training_batches(split.train, config.batch_size, max_length=config.max_length, rng=rng)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for number, batch in enumerate(batches, start=step):
                 loss = self._step(batch.to(device), number)
                 count = int(batch.valid.sum())
                 total, positions = total + loss * count, positions + count
         self.epoch += 1
-        figures = {"loss": total / positions, "train_seconds": time.perf_counter() - began}
-        self.log.append({"epoch": self.epoch, **figures})
+        record = {"loss": total / positions, "train_seconds": time.perf_counter() - started}
+        self.log.append({"epoch": self.epoch, **record})
 
     def _step(self, batch: Batch, number: int) -> float:
         seed = int(np.random.SeedSequence((self.config.seed, number)).generate_state(1, np.uint64)[0] >> 1)
@@ -146,17 +152,17 @@ class _Run:
         return float(loss.detach())
 
     def validate(self, split: Split) -> None:
-        """NDCG@10 of the sampled validation users decides which weights are kept."""
+        """Evaluate the sampled validation users, and keep the weights if NDCG@10 is the best so far."""
         self.model.eval()
         users = seeded_sample(split, self.config.valid_users, self.config.seed)
         ranker = SasrecRanker(self.model, self.config)
-        scored = evaluate(
+        metrics = evaluate(
             ranker, split, part="valid", cutoffs=(10,), users=users, max_list=10, progress=False
         ).metrics
-        self.log[-1] |= {f"valid_{k}": v for k, v in scored.items()}
+        self.log[-1] |= {f"valid_{k}": v for k, v in metrics.items()}
         self.stale += 1
-        if scored["NDCG@10"] > self.best_score:
-            self.best_score, self.stale = scored["NDCG@10"], 0
+        if metrics["NDCG@10"] > self.best_score:
+            self.best_score, self.stale = metrics["NDCG@10"], 0
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
     def best_ranker(self) -> SasrecRanker:
@@ -164,7 +170,7 @@ class _Run:
         return SasrecRanker(self.model.eval(), self.config)
 
     def checkpoint(self, folder: Path) -> None:
-        """One safetensors file, its counters as JSON in the header, renamed into place when whole."""
+        """Write the state to one safetensors file, atomically. Its header has the counters as JSON."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
@@ -175,9 +181,9 @@ class _Run:
         files.save_tensors(kept, _checkpoint_file(folder), metadata=about)
 
     def resume(self, folder: Path) -> None:
-        """Go on from the folder's checkpoint; where there is none, from the start.
+        """Load the checkpoint of the folder, if it has one.
 
-        Raises UserError where it is damaged, or of another config or split.
+        Raises UserError where it is damaged, or belongs to other settings or another split.
         """
         path = _checkpoint_file(folder)
         if not path.exists() and not path.is_symlink():
@@ -189,21 +195,21 @@ class _Run:
             cause = "its tensors do not have the sha256 that they were written with"
             raise DamagedError(f"{path} is damaged", cause=cause, fix=fix)
         counters = parse_json(state, dict[str, Any], name=f"the state in {path}", fix=fix)
-        _refuse_other_run(path, counters.pop("identity", {}), self.identity)
+        _check_identity(path, counters.pop("identity", {}), self.identity)
         for name, value in counters.items():
             setattr(self, name, value)
         device = self.model.items.weight.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self.model.load_state_dict(_below(tensors, "model."))
-        self.best = _below(tensors, "best.")
-        self.optimizer.load_state_dict(_optimizer_state(self.optimizer, _below(tensors, "optimizer.")))
+        self.model.load_state_dict(_with_prefix(tensors, "model."))
+        self.best = _with_prefix(tensors, "best.")
+        self.optimizer.load_state_dict(_optimizer_state(self.optimizer, _with_prefix(tensors, "optimizer.")))
 
 
 def _checkpoint_file(folder: Path) -> Path:
     return folder / "checkpoint.safetensors"
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
@@ -215,11 +221,12 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def _refuse_other_run(path: Path, theirs: dict[str, object], ours: dict[str, object]) -> None:
-    for part, now in ours.items():
-        then = theirs.get(part)
+def _check_identity(path: Path, stored: dict[str, object], current: dict[str, object]) -> None:
+    """Raise UserError where a checkpoint belongs to other settings or another split."""
+    for part, now in current.items():
+        then = stored.get(part)
         if not isinstance(now, dict) or not isinstance(then, dict):
-            raise UserError(f"{path} names no {part}", fix="train into another folder")
+            raise UserError(f"{path} does not name its {part}", fix="train into another folder")
         for key in {**now, **then}:
             if now.get(key) != then.get(key):
                 raise UserError(
@@ -229,7 +236,7 @@ def _refuse_other_run(path: Path, theirs: dict[str, object], ours: dict[str, obj
                 )
 
 
-def _report(row: dict[str, float]) -> None:
+def _print_epoch(row: dict[str, float]) -> None:
     console.print(
         f"epoch {row['epoch']:>3}  loss {row['loss']:.4f}  valid HR@10 {row['valid_HR@10']:.4f}  "
         f"NDCG@10 {row['valid_NDCG@10']:.4f}  {row['train_seconds']:.1f} s",

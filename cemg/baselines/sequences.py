@@ -1,4 +1,4 @@
-"""Batches of training sequences, cut to the right size: users of like length together, padded on the right.
+"""Batches of training sequences of similar length, padded on the right.
 
 B users, L inputs of the longest sequence in the batch.
 """
@@ -12,23 +12,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-POOL = 16  # batches sorted by length together; the order between users of like length stays random
+POOL = 16  # batches that are sorted by length together; users of the same length stay in random order
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """``inputs`` and ``targets`` [B, L] int64 item rows (0 where padded), ``valid`` [B, L] bool."""
+    """One batch of training sequences.
+
+    Attributes:
+        inputs: [B, L] int64 item rows, 0 where padded.
+        targets: [B, L] int64, the item that follows each input.
+        valid: [B, L] bool, False where padded.
+    """
 
     inputs: Tensor
     targets: Tensor
     valid: Tensor
 
     def to(self, device: torch.device) -> Batch:
+        """Copy the batch to a device."""
         return Batch(self.inputs.to(device), self.targets.to(device), self.valid.to(device))
 
 
 def pad_histories(histories: Sequence[np.ndarray], max_length: int) -> tuple[Tensor, Tensor]:
-    """The newest ``max_length`` items of each history, padded with 0: items [B, L] int64, lengths [B]."""
+    """Pad the newest ``max_length`` items of each history with 0 on the right.
+
+    Returns:
+        The items [B, L] int64, and the lengths [B] int64.
+    """
     recent = [torch.from_numpy(h[-max_length:].astype(np.int64)) for h in histories]
     lengths = torch.tensor([len(h) for h in recent])
     return torch.nn.utils.rnn.pad_sequence(recent, batch_first=True), lengths
@@ -37,23 +48,24 @@ def pad_histories(histories: Sequence[np.ndarray], max_length: int) -> tuple[Ten
 def training_batches(
     sequences: Sequence[np.ndarray], batch_size: int, *, max_length: int, rng: np.random.Generator
 ) -> Iterator[Batch]:
-    """One epoch, every sequence of two items or more once: predict each item from those before it.
+    """Iterate over one epoch, which has every sequence of at least two items once.
 
-    Of a long sequence the newest ``max_length + 1`` items count. The order depends on ``rng`` alone.
+    Each item is predicted from the items before it. Only the newest ``max_length + 1`` items of a sequence
+    are used. The order of the batches depends on ``rng`` alone.
     """
     rows = np.flatnonzero([len(s) >= 2 for s in sequences])
-    for chosen in _like_lengths(rows, sequences, batch_size, rng):
+    for chosen in _batches_of_similar_length(rows, sequences, batch_size, rng):
         items, lengths = pad_histories([sequences[r] for r in chosen], max_length + 1)
         valid = torch.arange(items.shape[1] - 1) < lengths[:, None] - 1  # [B, L]
         yield Batch(items[:, :-1] * valid, items[:, 1:], valid)
 
 
 def num_batches(sequences: Sequence[np.ndarray], batch_size: int) -> int:
-    """How many batches an epoch has."""
+    """Return the number of batches per epoch."""
     return -(-sum(len(s) >= 2 for s in sequences) // batch_size)
 
 
-def _like_lengths(
+def _batches_of_similar_length(
     rows: np.ndarray, sequences: Sequence[np.ndarray], batch_size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
     shuffled = rng.permutation(rows)

@@ -1,4 +1,4 @@
-"""``python -m cemg.evaluation results/a.json results/b.json`` prints one table of result files."""
+"""``python -m cemg.evaluation results/a.json results/b.json`` prints a table of result files."""
 
 from __future__ import annotations
 

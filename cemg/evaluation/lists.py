@@ -1,4 +1,4 @@
-"""Reads recommendations from a table, as ``cemg-recommend --all`` or another program wrote them."""
+"""Reads recommendations from a table that ``cemg-recommend --all`` or another program wrote."""
 
 from __future__ import annotations
 
@@ -17,36 +17,47 @@ from cemg.errors import UserError
 def read_lists(
     path: Path, data: Dataset, split: Split, *, catalog: Sequence[str | int] = ()
 ) -> tuple[Tensor, list[str]]:
-    """Lists [T, C] int64 of item rows, best first, -1 for none, one per user of ``split.users``; and notes.
+    """Read one list of items per user.
 
-    The items of ``catalog`` that the data lack are rows from ``data.num_items`` on.
+    The table has the columns ``user`` and ``item``, and optionally ``rank``. Without ranks, the rows of a
+    user are in order, best first. ``item`` may be a list per user. Users that are not in the table get an
+    empty list.
 
-    The table (Parquet or CSV) has the columns ``user``, ``item`` and maybe ``rank``; without ranks a user's
-    rows are best first. ``item`` may be a list per user. Users that the file lacks have an empty list.
-    Raises UserError for a file that cannot be read, a missing column, an unknown item, and an item that a
-    user has twice.
+    Args:
+        path: A Parquet or CSV file.
+        data: The data set, whose ids the table uses.
+        split: Its split.
+        catalog: Ids of a catalog. Items that are not in the data become rows from ``data.num_items`` on.
+
+    Returns:
+        Item rows [T, C] int64, best first and filled with -1, one list per user of ``split.users``; and notes
+        on users without a list and on unknown users.
+
+    Raises:
+        UserError: The file cannot be read, a column is missing, an item is unknown, or a user has an item
+            twice.
     """
     table = _long(_read(path), path)
-    items = dict.fromkeys([*data.item_ids, *map(str, catalog)])  # the data's first
+    items = dict.fromkeys([*data.item_ids, *map(str, catalog)])  # those of the data come first
     row_of = {item: row for row, item in enumerate(items)}
     unknown = table.filter(~pl.col("item").is_in(list(row_of)))
     if unknown.height:
         raise UserError(
             f"{path}: item {unknown['item'][0]!r} is not among the {len(row_of)} of this run",
-            fix=f"its ids are written like {data.item_ids[0]!r}",
+            fix=f"write item ids as in the data, for example {data.item_ids[0]!r}",
         )
-    twice = table.filter(table.select("user", "item").is_duplicated())
-    if twice.height:
-        user, item = twice.select("user", "item").row(0)
+    repeated = table.filter(table.select("user", "item").is_duplicated())
+    if repeated.height:
+        user, item = repeated.select("user", "item").row(0)
         raise UserError(f"{path}: user {user!r} has item {item!r} more than once")
-    place = {data.user_ids[user]: row for row, user in enumerate(split.users)}
-    known = table.filter(pl.col("user").is_in(list(place)))
+    list_of = {data.user_ids[user]: row for row, user in enumerate(split.users)}
+    known = table.filter(pl.col("user").is_in(list(list_of)))
     groups = {user: items for user, items in known.group_by("user").agg("item").iter_rows()}
-    lists = np.full((len(place), max(map(len, groups.values()), default=1)), -1, dtype=np.int64)
+    lists = np.full((len(list_of), max(map(len, groups.values()), default=1)), -1, dtype=np.int64)
     for user, items in groups.items():
-        lists[place[user], : len(items)] = [row_of[item] for item in items]
+        lists[list_of[user], : len(items)] = [row_of[item] for item in items]
     return torch.from_numpy(lists), _notes(
-        len(place), len(place) - len(groups), table["user"].n_unique() - len(groups)
+        len(list_of), len(list_of) - len(groups), table["user"].n_unique() - len(groups)
     )
 
 
@@ -58,12 +69,12 @@ def _read(path: Path) -> pl.DataFrame:
     except (OSError, pl.exceptions.PolarsError) as error:
         cause = str(error).splitlines()[0]
         raise UserError(
-            f"{path} cannot be read as a table", cause=cause, fix="a .parquet or .csv file"
+            f"{path} cannot be read as a table", cause=cause, fix="use a .parquet or .csv file"
         ) from None
 
 
 def _long(table: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """One row per user and item, as text, ordered by rank."""
+    """Convert to one row per user and item, as text, ordered by rank."""
     for name in ("user", "item"):
         if name not in table.columns:
             raise UserError(f"{path} has no column {name}", cause=f"it has {', '.join(table.columns)}")
@@ -72,7 +83,7 @@ def _long(table: pl.DataFrame, path: Path) -> pl.DataFrame:
     for name in ("user", "item", "rank"):
         kind = table[name].dtype if name in table.columns else pl.String()
         if kind.is_nested() or kind in (pl.Binary, pl.Object):
-            raise UserError(f"{path}: column {name} is of type {kind}, not of numbers or texts")
+            raise UserError(f"{path}: column {name} has type {kind}; it must hold numbers or text")
     if "rank" in table.columns:
         table = table.with_columns(pl.col("rank").cast(pl.Float64, strict=False))
         if table["rank"].is_null().any():
@@ -84,7 +95,7 @@ def _long(table: pl.DataFrame, path: Path) -> pl.DataFrame:
     return table
 
 
-def _notes(users: int, missing: int, others: int) -> list[str]:
-    lacking = f"{missing} of {users} users have no recommendations and count as misses"
-    spare = f"{others} users of the file are not among the evaluated ones"
-    return [text for count, text in ((missing, lacking), (others, spare)) if count]
+def _notes(users: int, missing: int, unknown: int) -> list[str]:
+    without_list = f"{missing} of {users} users have no recommendations and count as misses"
+    not_evaluated = f"{unknown} users of the file are not among the evaluated users"
+    return [text for count, text in ((missing, without_list), (unknown, not_evaluated)) if count]

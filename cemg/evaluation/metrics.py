@@ -1,6 +1,8 @@
-"""HR@k and NDCG@k of ranked item lists with one target a user (paper §4.1.2), and intervals for them.
+"""HR@k and NDCG@k of ranked item lists with one target per user, and their confidence intervals.
 
-T users (one target each), C candidates in a list. Hits are counted on items, never on code tuples.
+T users with one target each, C candidates per list. Hits are counted on items, not on semantic IDs.
+
+Source: CEMG, section 4.1.2, https://arxiv.org/abs/2512.21543
 """
 
 from __future__ import annotations
@@ -13,62 +15,69 @@ from torch import Tensor
 
 from cemg.errors import UserError
 
-MISS = -1  # the rank of a target that is not in the list
+MISS = -1  # the rank of a target that is not in its list
 CUTOFFS = (5, 10, 20)
-Z95 = 1.959963984540054  # the standard normal's 97.5 % point
+Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 Metrics = dict[str, float]  # {"HR@10": 0.06, "NDCG@10": 0.03, ...}
 
 
 def ranks_of_targets(items: Tensor, targets: Tensor) -> Tensor:
-    """0-based rank of each target in its list, MISS where it is not there; [T] int64.
+    """Find the rank of each target in its list.
 
-    ``items`` [T, C] are item rows, best first; an entry of -1 is no item and holds no place, so what
-    stands behind it moves up. ``targets`` [T]. Raises UserError where a list names an item twice.
+    Args:
+        items: [T, C] item rows, best first. Entries of -1 are not items, and the items after them move up.
+        targets: [T] item rows.
+
+    Returns:
+        Ranks [T] int64, counted from 0; MISS where the list does not have the target.
+
+    Raises:
+        UserError: The shapes do not match, or a list has an item twice.
     """
     if items.ndim != 2 or targets.shape != items.shape[:1]:
         got = f"{list(items.shape)} and {list(targets.shape)}"
         raise UserError(f"items must be [T, C] for targets [T], got {got}")
     _refuse_duplicates(items)
-    places = (items >= 0).cumsum(1) - 1  # [T, C] rank of each entry among the list's items
+    ranks = (items >= 0).cumsum(1) - 1  # [T, C] rank of each entry among the items of its list
     hits = (items == targets[:, None]) & (items >= 0)  # [T, C]
-    ranks = (places * hits).sum(1)
-    return torch.where(hits.any(1), ranks, MISS).long()
+    target_ranks = (ranks * hits).sum(1)
+    return torch.where(hits.any(1), target_ranks, MISS).long()
 
 
 def hr(ranks: Tensor, k: int) -> float:
-    """Share of users whose target is among the first ``k``. ``ranks`` [T] as of ``ranks_of_targets``."""
+    """Compute HR@k, the share of users whose target is among the first ``k``, from their ranks [T]."""
     return float(_hits(ranks, k).double().mean())
 
 
 def ndcg(ranks: Tensor, k: int) -> float:
-    """Mean of 1 / log2(rank + 2) over all users, 0 beyond ``k``: with one target the ideal DCG is 1."""
+    """Compute NDCG@k, the mean of 1 / log2(rank + 2) over users; 0 beyond ``k``. The ideal DCG is 1."""
     return float(gains(ranks, k).mean())
 
 
 def gains(ranks: Tensor, k: int) -> Tensor:
-    """Each user's NDCG@k, [T] float64."""
+    """Compute the NDCG@k of each user, [T] float64."""
     return _hits(ranks, k) / torch.log2(ranks.clamp_min(0).double() + 2)
 
 
 def metrics_at(ranks: Tensor, cutoffs: Sequence[int] = CUTOFFS) -> Metrics:
-    """HR@k and NDCG@k over all users at once, for every ``k`` of ``cutoffs``."""
+    """Compute HR@k and NDCG@k over all users, for every ``k`` of ``cutoffs``."""
     if len(ranks) == 0:
-        raise UserError("there is no user to average over", fix="evaluate one user or more")
+        raise UserError("there is no user to average over", fix="evaluate at least one user")
     return {f"HR@{k}": hr(ranks, k) for k in cutoffs} | {f"NDCG@{k}": ndcg(ranks, k) for k in cutoffs}
 
 
 def hr_interval(ranks: Tensor, k: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of HR@k: binomial, and sound for shares near 0 where Wald's is not."""
+    """Compute the 95 % Wilson interval of HR@k. Unlike the Wald interval, it holds for shares near 0."""
     count, share = len(ranks), hr(ranks, k)
     scale = 1 + Z95**2 / count
-    centre = (share + Z95**2 / (2 * count)) / scale
+    center = (share + Z95**2 / (2 * count)) / scale
     half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2)) / scale
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return max(center - half, 0.0), min(center + half, 1.0)
 
 
 def bootstrap_interval(values: Tensor, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of ``values`` [T] under resampling of users."""
+    """Compute the 95 % bootstrap interval of the mean of ``values`` [T]; users are resampled."""
     generator = torch.Generator().manual_seed(seed)
     count = len(values)
     means = torch.empty(draws, dtype=torch.float64)
@@ -80,16 +89,16 @@ def bootstrap_interval(values: Tensor, *, draws: int = 1000, seed: int = 0) -> t
 
 def _hits(ranks: Tensor, k: int) -> Tensor:
     if k < 1:
-        raise UserError(f"a cutoff must be 1 or more, got {k}")
+        raise UserError(f"a cutoff must be at least 1, got {k}")
     return (ranks >= 0) & (ranks < k)
 
 
 def _refuse_duplicates(items: Tensor) -> None:
     ordered = items.sort(dim=1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)  # [T, C - 1]
-    if bool(twice.any()):
-        row, column = twice.nonzero()[0].tolist()
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)  # [T, C - 1]
+    if bool(repeated.any()):
+        row, column = repeated.nonzero()[0].tolist()
         raise UserError(
             f"item {int(ordered[row, column])} is in the list of row {row} more than once",
-            fix="drop duplicates after expanding codes to items: a repeated item would count its hit twice",
+            fix="remove duplicates after mapping codes to items: a repeated item would count twice",
         )

@@ -1,6 +1,8 @@
-"""Numbers of others, printed beside ours as data: nothing here was measured by this program.
+"""Results that papers print, for comparison in tables. None of them was measured by this program.
 
-Whole-catalog HR@10 and NDCG@10 as printed; their splits are not published, so they carry no fingerprint.
+HR@10 and NDCG@10 over the whole catalog. The splits are not published, so the rows have no fingerprint.
+
+Source: CEMG, table 2, https://arxiv.org/abs/2512.21543; TIGER, https://arxiv.org/abs/2305.05065
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PrintedRow:
-    """One printed result: ``source`` says who printed it."""
+    """The result of a model as ``source`` prints it."""
 
     model: str
     source: str
@@ -20,7 +22,7 @@ class PrintedRow:
 
 _DATASETS = ("beauty", "sports", "yelp")
 
-# (HR@10, NDCG@10) on beauty, sports, yelp: table 2 of the CEMG paper, whose last row is its cold-start study.
+# (HR@10, NDCG@10) on beauty, sports and yelp. The last row is the cold-start study of the CEMG paper.
 _PAPER: dict[str, tuple[tuple[float, float], ...]] = {
     "GRU4Rec": ((0.0385, 0.0116), (0.0201, 0.0045), (0.0288, 0.0095)),
     "SASRec": ((0.0434, 0.0147), (0.0232, 0.0061), (0.0329, 0.0121)),
@@ -35,12 +37,12 @@ _PAPER: dict[str, tuple[tuple[float, float], ...]] = {
     "CEMG, cold items": ((0.0305, 0.0153), (0.0183, 0.0094), (0.0231, 0.0125)),
 }
 
-# TIGER as its own authors print it; Yelp is not in their tables.
+# TIGER as in its own paper, which has no results on Yelp.
 _TIGER = {"beauty": (0.0648, 0.0384), "sports": (0.0400, 0.0225)}
 
 
 def printed_rows(dataset: str) -> list[PrintedRow]:
-    """The rows to print beside our results on ``dataset`` (any case); none for a dataset without any."""
+    """Return the printed results on a data set, whose name may be in any case; empty if there are none."""
     name = dataset.lower()
     if name not in _DATASETS:
         return []

@@ -1,4 +1,4 @@
-"""Popularity: the most bought items of the training part, the same list for everybody."""
+"""The popularity baseline: the most frequent items of the training part, the same list for every user."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from cemg.data.dataset import Split
 
 @dataclass(frozen=True, slots=True)
 class PopularityRanker:
-    """``order`` [N] int64: all item rows by training count, largest first, ties by the lower row."""
+    """Ranks all items by their number of training interactions.
+
+    Attributes:
+        order: [N] int64, the item rows by count, largest first. The lower row wins ties.
+    """
 
     order: Tensor
 
     @classmethod
     def fit(cls, split: Split) -> PopularityRanker:
-        """Count the training interactions of a split; validation and test targets are not looked at."""
+        """Count the training interactions of a split. Validation and test targets are not counted."""
         counts = split.train_counts(int(split.fingerprint["items"]))
         return cls(torch.from_numpy(np.argsort(-counts, kind="stable")))
 
     def __call__(self, histories: list[np.ndarray], top: int) -> Tensor:
-        """The ``top`` most popular items for each of B histories, [B, min(top, N)]."""
+        """Return the ``top`` most popular items for each of B histories, [B, min(top, N)] int64."""
         return self.order[:top].expand(len(histories), -1)

@@ -1,8 +1,8 @@
-"""The protocol of every number we print: leave-one-out, the whole catalog ranked, every user once.
+"""The evaluation protocol: leave-one-out, the whole catalog ranked, every user once.
 
-T evaluated users, N items, B users of a batch. Two rankings are scored side by side: the list as the
-model gives it, and the list without the items of the user's own history. Where a target is in that history,
-the second ranking cannot contain it: a miss, and ``targets_in_history`` says how often.
+T evaluated users, N items, B users per batch. Two rankings are evaluated: the list of the model, and the same
+list without the items of the user's history. A target that is in the history cannot be in the second list
+and counts as a miss; ``targets_in_history`` counts these targets.
 """
 
 from __future__ import annotations
@@ -29,18 +29,26 @@ from cemg.evaluation.metrics import (
 )
 from cemg.progress import track
 
-COLD = 5  # a target is cold with this many training interactions or fewer
+COLD = 5  # a target is cold if it has at most this many training interactions
 
 Rank = Callable[[list[np.ndarray], int], Tensor]  # (histories, top) -> item rows [B, <= top], best first
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What one model scored. ``ranks`` and ``ranks_history_removed`` are [T] int64, MISS beyond all cutoffs.
+    """The ranks of all targets in the lists of one model.
 
-    ``users`` [T] are positions in ``split.users``; ``cold`` [T] marks targets with at most COLD training
-    interactions. ``short_lists`` counts users whose list without the history had fewer items than the
-    largest cutoff: with beam search the list is what the beam held, and a target behind it is a miss.
+    Attributes:
+        part: "valid" or "test".
+        cutoffs: The k of HR@k and NDCG@k.
+        users: [T] positions in ``split.users``.
+        ranks: [T] int64, MISS where the rank is not below the largest cutoff.
+        ranks_history_removed: The same in the lists without the history.
+        cold: [T] bool, whether the target has at most COLD training interactions.
+        targets_in_history: Users whose target is in their history.
+        short_lists: Users whose list without the history has fewer items than the largest cutoff. A beam
+            search returns one item per beam, so a target outside the beams is a miss.
+        fingerprint: Identifies the split, and the part or subset of it.
     """
 
     part: str
@@ -55,25 +63,27 @@ class Evaluation:
 
     @property
     def metrics(self) -> Metrics:
-        """History kept in the ranking: what generative papers print."""
+        """HR and NDCG with the history kept in the lists, as papers on generative retrieval print them."""
         return metrics_at(self.ranks, self.cutoffs)
 
     @property
     def metrics_history_removed(self) -> Metrics:
+        """HR and NDCG of the lists without the history."""
         return metrics_at(self.ranks_history_removed, self.cutoffs)
 
     @property
     def cold_metrics(self) -> Metrics:
-        """Over users with a cold target, history kept; empty where there is none."""
+        """HR and NDCG over users with a cold target, with the history kept; empty if there are none."""
         return metrics_at(self.ranks[self.cold], self.cutoffs) if bool(self.cold.any()) else {}
 
     @property
     def cold_metrics_history_removed(self) -> Metrics:
+        """The same with the history removed."""
         ranks = self.ranks_history_removed[self.cold]
         return metrics_at(ranks, self.cutoffs) if len(ranks) else {}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % intervals of ``metrics`` over users: Wilson for HR, bootstrap for NDCG."""
+        """Compute 95 % intervals of ``metrics`` over users: Wilson for HR, bootstrap for NDCG."""
         shares = {f"HR@{k}": hr_interval(self.ranks, k) for k in self.cutoffs}
         return shares | {f"NDCG@{k}": bootstrap_interval(gains(self.ranks, k)) for k in self.cutoffs}
 
@@ -89,21 +99,33 @@ def evaluate(
     max_list: int | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Score ``rank`` on the ``part`` ("valid" or "test") of a split.
+    """Evaluate a ranker on one part of a split.
 
-    ``rank(histories, top)`` gets B histories (int32 item rows, oldest first) and returns [B, <= top] item
-    rows, best first, -1 for none. ``top`` is the largest cutoff plus the longest history of the batch, so
-    that enough is left once the history is removed; ``max_list`` caps it where a ranker cannot give more
-    (a beam search returns its beams), and the removed ranking is then made of what is there.
-    ``users`` are positions 0 … T-1 in ``split.users`` (see ``seeded_sample``); None means all.
-    Raises UserError on an item outside the catalog and on an item listed twice.
+    Args:
+        rank: ``rank(histories, top)`` maps B histories (int32 item rows, oldest first) to lists [B, <= top]
+            of item rows, best first, filled with -1. ``top`` is the largest cutoff plus the longest history
+            of the batch, so that enough items remain once the history is removed.
+        split: The split.
+        part: "valid" or "test".
+        cutoffs: The k of HR@k and NDCG@k.
+        users: Positions in ``split.users``, for example a ``seeded_sample``; None means all.
+        batch_size: Histories per call of ``rank``.
+        max_list: The largest ``top``, for a ranker that cannot return more: a beam search returns one item
+            per beam. The lists without the history are then shorter.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        UserError: There is no user, or a list has an item outside the catalog or an item twice.
     """
 
-    def ranked(batch: np.ndarray, histories: list[np.ndarray], top: int) -> Tensor:
+    def lists_of(batch: np.ndarray, histories: list[np.ndarray], top: int) -> Tensor:
         return rank(histories, top)
 
     return _evaluate(
-        ranked, split, part=part, cutoffs=cutoffs, users=users, batch_size=batch_size, max_list=max_list,
+        lists_of, split, part=part, cutoffs=cutoffs, users=users, batch_size=batch_size, max_list=max_list,
         progress=progress,
     )  # fmt: skip
 
@@ -111,18 +133,28 @@ def evaluate(
 def evaluate_lists(
     lists: Tensor, split: Split, *, part: str = "test", cutoffs: Sequence[int] = CUTOFFS, others: int = 0
 ) -> Evaluation:
-    """Score given lists [T, C] of item rows, best first, -1 for none: one per user of ``split.users``.
+    """Evaluate existing lists.
 
-    ``others``: how many items the lists have beyond the split's N, as rows N, N + 1, …; they are misses.
-    Raises UserError as ``evaluate`` does.
+    Args:
+        lists: [T, C] item rows, best first, filled with -1; one list per user of ``split.users``.
+        split: The split.
+        part: "valid" or "test".
+        cutoffs: The k of HR@k and NDCG@k.
+        others: Number of items in the lists that the split does not have, as rows N, N + 1, …; never a hit.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        UserError: As ``evaluate`` does.
     """
     if lists.ndim != 2 or len(lists) != len(split.users):
         raise UserError(f"lists must be [{len(split.users)}, C], one per user, got {list(lists.shape)}")
 
-    def given(batch: np.ndarray, histories: list[np.ndarray], top: int) -> Tensor:
+    def lists_of(batch: np.ndarray, histories: list[np.ndarray], top: int) -> Tensor:
         return lists[torch.from_numpy(batch)]
 
-    return _evaluate(given, split, part=part, cutoffs=cutoffs, progress=False, others=others)
+    return _evaluate(lists_of, split, part=part, cutoffs=cutoffs, progress=False, others=others)
 
 
 def _evaluate(
@@ -137,29 +169,31 @@ def _evaluate(
     progress: bool = True,
     others: int = 0,
 ) -> Evaluation:
-    """``lists_of(rows of users, their histories, top)`` returns the lists of a batch, as ``rank`` does."""
+    """Evaluate lists: ``lists_of(users, histories, top)`` returns those of a batch, as ``rank`` does."""
     rows = np.arange(len(split.users)) if users is None else np.asarray(users, dtype=np.int64)
     if len(rows) == 0:
-        raise UserError("there is no user to evaluate", fix="give users three interactions or more")
+        raise UserError(
+            "there is no user to evaluate", fix="use data whose users have at least three interactions"
+        )
     histories, targets = split.histories(part), split.targets(part)
-    rows = rows[np.argsort([len(histories[r]) for r in rows], kind="stable")]  # batches of like length
-    num_items, most = int(split.fingerprint["items"]), max(cutoffs)
-    scored: list[Tensor] = []
+    rows = rows[np.argsort([len(histories[r]) for r in rows], kind="stable")]  # batches of similar length
+    num_items, depth = int(split.fingerprint["items"]), max(cutoffs)
+    scores: list[Tensor] = []
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     for batch in track(batches, "evaluate") if progress else batches:
-        known, wanted = [histories[r] for r in batch], torch.from_numpy(targets[batch]).long()
-        top = min(most + max(map(len, known)), num_items, max_list or num_items)
+        known, batch_targets = [histories[r] for r in batch], torch.from_numpy(targets[batch]).long()
+        top = min(depth + max(map(len, known)), num_items, max_list or num_items)
         items = _checked(lists_of(batch, known, top), len(batch), num_items + others)
-        scored.append(_score(items, known, wanted, most=min(most, num_items)))
+        scores.append(_score(items, known, batch_targets, depth=min(depth, num_items)))
     cold = split.train_counts(num_items)[targets[rows]] <= COLD
     fingerprint = split.fingerprint | _scope(part, users)
     return _gather(
-        torch.cat(scored, dim=1), rows, part=part, cutoffs=cutoffs, cold=cold, fingerprint=fingerprint
+        torch.cat(scores, dim=1), rows, part=part, cutoffs=cutoffs, cold=cold, fingerprint=fingerprint
     )
 
 
 def seeded_sample(split: Split, count: int = 2000, seed: int = 0) -> np.ndarray:
-    """``count`` different positions in ``split.users`` (all, if fewer), ascending, for early stopping."""
+    """Draw ``count`` different positions in ``split.users``, ascending; all of them if there are fewer."""
     total = len(split.users)
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
@@ -173,7 +207,7 @@ def _gather(
     cold: np.ndarray,
     fingerprint: dict[str, int | str],
 ) -> Evaluation:
-    kept, removed, own, short = scores  # [T] each, as _score orders them
+    kept, removed, in_history, short = scores  # [T] each, in the order of _score
     return Evaluation(
         part=part,
         cutoffs=tuple(cutoffs),
@@ -181,7 +215,7 @@ def _gather(
         ranks=kept,
         ranks_history_removed=removed,
         cold=torch.from_numpy(cold),
-        targets_in_history=int(own.sum()),
+        targets_in_history=int(in_history.sum()),
         short_lists=int(short.sum()),
         fingerprint=fingerprint,
     )
@@ -194,30 +228,30 @@ def _checked(items: Tensor, users: int, num_items: int) -> Tensor:
     if items.numel() and (int(items.min()) < -1 or int(items.max()) >= num_items):
         raise UserError(
             f"the ranker returned item rows {int(items.min())} … {int(items.max())}",
-            cause=f"the catalog holds rows 0 … {num_items - 1}",
+            cause=f"the catalog has rows 0 … {num_items - 1}",
         )
     return items
 
 
-def _score(items: Tensor, histories: list[np.ndarray], targets: Tensor, *, most: int) -> Tensor:
-    """Rank kept, rank with history removed, target in own history, list too short; [4, B] int64.
+def _score(items: Tensor, histories: list[np.ndarray], targets: Tensor, *, depth: int) -> Tensor:
+    """Compute four rows [4, B] int64: rank, rank with the history removed, target in history, list too short.
 
-    A rank of ``most`` or more is a miss: how far a list goes on behind it depends on the batch's histories.
+    A rank of ``depth`` or more is a miss. How long a list is beyond it depends on the batch.
     """
     known = torch.nn.utils.rnn.pad_sequence(
         [torch.from_numpy(h.astype(np.int64)) for h in histories], batch_first=True, padding_value=MISS
     )  # [B, H]
     offsets = torch.arange(len(items))[:, None] * (1 << 32)  # (row, item) as one number
-    seen = torch.isin(items + offsets, known + offsets)  # [B, C]
-    removed = items.masked_fill(seen, -1)
-    own = (known == targets[:, None]).any(1).long()
-    short = ((removed >= 0).sum(1) < most).long()
+    in_list = torch.isin(items + offsets, known + offsets)  # [B, C]
+    removed = items.masked_fill(in_list, -1)
+    in_history = (known == targets[:, None]).any(1).long()
+    short = ((removed >= 0).sum(1) < depth).long()
     ranks = [ranks_of_targets(listed, targets) for listed in (items, removed)]
-    return torch.stack([*(r.masked_fill(r >= most, MISS) for r in ranks), own, short])
+    return torch.stack([*(r.masked_fill(r >= depth, MISS) for r in ranks), in_history, short])
 
 
 def _scope(part: str, users: np.ndarray | None) -> dict[str, int | str]:
-    """What sets a partial evaluation apart from the whole test, so that no table mixes the two."""
+    """Identify a partial evaluation, so that no table mixes it with that of the whole test."""
     scope: dict[str, int | str] = {} if part == "test" else {"part": part}
     if users is not None:
         chosen = np.sort(np.asarray(users, dtype="<i8"))

@@ -1,4 +1,4 @@
-"""A run's beam search as a ranker, for the evaluation protocol."""
+"""The beam search of a run as a ranker for the evaluation protocol."""
 
 from __future__ import annotations
 
@@ -28,36 +28,45 @@ def beam_ranker(
     exclude_history: bool = False,
     removed: Sequence[int] = (),
 ) -> Rank:
-    """Histories to ranked catalog rows through beam search; lists of ``beams`` at most.
+    """Build a ranker that maps histories to catalog rows by beam search.
 
-    ``exclude_history`` keeps each history's items out of the search, as in ``Recommender.recommend``; of
-    engine "cemg" alone. ``removed``: catalog rows that are never listed.
+    Args:
+        artifacts: The run.
+        model: Its trained generator.
+        vocabulary: The vocabulary of the generator.
+        catalog: The items to rank.
+        beams: Beams per history, and the largest length of a list.
+        engine: "cemg", "transformers" or "vllm".
+        exclude_history: Whether the search excludes the items of each history, as
+            ``Recommender.recommend(exclude_history=True)`` does. Only engine "cemg" supports it.
+        removed: Catalog rows that are never listed.
     """
     prompter = artifacts.prompter(model, vocabulary, catalog)
     decoder = make_decoder(
         engine, model, catalog, vocabulary.code_token_start, artifacts.config.decoding.normalize
     )
     size = artifacts.config.decoding.batch_size
-    offered = None
+    not_removed = None
     if removed and isinstance(decoder, Decoder):
-        kept = torch.ones(len(catalog), dtype=torch.bool)
-        kept[list(removed)] = False
-        offered = ItemFilter.from_mask(catalog.trie, kept).to(decoder.trie.device)
+        allowed = torch.ones(len(catalog), dtype=torch.bool)
+        allowed[list(removed)] = False
+        not_removed = ItemFilter.from_mask(catalog.trie, allowed).to(decoder.trie.device)
 
     def rank(histories: list[np.ndarray], top: int) -> Tensor:
         model.eval()
-        parts = [histories[i : i + size] for i in range(0, len(histories), size)]
-        return torch.cat([search(part) for part in parts])[:, :top]
+        batches = [histories[i : i + size] for i in range(0, len(histories), size)]
+        return torch.cat([search(batch) for batch in batches])[:, :top]
 
-    def search(part: list[np.ndarray]) -> Tensor:
-        prompts, width = prompter.batch(part), min(beams, len(catalog))
+    def search(batch: list[np.ndarray]) -> Tensor:
+        prompts, width = prompter.batch(batch), min(beams, len(catalog))
         if not isinstance(decoder, Decoder):
             items = decoder.decode(*prompts, width).items.cpu()
-            gone = torch.isin(items, torch.tensor([*removed], dtype=torch.int64))
-            return items.masked_fill(gone, -1)  # which holds no place
+            is_removed = torch.isin(items, torch.tensor([*removed], dtype=torch.int64))
+            return items.masked_fill(is_removed, -1)  # not counted as a rank
         if not exclude_history:
-            return decoder.decode(*prompts, width, filter=offered).items
-        own = RequestFilter.excluding(decoder.trie, [history.tolist() for history in part])
-        return decoder.decode(*prompts, width, filter=own if offered is None else own & offered).items
+            return decoder.decode(*prompts, width, filter=not_removed).items
+        unseen = RequestFilter.excluding(decoder.trie, [history.tolist() for history in batch])
+        both = unseen if not_removed is None else unseen & not_removed
+        return decoder.decode(*prompts, width, filter=both).items
 
     return rank

@@ -1,4 +1,4 @@
-"""Result files (one JSON a run, with the fingerprint of its split) and the tables made of them."""
+"""Result files, one JSON per evaluation with the fingerprint of its split, and tables of them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from cemg.evaluation.protocol import COLD, Evaluation
 from cemg.storage import files
 from cemg.storage.read import check_signature, parse_json, read_bytes, signed
 
-EXCLUDED = "metrics_history_excluded_in_search"  # of a record: what exclude_history=True serves
+EXCLUDED = "metrics_history_excluded_in_search"  # key of the metrics of exclude_history=True
 SEED = re.compile(r"-seed\d+$")
 
 
 def hardware(device: str = "cpu") -> dict[str, str | int]:
-    """CPU, cores, GPU when used, and versions; no name of a host or a user."""
+    """Describe CPU, cores, versions and, if used, the GPU. The names of host and user are left out."""
     about: dict[str, str | int] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,
@@ -54,10 +54,21 @@ def write_result(
     evaluation: Evaluation,
     further: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one run's figures as JSON, atomically: the file is whole or it is not there.
+    """Write the metrics of one evaluation as JSON, atomically.
 
-    ``seconds`` is the wall time of training and evaluation together; ``further`` figures stand beside the
-    metrics. Raises TypeError where ``config`` holds what JSON cannot.
+    Args:
+        path: The file to write.
+        dataset: Name of the data set.
+        command: The command that measured the metrics.
+        config: Settings of the model.
+        seed: Seed of the training.
+        hardware: See ``hardware``.
+        seconds: Wall-clock time of training and evaluation together.
+        evaluation: The evaluation.
+        further: More entries of the file.
+
+    Raises:
+        TypeError: ``config`` has a value that JSON cannot represent.
     """
     record = {
         "dataset": dataset,
@@ -66,35 +77,38 @@ def write_result(
         "seed": seed,
         "hardware": dict(hardware),
         "seconds": round(seconds, 1),
-        **_figures(evaluation),
+        **_metrics_of(evaluation),
         **(further or {}),
     }
     files.write_json(path, signed(record | {"file": path.name}))
 
 
 def result_table(paths: Sequence[Path], *, paper: bool = True) -> Table:
-    """A rich table: the figures of each result file and, with ``paper``, the printed rows of its dataset.
+    """Build a rich table of result files and, with ``paper``, of printed results on the same data set.
 
-    A file has a row with the history kept, one with it removed, and one over cold targets if it has any.
-    Files whose names differ in ``-seedN`` alone are one model: the mean over its seeds, with the half width
-    of Student's 95 % interval.
+    A file has a row with the history kept, one with it removed, one with it excluded in the search if that
+    was measured, and one over cold targets if there are any. Files whose names differ only in ``-seedN``
+    are one model: the table shows the mean over the seeds with the half width of Student's 95 % interval.
 
-    Raises UserError where the files' splits differ: numbers of different targets do not compare.
+    Raises:
+        UserError: There is no file, one is not a result file, or their splits differ: metrics of different
+            targets are not comparable.
     """
-    board = result_rows(paths, paper=paper)
-    table = Table(title=board.title, box=box.SIMPLE, padding=0)
-    for i, name in enumerate(board.columns):
+    contents = result_rows(paths, paper=paper)
+    table = Table(title=contents.title, box=box.SIMPLE, padding=0)
+    for i, name in enumerate(contents.columns):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in board.rows:
+    for row in contents.rows:
         table.add_row(*row)
     return table
 
 
 def result_markdown(paths: Sequence[Path], *, paper: bool = True) -> str:
-    """The same table as Markdown; refuses as ``result_table`` does."""
-    board = result_rows(paths, paper=paper)
-    rule = ["---"] + ["---:"] * (len(board.columns) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [board.columns, rule, *board.rows]) + "\n"
+    """Format the table of ``result_table`` as Markdown."""
+    contents = result_rows(paths, paper=paper)
+    rule = ["---"] + ["---:"] * (len(contents.columns) - 1)
+    rows = [contents.columns, rule, *contents.rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +121,11 @@ class ResultRows:
 
 
 def result_rows(paths: Sequence[Path], *, paper: bool = True) -> ResultRows:
-    """The same table as plain cells. Raises UserError as ``result_table`` does."""
+    """Return the cells of ``result_table``. Raises UserError as it does."""
     records = [read_result(p) for p in paths]
     if not records:
-        raise UserError("there is no result to put in a table", fix="name one result file or more")
-    _refuse_mixed(paths, records)
+        raise UserError("there is no result to put in a table", fix="name at least one result file")
+    _check_same_split(paths, records)
     split, dataset = records[0]["split"], records[0]["dataset"]
     names = list(records[0]["metrics"])
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -133,8 +147,7 @@ def _has_siblings(path: Path, paths: Sequence[Path]) -> bool:
 
 
 def _rows(name: str, group: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
-    """History kept, removed from the list, excluded in the search where that was measured, and, where there
-    are any, cold targets (history kept)."""
+    """The rows of one model: history kept, removed, excluded in the search, cold targets (if measured)."""
     label = name if len(group) == 1 else f"{name} ({len(group)} seeds)"
     rows = [[label, *_seed_cells([r["metrics"] for r in group], names)]]
     removed = [r["metrics_history_removed"] for r in group]
@@ -149,7 +162,7 @@ def _rows(name: str, group: list[dict[str, Any]], names: list[str]) -> list[list
 def _seed_cells(seeds: list[Metrics], names: list[str]) -> list[str]:
     if len(seeds) == 1:
         return _cells(seeds[0], names)
-    from scipy.stats import t as student  # late: a recommendation does not need it
+    from scipy.stats import t as student  # a slow import that recommendations do not need
 
     half = float(student.ppf(0.975, len(seeds) - 1)) / len(seeds) ** 0.5
     columns = [[values[name] for values in seeds] for name in names]
@@ -160,7 +173,7 @@ def _cells(values: Metrics, names: list[str]) -> list[str]:
     return [f"{values[name]:.4f}" if name in values else "" for name in names]
 
 
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
+def _metrics_of(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "split": evaluation.fingerprint,
         "metrics": evaluation.metrics,
@@ -194,8 +207,8 @@ class _Split:
 
 
 @dataclass(frozen=True, slots=True)
-class _Figures:
-    """What a table shows of a result file; there is more in it."""
+class _Record:
+    """The entries of a result file that a table shows."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -207,9 +220,9 @@ class _Figures:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The record of a result file. Raises DamagedError where it is missing, altered or something else.
+    """Read a result file. Raises DamagedError where it is missing, altered or not a result file.
 
-    Files that earlier versions wrote have no digest to compare.
+    Files of earlier versions have no digest, so alterations of them are not detected.
     """
     fix = "name a result file, or write it again: cemg-eval --run RUN"
     content = read_bytes(path, fix=fix)
@@ -217,18 +230,24 @@ def read_result(path: Path) -> dict[str, Any]:
     for key in ("dataset", "split", "metrics", "metrics_history_removed"):
         if key not in record:
             raise DamagedError(f"{path} is not a result file", cause=f"it has no {key!r}", fix=fix)
-    parse_json(content, _Figures, name=str(path), fix=fix)
+    parse_json(content, _Record, name=str(path), fix=fix)
     if record["metrics"].keys() != record["metrics_history_removed"].keys():
-        raise DamagedError(f"{path} is damaged", cause="its figures are of different metrics", fix=fix)
+        raise DamagedError(f"{path} is damaged", cause="its entries have different metrics", fix=fix)
     if "sha256" in record:
         check_signature(record, name=str(path), fix=fix)
     return record
 
 
 def results_of(folder: Path, pattern: str, *, generator: str) -> tuple[list[Path], list[str]]:
-    """The result files of a run that belong to its generator, and what is wrong with the others.
+    """Find the result files of a run.
 
-    ``generator`` is the key of the generator's manifest.
+    Args:
+        folder: The folder of result files.
+        pattern: A glob pattern of their names.
+        generator: The key in the manifest of the run's generator.
+
+    Returns:
+        The files that belong to the generator, and a message for each of the others.
     """
     good: dict[Path, dict[str, Any]] = {}
     wrong: list[str] = []
@@ -246,20 +265,20 @@ def results_of(folder: Path, pattern: str, *, generator: str) -> tuple[list[Path
             wrong.append(f"{path} was measured with another generator")
         else:
             good[path] = record
-    return list(good), wrong + _alone(folder, good)
+    return list(good), wrong + _missing_partners(folder, good)
 
 
-def _alone(folder: Path, records: Mapping[Path, dict[str, Any]]) -> list[str]:
-    """What is missing of the pairs that an evaluation writes: a model's result and popularity's beside it."""
+def _missing_partners(folder: Path, records: Mapping[Path, dict[str, Any]]) -> list[str]:
+    """Name missing files of the pairs that an evaluation writes: the results of a model and of popularity."""
     beside = {record["beside"] for record in records.values() if "beside" in record}
-    gone = [f"{folder / name} is missing" for name in sorted(beside) if not (folder / name).exists()]
+    missing = [f"{folder / name} is missing" for name in sorted(beside) if not (folder / name).exists()]
     for path, record in records.items():
         if "file" in record and record["config"].get("model") == "popularity" and path.name not in beside:
-            gone.append(f"the result of a model beside {path} is missing")
-    return gone
+            missing.append(f"the result of a model beside {path} is missing")
+    return missing
 
 
-def _refuse_mixed(paths: Sequence[Path], records: list[dict[str, Any]]) -> None:
+def _check_same_split(paths: Sequence[Path], records: list[dict[str, Any]]) -> None:
     first = records[0]["split"]
     for path, record in zip(paths, records, strict=True):
         keys = [k for k in {**first, **record["split"]} if first.get(k) != record["split"].get(k)]
@@ -267,7 +286,7 @@ def _refuse_mixed(paths: Sequence[Path], records: list[dict[str, Any]]) -> None:
             raise UserError(
                 f"{path} and {paths[0]} were measured on different splits",
                 cause=f"{keys[0]}: {record['split'].get(keys[0])} and {first.get(keys[0])}",
-                fix="put them in tables of their own, or evaluate both on one split",
+                fix="put them in separate tables, or evaluate both on the same split",
             )
 
 

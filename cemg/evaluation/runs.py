@@ -1,4 +1,4 @@
-"""Evaluates a run: popularity, the run's own search, and the studies of it, as result files."""
+"""Evaluates a run and writes result files: popularity, the search of the run, and studies of the search."""
 
 from __future__ import annotations
 
@@ -50,48 +50,65 @@ def score(
     studies: Sequence[str] = (),
     normalize: str | None = None,
 ) -> list[Path]:
-    """Evaluate popularity and the run; the result files written, popularity's first.
+    """Evaluate popularity and the search of a run.
 
-    ``studies`` of the run's search, by their names in the result file: "exact", "certificate", "engines";
-    ``normalize`` is theirs alone, in place of the run's own.
+    Args:
+        artifacts: The run.
+        config: Its settings, which the result files record.
+        part: "valid" or "test".
+        engine: "cemg", "transformers" or "vllm".
+        beams: Beams per user.
+        users: Evaluate a sample of this size; None means all users.
+        copy: Copy the result file of the run there as well.
+        studies: Studies of the search: "exact", "certificate", "engines".
+        normalize: The normalization of the studies, if it is not that of the run.
+
+    Returns:
+        The paths of the result files, that of popularity first.
     """
     data = artifacts.load_data()
     catalog = artifacts.load_catalog().first(data.num_items)  # without items that were added later
     split = data.split()
     if users is not None and users >= len(split.users):
-        users = None  # that is all of them
+        users = None  # these are all users
     rows = None if users is None else seeded_sample(split, users, seed=config.seed)
     model, vocabulary = artifacts.load_generator()
     removed, notes = _removed(artifacts, catalog, studies)
     rank = beam_ranker(artifacts, model, vocabulary, catalog, beams=beams, engine=engine, removed=removed)
-    scope = part if rows is None else f"{part}-{len(rows)}-users"  # a sample never replaces the whole
+    scope = part if rows is None else f"{part}-{len(rows)}-users"  # a sample does not replace the file of all
     popular = evaluate(PopularityRanker.fit(split), split, part=part, users=rows)
     first = _write(
         artifacts, config, f"{data.name}-popularity-{scope}", popular, about={"model": "popularity"}
     )
     started = time.monotonic()
-    scored = evaluate(rank, split, part=part, users=rows, max_list=beams)
+    evaluation = evaluate(rank, split, part=part, users=rows, max_list=beams)
     further: dict[str, Any] = {}
     if engine == "cemg":
-        served = beam_ranker(
+        excluding = beam_ranker(
             artifacts, model, vocabulary, catalog, beams=beams, exclude_history=True, removed=removed
         )
-        further[EXCLUDED] = evaluate(served, split, part=part, users=rows, max_list=beams).metrics
+        further[EXCLUDED] = evaluate(excluding, split, part=part, users=rows, max_list=beams).metrics
     seconds = {**stage_seconds(artifacts.run), "evaluation": round(time.monotonic() - started, 1)}
     about = {"model": "cemg", "engine": engine, "beams": beams, "stage_seconds": seconds}
     about |= {"notes": [*data.notes, *notes], **config.to_dict()}
     if studies:
-        own = normalize or config.decoding.normalize
+        studied = normalize or config.decoding.normalize
         search = _search(
-            artifacts, model, vocabulary, catalog, split, part=part, rows=rows, beams=beams, normalize=own
+            artifacts, model, vocabulary, catalog, split, part=part, rows=rows, beams=beams, normalize=studied
         )
-        further |= {name: STUDIES[name](search) for name in studies} | {"studies_normalize": own}
-    own_search = engine == "cemg" and beams == config.decoding.beams
-    scope += "" if own_search else f"-{engine}-{beams}-beams"  # nor does another search, or a study
+        further |= {name: STUDIES[name](search) for name in studies} | {"studies_normalize": studied}
+    default_search = engine == "cemg" and beams == config.decoding.beams
+    scope += "" if default_search else f"-{engine}-{beams}-beams"  # nor does another search, or a study
     scope += "".join(f"-{name}" for name in studies) + (f"-{normalize}" if studies and normalize else "")
     further["beside"] = first.name
     second = _write(
-        artifacts, config, f"{data.name}-cemg-{scope}", scored, about=about, seconds=seconds, further=further
+        artifacts,
+        config,
+        f"{data.name}-cemg-{scope}",
+        evaluation,
+        about=about,
+        seconds=seconds,
+        further=further,
     )
     if copy is not None:
         files.copy_file(second, copy)
@@ -101,7 +118,7 @@ def score(
 def _removed(
     artifacts: RunArtifacts, catalog: Catalog, studies: Sequence[str]
 ) -> tuple[list[int], list[str]]:
-    """Catalog rows that ``cemg-catalog remove`` took out, and notes on them, which are printed too."""
+    """Return the rows of removed items, and notes on them, which are printed too."""
     item_ids: list[int | str] = [*catalog.item_ids]
     row_of = {item: row for row, item in enumerate(item_ids)}
     rows = [row_of[item] for item in artifacts.removed_items() if item in row_of]
@@ -109,7 +126,7 @@ def _removed(
         return [], []
     notes = [f"{len(rows)} of {len(catalog)} items are removed: they are not listed and count as misses"]
     if studies:
-        notes.append("the studies search the removed items too")
+        notes.append("the studies include the removed items")
     for note in notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     return rows, notes
@@ -118,25 +135,28 @@ def _removed(
 def score_file(
     artifacts: RunArtifacts, config: RunConfig, file: Path, *, part: str, copy: Path | None = None
 ) -> list[Path]:
-    """Evaluate popularity and given lists (see ``read_lists``); the result files written, popularity's
-    first."""
+    """Evaluate popularity and the lists in a file (see ``read_lists``).
+
+    Returns:
+        The paths of the result files, that of popularity first.
+    """
     data = artifacts.load_data()
     split = data.split()
     catalog = artifacts.load_catalog()
     lists, notes = read_lists(file, data, split, catalog=catalog.item_ids)
-    scored = evaluate_lists(lists, split, part=part, others=len(catalog))
+    evaluation = evaluate_lists(lists, split, part=part, others=len(catalog))
     popular = evaluate(PopularityRanker.fit(split), split, part=part)
     first = _write(
         artifacts, config, f"{data.name}-popularity-{part}", popular, about={"model": "popularity"}
     )
     about = {"model": "recommendations", "file": file.name, "notes": notes}
     if lists.shape[1] < max(CUTOFFS):
-        notes = [*notes, f"lists of {lists.shape[1]} items: HR@k and NDCG@k of a larger k count these alone"]
+        notes = [*notes, f"lists of {lists.shape[1]} items: HR@k and NDCG@k of a larger k cover only these"]
     for note in notes:
         console.print(f"note: {note}")
     stem = file.stem.removesuffix(f"-{part}")
     name = f"{data.name}-recommendations{'' if stem == part else f'-{stem}'}-{part}"
-    second = _write(artifacts, config, name, scored, about=about, further={"beside": first.name})
+    second = _write(artifacts, config, name, evaluation, about=about, further={"beside": first.name})
     if copy is not None:
         files.copy_file(second, copy)
     return [first, second]
@@ -154,7 +174,7 @@ def _search(
     beams: int,
     normalize: str,
 ) -> Search:
-    """The run's search by our engine, for the studies."""
+    """Build the search of a run, by engine "cemg", for the studies."""
     return Search(
         decoder=Decoder(model, catalog, vocabulary.code_token_start, cast(Normalize, normalize)),
         prompter=artifacts.prompter(model, vocabulary, catalog),
@@ -167,8 +187,9 @@ def _search(
 
 
 def _compare(search: Search) -> dict[str, Any]:
-    ours = search.decoder
-    return engine_study(search, TransformersDecoder(ours.model, ours.catalog, ours.tokens, ours.normalize))
+    engine = search.decoder
+    reference = TransformersDecoder(engine.model, engine.catalog, engine.tokens, engine.normalize)
+    return engine_study(search, reference)
 
 
 STUDIES: dict[str, Callable[[Search], Any]] = {
@@ -180,7 +201,7 @@ def _write(
     artifacts: RunArtifacts,
     config: RunConfig,
     name: str,
-    scored: Evaluation,
+    evaluation: Evaluation,
     *,
     about: dict[str, Any],
     seconds: dict[str, float] | None = None,
@@ -195,12 +216,12 @@ def _write(
         seed=config.seed,
         hardware=hardware(artifacts.device),
         seconds=sum((seconds or {}).values()),
-        evaluation=scored,
+        evaluation=evaluation,
         further={**(further or {}), "generator_key": Manifest.read(artifacts.run.path("generator")).key},
     )
     return path
 
 
 def stage_seconds(run: Run) -> dict[str, float]:
-    """Wall seconds of each finished stage, from its manifest."""
+    """Return the wall-clock seconds of each finished stage, from its manifest."""
     return {name: manifest.seconds for name, manifest in stages_of(run.folder).items()}

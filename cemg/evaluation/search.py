@@ -1,7 +1,7 @@
-"""How good the search is: its error against the exact ranking, what its certificate proves, its yardstick.
+"""Studies of the search: its error against the exact ranking, its certificate, and generate() as reference.
 
-Two scores within TIE are one score: results that swap places there are the same result.
-B users of a batch, W beams, N items.
+Two scores that differ by at most TIE count as equal, so results may swap their ranks there.
+B users per batch, W beams, N items.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from cemg.evaluation.protocol import Evaluation, Rank, evaluate
 from cemg.generator import Prompter
 from cemg.tokenizer import Catalog
 
-TIE = 1e-4  # float32 sums of log-probabilities, added up in another order, differ by less
+TIE = 1e-4  # float32 sums of log-probabilities differ by less when the order of summation changes
 DEPTHS = (10, 20)
 WIDTHS = (10, 20, 50, 100)
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A trained run's search and the users it is examined on; ``users`` as for ``evaluate``."""
+    """The search of a trained run, and the users of a study; ``users`` as in ``evaluate``."""
 
     decoder: Decoder
     prompter: Prompter
@@ -40,25 +40,27 @@ class Search:
 
     @property
     def width(self) -> int:
+        """Beams per user, at most one per item."""
         return min(self.beams, len(self.decoder.catalog))
 
     def prompts(self, histories: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Prompts and masks [B, S] of the histories, in their order."""
-        for first in range(0, len(histories), self.batch_size):
-            yield self.prompter.batch(histories[first : first + self.batch_size])
+        """Iterate over prompts and attention masks [B, S] of the histories, in order."""
+        for start in range(0, len(histories), self.batch_size):
+            yield self.prompter.batch(histories[start : start + self.batch_size])
 
-    def examined(self) -> list[np.ndarray]:
+    def histories(self) -> list[np.ndarray]:
         """The histories of the users, short ones first."""
         histories = self.split.histories(self.part)
         rows = range(len(histories)) if self.users is None else self.users.tolist()
         return sorted((histories[row] for row in rows), key=len)
 
     def evaluate(self, rank: Rank, *, max_list: int | None = None) -> Evaluation:
+        """Evaluate a ranker on the users of the study."""
         return evaluate(rank, self.split, part=self.part, users=self.users, max_list=max_list)
 
 
 class Recorder:
-    """A ranker that keeps its lists and the seconds they took."""
+    """A ranker that records its lists and its decoding time in seconds."""
 
     def __init__(self, search: Search, decoder: Decoder | TransformersDecoder) -> None:
         self.search, self.decoder = search, decoder
@@ -68,7 +70,7 @@ class Recorder:
     def __call__(self, histories: list[np.ndarray], top: int) -> Tensor:
         lists = []
         for ids, mask in self.search.prompts(histories):
-            if not self.found:  # what a first call allocates is not timed
+            if not self.found:  # warm-up: the allocations of a first call are not timed
                 self.decoder.decode(ids[:1], mask[:1], self.search.width)
             started = time.perf_counter()
             self.found.append(self.decoder.decode(ids, mask, self.search.width))
@@ -78,7 +80,10 @@ class Recorder:
 
 
 class ExactRanker:
-    """Ranks by the scores of all items, and compares the beam's lists, given in the same order, with them."""
+    """Ranks by the exact scores of all items, and compares the lists of the beam search with that ranking.
+
+    ``found`` are the lists of the beam search, in the order of the batches.
+    """
 
     def __init__(self, search: Search, found: Sequence[Recommendations]) -> None:
         self.search, self.found = search, iter(found)
@@ -97,7 +102,10 @@ class ExactRanker:
 
 
 def best_rows(scores: Tensor, catalog: Catalog, top: int) -> Tensor:
-    """The ``top`` catalog rows by scores [B, N], best first; the items of one semantic ID in their order."""
+    """Return the ``top`` catalog rows by scores [B, N], best first; [B, min(top, N)] int64.
+
+    Items that share a semantic ID keep their order.
+    """
     if catalog.shared is None:
         return scores.topk(min(top, scores.shape[1])).indices
     members = catalog.shared.members
@@ -105,95 +113,107 @@ def best_rows(scores: Tensor, catalog: Catalog, top: int) -> Tensor:
 
 
 def beam_error(found: Recommendations, scores: Tensor) -> dict[str, Tensor]:
-    """How far lists [B, W] are from the ranking by exact ``scores`` [B, N]; each figure [B].
+    """Compare lists [B, W] with the ranking by exact ``scores`` [B, N].
 
-    ``equal@k``: the first k are the true first k in their order, up to ties; ``overlap@k``: the share of the
-    true first k among them; ``certified`` results, and how many of them are ``wrong``: not of the score that
-    stands at their place of the exact ranking; ``score``: the largest error of a score.
+    Returns:
+        One value per user, [B], for each of:
+
+        - ``equal@k``: whether the first k are the exact first k in the same order, up to ties;
+        - ``overlap@k``: the share of the exact first k among the first k;
+        - ``certified``: the number of certified results;
+        - ``wrong``: how many of them have another score than the exact ranking has at their rank;
+        - ``score``: the largest error of a score.
     """
     depth = max(found.items.shape[1], min(max(DEPTHS), scores.shape[1]))
     found = found.padded(depth)
-    none = found.items < 0
-    mine = scores.gather(1, found.items.clamp_min(0)).masked_fill(none, float("-inf"))  # [B, depth]
+    empty = found.items < 0
+    exact = scores.gather(1, found.items.clamp_min(0)).masked_fill(empty, float("-inf"))  # [B, depth]
     best = scores.topk(depth).values
-    right = (mine - best).abs() <= TIE
-    figures: dict[str, Tensor] = {}
+    correct = (exact - best).abs() <= TIE
+    errors: dict[str, Tensor] = {}
     for k in DEPTHS:
         first = min(k, scores.shape[1])
-        figures[f"equal@{k}"] = right[:, :first].all(1)
-        figures[f"overlap@{k}"] = (mine[:, :first] >= best[:, first - 1, None] - TIE).sum(1) / first
-    lead = torch.arange(depth) < found.certified[:, None]
-    figures["certified"], figures["wrong"] = found.certified, (lead & ~right).sum(1)
-    return figures | {"score": (found.scores - mine).abs().masked_fill(none, 0).amax(1)}
+        errors[f"equal@{k}"] = correct[:, :first].all(1)
+        errors[f"overlap@{k}"] = (exact[:, :first] >= best[:, first - 1, None] - TIE).sum(1) / first
+    certified = torch.arange(depth) < found.certified[:, None]
+    errors["certified"], errors["wrong"] = found.certified, (certified & ~correct).sum(1)
+    return errors | {"score": (found.scores - exact).abs().masked_fill(empty, 0).amax(1)}
 
 
 def exact_study(search: Search) -> dict[str, Any]:
-    """The metrics of the exact ranking, the beam's error as numbers, and whether its certificate holds."""
+    """Compute the metrics of the exact ranking, and the errors and wrong certificates of the beam search."""
     beam = Recorder(search, search.decoder)
-    found = search.evaluate(beam, max_list=search.width)
+    beam_evaluation = search.evaluate(beam, max_list=search.width)
     exact = ExactRanker(search, beam.found)
-    ranked = search.evaluate(exact)
-    each = {name: torch.cat([error[name] for error in exact.errors]) for name in exact.errors[0]}
-    means = {name: round(float(each[name].double().mean()), 6) for name in each if "@" in name}
+    evaluation = search.evaluate(exact)
+    errors = {name: torch.cat([error[name] for error in exact.errors]) for name in exact.errors[0]}
+    means = {name: round(float(errors[name].double().mean()), 6) for name in errors if "@" in name}
     return {
-        "users": len(found.users), "beams": search.width,
+        "users": len(beam_evaluation.users), "beams": search.width,
         "seconds": round(exact.seconds, 2), "beam_seconds": round(beam.seconds, 2),
-        "metrics": ranked.metrics, "metrics_history_removed": ranked.metrics_history_removed,
-        "beam_metrics": found.metrics, "beam_metrics_history_removed": found.metrics_history_removed,
-        **means, "certified": float(each["certified"].double().mean()),
-        "certified_wrong": int(each["wrong"].sum()), "worst_score_difference": float(each["score"].max()),
+        "metrics": evaluation.metrics, "metrics_history_removed": evaluation.metrics_history_removed,
+        "beam_metrics": beam_evaluation.metrics,
+        "beam_metrics_history_removed": beam_evaluation.metrics_history_removed,
+        **means, "certified": float(errors["certified"].double().mean()),
+        "certified_wrong": int(errors["wrong"].sum()), "worst_score_difference": float(errors["score"].max()),
     }  # fmt: skip
 
 
 def certificate_study(search: Search, widths: Sequence[int] = WIDTHS) -> list[dict[str, float]]:
-    """For each number of beams: the mean share of the first ten, and of the whole list, that is proven."""
-    histories, rows = search.examined(), []
+    """Compute for each number of beams which share of the first ten, and of the whole list, is certified."""
+    histories, rows = search.histories(), []
     for width in widths:
-        proven, length, seconds = [], [], 0.0
+        certified_counts, list_lengths, seconds = [], [], 0.0
         for ids, mask in search.prompts(histories):
             started = time.perf_counter()
             found = search.decoder.decode(ids, mask, width)
             seconds += time.perf_counter() - started
-            proven.append(found.certified)
-            length.append((found.items >= 0).sum(1))
-        certified, whole = torch.cat(proven).double(), torch.cat(length)
-        ten = whole.clamp_max(10)
+            certified_counts.append(found.certified)
+            list_lengths.append((found.items >= 0).sum(1))
+        certified, lengths = torch.cat(certified_counts).double(), torch.cat(list_lengths)
+        ten = lengths.clamp_max(10)
         rows.append({
             "beams": width, "users": len(certified), "seconds": round(seconds, 2),
             "first_ten": float((certified.minimum(ten) / ten).mean()),
-            "whole_list": float((certified / whole).mean()),
+            "whole_list": float((certified / lengths).mean()),
         })  # fmt: skip
     return rows
 
 
 def list_differences(mine: Recommendations, other: Recommendations) -> tuple[Tensor, Tensor]:
-    """The largest difference [B] of an item's two scores, and whether the lists [B, W] differ beyond ties.
+    """Compare two searches of the same users.
 
-    They differ where an item has two scores, or is missing in one list though it beats that list's last.
+    Lists differ where an item has different scores, or is missing in the other list although its score is
+    higher than the last score there.
+
+    Returns:
+        The largest difference [B] of the two scores of an item, and whether lists differ beyond ties, [B].
     """
     same = (mine.items[:, :, None] == other.items[:, None]) & (mine.items >= 0)[:, :, None]  # [B, W, W]
-    apart = (mine.scores[:, :, None] - other.scores[:, None]).abs().masked_fill(~same, 0).amax((1, 2))
+    difference = (mine.scores[:, :, None] - other.scores[:, None]).abs().masked_fill(~same, 0).amax((1, 2))
     missing = _missing(mine, other, same.any(2)) | _missing(other, mine, same.any(1))
-    return apart, missing | (apart > TIE)
+    return difference, missing | (difference > TIE)
 
 
 def _missing(mine: Recommendations, other: Recommendations, shared: Tensor) -> Tensor:
+    """Return whether each list has an item that the other lacks, [B]. ``shared`` [B, W]: items of both."""
     return (~shared & (mine.items >= 0) & (mine.scores > other.scores[:, -1:] + TIE)).any(1)
 
 
-def engine_study(search: Search, yardstick: TransformersDecoder) -> dict[str, Any]:
-    """The engine and ``generate()`` on the same users: metrics, seconds, and where their lists differ."""
-    ours, theirs = Recorder(search, search.decoder), Recorder(search, yardstick)
-    scored = {"cemg": search.evaluate(ours, max_list=search.width)}
-    scored["transformers"] = search.evaluate(theirs, max_list=search.width)
+def engine_study(search: Search, reference: TransformersDecoder) -> dict[str, Any]:
+    """Compare the engine with ``generate()`` on the same users: metrics, seconds and differing lists."""
+    ours, theirs = Recorder(search, search.decoder), Recorder(search, reference)
+    evaluations = {"cemg": search.evaluate(ours, max_list=search.width)}
+    evaluations["transformers"] = search.evaluate(theirs, max_list=search.width)
     pairs = [list_differences(a, b) for a, b in zip(ours.found, theirs.found, strict=True)]
-    apart, differ = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    differences, differ = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     seconds = {"cemg": ours.seconds, "transformers": theirs.seconds}
     engines = {
-        name: {"seconds": round(seconds[name], 2), "metrics": found.metrics} for name, found in scored.items()
+        name: {"seconds": round(seconds[name], 2), "metrics": evaluation.metrics}
+        for name, evaluation in evaluations.items()
     }
     return {
-        "users": len(apart), "beams": search.width, "engines": engines,
+        "users": len(differences), "beams": search.width, "engines": engines,
         "times_as_fast": round(theirs.seconds / ours.seconds, 2),
-        "worst_score_difference": float(apart.max()), "users_that_differ": int(differ.sum()),
+        "worst_score_difference": float(differences.max()), "users_that_differ": int(differ.sum()),
     }  # fmt: skip

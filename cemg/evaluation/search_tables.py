@@ -1,4 +1,4 @@
-"""The studies of a run's search (``search.py``) as tables, made of what a result file holds."""
+"""Tables of the studies of a search (see ``search.py``), made from a result file."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from cemg.evaluation.search import DEPTHS
 
 
 def search_tables(record: Mapping[str, Any]) -> list[Table]:
-    """A table for each study that a result file holds."""
+    """Build a table for each study in a result file."""
     makers: dict[str, Callable[[Any, str], Table]] = {
         "exact": _exact_table,
         "certificate": _certificate_table,
         "engines": _engine_table,
     }
-    scored = f"normalize={record.get('studies_normalize')}"
-    return [make(record[name], scored) for name, make in makers.items() if name in record]
+    normalize = f"normalize={record.get('studies_normalize')}"
+    return [make(record[name], normalize) for name, make in makers.items() if name in record]
 
 
-def _exact_table(study: Mapping[str, Any], scored: str) -> Table:
+def _exact_table(study: Mapping[str, Any], normalize: str) -> Table:
     names = list(study["metrics"])
-    table = _table(f"{study['users']:,} users, all items scored, {scored}", ["ranking", *names])
+    table = _table(f"{study['users']:,} users, all items scored, {normalize}", ["ranking", *names])
     for label, suffix in (("", ""), (", history removed", "_history_removed")):
         exact, beam = study[f"metrics{suffix}"], study[f"beam_metrics{suffix}"]
         _metric_row(table, f"exact{label}", exact)
@@ -36,41 +36,43 @@ def _exact_table(study: Mapping[str, Any], scored: str) -> Table:
         for k in DEPTHS
     ]
     certified = f"certified: {study['certified']:.1f} of {study['beams']} results on average; "
-    certified += f"wrong among all that are: {study['certified_wrong']}"
-    each, beam_each = (1e3 * study[name] / study["users"] for name in ("seconds", "beam_seconds"))
-    cost = f"{each:.1f} ms a user, {beam_each:.1f} with beams; "
-    cost += f"scores differ by {study['worst_score_difference']:.1e} at most"
+    certified += f"wrongly certified in total: {study['certified_wrong']}"
+    milliseconds, beam_milliseconds = (
+        1e3 * study[name] / study["users"] for name in ("seconds", "beam_seconds")
+    )
+    cost = f"{milliseconds:.1f} ms per user, {beam_milliseconds:.1f} with beams; "
+    cost += f"scores differ by at most {study['worst_score_difference']:.1e}"
     table.caption = "\n".join([*lists, certified, cost])
     return table
 
 
-def _certificate_table(rows: Sequence[Mapping[str, Any]], scored: str) -> Table:
-    columns = ["beams", "of the first 10", "of the whole list", "ms a user"]
-    table = _table(f"share proven to be the best, {rows[0]['users']:,} users, {scored}", columns)
+def _certificate_table(rows: Sequence[Mapping[str, Any]], normalize: str) -> Table:
+    columns = ["beams", "of the first 10", "of the whole list", "ms per user"]
+    table = _table(f"share that is certified, {rows[0]['users']:,} users, {normalize}", columns)
     for row in rows:
         each = 1e3 * row["seconds"] / row["users"]
         table.add_row(str(row["beams"]), f"{row['first_ten']:.1%}", f"{row['whole_list']:.1%}", f"{each:.1f}")
     return table
 
 
-def _engine_table(study: Mapping[str, Any], scored: str) -> Table:
+def _engine_table(study: Mapping[str, Any], normalize: str) -> Table:
     engines = study["engines"]
     names = list(engines["cemg"]["metrics"])
-    title = f"{study['users']:,} users, {study['beams']} beams, {scored}"
+    title = f"{study['users']:,} users, {study['beams']} beams, {normalize}"
     table = _table(title, ["engine", *names, "seconds"])
     for name, engine in engines.items():
         _metric_row(table, name, engine["metrics"], f"{engine['seconds']:.1f}")
     table.caption = (
         f"cemg is {study['times_as_fast']:.1f} times as fast; lists differ beyond ties for "
-        f"{study['users_that_differ']} users, scores by {study['worst_score_difference']:.1e} at most"
+        f"{study['users_that_differ']} users, scores by at most {study['worst_score_difference']:.1e}"
     )
     return table
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, box=box.SIMPLE, padding=0, caption_justify="left")
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+    for column, name in enumerate(columns):
+        table.add_column(name, justify="left" if column == 0 else "right", no_wrap=True)
     return table
 
 

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -19,10 +20,10 @@ from cemg.report.logs import Curve
 INK = "#010203"  # replaced by the page's text color
 PALETTE = ("#2f8fd8", "#e08214", "#1b9e77", "#d6457f", "#8e6fd1", "#9a8c2c", "#5f9ea0", "#b0604a")
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-STYLE = {
+STYLE: Any = {  # matplotlib types the keys as literals
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
-    "xtick.color": INK, "ytick.color": INK, "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "xtick.color": INK, "ytick.color": INK, "axes.prop_cycle": cycler(color=PALETTE),
     "axes.grid": True, "axes.axisbelow": True, "grid.color": INK, "grid.alpha": 0.12, "legend.frameon": False,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against PyTorch's own."""
+"""The chunked cross-entropy against that of PyTorch."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ def draw(positions: int, items: int, seed: int = 0) -> tuple[Tensor, Tensor, Ten
 
 @pytest.mark.parametrize("positions", [1, 31, 64, 65])
 @pytest.mark.parametrize("items", [2, 301])
-def test_loss_and_gradients_equal_pytorchs(positions: int, items: int) -> None:
+def test_loss_and_gradients_equal_those_of_pytorch(positions: int, items: int) -> None:
     states, table, targets = draw(positions, items)
     expected = F.cross_entropy(states @ table.T, targets)
-    wanted = torch.autograd.grad(3 * expected, (states, table))
+    expected_gradients = torch.autograd.grad(3 * expected, (states, table))
     loss = linear_cross_entropy(states, table, targets=targets, rows=32)
-    found = torch.autograd.grad(3 * loss, (states, table))
+    gradients = torch.autograd.grad(3 * loss, (states, table))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)  # float32, another order of summation
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_bfloat16_products_stay_within_their_rounding() -> None:
+def test_gradients_of_bfloat16_products_are_within_their_rounding() -> None:
     states, table, targets = draw(200, 500)
-    wanted = torch.autograd.grad(F.cross_entropy(states @ table.T, targets), (states, table))
+    expected_gradients = torch.autograd.grad(F.cross_entropy(states @ table.T, targets), (states, table))
     loss = linear_cross_entropy(states, table, targets=targets, dtype=torch.bfloat16)
-    for ours, theirs in zip(torch.autograd.grad(loss, (states, table)), wanted, strict=True):
-        # logits up to about 16 rounded at 2 ** -9 move a probability by some 3 %; the norm averages that out
+    for ours, theirs in zip(torch.autograd.grad(loss, (states, table)), expected_gradients, strict=True):
+        # rounding logits up to about 16 at 2 ** -9 changes a probability by about 3 %; the norm averages this
         assert float((ours - theirs).norm() / theirs.norm()) < 0.03
 
 
-def test_states_that_need_no_gradient_are_allowed() -> None:
+def test_states_without_gradients_are_allowed() -> None:
     states, table, targets = draw(5, 7)
     linear_cross_entropy(states.detach(), table, targets=targets).backward()  # type: ignore[no-untyped-call]
     assert table.grad is not None and bool(table.grad.isfinite().all())

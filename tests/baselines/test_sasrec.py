@@ -1,4 +1,4 @@
-"""SASRec: causality, the two losses, learning, and runs that stop and go on."""
+"""SASRec: causality, both losses, learning, and trainings that are interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = SasrecConfig(
 
 @pytest.fixture(scope="module")
 def ring() -> Dataset:
-    """After item i comes item i + 1, around a ring: the last item alone tells the next."""
+    """Item i + 1 follows item i, around a ring: the last item determines the next."""
     rng = np.random.default_rng(0)
     starts, lengths = rng.integers(ITEMS, size=200), rng.integers(5, 10, size=200)
     sequences = [((s + np.arange(n)) % ITEMS).astype(np.int32) for s, n in zip(starts, lengths, strict=True)]
@@ -57,11 +57,11 @@ def test_sasrec_learns_a_planted_next_item_rule(ring: Dataset, loss: str, tmp_pa
     ranker = train_sasrec(ring, config, folder=tmp_path, progress=False)
     found = evaluate(ranker, ring.split(), cutoffs=(1, 5), progress=False).metrics
     assert found["HR@5"] > 0.95  # chance is 5 / 30
-    assert loss == "bce" or found["HR@1"] > 0.9  # BCE learns the neighbourhood long before the order in it
+    assert loss == "bce" or found["HR@1"] > 0.9  # BCE learns which items are near long before their order
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_a_state_sees_neither_later_items_nor_padding(norm_first: bool) -> None:
+def test_a_state_depends_neither_on_later_items_nor_on_padding(norm_first: bool) -> None:
     torch.manual_seed(0)
     model = Sasrec(ITEMS, dataclasses.replace(SMALL, norm_first=norm_first, blocks=2)).eval()
     items = torch.tensor([[3, 4, 5, 6]])
@@ -70,7 +70,7 @@ def test_a_state_sees_neither_later_items_nor_padding(norm_first: bool) -> None:
     assert not torch.allclose(model(items)[:, 2], model(changed)[:, 2], atol=1e-3)
 
 
-def test_a_list_holds_different_items_and_does_not_depend_on_the_batch() -> None:
+def test_a_list_has_no_duplicates_and_does_not_depend_on_the_batch() -> None:
     torch.manual_seed(0)
     ranker = SasrecRanker(Sasrec(ITEMS, SMALL).eval(), SMALL)
     histories = [np.arange(n, dtype=np.int32) for n in (1, 4, 25)]
@@ -80,7 +80,7 @@ def test_a_list_holds_different_items_and_does_not_depend_on_the_batch() -> None
     assert lists[1].tolist() == ranker(histories[1:2], 99)[0].tolist()
 
 
-def test_the_newest_items_of_a_long_history_decide() -> None:
+def test_only_the_newest_items_of_a_long_history_are_used() -> None:
     torch.manual_seed(0)
     ranker = SasrecRanker(Sasrec(ITEMS, SMALL).eval(), SMALL)
     newest = np.arange(SMALL.max_length)
@@ -94,19 +94,21 @@ def test_an_empty_history_is_refused() -> None:
 
 
 @pytest.mark.parametrize("loss", ["ce", "bce"])
-def test_the_loss_starts_at_chance_and_its_gradients_are_finite(ring: Dataset, loss: str) -> None:
+def test_the_initial_loss_is_that_of_chance_and_its_gradients_are_finite(ring: Dataset, loss: str) -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, loss=loss, dropout=0.0)
     model = Sasrec(ITEMS, config)
     batch = next(training_batches(ring.split().train, 64, max_length=12, rng=np.random.default_rng(0)))
     value = loss_of(model, batch, config=config, generator=torch.Generator().manual_seed(0))
     chance = {"ce": np.log(ITEMS), "bce": 2 * np.log(2)}[loss]
-    assert float(value.detach()) == pytest.approx(chance, abs=0.1)  # embeddings start at 0.02: logits near 0
+    assert float(value.detach()) == pytest.approx(
+        chance, abs=0.1
+    )  # embeddings start at 0.02, so logits are near 0
     value.backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-def test_negatives_are_not_of_the_users_own_sequence() -> None:
+def test_negatives_are_not_in_the_sequence_of_the_user() -> None:
     sequences = [np.arange(5), np.arange(10, 13)]
     (batch,) = training_batches(sequences, 2, max_length=12, rng=np.random.default_rng(0))
     users = batch.valid.nonzero()[:, 0]
@@ -118,13 +120,13 @@ def test_negatives_are_not_of_the_users_own_sequence() -> None:
 
 
 @pytest.mark.parametrize("loss", ["ce", "bce"])
-def test_a_run_stopped_after_any_epoch_goes_on_to_the_same_weights(
+def test_a_training_interrupted_after_an_epoch_resumes_to_the_same_weights(
     ring: Dataset, loss: str, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(SMALL, loss=loss)
     whole = train_sasrec(ring, config, folder=tmp_path / "whole", progress=False)
     train_sasrec(ring, dataclasses.replace(config, epochs=1), folder=tmp_path / "parts", progress=False)
-    torch.rand(7)  # the state of the global generator is another one now
+    torch.rand(7)  # changes the state of the global generator
     parts = train_sasrec(ring, config, folder=tmp_path / "parts", progress=False)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, parts.model.state_dict()[name]), name
@@ -132,7 +134,7 @@ def test_a_run_stopped_after_any_epoch_goes_on_to_the_same_weights(
     assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
 
 
-def test_training_leaves_the_global_generator_alone(ring: Dataset, tmp_path: Path) -> None:
+def test_training_does_not_change_the_global_generator(ring: Dataset, tmp_path: Path) -> None:
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
@@ -140,7 +142,7 @@ def test_training_leaves_the_global_generator_alone(ring: Dataset, tmp_path: Pat
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_half_written_checkpoint_does_no_harm(ring: Dataset, tmp_path: Path) -> None:
+def test_a_partial_checkpoint_file_is_ignored(ring: Dataset, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, epochs=1)
     whole = train_sasrec(ring, config, folder=tmp_path / "whole", progress=False)
     shutil.copytree(tmp_path / "whole", tmp_path / "torn")
@@ -159,7 +161,7 @@ def test_training_stops_after_patience_and_keeps_the_best_weights(ring: Dataset,
     assert found.metrics["NDCG@10"] > scores[0]
 
 
-def test_another_config_or_split_is_refused_the_same_folder(ring: Dataset, tmp_path: Path) -> None:
+def test_a_folder_of_other_settings_or_another_split_is_refused(ring: Dataset, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, epochs=1)
     train_sasrec(ring, config, folder=tmp_path, progress=False)
     with pytest.raises(UserError, match="another run") as caught:
@@ -176,11 +178,11 @@ def test_a_saved_ranker_gives_the_same_lists(tmp_path: Path) -> None:
     ranker.save(tmp_path)
     loaded = SasrecRanker.load(tmp_path)
     assert loaded.config == SMALL and torch.equal(loaded([np.arange(5)], 9), ranker([np.arange(5)], 9))
-    with pytest.raises(UserError, match="holds no SASRec"):
+    with pytest.raises(UserError, match="has no trained SASRec"):
         SasrecRanker.load(tmp_path / "none")
 
 
-def test_data_without_histories_is_refused(ring: Dataset, tmp_path: Path) -> None:
+def test_data_without_training_items_are_refused(ring: Dataset, tmp_path: Path) -> None:
     short = dataclasses.replace(ring, sequences=[s[:3] for s in ring.sequences])
     with pytest.raises(UserError, match="two training items"):
         train_sasrec(short, SMALL, folder=tmp_path, progress=False)
@@ -191,12 +193,12 @@ def test_data_without_histories_is_refused(ring: Dataset, tmp_path: Path) -> Non
     [
         ({"loss": "mse"}, "loss must be one of"),
         ({"products": "float16"}, "products must be one of"),
-        ({"heads": 3}, "3 heads"),
+        ({"heads": 3}, "not divisible by heads 3"),
         ({"heads": 0}, "heads must be 1 or more"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"epochs": 0}, "epochs must be 1 or more"),
     ],
 )
-def test_a_bad_config_is_refused_by_value(change: dict[str, object], message: str) -> None:
+def test_an_invalid_setting_is_refused_and_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         dataclasses.replace(SMALL, **change)  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def test_search_studies_are_printed_and_saved(tiny_run, tmp_path, command, capsy
         "exact, history removed",
         "of the first 10",
         "transformers",
-        "wrong among all that are: 0",
+        "wrongly certified in total: 0",
         "normalize=vocab",
     ):
         assert part in printed, part

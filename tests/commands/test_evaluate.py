@@ -80,7 +80,7 @@ def test_lists_can_be_csv_or_one_row_per_user_and_gaps_are_reported(tiny_run, tm
     assert command(evaluate.main, "--run", run, "--recommendations", tmp_path / "c.parquet") == 0
     lines = said.getvalue()
     assert "note: 1 of 40 users have no recommendations and count as misses" in lines
-    assert "note: 1 users of the file are not among the evaluated ones" in lines
+    assert "note: 1 users of the file are not among the evaluated users" in lines
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,11 @@ def test_lists_can_be_csv_or_one_row_per_user_and_gaps_are_reported(tiny_run, tm
         ({"user": ["a", "a"], "item": ["item-0001", "item-0001"]}, "user 'a' has item 'item-0001' more than"),
         ({"user": ["a"], "item": ["item-0001"], "rank": ["first"]}, "a rank is not a number"),
         ({"user": ["a", None], "item": ["item-0001", "item-0002"]}, "has rows without a user"),
-        ({"user": ["a"], "item": ["item-0001"], "rank": [[1]]}, "column rank is of type List(Int64)"),
-        ({"user": [["a"]], "item": ["item-0001"]}, "column user is of type List(String)"),
-        ({"user": ["a"], "item": [[["item-0001"]]]}, "column item is of type List(String)"),
-        ({"user": ["a"], "item": [{"id": "item-0001"}]}, "column item is of type Struct"),
-        ({"user": [b"\xff"], "item": ["item-0001"]}, "column user is of type Binary"),
+        ({"user": ["a"], "item": ["item-0001"], "rank": [[1]]}, "column rank has type List(Int64)"),
+        ({"user": [["a"]], "item": ["item-0001"]}, "column user has type List(String)"),
+        ({"user": ["a"], "item": [[["item-0001"]]]}, "column item has type List(String)"),
+        ({"user": ["a"], "item": [{"id": "item-0001"}]}, "column item has type Struct"),
+        ({"user": [b"\xff"], "item": ["item-0001"]}, "column user has type Binary"),
     ],
 )
 def test_a_table_without_lists_is_refused(tiny_run, tmp_path, command, capsys, rows, message):

@@ -1,4 +1,4 @@
-"""Metrics by hand, and against torchmetrics on random lists with misses."""
+"""Metrics against hand-computed values, and against torchmetrics on random lists with misses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cemg.evaluation import (
 
 
 def random_lists(users: int, width: int, num_items: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Lists without duplicates, a tail of -1 in some, and targets of which many are not listed."""
+    """Lists without duplicates, some with trailing -1, and targets of which many are not in the lists."""
     generator = torch.Generator().manual_seed(seed)
     items = torch.stack([torch.randperm(num_items, generator=generator)[:width] for _ in range(users)])
     lengths = torch.randint(1, width + 1, (users,), generator=generator)
@@ -39,17 +39,17 @@ def test_ranks_count_from_zero_and_a_missing_target_is_a_miss() -> None:
     assert ranks_of_targets(items, torch.tensor([7, 5, 9, 3])).tolist() == [0, 2, MISS, MISS]
 
 
-def test_an_entry_without_item_holds_no_place() -> None:
+def test_entries_without_an_item_do_not_count_as_ranks() -> None:
     items = torch.tensor([[-1, 3, -1, 5], [-1, -1, -1, -1]])
     assert ranks_of_targets(items, torch.tensor([5, 3])).tolist() == [1, MISS]
 
 
-def test_an_item_listed_twice_is_refused_by_name() -> None:
+def test_a_list_with_an_item_twice_is_refused_and_names_the_item() -> None:
     with pytest.raises(UserError, match="item 3 is in the list of row 1"):
         ranks_of_targets(torch.tensor([[1, 2, 3], [3, 1, 3]]), torch.tensor([1, 1]))
 
 
-def test_metrics_by_hand() -> None:
+def test_metrics_equal_hand_computed_values() -> None:
     ranks = torch.tensor([0, 1, 4, 5, MISS])
     found = metrics_at(ranks, (1, 5, 10))
     assert found["HR@1"] == 1 / 5 and found["HR@5"] == 3 / 5 and found["HR@10"] == 4 / 5
@@ -65,7 +65,7 @@ def test_hr_and_ndcg_equal_torchmetrics(k: int, seed: int) -> None:
     items, targets = random_lists(200, 30, 60, seed)
     ranks = ranks_of_targets(items, targets)
     assert 0 < int((ranks == MISS).sum()) < 200
-    scores = torch.arange(30, 0, -1).float().expand(200, 30)  # the first place has the highest score
+    scores = torch.arange(30, 0, -1).float().expand(200, 30)  # the first item has the highest score
     relevant = items == targets[:, None]
     listed = torch.arange(200)[:, None].expand(200, 30)
     for ours, theirs in (
@@ -77,35 +77,35 @@ def test_hr_and_ndcg_equal_torchmetrics(k: int, seed: int) -> None:
 
 
 @given(st.lists(st.integers(-1, 40), min_size=1, max_size=50), st.integers(1, 40))
-def test_metrics_lie_between_zero_and_one_and_grow_with_the_cutoff(ranks: list[int], k: int) -> None:
+def test_metrics_are_between_zero_and_one_and_grow_with_the_cutoff(ranks: list[int], k: int) -> None:
     tensor = torch.tensor(ranks)
     assert 0 <= ndcg(tensor, k) <= hr(tensor, k) <= hr(tensor, k + 1) <= 1
 
 
-def test_the_mean_is_over_users_and_not_over_batches() -> None:
+def test_the_mean_is_over_users_not_over_batches() -> None:
     ranks = torch.tensor([0, 0, 0, MISS])
     uneven = (hr(ranks[:3], 1) + hr(ranks[3:], 1)) / 2
     assert hr(ranks, 1) == 0.75 and uneven == 0.5
 
 
-def test_the_interval_of_a_share_is_wilsons() -> None:
+def test_the_interval_of_hr_is_the_wilson_interval() -> None:
     ranks = torch.tensor([0] * 10 + [MISS] * 90)
     expected = binomtest(10, 100).proportion_ci(method="wilson")
     assert hr_interval(ranks, 10) == pytest.approx((expected.low, expected.high), rel=1e-9)  # both float64
     assert hr_interval(torch.full((50,), MISS), 10)[0] == pytest.approx(0, abs=1e-12)
 
 
-def test_the_bootstrap_interval_repeats_and_agrees_with_the_normal_one() -> None:
+def test_the_bootstrap_interval_is_deterministic_and_close_to_the_normal_interval() -> None:
     ranks = torch.randint(0, 40, (2000,), generator=torch.Generator().manual_seed(3))
     values = gains(ranks, 10)
     low, high = bootstrap_interval(values)
     assert (low, high) == bootstrap_interval(values)
     half = 1.96 * float(values.std()) / math.sqrt(2000)
-    # a percentile of 1,000 draws strays by about 0.1 of the half width
+    # a percentile of 1,000 draws varies by about 0.1 of the half width
     assert high - low == pytest.approx(2 * half, rel=0.15) and low < float(values.mean()) < high
 
 
-def test_no_user_is_no_average() -> None:
+def test_metrics_of_no_user_are_refused() -> None:
     with pytest.raises(UserError, match="no user"):
         metrics_at(torch.tensor([], dtype=torch.long))
 

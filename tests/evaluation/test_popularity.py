@@ -1,4 +1,4 @@
-"""Popularity counts the training part alone."""
+"""Popularity counts the training part only."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def test_popularity_ranks_by_training_counts_with_ties_by_the_lower_row() -> Non
     )
     ranker = PopularityRanker.fit(data.split())
     lists = ranker([np.array([0]), np.array([], dtype=np.int32)], 4)
-    assert lists.tolist() == [[2, 4, 3, 0]] * 2  # counts: item 2 three, 4 three, 3 one, then the uncounted 0
+    assert lists.tolist() == [[2, 4, 3, 0]] * 2  # counts: 3 for items 2 and 4, 1 for item 3, 0 for item 0
     assert ranker([np.array([0])], 99).tolist() == [[2, 4, 3, 0, 1]]

@@ -1,4 +1,4 @@
-"""The protocol against a plain loop, on histories with repeats as a restaurant's guests have."""
+"""The protocol against a plain loop, on histories with repeated items, as visits to restaurants have."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cemg.evaluation import evaluate
 ITEMS, TOP = 200, 10
 
 
-def repeating_world() -> Dataset:
+def data_with_repeats() -> Dataset:
     rng = np.random.default_rng(7)
     sequences = [(rng.zipf(1.4, size=rng.integers(3, 25)) % ITEMS).astype(np.int32) for _ in range(300)]
     blank: list[None] = [None] * ITEMS
     users, items = [str(i) for i in range(300)], [str(i) for i in range(ITEMS)]
-    return Dataset("world", users, items, sequences, [""] * ITEMS, list(blank), list(blank), "as drawn")
+    return Dataset("restaurants", users, items, sequences, [""] * ITEMS, list(blank), list(blank), "as drawn")
 
 
 def order_of(history: np.ndarray) -> list[int]:
@@ -31,20 +31,20 @@ def rank(histories: list[np.ndarray], top: int) -> Tensor:
     return torch.tensor([order_of(h)[:top] for h in histories])
 
 
-def test_every_figure_equals_a_plain_loop_over_users() -> None:
-    data = repeating_world()
+def test_every_metric_equals_a_plain_loop_over_users() -> None:
+    data = data_with_repeats()
     scored = evaluate(rank, data.split(), cutoffs=(TOP,), batch_size=17, progress=False)
-    bought = [item for s in data.sequences for item in s[:-2].tolist()]
-    kept, removed, cold, own = [], [], [], 0
+    trained = [item for s in data.sequences for item in s[:-2].tolist()]
+    kept, removed, cold, in_history = [], [], [], 0
     for sequence in data.sequences:
         history, target = sequence[:-1], int(sequence[-1])
-        left = [i for i in order_of(history) if i not in set(history.tolist())]
-        own += target in history
+        without_history = [i for i in order_of(history) if i not in set(history.tolist())]
+        in_history += target in history
         kept.append(order_of(history).index(target))
-        removed.append(left.index(target) if target in left else ITEMS)
-        cold.append(bought.count(target) <= 5)
-    assert own > 20 and 0 < sum(cold) < 300
-    assert scored.targets_in_history == own and int(scored.cold.sum()) == sum(cold)
+        removed.append(without_history.index(target) if target in without_history else ITEMS)
+        cold.append(trained.count(target) <= 5)
+    assert in_history > 20 and 0 < sum(cold) < 300
+    assert scored.targets_in_history == in_history and int(scored.cold.sum()) == sum(cold)
     for ranks, metrics in ((kept, scored.metrics), (removed, scored.metrics_history_removed)):
         assert metrics["HR@10"] == sum(r < TOP for r in ranks) / 300
         expected = sum(1 / math.log2(r + 2) for r in ranks if r < TOP) / 300

@@ -1,4 +1,4 @@
-"""Result files and the tables made of them."""
+"""Result files, and tables of them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write(path: Path, *, last: int = 2, name: str = "Beauty", part: str = "test"
     )
 
 
-def test_a_result_file_holds_the_documented_keys_and_no_partial_file_stays(tmp_path: Path) -> None:
+def test_a_result_file_has_the_documented_keys_and_no_partial_file_remains(tmp_path: Path) -> None:
     write(tmp_path / "deep" / "a.json")
     record = json.loads((tmp_path / "deep" / "a.json").read_text())
     documented = {"dataset", "command", "config", "seed", "hardware", "seconds", "split", "metrics"}
@@ -63,12 +63,12 @@ def test_a_result_file_holds_the_documented_keys_and_no_partial_file_stays(tmp_p
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.json"]
 
 
-def test_hardware_names_no_host() -> None:
+def test_hardware_does_not_name_the_host() -> None:
     about = json.dumps(hardware())
     assert os.uname().nodename not in about and '"cpu"' in about and torch.__version__ in about
 
 
-def test_a_table_puts_equal_splits_and_the_papers_rows_side_by_side(tmp_path: Path) -> None:
+def test_a_table_has_the_results_of_one_split_and_those_that_papers_print(tmp_path: Path) -> None:
     write(tmp_path / "one.json")
     write(tmp_path / "two.json")
     text = result_markdown([tmp_path / "one.json", tmp_path / "two.json"])
@@ -85,7 +85,7 @@ def test_a_table_puts_equal_splits_and_the_papers_rows_side_by_side(tmp_path: Pa
     assert out.getvalue().count("1.0000") == 12 and "CEMG paper" not in out.getvalue()
 
 
-def test_files_that_differ_in_the_seed_alone_are_one_row_with_an_interval(tmp_path: Path) -> None:
+def test_files_that_differ_only_in_the_seed_are_one_row_with_an_interval(tmp_path: Path) -> None:
     names = ["a-seed0.json", "a-seed1.json", "b-seed0.json"]
     for name, last in zip(names, (2, 2, 2), strict=True):
         write(tmp_path / name, last=last)
@@ -97,7 +97,7 @@ def test_files_that_differ_in_the_seed_alone_are_one_row_with_an_interval(tmp_pa
     assert "| b-seed0 | 1.0000 |" in text
 
 
-def test_a_table_with_the_papers_rows_fits_eighty_columns(tmp_path: Path) -> None:
+def test_a_table_with_printed_results_fits_into_eighty_columns(tmp_path: Path) -> None:
     write(tmp_path / "beauty-sasrec-ce-seed0.json")
     out = io.StringIO()
     Console(file=out, width=80).print(result_table([tmp_path / "beauty-sasrec-ce-seed0.json"]))
@@ -112,7 +112,7 @@ def test_results_of_different_targets_are_not_put_in_one_table(tmp_path: Path) -
     assert "targets_sha256" in str(caught.value)
 
 
-def test_validation_figures_are_not_put_beside_test_figures(tmp_path: Path) -> None:
+def test_results_of_validation_and_test_are_not_put_in_one_table(tmp_path: Path) -> None:
     write(tmp_path / "one.json")
     write(tmp_path / "two.json", part="valid")
     with pytest.raises(UserError, match="different splits"):
@@ -120,7 +120,9 @@ def test_validation_figures_are_not_put_beside_test_figures(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("content, message", [("{", "is not valid JSON"), ("{}", "is not a result file")])
-def test_another_file_is_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
+def test_a_file_that_is_not_a_result_file_is_refused_and_named(
+    tmp_path: Path, content: str, message: str
+) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=f"x.json {message}"):
         result_table([tmp_path / "x.json"])
@@ -133,13 +135,13 @@ def test_a_missing_file_and_an_empty_list_are_refused(tmp_path: Path) -> None:
         result_table([])
 
 
-def test_the_papers_rows_are_known_for_its_three_datasets() -> None:
+def test_printed_results_exist_for_the_three_data_sets_of_the_paper() -> None:
     assert [len(printed_rows(name)) for name in ("Beauty", "sports", "yelp", "ml-100k")] == [12, 12, 11, 0]
     assert [r.hr10 for r in printed_rows("yelp") if r.model == "CEMG"] == [0.0458]
 
 
-def test_the_results_of_a_run_are_its_own_and_complete(tmp_path: Path) -> None:
-    """A copy, another generator's and a missing one are named; the others are listed."""
+def test_only_complete_results_of_the_run_itself_are_listed(tmp_path: Path) -> None:
+    """Messages name a copy, a result of another generator, and a missing file; the other files are listed."""
 
     def put(name: str, **further: object) -> None:
         write(tmp_path / name)
