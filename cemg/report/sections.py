@@ -228,7 +228,8 @@ def _flattened(z: np.ndarray) -> np.ndarray:
     flat_z = np.asarray(TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(z))
     low, extent = flat_z.min(axis=0), max(float(np.ptp(flat_z, axis=0).max()), 1e-12)
     margin = MAP_SIDE // 50
-    return ((flat_z - low) / extent * (MAP_SIDE - 2 * margin) + margin).round().astype(int)
+    places: np.ndarray = ((flat_z - low) / extent * (MAP_SIDE - 2 * margin) + margin).round().astype(int)
+    return places
 
 
 def _points(run: Path, rows: Tensor, codes: Tensor, places: np.ndarray) -> tuple[list[Point], list[Block]]:
