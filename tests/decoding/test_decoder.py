@@ -16,6 +16,8 @@ from cemg_kernels import ItemFilter
 
 from .conftest import Bench, step_by_step
 
+pytestmark = pytest.mark.medium
+
 FAMILIES = ("t5", "gpt2", "llama")
 NORMALIZE = ("vocab", "level", "valid")
 LEVELS, SIZE, START = 3, 6, 3  # of the models in conftest.py

@@ -12,6 +12,8 @@ from cemg.errors import UserError
 
 from .conftest import FAMILIES, SIZE, START
 
+pytestmark = pytest.mark.medium
+
 NORMALIZE = ("vocab", "level", "valid")
 
 

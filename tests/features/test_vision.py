@@ -27,7 +27,7 @@ from cemg.features.backbones import (
     vgg16_convolutions,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
+pytestmark = [pytest.mark.medium, pytest.mark.filterwarnings("ignore:.*has random weights")]
 Draw = Callable[[str, int], Path]
 SMALL = ImageConfig("mobilenet_v3_small", "random")
 

@@ -24,6 +24,8 @@ from cemg.generator.training import train_generator
 from cemg.pipeline import Pipeline
 from cemg.tokenizer import Catalog
 
+pytestmark = pytest.mark.medium
+
 CATALOG = Catalog.from_codes(torch.cartesian_prod(torch.arange(3), torch.arange(3)), 3)
 SHARED = {"vocab_size": 40, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2}
 LOCAL = {"attention_types": [[["global", "local"], 1]], "window_size": 4, "max_position_embeddings": 64}

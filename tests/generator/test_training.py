@@ -25,6 +25,8 @@ from cemg.generator import (
 from cemg.generator.training import learning_rate_share, train_generator, valid_cross_entropy
 from cemg.tokenizer import Catalog
 
+pytestmark = pytest.mark.medium
+
 ITEMS, LEVELS, SIZE = 16, 2, 4
 CATALOG = Catalog.from_codes(torch.cartesian_prod(torch.arange(4), torch.arange(4)), SIZE)
 NEXT = np.random.default_rng(0).permutation(ITEMS)  # the planted rule: after item i comes NEXT[i]

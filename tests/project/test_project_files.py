@@ -32,7 +32,7 @@ def test_every_job_has_a_time_limit_and_pinned_actions(path: Path):
 def test_every_make_target_of_a_workflow_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     called = {target for path in WORKFLOWS for target in re.findall(r"run: make (\S+)", path.read_text())}
-    assert {"lint", "test"} <= called <= targets
+    assert {"lint", "test", "docs", "bench"} <= called <= targets
 
 
 def test_the_tests_run_on_the_oldest_python_that_is_supported():

@@ -14,6 +14,8 @@ from cemg.graph.lightgcn import train_lightgcn
 from cemg.tokenizer import Tokenizer, TokenizerConfig
 from cemg.tokenizer.training import train_tokenizer
 
+pytestmark = pytest.mark.medium
+
 ITEMS = 240
 CONFIG = TokenizerConfig(
     levels=3, codebook_size=32, dim=32, latent=16, hidden=(128,), epochs=60, batch_size=128

@@ -25,6 +25,8 @@ from cemg.tokenizer import Catalog
 from ..conftest import LEVELS, SIZE, START, Bench, random_catalog
 from . import families
 
+pytestmark = pytest.mark.medium
+
 ITEMS, BEAMS = 40, 5
 TOLERANCE = (
     1e-3  # sums of three float32 log-probabilities of sharpened weights, in another order of operations

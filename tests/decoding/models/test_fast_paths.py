@@ -21,6 +21,8 @@ from cemg_kernels import ItemFilter, RequestFilter, use_fast_kernels
 
 from ..conftest import LEVELS, SIZE, START, VOCABULARY, Bench, random_catalog, step_by_step
 
+pytestmark = pytest.mark.medium
+
 ROTARY: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,

@@ -18,6 +18,8 @@ from . import families
 from .test_families import forward_scores
 from .test_fast_paths import SHAPES, build
 
+pytestmark = pytest.mark.medium
+
 BACKENDS = ["native", "torch", "reference", "transformers"]
 CAUSAL = ["gpt2", "llama, as many key heads"]
 FORMS = ("left", "right", "mixed", "gaps")

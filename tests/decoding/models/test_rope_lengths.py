@@ -17,6 +17,8 @@ from ..conftest import START, Bench, random_catalog
 from .families import build
 from .test_families import ITEMS, TOLERANCE, beam_search, forward_scores
 
+pytestmark = pytest.mark.medium
+
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 LONG = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,

@@ -23,6 +23,8 @@ from cemg.decoding.protocol import Unsupported
 
 from ..conftest import START, VOCABULARY, Bench, Family, random_catalog
 
+pytestmark = pytest.mark.medium
+
 SHAPES = {
     "mpt": (MptForCausalLM, MptConfig(vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2)),
     "gpt_neo": (

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from cemg_kernels.attention.beam_tree import beam_tree_attention
 
+pytestmark = pytest.mark.medium
+
 BACKENDS = ["reference", "triton"]
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
 

@@ -14,6 +14,8 @@ from cemg_kernels import ItemFilter, RequestFilter, Trie, trie_beam_step, trie_s
 from cemg_kernels.constrained.softmax import flat_arguments, sanitize
 from cemg_kernels.runtime import dispatch
 
+pytestmark = pytest.mark.medium
+
 INF = float("inf")
 BACKENDS = ["reference", "torch", "native", "triton"]
 

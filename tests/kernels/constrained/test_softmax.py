@@ -14,6 +14,8 @@ from torch import Tensor
 from cemg_kernels import ItemFilter, Trie, trie_softmax
 from cemg_kernels.constrained.softmax import flat_arguments
 
+pytestmark = pytest.mark.medium
+
 INF = float("inf")
 every_backend = pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 

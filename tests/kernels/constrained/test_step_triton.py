@@ -18,6 +18,8 @@ from torch import Tensor
 from cemg_kernels import ItemFilter, RequestFilter, Trie, trie_beam_step, trie_softmax
 from cemg_kernels.trie.packed import pack
 
+pytestmark = pytest.mark.medium
+
 kernels = pytest.importorskip("cemg_kernels.constrained.beam_step_triton")
 softmax_kernels = import_module("cemg_kernels.constrained.softmax_triton")
 child_range = import_module("cemg_kernels.trie.filter_triton").child_range

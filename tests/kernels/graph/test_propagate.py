@@ -13,6 +13,8 @@ from torch import Tensor
 from cemg_kernels import BipartiteGraph, lightgcn_propagate
 from cemg_kernels.graph import propagate_triton as lightgcn_propagate_triton
 
+pytestmark = pytest.mark.medium
+
 BACKENDS = ["reference", "torch", "sparse", "native", "triton"]
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from cemg_kernels import residual_quantize
 
+pytestmark = pytest.mark.medium
+
 
 def draw(n: int, m: int, k: int, d: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,8 @@ from cemg_kernels.runtime import aot, aot_case, dispatch
 from cemg_kernels.runtime.registry import OPERATIONS
 from cemg_kernels.trie import cuda_launch as trie_cuda
 
+pytestmark = pytest.mark.medium
+
 CUDA_OPERATIONS = ("lookup", "advance", "children", "mask", "interval", "keep", "open_level", "close")
 
 

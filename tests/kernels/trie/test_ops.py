@@ -10,6 +10,8 @@ import cemg_kernels
 from cemg_kernels import ItemFilter, RequestFilter, Trie
 from cemg_kernels.trie.ops import OPERATIONS
 
+pytestmark = pytest.mark.medium
+
 ROWS = 6
 
 

@@ -18,6 +18,8 @@ from cemg_kernels import ItemFilter, LiveTrie, RequestFilter, Trie
 from cemg_kernels.trie import live as live_trie
 from cemg_kernels.trie.live import Snapshot
 
+pytestmark = pytest.mark.medium
+
 Codes = tuple[int, ...]
 
 
