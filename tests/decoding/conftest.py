@@ -1,4 +1,4 @@
-"""Tiny random models of three families, sharpened so that scores differ, and a catalog over their codes."""
+"""Tiny random models of three families, with large weights so that scores differ, and a catalog."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ from cemg.decoding import Recommendations
 from cemg.tokenizer import Catalog
 from cemg_kernels.runtime.ranges import ranges_enabled, use_ranges
 
-LEVELS, SIZE, START, VOCABULARY = 3, 6, 3, 24  # tokens 0 … 2 are special, 3 … 20 codes, 21 … 23 nothing
+LEVELS, SIZE, START, VOCABULARY = (
+    3,
+    6,
+    3,
+    24,
+)  # tokens 0 … 2 are special, 3 … 20 are codes, 21 … 23 are unused
 Family = Literal["t5", "gpt2", "llama"]
 FAMILIES: tuple[Family, ...] = ("t5", "gpt2", "llama")
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A model, a catalog of N items and the two calls that most tests make."""
+    """A model, a catalog of N items, and helpers that most tests need."""
 
     model: PreTrainedModel
     catalog: Catalog
@@ -41,7 +46,7 @@ class Bench:
         return bool(self.model.config.is_encoder_decoder)
 
     def prompts(self, lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Random prompts of these lengths, [B, S]: an encoder's padded right, a decoder's left."""
+        """Random prompts of these lengths, [B, S], padded on the right for an encoder, else on the left."""
         generator = torch.Generator().manual_seed(seed)
         longest = max(lengths)
         ids = torch.zeros(len(lengths), longest, dtype=torch.int64)
@@ -67,7 +72,7 @@ class Bench:
         return logits.float().log_softmax(-1)
 
     def all_scores(self, prompt: Tensor, normalize: str) -> Tensor:
-        """The score of every item of the catalog by brute force, [N]; ``prompt`` [S] holds no padding."""
+        """The score of every item by brute force, [N]; ``prompt`` [S] has no padding."""
         log_probs = self.log_probs(prompt, self.catalog.codes)  # [N, LEVELS, V]
         total = torch.zeros(len(self.catalog))
         rows = self.catalog.codes.tolist()
@@ -84,7 +89,7 @@ class Bench:
 
 
 def make_model(family: Family, seed: int = 0) -> PreTrainedModel:
-    """Two layers of width 32; weights ten times those of a fresh model, so that codes have favourites."""
+    """Two layers of width 32, with weights ten times the usual size so that logits differ."""
     torch.manual_seed(seed)
     if family == "t5":
         model: PreTrainedModel = T5ForConditionalGeneration(
@@ -123,7 +128,7 @@ def random_catalog(items: int, seed: int) -> Catalog:
 
 @contextmanager
 def step_by_step() -> Iterator[None]:
-    """Searches go through the engine's own loop, as they do where ranges are on, not through one C++ call."""
+    """Searches run step by step, as with named ranges, and not in one C++ call."""
     before = ranges_enabled()
     use_ranges(True)
     try:
@@ -134,7 +139,7 @@ def step_by_step() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def bench() -> Callable[[Family, int], Bench]:
-    """``bench(family, items)``: a model, made once a session, with a catalog of that many items."""
+    """``bench(family, items)``: a model, created once per session, and a catalog of that many items."""
     models: dict[str, PreTrainedModel] = {}
 
     def make(family: Family, items: int = 60, seed: int = 0) -> Bench:
@@ -147,7 +152,7 @@ def bench() -> Callable[[Family, int], Bench]:
 
 @pytest.fixture(scope="session")
 def same_lists() -> Callable[[Recommendations, Recommendations], None]:
-    """Asserts that two results agree: scores within 1e-4, the order wherever scores differ by more than that.
+    """Asserts that two results agree: scores within 1e-4, and the order if scores differ by more.
 
     1e-4: both sum float32 log-probabilities of size < 32 whose rounding error is 32 * 2**-24 = 2e-6 each;
     the layers' sums of 64 terms in another order add ten times that.

@@ -1,4 +1,4 @@
-"""Searches of a trie of four items, small enough to be followed on paper.
+"""Searches of a trie of four items, small enough to check by hand.
 
 The models are made so that the next token depends on the last one alone, by the table below. Tokens: 0 stands
 before the first code, 1 2 3 are codes 0 1 2 of the first level, 4 5 6 those of the second, 7 is none.
@@ -54,7 +54,7 @@ def llama() -> PreTrainedModel:
 
 
 def of_the_table(model: PreTrainedModel) -> PreTrainedModel:
-    """Layers that add nothing; a token's embedding is its own axis, which the head looks its row up by.
+    """Layers add nothing. A token's embedding is a unit vector, by which the head selects its row.
 
     The norm before the head makes 1000 e_t into sqrt(8) e_t, its epsilon apart.
     """
@@ -64,7 +64,9 @@ def of_the_table(model: PreTrainedModel) -> PreTrainedModel:
                 weight.zero_()
         model.get_input_embeddings().weight.copy_(1000 * torch.eye(8))
         table = torch.tensor([[math.log(p) for p in row] for row in NEXT])  # [last, next]
-        head = torch.nn.Parameter(table.t() / math.sqrt(8))  # its own: a T5's is the embedding
+        head = torch.nn.Parameter(
+            table.t() / math.sqrt(8)
+        )  # a new one, since a T5's is tied to the embedding
         model.get_output_embeddings().weight = head
     return model.eval()
 
@@ -81,7 +83,7 @@ def logs(products: list[F | int]) -> list[float]:
     return [math.log(p) if p else float("-inf") for p in products]
 
 
-def test_the_table_is_one_of_probabilities():
+def test_the_rows_of_the_table_are_probabilities():
     assert [sum(row) for row in NEXT] == [1] * 8
 
 
@@ -89,20 +91,20 @@ def test_the_table_is_one_of_probabilities():
 @pytest.mark.parametrize(
     ("normalize", "beams", "items", "products", "pruned", "certified"),
     [
-        # code 1 is cut with 1/4, more than A has: the best, D, is lost, and the certificate knows
+        # code 1 is pruned with 1/4, more than A's score: D, the best, is lost, and nothing is certified
         ("vocab", 1, [A], [F(1, 8)], F(1, 4), 0),
-        ("vocab", 2, [D, A], [F(3, 16), F(1, 8)], F(1, 16), 2),  # B is cut
-        ("vocab", 3, [D, A, B], [F(3, 16), F(1, 8), F(1, 16)], F(1, 64), 3),  # C is cut
-        ("vocab", 5, [D, A, B, C, -1], [F(3, 16), F(1, 8), F(1, 16), F(1, 64), 0], 0, 4),  # nothing is
-        ("level", 1, [A], [F(2, 7)], F(2, 7), 0),  # A is the best, but code 1 was cut with as much
+        ("vocab", 2, [D, A], [F(3, 16), F(1, 8)], F(1, 16), 2),  # B is pruned
+        ("vocab", 3, [D, A, B], [F(3, 16), F(1, 8), F(1, 16)], F(1, 64), 3),  # C is pruned
+        ("vocab", 5, [D, A, B, C, -1], [F(3, 16), F(1, 8), F(1, 16), F(1, 64), 0], 0, 4),  # nothing is pruned
+        ("level", 1, [A], [F(2, 7)], F(2, 7), 0),  # A is the best, but code 1 was pruned with the same score
         ("level", 2, [A, D], [F(2, 7), F(12, 49)], F(1, 7), 2),
         ("level", 3, [A, D, B], [F(2, 7), F(12, 49), F(1, 7)], F(1, 49), 3),
-        ("valid", 1, [A], [F(4, 9)], F(1, 3), 1),  # all of code 1 together has less than A
+        ("valid", 1, [A], [F(4, 9)], F(1, 3), 1),  # code 1 scores less than A
         ("valid", 2, [A, D], [F(4, 9), F(4, 13)], F(2, 9), 2),
         ("valid", 3, [A, D, B], [F(4, 9), F(4, 13), F(2, 9)], F(1, 39), 3),
     ],
 )
-def test_lists_scores_what_was_pruned_and_what_is_certified(
+def test_items_scores_pruned_scores_and_certificates_are_as_computed_by_hand(
     family, backend, normalize, beams, items, products, pruned, certified, monkeypatch
 ):
     cut, of_leaves = [], Recommendations.of_leaves
@@ -120,7 +122,7 @@ def test_lists_scores_what_was_pruned_and_what_is_certified(
     ("normalize", "best", "product"),
     [("vocab", D, F(3, 16)), ("level", A, F(2, 7)), ("valid", A, F(4, 9))],
 )
-def test_an_exact_search_finds_and_proves_what_one_beam_does_not(family, backend, normalize, best, product):
+def test_an_exact_search_proves_the_best_item_that_one_beam_misses(family, backend, normalize, best, product):
     found = Decoder(MODELS[family], CATALOG, 1, normalize, backend=backend).decode_exact(*PROMPT, 1, 1)
     assert found.items.tolist() == [[best]] and found.certified.tolist() == [1]
     assert found.scores[0].tolist() == pytest.approx(logs([product]), **CLOSE)
@@ -132,10 +134,10 @@ def test_an_exact_search_finds_and_proves_what_one_beam_does_not(family, backend
     [
         ("vocab", [A, B], [F(1, 8), F(1, 16)]),
         ("level", [A, B], [F(2, 7), F(1, 7)]),
-        ("valid", [A, C], [F(4, 9), F(1, 3)]),  # after code 1 only C is left, with certainty: 1/3 1
+        ("valid", [A, C], [F(4, 9), F(1, 3)]),  # after code 1 only C is left, with probability 1
     ],
 )
-def test_without_the_item_of_the_history(family, backend, normalize, items, products):
+def test_the_item_of_the_history_is_excluded(family, backend, normalize, items, products):
     decoder = Decoder(MODELS[family], CATALOG, 1, normalize, backend=backend)
     found = decoder.decode(*PROMPT, 2, filter=RequestFilter.excluding(decoder.trie, [[D]]))
     assert found.items.tolist() == [items]
@@ -151,7 +153,7 @@ def test_without_the_item_of_the_history(family, backend, normalize, items, prod
         ("valid", [A, D, B], [F(4, 9), F(4, 13), F(2, 9)]),
     ],
 )
-def test_the_yardstick_agrees(family, normalize, items, products):
+def test_the_reference_engine_agrees(family, normalize, items, products):
     found = TransformersDecoder(MODELS[family], CATALOG, 1, normalize).decode(*PROMPT, 3)
     assert found.items.tolist() == [items]
     assert found.scores[0].tolist() == pytest.approx(logs(products), **CLOSE)

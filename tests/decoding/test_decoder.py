@@ -1,4 +1,4 @@
-"""The decoder against ``transformers``' beam search, against brute force, and its promises."""
+"""The decoder against ``transformers`` and brute force, and the guarantees of its interface."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_lists_equal_those_of_transformers(bench, same_lists, family, normal
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_a_beam_for_every_item_the_list_is_the_exact_ranking(bench, family, normalize):
+def test_with_one_beam_per_item_the_list_is_the_exact_ranking(bench, family, normalize):
     made = bench(family, 30)
     ids, mask = made.prompts([5])
     found = Decoder(made.model, made.catalog, START, normalize).decode(ids, mask, 30)
@@ -65,7 +65,7 @@ def test_with_a_beam_for_every_item_the_list_is_the_exact_ranking(bench, family,
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3),
     seed=st.integers(0, 1000),
 )
-def test_results_are_different_catalog_items_and_the_certified_ones_are_brute_forces(
+def test_results_are_distinct_items_and_certified_ones_equal_brute_force(
     bench, family, normalize, items, beams, lengths, seed
 ):
     made = bench(family, items, seed)
@@ -79,7 +79,7 @@ def test_results_are_different_catalog_items_and_the_certified_ones_are_brute_fo
         assert mask[row].sum() == length
         torch.testing.assert_close(found.scores[row, : len(live)], expected[live], rtol=0, atol=1e-4)
         proven = int(found.certified[row])
-        best = expected.topk(min(proven, items)).values  # what no other item exceeds
+        best = expected.topk(min(proven, items)).values  # no other item scores more
         torch.testing.assert_close(found.scores[row, :proven], best, rtol=0, atol=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_results_are_different_catalog_items_and_the_certified_ones_are_brute_fo
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3),
     seed=st.integers(0, 1000),
 )
-def test_an_exact_search_is_brute_force_or_says_what_it_could_not_prove(
+def test_an_exact_search_equals_brute_force_or_reports_what_is_unproven(
     bench, family, normalize, items, top, budget, lengths, seed
 ):
     made = bench(family, items, seed)
@@ -112,7 +112,7 @@ def test_an_exact_search_is_brute_force_or_says_what_it_could_not_prove(
         torch.testing.assert_close(found.scores[row, : len(live)], expected[live], rtol=0, atol=1e-4)
 
 
-def test_an_exact_search_proves_what_a_narrow_beam_could_not(bench):
+def test_an_exact_search_proves_more_than_a_narrow_beam(bench):
     made = bench("gpt2", 100)
     prompts = made.prompts([3, 5, 7, 2])
     decoder = Decoder(made.model, made.catalog, START)
@@ -126,7 +126,7 @@ def test_an_exact_search_proves_what_a_narrow_beam_could_not(bench):
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "level"])
-def test_of_5000_items_256_beams_and_the_exact_search_are_brute_forces(normalize):
+def test_256_beams_and_the_exact_search_over_5000_items_equal_brute_force(normalize):
     size, levels = 20, 3
     chosen = torch.randperm(size**levels, generator=torch.Generator().manual_seed(7))[:5000]
     codes = torch.stack([chosen // size**2, chosen // size % size, chosen % size], dim=1)
@@ -156,7 +156,7 @@ def test_of_5000_items_256_beams_and_the_exact_search_are_brute_forces(normalize
 
 
 @pytest.mark.parametrize(("top", "beams", "budget"), [(0, 4, 9), (5, 4, 9), (4, 10, 9)])
-def test_an_exact_search_refuses_sizes_that_do_not_nest(bench, top, beams, budget):
+def test_an_exact_search_requires_top_beams_and_budget_in_ascending_order(bench, top, beams, budget):
     made = bench("gpt2")
     with pytest.raises(UserError, match="1 <= top <= beams <= budget"):
         Decoder(made.model, made.catalog, START).decode_exact(*made.prompts([3]), top, beams, budget=budget)
@@ -170,7 +170,7 @@ def test_some_results_are_certified_and_some_are_not(bench):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_user_gets_the_same_list_alone_and_in_a_padded_batch(bench, same_lists, family):
+def test_a_users_list_is_the_same_alone_and_in_a_padded_batch(bench, same_lists, family):
     made = bench(family)
     ids, mask = made.prompts([9, 3])
     decoder = Decoder(made.model, made.catalog, START)
@@ -181,7 +181,7 @@ def test_a_user_gets_the_same_list_alone_and_in_a_padded_batch(bench, same_lists
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_stands_in_the_padding_changes_nothing(bench, family):
+def test_the_tokens_in_the_padding_have_no_effect(bench, family):
     made = bench(family)
     ids, mask = made.prompts([9, 3])
     decoder = Decoder(made.model, made.catalog, START)
@@ -192,7 +192,7 @@ def test_what_stands_in_the_padding_changes_nothing(bench, family):
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_filter_leaves_only_what_it_allows_in_the_order_of_brute_force(bench, family, normalize):
+def test_a_filtered_list_is_brute_force_over_the_allowed_items(bench, family, normalize):
     made = bench(family, 40)
     allowed = torch.arange(40) % 3 == 0
     decoder = Decoder(made.model, made.catalog, START, normalize)
@@ -200,12 +200,12 @@ def test_a_filter_leaves_only_what_it_allows_in_the_order_of_brute_force(bench, 
     found = decoder.decode(ids, mask, 40, filter=ItemFilter.from_mask(decoder.trie, allowed))
     live = found.items[0][found.items[0] >= 0]
     assert sorted(live.tolist()) == torch.nonzero(allowed).flatten().tolist()
-    if normalize != "valid":  # "valid" normalises over what the filter lets through
+    if normalize != "valid":  # "valid" normalizes over the codes that pass the filter
         expected = made.all_scores(ids[0], normalize)
         torch.testing.assert_close(found.scores[0, : len(live)], expected[live], rtol=0, atol=1e-4)
 
 
-def test_valid_normalisation_under_a_filter_is_that_of_the_smaller_catalog(bench):
+def test_valid_normalization_under_a_filter_equals_that_of_the_smaller_catalog(bench):
     made = bench("llama", 40)
     kept = torch.nonzero(torch.arange(40) % 3 == 0).flatten()
     ids, mask = made.prompts([6])
@@ -218,7 +218,7 @@ def test_valid_normalisation_under_a_filter_is_that_of_the_smaller_catalog(bench
     torch.testing.assert_close(filtered.scores, alone.scores, rtol=0, atol=1e-5)
 
 
-def test_a_filter_that_allows_nothing_gives_an_empty_list(bench):
+def test_a_filter_that_allows_nothing_returns_an_empty_list(bench):
     made = bench("gpt2", 20)
     decoder = Decoder(made.model, made.catalog, START)
     nothing = ItemFilter.from_mask(decoder.trie, torch.zeros(20, dtype=torch.bool))
@@ -228,7 +228,7 @@ def test_a_filter_that_allows_nothing_gives_an_empty_list(bench):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_more_beams_than_items_leave_places_without_an_item(bench, family):
+def test_with_more_beams_than_items_the_rest_of_the_list_is_empty(bench, family):
     made = bench(family, 7)
     found = Decoder(made.model, made.catalog, START).decode(*made.prompts([4, 2]), 12)
     assert found.items.shape == (2, 12) and (found.items[:, 7:] == -1).all()
@@ -237,7 +237,7 @@ def test_more_beams_than_items_leave_places_without_an_item(bench, family):
     assert found.certified.tolist() == [7, 7]
 
 
-def test_item_ids_of_the_catalog_come_back(bench):
+def test_integer_item_ids_of_the_catalog_are_returned(bench):
     made = bench("gpt2", 10)
     named = Catalog.from_codes(made.catalog.codes, SIZE, [100 + i for i in range(10)])
     prompts = made.prompts([4])
@@ -246,7 +246,7 @@ def test_item_ids_of_the_catalog_come_back(bench):
     assert torch.equal(found.items, plain.items + 100)
 
 
-def test_a_catalog_of_another_shape_is_refused_with_both_numbers(bench):
+def test_a_catalog_that_needs_more_tokens_is_refused_with_both_numbers(bench):
     made = bench("gpt2")
     larger = Catalog.from_codes(torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]), SIZE)
     for engine in (Decoder, TransformersDecoder):
@@ -259,7 +259,7 @@ def test_a_catalog_of_another_shape_is_refused_with_both_numbers(bench):
         ]
 
 
-def test_arguments_that_cannot_be_served_are_refused(bench):
+def test_invalid_arguments_are_refused(bench):
     made = bench("gpt2")
     ids, mask = made.prompts([4, 2])
     decoder = Decoder(made.model, made.catalog, START)
@@ -274,10 +274,10 @@ def test_arguments_that_cannot_be_served_are_refused(bench):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_beams_with_one_item_each_below_end_the_search_with_the_same_lists(
+def test_the_search_ends_early_with_the_same_lists_if_each_beam_has_one_item_below(
     family, bench, monkeypatch, same_lists
 ):
-    """A catalog whose first two codes name the item: with "valid" the model is not asked for the third."""
+    """The first two codes determine the item: under "valid" the model does not compute the third."""
     model = bench(family).model
     codes = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE))
     catalog = Catalog.from_codes(torch.cat((codes, codes.flip(1)[:, :1]), dim=1), SIZE)
@@ -303,10 +303,10 @@ def test_beams_with_one_item_each_below_end_the_search_with_the_same_lists(
 
 @pytest.mark.parametrize("items", [20, 40, 90])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_valid_beams_with_one_item_below_are_not_fed_and_the_lists_stay_the_same(
+def test_valid_beams_with_one_item_below_are_not_computed_and_the_lists_are_the_same(
     family, items, bench, monkeypatch, same_lists
 ):
-    """Users whose beams close at different steps."""
+    """The beams of these users have one item below at different steps."""
     made = bench(family, items)
     prompts = made.prompts([4, 7, 2])
     decoder = Decoder(made.model, made.catalog, START, "valid", backend="native")
@@ -334,7 +334,7 @@ def test_valid_beams_with_one_item_below_are_not_fed_and_the_lists_stay_the_same
         fed.clear()
 
 
-def test_a_step_that_asks_for_what_grew_from_a_beam_left_out_is_refused(bench):
+def test_a_step_that_extends_a_beam_without_logits_is_refused(bench):
     made = bench("llama")
     state = Decoder(made.model, made.catalog, START, backend="native").plan.new_state()
     state.prefill(*made.prompts([4]), LogitsRequest(START, SIZE, logsumexp=False))

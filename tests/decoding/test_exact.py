@@ -1,4 +1,4 @@
-"""The scores of the whole catalog against brute force and against beams for every item."""
+"""``score_all`` against brute force and against a search with one beam per item."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NORMALIZE = ("vocab", "level", "valid")
 @pytest.mark.parametrize("rows", [None, 1, 7, 130])
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_items_score_is_that_of_brute_force(bench, family, normalize, rows):
-    """However they are cut: a chunk of one rank, chunks that cut a prefix in two, users two by two."""
+def test_the_score_of_every_item_equals_brute_force(bench, family, normalize, rows):
+    """For chunks of one rank, for chunks that split a prefix, and for users in groups of two."""
     made = bench(family)
     ids, mask = made.prompts([7, 2, 4])
     scores = score_all(Decoder(made.model, made.catalog, START, normalize), ids, mask, rows=rows)
@@ -35,8 +35,8 @@ def test_every_items_score_is_that_of_brute_force(bench, family, normalize, rows
 @pytest.mark.parametrize("items", [1, 2, 30, 216])
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_they_are_the_scores_of_a_search_with_a_beam_for_every_item(bench, family, normalize, items, backend):
-    """A lone item, few, and a trie that is full."""
+def test_the_scores_equal_those_of_a_search_with_one_beam_per_item(bench, family, normalize, items, backend):
+    """For one item, a few items, and a full trie."""
     made = bench(family, items)
     prompts = made.prompts([5, 3])
     decoder = Decoder(made.model, made.catalog, START, normalize, backend=backend)
@@ -45,7 +45,7 @@ def test_they_are_the_scores_of_a_search_with_a_beam_for_every_item(bench, famil
     torch.testing.assert_close(scores.gather(1, found.items), found.scores, rtol=0, atol=1e-4)
 
 
-def test_a_valid_prefix_of_one_item_is_not_fed(bench, monkeypatch):
+def test_a_valid_prefix_with_one_item_is_not_computed(bench, monkeypatch):
     """60 of 216 items: fewer rows than prefixes for "valid", all of them for "level"."""
     from cemg.decoding.models.native import NativeState
 
@@ -65,7 +65,7 @@ def test_a_valid_prefix_of_one_item_is_not_fed(bench, monkeypatch):
     assert fed[3] < fed[1]
 
 
-def test_no_rows_are_refused(bench):
+def test_fewer_than_one_row_is_refused(bench):
     made = bench("gpt2")
     with pytest.raises(UserError, match="rows must be at least 1, got 0"):
         score_all(Decoder(made.model, made.catalog, START), *made.prompts([3, 3, 3]), rows=0)
@@ -73,8 +73,8 @@ def test_no_rows_are_refused(bench):
 
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_stepper_that_is_rewound_answers_as_a_new_one_does(bench, family, backend):
-    """After steps of other widths, and again right after the prompt."""
+def test_a_state_reset_to_its_prefill_returns_the_logits_of_a_new_one(bench, family, backend):
+    """After steps with other numbers of beams, and right after the prefill."""
     made = bench(family)
     plan = Decoder(made.model, made.catalog, START, backend=backend).plan
     requests = [LogitsRequest(START + level * SIZE, SIZE, logsumexp=True) for level in range(3)]
@@ -97,7 +97,7 @@ def test_a_stepper_that_is_rewound_answers_as_a_new_one_does(bench, family, back
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_the_encoder_reads_a_prompt_once_for_all_chunks(bench, backend, monkeypatch):
+def test_the_encoder_runs_once_per_prompt_for_all_chunks(bench, backend, monkeypatch):
     made, calls = bench("t5"), []
     encode = T5State._encode
     decoder = Decoder(made.model, made.catalog, START, backend=backend)
@@ -105,4 +105,4 @@ def test_the_encoder_reads_a_prompt_once_for_all_chunks(bench, backend, monkeypa
     hook = made.model.encoder.register_forward_hook(lambda *_: calls.append(1))
     score_all(decoder, *made.prompts([4, 6]), rows=7)
     hook.remove()
-    assert len(calls) == 2  # a user each
+    assert len(calls) == 2  # one per user

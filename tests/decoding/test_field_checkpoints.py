@@ -1,4 +1,4 @@
-"""An index.json, a tokenizer with its tokens added and a checkpoint: items as under ``generate``."""
+"""A checkpoint with its index.json and tokenizer decodes to the items that ``generate()`` returns."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_index(folder: Path, *, repeated: int = 0) -> tuple[Path, dict[str, list
 
 
 def make_tokenizer(index: dict[str, list[str]]) -> PreTrainedTokenizerFast:
-    """As the training of these projects extends one: the sorted set of all tokens of the index."""
+    """The tokens that the training of these projects adds: the sorted set of all tokens of the index."""
     words = Tokenizer(WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""A filter a request in the search, against brute force over what each request allows."""
+"""Searches with one filter per request, against brute force over the items that each allows."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def allowed_scores(made: Bench, prompt: Tensor, normalize: str, allowed: Tensor)
     exact=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_each_request_gets_the_proven_best_of_what_it_allows(
+def test_each_request_gets_the_best_of_the_items_that_it_allows(
     bench, family, normalize, items, top, shares, exact, seed
 ):
-    """Each request: a bitmap of a random share of the catalog or none, and a history that is left out."""
+    """Each request has a bitmap of a random share of the catalog or none, and an excluded history."""
     made = bench(family, items, seed)
     generator = torch.Generator().manual_seed(seed)
     ids, mask = made.prompts([1 + (seed + row) % 8 for row in range(len(shares))], seed)
@@ -67,7 +67,7 @@ def test_each_request_gets_the_proven_best_of_what_it_allows(
         allowed[histories[row]] = False
         expected = allowed_scores(made, ids[row, mask[row].bool()], normalize, allowed)
         count = min(top, int(allowed.sum()))
-        assert (found.items[row] >= 0).sum() == count  # full, whatever is not allowed
+        assert (found.items[row] >= 0).sum() == count  # the list is full
         live, proven = found.items[row, :count], int(found.certified[row])
         assert bool(allowed[live].all()) and len(set(live.tolist())) == count
         torch.testing.assert_close(found.scores[row, :count], expected[live], rtol=0, atol=1e-4)
@@ -80,7 +80,7 @@ def test_each_request_gets_the_proven_best_of_what_it_allows(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_list_is_full_where_the_beam_would_be_all_history(bench, family):
+def test_lists_are_full_even_if_an_unfiltered_beam_would_hold_only_the_history(bench, family):
     made = bench(family)
     prompts = made.prompts([5, 3])
     decoder = Decoder(made.model, made.catalog, START)
@@ -94,7 +94,7 @@ def test_the_list_is_full_where_the_beam_would_be_all_history(bench, family):
     assert found.certified.tolist() == [8, 8]
 
 
-def test_a_row_that_is_searched_again_keeps_its_own_filter(bench):
+def test_a_second_search_of_a_row_uses_its_own_filter(bench):
     made = bench("gpt2", 100)
     prompts = made.prompts([3, 5, 7, 2])
     decoder = Decoder(made.model, made.catalog, START)
@@ -106,7 +106,7 @@ def test_a_row_that_is_searched_again_keeps_its_own_filter(bench):
     assert bool((found.items % 3 == (torch.arange(4) % 3)[:, None]).all())
 
 
-def test_valid_scores_under_a_filter_are_higher_and_the_others_do_not_change(bench):
+def test_a_filter_raises_valid_scores_and_leaves_the_others_unchanged(bench):
     made = bench("llama", 40)
     ids, mask = made.prompts([6])
     for normalize in NORMALIZE:
@@ -119,7 +119,7 @@ def test_valid_scores_under_a_filter_are_higher_and_the_others_do_not_change(ben
         assert bool((gain > -1e-4).all())
 
 
-def test_a_filter_for_another_number_of_requests_is_refused(bench):
+def test_a_filter_for_a_different_number_of_requests_is_refused(bench):
     made = bench("gpt2")
     decoder = Decoder(made.model, made.catalog, START)
     two = RequestFilter.excluding(decoder.trie, [[1], [2]])

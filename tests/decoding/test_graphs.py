@@ -1,4 +1,4 @@
-"""Recorded searches: buckets, padding, what is kept. A GPU records; here the recording is a plain call."""
+"""Recorded searches: buckets, padding, and which recordings are kept. Here a recording is a plain call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Stands in for the GPU: what it records runs over the static tensors at each replay."""
+    """Replaces the CUDA capture: the search runs over the static tensors at each replay."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -29,7 +29,7 @@ class Recorder:
 
 
 def decoders(made: Bench, normalize: Normalize = "vocab") -> tuple[Decoder, Decoder, Recorder]:
-    """A decoder that records, one that does not, and what the first records with."""
+    """A decoder that records, one that does not, and the recorder of the first."""
     recorded, plain = (
         Decoder(made.model, made.catalog, START, normalize, backend="torch", graphs=graphs)
         for graphs in (True, False)
@@ -49,7 +49,7 @@ def test_a_bucket_is_a_power_of_two_of_users_and_a_multiple_of_16_tokens(shape, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("normalize", ["vocab", "valid"])
-def test_a_replayed_search_gives_what_the_search_gives(family, normalize, bench, same_lists):
+def test_a_replayed_search_returns_the_results_of_the_search(family, normalize, bench, same_lists):
     made = bench(family)
     recorded, plain, recorder = decoders(made, normalize)
     assert recorded.path == plain.path + ", CUDA graphs"
@@ -58,19 +58,19 @@ def test_a_replayed_search_gives_what_the_search_gives(family, normalize, bench,
         for beams in (4, 9):
             same_lists(recorded.decode(*prompts, beams), plain.decode(*prompts, beams))
     assert recorder.times == 3 * 2
-    full = made.prompts([16, 15, 14])  # a bucket that is there, but with more tokens
+    full = made.prompts([16, 15, 14])  # a known bucket, but with more tokens
     same_lists(recorded.decode(*full, 4), plain.decode(*full, 4))
     assert recorder.times == 3 * 2 + 1
     recorded.graphs.recordings.popitem()
     buckets = sorted((bucket, tokens) for _, bucket, tokens, _ in recorded.graphs.recordings)
     assert buckets == sorted(
         2 * [((1, 16), 4), ((2, 16), 16), ((4, 16), 16)]
-    )  # tokens: quarters of all cells
+    )  # token counts are quarters of the cells
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "valid"])
 def test_a_recording_serves_every_filter_of_its_kind(normalize, bench, same_lists):
-    """Drawn anew each time and dropped, so that a later one may stand where an earlier one stood."""
+    """Filters are created and dropped, so that a later one may get the address of an earlier one."""
     made = bench("llama")
     recorded, plain, recorder = decoders(made, normalize)
     trie, generator = plain.trie, torch.Generator().manual_seed(0)
@@ -89,16 +89,16 @@ def test_a_recording_serves_every_filter_of_its_kind(normalize, bench, same_list
         prompts = made.prompts([4, 7, 1, 3][:users], seed=most)
         both = stacked(users) & left_out(users, most)
         for filter in (some(), left_out(users, most), stacked(users), both, None):
-            for _ in range(2):  # the same one again is not written again
+            for _ in range(2):  # the second time it is not written
                 found = recorded.decode(*prompts, 6, filter=filter)
                 same_lists(found, plain.decode(*prompts, 6, filter=filter))
-    assert recorder.times == 5  # a kind each
+    assert recorder.times == 5  # one per kind
     recorded.decode(*made.prompts([1, 1, 1]), 6, filter=left_out(3, 60))
-    assert recorder.times == 6  # longer lists are another kind
+    assert recorder.times == 6  # a longer list is another kind
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_columns_without_a_token_are_no_part_of_the_bucket(family, bench, same_lists):
+def test_columns_without_tokens_do_not_count_for_the_bucket(family, bench, same_lists):
     made = bench(family)
     recorded, plain, recorder = decoders(made)
     ids, mask = made.prompts([5, 9])
@@ -117,7 +117,7 @@ def test_a_replay_refuses_a_filter_of_another_trie(bench):
         recorded.decode(*prompts, 4, filter=ItemFilter.everything(other.catalog.trie))
 
 
-def test_what_a_call_returned_outlives_the_next_call(bench):
+def test_results_stay_unchanged_after_the_next_call(bench):
     made = bench("t5")
     recorded, *_ = decoders(made)
     first = recorded.decode(*made.prompts([5]), 4)
@@ -140,17 +140,17 @@ def test_threads_that_share_a_recording_get_their_own_results(bench, same_lists)
                 same_lists(found, own)
 
 
-def test_the_least_recently_used_recording_goes_first(monkeypatch):
+def test_the_least_recently_used_recording_is_dropped_first(monkeypatch):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     recorder = Recorder()
     kept = GraphCache(pad_left=True, device=CPU, capture=recorder)
     prompts = torch.ones(1, 4, dtype=torch.int64)
-    for key in "ab", "a", "c", "a", "b":  # "b" was last used before "a", so "c" drives it out
+    for key in "ab", "a", "c", "a", "b":  # "b" was used before "a", so "c" replaces it
         for one in key:
             kept.run(lambda ids, mask, *_: (ids + mask,), one, prompts, prompts)
     assert recorder.times == 4 and len(kept.recordings) == 2
 
 
-def test_a_model_without_a_stepper_of_our_own_is_never_recorded(bench):
+def test_a_model_on_its_own_forward_is_never_recorded(bench):
     made = bench("t5")
     assert Decoder(made.model, made.catalog, START, backend="reference", graphs=True).graphs is None

@@ -1,4 +1,4 @@
-"""A Decoder compares its path with the model's own forward when it is made, and takes one that agrees."""
+"""A Decoder compares paths with the model's own forward when it is created, and uses one that agrees."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STATES = {"gpt2": CausalState, "t5 tied": T5State}
 
 
 def tilted(logits: Logits) -> Logits:
-    """A hundredth of the spread of the logits, on every other code."""
+    """Adds a hundredth of the standard deviation of the logits to every other code."""
     columns = logits.values.clone()
     columns[..., ::2] += 0.01 * columns.std()
     return Logits(columns, logits.logsumexp)
@@ -45,7 +45,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, kind: type, method: str = "decode_ste
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize("method", ["prefill", "decode_step"])
 @pytest.mark.parametrize("shape", STATES)
-def test_a_path_that_differs_is_passed_over_and_the_path_says_so(shape, method, normalize, monkeypatch):
+def test_a_path_that_differs_from_the_model_is_skipped_and_named(shape, method, normalize, monkeypatch):
     model, catalog = build(*SHAPES[shape]), random_catalog(60, 1)
     kind = "T5" if shape == "t5 tied" else "decoder-only"
     prompts = Bench(model, catalog).prompts([5, 3])
@@ -61,7 +61,7 @@ def test_a_path_that_differs_is_passed_over_and_the_path_says_so(shape, method, 
     torch.testing.assert_close(own.decode(*prompts, 20).scores, expected.scores, rtol=0, atol=1e-4)
 
 
-def test_where_no_path_is_right_the_model_is_refused(monkeypatch):
+def test_a_model_without_a_correct_path_is_refused(monkeypatch):
     model = build(*SHAPES["gpt2"])
     for kind in (NativeState, CausalState, TreeMaskState, RowsState):
         spoil(monkeypatch, kind)
@@ -84,7 +84,7 @@ def test_an_error_inside_a_path_counts_as_a_difference(monkeypatch):
     assert decoder.path == f"fast decoder-only: {reason}"
 
 
-def test_memory_that_runs_out_is_not_taken_for_a_difference(monkeypatch):
+def test_an_out_of_memory_error_is_raised_and_not_counted_as_a_difference(monkeypatch):
     def full(self: Any, *of: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
@@ -107,7 +107,7 @@ STEP_OF = {kind: kind.decode_step for kind in START_OF}
 
 @pytest.mark.parametrize("kind", START_OF)
 @pytest.mark.parametrize(("method", "fault"), [("prefill", faulty_padding), ("decode_step", faulty_parents)])
-def test_faults_of_padding_and_of_parents_are_seen(kind, method, fault, monkeypatch):
+def test_errors_in_padding_and_in_parents_are_detected(kind, method, fault, monkeypatch):
     model = build(*SHAPES["t5 tied" if kind is T5State else "llama, as many key heads"])
     backend = {NativeState: "native", TreeMaskState: "reference"}.get(kind, "torch")
     monkeypatch.setattr(kind, method, fault)
@@ -121,13 +121,13 @@ def test_faults_of_padding_and_of_parents_are_seen(kind, method, fault, monkeypa
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_roundings_of_half_precision_are_not_taken_for_a_difference(shape, dtype):
+def test_rounding_in_half_precision_is_not_counted_as_a_difference(shape, dtype):
     model = build(*SHAPES[shape]).to(dtype)
     assert Decoder(model, random_catalog(60, 1), START).path.startswith("fast")
     assert Decoder(model, random_catalog(60, 1), START, backend="reference").path.startswith(OWN)
 
 
-def test_faults_are_seen_in_half_precision_too(monkeypatch):
+def test_errors_are_detected_in_half_precision_too(monkeypatch):
     model = build(*SHAPES["llama, as many key heads"]).to(torch.bfloat16)
     whole = CausalState.decode_step
     monkeypatch.setattr(CausalState, "decode_step", lambda self, *of: quieter(whole(self, *of)))
@@ -139,7 +139,7 @@ def quieter(logits: Logits) -> Logits:
 
 
 def test_weights_that_amplify_roundings_are_compared_with_the_models_own_roundings():
-    """Attention scores in the thousands: one rounding decides which token is attended to."""
+    """With attention scores in the thousands, one rounding decides which token is attended to."""
     model = build(*SHAPES["t5 gated, uneven stacks"]).to(torch.bfloat16)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -159,7 +159,7 @@ def test_the_precision_is_that_of_the_least_precise_weight():
     assert precision_of(model.float()) == 2.0**-7
 
 
-def test_the_check_leaves_no_trace():
+def test_the_check_leaves_the_model_and_the_random_state_unchanged():
     model = build(*SHAPES["gpt2"]).train()
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
@@ -182,7 +182,7 @@ def test_a_model_whose_own_forward_fails_is_refused_with_its_error():
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_weights_that_are_no_numbers_are_refused(backend):
+def test_nan_weights_are_refused(backend):
     model = build(*SHAPES["gpt2"])
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
@@ -192,9 +192,9 @@ def test_weights_that_are_no_numbers_are_refused(backend):
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
 @pytest.mark.parametrize("shape", ["t5 tied", "gpt2"])
-def test_catalogs_of_any_depth_and_models_with_few_places_are_checked(shape, levels):
+def test_catalogs_of_any_depth_and_models_with_few_positions_are_checked(shape, levels):
     kind, settings = SHAPES[shape]
-    if shape == "gpt2":  # room for one token and its codes
+    if shape == "gpt2":  # positions for one token and its codes
         settings = settings | {"n_positions": levels}
     model = build(kind, settings | {"vocab_size": 40})
     catalog = Catalog.from_codes(torch.cartesian_prod(*[torch.arange(2)] * levels).view(-1, levels), 2)
@@ -203,7 +203,7 @@ def test_catalogs_of_any_depth_and_models_with_few_places_are_checked(shape, lev
     assert own.path.startswith(OWN) and "differ" not in own.path
 
 
-def test_a_fault_past_the_local_window_is_seen(monkeypatch):
+def test_an_error_past_the_local_window_is_detected(monkeypatch):
     model, catalog = build("Mistral", ROTARY | {"sliding_window": 12}), random_catalog(60, 1)
     assert Decoder(model, catalog, START).path == f"{OWN}: attention over a sliding window"
     monkeypatch.setattr(generic_module, "WINDOWS", ())
@@ -211,7 +211,7 @@ def test_a_fault_past_the_local_window_is_seen(monkeypatch):
     assert "tree mask: its log-probabilities differ" in blind.path and "one row per beam" in blind.path
 
 
-def test_a_local_window_that_has_another_name_is_checked(same_lists):
+def test_a_local_window_under_another_name_is_checked(same_lists):
     settings = {"attention_types": [[["global", "local"], 1]], "window_size": 4}
     shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64}
     torch.manual_seed(0)
@@ -228,7 +228,7 @@ def test_a_local_window_that_has_another_name_is_checked(same_lists):
     )
 
 
-def test_a_window_too_long_to_check_in_seconds_is_left_out(monkeypatch):
+def test_a_window_that_takes_too_long_to_check_is_skipped(monkeypatch):
     model = build("Mistral", ROTARY | {"sliding_window": 12})
     decoder = Decoder(model, random_catalog(60, 1), START)
     prompts = [len(case.prompts) for case in decoder._parity_check().cases]
@@ -245,7 +245,7 @@ def test_the_two_beams_of_the_check_differ():
     assert all(not torch.equal(step[:, 0], step[:, 1]) for step in case.expected[1:])
 
 
-def test_codes_without_a_token_are_left_out_of_the_check():
+def test_codes_without_a_token_are_not_checked():
     model = build(*SHAPES["gpt2"])
     table = torch.arange(3 * SIZE).view(3, SIZE) + START
     table[1, 4:] = -1
@@ -257,7 +257,9 @@ def test_codes_without_a_token_are_left_out_of_the_check():
 
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("shape", ["t5 tied", "gpt2"])
-def test_a_model_that_trains_decodes_without_dropout_and_trains_on(shape, backend, same_lists):
+def test_a_model_in_training_mode_decodes_without_dropout_and_stays_in_training_mode(
+    shape, backend, same_lists
+):
     kind, settings = SHAPES[shape]
     more = {"dropout_rate": 0.5} if kind == "T5" else {"resid_pdrop": 0.5, "embd_pdrop": 0.5}
     model, catalog = build(kind, settings | more), random_catalog(60, 1)
@@ -276,7 +278,7 @@ def test_a_model_that_trains_decodes_without_dropout_and_trains_on(shape, backen
     assert model.train().training and all(module.training for module in model.modules())
 
 
-def test_a_model_trains_on_only_after_the_last_of_several_searches():
+def test_training_mode_returns_only_after_the_last_of_several_searches():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
     model[0].eval()
     with evaluating(model):
@@ -286,7 +288,7 @@ def test_a_model_trains_on_only_after_the_last_of_several_searches():
     assert model.training and model[1].training and not model[0].training
 
 
-def test_searches_side_by_side_see_no_dropout(same_lists):
+def test_concurrent_searches_run_without_dropout(same_lists):
     model, catalog = build("GPT2", SHAPES["gpt2"][1] | {"embd_pdrop": 0.5}), random_catalog(60, 1)
     decoder = Decoder(model, catalog, START, backend="reference")
     prompts = Bench(model, catalog).prompts([5, 3])
@@ -298,8 +300,8 @@ def test_searches_side_by_side_see_no_dropout(same_lists):
     assert all(module.training for module in model.modules())
 
 
-def test_a_self_check_of_nothing_asks_nothing():
-    """The reference is computed at the first comparison, not before: a path may be refused without it."""
+def test_the_reference_logits_are_computed_at_the_first_comparison():
+    """A path may be refused before any comparison, so the reference is not computed earlier."""
     model = build(*SHAPES["gpt2"])
     decoder = Decoder(model, random_catalog(60, 1), START, check=False)
     levels = range(3)

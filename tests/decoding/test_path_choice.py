@@ -1,4 +1,4 @@
-"""Which path a model gets: a fast one only where each module is the plain one, else its own forward."""
+"""The path of a model: a fast one only if every module is a plain one, else the model's own forward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OWN = "the model's own forward"
 
 
 def check(model: Any, same_lists: Callable[..., None], path: str = OWN) -> str:
-    """The model's lists are those of ``generate()`` with a prefix trie; returns the path, which starts so."""
+    """Asserts that lists equal those of ``generate()`` and that the path starts with ``path``; returns it."""
     catalog = random_catalog(60, 1)
     decoder = Decoder(model, catalog, START)
     assert decoder.path.startswith(path), decoder.path
@@ -38,7 +38,7 @@ def check(model: Any, same_lists: Callable[..., None], path: str = OWN) -> str:
 
 
 class Rounded(nn.Linear):
-    """Stands for a quantized layer: its class and its forward are not nn.Linear's, its weight looks alike."""
+    """Stands for a quantized layer: another class and forward than nn.Linear's, but a similar weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         scale = self.weight.abs().max() / 7
@@ -103,7 +103,7 @@ def replace_the_attention(model: Any) -> None:
         (replace_the_attention, "half_scores"),
     ],
 )
-def test_what_is_attached_to_a_module_is_not_bypassed(change, reason, same_lists):
+def test_a_changed_module_runs_on_the_models_own_forward(change, reason, same_lists):
     model = build(*SHAPES["llama, as many key heads"])
     plain = Decoder(model, random_catalog(60, 1), START)
     assert plain.path.startswith("fast")
@@ -114,7 +114,7 @@ def test_what_is_attached_to_a_module_is_not_bypassed(change, reason, same_lists
 
 
 class Quieter(transformers.T5ForConditionalGeneration):
-    """A T5 whose logits its own code scales."""
+    """A T5 with its own forward, which scales the logits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
@@ -128,9 +128,9 @@ def test_a_subclass_of_a_known_model_runs_on_its_own_forward(same_lists):
     assert "Quieter" in check(model, same_lists)
 
 
-def test_weights_of_another_kind_run_on_the_models_own_forward():
+def test_weights_of_an_unknown_class_run_on_the_models_own_forward():
     class Marked(nn.Parameter):
-        """Stands for what torchao and bitsandbytes put in a weight's place."""
+        """Stands for the classes that torchao and bitsandbytes use instead of nn.Parameter."""
 
     model: Any = build(*SHAPES["gpt2"])
     model.transformer.h[0].mlp.c_fc.weight = Marked(model.transformer.h[0].mlp.c_fc.weight.data)
@@ -142,7 +142,7 @@ def test_weights_of_another_kind_run_on_the_models_own_forward():
 
 
 @pytest.mark.parametrize("settings", [{"load_in_8bit": True}, {"load_in_4bit": True}])
-def test_a_model_that_bitsandbytes_quantized_gives_the_lists_of_generate(settings, same_lists, tmp_path):
+def test_a_model_quantized_by_bitsandbytes_returns_the_lists_of_generate(settings, same_lists, tmp_path):
     pytest.importorskip("bitsandbytes")
     kind, shape = SHAPES["llama, as many key heads"]
     build(kind, shape | {"hidden_size": 64, "intermediate_size": 128}).save_pretrained(tmp_path)
@@ -153,8 +153,8 @@ def test_a_model_that_bitsandbytes_quantized_gives_the_lists_of_generate(setting
     assert "bitsandbytes.nn.modules.Linear" in check(model, same_lists)
 
 
-def test_hooks_that_only_watch_keep_the_fast_path(same_lists):
-    """transformers leaves hooks behind where hidden states were asked for, and for gradient checkpointing."""
+def test_hooks_that_change_nothing_keep_the_fast_path(same_lists):
+    """transformers leaves hooks after hidden states were requested, and for gradient checkpointing."""
     model = build(*SHAPES["llama, as many key heads"])
     model(torch.tensor([[5, 6]]), output_hidden_states=True, output_attentions=True)
     model.enable_input_require_grads()
@@ -171,15 +171,15 @@ def test_dropout_of_a_llama_from_scratch_keeps_the_fast_path(same_lists):
     check(model.eval(), same_lists, path="fast")
 
 
-def test_a_model_cut_to_fewer_layers_runs_those(same_lists):
+def test_a_model_cut_to_fewer_layers_runs_only_those(same_lists):
     model = build(*SHAPES["llama, as many key heads"])
     model.config.num_hidden_layers = 1
     check(model, same_lists, path="fast")
 
 
 @pytest.mark.parametrize("shape", ["t5 tied", "gpt2", "qwen2, biases of three projections"])
-def test_lora_with_a_bias_is_part_of_the_fast_paths_weights(shape, same_lists):
-    """Also where the layer below has no bias, and where some of a layer's projections have one."""
+def test_the_fast_path_applies_lora_with_a_bias(shape, same_lists):
+    """Also if the base layer has no bias, and if only some of a layer's projections have one."""
     adapted = with_adapters(build(*SHAPES[shape]), lora_bias=True)
     check(adapted, same_lists, path="fast")
 
@@ -194,7 +194,7 @@ def test_lora_with_a_bias_is_part_of_the_fast_paths_weights(shape, same_lists):
         {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
     ],
 )
-def test_adapters_of_each_kind_give_the_lists_of_generate(options, same_lists):
+def test_adapters_of_each_kind_return_the_lists_of_generate(options, same_lists):
     adapted = with_adapters(build(*SHAPES["qwen3, normed heads"]), **options)
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
@@ -204,8 +204,8 @@ def test_adapters_of_each_kind_give_the_lists_of_generate(options, same_lists):
     check(adapted, same_lists, path=OWN if embedded or options.get("use_dora") else "fast")
 
 
-def test_adapters_without_pefts_wrapper_are_seen(same_lists):
-    """As transformers' own ``load_adapter`` puts them in."""
+def test_adapters_without_pefts_wrapper_are_applied(same_lists):
+    """As transformers' own ``load_adapter`` adds them."""
     from peft import LoraConfig, inject_adapter_in_model
 
     model = build(*SHAPES["llama, as many key heads"])
@@ -245,7 +245,7 @@ def test_adapters_without_pefts_wrapper_are_seen(same_lists):
         ("mt5", {"feed_forward_proj": "relu", "tie_word_embeddings": False}),
     ],
 )  # fmt: skip
-def test_a_setting_that_changes_the_computation_changes_it_on_every_path(shape, settings, same_lists):
+def test_every_path_follows_the_settings_that_change_the_computation(shape, settings, same_lists):
     kind, plain = SHAPES[shape]
     model = build(kind, plain | settings)
     check(model, same_lists, path="")

@@ -66,7 +66,7 @@ def test_auto_models_load_the_folder_and_generate_the_same_items(tmp_path: Path,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_keep_their_dtype(tmp_path: Path, dtype: torch.dtype):
+def test_saved_weights_keep_their_dtype(tmp_path: Path, dtype: torch.dtype):
     make_model("llama").save_pretrained(tmp_path / "source")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=dtype)
     made = Bench(model, random_catalog(40, 2))
@@ -78,7 +78,7 @@ def test_weights_keep_their_dtype(tmp_path: Path, dtype: torch.dtype):
     assert torch.equal(again.decode(*made.prompts([6, 3]), 10).scores, found.scores)
 
 
-def test_a_plain_layout_comes_back_as_one(tmp_path: Path):
+def test_a_consecutive_token_layout_is_loaded_as_one(tmp_path: Path):
     made = Bench(make_model("t5"), random_catalog(40, 2))
     Decoder(made.model, made.catalog, START, "level").save_pretrained(tmp_path)
     again = Decoder.from_pretrained(tmp_path)
@@ -86,7 +86,7 @@ def test_a_plain_layout_comes_back_as_one(tmp_path: Path):
     assert Decoder.from_pretrained(tmp_path, normalize="vocab", backend="reference").normalize == "vocab"
 
 
-def test_lora_is_merged_into_what_is_saved(tmp_path: Path):
+def test_lora_is_merged_into_the_saved_weights(tmp_path: Path):
     from peft import LoraConfig, get_peft_model
 
     made = Bench(make_model("llama"), random_catalog(40, 2))
@@ -107,7 +107,7 @@ def test_lora_is_merged_into_what_is_saved(tmp_path: Path):
     assert not list(tmp_path.glob("adapter*"))
 
 
-def test_adapters_that_do_not_merge_are_refused_and_nothing_is_written(tmp_path: Path):
+def test_adapters_that_cannot_be_merged_are_refused_and_nothing_is_written(tmp_path: Path):
     from peft import PromptTuningConfig, get_peft_model
 
     made = Bench(make_model("llama"), random_catalog(40, 2))
@@ -120,7 +120,7 @@ def test_adapters_that_do_not_merge_are_refused_and_nothing_is_written(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_other_files_of_the_folder_stay_and_a_second_time_replaces_the_first(tmp_path: Path):
+def test_other_files_in_the_folder_stay_and_saving_again_replaces_the_checkpoint(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{}")
     made = Bench(make_model("t5"), random_catalog(40, 2))
     Decoder(made.model, made.catalog, START).save_pretrained(tmp_path)
@@ -131,7 +131,7 @@ def test_other_files_of_the_folder_stay_and_a_second_time_replaces_the_first(tmp
     assert not tmp_path.with_name(f".{tmp_path.name}.part").exists()
 
 
-def test_weights_of_an_earlier_checkpoint_do_not_stay_beside_the_new_ones(tmp_path: Path):
+def test_weight_files_of_an_earlier_checkpoint_are_removed(tmp_path: Path):
     """transformers reads model.safetensors before the index of a checkpoint in several files."""
     made = Bench(make_model("t5"), random_catalog(40, 2))
     made.model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -143,7 +143,7 @@ def test_weights_of_an_earlier_checkpoint_do_not_stay_beside_the_new_ones(tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), other.parameters(), strict=True))
 
 
-def test_a_folder_of_adapters_is_not_written_to(tmp_path: Path):
+def test_saving_into_a_folder_of_adapters_is_refused(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
     made = Bench(make_model("t5"), random_catalog(40, 2))
     with pytest.raises(UserError, match="holds adapters"):

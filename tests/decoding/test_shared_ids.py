@@ -1,4 +1,4 @@
-"""Catalogs in which several items share a semantic ID: all of them are returned, as items."""
+"""Catalogs whose items share semantic IDs: all items of an ID are returned."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shared_catalog(ids: int, items: int, seed: int, *, named: bool = False) -> C
 
 
 def by_hand(catalog: Catalog, scores: list[float], allowed: list[bool], top: int) -> list[tuple[int, float]]:
-    """Catalog rows and scores: best ID first, within an ID the most trained first, then row order."""
+    """Catalog rows and scores: best ID first, then by training count, then by row."""
     codes = [tuple(row) for row in catalog.codes.tolist()]
     assert catalog.counts is not None
     order = sorted(
@@ -68,7 +68,7 @@ def rows_found(catalog: Catalog, items: list[int]) -> list[int]:
     named=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_all_items_of_an_id_come_with_its_score_the_most_trained_first(
+def test_all_items_of_an_id_have_its_score_and_are_sorted_by_training_count(
     bench, family, normalize, ids, more, top, filtered, exact, named, seed
 ):
     catalog = shared_catalog(ids, ids + more, seed, named=named)
@@ -121,7 +121,7 @@ def test_all_items_of_an_id_come_with_its_score_the_most_trained_first(
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_the_yardstick_and_every_backend_return_the_same_items(bench, family, same_lists):
+def test_the_reference_engine_and_every_backend_return_the_same_items(bench, family, same_lists):
     catalog = shared_catalog(30, 70, 5)
     made = Bench(bench(family).model, catalog)
     prompts = made.prompts([5, 3])
@@ -134,7 +134,7 @@ def test_the_yardstick_and_every_backend_return_the_same_items(bench, family, sa
 
 
 def test_certified_counts_items():
-    """One ID of three items far ahead: with one beam its three items are all that is found, and proven."""
+    """One ID with three items scores far above the others: one beam finds and proves its three items."""
     catalog = Catalog.from_codes(torch.tensor([[0, 0], [1, 1], [0, 0], [0, 0]]), 2, shared=True)
     leaves = Recommendations(
         torch.tensor([[0, 1]]),
@@ -148,7 +148,7 @@ def test_certified_counts_items():
     assert cut.items.tolist() == [[0, 2]] and cut.certified.tolist() == [2]
 
 
-def test_the_score_of_every_item_is_the_one_of_its_id(bench):
+def test_score_all_returns_the_score_of_each_items_id(bench):
     catalog = shared_catalog(20, 50, 3)
     made = Bench(bench("llama").model, catalog)
     decoder = Decoder(made.model, catalog, START)
@@ -161,7 +161,7 @@ def test_the_score_of_every_item_is_the_one_of_its_id(bench):
     assert [catalog.item_ids[row] for row in ranked] == every.items[0].tolist()
 
 
-def test_metrics_count_the_item_and_not_its_id(bench):
+def test_metrics_rank_items_and_not_their_ids(bench):
     """The target is the third item of the best ID: its rank is 2, not 0."""
     catalog = Catalog.from_codes(
         torch.tensor([[0, 0, 0]] * 3 + [[1, 2, 3]]), SIZE, shared=True, counts=[1, 5, 3, 9]
@@ -182,7 +182,7 @@ def test_shared_ids_are_refused_unless_asked_for_and_the_fix_works():
     assert (len(catalog), catalog.num_ids) == (2, 1)
 
 
-def test_a_shared_catalog_comes_back_from_its_files(tmp_path):
+def test_a_shared_catalog_is_the_same_after_saving_and_loading(tmp_path):
     tokens = [[5, 3, -1], [9, 8, 7]]
     codes = torch.tensor([[0, 2], [1, 1], [0, 2], [1, 0]])
     catalog = Catalog.from_codes(
@@ -198,17 +198,17 @@ def test_a_shared_catalog_comes_back_from_its_files(tmp_path):
 
 
 @pytest.mark.parametrize("ids", [[-1, 0], [0.5, 1.5], [None, 3]])
-def test_ids_that_are_none_are_refused(ids):
+def test_invalid_ids_are_refused(ids):
     with pytest.raises(UserError, match="item ids must be strings, or integers from 0 on"):
         Catalog.from_codes(torch.tensor([[0, 1], [0, 1]]), 4, ids, shared=True)
 
 
-def test_counts_of_another_number_than_the_items_are_refused():
+def test_a_wrong_number_of_counts_is_refused():
     with pytest.raises(UserError, match=r"counts must be \[2\]"):
         Catalog.from_codes(torch.tensor([[0, 1], [0, 1]]), 4, shared=True, counts=np.ones(3, dtype=int))
 
 
-def test_a_filter_of_the_trie_is_refused_for_it_knows_ids_and_not_items(bench):
+def test_a_filter_of_semantic_ids_is_refused(bench):
     catalog = shared_catalog(5, 9, 1)
     made = Bench(bench("t5").model, catalog)
     decoder, prompts = Decoder(made.model, catalog, START), made.prompts([3])

@@ -1,4 +1,4 @@
-"""The timing hook: what each stage of a search took."""
+"""``record_timings``: seconds per stage of a search."""
 
 from __future__ import annotations
 

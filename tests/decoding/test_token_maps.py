@@ -1,4 +1,4 @@
-"""Code-to-token maps of other people's checkpoints: every engine finds what ``generate`` finds."""
+"""Token maps of other projects' checkpoints: every engine returns the items of ``generate()``."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ SIZES = {
 
 
 def lexicographic() -> list[list[int]]:
-    """Tokens as LETTER's and LC-Rec's training adds them: the sorted names, <a_10> before <a_2>."""
+    """Tokens in the order in which LETTER and LC-Rec add them: sorted names, <a_10> before <a_2>."""
     names = [[f"<{'abc'[level]}_{code}>" for code in range(K)] for level in range(LEVELS)]
     place = {name: START + rank for rank, name in enumerate(sorted(itertools.chain(*names)))}
     return [[place[name] for name in level] for level in names]
 
 
 def scattered() -> Tensor:
-    """Any tokens, in any order; no token for two codes of a level, the same token for two levels."""
+    """Tokens in any order; two codes of a level have no token, and two levels share one."""
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randperm(VOCABULARY - START, generator=generator)[:K] + START for _ in range(LEVELS)]
     rows[2][0] = rows[0][1]
@@ -121,7 +121,7 @@ def by_generate(
 
 
 class OverTheLevel:
-    """Log-softmax over the tokens of the level that comes next, by hand."""
+    """Log-softmax over the tokens of the next level."""
 
     name = "level"
 
@@ -136,7 +136,7 @@ class OverTheLevel:
 
 
 class Renormalized:
-    """Only tells ``by_generate`` to renormalize."""
+    """A marker that makes ``by_generate`` renormalize."""
 
     name = "valid"
 
@@ -147,7 +147,7 @@ class Renormalized:
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize("family", ["t5", "llama"])
 @pytest.mark.parametrize("kind", MAPS)
-def test_every_backend_and_the_yardstick_find_what_generate_finds(models, kind, family, normalize):
+def test_every_backend_and_the_reference_engine_return_the_items_of_generate(models, kind, family, normalize):
     model, catalog, beams = models[family], catalog_of(kind), 8
     start = 1 if family == "t5" else prompts(model)[0].shape[1]
     extra = {"vocab": [], "level": [OverTheLevel(tokens_by_hand(kind), start)], "valid": [Renormalized()]}
@@ -162,7 +162,7 @@ def test_every_backend_and_the_yardstick_find_what_generate_finds(models, kind, 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 @pytest.mark.parametrize("kind", MAPS)
-def test_the_exact_ranking_is_the_one_of_a_beam_for_every_item(models, kind, family):
+def test_the_exact_ranking_equals_a_search_with_one_beam_per_item(models, kind, family):
     model, catalog = models[family], catalog_of(kind)
     for normalize in ("vocab", "level", "valid"):
         decoder = Decoder(model, catalog, normalize=normalize)
@@ -173,7 +173,7 @@ def test_the_exact_ranking_is_the_one_of_a_beam_for_every_item(models, kind, fam
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 @pytest.mark.parametrize("kind", MAPS)
-def test_the_logits_processor_leaves_the_mapped_tokens(models, kind, family):
+def test_the_logits_processor_keeps_the_mapped_tokens(models, kind, family):
     model, catalog = models[family], catalog_of(kind)
     items, _ = by_generate(model, catalog, kind, 6, [])
     ids, mask = prompts(model)
@@ -203,7 +203,7 @@ def test_a_model_with_one_row_per_beam_takes_a_map_too(normalize):
 
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_more_beams_than_items_where_code_0_has_no_token(models, family, normalize):
+def test_more_beams_than_items_if_code_0_has_no_token(models, family, normalize):
     codes = torch.tensor([[3, 2, 7], [3, 5, 7], [4, 2, 6]])
     table = torch.full((3, 8), -1)
     for level, used in enumerate(([3, 4], [2, 5], [6, 7])):
@@ -221,13 +221,13 @@ def test_more_beams_than_items_where_code_0_has_no_token(models, family, normali
         )
 
 
-def test_a_map_given_to_the_decoder_is_the_one_of_the_catalog(models):
+def test_a_map_passed_to_the_decoder_equals_one_in_the_catalog(models):
     own = Decoder(models["t5"], catalog_of("scattered")).decode(*prompts(models["t5"]), 5)
     given = Decoder(models["t5"], catalog_of("scattered", own=False), scattered())
     assert torch.equal(given.decode(*prompts(models["t5"]), 5).items, own.items)
 
 
-def test_an_equal_size_per_level_is_the_plain_layout():
+def test_equal_sizes_per_level_are_the_consecutive_layout():
     tokens = CodeTokens.of(7, (4, 4))
     assert tokens.start == 7 and tokens.table.tolist() == [[7, 8, 9, 10], [11, 12, 13, 14]]
 
@@ -261,7 +261,7 @@ def test_a_map_that_does_not_fit_its_catalog_is_refused(given, message):
         Catalog.from_codes(torch.tensor([[0, 1], [1, 0]]), 2, tokens=given)
 
 
-def test_a_decoder_without_a_map_says_how_to_name_one(models):
+def test_a_decoder_without_a_map_raises_an_error_that_names_the_fix(models):
     with pytest.raises(UserError, match="tokens of the codes are not known") as caught:
         Decoder(models["t5"], catalog_of("per level", own=False))
     assert "code_token_start" in str(caught.value.fix)
@@ -272,7 +272,7 @@ def test_two_maps_that_differ_are_refused(models):
         Decoder(models["t5"], catalog_of("lexicographic"), START)
 
 
-def test_a_map_beyond_the_models_vocabulary_is_refused(models):
+def test_a_map_with_tokens_beyond_the_vocabulary_is_refused(models):
     catalog = Catalog.from_codes(torch.tensor([[0, 1], [1, 0]]), 2, tokens=[[1, 2], [3, VOCABULARY]])
     with pytest.raises(UserError, match="does not belong") as caught:
         Decoder(models["t5"], catalog)

@@ -1,4 +1,4 @@
-"""The logits processor inside ``generate`` finds what the prefix function over a dict finds."""
+"""The logits processor in ``generate()`` returns the items of a prefix function over a dict trie."""
 
 from __future__ import annotations
 
@@ -35,19 +35,24 @@ def generate(made, processor, prompts, beams):
 
 @pytest.mark.parametrize("beams", [1, 7])
 @pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
-def test_one_processor_serves_one_generation_after_the_other(bench, family, beams):
+def test_one_processor_serves_several_generations_in_turn(bench, family, beams):
     made = bench(family)
     processor = TrieLogitsProcessor(made.catalog.trie, START)
-    for lengths in ([6, 3], [6, 6], [3, 3], [9, 2]):  # 6 follows 3 + 3 codes: the length alone says nothing
+    for lengths in (
+        [6, 3],
+        [6, 6],
+        [3, 3],
+        [9, 2],
+    ):  # 6 = 3 + 3 codes: the length alone does not identify a new prompt
         prompts = made.prompts(lengths)
         expected = TransformersDecoder(made.model, made.catalog, START).decode(*prompts, beams)
         assert torch.equal(generate(made, processor, prompts, beams), expected.codes)
 
 
-def test_more_beams_than_items_leave_only_items_before_the_filling(bench):
+def test_with_more_beams_than_items_all_items_come_before_the_filling(bench):
     made = bench("gpt2", 3)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the filling is expected
+        warnings.simplefilter("error")  # filled beams cause no warning
         codes = generate(made, TrieLogitsProcessor(made.catalog.trie, START), made.prompts([4]), 5)
         generate(made, TrieLogitsProcessor(made.catalog.trie, START), made.prompts([4, 2, 3]), 5)
     assert {tuple(row) for row in codes[0, :3].tolist()} == {
@@ -55,7 +60,7 @@ def test_more_beams_than_items_leave_only_items_before_the_filling(bench):
     }
 
 
-def test_each_row_keeps_the_codes_that_go_on_and_loses_all_other_tokens():
+def test_each_row_keeps_only_the_codes_that_continue_an_item():
     processor = TrieLogitsProcessor(TRIE, START)
     scores = torch.arange(24.0).expand(3, -1)
     start = torch.full((3, 2), 7)
@@ -63,17 +68,21 @@ def test_each_row_keeps_the_codes_that_go_on_and_loses_all_other_tokens():
     grown = torch.cat((start, torch.tensor([[START], [START + 4], [START + 2]])), dim=1)
     found = processor(grown, scores)
     alive = [row.isfinite().nonzero().flatten().tolist() for row in found]
-    assert alive == [[START + SIZE + 1], [START + SIZE], [START + SIZE]]  # the last one fits no item
+    assert alive == [
+        [START + SIZE + 1],
+        [START + SIZE],
+        [START + SIZE],
+    ]  # the last row is not a prefix of any item
     assert found[0, START + SIZE + 1] == scores[0, START + SIZE + 1]
 
 
-def test_a_row_that_is_no_prefix_is_warned_of_unless_every_prefix_has_a_row_already():
+def test_an_illegal_row_causes_a_warning_unless_every_prefix_has_a_row():
     scores, start = torch.zeros(2, 24), torch.full((2, 2), 7)
     for second, expected in (
         (4, 0),
         (0, 0),
         (2, 1),
-    ):  # of the two first codes: both, one twice, one and neither
+    ):  # rows of both first codes, of one twice, and of one and none
         processor = TrieLogitsProcessor(TRIE, START)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
@@ -129,7 +138,7 @@ def bart() -> Bench:
 
 @pytest.mark.parametrize("settings", [QWEN, BART, OTHERS], ids=["Qwen2.5-Instruct", "BART", "others"])
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
-def test_within_plain_generation_the_checkpoints_settings_change_nothing(
+def test_within_plain_generation_the_checkpoints_settings_have_no_effect(
     bench, monkeypatch, family, settings
 ):
     made = with_settings(bart() if family == "bart" else bench(family), settings, monkeypatch)
@@ -157,7 +166,7 @@ def test_within_plain_generation_the_checkpoints_settings_change_nothing(
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
-def test_without_it_the_processor_warns_of_their_effect_once(bench, monkeypatch, family, settings):
+def test_without_plain_generation_the_processor_warns_once(bench, monkeypatch, family, settings):
     made = with_settings(bench(family), settings, monkeypatch)
     processor = TrieLogitsProcessor(made.catalog.trie, START)
     torch.manual_seed(0)
@@ -167,7 +176,7 @@ def test_without_it_the_processor_warns_of_their_effect_once(bench, monkeypatch,
     assert sum("plain_generation" in str(each.message) for each in seen) == 1
 
 
-def test_plain_generation_reaches_the_model_under_peft_and_leaves_both_as_they_were(bench, monkeypatch):
+def test_plain_generation_covers_the_model_under_peft_and_restores_both(bench, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
     made = with_settings(bench("llama"), QWEN, monkeypatch)

@@ -1,4 +1,4 @@
-"""The yardstick must measure the model, not what its checkpoint says about sampling."""
+"""``TransformersDecoder`` ranks by the model and ignores the sampling settings of its checkpoint."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def test_sampling_settings_of_the_checkpoint_are_not_inherited(bench, monkeypatc
     monkeypatch.setattr(made.model, "generation_config", GenerationConfig.from_dict(own))
     found = TransformersDecoder(made.model, made.catalog, START, normalize).decode(*prompts, 10)
     assert torch.equal(found.items, expected.items) and torch.equal(found.scores, expected.scores)
-    assert made.model.generation_config.top_k == 2  # and what the model carries is left as it was
+    assert made.model.generation_config.top_k == 2  # the model's own configuration is unchanged
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
-def test_a_token_that_is_end_and_padding_at_once_ends_nothing(bench, monkeypatch, family):
+def test_a_token_that_is_both_end_and_padding_does_not_end_a_sequence(bench, monkeypatch, family):
     made = bench(family)
     prompts = made.prompts([6, 3])
     expected = TransformersDecoder(made.model, made.catalog, START).decode(*prompts, 10)
@@ -40,11 +40,11 @@ def test_a_token_that_is_end_and_padding_at_once_ends_nothing(bench, monkeypatch
     assert torch.equal(found.items, expected.items)
 
 
-def test_no_row_is_ever_without_an_allowed_token(bench):
+def test_every_row_always_has_an_allowed_token(bench):
     made = bench("gpt2", 1)
     found = TransformersDecoder(made.model, made.catalog, START).decode(*made.prompts([3, 2]), 1)
     assert found.items.tolist() == [[0], [0]] and found.certified.tolist() == [0, 0]
 
 
-def test_the_trie_of_dicts_holds_every_row_and_nothing_else():
+def test_the_dict_trie_holds_exactly_the_rows():
     assert dict_trie(torch.tensor([[0, 1], [0, 2], [3, 0]])) == {0: {1: {}, 2: {}}, 3: {0: {}}}

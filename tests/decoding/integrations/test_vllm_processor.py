@@ -1,4 +1,4 @@
-"""What the processor does to a batch, told of it as vLLM tells; without vLLM, and the same with it."""
+"""The processor on batches as vLLM describes them; runs without vLLM."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def token(level, code):
 
 
 def allowed(processor, rows):
-    """Tokens that each of the first rows of the batch may still become."""
+    """The tokens that each of the first rows of the batch may continue with."""
     logits = processor.apply(torch.zeros(rows, VOCABULARY))
     return [row.isfinite().nonzero().flatten().tolist() for row in logits]
 
 
-def test_rows_of_all_levels_lose_what_continues_no_item_and_other_requests_nothing(make):
+def test_rows_of_all_levels_are_constrained_and_other_requests_are_unchanged(make):
     processor = make()
     grown = [7, 7, token(0, 0), token(1, 1)]
     processor.update_state(update(added=[
@@ -61,13 +61,13 @@ def test_rows_of_all_levels_lose_what_continues_no_item_and_other_requests_nothi
     everything = list(range(VOCABULARY))
     assert allowed(processor, 6) == [
         [token(0, 0), token(0, 4)], [token(1, 0)], [token(2, 2), token(2, 5)],
-        everything,  # not ours
-        [token(1, 0)],  # begins no item: code 0, which keeps a softmax finite
+        everything,  # an unconstrained request
+        [token(1, 0)],  # not a prefix of any item: code 0 keeps a softmax finite
         everything,  # has all its codes
     ]  # fmt: skip
 
 
-def test_the_engine_s_own_list_of_tokens_is_followed_without_an_update(make):
+def test_tokens_that_the_engine_appends_are_seen_without_an_update(make):
     processor = make()
     output: list[int] = []
     processor.update_state(update(added=[(0, params(1), [7], output)]))
@@ -84,7 +84,7 @@ def test_removed_replaced_moved_and_swapped_requests_keep_their_own_codes(make):
     processor.update_state(update(added=[(0, *first), (1, *second), (2, params(None), [7], [])]))
     processor.update_state(update(moved=[(0, 1, SWAP)]))
     assert allowed(processor, 3) == [after_second, after_first, everything]
-    processor.update_state(update(moved=[(1, 2, SWAP)]))  # with one that is not ours
+    processor.update_state(update(moved=[(1, 2, SWAP)]))  # with an unconstrained request
     assert allowed(processor, 3) == [after_second, everything, after_first]
     processor.update_state(update(removed=[0], moved=[(2, 0, ONE_WAY)]))
     assert allowed(processor, 3) == [after_first, everything, everything]
@@ -93,7 +93,7 @@ def test_removed_replaced_moved_and_swapped_requests_keep_their_own_codes(make):
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
-def test_what_is_left_is_normalised_over_the_vocabulary_the_level_or_the_valid_codes(make, normalize):
+def test_log_probabilities_are_normalized_over_the_vocabulary_the_level_or_the_valid_codes(make, normalize):
     processor = make(normalize)
     processor.update_state(update(added=[(1, params(1), [7], [token(0, 0), token(1, 1)])]))
     logits = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(0))
@@ -101,13 +101,13 @@ def test_what_is_left_is_normalised_over_the_vocabulary_the_level_or_the_valid_c
     over = {"vocab": logits[1], "level": own, "valid": own[[2, 5]]}[normalize]
     expected = own[[2, 5]] - over.logsumexp(0)
     found = processor.apply(logits.clone())
-    assert torch.equal(found[0], logits[0])  # a row of no request of ours
-    # two roundings of numbers below 8, and those of a sum of 24 terms
+    assert torch.equal(found[0], logits[0])  # the row of an unconstrained request
+    # two roundings of numbers below 8, and the rounding of a sum of 24 terms
     torch.testing.assert_close(found[1, [token(2, 2), token(2, 5)]], expected, rtol=0, atol=26 * 2**-21)
     assert int(found[1].isfinite().sum()) == 2
 
 
-def test_it_admits_what_the_processor_for_generate_admits(make):
+def test_it_allows_the_same_tokens_as_the_processor_for_generate(make):
     processor, other = make(), TrieLogitsProcessor(TRIE, START)
     logits = torch.zeros(3, VOCABULARY)
     other(torch.full((3, 1), 7), logits)
@@ -118,8 +118,8 @@ def test_it_admits_what_the_processor_for_generate_admits(make):
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
-def test_a_table_of_tokens_in_any_order_is_followed(make, normalize):
-    """Level 0 has no token for code 0, which the padding of dead rows must not need."""
+def test_a_token_table_in_any_order_is_applied(make, normalize):
+    """Level 0 has no token for code 0, so rows without items must keep another one."""
     table = [[-1, 9, 2, 21, 5, 7], [4, 13, 0, 22, 8, 6], [11, 1, 23, 3, 12, 10]]
     trie = Trie.from_codes(torch.tensor([[1, 1, 2], [1, 1, 5], [4, 0, 0]]), SIZE)
     processor = make(normalize, start=table, trie=trie)
@@ -134,7 +134,7 @@ def test_a_table_of_tokens_in_any_order_is_followed(make, normalize):
         [11],
         [10, 23],
         [4],
-    ]  # the last begins no item: the first code of its level
+    ]  # the last is not a prefix of any item: the first code of its level
     over = {
         "vocab": logits[0], "level": logits[0, [t for t in table[0] if t >= 0]], "valid": logits[0, [5, 9]],
     }[normalize]  # fmt: skip
@@ -151,13 +151,13 @@ def test_a_vocabulary_without_the_codes_is_refused(make):
 
 
 @pytest.mark.parametrize("prompt", [-1, "3", 1.5])
-def test_a_prompt_length_that_is_none_is_refused(prompt):
+def test_an_invalid_prompt_length_is_refused(prompt):
     with pytest.raises(ValueError, match=PROMPT):
         TrieProcessor.validate_params(params(prompt))
     TrieProcessor.validate_params(params(None))
 
 
-def test_it_never_leaves_the_best_token_as_it_was_for_certain(make):
+def test_it_is_not_argmax_invariant(make):
     assert make().is_argmax_invariant() is False
 
 

@@ -52,7 +52,7 @@ SIZES: dict[str, Any] = {
 
 
 def mixed(*kinds: str, **more: Any) -> dict[str, Any]:
-    """Four layers of two kinds, in turns."""
+    """Four layers of two alternating types."""
     return {"num_hidden_layers": 4, "layer_types": list(kinds) * 2, **more}
 
 
@@ -131,7 +131,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def patch(name: str) -> dict[str, Any]:
-    """What a family needs besides the sizes."""
+    """The settings that a family needs besides the sizes."""
     settings: dict[str, Any] = {}
     for families, shared in SHARED:
         settings |= shared if name in families.split() else {}
@@ -145,7 +145,7 @@ def names(seq2seq: bool) -> list[str]:
 
 
 def tiny_config(kind: type[PretrainedConfig], seq2seq: bool, **more: Any) -> PretrainedConfig:
-    """The smallest configuration of a kind that still has all its sorts of layers."""
+    """The smallest configuration of a class that has all its types of layers."""
     example = kind()
     settings: dict[str, Any] = {}
     for name, size in SIZES.items():
@@ -167,7 +167,7 @@ def tiny_config(kind: type[PretrainedConfig], seq2seq: bool, **more: Any) -> Pre
 
 
 def build(name: str, seq2seq: bool, **more: Any) -> PreTrainedModel:
-    """A model of a family, in evaluation mode. Raises what ``transformers`` raises where it is not built."""
+    """A model of a family, in evaluation mode. Errors of ``transformers`` are not caught."""
     config = tiny_config(CONFIG_MAPPING[name], seq2seq, **more)
     torch.manual_seed(0)
     model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_config(config)

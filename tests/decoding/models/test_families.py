@@ -85,7 +85,7 @@ def beam_search(scores: Tensor, catalog: Catalog, beams: int) -> Tensor:
 
 
 def check(decoder: Decoder, made: Bench, lengths: list[int]) -> list[Tensor]:
-    """Assert that all items and a narrow beam search score as the definition says; returns its totals."""
+    """Asserts that all items and a narrow search have the scores of the definition; returns them."""
     ids, mask = made.prompts(lengths)
     whole = decoder.decode(ids, mask, ITEMS)
     narrow = decoder.decode(ids, mask, BEAMS)
@@ -110,17 +110,17 @@ def is_seq2seq(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_family_of_the_bug_reports_decodes_as_its_plain_forward_scores(name):
+def test_families_of_bug_reports_decode_with_the_scores_of_their_plain_forward(name):
     made = make(name, is_seq2seq(name))
     decoder = Decoder(made.model, made.catalog, START)
     long, short = check(decoder, made, [9, 4])
-    assert (long - short).abs().max() > 0.01  # the prompt matters
+    assert (long - short).abs().max() > 0.01  # the prompt has an effect
     check(decoder, made, [families.WINDOW + 8, 5])
 
 
 @pytest.mark.parametrize("name", ["gpt_neo", "mamba"])
 @pytest.mark.parametrize("normalize", ["level", "valid"])
-def test_normalizations_and_exact_searches_hold_on_one_row_per_beam(name, normalize):
+def test_normalizations_and_exact_searches_are_correct_with_one_row_per_beam(name, normalize):
     made = make(name, False)
     ids, mask = made.prompts([20, 6])
     decoder = Decoder(made.model, made.catalog, START, normalize)
@@ -135,18 +135,18 @@ def test_normalizations_and_exact_searches_hold_on_one_row_per_beam(name, normal
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_neo", "llama4_text", "mistral"])
-def test_prompts_of_hundreds_of_tokens_pass_a_local_window_many_times(name):
+def test_prompts_may_exceed_a_local_window_many_times(name):
     made = make(name, False)
     check(Decoder(made.model, made.catalog, START), made, [210, 3, 40])
 
 
-def test_a_falcon_with_alibi_decodes_as_its_plain_forward_scores():
+def test_a_falcon_with_alibi_decodes_with_the_scores_of_its_plain_forward():
     made = make("falcon", False, alibi=True)
     check(Decoder(made.model, made.catalog, START), made, [24, 5])
 
 
 class Outcome(NamedTuple):
-    """How a family fared: ``kind`` equal, refused or not built; the path or the reason."""
+    """The outcome of a family: ``kind`` equal, refused or not built, and the path or the reason."""
 
     kind: str
     why: str
@@ -154,7 +154,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(name: str, seq2seq: bool) -> Outcome:
-    """Builds a family and compares its decoder with the definition. AssertionError where they differ."""
+    """Builds a family and compares its decoder with the definition. Raises AssertionError if they differ."""
     if name in TOO_LARGE:
         return Outcome("not built", TOO_LARGE[name])
     try:
@@ -173,7 +173,7 @@ def outcome(name: str, seq2seq: bool) -> Outcome:
 
 
 def _generate_agrees(made: Bench, decoder: Decoder) -> bool:
-    """Whether ``generate()`` finds the same for a prompt without padding."""
+    """Whether ``generate()`` returns the same items for a prompt without padding."""
     ids, mask = made.prompts([9])
     try:
         theirs = TransformersDecoder(made.model, made.catalog, START).decode(ids, mask, BEAMS)
@@ -186,7 +186,7 @@ def _generate_agrees(made: Bench, decoder: Decoder) -> bool:
 
 
 @pytest.mark.slow
-def test_every_family_decodes_as_its_plain_forward_scores_or_says_why_not():
+def test_every_family_decodes_with_the_scores_of_its_plain_forward_or_is_refused_with_a_reason():
     found: dict[str, Outcome] = {}
     wrong: dict[str, str] = {}
     for seq2seq in (False, True):

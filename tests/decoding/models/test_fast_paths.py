@@ -1,4 +1,4 @@
-"""The states of our own against the models' own forward, for every shape they say they know."""
+"""The fast paths against the models' own forward, for every supported architecture."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def build(kind: str, settings: dict[str, Any]) -> transformers.PreTrainedModel:
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_fast_path_returns_what_the_models_own_forward_returns(shape, normalize, backend, same_lists):
-    """Prompts of equal and of mixed lengths, more beams than items of a first code, and a single beam."""
+def test_a_fast_path_returns_the_lists_of_the_models_own_forward(shape, normalize, backend, same_lists):
+    """For prompts of equal and of mixed lengths, for one beam, and for more beams than items of a code."""
     model = build(*SHAPES[shape])
     catalog = random_catalog(60, 1)
     fast = Decoder(model, catalog, START, normalize, backend=backend)
@@ -93,13 +93,13 @@ def test_a_fast_path_returns_what_the_models_own_forward_returns(shape, normaliz
                   "eos_token_id": 1, "scale_attn_by_inverse_layer_idx": True}, "scaled"),
     ],
 )  # fmt: skip
-def test_a_model_of_another_shape_runs_on_its_own_forward_and_says_why(kind, settings, reason):
+def test_an_unsupported_model_runs_on_its_own_forward_and_the_path_names_the_reason(kind, settings, reason):
     decoder = Decoder(build(kind, settings), random_catalog(60, 1), START)
     assert decoder.path.startswith("the model's own forward") and reason in decoder.path
     assert (decoder.decode(torch.tensor([[5, 6]]), torch.ones(1, 2).long(), 3).items >= 0).all()
 
 
-def test_a_rotation_of_a_part_of_each_head_has_no_fast_path():
+def test_a_partial_rotary_embedding_has_no_fast_path():
     model: Any = build(*SHAPES["llama, as many key heads"])
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:2]
     with pytest.raises(UserError, match="a part of each head"):
@@ -107,7 +107,7 @@ def test_a_rotation_of_a_part_of_each_head_has_no_fast_path():
 
 
 def with_adapters(model: transformers.PreTrainedModel, **options: Any) -> Any:
-    """The model under LoRA, its adapters far from where they start."""
+    """The model with LoRA adapters whose weights are far from their initial values."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(**({"target_modules": "all-linear", "r": 2} | options))
@@ -121,7 +121,7 @@ def with_adapters(model: transformers.PreTrainedModel, **options: Any) -> Any:
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("shape", ["t5 tied", "t5 gated, uneven stacks", "gpt2", "qwen3, normed heads"])
-def test_lora_adapters_are_part_of_the_fast_paths_weights(shape, backend, same_lists):
+def test_the_fast_path_applies_lora_adapters(shape, backend, same_lists):
     model = build(*SHAPES[shape])
     prompts = Bench(model, random_catalog(60, 1)).prompts([5, 3])
     before = Decoder(model, random_catalog(60, 1), START, backend=backend).decode(*prompts, 80)
@@ -132,13 +132,13 @@ def test_lora_adapters_are_part_of_the_fast_paths_weights(shape, backend, same_l
     same_lists(
         found, Decoder(adapted, random_catalog(60, 1), START, backend="reference").decode(*prompts, 80)
     )
-    assert (found.scores - before.scores).nan_to_num().abs().max() > 0.1  # they do something
+    assert (found.scores - before.scores).nan_to_num().abs().max() > 0.1  # the adapters have an effect
     with adapted.disable_adapter():
         off = Decoder(adapted, random_catalog(60, 1), START)
         assert "switched off" in off.path
 
 
-def test_a_copy_of_the_embeddings_that_trains_beside_adapters_is_what_the_fast_path_reads(same_lists):
+def test_the_fast_path_reads_the_trained_copy_of_the_embeddings(same_lists):
     adapted = with_adapters(
         build(*SHAPES["qwen3, normed heads"]), modules_to_save=["embed_tokens", "lm_head"]
     )
@@ -162,8 +162,8 @@ def test_adapters_that_scale_the_weight_run_on_the_models_own_forward():
 
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
 @pytest.mark.parametrize("lengths", [[9, 4], [11, 4], [12, 4], [30, 11, 2]])
-def test_a_sequence_past_the_sliding_window_is_ranked_by_the_models_own_masks(kind, lengths):
-    """A window of 12 holds the first sequences; the second pass it in the last step, the others before."""
+def test_sequences_past_the_sliding_window_use_the_models_own_masks(kind, lengths):
+    """A window of 12 fits the first sequences; the second exceed it in the last step, the others before."""
     window = {"sliding_window": 12} if kind == "Mistral" else WINDOW | {"sliding_window": 12}
     made = Bench(build(kind, ROTARY | window), random_catalog(60, 1))
     ids, mask = made.prompts(lengths)
@@ -178,7 +178,7 @@ def test_a_sequence_past_the_sliding_window_is_ranked_by_the_models_own_masks(ki
 
 @pytest.mark.parametrize("shape", ["t5 tied", "gpt2", "llama, as many key heads"])
 def test_in_bfloat16_the_scores_stay_within_its_rounding(shape):
-    """Against the same weights in float32: bfloat16 keeps 8 bits, and a score sums three steps of them."""
+    """Compared with float32: bfloat16 keeps 8 bits, and a score sums three steps."""
     model = build(*SHAPES[shape])
     catalog = random_catalog(60, 1)
     prompts = Bench(model, catalog).prompts([5, 3])
@@ -190,7 +190,7 @@ def test_in_bfloat16_the_scores_stay_within_its_rounding(shape):
 
 
 @pytest.mark.parametrize("shape", ["t5 tied", "t5 gated, uneven stacks"])
-def test_in_float16_a_t5_whose_hidden_states_leave_its_range_gives_the_scores_of_float32(shape):
+def test_a_float16_t5_whose_hidden_states_exceed_its_range_returns_float32_scores(shape):
     model = build(*SHAPES[shape])
     with torch.no_grad():
         for stack in (model.encoder, model.decoder):
@@ -200,7 +200,7 @@ def test_in_float16_a_t5_whose_hidden_states_leave_its_range_gives_the_scores_of
     prompts = Bench(model, catalog).prompts([5, 3])
     exact = by_item(Decoder(model, catalog, START).decode(*prompts, 80))
     half_model = model.to(torch.float16)
-    with pytest.raises(UserError, match="differ from the model's"):  # whose own forward cuts them off
+    with pytest.raises(UserError, match="differ from the model's"):  # its own forward clamps hidden states
         Decoder(half_model, catalog, START, backend="torch")
     half = by_item(Decoder(half_model, catalog, START, backend="torch", check=False).decode(*prompts, 80))
     assert half.keys() == exact.keys()
@@ -219,7 +219,7 @@ def by_item(found: Any) -> dict[tuple[int, int], float]:
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("shape", ["t5 gated, uneven stacks", "gpt2", "llama, as many key heads"])
-def test_however_many_threads_share_a_step_it_gives_the_same_bits(shape, threads):
+def test_the_number_of_threads_does_not_change_a_bit(shape, threads):
     model = build(*SHAPES[shape])
     decoder = Decoder(model, random_catalog(60, 1), START, backend="native")
     prompts = Bench(model, decoder.catalog).prompts([7, 2, 4])
@@ -245,7 +245,7 @@ def test_large_pages_are_private_to_the_process():
 
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("shape", ["t5 tied", "gpt2"])
-def test_for_no_user_there_is_nothing(shape, backend):
+def test_an_empty_batch_returns_empty_results(shape, backend):
     made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
     decoder = Decoder(made.model, made.catalog, START, backend=backend)
     ids, mask = made.prompts([4])
@@ -303,7 +303,7 @@ def test_each_native_call_records_its_parts_while_ranges_are_on(shape):
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh"])
-def test_every_activation_of_the_cpp_is_that_of_transformers(activation, same_lists):
+def test_every_activation_in_cpp_equals_that_of_transformers(activation, same_lists):
     kind, settings = SHAPES["gpt2"]
     model = build(kind, settings | {"activation_function": activation})
     prompts = Bench(model, random_catalog(60, 1)).prompts([5, 3])
@@ -312,7 +312,7 @@ def test_every_activation_of_the_cpp_is_that_of_transformers(activation, same_li
     same_lists(fast.decode(*prompts, 80), slow.decode(*prompts, 80))
 
 
-def test_what_the_cpp_does_not_serve_runs_in_torch_or_is_refused():
+def test_a_model_that_cpp_does_not_support_runs_in_torch_or_is_refused():
     kind, settings = SHAPES["gpt2"]
     model = build(kind, settings | {"activation_function": "quick_gelu"})
     assert Decoder(model, random_catalog(60, 1), START).path == "fast decoder-only"
@@ -324,7 +324,7 @@ def test_what_the_cpp_does_not_serve_runs_in_torch_or_is_refused():
         Decoder(half, random_catalog(60, 1), START, backend="native")
 
 
-def test_tokens_and_places_outside_the_models_tables_are_refused():
+def test_tokens_and_positions_outside_the_models_tables_are_refused():
     model = build(*SHAPES["gpt2"])
     decoder = Decoder(model, random_catalog(60, 1), START, backend="native")
     with pytest.raises(ValueError, match="prompt 1 has token 24 outside the model's vocabulary"):
@@ -334,8 +334,8 @@ def test_tokens_and_places_outside_the_models_tables_are_refused():
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama, as many key heads"])
-def test_padding_takes_no_places(shape, same_lists):
-    """Ten places, four tokens and two codes fed: seven more of padding change nothing."""
+def test_padding_takes_no_positions(shape, same_lists):
+    """Ten positions, four prompt tokens and two codes: seven cells of padding have no effect."""
     model = build(*SHAPES[shape])
     if shape == "gpt2":
         model = build("GPT2", SHAPES["gpt2"][1] | {"n_positions": 10})
@@ -348,7 +348,7 @@ def test_padding_takes_no_places(shape, same_lists):
         same_lists(decoder.decode(*wide, 9), decoder.decode(ids, mask, 9))
 
 
-def test_what_is_no_prompt_is_refused_before_it_is_read():
+def test_invalid_prompts_are_refused_before_cpp_reads_them():
     made = Bench(build(*SHAPES["gpt2"]), random_catalog(60, 1))
     decoder = Decoder(made.model, made.catalog, START, backend="native")
     ids, mask = made.prompts([4, 3])
@@ -362,13 +362,13 @@ def test_what_is_no_prompt_is_refused_before_it_is_read():
         decoder.plan.new_state().search.start(0, 0, (0, 4), (0,) * 4, 0, (0,) * 4, ((0,) * 4, (0,) * 4, 0, 0))
     assert score_all(decoder, ids[:0], mask[:0]).shape == (0, 60)
     whole = decoder.decode(ids, mask, 5)
-    half = decoder.decode(ids, mask * 0.5, 5)  # whatever is not 0 is a token
+    half = decoder.decode(ids, mask * 0.5, 5)  # every nonzero entry is a token
     assert torch.equal(half.scores, whole.scores)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_score_added_to_padding_stays_a_number(dtype):
-    """The lowest float16 plus a score below -16 is -inf, and a softmax over a row of those NaN."""
+def test_a_score_added_to_the_padding_mask_stays_finite(dtype):
+    """The lowest float16 plus a score below -16 is -inf, and the softmax of a row of -inf is NaN."""
     padding = padding_mask(torch.tensor([[1, 0]]), dtype)
     assert (padding - 1000.0).isfinite().all() and padding[0, 0] == 0
     assert padding.float().softmax(1).tolist() == [[1.0, 0.0]]
@@ -376,23 +376,25 @@ def test_a_score_added_to_padding_stays_a_number(dtype):
 
 @pytest.mark.parametrize("shape", ["t5 tied", "gpt2", "llama, as many key heads"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_padding_changes_nothing_in_half_precision(shape, dtype):
+def test_padding_does_not_change_results_in_half_precision(shape, dtype):
     model = build(*SHAPES[shape]).to(dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if any(part in name for part in (".q.", "q_proj", "c_attn", ".k.", "k_proj")):
                 weight.mul_(30)
-    decoder = Decoder(model, random_catalog(60, 1), START, backend="torch", check=False)  # roundings decide
+    decoder = Decoder(model, random_catalog(60, 1), START, backend="torch", check=False)  # rounding decides
     ids, mask = Bench(model, decoder.catalog).prompts([7, 3])
     together = by_item(decoder.decode(ids, mask, 80))
     own = mask[1].bool()
     alone = by_item(decoder.decode(ids[1:, own], mask[1:, own], 80))
     assert len(alone) == 60 and all(math.isfinite(score) for score in alone.values())
     for (_, item), score in alone.items():
-        assert abs(together[1, item] - score) <= 0.05 * abs(score)  # roundings of another batch
+        assert abs(together[1, item] - score) <= 0.05 * abs(
+            score
+        )  # a batch of another size rounds differently
 
 
-def test_the_head_some_rows_at_a_time_equals_the_head_at_once(monkeypatch, same_lists):
+def test_the_head_in_blocks_of_rows_equals_the_head_at_once(monkeypatch, same_lists):
     from cemg.decoding.models import layers
 
     model = build(*SHAPES["gpt2"])
@@ -403,7 +405,7 @@ def test_the_head_some_rows_at_a_time_equals_the_head_at_once(monkeypatch, same_
     same_lists(Decoder(model, catalog, START, backend="torch").decode(*prompts, 9), whole)
 
 
-def test_codes_too_many_for_the_table_are_projected_each_time(monkeypatch, same_lists):
+def test_codes_beyond_the_tables_limit_are_projected_at_each_step(monkeypatch, same_lists):
     from cemg.decoding.models import layers
 
     for shape in ("t5 tied", "qwen3, normed heads"):
@@ -419,8 +421,8 @@ def test_codes_too_many_for_the_table_are_projected_each_time(monkeypatch, same_
 
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize("shape", ["t5 gated, uneven stacks", "gpt2", "llama, as many key heads"])
-def test_a_search_in_one_call_gives_the_bits_of_one_step_by_step(shape, normalize):
-    """Filters of each kind (one request is left nothing), more and fewer beams than items, one code each."""
+def test_a_search_in_one_call_returns_the_bits_of_a_search_step_by_step(shape, normalize):
+    """For filters of each kind, more and fewer beams than items, and one code per item."""
     model = build(*SHAPES[shape])
     catalogs = [random_catalog(items, items) for items in (1, 25, 90)]
     for catalog in (*catalogs, Catalog.from_codes(torch.arange(SIZE)[:, None], SIZE)):
@@ -439,8 +441,8 @@ def test_a_search_in_one_call_gives_the_bits_of_one_step_by_step(shape, normaliz
                     assert torch.equal(mine, other)
 
 
-def test_a_prompt_that_fills_the_positions_is_served_where_its_codes_need_no_more():
-    """The first code names the item, so under "valid" no token is fed after the prompt's."""
+def test_a_prompt_that_fills_the_positions_is_decoded_if_no_step_needs_more():
+    """The first code determines the item, so under "valid" no step follows the prefill."""
     model = build(*SHAPES["gpt2"])
     catalog = Catalog.from_codes(torch.arange(SIZE)[:, None].expand(-1, LEVELS), SIZE)
     prompts = Bench(model, catalog).prompts([model.config.n_positions])
@@ -453,7 +455,7 @@ def test_a_prompt_that_fills_the_positions_is_served_where_its_codes_need_no_mor
             score_all(Decoder(model, catalog, START, "vocab", backend=backend), *prompts)
 
 
-def test_without_the_fast_kernels_the_selection_is_the_references(monkeypatch, same_lists):
+def test_without_fast_kernels_the_reference_selects(monkeypatch, same_lists):
     made = Bench(build(*SHAPES["gpt2"]), random_catalog(60, 1))
     decoder = Decoder(made.model, made.catalog, START, backend="native")
     whole = decoder.decode(*made.prompts([4]), 5)
@@ -467,8 +469,8 @@ def test_without_the_fast_kernels_the_selection_is_the_references(monkeypatch, s
 
 @pytest.mark.parametrize("more", [0, 3, 8])
 @pytest.mark.parametrize("shape", ["t5 gated, uneven stacks", "gpt2", "qwen3, normed heads"])
-def test_prompts_of_all_lengths_cost_their_tokens_and_no_padding(shape, more, monkeypatch, same_lists):
-    """In PyTorch: 15 tokens in 27 cells; ``more``: room for so many more, as a recording rounds up."""
+def test_prompts_of_different_lengths_are_computed_without_padding(shape, more, monkeypatch, same_lists):
+    """15 tokens in 27 cells. ``more`` tokens are reserved, since recordings round the count up."""
     made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
     ids, mask = made.prompts([9, 2, 4])
     decoder = Decoder(made.model, made.catalog, START, backend="torch")
@@ -482,15 +484,15 @@ def test_prompts_of_all_lengths_cost_their_tokens_and_no_padding(shape, more, mo
     assert rows[0] == 27
     same_lists(packed, whole)
     same_lists(decoder.decode(ids, mask, 20), whole)
-    for row, length in enumerate((9, 2, 4)):  # a user's list is its own
+    for row, length in enumerate((9, 2, 4)):  # as in a batch of its own
         held = mask[row].bool()
         alone = decoder.decode(ids[row, held][None], torch.ones(1, length, dtype=torch.int64), 20)
         same_lists(alone, Recommendations(*(part[row : row + 1] for part in packed.tensors())))
 
 
 @pytest.mark.parametrize("shape", ["t5 gated, uneven stacks", "gpt2", "qwen3, normed heads"])
-def test_a_user_whose_numbers_overflow_spoils_no_one_elses(shape):
-    """Token 22, no code, is made no number, and ends the prompt of the first of three users alone."""
+def test_nan_in_one_users_prompt_does_not_affect_other_users(shape):
+    """The embedding of token 22, which is not a code, is NaN. It ends the first of three prompts."""
     made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
     ids, mask = made.prompts([4, 2, 9])
     spoilt = ids.clone()

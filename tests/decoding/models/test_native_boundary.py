@@ -1,4 +1,4 @@
-"""What may cross from the decoder into C++: tokens, prompts, beams, weights, whatever is wrong with them."""
+"""Invalid tokens, prompts, beams and weights are refused before C++ reads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CODES = range(START, START + LEVELS * SIZE)
 
 
 def started(family: str = "llama") -> NativeState:
-    """A state of two users, behind their prompts."""
+    """A state of two users after its prefill."""
     made = Bench(make_model(family), random_catalog(60, 1))
     kind = T5Plan if made.seq2seq else CausalPlan
     state = NativePlan(kind(made.model, CODES)).new_state()
@@ -40,7 +40,7 @@ def test_a_step_without_prompts_is_refused():
 
 @pytest.mark.parametrize("token", [-1, VOCABULARY, 2**62, -(2**63)])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_a_token_outside_the_vocabulary_is_named(family, token):
+def test_the_error_names_a_token_outside_the_vocabulary(family, token):
     beams = torch.tensor([[3], [token]])
     with pytest.raises(ValueError, match=f"token {token} lies outside the decoder's vocabulary"):
         started(family).decode_step(beams, torch.zeros_like(beams), NEXT)
@@ -58,7 +58,11 @@ def test_beams_of_another_shape_or_dtype_are_refused():
             state.decode_step(tokens, own, NEXT._replace(rows=asked))
     with pytest.raises(ValueError, match="grew from no beam"):
         state.decode_step(right, parents + 1, NEXT)
-    assert state.decode_step(right, parents, NEXT).values.shape == (2, 1, SIZE)  # none of these has been fed
+    assert state.decode_step(right, parents, NEXT).values.shape == (
+        2,
+        1,
+        SIZE,
+    )  # the refused steps had no effect
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,7 @@ def test_prompts_that_are_not_integers_are_refused():
 
 
 @pytest.mark.parametrize("field", ["qkv", "out", "norm"])
-def test_a_layer_of_another_size_than_the_rest_is_not_read(field):
+def test_a_layer_of_a_different_size_is_refused(field):
     plan = CausalPlan(make_model("llama"), CODES)
     layer = plan.layers[1]
     short = getattr(layer, field).weight[:-1].contiguous()
@@ -88,7 +92,7 @@ def test_a_layer_of_another_size_than_the_rest_is_not_read(field):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_that_are_not_finite_give_the_lists_that_they_give_in_pytorch(family, value):
+def test_weights_that_are_not_finite_return_the_same_lists_as_in_pytorch(family, value):
     made = Bench(make_model(family), random_catalog(60, 1))
     decoder = Decoder(made.model, made.catalog, START, backend="native")
     kind = T5Plan if made.seq2seq else CausalPlan

@@ -1,4 +1,4 @@
-"""Prompts padded on either side or with gaps, and the decoder's start token: one answer on every path."""
+"""Every path returns the same results for padding on either side, for gaps, and for any start token."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def decoder_of(backend: str, made: Bench) -> Any:
 
 
 def in_form(form: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the left, in another form; padding holds a token that must not be read."""
+    """Left-padded prompts in another form; padding cells hold a token that must not be read."""
     rows = [own[held.bool()] for own, held in zip(ids, mask, strict=True)]
     width = ids.shape[1] + 3
     placed, there = torch.full((len(rows), width), START + 7), torch.zeros(len(rows), width, dtype=mask.dtype)
@@ -49,7 +49,9 @@ def in_form(form: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", CAUSAL)
-def test_a_decoder_only_model_answers_alike_wherever_padding_is(shape, backend, form, same_lists):
+def test_the_lists_of_a_decoder_only_model_do_not_depend_on_where_padding_is(
+    shape, backend, form, same_lists
+):
     made = Bench(build(*SHAPES[shape]), random_catalog(60, 1))
     ids, mask = made.prompts([7, 2, 5])
     expected = Decoder(made.model, made.catalog, START).decode(ids, mask, 20)
@@ -58,7 +60,7 @@ def test_a_decoder_only_model_answers_alike_wherever_padding_is(shape, backend, 
 
 @pytest.mark.parametrize("backend", BACKENDS[:3])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_exact_searches_take_the_same_forms(form, backend, same_lists):
+def test_exact_searches_do_not_depend_on_where_padding_is(form, backend, same_lists):
     made = Bench(build(*SHAPES["gpt2"]), random_catalog(60, 1))
     ids, mask = made.prompts([7, 2, 5])
     decoder, moved = decoder_of(backend, made), in_form(form, ids, mask)
@@ -68,7 +70,7 @@ def test_the_exact_searches_take_the_same_forms(form, backend, same_lists):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_encoder_answers_alike_wherever_padding_is(backend, form, same_lists):
+def test_the_lists_of_an_encoder_do_not_depend_on_where_padding_is(backend, form, same_lists):
     made = Bench(build(*SHAPES["t5 tied"]), random_catalog(60, 1))
     ids, mask = made.prompts([7, 2, 5])
     expected = Decoder(made.model, made.catalog, START).decode(ids, mask, 20)
@@ -77,8 +79,8 @@ def test_an_encoder_answers_alike_wherever_padding_is(backend, form, same_lists)
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["bart", "longt5", "t5"])
-def test_an_encoder_scores_as_its_plain_forward_wherever_padding_is(name, form):
-    """BART has absolute positions; LongT5 sums up blocks of 4 tokens, counted from the first place."""
+def test_the_scores_of_an_encoder_equal_its_plain_forward_wherever_padding_is(name, form):
+    """BART has absolute positions; LongT5 sums blocks of 4 tokens from the first position on."""
     more = {"encoder_attention_type": "transient-global", "global_block_size": 4, "local_radius": 3}
     made = Bench(families.build(name, True, **(more if name == "longt5" else {})), random_catalog(60, 1))
     ids, mask = made.prompts([19, 2, 5, 12])
@@ -89,7 +91,7 @@ def test_an_encoder_scores_as_its_plain_forward_wherever_padding_is(name, form):
         torch.testing.assert_close(found.scores[row], expected[found.items[row]], rtol=0, atol=1e-3)
 
 
-def test_tokens_keep_their_order_and_prompts_that_fit_are_not_copied():
+def test_tokens_keep_their_order_and_prompts_without_needless_padding_are_not_copied():
     ids = torch.tensor([[5, 6, 0, 7], [0, 0, 8, 9]])
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1]])
     moved, there = pad_left(ids, mask)
@@ -105,7 +107,7 @@ def test_tokens_keep_their_order_and_prompts_that_fit_are_not_copied():
     assert cut.tolist() == [[5, 6, 7], [8, 9, 0]] and short.tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-def test_padding_on_the_right_takes_no_places():
+def test_padding_on_the_right_takes_no_positions():
     made = Bench(build("GPT2", SHAPES["gpt2"][1] | {"n_positions": 10}), random_catalog(60, 1))
     ids, mask = (F.pad(part, (0, 7)) for part in made.prompts([8]))
     for backend in BACKENDS[:3]:
@@ -114,7 +116,7 @@ def test_padding_on_the_right_takes_no_places():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_start_token_is_that_of_generate(backend, same_lists):
-    """transformers 5 writes it to ``generation_config``; a configuration alone may have it too."""
+    """transformers 5 stores it in ``generation_config``; it may also be in the configuration alone."""
     made = Bench(build(*SHAPES["t5 tied"]), random_catalog(60, 1))
     prompts = made.prompts([5, 3])
     with_two = decoder_of(backend, made).decode(*prompts, 20)

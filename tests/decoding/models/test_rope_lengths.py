@@ -1,4 +1,4 @@
-"""Rotary embeddings that follow the length of a sequence, against the plain forward of each row alone."""
+"""Rotary embeddings that depend on the sequence length, against the plain forward of each row alone."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def test_prompts_past_the_bound_score_as_the_plain_forward_of_each_row(case, len
 
 
 def _alone(fresh: PreTrainedModel, made: Bench, prompt: torch.Tensor) -> torch.Tensor:
-    """Scores [levels, N] by forwards of a model that has seen nothing longer: its calls grow in length."""
+    """Scores [levels, N] by forwards of a fresh model, whose calls only grow in length."""
     return forward_scores(copy.deepcopy(fresh), made.catalog, prompt)
 
 
-def test_the_path_says_why_and_a_fast_backend_is_refused():
+def test_the_path_names_the_reason_and_a_fast_backend_is_refused():
     made = Bench(model_of("dynamic"), random_catalog(ITEMS, 3))
     path = Decoder(made.model, made.catalog, START).path
     assert "recomputed at every step, prompts grouped by length" in path and "type dynamic" in path
@@ -72,7 +72,7 @@ def test_the_path_says_why_and_a_fast_backend_is_refused():
         Decoder(made.model, made.catalog, START, backend="torch")
 
 
-def test_the_self_check_admits_a_bound_between_its_own_lengths():
+def test_the_parity_check_passes_if_the_bound_is_between_its_own_lengths():
     """Its prompts of 9 tokens grow to 11."""
     for case, key in (("dynamic", "max_position_embeddings"), ("longrope", "")):
         name, settings = CASES[case]
@@ -85,7 +85,7 @@ def test_the_self_check_admits_a_bound_between_its_own_lengths():
         Decoder(build(name, False, **settings), random_catalog(ITEMS, 3), START)
 
 
-def test_the_type_is_found_in_the_parameters_of_a_layer_type():
+def test_the_rope_type_is_found_in_the_parameters_of_a_layer_type():
     model = build("llama", False)
     assert rope_of_lengths(model) is None
     model.config.rope_parameters = {"full_attention": DYNAMIC, "sliding_attention": {"rope_type": "default"}}

@@ -1,4 +1,4 @@
-"""How far the C++ decoder's float32 is from float64: no further than a small multiple of the model's own."""
+"""The error of the C++ decoder in float32 against float64: at most a small multiple of the model's own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS = {"t5": "T5Config", "gpt2": "GPT2Config", "llama": "LlamaConfig"}
 
 
 def scaled_model(family: str, scale: float) -> Any:
-    """A random model whose matrices are ``scale`` times those of a fresh one."""
+    """A random model with its matrices multiplied by ``scale``."""
     name, settings = CONFIGURATIONS[family]
     torch.manual_seed(0)
     config = getattr(transformers, KINDS[family])(
@@ -46,7 +46,7 @@ def scaled_model(family: str, scale: float) -> Any:
 
 
 def own_forward(model: Any, prompts: Tensor, fed: Tensor) -> Tensor:
-    """Log-probabilities [B, 1 + T, V] after each prompt and each token that is fed."""
+    """Log-probabilities [B, 1 + T, V] of the model, after each prompt and each further token."""
     if model.config.is_encoder_decoder:
         begun = torch.cat((torch.zeros(len(fed), 1, dtype=torch.int64), fed), 1)
         logits = model(input_ids=prompts, decoder_input_ids=begun).logits
@@ -56,7 +56,7 @@ def own_forward(model: Any, prompts: Tensor, fed: Tensor) -> Tensor:
 
 
 def in_cpp(model: Any, prompts: Tensor, fed: Tensor) -> Tensor:
-    """The same by the C++ decoder, step by step."""
+    """The same, computed by the C++ decoder step by step."""
     kind = T5Plan if model.config.is_encoder_decoder else CausalPlan
     state = NativePlan(kind(model, range(FIRST, FIRST + CODES))).new_state()
     request = LogitsRequest(FIRST, CODES, True)
@@ -69,7 +69,7 @@ def in_cpp(model: Any, prompts: Tensor, fed: Tensor) -> Tensor:
 @pytest.mark.parametrize("scale", [1.0, 20.0, 60.0])
 @pytest.mark.parametrize("family", CONFIGURATIONS)
 def test_large_weights_lose_no_more_accuracy_in_cpp_than_in_the_models_own_float32(family, scale):
-    """Rows differ by orders of magnitude, so it is the mean of their logarithms that is compared."""
+    """Errors of rows differ by orders of magnitude, so their geometric mean is compared."""
     model = scaled_model(family, scale)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(FIRST, VOCABULARY, (USERS, PROMPT), generator=generator)

@@ -1,4 +1,4 @@
-"""One row per beam: models whose attention or state the tree mask cannot express, against brute force."""
+"""One row per beam, for models that the tree mask cannot serve, against brute force."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def with_plan(made: Bench, plan: RowsPlan, normalize: str = "vocab") -> Decoder:
 
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_variant_ranks_the_catalog_as_the_models_plain_forward_does(name, number):
+def test_every_variant_ranks_the_catalog_like_the_models_plain_forward(name, number):
     made = make(name)
     ids, mask = made.prompts([12, 3, 12])
     decoder = with_plan(made, RowsPlan.variants(made.model)[number])
     found = decoder.decode(ids, mask, 60)
-    every = score_all(decoder, ids, mask, rows=50)  # in chunks: the states are rewound
+    every = score_all(decoder, ids, mask, rows=50)  # in chunks, so states are reset to their prefill
     for row in range(3):
         expected = made.all_scores(ids[row, mask[row].bool()], "vocab")
         assert sorted(found.items[row].tolist()) == list(range(60))
@@ -74,7 +74,7 @@ def test_every_variant_ranks_the_catalog_as_the_models_plain_forward_does(name, 
 
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_rows_find_what_the_fast_path_finds(bench, same_lists, family: Family, normalize):
+def test_rows_return_the_lists_of_the_fast_path(bench, same_lists, family: Family, normalize):
     made = bench(family)
     prompts = made.prompts([9, 4, 1, 9])
     fast = Decoder(made.model, made.catalog, START, normalize)
@@ -89,7 +89,7 @@ def test_prompts_grouped_by_length_may_be_padded_on_either_side(bench, same_list
     ids, mask = made.prompts([9, 4, 6])
     decoder = with_plan(made, RowsPlan(made.model, padded=False))
     left = decoder.decode(ids, mask, 10)
-    for row in range(3):  # the same tokens, in front
+    for row in range(3):  # the same tokens, now on the left
         ids[row], mask[row] = ids[row].roll(int(mask[row].sum())), mask[row].roll(int(mask[row].sum()))
     same_lists(decoder.decode(ids, mask, 10), left)
 
