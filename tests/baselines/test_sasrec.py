@@ -104,7 +104,7 @@ def test_the_initial_loss_is_that_of_chance_and_its_gradients_are_finite(ring: D
     assert float(value.detach()) == pytest.approx(
         chance, abs=0.1
     )  # embeddings start at 0.02, so logits are near 0
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 

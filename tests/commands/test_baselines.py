@@ -74,9 +74,9 @@ def test_sasrec_trains_evaluates_and_records_its_command_line(
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--run", "r", "--set", "width=3"], "no such field"),
-        (["--run", "r", "--set", "dim=wide"], "'wide' is no int"),
-        (["--run", "r", "--set", "loss=ce"], "no such field"),
+        (["--run", "r", "--set", "width=3"], "unknown setting"),
+        (["--run", "r", "--set", "dim=wide"], "'wide' is not a valid int"),
+        (["--run", "r", "--set", "loss=ce"], "unknown setting"),
         ([], "needs a folder"),
     ],
 )

@@ -179,7 +179,9 @@ def test_a_map_without_the_data_has_codes_as_labels(run: Path) -> None:
     assert "<title>item 7 · codes 0, 7</title>" in section
 
 
-def test_a_large_catalog_is_sampled_on_the_map_and_the_page_says_so(run: Path, monkeypatch) -> None:
+def test_a_large_catalog_is_sampled_on_the_map_and_the_page_says_so(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sections, "MAP_ITEMS", 10)
     page = report(run)
     assert len(page.all("circle")) == 10

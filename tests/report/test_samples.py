@@ -67,7 +67,7 @@ def test_the_page_of_a_run_shows_the_users_and_their_pictures(tiny_run: Path) ->
     assert "Left out" not in page and len(page) < 1_000_000
 
 
-def test_the_report_says_that_the_data_has_no_images(tiny_run: Path, monkeypatch) -> None:
+def test_the_report_says_that_the_data_has_no_images(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Dataset.load(tiny_run / "data")
     bare = dataclasses.replace(data, images=[None] * data.num_items)
     monkeypatch.setattr(samples, "dataset_of", lambda run: bare)
@@ -75,7 +75,9 @@ def test_the_report_says_that_the_data_has_no_images(tiny_run: Path, monkeypatch
     assert not any(card.picture for user in users_of(tiny_run) for card in user.history)
 
 
-def test_the_report_says_how_many_pictures_are_gone(tiny_run: Path, monkeypatch, tmp_path: Path) -> None:
+def test_the_report_says_how_many_pictures_are_gone(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     data = Dataset.load(tiny_run / "data")
     moved = dataclasses.replace(data, images=[tmp_path / "gone.png"] * data.num_items)
     monkeypatch.setattr(samples, "dataset_of", lambda run: moved)
