@@ -356,7 +356,7 @@ class Decoder:
             input_ids, attention_mask, beams=beams, trie=self.trie.arrays,
             filter=self.trie.filter_tensors(filter, len(input_ids)), normalize=self.normalize,
             requests=[self.logits_request(level) for level in range(self.catalog.levels)],
-            code_tokens=self.tokens.fed if self.tokens.start is None else None,
+            code_tokens=self.tokens.input_table if self.tokens.start is None else None,
         )  # fmt: skip
         add_seconds(timings.by_stage())
         return Recommendations.of_leaves(self.trie, scores, leaves, codes, pruned)

@@ -50,13 +50,20 @@ class _About:
 
 
 class Catalog:
-    """N items, each with a semantic ID of ``levels`` codes, its own unless the catalog is ``shared``.
+    """N items and their semantic IDs of ``levels`` codes each.
 
-    ``codes`` [N, levels] int64. ``item_ids``: N integers or strings, row order. ``codebook_sizes``: the codes
-    of each level; ``codebook_size``: the largest of them, K of the trie. ``tokens``: which token of the
-    language model each code is, None where that is not known. The trie's leaves give the integer ids; where
-    ids are strings they give catalog rows, and ``ids_of`` turns those into strings. Where ``shared`` is not
-    None, leaves are numbers of semantic IDs, and ``shared`` says which items have each.
+    Build one with `from_codes`, `read` (files of other projects) or `load` (what `save` wrote).
+
+    Attributes:
+        codes: [N, levels] int64, one row per item.
+        item_ids: N integers or strings, in row order.
+        codebook_sizes: Number of codes of each level.
+        codebook_size: K, the largest of them; the trie's codebook size.
+        tokens: The language model's token of each code; None if unknown.
+        counts: [N] int64, training interactions per item; None if unknown.
+        shared: Which items have each semantic ID; None if every item has its own.
+        trie: The trie of all semantic IDs. A leaf returns the item id if ids are integers, the catalog row
+            if ids are strings (`ids_of` converts it), and the number of the semantic ID if IDs are shared.
     """
 
     FILES: ClassVar[tuple[str, ...]] = ("catalog.json", "catalog.safetensors")
@@ -80,8 +87,8 @@ class Catalog:
                 self.trie = Trie.from_codes(self.shared.codes, self.codebook_size)
         except ValueError as error:
             if "share theirs" in str(error):
-                raise self._repeated() from error
-            raise UserError("these codes make no catalog", cause=str(error)) from error
+                raise self._duplicate_ids_error() from error
+            raise UserError("no catalog can be built from these codes", cause=str(error)) from error
         if tokens is not None:
             tokens.check_codes(codes)
 
@@ -96,17 +103,25 @@ class Catalog:
         shared: bool = False,
         counts: Sequence[int] | np.ndarray | Tensor | None = None,
     ) -> Catalog:
-        """Codes [N, levels] of any integer dtype; ids default to 0 … N−1.
+        """Build a catalog from codes.
 
-        ``codebook_size``: the codes of every level, or one number per level. ``tokens``: the token of each
-        code, as the first token of all (level after level), a table [levels, K] with −1 where a level has no
-        such code, or one list per level. ``shared`` lets several items have one semantic ID: a search returns
-        all of them with its score, those of the largest ``counts`` (training interactions, [N]) first, and in
-        row order where these are equal.
+        Args:
+            codes: [N, levels], any integer dtype.
+            codebook_size: Codes per level: one number for all levels, or one per level.
+            item_ids: N unique ids, all integers from 0 on or all strings; 0 … N−1 by default.
+            tokens: The token of each code: the first token of all (codes follow level by level), a table
+                [levels, K] with −1 where a level has no such code, or one list per level.
+            shared: Whether several items may have the same semantic ID. A search then returns all of them
+                with the same score, those with the largest ``counts`` first, ties in row order.
+            counts: [N] training interactions per item.
 
-        Raises UserError for codes outside their level's size, for duplicate ids, for ids that are not one an
-        item, all integers from 0 on or all strings, for a code in use without a token, and without ``shared``
-        for duplicate codes.
+        Raises:
+            UserError: A code is outside its level's size, ids are not unique or of mixed types, a code in
+                use has no token, or two items have the same codes and ``shared`` is False.
+
+        Example:
+            >>> Catalog.from_codes([[0, 1], [0, 2], [3, 1]], codebook_size=4, item_ids=["a", "b", "c"])
+            Catalog(3 items, 2 levels, codebook_size=4)
         """
         codes = torch.as_tensor(codes)
         integers = not (codes.dtype.is_floating_point or codes.dtype.is_complex)
@@ -123,12 +138,15 @@ class Catalog:
             check_ids(ids, "item", source="catalog")
         if shared and not ids_are_valid(ids):
             raise UserError("item ids must be strings, or integers from 0 on")
-        trained = None if counts is None else _whole(counts)
-        if trained is not None and trained.shape != (len(codes),):
-            raise UserError(f"counts must be [{len(codes)}], one per item, got {list(trained.shape)}")
+        interactions = None if counts is None else _as_counts(counts)
+        if interactions is not None and interactions.shape != (len(codes),):
+            raise UserError(f"counts must be [{len(codes)}], one per item, got {list(interactions.shape)}")
         sizes = level_sizes(codebook_size, codes.shape[1])
-        own = None if tokens is None else CodeTokens.of(tokens, sizes)
-        return cls(codes.to(torch.int64).contiguous(), sizes, ids, tokens=own, shared=shared, counts=trained)
+        token_map = None if tokens is None else CodeTokens.of(tokens, sizes)
+        return cls(
+            codes.to(torch.int64).contiguous(), sizes, ids, tokens=token_map, shared=shared,
+            counts=interactions,
+        )  # fmt: skip
 
     @classmethod
     def read(
@@ -137,20 +155,27 @@ class Catalog:
         interactions: Path | str | None = None, item: str | None = None,
         columns: Sequence[str] | None = None,
     ) -> Catalog:  # fmt: skip
-        """The catalog of a file that another project wrote.
+        """Read the semantic IDs that another project wrote.
 
-        ``X.index.json`` (LETTER, LC-Rec, MiniOneRec): item id -> one token per level, like ``<a_197>``.
-        ``tokenizer``, a tokenizer of transformers or its folder, says which tokens these are. Without it, an
-        integer ``code_token_start`` is the first token of all names in use, sorted as texts: the order in
-        which these projects add them.
-        ``.csv`` and ``.parquet``: a column of ids, ``item``, and one per level, ``columns`` (by default
-        code_0, code_1, …, or all others). ``.pt``: one tensor [levels, items] of codes, as GRID writes it.
-        ``code_token_start`` then is what ``from_codes`` takes as ``tokens``. ``codebook_size`` is one more
-        than the largest code of each level unless it is given. ``shared`` allows several items on one
-        semantic ID, ordered by how often the training part of ``interactions``, an ``X.inter.json``, has
-        them.
+        Formats: ``X.index.json`` (LETTER, LC-Rec, MiniOneRec) maps each item id to one token per level, like
+        ``<a_197>``; ``.csv`` and ``.parquet`` have one column of ids and one per level; ``.pt`` (GRID) is one
+        tensor of codes [levels, items].
 
-        Raises UserError that names the file, and the item or row, for whatever is malformed.
+        Args:
+            path: The file.
+            tokenizer: For an index.json: the tokenizer of the checkpoint, or its folder, which has the ids
+                of the tokens.
+            code_token_start: For an index.json without ``tokenizer``: the id of the first code token, if the
+                names in use were added in sorted order. For other formats: ``tokens`` of `from_codes`.
+            shared: Whether several items may have the same semantic ID.
+            codebook_size: Codes per level; by default one more than the largest code of each level.
+            interactions: An ``X.inter.json``; items that share a semantic ID are ordered by how often its
+                training part contains them.
+            item: Column of item ids in a table; "item" or "item_id" by default.
+            columns: Columns of codes in a table; by default code_0, code_1, …, or all other columns.
+
+        Raises:
+            UserError: The file is malformed. The message names the file and the item or row.
         """
         file = read_codes(
             Path(path), tokenizer=tokenizer, code_token_start=code_token_start, codebook_size=codebook_size,
@@ -183,42 +208,47 @@ class Catalog:
 
     @property
     def num_ids(self) -> int:
-        """How many different semantic IDs the items have: the leaves of the trie."""
+        """Number of different semantic IDs: the leaves of the trie."""
         return self.trie.num_items
 
-    def _repeated(self) -> UserError:
-        """The error for items with one semantic ID, which names two of them."""
+    def _duplicate_ids_error(self) -> UserError:
+        """The error for items with the same semantic ID; it names two of them."""
         ids = SharedIds.of(self.codes, None)
         first = int((ids.begins.diff() > 1).int().argmax())
         one, other = (self.item_ids[row] for row in ids.members[ids.begins[first] :][:2].tolist())
         return UserError(
-            "these codes make no catalog",
+            "no catalog can be built from these codes",
             cause=f"{len(self)} items have {len(ids.codes)} different semantic IDs: items {one!r} and "
             f"{other!r} both have {ids.codes[first].tolist()}",
             fix="pass shared=True to keep several items on one semantic ID",
         )
 
     def _check_sizes(self) -> None:
-        wide = (self.codes >= torch.tensor(self.codebook_sizes)).nonzero()
-        if len(wide) and min(self.codebook_sizes) < self.codebook_size:
-            row, level = wide[0].tolist()
+        too_large = (self.codes >= torch.tensor(self.codebook_sizes)).nonzero()
+        if len(too_large) and min(self.codebook_sizes) < self.codebook_size:
+            row, level = too_large[0].tolist()
             raise UserError(
-                "these codes make no catalog",
+                "no catalog can be built from these codes",
                 cause=f"row {row} has code {int(self.codes[row, level])} on level {level}, which has "
                 f"{self.codebook_sizes[level]} codes",
-                fix="give that level a larger size",
+                fix="pass a larger size for that level",
             )
 
     def code_tokens(self, given: TokenMap | CodeTokens | None = None) -> CodeTokens:
-        """The token of each code: what is ``given``, as for ``from_codes``, or the catalog's own map.
+        """The token of each code.
 
-        Raises UserError where there is neither, where both differ, and where a code in use has no token.
+        Args:
+            given: A token map as in `from_codes`; None for the catalog's own.
+
+        Raises:
+            UserError: There is no map, ``given`` differs from the catalog's own, or a code in use has no
+                token.
         """
         if given is None:
             if self.tokens is None:
                 raise UserError(
                     "the tokens of the codes are not known",
-                    cause="the catalog holds no token map, and code_token_start is not given",
+                    cause="the catalog has no token map, and code_token_start was not passed",
                     fix="pass code_token_start, or read the catalog with its tokenizer: "
                     "Catalog.read(path, tokenizer=…)",
                 )
@@ -226,32 +256,33 @@ class Catalog:
         tokens = CodeTokens.of(given, self.codebook_sizes)
         if self.tokens is not None and not torch.equal(tokens.table, self.tokens.table):
             raise UserError(
-                "the catalog has a token map of its own, and code_token_start names other tokens",
-                fix="leave code_token_start out",
+                "code_token_start differs from the token map of the catalog",
+                fix="omit code_token_start",
             )
         tokens.check_codes(self.codes)
         return tokens
 
     def ids_of(self, items: Tensor) -> list[list[int | str | None]]:
-        """Item ids for what the trie's leaves gave, [B, top]; None where there is no item (−1)."""
+        """Item ids of the values that the trie's leaves return, [B, top]; None for −1 (no item)."""
         if not self.named:
             return [[i if i >= 0 else None for i in row] for row in items.tolist()]
         return [[self.item_ids[i] if i >= 0 else None for i in row] for row in items.tolist()]
 
     def rows_of(self, item_ids: Sequence[int | str]) -> list[int]:
-        """Rows of item ids; UserError names the first that the catalog lacks."""
+        """Rows of item ids. Raises UserError with the first id that is not in the catalog."""
         for item in item_ids:
             if item not in self._row_of:
                 raise UserError(
                     f"item {item!r} is not in the catalog of {len(self)} items",
-                    fix=f"its ids are written like {self.item_ids[0]!r}",
+                    fix=f"use ids as the catalog has them, such as {self.item_ids[0]!r}",
                 )
         return [self._row_of[item] for item in item_ids]
 
     def only(self, item_ids: Sequence[int | str]) -> ItemFilter | SharedFilter:
-        """The filter that admits these items alone; its ``~``, ``&`` and ``|`` combine.
+        """A filter that admits only these items. Combine filters with ``~``, ``&`` and ``|``.
 
-        Raises UserError for an unknown item id.
+        Raises:
+            UserError: An item id is unknown.
         """
         allowed = torch.zeros(len(self), dtype=torch.bool)
         allowed[self.rows_of(item_ids)] = True
@@ -260,16 +291,17 @@ class Catalog:
         return ItemFilter.from_mask(self.trie, allowed)
 
     def excluding(self, histories: Sequence[Sequence[int | str]]) -> RequestFilter | SharedFilter:
-        """The filter of B requests that admits all items but those of each request's own history.
+        """A filter of B requests; each admits all items except those of its own history.
 
-        Raises UserError for an unknown item id.
+        Raises:
+            UserError: An item id is unknown.
         """
         rows = [self.rows_of(history) for history in histories]
         if self.shared is None:
             return RequestFilter.excluding(self.trie, rows if self.named else histories)
         allowed = torch.ones(len(rows), len(self), dtype=torch.bool)
-        for row, own in enumerate(rows):
-            allowed[row, own] = False
+        for request, history_rows in enumerate(rows):
+            allowed[request, history_rows] = False
         return SharedFilter(self.shared, allowed)
 
     @cached_property
@@ -277,7 +309,7 @@ class Catalog:
         return dict(zip(self.item_ids, range(len(self)), strict=True))
 
     def extended(self, codes: Tensor, item_ids: Sequence[str] | Sequence[int]) -> Catalog:
-        """A new catalog with items added at the end; what was there keeps its rows and codes."""
+        """A new catalog with items added at the end. Existing rows and codes do not change."""
         counts = self.counts
         if counts is not None:
             counts = torch.cat([counts, counts.new_zeros(len(codes))])
@@ -287,7 +319,7 @@ class Catalog:
         )  # fmt: skip
 
     def with_tokens(self, tokens: TokenMap | CodeTokens) -> Catalog:
-        """The same catalog with a token map; UserError where it has another one."""
+        """The same catalog with a token map. Raises UserError if it already has a different one."""
         return Catalog(
             self.codes, self.codebook_sizes, self.item_ids, tokens=self.code_tokens(tokens),
             shared=self.shared is not None, counts=self.counts,
@@ -299,16 +331,18 @@ class Catalog:
 
     def take(self, rows: Sequence[int]) -> Catalog:
         """The catalog of some rows, in the given order."""
-        kept: list[Any] = [self.item_ids[row] for row in rows]
-        places = torch.tensor(rows, dtype=torch.int64)
+        kept_ids: list[Any] = [self.item_ids[row] for row in rows]
+        index = torch.tensor(rows, dtype=torch.int64)
         return Catalog(
-            self.codes[places], self.codebook_sizes, kept, tokens=self.tokens,
-            shared=self.shared is not None, counts=None if self.counts is None else self.counts[places],
+            self.codes[index], self.codebook_sizes, kept_ids, tokens=self.tokens,
+            shared=self.shared is not None, counts=None if self.counts is None else self.counts[index],
         )  # fmt: skip
 
     def save(self, folder: Path | str) -> None:
-        """``catalog.safetensors`` (codes, token map, counts) and ``catalog.json`` (sizes, ids), each whole or
-        not at all."""
+        """Write ``catalog.safetensors`` (codes, token map, counts) and ``catalog.json`` (sizes, ids).
+
+        Each file is replaced atomically.
+        """
         folder = Path(folder)
         about = {
             "format": 1, "codebook_size": self.codebook_size, "item_ids": self.item_ids,
@@ -319,7 +353,7 @@ class Catalog:
 
     @classmethod
     def load(cls, folder: Path | str) -> Catalog:
-        """Read what ``save`` wrote, and check it again. Raises UserError where it is missing or damaged."""
+        """Read and check what `save` wrote. Raises DamagedError if it is missing or damaged."""
         folder = Path(folder)
         try:
             about = read_json(folder / "catalog.json", _About, fix=REMEDY)
@@ -334,11 +368,10 @@ class Catalog:
             )  # fmt: skip
         except UserError as error:
             cause = f"{error.message}: {error.cause}" if error.cause else error.message
-            raise DamagedError(f"{folder} holds no readable catalog", cause=cause, fix=REMEDY) from error
-        written = about.sha256 or catalog.digest()
-        if written != catalog.digest():
-            cause = "codes and item ids are not those that were saved together"
-            raise DamagedError(f"{folder} holds a damaged catalog", cause=cause, fix=REMEDY)
+            raise DamagedError(f"{folder} has no readable catalog", cause=cause, fix=REMEDY) from error
+        if (about.sha256 or catalog.digest()) != catalog.digest():
+            cause = "the codes and item ids were not saved together"
+            raise DamagedError(f"{folder} has a damaged catalog", cause=cause, fix=REMEDY)
         return catalog
 
     def digest(self) -> str:
@@ -349,7 +382,7 @@ class Catalog:
         return hashlib.sha256(json.dumps(fields).encode() + tensors).hexdigest()
 
     def _extras(self) -> dict[str, object]:
-        """What ``catalog.json`` says beyond sizes and ids, of the catalogs that have more."""
+        """Optional fields of ``catalog.json``."""
         extras: dict[str, object] = {}
         if min(self.codebook_sizes) < self.codebook_size:
             extras["codebook_sizes"] = list(self.codebook_sizes)
@@ -360,7 +393,7 @@ class Catalog:
         return extras
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What ``catalog.safetensors`` holds."""
+        """The tensors of ``catalog.safetensors``."""
         tensors = {"codes": self.codes.contiguous()}
         if self.tokens is not None and self.tokens.start is None:
             tensors["tokens"] = self.tokens.table
@@ -370,32 +403,36 @@ class Catalog:
 
 
 def level_sizes(size: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    """The codes of each level, from one number for all or one per level; UserError for anything else."""
+    """Number of codes per level, from one number for all levels or one per level.
+
+    Raises:
+        UserError: ``size`` is neither, or out of range.
+    """
     numbers = [size] * levels if isinstance(size, int) else size
     if isinstance(numbers, str) or not isinstance(numbers, Sequence | np.ndarray | Tensor):
         raise UserError(f"codebook_size must be an integer, or one per level, got {size!r}")
-    sizes = tuple(int(one) if isinstance(one, int | np.integer | Tensor) else 0 for one in numbers)
+    sizes = tuple(int(n) if isinstance(n, int | np.integer | Tensor) else 0 for n in numbers)
     if len(sizes) != levels or min(sizes, default=1) < 1:
         raise UserError(
             f"codebook_size must be 1 or more, for all of the {levels} levels or one per level, got {size!r}"
         )
     if max(sizes, default=1) > MAX_CODEBOOK_SIZE:
-        raise UserError(f"codebook_size is {MAX_CODEBOOK_SIZE} at most, got {max(sizes)}")
+        raise UserError(f"codebook_size must be at most {MAX_CODEBOOK_SIZE}, got {max(sizes)}")
     return sizes
 
 
 def ids_are_valid(ids: list[int] | list[str]) -> bool:
-    """Whether ids are strings or integers from 0 on; without shared IDs the trie checks that."""
+    """Whether ids are strings or integers from 0 on. Without shared IDs, the trie checks this."""
     return all(isinstance(i, str) or (isinstance(i, int | np.integer) and i >= 0) for i in ids)
 
 
-def _whole(counts: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-    """Counts as int64 [N]. Raises UserError for what is negative or not an integer."""
+def _as_counts(counts: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+    """Counts as int64 [N]. Raises UserError for negative values and for values that are not integers."""
     given = torch.as_tensor(counts)
-    whole = given.to(torch.int64) if not given.dtype.is_complex else None
-    if whole is None or not torch.equal(whole.to(given.dtype), given) or bool((whole < 0).any()):
+    integers = given.to(torch.int64) if not given.dtype.is_complex else None
+    if integers is None or not torch.equal(integers.to(given.dtype), given) or bool((integers < 0).any()):
         raise UserError("counts must be integers from 0 on, one per item")
-    return whole
+    return integers
 
 
 def as_list(values: Sequence[Any] | np.ndarray | Tensor) -> list[Any]:

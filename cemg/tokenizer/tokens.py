@@ -1,4 +1,4 @@
-"""Which token of the language model each code is.
+"""The map from codes to tokens of the language model.
 
 L levels, K codes of the largest level.
 """
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from cemg.errors import UserError
 
-TokenMap = int | Tensor | Sequence[Sequence[int]] | Sequence[Tensor]  # what users write
+TokenMap = int | Tensor | Sequence[Sequence[int]] | Sequence[Tensor]  # what callers pass
 
 
 class CodeTokens:
-    """The token of every code: ``table`` [L, K] int64, −1 where a level has no such code.
+    """The token of every code.
 
-    ``start`` is set where code c of level m is token ``start + m·K + c``, and None for every other map.
+    Attributes:
+        table: [L, K] int64; −1 if a level has no such code.
+        start: Set if code c of level m is token ``start + m·K + c``; None for every other map.
     """
 
     def __init__(self, table: Tensor, start: int | None = None) -> None:
@@ -27,7 +29,7 @@ class CodeTokens:
 
     @classmethod
     def consecutive(cls, start: int, sizes: Sequence[int]) -> CodeTokens:
-        """Level after level from ``start`` on, each level with its own number of codes."""
+        """Consecutive tokens from ``start`` on, level by level; ``sizes`` are the codes per level."""
         largest, begins = max(sizes), torch.tensor([0, *sizes]).cumsum(0)[:-1] + start
         codes = torch.arange(largest)
         table = (begins[:, None] + codes).masked_fill(codes >= torch.tensor(sizes)[:, None], -1)
@@ -35,10 +37,15 @@ class CodeTokens:
 
     @classmethod
     def of(cls, given: TokenMap | CodeTokens, sizes: Sequence[int]) -> CodeTokens:
-        """The map that a user wrote: the first token of all, a table [L, K], or one list of tokens per level.
+        """The map that a caller passed.
 
-        ``sizes`` are the codes of each level. Raises UserError for another number of levels, for more tokens
-        than codes, for negative tokens, and for a token that two codes of one level share.
+        Args:
+            given: The first token of all, a table [L, K], or one list of tokens per level.
+            sizes: Number of codes of each level.
+
+        Raises:
+            UserError: The number of levels differs, a level has more tokens than codes, a token is negative,
+                or two codes of one level have the same token.
         """
         if isinstance(given, CodeTokens):
             given = given.table if given.start is None else given.start
@@ -58,10 +65,10 @@ class CodeTokens:
             if bool((row < -1).any()):
                 raise UserError(f"token {int(row.min())} of level {level} is negative")
             table[level, : min(len(row), size)] = row[:size]
-            named = row[row >= 0]
-            if len(named) != len(named.unique()):
-                twice = int(named.sort().values[:-1][named.sort().values.diff() == 0][0])
-                raise UserError(f"two codes of level {level} have the token {twice}")
+            used = row[row >= 0]
+            if len(used) != len(used.unique()):
+                duplicate = int(used.sort().values[:-1][used.sort().values.diff() == 0][0])
+                raise UserError(f"two codes of level {level} have the token {duplicate}")
         return cls(table)
 
     @property
@@ -71,9 +78,9 @@ class CodeTokens:
 
     @cached_property
     def span(self) -> range:
-        """From the first token of a code to the last one; other tokens may lie between."""
-        named = self.table[self.table >= 0]
-        return range(int(named.min()), int(named.max()) + 1)
+        """The range from the smallest code token to the largest; it may include other tokens."""
+        used = self.table[self.table >= 0]
+        return range(int(used.min()), int(used.max()) + 1)
 
     def to(self, device: torch.device | str) -> CodeTokens:
         """The same map on another device."""
@@ -84,37 +91,38 @@ class CodeTokens:
         )
 
     def of_codes(self, codes: Tensor) -> Tensor:
-        """Codes [..., m] of the first m levels -> their tokens, −1 for a code without one."""
+        """Tokens of the codes [..., m] of the first m levels; −1 for a code without a token."""
         return self.table[torch.arange(codes.shape[-1], device=codes.device), codes.long()]
 
     def of_level(self, level: int, codes: Tensor) -> Tensor:
-        """Codes of one level, any shape -> tokens to feed; any token for a code without one."""
+        """Input tokens for the codes of one level, any shape; an arbitrary token for a code without one."""
         if self.start is not None:
             return codes + (self.start + level * self.size)
-        return self.fed[level][codes]
+        return self.input_table[level][codes]
 
     @cached_property
-    def fed(self) -> Tensor:
-        """``table`` with some code's token where there is none: what dead beams, whose code is 0, are fed."""
+    def input_table(self) -> Tensor:
+        """``table`` with a valid token in every cell: dead beams, whose code is 0, need some input."""
         return self.table.masked_fill(self.table < 0, self.span.start)
 
     def codes_of(self, tokens: Tensor) -> Tensor:
-        """Tokens [..., m] -> the codes of the first m levels; −1 for a token that is no code of its level."""
+        """Codes of the tokens [..., m] of the first m levels; −1 for tokens that are not codes of their level."""
         if not tokens.shape[-1]:
             return tokens
         return torch.stack([self.codes_of_level(m, tokens[..., m]) for m in range(tokens.shape[-1])], dim=-1)
 
     def codes_of_level(self, level: int, tokens: Tensor) -> Tensor:
-        """Tokens of any shape -> the codes that they are on one level, −1 for those that are none."""
+        """Codes of the tokens of one level, any shape; −1 for a token that is not a code of that level."""
         if self.start is not None:
             codes = tokens - (self.start + level * self.size)
             return codes.masked_fill((codes < 0) | (codes >= self.size), -1)
-        known, order = self._by_token
-        place = torch.searchsorted(known[level], tokens.contiguous()).clamp_max(self.size - 1)
-        return torch.where((known[level][place] == tokens) & (tokens >= 0), order[level][place], -1)
+        tokens_sorted, codes_sorted = self._sorted_by_token
+        slot = torch.searchsorted(tokens_sorted[level], tokens.contiguous()).clamp_max(self.size - 1)
+        matches = (tokens_sorted[level][slot] == tokens) & (tokens >= 0)
+        return torch.where(matches, codes_sorted[level][slot], -1)
 
     def columns(self, level: int, logits: Tensor) -> Tensor:
-        """The codes' columns [R, K] of logits [R, V], -inf for a code without a token."""
+        """The columns [R, K] of a level's codes in logits [R, V]; −inf for a code without a token."""
         tokens = self.table[level]
         if self.start is not None:
             first = self.start + level * self.size
@@ -122,7 +130,7 @@ class CodeTokens:
         return logits[:, tokens.clamp_min(0)].masked_fill(tokens < 0, float("-inf"))
 
     def spread(self, level: int, values: Tensor, out: Tensor) -> None:
-        """Write ``values`` [R, K] of the codes to their tokens' columns of ``out`` [R, V]."""
+        """Write ``values`` [R, K] of a level's codes into their columns of ``out`` [R, V]."""
         if self.start is not None:
             first = self.start + level * self.size
             out[:, first : first + self.size] = values
@@ -132,24 +140,24 @@ class CodeTokens:
 
     @cached_property
     def first_codes(self) -> list[int]:
-        """The first code of each level that has a token."""
+        """The smallest code with a token, per level."""
         return (self.table >= 0).int().argmax(1).tolist()
 
     @cached_property
-    def _by_token(self) -> tuple[Tensor, Tensor]:
-        """The tokens of each level in order, and their codes."""
-        known, order = self.table.sort(1)
-        return known, order
+    def _sorted_by_token(self) -> tuple[Tensor, Tensor]:
+        """The tokens of each level in ascending order, and their codes."""
+        tokens, codes = self.table.sort(1)
+        return tokens, codes
 
     def check_codes(self, codes: Tensor) -> None:
-        """UserError where one of ``codes`` [N, L] has no token."""
+        """Raise UserError if one of ``codes`` [N, L] has no token."""
         missing = (self.of_codes(codes) < 0).nonzero()
         if len(missing):
             row, level = missing[0].tolist()
             raise UserError(
                 f"code {int(codes[row, level])} of level {level} has no token",
                 cause=f"row {row} of the catalog uses it",
-                fix="give every code in use a token",
+                fix="add a token for every code in use",
             )
 
 

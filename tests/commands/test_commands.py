@@ -271,7 +271,7 @@ def test_an_unknown_item_is_refused(tiny_run, command, capsys):
     err = refusal(command, capsys, recommend.main, "--run", tiny_run, "--history", "item-0001 item-77")
     assert err == (
         "error: item 'item-77' is not in the catalog of 50 items\n"
-        "  fix:   its ids are written like 'item-0001'\n"
+        "  fix:   use ids as the catalog has them, such as 'item-0001'\n"
     )
 
 

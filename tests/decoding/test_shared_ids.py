@@ -175,7 +175,7 @@ def test_metrics_rank_items_and_not_their_ids(bench):
 
 def test_shared_ids_are_refused_unless_asked_for_and_the_fix_works():
     codes = torch.tensor([[0, 1], [0, 1]])
-    with pytest.raises(UserError, match="these codes make no catalog") as caught:
+    with pytest.raises(UserError, match="no catalog can be built from these codes") as caught:
         Catalog.from_codes(codes, 4)
     assert "shared=True" in str(caught.value.fix)
     catalog = Catalog.from_codes(codes, 4, shared=True)

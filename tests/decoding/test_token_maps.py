@@ -239,7 +239,7 @@ def test_a_smaller_level_moves_the_tokens_of_the_next_one():
 
 
 def test_a_code_beyond_its_own_level_is_refused_with_the_size_of_that_level():
-    with pytest.raises(UserError, match="make no catalog") as caught:
+    with pytest.raises(UserError, match="no catalog can be built") as caught:
         Catalog.from_codes(torch.tensor([[0, 3], [2, 0]]), (2, 4))
     assert "row 1 has code 2 on level 0, which has 2 codes" in str(caught.value.cause)
 
@@ -268,7 +268,7 @@ def test_a_decoder_without_a_map_raises_an_error_that_names_the_fix(models):
 
 
 def test_two_maps_that_differ_are_refused(models):
-    with pytest.raises(UserError, match="a token map of its own"):
+    with pytest.raises(UserError, match="differs from the token map of the catalog"):
         Decoder(models["t5"], catalog_of("lexicographic"), START)
 
 

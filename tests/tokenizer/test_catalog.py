@@ -43,14 +43,14 @@ def test_a_truncated_file_is_refused_with_its_folder(tmp_path: Path, name: str, 
 
 def test_two_items_with_one_semantic_id_are_refused() -> None:
     codes = torch.tensor([[0, 1], [3, 1], [0, 0], [3, 1], [3, 1]])
-    with pytest.raises(UserError, match="these codes make no catalog") as caught:
+    with pytest.raises(UserError, match="no catalog can be built from these codes") as caught:
         Catalog.from_codes(codes, 4, ["a", "b", "c", "d", "e"])
     assert caught.value.cause == ("5 items have 3 different semantic IDs: items 'b' and 'd' both have [3, 1]")
 
 
 @pytest.mark.parametrize("codes", [torch.tensor([[0, 4]]), torch.tensor([[-1, 0]])])
 def test_a_code_outside_the_codebook_is_refused(codes: torch.Tensor) -> None:
-    with pytest.raises(UserError, match="these codes make no catalog"):
+    with pytest.raises(UserError, match="no catalog can be built from these codes"):
         Catalog.from_codes(codes, 4)
 
 

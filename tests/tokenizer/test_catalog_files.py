@@ -82,7 +82,7 @@ def test_the_catalog_of_some_items_can_be_saved(tmp_path: Path):
 )
 def test_a_catalog_json_that_makes_no_sense_is_refused_with_its_folder(folder: Path, change):
     rewrite(folder, change)
-    with pytest.raises(UserError, match="holds no readable catalog") as caught:
+    with pytest.raises(UserError, match="has no readable catalog") as caught:
         Catalog.load(folder)
     assert str(folder) in caught.value.message and caught.value.cause and caught.value.fix
 
@@ -90,14 +90,14 @@ def test_a_catalog_json_that_makes_no_sense_is_refused_with_its_folder(folder: P
 @pytest.mark.parametrize("text", ["", "[]", "4", "null", '{"codebook_size": 4', "\x00"])
 def test_a_catalog_json_of_another_shape_is_refused(folder: Path, text: str):
     (folder / "catalog.json").write_text(text)
-    with pytest.raises(UserError, match="holds no readable catalog"):
+    with pytest.raises(UserError, match="has no readable catalog"):
         Catalog.load(folder)
 
 
 @pytest.mark.parametrize("tensor", [CODES.float(), CODES[:, 0].contiguous(), CODES[:3], CODES - 1, CODES * 0])
 def test_codes_that_make_no_catalog_are_refused_on_loading(folder: Path, tensor: torch.Tensor):
     save_file({"codes": tensor.contiguous()}, folder / "catalog.safetensors")
-    with pytest.raises(UserError, match="holds no readable catalog"):
+    with pytest.raises(UserError, match="has no readable catalog"):
         Catalog.load(folder)
 
 
@@ -108,7 +108,7 @@ def test_a_safetensors_file_without_codes_is_refused(folder: Path):
 
 
 def test_a_folder_without_a_catalog_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no readable catalog"):
+    with pytest.raises(UserError, match="has no readable catalog"):
         Catalog.load(tmp_path / "nowhere")
 
 
@@ -135,7 +135,7 @@ def test_one_flipped_bit_is_refused_or_changes_nothing(tmp_path_factory, place: 
 
 def test_codes_of_one_catalog_beside_the_ids_of_another_are_refused(folder: Path):
     save_file({"codes": CODES.flip(0).contiguous()}, folder / "catalog.safetensors")
-    with pytest.raises(UserError, match="holds a damaged catalog"):
+    with pytest.raises(UserError, match="has a damaged catalog"):
         Catalog.load(folder)
 
 
@@ -143,7 +143,7 @@ def test_adding_an_id_or_a_semantic_id_that_is_there_already_is_refused():
     catalog = Catalog.from_codes(CODES, 4, ["a", "b", "c", "d"])
     with pytest.raises(UserError, match="item id 'b' occurs more than once"):
         catalog.extended(torch.tensor([[1, 1, 1]]), ["b"])
-    with pytest.raises(UserError, match="these codes make no catalog"):
+    with pytest.raises(UserError, match="no catalog can be built from these codes"):
         catalog.extended(CODES[:1], ["e"])
     assert len(catalog) == 4
 
@@ -154,7 +154,7 @@ def test_ids_of_two_kinds_are_refused():
 
 
 def test_negative_ids_are_refused_for_they_mean_no_item():
-    with pytest.raises(UserError, match="these codes make no catalog"):
+    with pytest.raises(UserError, match="no catalog can be built from these codes"):
         Catalog.from_codes(CODES, 4, [-1, 0, 1, 2])
 
 

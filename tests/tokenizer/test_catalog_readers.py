@@ -57,7 +57,7 @@ def test_a_given_codebook_size_is_the_one_of_the_catalog(index: Path) -> None:
         catalog.code_tokens().of_codes(catalog.codes),
         Catalog.read(index, code_token_start=100).code_tokens().of_codes(catalog.codes),
     )
-    with pytest.raises(UserError, match="make no catalog"):
+    with pytest.raises(UserError, match="no catalog can be built"):
         Catalog.read(index, codebook_size=100)
 
 
@@ -117,7 +117,7 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
         ),
         ({"0": ["<a_1>"], "7": ["<a_999999999>"]}, "a level has 32768 codes at most"),
         ({"0": ["<a_1>"], "7": ["<a_01>"]}, "two tokens of level 0 have the same number"),
-        ({"0": ["<a_1>"], "7": ["<a_1>"]}, "these codes make no catalog"),
+        ({"0": ["<a_1>"], "7": ["<a_1>"]}, "no catalog can be built from these codes"),
         ({"": ["<a_1>"]}, "item id '' is empty"),
     ],
 )
@@ -177,8 +177,8 @@ def test_a_table_of_other_columns_is_read_by_their_names(tmp_path: Path) -> None
         ("item,code_0\n1,x\n", "row 1: code_0 is 'x', and a code must be an integer"),
         ("item,code_0\n1,2\n2,\n", "row 2: code_0 is None"),
         ("item,code_0\n,2\n", "row 1: item is empty"),
-        ("item,code_0\n1,-2\n", "these codes make no catalog"),
-        ("item,code_0\n1,99999999999\n", "codebook_size is 32768 at most"),
+        ("item,code_0\n1,-2\n", "no catalog can be built from these codes"),
+        ("item,code_0\n1,99999999999\n", "codebook_size must be at most 32768"),
         ("item,code_0\n1,2\n1,3\n", "item id '1' occurs more than once"),
     ],
 )
