@@ -1,4 +1,4 @@
-"""The three backbones (SPEC §4): ``t5``, ``causal`` (pre-trained, whole or by LoRA), ``scratch``."""
+"""The backbones of the generator: ``t5``, ``causal`` (pre-trained, all weights or LoRA) and ``scratch``."""
 
 from __future__ import annotations
 
@@ -23,46 +23,42 @@ from cemg.generator.checkpoints import add_tokens, load_checkpoint
 from cemg.generator.dropout import DropoutEmbedding, DropoutLinear
 from cemg.generator.vocabulary import Vocabulary
 
-PAD, BOS, EOS, FIRST_CODE = 0, 1, 2, 3  # of a vocabulary without text
+PAD, BOS, EOS, FIRST_CODE = 0, 1, 2, 3  # token ids of a vocabulary without text
 
 
 @dataclass(frozen=True, slots=True)
 class BackboneConfig:
-    """Which model, and its shape where it starts from scratch (``scratch``, ``t5`` without ``pretrained``).
+    """The model, and its shape if it starts from random weights (``scratch``, ``t5`` without ``pretrained``).
 
-    ``scratch`` is built like ``architecture``: "gpt2" (learned positions, dropout) or "llama" (rotary
-    positions, RMSNorm, SwiGLU of 8/3 × dim); both with dropout of the embeddings and of what attention and
-    feed-forward add. ``codebook_init`` starts the code tokens' embeddings from the RQ-VAE's codebooks.
-    ``pretrained`` is a hub name or a folder, for ``t5`` of any encoder-decoder; ``gguf_file`` a file in it.
-    Both, ``lora_rank`` and ``instruction``, are refused where the model starts from scratch. ``lora_rank`` 0
-    trains every weight.
-    ``ff`` 0 means 4 × dim. TIGER's T5 is layers 4, heads 6, ff 1024, dropout .1.
+    ``pretrained``, ``gguf_file``, ``lora_rank`` and ``instruction`` are rejected for such a model. Dropout
+    applies to embeddings and to the outputs of attention and feed-forward layers. TIGER's T5 has layers 4,
+    heads 6, ff 1024, dropout 0.1.
     """
 
     kind: Literal["t5", "causal", "scratch"] = "scratch"
     """scratch (a decoder from random weights), t5, or causal (a pre-trained decoder)."""
     architecture: Literal["gpt2", "llama"] = "gpt2"
-    """Of scratch: gpt2 (learned positions) or llama (rotary positions, RMSNorm, SwiGLU)."""
+    """For scratch: gpt2 (learned positions) or llama (rotary positions, RMSNorm, SwiGLU)."""
     codebook_init: bool = False
     """Whether the code tokens' embeddings start from the tokenizer's codebooks."""
     pretrained: str = ""
-    """A model of huggingface.co or a folder, for t5 and causal."""
+    """Name of a model on huggingface.co, or a folder; for t5 and causal."""
     gguf_file: str = ""
     """A GGUF file in pretrained."""
     layers: int = 6
-    """Layers; a t5 has as many in its encoder and in its decoder."""
+    """Number of layers; a t5 has this many in the encoder and in the decoder."""
     dim: int = 128
     """Width of the hidden states."""
     heads: int = 4
     """Attention heads."""
     head_dim: int = 64
-    """Width of a head; of t5."""
+    """Width of an attention head; for t5."""
     ff: int = 0
     """Width of the feed-forward layers; 0 is 4 * dim, for llama 8/3 * dim."""
     dropout: float = 0.2
-    """Of embeddings, attention and feed-forward outputs."""
+    """Dropout rate of embeddings, attention outputs and feed-forward outputs."""
     lora_rank: int = 0
-    """Trains LoRA adapters of this rank on a pre-trained model; 0 trains every weight."""
+    """Rank of the LoRA adapters trained on a pre-trained model; 0 trains all weights."""
     lora_alpha: int = 32
     """Scale of the LoRA adapters."""
     instruction: str = ""
@@ -75,7 +71,7 @@ class BackboneConfig:
                 fix="set backbone.pretrained to a hub name or a folder, or use backbone.kind=scratch",
             )
         if not self.pretrained or self.kind == "scratch":
-            self._refuse_what_a_checkpoint_needs()
+            self._check_unused_settings()
         for name in ("layers", "dim", "heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"backbone.{name} must be at least 1, got {getattr(self, name)}")
@@ -87,11 +83,11 @@ class BackboneConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"backbone.dropout must be within 0 … 1, got {self.dropout}")
 
-    def _refuse_what_a_checkpoint_needs(self) -> None:
+    def _check_unused_settings(self) -> None:
         for name in ("pretrained", "gguf_file", "lora_rank", "instruction"):
             if getattr(self, name):
                 raise UserError(
-                    f"backbone.{name}={getattr(self, name)} has no effect: this model starts from scratch",
+                    f"backbone.{name}={getattr(self, name)} has no effect: the model has random weights",
                     cause=f"backbone.kind={self.kind}, backbone.pretrained={self.pretrained!r}",
                     fix="--set backbone.kind=causal (or t5) --set backbone.pretrained=NAME",
                 )
@@ -100,7 +96,7 @@ class BackboneConfig:
 def build_backbone(
     config: BackboneConfig, levels: int, codebook_size: int, *, history_items: int
 ) -> tuple[PreTrainedModel, Vocabulary]:
-    """The model, its vocabulary extended by the codes. Weights from scratch follow torch's seed."""
+    """The model and its vocabulary, extended by the codes. Random weights follow torch's seed."""
     if config.kind == "causal":
         return _causal(config, levels, codebook_size)
     if config.kind == "t5" and config.pretrained:
@@ -111,8 +107,11 @@ def build_backbone(
 
 
 def _scratch(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTrainedModel:
-    """A Transformer decoder with tied embeddings: the paper's *w/o LLM*. Its dropout leaves the attention
-    weights alone, where it would keep torch from its fused attention (1.3× slower on two CPU cores)."""
+    """A Transformer decoder with tied embeddings: the paper's *w/o LLM*.
+
+    Attention weights have no dropout, which would disable torch's fused attention (1.3× slower on two CPU
+    cores).
+    """
     if config.architecture == "llama":
         return _llama(config, vocabulary, positions)
     shape = GPT2Config(
@@ -131,7 +130,7 @@ def _llama(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> Pr
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
     model = LlamaForCausalLM(shape)
-    if config.dropout:  # which a Llama has in its attention weights alone
+    if config.dropout:  # transformers' Llama has dropout only in its attention weights
         body = model.model
         body.embed_tokens = DropoutEmbedding(body.embed_tokens, config.dropout)
         for block in body.layers:
@@ -142,14 +141,19 @@ def _llama(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> Pr
 
 @torch.no_grad()
 def start_from_codebooks(model: PreTrainedModel, vocabulary: Vocabulary, codebooks: Tensor) -> None:
-    """Add each code's vector, turned into the model's width by a random rotation, to its token's embedding.
+    """Add each code's vector, rotated into the model's width, to its token's embedding.
 
-    codebooks [levels, K, d]. Each level is scaled to the spread of the embeddings it is added to: codes near
-    in the codebook start near, and levels start alike. Uses torch's generator.
+    Codes that are close in the codebook then start close. Each level is scaled to the standard deviation of
+    the embeddings. The rotation is drawn from torch's generator.
+
+    Args:
+        model: Its input embeddings change.
+        vocabulary: The tokens of the codes.
+        codebooks: [levels, K, d].
     """
     weight = cast(Tensor, model.get_input_embeddings().weight)  # [V, dim]
-    turn = torch.nn.init.orthogonal_(torch.empty(weight.shape[1], codebooks.shape[2]))  # [dim, d]
-    vectors = codebooks.float().cpu() @ turn.T  # [levels, K, dim]
+    rotation = torch.nn.init.orthogonal_(torch.empty(weight.shape[1], codebooks.shape[2]))  # [dim, d]
+    vectors = codebooks.float().cpu() @ rotation.T  # [levels, K, dim]
     codes = weight[vocabulary.code_token_start : vocabulary.size]
     scale = codes.std() / vectors.std(dim=(1, 2), keepdim=True).clamp_min(1e-8)
     codes += (vectors * scale).flatten(0, 1).to(codes)
@@ -160,7 +164,7 @@ def _t5(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTr
         vocab_size=vocabulary.size, d_model=config.dim, d_kv=config.head_dim, num_heads=config.heads,
         d_ff=config.ff or 4 * config.dim, num_layers=config.layers, num_decoder_layers=config.layers,
         dropout_rate=config.dropout, feed_forward_proj="relu", pad_token_id=PAD, eos_token_id=EOS,
-        decoder_start_token_id=PAD,  # type: ignore[call-arg]  # taken among further keywords
+        decoder_start_token_id=PAD,  # type: ignore[call-arg]  # passed through **kwargs
     )  # fmt: skip
     return T5ForConditionalGeneration(shape)
 
@@ -200,7 +204,7 @@ def _first(token: int | list[int] | None, default: int) -> int:
 
 
 def _with_lora(model: PreTrainedModel, config: BackboneConfig, task: str) -> PreTrainedModel:
-    """LoRA on the linear layers; embeddings and head, which hold the new tokens, train whole."""
+    """LoRA on the linear layers. Embeddings and head, which have the new tokens, train all weights."""
     if config.lora_rank == 0:
         return model
     from peft import LoraConfig, get_peft_model  # a slow import that only LoRA needs
@@ -211,5 +215,5 @@ def _with_lora(model: PreTrainedModel, config: BackboneConfig, task: str) -> Pre
     )  # fmt: skip
     adapted = get_peft_model(model, lora)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        cast(Tensor, layer.weight).requires_grad_(True)  # the model's own, however many layers share it
-    return cast(PreTrainedModel, adapted)  # which passes on what it has not itself
+        cast(Tensor, layer.weight).requires_grad_(True)  # the base weight, even if layers share it
+    return cast(PreTrainedModel, adapted)  # it forwards unknown attributes to the model

@@ -1,4 +1,4 @@
-"""Pre-trained models in their own class and with all of their weights, and room for the codes in them."""
+"""Pre-trained checkpoints: loading with all weights, and extending the vocabulary by the codes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from cemg.errors import UserError
 
-# Of older transformers: buffers that a model computes itself today.
+# Buffers in checkpoints of older transformers, which models compute themselves today.
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)$")
 
 
 def load_checkpoint(kind: Literal["t5", "causal"], name: str, gguf_file: str = "") -> PreTrainedModel:
-    """The model of that hub name or folder in float32: an encoder-decoder (``t5``) or a decoder (``causal``).
+    """Load a model in float32.
 
-    Raises UserError where it cannot be loaded, is of the other kind, or where its class has weights that the
-    checkpoint lacks, or the checkpoint weights that the class has no place for.
+    Args:
+        kind: "t5", an encoder-decoder, or "causal", a decoder.
+        name: Name on the Hugging Face hub, or a folder.
+        gguf_file: GGUF file in it; "" for none.
+
+    Raises:
+        UserError: The model cannot be loaded or is of the other kind, or the weights of the checkpoint are
+            not exactly those of its class.
     """
     family: Any = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
     options = {"gguf_file": gguf_file} if gguf_file else {}
@@ -40,16 +46,16 @@ def load_checkpoint(kind: Literal["t5", "causal"], name: str, gguf_file: str = "
 
 
 def check_whole(name: str, kind: str, report: Mapping[str, Any]) -> None:
-    """UserError for weights that a loading report names as missing, unexpected or of another shape."""
+    """Raise UserError if a loading report has missing, unexpected or mismatched weights."""
     missing = sorted(report["missing_keys"])
-    other = sorted(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
+    mismatched = sorted(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
     unexpected = sorted(key for key in report["unexpected_keys"] if not COMPUTED.search(key))
-    faults = {"are missing": missing, "have another shape": other, "have no place in it": unexpected}
-    for what, keys in faults.items():
+    faults = {"are missing": missing, "have another shape": mismatched, "are unknown to it": unexpected}
+    for fault, keys in faults.items():
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise UserError(
-                f"backbone.pretrained={name}: {len(keys)} weights of its {kind} {what}",
+                f"backbone.pretrained={name}: {len(keys)} weights of its {kind} {fault}",
                 cause=f"{', '.join(keys[:3])}{more}",
                 fix="name a complete checkpoint of a language model with its head",
             )
@@ -58,34 +64,34 @@ def check_whole(name: str, kind: str, report: Mapping[str, Any]) -> None:
 def _not_loaded(kind: str, name: str, error: Exception) -> UserError:
     where = "folder" if Path(name).exists() else "hub name (is the network reachable?)"
     cause = str(error).strip().splitlines()
-    other = "Unrecognized configuration class" in str(error)
+    other_kind = "Unrecognized configuration class" in str(error)
     return UserError(
         f"backbone.pretrained={name} cannot be loaded as a {where}",
         cause=cause[0] if cause else type(error).__name__,
-        fix=f"--set backbone.kind={'causal' if kind == 't5' else 't5'}, for a model of the other kind"
-        if other
+        fix=f"--set backbone.kind={'causal' if kind == 't5' else 't5'}, since the model is of the other kind"
+        if other_kind
         else "name a folder with config.json and weights, or a model of the Hugging Face hub",
     )
 
 
 def add_tokens(model: PreTrainedModel, size: int) -> None:
-    """Room for ``size`` tokens in the embeddings and in the head, which stays apart where it was.
+    """Extend embeddings and head to ``size`` tokens. An untied head stays untied.
 
-    transformers ties a head that is not the embeddings (Flan-T5's, T5 1.1's, mT5's, UMT5's) when it resizes,
-    since the configuration of all T5 says so.
+    When transformers resizes, it ties the separate heads of Flan-T5, T5 1.1, mT5 and UMT5, because the
+    configuration of every T5 says ``tie_word_embeddings``.
     """
     config: Any = model.config
-    says_tied = config.tie_word_embeddings
+    configured = config.tie_word_embeddings
     if not tied(model):
         config.tie_word_embeddings = False
     try:
         model.resize_token_embeddings(size)
     finally:
-        config.tie_word_embeddings = says_tied
+        config.tie_word_embeddings = configured
 
 
 def tied(model: PreTrainedModel) -> bool:
-    """Whether the head is the embeddings; True where there is no head."""
+    """Whether head and input embeddings are the same weight; True if there is no head."""
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     return head is None or head.weight is embedding.weight

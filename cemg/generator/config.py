@@ -10,45 +10,44 @@ from cemg.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class GeneratorConfig:
-    """Optimisation of the generator.
+    """Training of the generator.
 
-    ``loss`` "valid" (paper equation 5 has "vocab") learns preferences among the codes that the trie admits,
-    not also which codes go together. It requires ``decoding.normalize=valid``. An item at which ``crop``
-    starts a history is not a target.
+    The loss of the paper (equation 5) is "vocab". "valid" normalizes only over the codes that the trie
+    admits; it requires ``decoding.normalize=valid``. The first item of a cropped history is not a target.
     """
 
     history_items: int = 20
-    """Items of a history that the model sees; older ones are cut."""
+    """Newest items of a history that the prompt contains."""
     epochs: int = 40
     """Passes over the training sequences."""
     batch_size: int = 128
     """Sequences per step."""
     learning_rate: float = 1e-3
-    """Peak of the schedule; AdamW."""
+    """Peak learning rate of AdamW."""
     weight_decay: float = 0.05
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     warmup_share: float = 0.03
-    """Share of the steps until the peak is reached."""
+    """Share of all steps used for warm-up."""
     schedule: Literal["cosine", "inverse-sqrt"] = "cosine"
-    """cosine or inverse-sqrt."""
+    """Learning-rate schedule after warm-up: cosine or inverse-sqrt."""
     label_smoothing: float = 0.0
-    """Probability mass spread over the other tokens; with loss=vocab."""
+    """Label smoothing; only with loss=vocab."""
     loss: Literal["vocab", "valid"] = "vocab"
-    """Tokens in a code's softmax: vocab, all (the paper), or valid, those that continue a real item."""
+    """Tokens in the softmax: vocab (all, as in the paper) or valid (codes that continue a real item)."""
     crop: float = 0.0
-    """Share of samples that start at a random later item of their history, drawn anew each epoch."""
+    """Share of samples whose history starts at a random later item, drawn per epoch."""
     first_item: bool = True
     """Whether a user's first item, with no history before it, is a target."""
     clip: float = 1.0
-    """Gradients are clipped to this norm."""
+    """Maximum norm of the gradients."""
     validate_every: int = 2
-    """Epochs between two validations."""
+    """Number of epochs between validations."""
     patience: int = 6
-    """Validations without a better NDCG@10 until training stops; 0 never stops early."""
+    """Training stops after this many validations without a better NDCG@10; 0 never stops early."""
     checkpoint_seconds: int = 60
-    """At most this much training is lost when it is interrupted."""
+    """Seconds between checkpoints."""
     seed: int = 0
-    """Set by the run's seed."""
+    """Random seed; the run's seed replaces it."""
 
     def __post_init__(self) -> None:
         for name in ("history_items", "epochs", "batch_size", "validate_every"):
@@ -59,7 +58,8 @@ class GeneratorConfig:
                 raise UserError(f"generator.{name} must be above 0, got {getattr(self, name)}")
         if self.loss == "valid" and self.label_smoothing:
             raise UserError(
-                "generator.label_smoothing does not go with generator.loss=valid", fix="leave one of them out"
+                "generator.label_smoothing cannot be combined with generator.loss=valid",
+                fix="set only one of them",
             )
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"generator.label_smoothing must be within 0 … 1, got {self.label_smoothing}")

@@ -1,4 +1,4 @@
-"""Layers whose output drops out while they train: dropout where a model's own code has none."""
+"""Layers with dropout of their output, for models whose code has none there."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch.nn import functional as F
 
 
 class DropoutLinear(nn.Linear):
-    """A linear layer with dropout of what it returns."""
+    """A linear layer with dropout of its output."""
 
     def __init__(self, layer: nn.Linear, share: float) -> None:
-        """With the weights of ``layer``, shared; ``share`` of the outputs is dropped."""
+        """Share the weights of ``layer``; ``share`` is the dropout rate."""
         super().__init__(
             layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
-        )  # nothing is drawn: torch's generator stays where it is
+        )  # on "meta" nothing is drawn from torch's generator
         self.weight, self.bias, self.share = layer.weight, layer.bias, share
 
     def forward(self, input: Tensor) -> Tensor:
@@ -21,10 +21,10 @@ class DropoutLinear(nn.Linear):
 
 
 class DropoutEmbedding(nn.Embedding):
-    """An embedding with dropout of what it returns."""
+    """An embedding with dropout of its output."""
 
     def __init__(self, layer: nn.Embedding, share: float) -> None:
-        """With the weight of ``layer``, shared; ``share`` of the outputs is dropped."""
+        """Share the weight of ``layer``; ``share`` is the dropout rate."""
         super().__init__(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
         self.weight, self.share = layer.weight, share
 

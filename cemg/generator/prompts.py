@@ -1,6 +1,6 @@
-"""Histories to token sequences: training samples and inference prompts (paper §3.4.1, SPEC §4).
+"""Token sequences from histories: training samples and inference prompts (CEMG paper §3.4.1).
 
-A history keeps its newest ``history_items`` items, oldest first. Each target item is trained on once.
+A history keeps its newest ``history_items`` items, oldest first. Each target item occurs once per epoch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from cemg.generator.vocabulary import Vocabulary
 
-IGNORED = -100  # the label that cross-entropy passes over
+IGNORED = -100  # the label that cross-entropy ignores
 
 
 class Sample(TypedDict):
@@ -34,7 +34,7 @@ class Prompter:
 
     @property
     def opening(self) -> list[int]:
-        """What stands before the codes: BOS and instruction of a decoder, nothing for an encoder."""
+        """Tokens before the codes: BOS and the instruction for a decoder, none for an encoder."""
         return [] if self.seq2seq else [self.vocabulary.bos, *self.vocabulary.instruction]
 
     def prompt(self, history: np.ndarray) -> Tensor:
@@ -45,7 +45,7 @@ class Prompter:
         return torch.cat((*parts, torch.tensor(closing, dtype=torch.int64)))
 
     def batch(self, histories: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Prompts [B, S] int64 and their mask, padded left for a decoder, right for an encoder."""
+        """Prompts [B, S] int64 and their attention mask, padded left for a decoder, right for an encoder."""
         rows = [self.prompt(history) for history in histories]
         ids = pad(rows, self.vocabulary.pad, left=not self.seq2seq)
         mask = pad([torch.ones_like(row) for row in rows], 0, left=not self.seq2seq)
@@ -54,17 +54,17 @@ class Prompter:
     def samples(
         self, train: Sequence[np.ndarray], *, crop: float = 0.0, first_item: bool = True, seed: int = 0
     ) -> Samples:
-        """Training samples: windows with every position a target; of an encoder-decoder one a prefix.
+        """Training samples: windows whose positions are all targets; one per prefix for seq2seq.
 
-        ``crop``, ``first_item``: see ``GeneratorConfig``. What is cropped follows (seed, epoch, sample).
+        ``crop`` and ``first_item``: see `GeneratorConfig`. Crops are drawn from (seed, epoch, sample).
         """
         spans = _prefixes(train) if self.seq2seq else _windows(train, self.history_items)
-        whole = [span for span in spans if first_item or span[3] - span[1] > 1]
-        return Samples(self, train, whole, crop=crop, first_item=first_item, seed=seed)
+        with_target = [span for span in spans if first_item or span[3] - span[1] > 1]
+        return Samples(self, train, with_target, crop=crop, first_item=first_item, seed=seed)
 
 
 class Samples(Dataset[Sample]):
-    """Spans (user, first item, first target, end) of training sequences, tokenised when asked for."""
+    """Spans (user, first item, first target, end) of training sequences, tokenized on access."""
 
     def __init__(
         self, prompter: Prompter, train: Sequence[np.ndarray], spans: list[tuple[int, int, int, int]], *,
@@ -72,7 +72,7 @@ class Samples(Dataset[Sample]):
     ) -> None:  # fmt: skip
         self.prompter, self.train, self.spans = prompter, train, spans
         self.crop, self.first_item, self.seed = crop, first_item, seed
-        self.epoch = 0  # set by the training
+        self.epoch = 0  # set by the trainer
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -83,19 +83,23 @@ class Samples(Dataset[Sample]):
         if begin > first or not self.first_item:
             target = max(target, begin + 1)
         items = self.train[user][begin:end]
-        make = self._seq2seq if self.prompter.seq2seq else self._causal
-        return make(items, target - begin)
+        build = self._seq2seq if self.prompter.seq2seq else self._causal
+        return build(items, target - begin)
 
     def _cropped(self, index: int) -> int:
-        """The first item, drawn anew each epoch of those that leave a target with an item before it."""
+        """The first item of a cropped sample, drawn per epoch; a target and an item before it remain."""
         _, first, target, end = self.spans[index]
         last = target - 1 if target > first else end - 2
-        seen = max(first, target - self.prompter.history_items) if self.prompter.seq2seq else first
+        visible = max(first, target - self.prompter.history_items) if self.prompter.seq2seq else first
         draw = np.random.default_rng((self.seed, self.epoch, index))
-        return int(draw.integers(seen + 1, last + 1)) if last > seen and draw.random() < self.crop else first
+        return (
+            int(draw.integers(visible + 1, last + 1))
+            if last > visible and draw.random() < self.crop
+            else first
+        )
 
     def lengths(self) -> list[int]:
-        """Items each sample holds: what batches are bucketed by."""
+        """Number of items per sample, by which batches are bucketed."""
         return [end - first for _, first, _, end in self.spans]
 
     def _causal(self, items: np.ndarray, target: int) -> Sample:
@@ -115,7 +119,7 @@ class Samples(Dataset[Sample]):
 
 
 def _windows(train: Sequence[np.ndarray], history_items: int) -> Iterator[tuple[int, int, int, int]]:
-    """Windows of history_items + 1 items; of later ones the first half is context, not trained again."""
+    """Windows of history_items + 1 items. In later windows the first half is context, not a target."""
     size, step = history_items + 1, max(history_items // 2, 1)
     for user, items in enumerate(train):
         if len(items) > 0:
@@ -132,7 +136,7 @@ def _prefixes(train: Sequence[np.ndarray]) -> Iterator[tuple[int, int, int, int]
 
 
 class Collate:
-    """Pads samples on the right to the longest of the batch; labels with IGNORED."""
+    """Pads samples on the right to the longest of the batch. Labels are padded with IGNORED."""
 
     def __init__(self, vocabulary: Vocabulary, *, seq2seq: bool) -> None:
         self.vocabulary, self.seq2seq = vocabulary, seq2seq
@@ -149,7 +153,7 @@ class Collate:
 
 
 class Buckets(Sampler[list[int]]):
-    """Batches of samples of like length, shuffled anew each epoch from (seed, epoch); call ``set_epoch``."""
+    """Batches of samples of similar length, shuffled per epoch from (seed, epoch); call ``set_epoch``."""
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
         self.lengths = torch.tensor(lengths)
@@ -172,7 +176,7 @@ class Buckets(Sampler[list[int]]):
 
 
 def pad(rows: Sequence[Tensor], value: int, *, left: bool) -> Tensor:
-    """Stack rows of different length to [B, S], filled with ``value``."""
+    """Stack rows of different lengths to [B, S], padded with ``value``."""
     side = "left" if left else "right"
     return torch.nn.utils.rnn.pad_sequence(
         list(rows), batch_first=True, padding_value=value, padding_side=side

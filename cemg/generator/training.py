@@ -37,7 +37,7 @@ from cemg_kernels import Trie
 
 @dataclass(slots=True)
 class Progress:
-    """Where a training stands: what a checkpoint carries besides tensors."""
+    """Progress of a training; saved in every checkpoint."""
 
     step: int = 0
     epoch: int = 0
@@ -47,7 +47,7 @@ class Progress:
     best_epoch: int = -1
     stale: int = 0
     seconds: float = 0.0
-    best_sha256: str = ""  # of the weights of the best validation
+    best_sha256: str = ""  # of the weights with the best validation
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -67,17 +67,33 @@ def train_generator(
     log: Log | None = None,
     identity: str = "",
 ) -> Progress:
-    """Train in place; at the end the model holds the weights of the best validation.
+    """Train a model in place. It ends with the weights of the best validation.
 
-    ``train`` are users' item rows, ``trie`` the catalog's, ``validate`` gives NDCG@10. ``folder`` keeps the
-    checkpoints; a later call with the same arguments resumes there, or starts from the beginning where they
-    are damaged or of another ``identity``, and says so. Raises UserError where no position can be
-    trained on, and where the device's memory runs out.
+    A later call with the same arguments resumes from the last checkpoint. If that is damaged or has another
+    ``identity``, training starts from the beginning and prints the reason.
+
+    Args:
+        model: The backbone.
+        vocabulary: The tokens of its codes.
+        prompter: Builds the prompts.
+        train: Training items (catalog rows) of each user.
+        trie: Trie of the catalog.
+        validate: Returns NDCG@10 of the model.
+        config: Settings of the training.
+        folder: Checkpoints are written here.
+        device: "cpu" or a CUDA device.
+        dtype: "float32" or "bfloat16" (mixed precision).
+        log: Receives loss and validation metric.
+        identity: Key of the stage; checkpoints of another key are not resumed.
+
+    Raises:
+        UserError: There is no training sample, the loss is not finite, or the device is out of memory.
     """
     samples = prompter.samples(train, crop=config.crop, first_item=config.first_item, seed=config.seed)
     if len(samples) == 0:
         raise UserError(
-            "no training sample: every user's training part is empty", fix="check: cemg-data stats"
+            "there is no training sample: the training part of every user is empty",
+            fix="check: cemg-data stats",
         )
     try:
         return _Training(
@@ -101,7 +117,7 @@ class _Training:
         self.config, self.folder, self.log, self.validate = config, folder, log, validate
         self.identity = identity
         precision = {"float32": "no", "bfloat16": "bf16"}[dtype]
-        AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier training's precision stays
+        AcceleratorState._reset_state(reset_partial_state=True)  # resets the precision of an earlier training
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
         self.samples = samples
         self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
@@ -114,8 +130,8 @@ class _Training:
         attached = {name: vars(model)[name] for name in ("forward",) if name in vars(model)}
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
         self.plain: PreTrainedModel = model
-        for name in ("forward", "_original_forward"):  # accelerate wraps it in autocast: ``_step`` does so
-            vars(model).pop(name, None)  # itself, and validation runs in the precision of the weights
+        for name in ("forward", "_original_forward"):  # remove accelerate's autocast wrapper: ``_step`` has
+            vars(model).pop(name, None)  # its own, and validation runs in the precision of the weights
         vars(model).update(attached)
         self.vocabulary, self.trie, self.seq2seq = vocabulary, trie.to(self.accelerator.device), seq2seq
         self.total = len(self.buckets) * config.epochs
@@ -131,21 +147,19 @@ class _Training:
                 self.state.seconds = time.monotonic() - started
                 self._close_epoch()
         if self.state.best_sha256:
-            self._take_best()
+            self._load_best()
         return self.state
 
-    def _take_best(self) -> None:
+    def _load_best(self) -> None:
         path = self.folder / "best.safetensors"
         tensors, about = self._read(path)
         if about["sha256"] != self.state.best_sha256:
-            raise DamagedError(f"{path} holds the weights of another validation", fix=_restart(self.folder))
+            raise DamagedError(f"{path} has the weights of another validation", fix=_restart(self.folder))
         assign(self.plain, tensors, path)
 
     def _epoch(self, started: float, advance: Callable[[int], None]) -> None:
         self.samples.epoch = self.state.epoch
-        self.loader.set_epoch(
-            self.state.epoch
-        )  # the loader counts epochs itself, from 0 after a resumption too
+        self.loader.set_epoch(self.state.epoch)  # the loader itself counts from 0, also after a resume
         first = self.state.step - self.state.epoch * len(self.buckets)
         loader = self.accelerator.skip_first_batches(self.loader, first) if first else self.loader
         for batch in loader:
@@ -173,14 +187,14 @@ class _Training:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UserError(
-                f"the loss is {value} at step {self.state.step}", fix="lower generator.learning_rate"
+                f"the loss is {value} at step {self.state.step}", fix="reduce generator.learning_rate"
             )
         if self.log is not None:
             self.log(self.state.step, {"generator/loss": value})
         return value
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy over the positions that are targets; a decoder's are shifted by one."""
+        """Mean cross-entropy over the target positions. For a decoder, labels are shifted by one."""
         labels = batch["labels"]
         if self.seq2seq:
             logits = self.model(
@@ -189,7 +203,7 @@ class _Training:
                 labels=labels,
                 use_cache=False,
             ).logits
-        else:  # padded on the right: a causal mask alone hides the padding
+        else:  # padding is on the right, so the causal mask hides it
             logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
             labels = labels[:, 1:]
         if self.config.loss == "valid":
@@ -226,7 +240,7 @@ class _Training:
         return 0 < self.config.patience <= self.state.stale
 
     def _checkpoint(self) -> None:
-        """One file with weights, optimizer moments and the step; renamed into place when whole."""
+        """Write weights, optimizer state and progress to one file, atomically."""
         tensors = {f"model.{k}": v for k, v in weights_of(self.plain).items()}
         for index, slot in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in slot.items()}
@@ -234,7 +248,7 @@ class _Training:
         self.saved_at = time.monotonic()
 
     def _write(self, tensors: dict[str, Tensor], path: Path, *, state: str = "") -> str:
-        """Write tensors with the training's identity and the digest of it all, which is returned."""
+        """Write tensors with the identity of the training and the digest of both. Returns the digest."""
         kept = {k: v.cpu().contiguous() for k, v in tensors.items()}
         sha = tensors_digest(kept, state + self.identity)
         about = {"state": state, "identity": self.identity, "sha256": sha}
@@ -242,7 +256,7 @@ class _Training:
         return sha
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors and the metadata that ``_write`` wrote in this training."""
+        """The tensors and metadata that `_write` wrote in this training."""
         tensors, about = read_tensor_file(path, finite=False, fix=_restart(path.parent))
         if about.get("identity") != self.identity:
             raise DamagedError(f"{path} belongs to another training", fix=_restart(path.parent))
@@ -252,7 +266,7 @@ class _Training:
         return tensors, about
 
     def _resume(self) -> None:
-        """Continue from the checkpoint; from the beginning where there is none, or where it is damaged."""
+        """Continue from the checkpoint; start from the beginning if there is none or it is damaged."""
         path = self.folder / "checkpoint.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists() and not path.is_symlink():
@@ -261,12 +275,12 @@ class _Training:
             tensors, about = self._read(path)
             state = parse_json(about.get("state", ""), Progress, name=f"the state in {path}")
             if state.best_sha256:
-                self._read(self.folder / "best.safetensors")  # or a later one, which will be written again
+                self._read(self.folder / "best.safetensors")  # checks it; a later one is written again
             self._restore(tensors, state)
         except DamagedError as error:
-            why = f"{error.message} ({error.cause})" if error.cause else error.message
-            said = f"generator: {why}; the training starts from the beginning"
-            console.print(said, highlight=False, soft_wrap=True, markup=False)
+            reason = f"{error.message} ({error.cause})" if error.cause else error.message
+            message = f"generator: {reason}; the training starts from the beginning"
+            console.print(message, highlight=False, soft_wrap=True, markup=False)
             shutil.rmtree(self.folder)
             self.folder.mkdir()
             return
@@ -286,9 +300,13 @@ class _Training:
 
 
 def valid_cross_entropy(logits: Tensor, labels: Tensor, trie: Trie, vocabulary: Vocabulary) -> Tensor:
-    """Mean over target codes of -log p(code | prefix), a softmax over the codes that continue the prefix.
+    """Mean of −log p(code | prefix) over the target codes; the softmax runs over valid continuations.
 
-    logits [B, S, V]; labels [B, S] int64, IGNORED or the tokens of whole items, level by level.
+    Args:
+        logits: [B, S, V].
+        labels: [B, S] int64: IGNORED, or the tokens of complete items, level by level.
+        trie: Trie of the catalog.
+        vocabulary: The tokens of the codes.
     """
     chosen = labels != IGNORED
     levels, size = vocabulary.levels, vocabulary.codebook_size
@@ -299,13 +317,13 @@ def valid_cross_entropy(logits: Tensor, labels: Tensor, trie: Trie, vocabulary: 
     for level in range(levels):
         first = vocabulary.code_token_start + level * size
         allowed = trie.mask(trie.lookup(codes[:, :level]))  # [items, K]
-        here = rows[:, level, first : first + size].float().masked_fill(~allowed, float("-inf"))
-        total = total + torch.nn.functional.cross_entropy(here, codes[:, level])
+        masked = rows[:, level, first : first + size].float().masked_fill(~allowed, float("-inf"))
+        total = total + torch.nn.functional.cross_entropy(masked, codes[:, level])
     return total / levels
 
 
 def learning_rate_share(step: int, total: int, config: GeneratorConfig) -> float:
-    """Linear warm-up over ``warmup_share`` of all steps, then cosine to 0 or the inverse square root."""
+    """Factor of the learning rate: linear warm-up, then cosine to 0 or inverse square root."""
     warm = max(int(total * config.warmup_share), 1)
     if step < warm:
         return (step + 1) / warm
@@ -319,7 +337,7 @@ def _restart(folder: Path) -> str:
 
 
 def _groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; biases, norms and embeddings do not."""
+    """Parameter groups: matrices decay; biases, norms and embeddings do not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]

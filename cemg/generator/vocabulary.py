@@ -1,4 +1,4 @@
-"""One token per code (paper §3.4.1): code c of level m is token ``code_token_start + m·K + c``."""
+"""One token per code: code c of level m is token ``code_token_start + m·K + c`` (CEMG paper §3.4.1)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from cemg.tokenizer.tokens import symbol
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Where the special tokens and the codes lie. ``size`` counts them all, and the text tokens.
+    """Token ids of the codes and of the special tokens.
 
-    ``instruction`` holds text tokens that open each prompt of a pre-trained decoder.
+    Attributes:
+        code_token_start: Token of code 0 of level 0.
+        instruction: Text tokens at the start of each prompt of a pre-trained decoder.
+        size: Number of tokens, text tokens included.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -39,7 +42,7 @@ class Vocabulary:
         return [symbol(m, c) for m in range(self.levels) for c in range(self.codebook_size)]
 
     def tokens(self, codes: Tensor) -> Tensor:
-        """Codes [..., levels] to tokens of the same shape, int64."""
+        """Tokens of the codes [..., levels], same shape, int64."""
         offset = torch.arange(self.levels) * self.codebook_size + self.code_token_start
         return codes.to(torch.int64) + offset
 

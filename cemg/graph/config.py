@@ -9,22 +9,22 @@ from cemg.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class GraphConfig:
-    """Collaborative embeddings: d = ``dim``, L = ``layers``; L2 acts on the batch's E^(0)."""
+    """Collaborative embeddings of width ``dim``. The L2 penalty applies to the batch's rows of E^(0)."""
 
     dim: int = 64
     """Width of the collaborative embeddings."""
     layers: int = 3
-    """Propagations over the user-item graph; 0 is matrix factorisation."""
+    """Propagation layers over the user-item graph; 0 is matrix factorization."""
     epochs: int = 80
     """Passes over the training interactions."""
     batch_size: int = 4096
     """Interactions per step."""
     learning_rate: float = 3e-3
-    """Of Adam."""
+    """Learning rate of Adam."""
     l2: float = 1e-4
     """Weight of the L2 penalty on the embeddings of a batch."""
     seed: int = 0
-    """Set by the run's seed."""
+    """Random seed; the run's seed replaces it."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "epochs", "batch_size"):

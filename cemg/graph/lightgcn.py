@@ -1,8 +1,8 @@
-"""LightGCN trained by BPR on training interactions alone (paper §3.2.2).
+"""LightGCN, trained with BPR on the training interactions only (CEMG paper §3.2.2; arXiv:2002.02126).
 
-U users, N items, d embedding. Every epoch draws from a generator seeded by (seed, epoch), so a run
-repeats exactly; rows are gathered by ``index_select``, whose gradient is summed in a fixed order, as that of
-plain indexing is not.
+U users, N items, d embedding width. Every epoch draws from a generator seeded by (seed, epoch), so a run
+is reproducible. Rows are gathered by ``index_select``: its gradient is summed in a fixed order, that of plain
+indexing is not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from cemg_kernels import BipartiteGraph, lightgcn_propagate
 
 @dataclass(frozen=True, slots=True)
 class Collaborative:
-    """``values`` [N, d] float32; ``present`` [N] bool: False where an item has no training interaction."""
+    """Collaborative embeddings of N items.
+
+    Attributes:
+        values: [N, d] float32.
+        present: [N] bool; False for an item without training interactions.
+    """
 
     values: Tensor
     present: Tensor
@@ -37,14 +42,22 @@ def train_lightgcn(
     device: str = "cpu",
     log: Log | None = None,
 ) -> Collaborative:
-    """Item embeddings e_c from users' training items (U arrays of item rows), by BPR.
+    """Train item embeddings e_c with BPR. The log has ``graph/bpr`` and ``graph/l2`` per epoch.
 
-    Logs ``graph/bpr`` and ``graph/l2`` an epoch. Raises UserError where no interaction trains.
+    Args:
+        train: The training items (catalog rows) of each of U users.
+        num_items: N.
+        config: Settings of the embeddings.
+        device: "cpu" or a CUDA device.
+        log: Receives the losses of every epoch.
+
+    Raises:
+        UserError: There is no training interaction.
     """
     users, items = edges_of(train)
     if len(users) == 0:
         raise UserError(
-            "no training interaction to learn a graph from", fix="check the data: cemg-data stats"
+            "there is no training interaction for the graph", fix="check the data: cemg-data stats"
         )
     graph = BipartiteGraph.from_edges(users.to(device), items.to(device), len(train), num_items)
     generator = torch.Generator().manual_seed(config.seed)
@@ -67,7 +80,7 @@ def train_lightgcn(
 
 
 def edges_of(train: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """The users and items, int64 [E] each, of the sequences of items of each user."""
+    """Users and items of all interactions, int64 [E] each, from the item sequence of each user."""
     lengths = torch.tensor([len(s) for s in train], dtype=torch.int64)
     users = torch.repeat_interleave(torch.arange(len(train)), lengths)
     items = torch.from_numpy(np.concatenate(train).astype(np.int64)) if len(train) else users
@@ -90,7 +103,7 @@ def _step(
     table: Tensor, graph: BipartiteGraph, triple: tuple[Tensor, Tensor, Tensor], num_users: int,
     config: GraphConfig, optimizer: torch.optim.Optimizer,
 ) -> Tensor:  # fmt: skip
-    """One BPR step on (user, item bought, item drawn); returns [bpr, l2], detached."""
+    """One BPR step on (user, positive item, negative item). Returns [bpr, l2], detached."""
     user, positive, negative = (rows.to(table.device) for rows in triple)
     nodes = torch.cat((user, num_users + positive, num_users + negative))  # [3B]
     u, p, n = lightgcn_propagate(graph, table, config.layers).index_select(0, nodes).chunk(3)  # [B, d] each

@@ -78,7 +78,7 @@ def _check_capacity(config: RunConfig, items: int) -> None:
         raise UserError(
             f"{items:,} items do not fit {levels} levels of {tokenizer.codebook_size} codes",
             cause=f"there are {room:,} semantic IDs",
-            fix="raise tokenizer.levels or tokenizer.codebook_size",
+            fix="increase tokenizer.levels or tokenizer.codebook_size",
         )
 
 

@@ -1,4 +1,4 @@
-"""From features to semantic IDs: fusion, RQ-VAE, unique codes, the catalog (SPEC §2–3)."""
+"""From features to semantic IDs: fusion, RQ-VAE, unique codes, the catalog (docs/method.md)."""
 
 from cemg.tokenizer.catalog import Catalog
 from cemg.tokenizer.collisions import Uniqueness, make_unique, place_new

@@ -1,6 +1,7 @@
-"""A semantic ID of its own for every item: three ways to part items whose codes collide (SPEC §3).
+"""Unique semantic IDs: three ways to separate items whose codes collide (docs/method.md, "Unique IDs").
 
-N items, M learned codebooks of K vectors, Z latent. A *group*: the items that share their first M − 1 codes.
+N items, M learned codebooks of K vectors, Z latent width. A *group* is the items that share their first M − 1
+codes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ SINKHORN_EPSILON, SINKHORN_ITERATIONS, SINKHORN_ROUNDS, SINKHORN_GROUP = 0.003, 
 
 @dataclass(frozen=True, slots=True)
 class Uniqueness:
-    """What it took: ``codes`` [N, levels], all different; items that collided before, codes changed."""
+    """Unique codes and what changed.
+
+    Attributes:
+        codes: [N, levels], all different.
+        colliding_before: Items that shared their codes with another item.
+        changed_codes: Learned codes that were changed.
+        moved_items: Items that were moved to another prefix.
+    """
 
     codes: Tensor
     colliding_before: int
@@ -29,65 +37,72 @@ class Uniqueness:
 
     @property
     def changed_share(self) -> float:
-        """Share of all N × M learned codes that were changed."""
+        """Changed codes as a share of all N × M learned codes."""
         return self.changed_codes / max(self.codes.numel(), 1)
 
 
 def make_unique(codes: Tensor, z: Tensor, codebooks: Tensor, *, method: str = "assign") -> Uniqueness:
-    """Distinct codes for N items from colliding ones: codes [N, M] int64, z [N, Z], codebooks [M, K, Z].
+    """Give every item different codes.
 
-    ``assign``: colliding items of a group get its free last codes at minimum total cost; a group of
-    more than K sends its surplus to the nearest prefix with room; who collides with none keeps its codes.
-    ``sinkhorn``: LETTER's entropic transport on the last level first, then ``assign``. ``suffix``: one more
-    code 0 … K−1, as in TIGER.
-    Raises UserError for N > K^M, or for a suffix group above K.
+    Args:
+        codes: [N, M] int64, possibly colliding.
+        z: [N, Z] latents.
+        codebooks: [M, K, Z].
+        method: "assign": the colliding items of a group get its free last codes at minimum total cost; a
+            group of more than K items moves its surplus to the nearest prefix with free codes; all other
+            items keep their codes. "sinkhorn": LETTER's optimal transport on the last level, then "assign".
+            "suffix": one more code 0 … K−1, as in TIGER.
+
+    Raises:
+        UserError: N > K^M, or more than K items of one group with "suffix".
     """
     levels, size = codebooks.shape[:2]
-    before = int(_colliding(codes).sum())
+    colliding = int(_colliding(codes).sum())
     if method == "suffix":
-        return Uniqueness(_suffix(codes, size), before, 0, 0)
+        return Uniqueness(_suffix(codes, size), colliding, 0, 0)
     if len(codes) > size**levels:
         raise UserError(
             f"{len(codes)} items do not fit {levels} levels of {size} codes",
             cause=f"there are {size**levels} semantic IDs",
-            fix="raise tokenizer.levels or tokenizer.codebook_size",
+            fix="increase tokenizer.levels or tokenizer.codebook_size",
         )
-    fresh = codes.clone()
+    unique = codes.clone()
     if method == "sinkhorn":
-        _sinkhorn_rounds(fresh, z, codebooks)
+        _sinkhorn_rounds(unique, z, codebooks)
     elif method != "assign":
         raise UserError(f"tokenizer.unique must be assign, sinkhorn or suffix, got {method!r}")
-    loose = _colliding(fresh)
-    moved = _spread_full_groups(fresh, loose, z, codebooks)
-    _assign_groups(fresh, loose, z, codebooks)
-    return Uniqueness(fresh, before, int((fresh != codes).sum()), moved)
+    movable = _colliding(unique)
+    moved = _spread_full_groups(unique, movable, z, codebooks)
+    _assign_groups(unique, movable, z, codebooks)
+    return Uniqueness(unique, colliding, int((unique != codes).sum()), moved)
 
 
 def place_new(
     codes: Tensor, z: Tensor, codebooks: Tensor, *, taken: Tensor, method: str = "assign"
 ) -> Tensor:
-    """Distinct codes for new items, none of them among ``taken`` [N, levels], which stay as they are.
+    """Unique codes for new items that do not occur in ``taken`` [N, levels].
 
-    One item after the other takes the nearest free last code of its prefix (or suffix), else of the nearest
-    prefix with room. Raises UserError where a suffix group is full.
+    Items are placed in order. Each takes the nearest free last code of its prefix (or the first free suffix);
+    if there is none, that of the nearest prefix with a free code.
+
+    Raises:
+        UserError: No suffix is free.
     """
     used = {tuple(row) for row in taken.tolist()}
     size, suffix = codebooks.shape[1], method == "suffix"
     placed = []
     for row, latent in zip(codes.tolist(), z, strict=True):
         options = ((*row, k) for k in range(size)) if suffix else _nearest_ids(row, latent, codebooks)
-        chosen = next((o for o in options if o not in used), None)
+        chosen = next((option for option in options if option not in used), None)
         if chosen is None:
-            raise UserError(
-                f"no free semantic ID is left for codes {tuple(row)}", fix="train a new tokenizer"
-            )
+            raise UserError(f"no semantic ID is free for the codes {tuple(row)}", fix="train a new tokenizer")
         used.add(chosen)
         placed.append(chosen)
     return torch.tensor(placed, dtype=torch.int64).reshape(len(placed), taken.shape[1])
 
 
 def _colliding(codes: Tensor) -> Tensor:
-    """True for the items that share all their codes with another, [N] bool."""
+    """[N] bool: whether an item has the same codes as another one."""
     inverse: Tensor
     counts: Tensor
     _, inverse, counts = codes.unique(dim=0, return_inverse=True, return_counts=True)
@@ -111,28 +126,27 @@ def _suffix(codes: Tensor, size: int) -> Tensor:
     largest = seen.most_common(1)[0] if seen else ((), 0)
     if largest[1] > size:
         raise UserError(
-            f"{largest[1]} items share the codes {largest[0]}, and a suffix has {size} values",
-            fix="use tokenizer.unique=assign, or raise tokenizer.codebook_size",
+            f"{largest[1]} items share the codes {largest[0]}, but a suffix has only {size} values",
+            fix="use tokenizer.unique=assign, or increase tokenizer.codebook_size",
         )
     return torch.cat([codes, torch.tensor(suffix, dtype=codes.dtype).reshape(-1, 1)], dim=1)
 
 
 def _last_cost(z: Tensor, prefix: tuple[int, ...], codebooks: Tensor) -> Tensor:
-    """Squared distance [n, K] of what the prefix leaves of z [n, Z] to the last codebook."""
+    """Squared distances [n, K] from the residual of z [n, Z] after ``prefix`` to the last codebook."""
     residual = z.double()
     for level, code in enumerate(prefix):
         residual = residual - codebooks[level, code].double()
     return torch.cdist(residual, codebooks[len(prefix)].double()).square()
 
 
-def _assign_groups(codes: Tensor, loose: Tensor, z: Tensor, codebooks: Tensor) -> None:
-    """Exact minimum-cost assignment of the loose items [N] bool of each group to the last codes that the
-    others leave; in place."""
-    from scipy.optimize import linear_sum_assignment  # late: a recommendation does not need it
+def _assign_groups(codes: Tensor, movable: Tensor, z: Tensor, codebooks: Tensor) -> None:
+    """Assign the movable items ([N] bool) of each group to its free last codes at minimum cost, in place."""
+    from scipy.optimize import linear_sum_assignment  # not needed at inference
 
     for prefix, members in _groups(codes).items():
         group = torch.tensor(members)
-        items, others = group[loose[group]], group[~loose[group]]
+        items, others = group[movable[group]], group[~movable[group]]
         if len(items) == 0:
             continue
         kept = set(codes[others, -1].tolist())
@@ -142,30 +156,33 @@ def _assign_groups(codes: Tensor, loose: Tensor, z: Tensor, codebooks: Tensor) -
         codes[items[rows], -1] = torch.tensor(free)[columns]
 
 
-def _spread_full_groups(codes: Tensor, loose: Tensor, z: Tensor, codebooks: Tensor) -> int:
-    """Move the surplus of groups above K, the farthest loose items [N] bool first, to the nearest prefix
-    with room; in place. How many were moved. Their last codes are left to ``_assign_groups``."""
+def _spread_full_groups(codes: Tensor, movable: Tensor, z: Tensor, codebooks: Tensor) -> int:
+    """Move the surplus of groups with more than K items to the nearest prefix with free codes, in place.
+
+    The movable items ([N] bool) with the largest distance go first. `_assign_groups` then sets their last
+    codes. Returns the number of moved items.
+    """
     size = codebooks.shape[1]
     groups = _groups(codes)
-    filled = Counter({prefix: len(members) for prefix, members in groups.items()})
+    group_size = Counter({prefix: len(members) for prefix, members in groups.items()})
     moved = 0
     for prefix, members in groups.items():
         if len(members) <= size:
             continue
-        candidates = [i for i in members if loose[i]]  # at least the surplus: at most K − 1 are not
+        candidates = [i for i in members if movable[i]]  # at most K − 1 others are fixed
         distance = _last_cost(z[candidates], prefix, codebooks).min(1).values
         for index in distance.argsort(descending=True, stable=True)[: len(members) - size].tolist():
             item = candidates[index]
-            target = next(p for p in _nearest_prefixes(prefix, z[item], codebooks) if filled[p] < size)
-            filled[prefix] -= 1
-            filled[target] += 1
+            target = next(p for p in _nearest_prefixes(prefix, z[item], codebooks) if group_size[p] < size)
+            group_size[prefix] -= 1
+            group_size[target] += 1
             codes[item, :-1] = torch.tensor(target, dtype=codes.dtype)
             moved += 1
     return moved
 
 
 def _nearest_prefixes(prefix: tuple[int, ...], z: Tensor, codebooks: Tensor) -> Iterator[tuple[int, ...]]:
-    """Prefixes by distance to z [Z]: those that differ in the last code alone, then in the last two, …"""
+    """Prefixes by distance to z [Z]: those that differ in the last code, then in the last two, …"""
     for kept in range(len(prefix) - 1, -1, -1):
         tails = list(itertools.product(range(codebooks.shape[1]), repeat=len(prefix) - kept))
         sums = sum(
@@ -180,15 +197,15 @@ def _nearest_prefixes(prefix: tuple[int, ...], z: Tensor, codebooks: Tensor) -> 
 
 
 def _nearest_ids(row: list[int], z: Tensor, codebooks: Tensor) -> Iterator[tuple[int, ...]]:
-    """Whole semantic IDs for z [Z]: its own prefix's last codes by distance, then the nearest prefixes'."""
-    own = tuple(row[:-1])
-    for prefix in itertools.chain([own], _nearest_prefixes(own, z, codebooks)):
+    """Semantic IDs by distance to z [Z]: those of its own prefix first, then of the nearest prefixes."""
+    first = tuple(row[:-1])
+    for prefix in itertools.chain([first], _nearest_prefixes(first, z, codebooks)):
         for code in _last_cost(z[None], prefix, codebooks)[0].argsort(stable=True).tolist():
             yield (*prefix, code)
 
 
 def _sinkhorn_rounds(codes: Tensor, z: Tensor, codebooks: Tensor) -> None:
-    """Re-choose the last codes of colliding items by entropic transport in small groups; in place."""
+    """Choose new last codes for colliding items by entropic transport in small groups, in place."""
     for _ in range(SINKHORN_ROUNDS):
         items = torch.nonzero(_colliding(codes)).flatten()
         if len(items) == 0:
@@ -205,7 +222,7 @@ def _residual_before_last(codes: Tensor, z: Tensor, codebooks: Tensor) -> Tensor
 
 
 def _transport(cost: Tensor) -> Tensor:
-    """Balanced log-space Sinkhorn plan [n, K] for a cost scaled to −1 … 1."""
+    """Log of the balanced Sinkhorn plan [n, K], for costs scaled to −1 … 1."""
     middle, half = (cost.max() + cost.min()) / 2, ((cost.max() - cost.min()) / 2).clamp_min(1e-12)
     plan = -((cost - middle) / half) / SINKHORN_EPSILON
     for _ in range(SINKHORN_ITERATIONS):

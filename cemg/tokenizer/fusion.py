@@ -19,20 +19,20 @@ MODALITIES = (*CONTENT, "collab")
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What makes modalities comparable: ``mean`` [D] and ``rms``, the root mean square norm of e − mean."""
+    """Scaling of one modality: its ``mean`` [D] and ``rms``, the root mean square norm of e − mean."""
 
     mean: Tensor
     rms: float
 
     @classmethod
     def of(cls, values: Tensor, present: Tensor) -> Scaling:
-        """Measured over the rows that are present; an rms of 1 where they are all the same."""
+        """Computed over the present rows. If they are all equal, rms is 1."""
         rows = values[present]
         if len(rows) == 0:
             return cls(torch.zeros(values.shape[1]), 1.0)
         mean = rows.mean(0)
         rms = (rows - mean).square().sum(1).mean().sqrt().item()
-        rounding = 1e-6 * rows.norm(dim=1).max().item()  # of the mean: not to be blown up to a norm of 1
+        rounding = 1e-6 * rows.norm(dim=1).max().item()  # error of the mean, which must not be scaled up
         return cls(mean, rms if rms > rounding else 1.0)
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -41,9 +41,11 @@ class Scaling:
 
 @dataclass(frozen=True, slots=True)
 class ItemFeatures:
-    """The three modalities of N items, scaled (SPEC §3): ``values[k]`` [N, D_k], ``present`` [N, 3] bool.
+    """The scaled features of N items in three modalities.
 
-    A modality that is absent has zeros in its row and False in its column; columns follow MODALITIES.
+    Attributes:
+        values: [N, D_k] per modality; zeros if an item lacks the modality.
+        present: [N, 3] bool, columns in the order of MODALITIES.
     """
 
     values: dict[str, Tensor]
@@ -53,7 +55,7 @@ class ItemFeatures:
         return len(self.present)
 
     def rows(self, index: Tensor | slice) -> ItemFeatures:
-        """The same for some of the items."""
+        """The features of some of the items."""
         return ItemFeatures({k: v[index] for k, v in self.values.items()}, self.present[index])
 
     def to(self, device: str | torch.device) -> ItemFeatures:
@@ -71,16 +73,20 @@ class ItemFeatures:
         scaling: dict[str, Scaling],
         without: Sequence[str] = (),
     ) -> ItemFeatures:
-        """Scale raw modalities; those named in ``without`` are masked for every item (the ablations).
+        """Scale raw features.
 
-        Whatever stands in an absent row, even NaN, becomes zeros. Raises UserError for a name in ``without``
-        that is no modality.
+        Args:
+            values: [N, D_k] per modality. Rows of absent items are ignored, even if they are NaN.
+            present: [N] bool per modality.
+            scaling: The scaling of each modality.
+            without: Modalities that are masked for every item (the ablations).
+
+        Raises:
+            UserError: ``without`` names an unknown modality.
         """
         for name in without:
             if name not in MODALITIES:
-                raise UserError(
-                    f"{name!r} is no modality to leave out", fix=f"one of {', '.join(MODALITIES)}"
-                )
+                raise UserError(f"unknown modality {name!r}", fix=f"choose from {', '.join(MODALITIES)}")
         mask = {k: torch.zeros_like(p) if k in without else p for k, p in present.items()}
         columns = torch.stack([mask[k] for k in MODALITIES], dim=1)  # [N, 3]
         return cls(
@@ -91,8 +97,10 @@ class ItemFeatures:
 class Fusion(nn.Module):
     """h = (α_v W_V e_v ⊕ α_t W_V e_t) ‖ e_c ‖ presence, α = softmax_k((W_Q e_c)ᵀ (W_K e_k) / √d).
 
-    Where e_c is absent α is uniform over what is present; where neither image nor text is, both are 0.
-    W_K and W_V are one per modality. Inputs are multiplied by √D first, so that a component is about 1.
+    If e_c is absent, α is uniform over the present modalities; if image and text are absent, both are 0.
+    Each modality has its own W_K and W_V. Inputs are multiplied by √D, so that a component is about 1.
+
+    Source: CEMG paper, equations 2 and 3 (docs/method.md).
     """
 
     def __init__(self, widths: dict[str, int], *, dim: int) -> None:

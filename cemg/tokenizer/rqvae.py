@@ -1,4 +1,4 @@
-"""RQ-VAE: fused items to semantic IDs (paper §3.3, equation 4).
+"""RQ-VAE: semantic IDs from fused item features (CEMG paper §3.3, equation 4).
 
 B items, h fused width, Z latent, M codebooks of K vectors.
 """
@@ -20,7 +20,7 @@ from cemg_kernels.trie.arrays import MAX_CODEBOOK_SIZE, MAX_LEVELS
 
 ReconTarget = Literal["modalities", "h"]
 Unique = Literal["assign", "sinkhorn", "suffix"]
-DIVERSITY_ROWS = 1024  # the diversity loss needs every distance, so it looks at this many rows at most
+DIVERSITY_ROWS = 1024  # the diversity loss uses at most this many rows, since it needs all distances
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +44,29 @@ class TokenizerConfig:
     recon_target: ReconTarget = "modalities"
     """modalities, which reconstructs the features of each item, or h, the fused vector."""
     unique: Unique = "assign"
-    """How colliding items get codes of their own: assign, sinkhorn, or suffix (one more code per ID)."""
+    """How colliding items get unique codes: assign, sinkhorn, or suffix (one more code per ID)."""
     epochs: int = 400
     """Passes over the items."""
     batch_size: int = 1024
     """Items per step."""
     learning_rate: float = 1e-3
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     weight_decay: float = 1e-4
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     warmup_epochs: int = 20
     """Epochs until the learning rate is reached."""
     reseed_every: int = 10
     """Epochs between two replacements of unused codes; 0 never replaces them."""
     seed: int = 0
-    """Set by the run's seed."""
+    """Random seed; the run's seed replaces it."""
 
     def __post_init__(self) -> None:
         for name in ("levels", "codebook_size", "dim", "latent", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
         if min(self.hidden, default=1) < 1:
-            raise UserError(f"tokenizer.hidden must hold widths of at least 1, got {list(self.hidden)}")
-        for name, most in (("codebook_size", MAX_CODEBOOK_SIZE), ("levels", MAX_LEVELS)):  # of a trie
+            raise UserError(f"tokenizer.hidden must have widths of at least 1, got {list(self.hidden)}")
+        for name, most in (("codebook_size", MAX_CODEBOOK_SIZE), ("levels", MAX_LEVELS)):  # limits of a trie
             if getattr(self, name) > most:
                 raise UserError(f"tokenizer.{name} must be within 1 … {most}, got {getattr(self, name)}")
         for name in ("commit", "diversity"):
@@ -81,7 +81,11 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """The terms of equation 4 and their sum; ``explained`` is 1 − the residual share of each modality."""
+    """The terms of equation 4 and their sum, scalars.
+
+    Attributes:
+        explained: Share of each modality's variance that the reconstruction explains.
+    """
 
     total: Tensor
     recon: Tensor
@@ -106,13 +110,13 @@ class RQVAE(nn.Module):
         self.codebooks = nn.Parameter(codebooks)  # [M, K, Z]
 
     def encode(self, items: ItemFeatures) -> Tensor:
-        """z [B, Z]."""
+        """Latents z [B, Z]."""
         z: Tensor = self.encoder(self.fusion(items)[0])
         return z
 
     @torch.no_grad()
     def tokenize(self, items: ItemFeatures) -> tuple[Tensor, Tensor]:
-        """Codes [B, M] int64 by nearest-code search level after level, and z [B, Z]."""
+        """Codes [B, M] int64 by residual quantization, and latents z [B, Z]."""
         z = self.encode(items)
         codes, _ = residual_quantize(z.contiguous(), self.codebooks.detach())
         return codes.long(), z
@@ -130,7 +134,7 @@ class RQVAE(nn.Module):
         return Losses(total, recon, commit, diversity, explained), codes
 
     def _quantize(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ẑ [B, Z], L_commit, L_div. r_{m+1} = r_m − sg[v_m]: the encoder gets every level's gradient."""
+        """ẑ [B, Z], L_commit, L_div. r_{m+1} = r_m − sg[v_m]: the encoder has a gradient per level."""
         residual, quantized = z, torch.zeros_like(z)
         commit, diversity = z.new_zeros(()), z.new_zeros(())
         for level, codebook in enumerate(self.codebooks):
@@ -155,19 +159,19 @@ class RQVAE(nn.Module):
         errors = torch.stack(
             [(parts[k] - items.values[k]).square().sum(1) for k in MODALITIES], dim=1
         )  # [B, 3]
-        here = items.present.to(errors.dtype)
-        loss = ((errors * here).sum(1) / here.sum(1).clamp_min(1)).mean()
+        present = items.present.to(errors.dtype)
+        loss = ((errors * present).sum(1) / present.sum(1).clamp_min(1)).mean()
         spread = torch.stack([items.values[k].square().sum(1) for k in MODALITIES], dim=1)
-        share = (errors * here).sum(0).detach() / (spread * here).sum(0).clamp_min(1e-12)
-        return loss, {k: 1 - share[i] for i, k in enumerate(MODALITIES) if bool(here[:, i].any())}
+        share = (errors * present).sum(0).detach() / (spread * present).sum(0).clamp_min(1e-12)
+        return loss, {k: 1 - share[i] for i, k in enumerate(MODALITIES) if bool(present[:, i].any())}
 
 
 def negative_entropy(residual: Tensor, codebook: Tensor) -> Tensor:
-    """Σ_k p̄_k log p̄_k, p̄ the batch mean of softmax(−‖r − v_k‖² / τ), τ the mean least distance (SPEC §3)."""
+    """Σ_k p̄_k log p̄_k; p̄ is the batch mean of softmax(−‖r − v_k‖² / τ), τ the mean smallest distance."""
     distance = torch.cdist(residual, codebook).square()  # [B, K]
     temperature = distance.detach().min(1).values.mean().clamp_min(1e-6)
     mean = F.softmax(-distance / temperature, dim=1).mean(0)  # [K]
-    # a code so far off that its share is 0 adds nothing; the gradient of log 0 would make all NaN
+    # a very distant code has the share 0 and adds nothing; the gradient of log 0 would be NaN
     return (mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
 
 

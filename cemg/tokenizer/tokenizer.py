@@ -1,4 +1,4 @@
-"""The trained tokenizer: features in, semantic IDs out."""
+"""The trained tokenizer: it computes semantic IDs from item features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Modality = Literal["image", "text", "collab"]
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """A trained RQ-VAE and the scaling of its inputs. Frozen: the same item gives the same codes for good."""
+    """A trained RQ-VAE and the scaling of its inputs. Its codes for an item never change."""
 
     FILES: ClassVar[tuple[str, ...]] = ("tokenizer.json", "tokenizer.safetensors")
 
@@ -30,21 +30,21 @@ class Tokenizer:
     without: tuple[str, ...] = ()
 
     def features(self, values: dict[str, Tensor], present: dict[str, Tensor]) -> ItemFeatures:
-        """Scale raw features (e_v, e_t, e_c by name, [N, D_k]) as the tokenizer was trained on them."""
+        """Scale raw features (e_v, e_t, e_c by name, [N, D_k]) as in training."""
         return ItemFeatures.scaled(values, present, self.scaling, self.without)
 
     @torch.no_grad()
     def tokenize(self, items: ItemFeatures) -> tuple[Tensor, Tensor]:
-        """Codes [N, M] int64, before collisions are resolved, and z [N, Z]."""
+        """Codes [N, M] int64, which may collide, and latents z [N, Z]."""
         return self.model.tokenize(items)
 
     @torch.no_grad()
     def attention(self, items: ItemFeatures) -> Tensor:
-        """α [N, 2] of every item over (image, text)."""
+        """Fusion weights α [N, 2] over (image, text)."""
         return self.model.fusion.attention(items)
 
     def save(self, folder: Path) -> None:
-        """``tokenizer.safetensors`` and ``tokenizer.json``."""
+        """Write ``tokenizer.safetensors`` and ``tokenizer.json``."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"mean.{k}": s.mean for k, s in self.scaling.items()}
         files.save_tensors(tensors, folder / "tokenizer.safetensors")
@@ -58,10 +58,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read what ``save`` wrote; UserError where it is missing or damaged."""
+        """Read what `save` wrote. Raises DamagedError if it is missing or damaged."""
         fix = "train it again: cemg-train --run RUN"
         if not (folder / "tokenizer.json").exists():
-            raise DamagedError(f"{folder} holds no tokenizer", fix=fix)
+            raise DamagedError(f"{folder} has no tokenizer", fix=fix)
         try:
             about = read_json(folder / "tokenizer.json", _About, fix=fix)
             tensors = read_tensors(folder / "tokenizer.safetensors", fix=fix)
@@ -69,14 +69,14 @@ class Tokenizer:
         except DamagedError as error:
             cause = f"{error.message}: {error.cause}" if error.cause else error.message
             raise DamagedError(f"{folder} has no readable tokenizer", cause=cause, fix=fix) from error
-        except (KeyError, RuntimeError, UserError) as error:  # of a model of another shape
+        except (KeyError, RuntimeError, UserError) as error:  # the tensors do not fit the model
             cause = str(error).splitlines()[0]
             raise DamagedError(f"{folder} has no readable tokenizer", cause=cause, fix=fix) from error
 
     @classmethod
     def _restored(cls, about: _About, tensors: dict[str, Tensor]) -> Tokenizer:
         if {*about.widths} != {*MODALITIES} or {*about.rms} != {*MODALITIES}:
-            raise UserError(f"its modalities are {', '.join(about.widths)}, not {', '.join(MODALITIES)}")
+            raise UserError(f"the modalities are {', '.join(about.widths)}, not {', '.join(MODALITIES)}")
         model = RQVAE(about.widths, config=about.config)
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         model.load_state_dict(weights)
@@ -106,5 +106,5 @@ ITEMS: dict[str, tuple[torch.dtype, Shape]] = {
 
 
 def read_items(path: Path) -> dict[str, Tensor]:
-    """``items.safetensors`` of a tokenizer's folder: codes, z, attention and presence of every item."""
+    """Codes, latents, fusion weights and presence of every item, from ``items.safetensors``."""
     return read_tensors(path, ITEMS)

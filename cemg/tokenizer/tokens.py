@@ -106,7 +106,7 @@ class CodeTokens:
         return self.table.masked_fill(self.table < 0, self.span.start)
 
     def codes_of(self, tokens: Tensor) -> Tensor:
-        """Codes of the tokens [..., m] of the first m levels; −1 for tokens that are not codes of their level."""
+        """Codes of the tokens [..., m] of the first m levels; −1 for any other token."""
         if not tokens.shape[-1]:
             return tokens
         return torch.stack([self.codes_of_level(m, tokens[..., m]) for m in range(tokens.shape[-1])], dim=-1)

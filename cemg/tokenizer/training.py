@@ -13,7 +13,7 @@ from cemg.tokenizer.fusion import MODALITIES, ItemFeatures, Scaling
 from cemg.tokenizer.rqvae import RQVAE, Losses, TokenizerConfig
 from cemg.tokenizer.tokenizer import Tokenizer
 
-INIT_ROWS = 8192  # items that the k-means initialisation of a codebook looks at
+INIT_ROWS = 8192  # items that k-means initializes a codebook from
 
 
 def train_tokenizer(
@@ -25,10 +25,21 @@ def train_tokenizer(
     device: str = "cpu",
     log: Log | None = None,
 ) -> Tokenizer:
-    """Fit fusion and RQ-VAE to N items' features (``values[k]`` [N, D_k], ``present[k]`` [N]).
+    """Train fusion and RQ-VAE on the features of N items.
 
-    Logs every term of equation 4, explained variance a modality, perplexity and dead codes a level.
-    Raises UserError where every modality is absent.
+    The log has every term of the loss (paper equation 4), the explained variance per modality, and the
+    perplexity and number of dead codes per level.
+
+    Args:
+        values: [N, D_k] per modality.
+        present: [N] bool per modality.
+        config: Settings of the tokenizer.
+        without: Modalities that are masked for every item (the ablations).
+        device: "cpu" or a CUDA device.
+        log: Receives the metrics of every epoch.
+
+    Raises:
+        UserError: No item has any modality, or the loss is not finite.
     """
     scaling = {k: Scaling.of(values[k], present[k]) for k in MODALITIES}
     items = ItemFeatures.scaled(values, present, scaling, without)
@@ -49,7 +60,7 @@ def _fit(model: RQVAE, items: ItemFeatures, *, config: TokenizerConfig, log: Log
     generator = torch.Generator().manual_seed(config.seed)
     initialise_codebooks(model, items, generator=generator)
     for epoch in track(range(config.epochs), "RQ-VAE"):
-        seen = []
+        batches = []
         used = torch.zeros(config.levels, config.codebook_size)
         for rows in torch.randperm(len(items), generator=generator).split(config.batch_size):
             losses, codes = model(items.rows(rows.to(items.present.device)))
@@ -62,10 +73,10 @@ def _fit(model: RQVAE, items: ItemFeatures, *, config: TokenizerConfig, log: Log
             losses.total.backward()
             optimizer.step()
             schedule.step()
-            seen.append(_figures(losses))
+            batches.append(_metrics(losses))
             used += torch.stack([torch.bincount(c, minlength=config.codebook_size) for c in codes.cpu().T])
         if log is not None:
-            log(epoch, _mean(seen) | codebook_use(used))
+            log(epoch, _mean(batches) | codebook_use(used))
         if (
             config.reseed_every
             and epoch % config.reseed_every == config.reseed_every - 1
@@ -75,7 +86,7 @@ def _fit(model: RQVAE, items: ItemFeatures, *, config: TokenizerConfig, log: Log
 
 
 def _groups(model: RQVAE, weight_decay: float) -> list[dict[str, object]]:
-    """Codebooks are positions, not weights: they do not decay."""
+    """Weights decay; codebooks, which are positions, do not."""
     weights = [p for name, p in model.named_parameters() if name != "codebooks"]
     return [
         {"params": weights, "weight_decay": weight_decay},
@@ -88,7 +99,7 @@ def _warm_then_linear(epoch: float, config: TokenizerConfig) -> float:
     return min(warm, max(0.0, (config.epochs - epoch) / max(config.epochs - config.warmup_epochs, 1)))
 
 
-def _figures(losses: Losses) -> dict[str, float]:
+def _metrics(losses: Losses) -> dict[str, float]:
     terms = {
         "loss": losses.total,
         "recon": losses.recon,
@@ -105,7 +116,7 @@ def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:
-    """Perplexity and dead codes of each level, from how often each code was used, ``counts`` [M, K]."""
+    """Perplexity and number of dead codes per level, from the use of each code, ``counts`` [M, K]."""
     share = counts / counts.sum(1, keepdim=True).clamp_min(1)
     perplexity = torch.exp(-torch.xlogy(share, share).sum(1))  # [M]
     dead = (counts == 0).sum(1)
@@ -115,8 +126,11 @@ def codebook_use(counts: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def initialise_codebooks(model: RQVAE, items: ItemFeatures, *, generator: torch.Generator) -> None:
-    """k-means on the residuals of INIT_ROWS items, level after level; if fewer than K differ, some stay."""
-    from sklearn.cluster import KMeans  # late: a recommendation does not need it
+    """Set the codebooks, level by level, to the k-means centers of the residuals of INIT_ROWS items.
+
+    If fewer than K residuals differ, the remaining codes keep their random start.
+    """
+    from sklearn.cluster import KMeans  # not needed at inference
 
     rows = torch.randperm(len(items), generator=generator)[:INIT_ROWS].to(items.present.device)
     residual = model.encode(items.rows(rows)).cpu()
@@ -131,7 +145,10 @@ def initialise_codebooks(model: RQVAE, items: ItemFeatures, *, generator: torch.
 
 @torch.no_grad()
 def reseed_dead_codes(model: RQVAE, items: ItemFeatures, *, used: Tensor, generator: torch.Generator) -> int:
-    """Put each code that no item used (``used`` [M, K]) on a random item's residual; how many were moved."""
+    """Move each code that no item used (``used`` [M, K]) to the residual of a random item.
+
+    Returns the number of moved codes.
+    """
     moved = 0
     codes, residual = model.tokenize(items)
     for level, codebook in enumerate(model.codebooks):

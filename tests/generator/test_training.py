@@ -189,7 +189,7 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(tmp_path):
         trial.model.get_input_embeddings().weight[5] = float("nan")
     with pytest.raises(UserError, match="the loss is nan at step 0") as error:
         trial.run(noisy)
-    assert error.value.fix == "lower generator.learning_rate"
+    assert error.value.fix == "reduce generator.learning_rate"
 
 
 @pytest.mark.parametrize(
@@ -274,12 +274,12 @@ def test_weights_of_another_model_are_refused_with_what_differs(tmp_path, change
     else:
         weights[name] = weights[name][:-1].contiguous()
     save_file(weights, tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match=r"weights\.safetensors holds") as error:
+    with pytest.raises(UserError, match=r"weights\.safetensors has") as error:
         load_weights(model, tmp_path / "weights.safetensors")
     causes = {
-        "name": f"2 differ, first {min(name, 'other')}",
-        "shape": f"{name} is {list(weights[name].shape) if change == 'shape' else []} there and "
-        f"{list(dict(model.named_parameters())[name].shape)} here",
+        "name": f"2 names differ, such as {min(name, 'other')}",
+        "shape": f"{name} is {list(weights[name].shape) if change == 'shape' else []} in the file and "
+        f"{list(dict(model.named_parameters())[name].shape)} in the model",
     }
     assert error.value.cause == causes[change]
     (tmp_path / "weights.safetensors").write_bytes(b"torn")

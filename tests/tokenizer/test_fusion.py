@@ -134,5 +134,5 @@ def test_a_modality_that_does_not_exist_cannot_be_left_out():
     values = {k: torch.zeros(1, w) for k, w in WIDTHS.items()}
     present = {k: torch.ones(1, dtype=torch.bool) for k in MODALITIES}
     scaling = {k: Scaling.of(values[k], present[k]) for k in MODALITIES}
-    with pytest.raises(UserError, match="'images' is no modality"):
+    with pytest.raises(UserError, match="unknown modality 'images'"):
         ItemFeatures.scaled(values, present, scaling, without=["images"])

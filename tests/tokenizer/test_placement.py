@@ -162,8 +162,8 @@ def test_a_new_suffix_counts_on_from_those_that_are_taken():
 def test_a_new_item_is_refused_where_its_suffixes_or_all_semantic_ids_are_taken():
     full = torch.tensor([[0, 0, k] for k in range(4)])
     one, z = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 1)
-    with pytest.raises(UserError, match=r"no free semantic ID is left for codes \(0, 0\)"):
+    with pytest.raises(UserError, match=r"no semantic ID is free for the codes \(0, 0\)"):
         place_new(one, z, torch.zeros(2, 4, 1), taken=full, method="suffix")
     every = torch.cartesian_prod(torch.arange(2), torch.arange(2))
-    with pytest.raises(UserError, match="no free semantic ID is left"):
+    with pytest.raises(UserError, match="no semantic ID is free"):
         place_new(one, z, torch.zeros(2, 2, 1), taken=every)

@@ -168,7 +168,7 @@ def test_a_truncated_tokenizer_is_refused_with_its_folder(tmp_path: Path, name: 
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         Tokenizer.load(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_training_without_any_modality_is_refused():
 
 
 def test_training_without_a_modality_that_does_not_exist_is_refused():
-    with pytest.raises(UserError, match="'pictures' is no modality"):
+    with pytest.raises(UserError, match="unknown modality 'pictures'"):
         train_tokenizer(*features(), config=QUICK, without=["pictures"])
 
 
