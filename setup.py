@@ -4,6 +4,7 @@ The CUDA source is compiled if ``nvcc`` is found (``CUDA_HOME`` or ``PATH``). ``
 ``CEMG_CUDA=1`` makes a missing or failing ``nvcc`` an error.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,8 +18,11 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError, LinkError
 
-SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/src/*.cpp"))]
-HEADERS = sorted(glob("csrc/include/cemg/*.h"))
+SOURCES = [*sorted(glob("csrc/bindings/*.cpp")), *sorted(glob("csrc/src/*.cpp"))]
+HEADERS = sorted(glob("csrc/include/cemg/*.h")) + sorted(glob("csrc/bindings/*.h"))
+STUB = Path("kernels/cemg_kernels/_native.pyi")
+# The module reports this hash of its interface; cemg_kernels.runtime.dispatch compares it with the stub file.
+INTERFACE = hashlib.sha256("\n".join(STUB.read_text().splitlines()).encode()).hexdigest()[:16]
 CUDA_SOURCE = "csrc/src/trie_cuda.cu"
 ARCHITECTURES = ("80", "90")  # machine code for these, and PTX of the last for newer GPUs
 NVCC_FAILED = """
@@ -126,7 +130,8 @@ native = Pybind11Extension(
     "cemg_kernels._native",
     SOURCES,
     include_dirs=["csrc/include"],
-    depends=[*HEADERS, CUDA_SOURCE],
+    depends=[*HEADERS, CUDA_SOURCE, str(STUB)],
+    define_macros=[("CEMG_INTERFACE", f'"{INTERFACE}"')],
     cxx_std=20,
     extra_compile_args=["-O3", "-ffp-contract=fast", "-Wall", "-Wextra"],
 )

@@ -9,33 +9,33 @@
 namespace cemg {
 namespace {
 
-// scores [wide] in place, of which the first `count` are seen: exp(score - highest), 0 elsewhere. Returns
-// highest and the sum.
-struct RowSum {
+struct SoftmaxTerms {
   float highest, sum;
 };
 
-CEMG_CLONES RowSum exponentials(float* scores, int64_t count, int64_t wide, float scale, const float* bias,
-                                const int32_t* place) noexcept {
+// Replaces scores [width] by exp(score - highest) for the first `count`, which are scaled and biased before,
+// and by 0 for the others.
+CEMG_CLONES SoftmaxTerms exponentiate(float* scores, int64_t count, int64_t width, float scale,
+                                      const float* bias, const int32_t* key_positions) noexcept {
   for (int64_t s = 0; s < count; ++s) scores[s] *= scale;
   if (bias) {
-    for (int64_t s = 0; s < count; ++s) scores[s] += bias[place[s]];
+    for (int64_t s = 0; s < count; ++s) scores[s] += bias[key_positions[s]];
   }
-  for (int64_t s = count; s < wide; ++s) scores[s] = kNever;
-  const float highest = highest_of(scores, wide);
+  for (int64_t s = count; s < width; ++s) scores[s] = kNegInf;
+  const float highest = highest_of(scores, width);
   float lanes[kPanel] = {};
-  for (int64_t s = 0; s < wide; s += kPanel) {
+  for (int64_t s = 0; s < width; s += kPanel) {
     for (int64_t c = 0; c < kPanel; ++c) {
       scores[s + c] = exp_of_negative(scores[s + c] - highest);
       lanes[c] += scores[s + c];
     }
   }
-  for (int64_t s = count; s < wide; ++s) scores[s] = 0.0f;
+  for (int64_t s = count; s < width; ++s) scores[s] = 0.0f;
   return {highest, sum_of_lanes(lanes)};
 }
 
-CEMG_CLONES void divide(const float* x, float by, int64_t size, float* out) noexcept {
-  const float factor = 1.0f / by;
+CEMG_CLONES void divide(const float* x, float divisor, int64_t size, float* out) noexcept {
+  const float factor = 1.0f / divisor;
   for (int64_t i = 0; i < size; ++i) out[i] = factor * x[i];
 }
 
@@ -43,78 +43,81 @@ CEMG_CLONES void divide(const float* x, float by, int64_t size, float* out) noex
 
 void pack_head(const float* keys, const float* values, int64_t stride, int64_t head_dim,
                const PackedHead& head) noexcept {
-  const int64_t count = head.count, wide = padded(count), deep = padded(head_dim);
+  const int64_t count = head.count, key_width = padded(count), value_width = padded(head_dim);
   for (int64_t d = 0; d < head_dim; ++d) {
-    float* const to = head.keys + d * wide;
-    for (int64_t s = 0; s < count; ++s) to[s] = keys[s * stride + d];
-    std::fill(to + count, to + wide, 0.0f);
+    float* const out = head.keys + d * key_width;
+    for (int64_t s = 0; s < count; ++s) out[s] = keys[s * stride + d];
+    std::fill(out + count, out + key_width, 0.0f);
   }
   for (int64_t s = 0; s < count; ++s) {
-    float* const to = head.values + s * deep;
-    std::copy(values + s * stride, values + s * stride + head_dim, to);
-    std::fill(to + head_dim, to + deep, 0.0f);
+    float* const out = head.values + s * value_width;
+    std::copy(values + s * stride, values + s * stride + head_dim, out);
+    std::fill(out + head_dim, out + value_width, 0.0f);
   }
 }
 
-void attend(const Queries& queries, const PackedHead& head, float scale, const Sight& sight, float* out,
-            int64_t out_stride, float* lse, int64_t lse_stride, AttentionRoom& room) noexcept {
-  const int64_t size = queries.head_dim, deep = padded(size);
-  room.scores.resize(static_cast<size_t>(kMostRows * padded(head.count)));
-  room.sums.resize(static_cast<size_t>(kMostRows * deep));
-  const RowBlocks blocks(queries.count);
-  for (int64_t block = 0; block < blocks.count; ++block) {
-    const auto [begin, end] = blocks.of(block);
-    const int64_t wide = padded(head.count);
-    multiply(end - begin, queries.data + begin * queries.stride, queries.stride, head.keys, wide, size,
-             room.scores.data());
-    float totals[kMostRows];
+void attend(const Queries& queries, const PackedHead& head, float scale, const AttentionMask& mask,
+            float* out, int64_t out_stride, float* lse, int64_t lse_stride,
+            AttentionWorkspace& workspace) noexcept {
+  const int64_t size = queries.head_dim, key_width = padded(head.count), value_width = padded(size);
+  workspace.scores.resize(static_cast<size_t>(kMaxTileRows * key_width));
+  workspace.sums.resize(static_cast<size_t>(kMaxTileRows * value_width));
+  const RowTiles tiles(queries.count);
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    const auto [begin, end] = tiles.rows_of(tile);
+    multiply(end - begin, queries.data + begin * queries.stride, queries.stride, head.keys, key_width, size,
+             workspace.scores.data());
+    float totals[kMaxTileRows];
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t seen = sight.seen < 0 ? head.count : std::min(head.count, sight.seen + i + 1);
-      const float* const bias = sight.bias ? sight.bias - sight.own[i] : nullptr;
-      const auto [highest, sum] =
-          exponentials(room.scores.data() + (i - begin) * wide, seen, wide, scale, bias, sight.place);
+      const int64_t visible =
+          mask.causal_offset < 0 ? head.count : std::min(head.count, mask.causal_offset + i + 1);
+      const float* const bias = mask.bias ? mask.bias - mask.query_positions[i] : nullptr;
+      const auto [highest, sum] = exponentiate(workspace.scores.data() + (i - begin) * key_width, visible,
+                                               key_width, scale, bias, mask.key_positions);
       totals[i - begin] = sum;
       if (lse) lse[i * lse_stride] = highest + std::log(sum);
     }
-    multiply(end - begin, room.scores.data(), wide, head.values, deep, head.count, room.sums.data());
+    multiply(end - begin, workspace.scores.data(), key_width, head.values, value_width, head.count,
+             workspace.sums.data());
     for (int64_t i = begin; i < end; ++i) {
-      divide(room.sums.data() + (i - begin) * deep, totals[i - begin], size, out + i * out_stride);
+      divide(workspace.sums.data() + (i - begin) * value_width, totals[i - begin], size,
+             out + i * out_stride);
     }
   }
 }
 
-CEMG_CLONES void attend_own(const OwnTokens& tokens, const float* query, int64_t row, int64_t head,
-                            float scale, const float* prefix_lse, float* out) noexcept {
+CEMG_CLONES void attend_to_beam(const BeamKVCache& cache, const float* query, int64_t row, int64_t head,
+                                float scale, const float* prefix_lse, float* out) noexcept {
   constexpr int64_t kLanes = 16;
-  const int64_t size = tokens.head_dim, group = head * tokens.kv_heads / tokens.heads,
+  const int64_t size = cache.head_dim, kv_head = head * cache.kv_heads / cache.heads,
                 whole = size - size % kLanes;
-  const auto count = static_cast<int64_t>(tokens.steps.size());
-  float scores[kMostSteps];
-  float highest = prefix_lse ? *prefix_lse : kNever;
+  const auto count = static_cast<int64_t>(cache.steps.size());
+  float scores[kMaxSteps];
+  float highest = prefix_lse ? *prefix_lse : kNegInf;
   for (int64_t t = 0; t < count; ++t) {
-    const StepRows& step = tokens.steps[static_cast<size_t>(t)];
-    const float* const key = step.keys + tokens.ancestors[t * tokens.rows + row] * step.stride + group * size;
+    const StepKeyValues& step = cache.steps[static_cast<size_t>(t)];
+    const float* const key = step.keys + cache.ancestors[t * cache.rows + row] * step.stride + kv_head * size;
     float lanes[kLanes] = {};
     for (int64_t i = 0; i < whole; i += kLanes) {
       for (int64_t c = 0; c < kLanes; ++c) lanes[c] += query[i + c] * key[i + c];
     }
     float sum = sum_of_lanes(lanes);
     for (int64_t i = whole; i < size; ++i) sum += query[i] * key[i];
-    scores[t] = sum * scale + (tokens.bias ? tokens.bias[t * tokens.heads + head] : 0.0f);
+    scores[t] = sum * scale + (cache.bias ? cache.bias[t * cache.heads + head] : 0.0f);
     highest = larger(highest, scores[t]);
   }
-  const float prefix = prefix_lse ? exp_of_negative(*prefix_lse - highest) : 0.0f;
-  float total = prefix;
+  const float prefix_weight = prefix_lse ? exp_of_negative(*prefix_lse - highest) : 0.0f;
+  float total = prefix_weight;
   for (int64_t t = 0; t < count; ++t) total += scores[t] = exp_of_negative(scores[t] - highest);
   if (prefix_lse) {
-    for (int64_t i = 0; i < size; ++i) out[i] *= prefix / total;
+    for (int64_t i = 0; i < size; ++i) out[i] *= prefix_weight / total;
   } else {
     std::fill(out, out + size, 0.0f);
   }
   for (int64_t t = 0; t < count; ++t) {
-    const StepRows& step = tokens.steps[static_cast<size_t>(t)];
+    const StepKeyValues& step = cache.steps[static_cast<size_t>(t)];
     const float* const value =
-        step.values + tokens.ancestors[t * tokens.rows + row] * step.stride + group * size;
+        step.values + cache.ancestors[t * cache.rows + row] * step.stride + kv_head * size;
     const float weight = scores[t] / total;
     for (int64_t i = 0; i < size; ++i) out[i] += weight * value[i];
   }

@@ -7,32 +7,32 @@
 namespace cemg {
 namespace {
 
-constexpr int64_t kMostNarrowRows = 3;  // whose sums fit 16 registers of AVX2, or 32 of NEON
+constexpr int64_t kMaxNarrowTileRows = 3;  // its sums fit the 16 AVX2 registers, or the 32 of NEON
 
-// Terms that are added up in a row. Longer sums are sums of such sums: the rounding error of a running sum
-// grows with its length, and models whose attention is sharp magnify it.
-constexpr int64_t kTerms = 128;
+// The most terms of a running sum; longer sums are sums of these. The rounding error of a running sum grows
+// with its length, and models with sharp attention magnify it.
+constexpr int64_t kDepthBlock = 128;
 
-// Floats that will be read soon: those at `data`, `data` + `step` and so on, one a row of b; null: none.
-struct Ahead {
+// Addresses to prefetch, one per row of b: data, data + step and so on. Null: none.
+struct Prefetch {
   const float* data = nullptr;
   int64_t step = 0;
 };
 
 // c [R, kPanel] = a [R, depth] . b [depth, kPanel]
-template <int kWidth, int R, bool kAhead>
-[[gnu::always_inline]] inline void product_of(const float* a, int64_t stride_a, const float* b,
-                                              int64_t stride_b, int64_t depth, float* c, int64_t stride_c,
-                                              Ahead ahead) noexcept {
-  using Vector = typename Vectors<kWidth>::One;
+template <int kWidth, int R, bool kPrefetch>
+[[gnu::always_inline]] inline void tile_product(const float* a, int64_t stride_a, const float* b,
+                                                int64_t stride_b, int64_t depth, float* c, int64_t stride_c,
+                                                Prefetch prefetch) noexcept {
+  using Vector = typename VectorOf<kWidth>::Type;
   constexpr int kCount = kPanel / kWidth;
   int64_t k = 0;
   do {
-    const int64_t end = std::min(depth, k + kTerms);
+    const int64_t end = std::min(depth, k + kDepthBlock);
     const bool first = k == 0;
     Vector sums[R][kCount] = {};
     for (; k < end; ++k) {
-      if constexpr (kAhead) __builtin_prefetch(ahead.data + k * ahead.step, 0, 2);
+      if constexpr (kPrefetch) __builtin_prefetch(prefetch.data + k * prefetch.step, 0, 2);
       Vector row[kCount];
       for (int v = 0; v < kCount; ++v)
         row[v] = *reinterpret_cast<const Vector*>(b + k * stride_b + v * kWidth);
@@ -50,13 +50,13 @@ template <int kWidth, int R, bool kAhead>
   } while (k < depth);
 }
 
-template <bool kAhead>
-[[gnu::always_inline]] inline void product_of(int64_t rows, const float* a, int64_t stride_a, const float* b,
-                                              int64_t stride_b, int64_t depth, float* c, int64_t stride_c,
-                                              Ahead ahead) noexcept {
+template <bool kPrefetch>
+[[gnu::always_inline]] inline void tile_product(int64_t rows, const float* a, int64_t stride_a,
+                                                const float* b, int64_t stride_b, int64_t depth, float* c,
+                                                int64_t stride_c, Prefetch prefetch) noexcept {
 #define CEMG_ROWS(WIDTH, R) \
   case R:                   \
-    return product_of<WIDTH, R, kAhead>(a, stride_a, b, stride_b, depth, c, stride_c, ahead)
+    return tile_product<WIDTH, R, kPrefetch>(a, stride_a, b, stride_b, depth, c, stride_c, prefetch)
   if (!has_wide_vectors()) {
     switch (rows) {
       CEMG_ROWS(kNarrow, 1);
@@ -85,12 +85,12 @@ template <bool kAhead>
 
 CEMG_CLONES void product(int64_t rows, const float* a, int64_t stride_a, const float* b, int64_t stride_b,
                          int64_t depth, float* c, int64_t stride_c) noexcept {
-  product_of<false>(rows, a, stride_a, b, stride_b, depth, c, stride_c, {});
+  tile_product<false>(rows, a, stride_a, b, stride_b, depth, c, stride_c, {});
 }
 
-CEMG_CLONES void product_and_fetch(int64_t rows, const float* a, int64_t stride_a, const float* b,
-                                   int64_t depth, float* c, Ahead ahead) noexcept {
-  product_of<true>(rows, a, stride_a, b, kPanel, depth, c, kPanel, ahead);
+CEMG_CLONES void product_with_prefetch(int64_t rows, const float* a, int64_t stride_a, const float* b,
+                                       int64_t depth, float* c, Prefetch prefetch) noexcept {
+  tile_product<true>(rows, a, stride_a, b, kPanel, depth, c, kPanel, prefetch);
 }
 
 // 1 / (1 + e^-x)
@@ -99,7 +99,7 @@ CEMG_CLONES void product_and_fetch(int64_t rows, const float* a, int64_t stride_
   return (x < 0 ? small : 1.0f) / (1.0f + small);
 }
 
-// erfc(x) for x >= 0 within 1.2e-7 of itself: Chebyshev fitting of Numerical Recipes, 6.2
+// erfc(x) for x >= 0 with a relative error of at most 1.2e-7: the Chebyshev fit of Numerical Recipes, 6.2.
 [[gnu::always_inline]] inline float erfc_of_positive(float x) noexcept {
   const float t = 1.0f / (1.0f + 0.5f * x);
   float sum = 0.17087277f;
@@ -144,124 +144,127 @@ CEMG_CLONES void product_and_fetch(int64_t rows, const float* a, int64_t stride_
   }
 }
 
-// One row of a tile, `width` columns of it that there are, to `out`.
-[[gnu::always_inline]] inline void finish_row(float* sums, int64_t width, const float* bias,
-                                              const Finish& finish, float* out) noexcept {
+// Writes the first `width` columns of one row of a tile to `out`.
+[[gnu::always_inline]] inline void apply_epilogue(float* sums, int64_t width, const float* bias,
+                                                  const Epilogue& epilogue, float* out) noexcept {
   if (bias) {
     for (int64_t c = 0; c < width; ++c) sums[c] += bias[c];
   }
-  activate(finish.activation, sums);
-  if (finish.times_out) {
+  activate(epilogue.activation, sums);
+  if (epilogue.multiply_out) {
     for (int64_t c = 0; c < width; ++c) sums[c] *= out[c];
   }
-  if (finish.plus_out) {
+  if (epilogue.add_out) {
     for (int64_t c = 0; c < width; ++c) sums[c] += out[c];
   }
   for (int64_t c = 0; c < width; ++c) out[c] = sums[c];
 }
 
 constexpr int64_t panels_of(const Linear& weights) noexcept {
-  return padded(weights.out) / kPanel;
+  return padded(weights.out_features) / kPanel;
 }
 
-// What a tile fetches of the panels to come, where that measured faster (6 % for T5-small and one user): with
-// large panels that few tiles share. Two tiles leave no time for it, many hardly need it. This is tile `tile`
-// of all those of `panels` panels from `first` on.
-Ahead ahead_of(const Linear& weights, int64_t first, int64_t panels, int64_t tile, int64_t blocks) noexcept {
-  constexpr int64_t kLarge = 512 * kPanel, kLeast = 3, kMost = 6;
-  const int64_t size = weights.in * kPanel;
-  if (size < kLarge || blocks < kLeast || blocks > kMost || first + 2 * panels > panels_of(weights))
-    return {};
-  return {weights.panels + (first + panels) * size + size * tile / blocks, kPanel / blocks};
+// The part of the next panels that tile `tile` prefetches. `tiles` tiles read each of the `panels` panels
+// from `first` on, and `tile` counts all of these. Only large panels that few tiles share are prefetched,
+// where it was measured to be faster (6 % for T5-small and one user): two tiles leave no time for it, and
+// many tiles hide the time of reading a panel without it.
+Prefetch prefetch_of(const Linear& weights, int64_t first, int64_t panels, int64_t tile,
+                     int64_t tiles) noexcept {
+  constexpr int64_t kMinPanelSize = 512 * kPanel, kMinTiles = 3, kMaxTiles = 6;
+  const int64_t size = weights.in_features * kPanel;
+  if (size < kMinPanelSize || tiles < kMinTiles || tiles > kMaxTiles) return {};
+  if (first + 2 * panels > panels_of(weights)) return {};
+  return {weights.panels + (first + panels) * size + size * tile / tiles, kPanel / tiles};
 }
 
-// Operations; reading the panel costs as much as those of a few rows.
-int64_t tile_cost(const Linear& weights, const RowBlocks& blocks) noexcept {
-  constexpr int64_t kReading = 4;
-  return 2 * kPanel * weights.in * std::max(kReading, blocks.rows / blocks.count);
+// In operations. Reading a panel takes as long as the operations of a few rows.
+int64_t tile_cost(const Linear& weights, const RowTiles& tiles) noexcept {
+  constexpr int64_t kReadingCost = 4;  // rows
+  return 2 * kPanel * weights.in_features * std::max(kReadingCost, tiles.rows / tiles.count);
 }
 
-// tile [rows, kPanel] of some rows of x against one panel.
-inline void panel_product(const Linear& weights, int64_t panel, Rows<const float> x, Share which, float* tile,
-                          Ahead ahead) noexcept {
-  const int64_t rows = which.end - which.begin;
-  const float* const own = weights.panels + panel * weights.in * kPanel;
-  if (ahead.data) return product_and_fetch(rows, x.at(which.begin), x.stride, own, weights.in, tile, ahead);
-  product(rows, x.at(which.begin), x.stride, own, kPanel, weights.in, tile, kPanel);
+// tile [rows, kPanel] = the rows of x . one panel.
+inline void panel_product(const Linear& weights, int64_t panel, RowsView<const float> x, TaskRange rows,
+                          float* tile, Prefetch prefetch) noexcept {
+  const int64_t count = rows.end - rows.begin, depth = weights.in_features;
+  const float* const a = x.row(rows.begin);
+  const float* const b = weights.panels + panel * depth * kPanel;
+  if (prefetch.data) return product_with_prefetch(count, a, x.stride, b, depth, tile, prefetch);
+  product(count, a, x.stride, b, kPanel, depth, tile, kPanel);
 }
 
-// Some rows of x against one panel, to the columns of out that are its own.
-CEMG_CLONES void linear_tile(const Linear& weights, int64_t panel, Rows<const float> x, Share which,
-                             const Finish& finish, Rows<float> out, Ahead ahead) noexcept {
-  const int64_t rows = which.end - which.begin;
-  float sums[kMostRows][kPanel];
-  panel_product(weights, panel, x, which, sums[0], ahead);
-  const int64_t column = panel * kPanel, width = std::min(kPanel, weights.out - column);
+// Computes the columns of one panel for some rows, and writes them to out.
+CEMG_CLONES void linear_tile(const Linear& weights, int64_t panel, RowsView<const float> x, TaskRange rows,
+                             const Epilogue& epilogue, RowsView<float> out, Prefetch prefetch) noexcept {
+  const int64_t count = rows.end - rows.begin;
+  float sums[kMaxTileRows][kPanel];
+  panel_product(weights, panel, x, rows, sums[0], prefetch);
+  const int64_t column = panel * kPanel, width = std::min(kPanel, weights.out_features - column);
   const float* const bias = weights.bias ? weights.bias + column : nullptr;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* const to = out.at(which.begin + r) + column;
-    if (width == kPanel) {  // whose number the compiler knows
-      finish_row(sums[r], kPanel, bias, finish, to);
+  for (int64_t r = 0; r < count; ++r) {
+    float* const out_row = out.row(rows.begin + r) + column;
+    if (width == kPanel) {  // a constant width, so that the compiler unrolls the loops
+      apply_epilogue(sums[r], kPanel, bias, epilogue, out_row);
     } else {
-      finish_row(sums[r], width, bias, finish, to);
+      apply_epilogue(sums[r], width, bias, epilogue, out_row);
     }
   }
 }
 
-// Adds the logits of a panel to the running sums of some rows.
+// Adds a panel's logits, the first `rows` rows of `tile`, to each row's running sums.
 CEMG_CLONES void add_logits(const Linear& weights, int64_t panel, int64_t rows, float* tile, float* highest,
                             float* sums) noexcept {
-  const int64_t column = panel * kPanel, width = std::min(kPanel, weights.out - column);
+  const int64_t column = panel * kPanel, width = std::min(kPanel, weights.out_features - column);
   for (int64_t r = 0; r < rows; ++r) {
     float* const logits = tile + r * kPanel;
     if (weights.bias) {
       for (int64_t c = 0; c < width; ++c) logits[c] += weights.bias[column + c];
     }
-    for (int64_t c = width; c < kPanel; ++c) logits[c] = kNever;
+    for (int64_t c = width; c < kPanel; ++c) logits[c] = kNegInf;
     float* const sum = sums + r * kPanel;
     int32_t above = 0;
     for (int64_t c = 0; c < kPanel; ++c) above |= logits[c] > highest[r] ? 1 : 0;
-    const float most = above ? highest_of(logits, kPanel) : highest[r];
-    const float least = larger(most, -kLargest);  // a number even where all so far are -inf
+    const float new_highest = above ? highest_of(logits, kPanel) : highest[r];
+    const float base = larger(new_highest, -kMaxFloat);  // finite even if all logits so far are -inf
     if (above) {
-      const float shrink = exp_of_negative(highest[r] - most);
+      const float shrink = exp_of_negative(highest[r] - new_highest);
       for (int64_t c = 0; c < kPanel; ++c) sum[c] *= shrink;
-      highest[r] = most;
+      highest[r] = new_highest;
     }
-    for (int64_t c = 0; c < kPanel; ++c) sum[c] += exp_of_negative(logits[c] - least);
+    for (int64_t c = 0; c < kPanel; ++c) sum[c] += exp_of_negative(logits[c] - base);
   }
 }
 
-// highest and sum of each row's lanes, `stride` floats apart.
-CEMG_CLONES void end_group(int64_t rows, const float* highest, float (*sums)[kPanel], int64_t stride,
-                           float* highest_out, float* sums_out) noexcept {
+// Writes the highest logit and the sum of each row of a group, `stride` floats apart.
+CEMG_CLONES void finish_group(int64_t rows, const float* highest, float (*sums)[kPanel], int64_t stride,
+                              float* highest_out, float* sums_out) noexcept {
   for (int64_t r = 0; r < rows; ++r) {
     highest_out[r * stride] = highest[r];
     sums_out[r * stride] = sum_of_lanes(sums[r]);
   }
 }
 
-// The log-sum-exp of groups of numbers, each by its highest and its sum.
-CEMG_CLONES float merge(const float* highest, const float* sums, int64_t groups) noexcept {
-  const float most = highest_of(highest, groups);
-  if (std::isinf(most)) return most;
+// The log-sum-exp of all groups, given the highest logit and the sum of each.
+CEMG_CLONES float merge_groups(const float* highest, const float* sums, int64_t groups) noexcept {
+  const float overall = highest_of(highest, groups);
+  if (std::isinf(overall)) return overall;
   float lanes[kPanel] = {};
   int64_t g = 0;
   for (; g + kPanel <= groups; g += kPanel) {
-    for (int64_t c = 0; c < kPanel; ++c) lanes[c] += sums[g + c] * exp_of_negative(highest[g + c] - most);
+    for (int64_t c = 0; c < kPanel; ++c) lanes[c] += sums[g + c] * exp_of_negative(highest[g + c] - overall);
   }
-  for (; g < groups; ++g) lanes[g % kPanel] += sums[g] * exp_of_negative(highest[g] - most);
-  return most + std::log(sum_of_lanes(lanes));
+  for (; g < groups; ++g) lanes[g % kPanel] += sums[g] * exp_of_negative(highest[g] - overall);
+  return overall + std::log(sum_of_lanes(lanes));
 }
 
 }  // namespace
 
-int64_t rows_at_once() noexcept {
-  return has_wide_vectors() ? kMostRows : kMostNarrowRows;
+int64_t max_tile_rows() noexcept {
+  return has_wide_vectors() ? kMaxTileRows : kMaxNarrowTileRows;
 }
 
-RowBlocks::RowBlocks(int64_t rows) noexcept
-    : rows(rows), count(std::max<int64_t>((rows + rows_at_once() - 1) / rows_at_once(), 1)) {}
+RowTiles::RowTiles(int64_t rows) noexcept
+    : rows(rows), count(std::max<int64_t>((rows + max_tile_rows() - 1) / max_tile_rows(), 1)) {}
 
 CEMG_CLONES void multiply(int64_t rows, const float* a, int64_t stride_a, const float* b, int64_t columns,
                           int64_t depth, float* c) noexcept {
@@ -270,47 +273,48 @@ CEMG_CLONES void multiply(int64_t rows, const float* a, int64_t stride_a, const 
   }
 }
 
-void linear(const Linear& weights, Rows<const float> x, int64_t rows, const Finish& finish, Rows<float> out,
-            Team& team) noexcept {
-  const RowBlocks blocks(rows);
-  const int64_t cost = tile_cost(weights, blocks);
-  team.each(panels_of(weights) * blocks.count, cost, [&](Share tasks) {
+void linear(const Linear& weights, RowsView<const float> x, int64_t rows, const Epilogue& epilogue,
+            RowsView<float> out, ThreadPool& pool) noexcept {
+  const RowTiles tiles(rows);
+  const int64_t cost = tile_cost(weights, tiles);
+  pool.parallel_for(panels_of(weights) * tiles.count, cost, [&](TaskRange tasks) {
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t panel = task / blocks.count, block = task % blocks.count;
-      linear_tile(weights, panel, x, blocks.of(block), finish, out,
-                  ahead_of(weights, panel, 1, block, blocks.count));
+      const int64_t panel = task / tiles.count, tile = task % tiles.count;
+      linear_tile(weights, panel, x, tiles.rows_of(tile), epilogue, out,
+                  prefetch_of(weights, panel, 1, tile, tiles.count));
     }
   });
 }
 
-void RowTotals::write(const Linear& weights, Rows<const float> x, int64_t rows, float* totals, Team& team) {
-  // panels that stay in the second cache while all rows pass, and are worth the end of a group
-  const int64_t together = std::clamp<int64_t>(2048 / weights.in, 4, 16);
-  const RowBlocks blocks(rows);
-  const int64_t panels = panels_of(weights), groups = (panels + together - 1) / together;
+void RowLogSumExp::compute(const Linear& weights, RowsView<const float> x, int64_t rows, float* lse,
+                           ThreadPool& pool) {
+  // as many panels as stay in the L2 cache while all rows are computed, and enough to pay for finish_group
+  const int64_t group_size = std::clamp<int64_t>(2048 / weights.in_features, 4, 16);
+  const RowTiles tiles(rows);
+  const int64_t panels = panels_of(weights), groups = (panels + group_size - 1) / group_size;
   highest_.resize(static_cast<size_t>(rows * groups));
   sums_.resize(static_cast<size_t>(rows * groups));
-  const int64_t cost = together * tile_cost(weights, blocks);
-  team.each(groups * blocks.count, cost, [&](Share tasks) {
+  const int64_t cost = group_size * tile_cost(weights, tiles);
+  pool.parallel_for(groups * tiles.count, cost, [&](TaskRange tasks) {
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t group = task / blocks.count, block = task % blocks.count;
-      const int64_t first = group * together, count = std::min(together, panels - first);
-      const Share which = blocks.of(block);
-      const int64_t some = which.end - which.begin;
-      float tile[kMostRows * kPanel], sums[kMostRows][kPanel] = {}, highest[kMostRows];
-      std::fill(highest, highest + kMostRows, kNever);
+      const int64_t group = task / tiles.count, tile = task % tiles.count;
+      const int64_t first = group * group_size, count = std::min(group_size, panels - first);
+      const TaskRange tile_rows = tiles.rows_of(tile);
+      const int64_t num_rows = tile_rows.end - tile_rows.begin;
+      float logits[kMaxTileRows * kPanel], sums[kMaxTileRows][kPanel] = {}, highest[kMaxTileRows];
+      std::fill(highest, highest + kMaxTileRows, kNegInf);
       for (int64_t p = 0; p < count; ++p) {
-        panel_product(weights, first + p, x, which, tile,
-                      ahead_of(weights, first, together, block * together + p, blocks.count));
-        add_logits(weights, first + p, some, tile, highest, sums[0]);
+        panel_product(weights, first + p, x, tile_rows, logits,
+                      prefetch_of(weights, first, group_size, tile * group_size + p, tiles.count));
+        add_logits(weights, first + p, num_rows, logits, highest, sums[0]);
       }
-      const int64_t at = which.begin * groups + group;
-      end_group(some, highest, sums, groups, highest_.data() + at, sums_.data() + at);
+      const int64_t offset = tile_rows.begin * groups + group;
+      finish_group(num_rows, highest, sums, groups, highest_.data() + offset, sums_.data() + offset);
     }
   });
-  team.each(rows, 16 * groups, [&](Share some) {
-    for (int64_t row = some.begin; row < some.end; ++row) {
-      totals[row] = merge(highest_.data() + row * groups, sums_.data() + row * groups, groups);
+  pool.parallel_for(rows, 16 * groups, [&](TaskRange range) {
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      lse[row] = merge_groups(highest_.data() + row * groups, sums_.data() + row * groups, groups);
     }
   });
 }

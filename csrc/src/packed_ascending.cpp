@@ -8,23 +8,23 @@ namespace cemg {
 namespace {
 
 constexpr int64_t kBlock = PackedAscending::kBlock;
-constexpr int64_t kMostBits = int64_t{64} * PackedAscending::kMostWords;
-constexpr int64_t kEnd = PackedAscending::kMostWords - 1;  // words of zeros
+constexpr int64_t kMaxBits = int64_t{64} * PackedAscending::kMaxWords;
+constexpr int64_t kPadding = PackedAscending::kMaxWords - 1;  // zero words at the end
 constexpr int64_t kParallelBlocks = 1 << 10;
 
 int64_t blocks_of(int64_t count) noexcept {
   return (count + kBlock - 1) / kBlock;
 }
 
-// What a block takes beside its first word: `bits`, whether those are bits.
-struct Room {
+// How a block's data are stored: as bits or as a list, in how many words.
+struct BlockLayout {
   int64_t words;
   bool bits;
 };
 
-Room room_of(std::span<const int32_t> block) noexcept {
+BlockLayout layout_of(std::span<const int32_t> block) noexcept {
   const int64_t span = int64_t{block.back()} - block.front() + 1;
-  if (span <= kMostBits) return {(span + 63) / 64, true};
+  if (span <= kMaxBits) return {(span + 63) / 64, true};
   return {(static_cast<int64_t>(block.size()) + 1) / 2, false};
 }
 
@@ -33,28 +33,28 @@ std::span<const int32_t> block_at(std::span<const int32_t> numbers, int64_t bloc
   return numbers.subspan(begin, std::min(numbers.size() - begin, static_cast<size_t>(kBlock)));
 }
 
-void write_block(std::span<const int32_t> block, const Room& room, int64_t place, uint64_t& head,
+void write_block(std::span<const int32_t> block, const BlockLayout& layout, int64_t offset, uint64_t& head,
                  uint64_t* out) noexcept {
-  const auto low = static_cast<uint64_t>(block.front());
-  const auto where = static_cast<uint32_t>(room.bits ? place : ~place);
-  head = uint64_t{where} << 32 | low;
+  const auto first = static_cast<uint64_t>(block.front());
+  const auto stored_offset = static_cast<uint32_t>(layout.bits ? offset : ~offset);
+  head = uint64_t{stored_offset} << 32 | first;
   for (size_t i = 0; i < block.size(); ++i) {
     const auto number = static_cast<uint64_t>(block[i]);
-    if (room.bits) {
-      out[(number - low) / 64] |= uint64_t{1} << ((number - low) % 64);
+    if (layout.bits) {
+      out[(number - first) / 64] |= uint64_t{1} << ((number - first) % 64);
     } else {
       out[i / 2] |= number << (i % 2 * 32);
     }
   }
 }
 
-// Reads a block of words with any values; false where they hold none such.
-bool read_any(std::span<const uint64_t> words, int64_t block, int64_t count, int32_t* out) noexcept {
+// Reads a block from words that may hold any values. Returns whether they hold a whole block.
+bool read_unchecked(std::span<const uint64_t> words, int64_t block, int64_t count, int32_t* out) noexcept {
   const uint64_t head = words[block];
-  const auto place = static_cast<int32_t>(head >> 32);
-  const int64_t size = std::min(kBlock, count - block * kBlock), all = static_cast<int64_t>(words.size());
-  const int64_t end = place < 0 ? ~place + (size + 1) / 2 : place + int64_t{PackedAscending::kMostWords};
-  if (end > all) return false;
+  const auto offset = static_cast<int32_t>(head >> 32);
+  const int64_t size = std::min(kBlock, count - block * kBlock);
+  const int64_t end = offset < 0 ? ~offset + (size + 1) / 2 : offset + int64_t{PackedAscending::kMaxWords};
+  if (end > static_cast<int64_t>(words.size())) return false;
   const PackedAscending packed{words.data()};
   return packed.read_block(static_cast<int32_t>(block), static_cast<int32_t>(count), out) == size;
 }
@@ -63,15 +63,15 @@ bool read_any(std::span<const uint64_t> words, int64_t block, int64_t count, int
 
 std::vector<uint64_t> pack_ascending(std::span<const int32_t> numbers) {
   const int64_t blocks = blocks_of(static_cast<int64_t>(numbers.size()));
-  std::vector<int64_t> place(static_cast<size_t>(blocks) + 1, blocks);
+  std::vector<int64_t> offsets(static_cast<size_t>(blocks) + 1, blocks);
   for (int64_t block = 0; block < blocks; ++block) {
-    place[block + 1] = place[block] + room_of(block_at(numbers, block)).words;
+    offsets[block + 1] = offsets[block] + layout_of(block_at(numbers, block)).words;
   }
-  std::vector<uint64_t> words(static_cast<size_t>(place.back() + kEnd));
+  std::vector<uint64_t> words(static_cast<size_t>(offsets.back() + kPadding));
 #pragma omp parallel for if (blocks >= kParallelBlocks)
   for (int64_t block = 0; block < blocks; ++block) {
-    const auto own = block_at(numbers, block);
-    write_block(own, room_of(own), place[block], words[block], words.data() + place[block]);
+    const auto part = block_at(numbers, block);
+    write_block(part, layout_of(part), offsets[block], words[block], words.data() + offsets[block]);
   }
   return words;
 }
@@ -81,16 +81,16 @@ std::vector<int32_t> unpack_ascending(std::span<const uint64_t> words, int64_t c
   if (count < 1 || count > std::numeric_limits<int32_t>::max() || blocks > static_cast<int64_t>(words.size()))
     return {};
   std::vector<int32_t> numbers(static_cast<size_t>(count));
-  bool wrong = false;
-#pragma omp parallel for reduction(|| : wrong) if (blocks >= kParallelBlocks)
+  bool invalid = false;
+#pragma omp parallel for reduction(|| : invalid) if (blocks >= kParallelBlocks)
   for (int64_t block = 0; block < blocks; ++block) {
-    wrong = wrong || !read_any(words, block, count, numbers.data() + block * kBlock);
+    invalid = invalid || !read_unchecked(words, block, count, numbers.data() + block * kBlock);
   }
-  if (wrong || numbers.front() < 0) return {};
+  if (invalid || numbers.front() < 0) return {};
   if (std::adjacent_find(numbers.begin(), numbers.end(), std::greater_equal<>()) != numbers.end()) return {};
-  const auto again = pack_ascending(numbers);
-  return std::equal(again.begin(), again.end(), words.begin(), words.end()) ? numbers
-                                                                            : std::vector<int32_t>();
+  const auto packed = pack_ascending(numbers);
+  if (!std::equal(packed.begin(), packed.end(), words.begin(), words.end())) return {};
+  return numbers;
 }
 
 }  // namespace cemg

@@ -7,13 +7,13 @@
 namespace cemg {
 namespace {
 
-constexpr int64_t kLine = 16;               // floats of a line of the cache
-constexpr int64_t kAhead = 48;              // neighbours whose rows are fetched before their turn
-constexpr int64_t kChunks = 64;             // parts of the graph, of equally many edges
-constexpr int64_t kParallelWork = 1 << 15;  // additions worth the waking of a thread
+constexpr int64_t kCacheLine = 16;          // floats
+constexpr int64_t kPrefetchDistance = 48;   // neighbours
+constexpr int64_t kChunks = 64;             // parts of the graph with equally many edges
+constexpr int64_t kParallelWork = 1 << 15;  // additions that are worth waking threads for
 
-// One round for one vertex: out = (x + scale * the sum of rows[neighbour]) * factor, all but `rows` being its
-// own row. `last`: what is fetched ahead may be the next vertex's, up to neighbours[last].
+// One round for one vertex: out = (x + scale * the sum of rows[neighbour]) * factor. x and out are the
+// vertex's rows. Prefetching may run into the neighbours of the next vertices, up to neighbours[last].
 struct VertexRound {
   const float* rows;
   int64_t dim;
@@ -22,21 +22,21 @@ struct VertexRound {
   const float* x;
   float scale, factor;
   float* out;
-  bool wide;  // whether there are vectors of kWide floats, and a row holds one
+  bool wide;  // whether to use vectors of kWide floats
 };
 
-// The columns of N vectors from `column` on, the last of them from `tail` on; their sums stay in the
+// Computes the columns of N vectors: N - 1 from `column` on, and the last from `tail` on. Their sums stay in
 // registers.
 template <int kWidth, int N>
 [[gnu::always_inline]] inline void round_columns(const VertexRound& round, int64_t column,
                                                  int64_t tail) noexcept {
-  using Vector = typename Vectors<kWidth>::One;
+  using Vector = typename VectorOf<kWidth>::Type;
   const auto at = [&](int n) { return n + 1 < N ? column + n * kWidth : tail; };
   Vector total[N] = {};
   for (int64_t e = 0; e < round.count; ++e) {
-    const int64_t later = round.neighbours[std::min(e + kAhead, round.last)];
-    const float* const ahead = round.rows + later * round.dim + column;
-    for (int64_t i = 0; i < N * kWidth; i += kLine) __builtin_prefetch(ahead + i);
+    const int64_t later = round.neighbours[std::min(e + kPrefetchDistance, round.last)];
+    const float* const later_row = round.rows + later * round.dim + column;
+    for (int64_t i = 0; i < N * kWidth; i += kCacheLine) __builtin_prefetch(later_row + i);
     const float* const row = round.rows + round.neighbours[e] * round.dim;
     for (int n = 0; n < N; ++n) total[n] += *reinterpret_cast<const Vector*>(row + at(n));
   }
@@ -46,14 +46,14 @@ template <int kWidth, int N>
   }
 }
 
-// All columns, of which there is a vector at least: 64 or so at a time, then what is left in one more pass,
-// whose last vector may overlap the one before.
+// Computes all columns, at least one vector of them: up to 64 per pass, then the rest in one more pass, whose
+// last vector may overlap the one before.
 template <int kWidth>
 [[gnu::always_inline]] inline void round_in_vectors(const VertexRound& round) noexcept {
-  constexpr int64_t kTogether = std::min<int64_t>(8 * kWidth, 64);
+  constexpr int64_t kColumns = std::min<int64_t>(8 * kWidth, 64);
   int64_t column = 0;
-  for (; column + kTogether <= round.dim; column += kTogether) {
-    round_columns<kWidth, kTogether / kWidth>(round, column, column + kTogether - kWidth);
+  for (; column + kColumns <= round.dim; column += kColumns) {
+    round_columns<kWidth, kColumns / kWidth>(round, column, column + kColumns - kWidth);
   }
   const int64_t tail = round.dim - kWidth;
   switch ((round.dim - column + kWidth - 1) / kWidth) {
@@ -82,9 +82,9 @@ CEMG_CLONES void round_of_vertex(const VertexRound& round) noexcept {
   }
 }
 
-// Runs work(first, last) over parts of the vertices that have equally many edges.
+// Calls work(first, last) on parts of the vertices that have equally many edges.
 template <class Work>
-void in_parts(const GraphView& graph, [[maybe_unused]] int64_t dim, Work work) noexcept {
+void parallel_for_vertices(const GraphView& graph, [[maybe_unused]] int64_t dim, Work work) noexcept {
   const int64_t edges = graph.row_ptr[graph.vertices];
   const auto begin_of = [&](int64_t chunk) {
     if (chunk == kChunks) return graph.vertices;
@@ -106,24 +106,24 @@ void in_parts(const GraphView& graph, [[maybe_unused]] int64_t dim, Work work) n
 
 }  // namespace
 
-// y <- x + A_hat y, `layers` times, with A_hat y = s * (A (s * y)): what a round reads is s * y, written so
-// by the round before, and the last one divides in its place. No edge has a value.
+// y <- x + A_hat y, `layers` times, with A_hat y = s * (A (s * y)). Each round writes s * y, which the next
+// one reads, so that edges need no values; the last round divides by layers + 1 instead.
 void lightgcn_propagate(const GraphView& graph, const float* x, int64_t dim, int64_t layers, float* out,
-                        float* room) noexcept {
+                        float* scratch) noexcept {
   const float mean = 1.0f / static_cast<float>(layers + 1);
   const bool wide = has_wide_vectors() && dim >= kWide;
-  float* scaled = layers % 2 == 1 ? room : out;  // the rounds take turns, so that the last one writes out
-  float* next = layers % 2 == 1 ? out : room;
-  in_parts(graph, dim, [&](int64_t first, int64_t last) {
+  float* scaled = layers % 2 == 1 ? scratch : out;  // the buffers alternate, and the last round writes out
+  float* next = layers % 2 == 1 ? out : scratch;
+  parallel_for_vertices(graph, dim, [&](int64_t first, int64_t last) {
     for (int64_t v = first; v < last; ++v) {
       const float factor = layers > 0 ? graph.inv_sqrt_degree[v] : 1.0f;
-      float* const to = scaled + v * dim;
-      for (int64_t d = 0; d < dim; ++d) to[d] = x[v * dim + d] * factor;
+      float* const row = scaled + v * dim;
+      for (int64_t d = 0; d < dim; ++d) row[d] = x[v * dim + d] * factor;
     }
   });
   for (int64_t layer = 0; layer < layers; ++layer) {
     const bool final = layer + 1 == layers;
-    in_parts(graph, dim, [&](int64_t first, int64_t last) {
+    parallel_for_vertices(graph, dim, [&](int64_t first, int64_t last) {
       for (int64_t v = first; v < last; ++v) {
         const float scale = graph.inv_sqrt_degree[v];
         const int64_t begin = graph.row_ptr[v];

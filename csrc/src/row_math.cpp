@@ -16,7 +16,7 @@ bool has_wide_vectors() noexcept {
 CEMG_CLONES float highest_of(const float* x, int64_t count) noexcept {
   const int64_t whole = count - count % kLanes;
   float lanes[kLanes];
-  std::fill(lanes, lanes + kLanes, kNever);
+  std::fill(lanes, lanes + kLanes, kNegInf);
   for (int64_t i = 0; i < whole; i += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = larger(lanes[lane], x[i + lane]);
   }

@@ -1,507 +1,276 @@
 #include "cemg/transformer_cpu.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 
-#include "cemg/row_math.h"
+#include "cemg/layer_ops_cpu.h"
 
 namespace cemg {
-namespace {
-
-constexpr int64_t kTasksEach = 4;  // of a thread at least, so that all end at about the same time
-constexpr int64_t kScalar = 32;    // operations of products in the time that one number takes elsewhere
-
-CEMG_CLONES void norm_row(const Norm& norm, const float* x, int64_t width, float scale, float* out) noexcept {
-  constexpr int64_t kLanes = 16;
-  const int64_t whole = width - width % kLanes;
-  const auto sum_of = [&](auto&& term) __attribute__((always_inline)) {
-    float lanes[kLanes] = {};
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      for (int64_t c = 0; c < kLanes; ++c) lanes[c] += term(x[i + c]);
-    }
-    float sum = sum_of_lanes(lanes);
-    for (int64_t i = whole; i < width; ++i) sum += term(x[i]);
-    return sum;
-  };
-  const auto count = static_cast<float>(width);
-  if (!norm.bias) {
-    const float mean = sum_of([](float v) { return v * v; }) / count;
-    const float factor = scale / std::sqrt(mean + norm.eps);
-    for (int64_t i = 0; i < width; ++i) out[i] = norm.weight[i] * (x[i] * factor);
-    return;
-  }
-  const float mean = sum_of([](float v) { return v; }) / count;
-  const float variance = sum_of([mean](float v) { return (v - mean) * (v - mean); }) / count;
-  const float factor = 1.0f / std::sqrt(variance + norm.eps);
-  for (int64_t i = 0; i < width; ++i) {
-    out[i] = scale * (norm.weight[i] * ((x[i] - mean) * factor) + norm.bias[i]);
-  }
-}
-
-void norm_rows(const Norm& norm, Rows<const float> x, int64_t rows, int64_t width, float scale,
-               Rows<float> out, Team& team) noexcept {
-  team.each(rows, kScalar * width, [&](Share some) {
-    for (int64_t row = some.begin; row < some.end; ++row) {
-      norm_row(norm, x.at(row), width, scale, out.at(row));
-    }
-  });
-}
-
-CEMG_CLONES void rotate(float* x, const float* cosine, const float* sine, int64_t size) noexcept {
-  const int64_t half = size / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float first = x[i], second = x[i + half];
-    x[i] = first * cosine[i] - second * sine[i];
-    x[i + half] = second * cosine[i + half] + first * sine[i + half];
-  }
-}
-
-// The queries and keys of some rows, normed and rotated in place where the layer does so.
-void turn(const Transformer& model, const TransformerLayer& layer, const Places& places,
-          const std::vector<int32_t>& place, float* qkv, Team& team) noexcept {
-  const int64_t size = model.head_dim, stride = layer.qkv.out;
-  const int64_t turned = model.heads + model.kv_heads;
-  team.each(static_cast<int64_t>(place.size()), kScalar * turned * size, [&](Share some) {
-    for (int64_t row = some.begin; row < some.end; ++row) {
-      const int64_t at = place[static_cast<size_t>(row)] * size;
-      for (int64_t head = 0; head < turned; ++head) {
-        float* const x = qkv + row * stride + head * size;
-        const Norm& norm = head < model.heads ? layer.query_norm : layer.key_norm;
-        if (norm) norm_row(norm, x, size, 1.0f, x);
-        if (places.cosine) rotate(x, places.cosine + at, places.sine + at, size);
-      }
-    }
-  });
-}
-
-bool turns(const TransformerLayer& layer, const Places& places) noexcept {
-  return places.cosine != nullptr || layer.query_norm;
-}
-
-}  // namespace
 
 BeamDecoder::BeamDecoder(const Transformer* encoder, const Transformer& decoder, int64_t threads)
-    : encoder_(encoder), decoder_(decoder), team_(threads), prompt_(decoder.layers.size()) {}
+    : encoder_(encoder), decoder_(decoder), pool_(threads), prompt_kv_(decoder.layers.size()) {}
 
-void BeamDecoder::done(const char* part) {
-  if (noting_) laps_.push_back({part, seconds()});
+void BeamDecoder::begin_call() {
+  call_begin_ = Clock::now();
+  profile_events_.clear();
+}
+
+// Ends a stage of the call.
+void BeamDecoder::record_event(const char* name) {
+  if (profiling_) profile_events_.push_back({name, elapsed_seconds()});
 }
 
 int64_t BeamDecoder::nbytes() const noexcept {
   int64_t total = 0;
-  for (const Floats* own : {&x_, &seen_, &attended_, &query_, &hidden_, &lse_}) total += own->nbytes();
-  for (const PromptHeads& heads : prompt_) total += heads.keys.nbytes() + heads.values.nbytes();
-  for (const std::vector<Floats>& step : own_) {
-    for (const Floats& rows : step) total += rows.nbytes();
+  for (const Buffer* buffer :
+       {&hidden_states_, &normed_, &attn_out_, &projected_, &intermediate_, &prompt_lse_}) {
+    total += buffer->nbytes();
+  }
+  for (const PromptKVCache& cache : prompt_kv_) total += cache.keys.nbytes() + cache.values.nbytes();
+  for (const std::vector<Buffer>& step : step_qkv_) {
+    for (const Buffer& layer : step) total += layer.nbytes();
   }
   return total;
 }
 
-int64_t BeamDecoder::empty_prompt(const Prompts& prompts) noexcept {
-  for (int64_t user = 0; user < prompts.batch; ++user) {
-    const int64_t* const own = prompts.mask + user * prompts.length;
-    if (std::all_of(own, own + prompts.length, [](int64_t there) { return there == 0; })) return user;
+int64_t BeamDecoder::first_invalid_parent(const BeamInput& input) const noexcept {
+  for (int64_t beam = 0; beam < batch_ * input.beams; ++beam) {
+    if (input.active && !input.active[beam]) continue;
+    const int64_t parent = input.parents[beam];
+    if (parent < 0 || parent >= beams_ || row_of_beam_[beam / input.beams * beams_ + parent] < 0) return beam;
   }
   return -1;
 }
 
-int64_t BeamDecoder::wrong_token(const Prompts& prompts) const noexcept {
-  const int64_t vocabulary = (encoder_ ? *encoder_ : decoder_).vocabulary;
-  for (int64_t at = 0; at < prompts.batch * prompts.length; ++at) {
-    const int64_t token = prompts.tokens[at];
-    if (prompts.mask[at] != 0 && (token < 0 || token >= vocabulary)) return at;
+int64_t BeamDecoder::first_invalid_beam_token(const BeamInput& input) const noexcept {
+  for (int64_t beam = 0; beam < batch_ * input.beams; ++beam) {
+    if ((!input.active || input.active[beam]) && !in_vocabulary(input.tokens[beam])) return beam;
   }
   return -1;
 }
 
-double BeamDecoder::start(const Prompts& prompts, const Places& places, int64_t start_token,
-                          const Places& own_places, const Wanted& wanted) {
-  begin_laps();
-  read(prompts);
-  const Transformer& reader = encoder_ ? *encoder_ : decoder_;
-  const auto count = static_cast<int64_t>(tokens_.size());
-  make_room(reader, count);
-  make_room(decoder_, count);
-  run_team(team_, [&] { read_prompt(reader, places); });
-  const double spent = seconds();
-  if (encoder_) {
-    tokens_.assign(static_cast<size_t>(batch_), start_token);
-    places_.assign(static_cast<size_t>(batch_), 0);
-    own_step(own_places, wanted);
-  } else {
-    run_team(team_, [&] { answer(wanted); });
-  }
-  return spent;
-}
-
-int64_t BeamDecoder::orphan(const Grown& grown) const noexcept {
-  for (int64_t beam = 0; beam < batch_ * grown.beams; ++beam) {
-    if (grown.asked && !grown.asked[beam]) continue;
-    const int64_t parent = grown.parents[beam];
-    if (parent < 0 || parent >= beams_ || row_of_[beam / grown.beams * beams_ + parent] < 0) return beam;
-  }
-  return -1;
-}
-
-int64_t BeamDecoder::stranger(const Grown& grown) const noexcept {
-  for (int64_t beam = 0; beam < batch_ * grown.beams; ++beam) {
-    if ((!grown.asked || grown.asked[beam]) && !knows(grown.tokens[beam])) return beam;
-  }
-  return -1;
-}
-
-void BeamDecoder::step(const Grown& grown, const Places& places, const Wanted& wanted) {
-  begin_laps();
-  std::vector<int32_t> row_of(static_cast<size_t>(batch_ * grown.beams), -1), from;
+void BeamDecoder::decode_step(const BeamInput& input, const PositionTables& positions,
+                              const LogitsRequest& request) {
+  begin_call();
+  std::vector<int32_t> row_of_beam(static_cast<size_t>(batch_ * input.beams), -1), parent_rows;
   tokens_.clear();
-  places_.clear();
-  begin_.assign(1, 0);
+  positions_.clear();
+  row_offsets_.assign(1, 0);
   for (int64_t user = 0; user < batch_; ++user) {
-    for (int64_t beam = user * grown.beams; beam < (user + 1) * grown.beams; ++beam) {
-      if (grown.asked && !grown.asked[beam]) continue;
-      row_of[beam] = static_cast<int32_t>(tokens_.size());
-      from.push_back(row_of_[user * beams_ + grown.parents[beam]]);
-      tokens_.push_back(grown.tokens[beam]);
-      places_.push_back(lengths_[user]);
+    for (int64_t beam = user * input.beams; beam < (user + 1) * input.beams; ++beam) {
+      if (input.active && !input.active[beam]) continue;
+      row_of_beam[beam] = static_cast<int32_t>(tokens_.size());
+      parent_rows.push_back(row_of_beam_[user * beams_ + input.parents[beam]]);
+      tokens_.push_back(input.tokens[beam]);
+      positions_.push_back(lengths_[user]);
     }
-    begin_.push_back(static_cast<int64_t>(tokens_.size()));
+    row_offsets_.push_back(static_cast<int64_t>(tokens_.size()));
     ++lengths_[user];
   }
-  const auto rows = static_cast<int64_t>(from.size()), steps = static_cast<int64_t>(steps_);
-  const int64_t before = steps_ == 0 ? 0 : static_cast<int64_t>(ancestors_.size()) / steps;
+  append_ancestors(parent_rows);
+  row_of_beam_ = std::move(row_of_beam);
+  beams_ = input.beams;
+  run_decoder(positions, request);
+}
+
+// Extends the ancestors of each new row's parent by the row itself.
+void BeamDecoder::append_ancestors(const std::vector<int32_t>& parent_rows) {
+  const auto rows = static_cast<int64_t>(parent_rows.size()), steps = static_cast<int64_t>(num_steps_);
+  const int64_t previous_rows = steps == 0 ? 0 : static_cast<int64_t>(ancestors_.size()) / steps;
   std::vector<int32_t> ancestors(static_cast<size_t>((steps + 1) * rows));
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t t = 0; t < steps; ++t) ancestors[t * rows + row] = ancestors_[t * before + from[row]];
+    for (int64_t t = 0; t < steps; ++t) {
+      ancestors[t * rows + row] = ancestors_[t * previous_rows + parent_rows[row]];
+    }
     ancestors[steps * rows + row] = static_cast<int32_t>(row);
   }
   ancestors_ = std::move(ancestors);
-  row_of_ = std::move(row_of);
-  beams_ = grown.beams;
-  own_step(places, wanted);
 }
 
-void BeamDecoder::rewind() {
-  const size_t first = encoder_ ? 1 : 0;  // the start token's step
-  if (steps_ < first) return;
-  for (int32_t& length : lengths_) length -= static_cast<int32_t>(steps_ - first);
-  steps_ = first;
-  stand_at_start();
+void BeamDecoder::reset_to_prefill() {
+  const size_t prefill_steps = encoder_ ? 1 : 0;  // the start token's step
+  if (num_steps_ < prefill_steps) return;
+  for (int32_t& length : lengths_) length -= static_cast<int32_t>(num_steps_ - prefill_steps);
+  num_steps_ = prefill_steps;
+  reset_beams();
 }
 
-void BeamDecoder::stand_at_start() {
+// One beam per user. The start token of an encoder-decoder model, if any, is its only ancestor.
+void BeamDecoder::reset_beams() {
   beams_ = 1;
-  row_of_.resize(static_cast<size_t>(batch_));
-  std::iota(row_of_.begin(), row_of_.end(), 0);
-  begin_.resize(static_cast<size_t>(batch_ + 1));
-  std::iota(begin_.begin(), begin_.end(), 0);
-  ancestors_.resize(static_cast<size_t>(encoder_ ? batch_ : 0));  // of the start token, if there is one
+  row_of_beam_.resize(static_cast<size_t>(batch_));
+  std::iota(row_of_beam_.begin(), row_of_beam_.end(), 0);
+  row_offsets_.resize(static_cast<size_t>(batch_ + 1));
+  std::iota(row_offsets_.begin(), row_offsets_.end(), 0);
+  ancestors_.resize(static_cast<size_t>(encoder_ ? batch_ : 0));
   std::iota(ancestors_.begin(), ancestors_.end(), 0);
 }
 
-void BeamDecoder::read(const Prompts& prompts) {
-  batch_ = prompts.batch;
-  length_ = prompts.length;
-  steps_ = 0;
-  stand_at_start();
-  tokens_.clear();
-  places_.clear();
-  lengths_.clear();
-  first_.assign(1, 0);
-  wide_.assign(1, 0);
-  for (int64_t user = 0; user < batch_; ++user) {
-    int32_t count = 0;
-    for (int64_t s = 0; s < prompts.length; ++s) {
-      const int64_t at = user * prompts.length + s;
-      if (prompts.mask[at] == 0) continue;
-      tokens_.push_back(prompts.tokens[at]);
-      // an encoder's bias is by the place in the padded row
-      places_.push_back(encoder_ ? static_cast<int32_t>(s) : count);
-      ++count;
-    }
-    lengths_.push_back(count);
-    first_.push_back(first_.back() + count);
-    wide_.push_back(wide_.back() + padded(count));
-  }
-}
-
-void BeamDecoder::make_room(const Transformer& model, int64_t rows) {
-  x_.room(rows * model.width);
-  seen_.room(rows * stride_of(model.width));
-  attended_.room(rows * stride_of(model.heads * model.head_dim));
-  lse_.room(rows * model.heads);
-  int64_t query = 0, hidden = 0;
+void BeamDecoder::reserve_buffers(const Transformer& model, int64_t rows) {
+  hidden_states_.reserve(rows * model.hidden_size);
+  normed_.reserve(rows * padded_stride(model.hidden_size));
+  attn_out_.reserve(rows * padded_stride(model.heads * model.head_dim));
+  prompt_lse_.reserve(rows * model.heads);
+  int64_t projected = 0, intermediate = 0;
   for (const TransformerLayer& layer : model.layers) {
-    query = std::max({query, layer.qkv.out, layer.cross_query.out, layer.cross_key_value.out});
-    hidden = std::max(hidden, stride_of(layer.up.out));
+    projected = std::max({projected, layer.qkv.out_features, layer.cross_query.out_features,
+                          layer.cross_key_value.out_features});
+    intermediate = std::max(intermediate, padded_stride(layer.up.out_features));
   }
-  query_.room(rows * query);
-  hidden_.room(rows * hidden);
-  for (PromptHeads& heads : prompt_) {
-    heads.keys.room(model.kv_heads * model.head_dim * wide_.back());
-    heads.values.room(model.kv_heads * padded(model.head_dim) * first_.back());
-  }
-}
-
-void BeamDecoder::embed(const Transformer& model, const Places& places, int64_t rows) {
-  const int64_t width = model.width;
-  team_.each(rows, kScalar * width, [&](Share some) {
-    for (int64_t row = some.begin; row < some.end; ++row) {
-      const float* const from = model.embedding + tokens_[row] * width;
-      float* const to = x_.data() + row * width;
-      std::copy(from, from + width, to);
-      if (!places.embedding) continue;
-      const float* const place = places.embedding + places_[row] * width;
-      for (int64_t i = 0; i < width; ++i) to[i] += place[i];
-    }
-  });
-  done("embedding");
-}
-
-// The prompts through all layers. Of a decoder, what the last token of each gives comes to the first rows of
-// x_; of an encoder, its output becomes the keys and values of cross-attention.
-void BeamDecoder::read_prompt(const Transformer& model, const Places& places) {
-  const auto rows = static_cast<int64_t>(tokens_.size());
-  embed(model, places, rows);
-  for (size_t number = 0; number < model.layers.size(); ++number) {
-    const TransformerLayer& layer = model.layers[number];
-    const PromptHeads& heads = encoder_ ? prompt_[0] : prompt_[number];
-    const bool last = !encoder_ && number + 1 == model.layers.size();
-    norm_rows(layer.norm, x(), rows, model.width, 1.0f, seen(), team_);
-    done("norm");
-    linear(layer.qkv, seen(), rows, {}, Rows<float>{query_.data(), layer.qkv.out}, team_);
-    done("projection");
-    if (turns(layer, places)) {
-      turn(model, layer, places, places_, query_.data(), team_);
-      done("rotation");
-    }
-    const float* const keys = query_.data() + model.heads * model.head_dim;
-    pack_prompt(model, keys, keys + model.kv_heads * model.head_dim, layer.qkv.out, heads);
-    done("packing");
-    attend_in_prompt(model, heads, places, last);
-    done("attention");
-    if (last) {
-      for (int64_t user = 0; user < batch_; ++user) {
-        const float* const from = x_.data() + (first_[user + 1] - 1) * model.width;
-        std::copy(from, from + model.width, x_.data() + user * model.width);
-      }
-    }
-    add(layer.out, attended(), last ? batch_ : rows);
-    done("projection");
-    feed(layer, last ? batch_ : rows);
-  }
-  if (!encoder_) return;
-  norm_rows(model.last, x(), rows, model.width, model.last_scale, seen(), team_);
-  done("norm");
-  for (size_t number = 0; number < decoder_.layers.size(); ++number) {
-    const Linear& weights = decoder_.layers[number].cross_key_value;
-    linear(weights, seen(), rows, {}, Rows<float>{query_.data(), weights.out}, team_);
-    done("projection");
-    const float* const keys = query_.data();
-    pack_prompt(decoder_, keys, keys + weights.out / 2, weights.out, prompt_[number]);
-    done("packing");
+  projected_.reserve(rows * projected);
+  intermediate_.reserve(rows * intermediate);
+  for (PromptKVCache& cache : prompt_kv_) {
+    cache.keys.reserve(model.kv_heads * model.head_dim * padded_offsets_.back());
+    cache.values.reserve(model.kv_heads * padded(model.head_dim) * prompt_offsets_.back());
   }
 }
 
-void BeamDecoder::pack_prompt(const Transformer& model, const float* keys, const float* values,
-                              int64_t stride, const PromptHeads& to) {
-  const int64_t numbers = first_[batch_] / batch_ * model.head_dim;
-  team_.each(batch_ * model.kv_heads, kScalar * numbers, [&](Share tasks) {
-    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t user = task / model.kv_heads, group = task % model.kv_heads;
-      const PackedHead head = prompt_head(model, to, user, group);
-      const int64_t at = first_[user] * stride + group * model.head_dim;
-      pack_head(keys + at, values + at, stride, model.head_dim, head);
+void BeamDecoder::embed_tokens(const Transformer& model, const PositionTables& positions, int64_t rows) {
+  const int64_t width = model.hidden_size;
+  pool_.parallel_for(rows, kScalarCost * width, [&](TaskRange range) {
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      const float* const embedding = model.embedding + tokens_[row] * width;
+      float* const out = hidden_states_.data() + row * width;
+      std::copy(embedding, embedding + width, out);
+      if (!positions.embedding) continue;
+      const float* const position = positions.embedding + positions_[row] * width;
+      for (int64_t i = 0; i < width; ++i) out[i] += position[i];
     }
   });
+  record_event("embedding");
 }
 
-PackedHead BeamDecoder::prompt_head(const Transformer& model, const PromptHeads& heads, int64_t user,
-                                    int64_t group) const {
-  const int64_t count = first_[user + 1] - first_[user], deep = padded(model.head_dim);
-  return {heads.keys.data() + model.head_dim * (model.kv_heads * wide_[user] + group * padded(count)),
-          heads.values.data() + deep * (model.kv_heads * first_[user] + group * count), count};
+// normed_ = scale * norm(hidden_states_)
+void BeamDecoder::normalize_rows(const Norm& norm, int64_t rows, int64_t hidden_size, float scale) {
+  norm_rows(norm, hidden_states(), rows, hidden_size, scale, normed(), pool_);
+  record_event("norm");
 }
 
-// Calls work(user, head, part) on parts of the queries of each head of each user, who has rows(user) of them.
-template <class Count, class Work>
-void BeamDecoder::each_head(const Transformer& model, const Count& rows, const Work& work) {
-  const int64_t chunks = std::max<int64_t>(1, kTasksEach * team_.threads() / (batch_ * model.heads));
-  int64_t all = 0;
-  for (int64_t user = 0; user < batch_; ++user) all += rows(user);
-  const int64_t cost = 4 * (first_[batch_] / batch_) * model.head_dim * all / (batch_ * chunks);
-  team_.each(batch_ * model.heads * chunks, cost, [&](Share tasks) {
-    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t chunk = task % chunks, user = task / chunks / model.heads, count = rows(user);
-      const Share part{count * chunk / chunks, count * (chunk + 1) / chunks};
-      if (part.begin < part.end) work(user, task / chunks % model.heads, part);
-    }
-  });
+// hidden_states_ += linear(x)
+void BeamDecoder::add_linear(const Linear& weights, RowsView<const float> x, int64_t rows) {
+  Epilogue epilogue;
+  epilogue.add_out = true;
+  linear(weights, x, rows, epilogue, hidden_states(), pool_);
 }
 
-// The tokens of each prompt over each other, or over all before in a decoder; there in the last layer the
-// last token alone.
-void BeamDecoder::attend_in_prompt(const Transformer& model, const PromptHeads& heads, const Places& places,
-                                   bool last) {
-  const int64_t size = model.head_dim, stride = model.layers[0].qkv.out;
-  const int64_t distances = 2 * length_ - 1;
-  const auto rows = [&](int64_t user) { return last ? 1 : first_[user + 1] - first_[user]; };
-  each_head(model, rows, [&](int64_t user, int64_t head, Share part) {
-    const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
-    const int64_t from = last ? keys.count - 1 : part.begin;
-    Sight sight;
-    if (encoder_) {
-      sight.own = places_.data() + first_[user] + from;
-      sight.place = places_.data() + first_[user];
-      if (places.bias) sight.bias = places.bias + head * distances + distances / 2;
-    } else {
-      sight.seen = from;
-    }
-    const float* const queries = query_.data() + (first_[user] + from) * stride + head * size;
-    const int64_t row = last ? user : first_[user] + from;
-    attend({queries, stride, part.end - part.begin, size}, keys, model.scale, sight,
-           attended().at(row) + head * size, attended().stride, nullptr, 0, AttentionRoom::of_thread());
-  });
-}
-
-// Beams over the prompt of their user, and over their own tokens too where there are some.
-void BeamDecoder::attend_to_prompt(Rows<const float> queries, const PromptHeads& heads,
-                                   const OwnTokens* own) {
-  const Transformer& model = decoder_;
-  const int64_t size = model.head_dim;
-  each_head(
-      model, [&](int64_t user) { return begin_[user + 1] - begin_[user]; },
-      [&](int64_t user, int64_t head, Share part) {
-        const int64_t from = begin_[user] + part.begin, to = begin_[user] + part.end;
-        const PackedHead keys = prompt_head(model, heads, user, head * model.kv_heads / model.heads);
-        float* const lse = own ? lse_.data() + head : nullptr;
-        attend({queries.at(from) + head * size, queries.stride, to - from, size}, keys, model.scale, {},
-               attended().at(from) + head * size, attended().stride, own ? lse + from * model.heads : nullptr,
-               model.heads, AttentionRoom::of_thread());
-        if (!own) return;
-        for (int64_t row = from; row < to; ++row) {
-          attend_own(*own, queries.at(row) + head * size, row, head, model.scale, lse + row * model.heads,
-                     attended().at(row) + head * size);
-        }
-      });
-}
-
-// x_ += weights(from)
-void BeamDecoder::add(const Linear& weights, Rows<const float> from, int64_t rows) {
-  Finish finish;
-  finish.plus_out = true;
-  linear(weights, from, rows, finish, x(), team_);
-}
-
-void BeamDecoder::feed(const TransformerLayer& layer, int64_t rows) {
-  const Rows<float> hidden{hidden_.data(), stride_of(layer.up.out)};
-  norm_rows(layer.feed_norm, x(), rows, layer.up.in, 1.0f, seen(), team_);
-  done("norm");
-  Finish finish;
-  finish.activation = layer.activation;
+void BeamDecoder::feed_forward(const TransformerLayer& layer, int64_t rows) {
+  const RowsView<float> intermediate{intermediate_.data(), padded_stride(layer.up.out_features)};
+  normalize_rows(layer.feed_forward_norm, rows, layer.up.in_features);
+  Epilogue epilogue;
+  epilogue.activation = layer.activation;
   if (layer.gate) {
-    linear(layer.gate, seen(), rows, finish, hidden, team_);
-    done("feed-forward");
-    finish = {};
-    finish.times_out = true;
+    linear(layer.gate, normed(), rows, epilogue, intermediate, pool_);
+    record_event("feed-forward");
+    epilogue = {};
+    epilogue.multiply_out = true;
   }
-  linear(layer.up, seen(), rows, finish, hidden, team_);
-  done("feed-forward");
-  add(layer.down, hidden, rows);
-  done("feed-forward");
+  linear(layer.up, normed(), rows, epilogue, intermediate, pool_);
+  record_event("feed-forward");
+  add_linear(layer.down, intermediate, rows);
+  record_event("feed-forward");
 }
 
-// The tokens_ of all rows through the decoder.
-void BeamDecoder::own_step(const Places& places, const Wanted& wanted) {
+// Runs the decoder on tokens_, one per row.
+void BeamDecoder::run_decoder(const PositionTables& positions, const LogitsRequest& request) {
   const auto rows = static_cast<int64_t>(tokens_.size());
-  make_room(decoder_, rows);
-  tabled_ = decoder_.code_table && std::all_of(tokens_.begin(), tokens_.end(), [this](int64_t token) {
-              return token >= decoder_.first_code && token < decoder_.first_code + decoder_.num_codes;
-            });
-  if (++steps_ > own_.size()) own_.emplace_back(decoder_.layers.size());
+  reserve_buffers(decoder_, rows);
+  use_code_table_ = decoder_.code_table && std::all_of(tokens_.begin(), tokens_.end(), [this](int64_t token) {
+                      return token >= decoder_.first_code && token < decoder_.first_code + decoder_.num_codes;
+                    });
+  if (++num_steps_ > step_qkv_.size()) step_qkv_.emplace_back(decoder_.layers.size());
   for (size_t number = 0; number < decoder_.layers.size(); ++number) {
-    own_[steps_ - 1][number].room(rows * decoder_.layers[number].qkv.out);
+    step_qkv_[num_steps_ - 1][number].reserve(rows * decoder_.layers[number].qkv.out_features);
   }
-  run_team(team_, [&] {
-    embed(decoder_, places, rows);
-    for (size_t number = 0; number < decoder_.layers.size(); ++number) own_layer(number, places);
-    answer(wanted);
+  run_with_workers(pool_, [&] {
+    embed_tokens(decoder_, positions, rows);
+    for (size_t number = 0; number < decoder_.layers.size(); ++number) run_decoder_layer(number, positions);
+    compute_logits(request);
   });
 }
 
-// Queries, keys and values of the rows, from x_ or, in the first layer, from the table.
-void BeamDecoder::project(size_t number, Rows<float> qkv) {
+// Queries, keys and values of the rows: from the code table in the first layer if it has all tokens, else
+// from hidden_states_.
+void BeamDecoder::project_qkv(size_t number, RowsView<float> qkv) {
   const Transformer& model = decoder_;
   const Linear& weights = model.layers[number].qkv;
-  const int64_t rows = begin_.back();
-  if (number == 0 && tabled_) {
-    team_.each(rows, kScalar * weights.out, [&](Share some) {
-      for (int64_t row = some.begin; row < some.end; ++row) {
-        const float* const from = model.code_table + (tokens_[row] - model.first_code) * weights.out;
-        std::copy(from, from + weights.out, qkv.at(row));
+  const int64_t rows = row_offsets_.back(), width = weights.out_features;
+  if (number == 0 && use_code_table_) {
+    pool_.parallel_for(rows, kScalarCost * width, [&](TaskRange range) {
+      for (int64_t row = range.begin; row < range.end; ++row) {
+        const float* const entry = model.code_table + (tokens_[row] - model.first_code) * width;
+        std::copy(entry, entry + width, qkv.row(row));
       }
     });
   } else {
-    norm_rows(model.layers[number].norm, x(), rows, model.width, 1.0f, seen(), team_);
-    done("norm");
-    linear(weights, seen(), rows, {}, qkv, team_);
+    normalize_rows(model.layers[number].attention_norm, rows, model.hidden_size);
+    linear(weights, normed(), rows, {}, qkv, pool_);
   }
-  done("projection");
+  record_event("projection");
 }
 
-void BeamDecoder::own_layer(size_t number, const Places& places) {
+void BeamDecoder::run_decoder_layer(size_t number, const PositionTables& positions) {
   const Transformer& model = decoder_;
   const TransformerLayer& layer = model.layers[number];
-  const int64_t rows = begin_.back(), size = model.head_dim, stride = layer.qkv.out;
-  float* const qkv = own_[steps_ - 1][number].data();
-  project(number, {qkv, stride});
-  if (turns(layer, places)) {
-    turn(model, layer, places, places_, qkv, team_);
-    done("rotation");
+  const int64_t rows = row_offsets_.back(), size = model.head_dim, stride = layer.qkv.out_features;
+  float* const qkv = step_qkv_[num_steps_ - 1][number].data();
+  project_qkv(number, {qkv, stride});
+  if (uses_rotary_or_head_norms(layer, positions)) {
+    apply_rotary(model, layer, positions, positions_, qkv, pool_);
+    record_event("rotation");
   }
-  std::vector<StepRows> steps;
-  for (size_t t = 0; t < steps_; ++t) {
-    const float* const keys = own_[t][number].data() + model.heads * size;
+  std::vector<StepKeyValues> steps;
+  for (size_t t = 0; t < num_steps_; ++t) {
+    const float* const keys = step_qkv_[t][number].data() + model.heads * size;
     steps.push_back({keys, keys + model.kv_heads * size, stride});
   }
-  const OwnTokens own{steps, ancestors_.data(), rows, model.heads, model.kv_heads, size, places.bias};
+  const BeamKVCache cache{steps, ancestors_.data(), rows, model.heads, model.kv_heads, size, positions.bias};
   if (encoder_) {
-    const auto numbers = 2 * static_cast<int64_t>(steps_) * model.heads * size;
-    team_.each(rows, kScalar * numbers, [&](Share some) {
-      for (int64_t row = some.begin; row < some.end; ++row) {
-        for (int64_t head = 0; head < model.heads; ++head) {
-          attend_own(own, qkv + row * stride + head * size, row, head, model.scale, nullptr,
-                     attended().at(row) + head * size);
-        }
-      }
-    });
+    attend_to_beams({qkv, stride}, cache);
   } else {
-    attend_to_prompt({qkv, stride}, prompt_[number], &own);
+    attend_to_prompts({qkv, stride}, prompt_kv_[number], &cache);
   }
-  done("attention");
-  add(layer.out, attended(), rows);
-  done("projection");
-  if (encoder_) {
-    norm_rows(layer.cross_norm, x(), rows, model.width, 1.0f, seen(), team_);
-    done("norm");
-    const Rows<float> queries{query_.data(), layer.cross_query.out};
-    linear(layer.cross_query, seen(), rows, {}, queries, team_);
-    done("projection");
-    attend_to_prompt(queries, prompt_[number], nullptr);
-    done("attention");
-    add(layer.cross_out, attended(), rows);
-    done("projection");
-  }
-  feed(layer, rows);
+  record_event("attention");
+  add_linear(layer.attention_out, attn_out(), rows);
+  record_event("projection");
+  if (encoder_) cross_attention(number, rows);
+  feed_forward(layer, rows);
 }
 
-void BeamDecoder::answer(const Wanted& wanted) {
-  const int64_t rows = begin_.back();
-  norm_rows(decoder_.last, x(), rows, decoder_.width, decoder_.last_scale, seen(), team_);
-  done("norm");
-  linear(wanted.columns, seen(), rows, {}, Rows<float>{wanted.logits, wanted.columns.out}, team_);
-  if (wanted.all) totals_.write(wanted.all, seen(), rows, wanted.total, team_);
-  done("head");
+// Attention of the beams over their own tokens alone.
+void BeamDecoder::attend_to_beams(RowsView<const float> queries, const BeamKVCache& cache) {
+  const Transformer& model = decoder_;
+  const int64_t size = model.head_dim;
+  const auto numbers_per_row = 2 * static_cast<int64_t>(num_steps_) * model.heads * size;
+  pool_.parallel_for(cache.rows, kScalarCost * numbers_per_row, [&](TaskRange range) {
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      for (int64_t head = 0; head < model.heads; ++head) {
+        attend_to_beam(cache, queries.row(row) + head * size, row, head, model.attention_scale, nullptr,
+                       attn_out().row(row) + head * size);
+      }
+    }
+  });
+}
+
+void BeamDecoder::cross_attention(size_t number, int64_t rows) {
+  const TransformerLayer& layer = decoder_.layers[number];
+  normalize_rows(layer.cross_norm, rows, decoder_.hidden_size);
+  const RowsView<float> queries{projected_.data(), layer.cross_query.out_features};
+  linear(layer.cross_query, normed(), rows, {}, queries, pool_);
+  record_event("projection");
+  attend_to_prompts(queries, prompt_kv_[number], nullptr);
+  record_event("attention");
+  add_linear(layer.cross_out, attn_out(), rows);
+  record_event("projection");
+}
+
+void BeamDecoder::compute_logits(const LogitsRequest& request) {
+  const int64_t rows = row_offsets_.back();
+  normalize_rows(decoder_.final_norm, rows, decoder_.hidden_size, decoder_.final_scale);
+  const RowsView<float> logits{request.logits, request.columns.out_features};
+  linear(request.columns, normed(), rows, {}, logits, pool_);
+  if (request.vocabulary)
+    row_logsumexp_.compute(request.vocabulary, normed(), rows, request.logsumexp, pool_);
+  record_event("head");
 }
 
 }  // namespace cemg

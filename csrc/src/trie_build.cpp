@@ -4,7 +4,6 @@
 #include <array>
 #include <atomic>
 #include <bit>
-#include <limits>
 #include <numeric>
 
 #include "cemg/packed_ascending.h"
@@ -12,31 +11,29 @@
 namespace cemg {
 namespace {
 
-constexpr int32_t kMaxLevels = 255;  // depth_ holds a byte
-constexpr int64_t kMaxNodes = std::numeric_limits<int32_t>::max();
-constexpr int64_t kChunkItems = 1 << 15, kMostChunks = 64;
+constexpr int64_t kChunkItems = 1 << 15, kMaxChunks = 64;
 constexpr int kDigitBits = 11;
 constexpr size_t kDigits = size_t{1} << kDigitBits;
 
-struct Span {
+struct IndexRange {
   int64_t begin, end;
 };
 
-// Runs work(chunk, its items) for each of `chunks` equal parts of `items`, on all cores.
+// Calls work(chunk, range of its items) for each of `chunks` equal parts of `items`, on all cores.
 template <class Work>
-void in_chunks(int64_t items, int64_t chunks, Work work) {
+void parallel_for_chunks(int64_t items, int64_t chunks, Work work) {
 #pragma omp parallel for schedule(dynamic, 1) if (chunks > 1)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    work(chunk, Span{items * chunk / chunks, items * (chunk + 1) / chunks});
+    work(chunk, IndexRange{items * chunk / chunks, items * (chunk + 1) / chunks});
   }
 }
 
-// Keys, and rows that go with them where there are any, sorted by the keys' bits [begin, end) and, among
-// equal ones, left as they were: a radix sort.
+// A stable radix sort of keys, and of the row numbers that belong to them unless these are empty, by bits
+// [begin, end) of the keys.
 class RadixSorter {
  public:
   RadixSorter(std::vector<uint64_t>& keys, std::vector<int32_t>& rows, int64_t chunks)
-      : keys_(keys), rows_(rows), chunks_(chunks), other_keys_(keys.size()), other_rows_(rows.size()) {}
+      : keys_(keys), rows_(rows), chunks_(chunks), sorted_keys_(keys.size()), sorted_rows_(rows.size()) {}
 
   void sort(int begin, int end) {
     for (int shift = begin; shift < end; shift += kDigitBits) {
@@ -45,38 +42,39 @@ class RadixSorter {
   }
 
  private:
-  using Places = std::array<uint32_t, kDigits>;
+  using Positions = std::array<uint32_t, kDigits>;
 
   template <bool kRows>
   void pass(int shift, int end) {
     const auto items = static_cast<int64_t>(keys_.size());
     const uint64_t mask = (uint64_t{1} << std::min(kDigitBits, end - shift)) - 1;
     const auto digit = [shift, mask](uint64_t key) { return (key >> shift) & mask; };
-    std::vector<Places> places(static_cast<size_t>(chunks_), Places{});
-    in_chunks(items, chunks_, [&](int64_t chunk, Span part) {
-      Places& count = places[chunk];
+    std::vector<Positions> positions(static_cast<size_t>(chunks_), Positions{});
+    parallel_for_chunks(items, chunks_, [&](int64_t chunk, IndexRange part) {
+      Positions& count = positions[chunk];
       for (int64_t i = part.begin; i < part.end; ++i) ++count[digit(keys_[i])];
     });
-    if (scan(places)) return;
-    in_chunks(items, chunks_, [&](int64_t chunk, Span part) {
-      Places& place = places[chunk];
+    if (scan(positions)) return;
+    parallel_for_chunks(items, chunks_, [&](int64_t chunk, IndexRange part) {
+      Positions& next = positions[chunk];
       for (int64_t i = part.begin; i < part.end; ++i) {
-        const uint32_t to = place[digit(keys_[i])]++;
-        other_keys_[to] = keys_[i];
-        if constexpr (kRows) other_rows_[to] = rows_[i];
+        const uint32_t position = next[digit(keys_[i])]++;
+        sorted_keys_[position] = keys_[i];
+        if constexpr (kRows) sorted_rows_[position] = rows_[i];
       }
     });
-    keys_.swap(other_keys_);
-    rows_.swap(other_rows_);
+    keys_.swap(sorted_keys_);
+    rows_.swap(sorted_rows_);
   }
 
-  // Counts to places, digit by digit and within it chunk by chunk; whether all items have one digit.
-  bool scan(std::vector<Places>& places) const {
+  // Replaces counts by positions: by digit, and within a digit by chunk. Returns whether all items have the
+  // same digit.
+  bool scan(std::vector<Positions>& positions) const {
     uint32_t next = 0;
     bool single = false;
     for (size_t digit = 0; digit < kDigits; ++digit) {
       const uint32_t begin = next;
-      for (Places& chunk : places) next += std::exchange(chunk[digit], next);
+      for (Positions& chunk : positions) next += std::exchange(chunk[digit], next);
       single |= next - begin == keys_.size();
     }
     return single;
@@ -85,8 +83,8 @@ class RadixSorter {
   std::vector<uint64_t>& keys_;
   std::vector<int32_t>& rows_;
   int64_t chunks_;
-  std::vector<uint64_t> other_keys_;
-  std::vector<int32_t> other_rows_;
+  std::vector<uint64_t> sorted_keys_;
+  std::vector<int32_t> sorted_rows_;
 };
 
 template <class Code>
@@ -95,19 +93,19 @@ std::variant<int32_t, BuildError> check(std::span<const Code> codes, int32_t lev
   using Kind = BuildError::Kind;
   if (levels < 1 || levels > kMaxLevels) return BuildError{Kind::kShape, 0, levels};
   if (codes.empty() || codes.size() % levels != 0) return BuildError{Kind::kShape, 0, levels};
-  if (size < 1 || size > TrieBuilder::kMaxCodebookSize) return BuildError{Kind::kCodebookSize, 0, size};
+  if (size < 1 || size > kMaxCodebookSize) return BuildError{Kind::kCodebookSize, 0, size};
   const int64_t items = static_cast<int64_t>(codes.size()) / levels;
   if (items >= kMaxNodes) return BuildError{Kind::kTooManyItems, 0, items};
   const auto outside = [size](Code code) { return code < 0 || static_cast<int64_t>(code) >= size; };
-  std::atomic<bool> sound = true;
-  in_chunks(static_cast<int64_t>(codes.size()), chunks, [&](int64_t, Span part) {
-    bool wrong = false;  // no early end, so that the compiler may take many codes at a time
-    for (int64_t i = part.begin; i < part.end; ++i) wrong |= outside(codes[i]);
-    if (wrong) sound = false;
+  std::atomic<bool> valid = true;
+  parallel_for_chunks(static_cast<int64_t>(codes.size()), chunks, [&](int64_t, IndexRange part) {
+    bool any_outside = false;  // no early exit, so that the loop vectorizes
+    for (int64_t i = part.begin; i < part.end; ++i) any_outside |= outside(codes[i]);
+    if (any_outside) valid = false;
   });
-  if (sound) return static_cast<int32_t>(items);
-  const auto found = std::find_if(codes.begin(), codes.end(), outside);
-  return BuildError{Kind::kCodeOutOfRange, (found - codes.begin()) / levels, static_cast<int64_t>(*found)};
+  if (valid) return static_cast<int32_t>(items);
+  const auto code = std::find_if(codes.begin(), codes.end(), outside);
+  return BuildError{Kind::kCodeOutOfRange, (code - codes.begin()) / levels, static_cast<int64_t>(*code)};
 }
 
 KeyLayout layout_of(int32_t levels, int32_t size) {
@@ -124,23 +122,24 @@ uint64_t pack(const Code* row, const KeyLayout& layout, int32_t word) noexcept {
   return key;
 }
 
-// Fills keys [N] with one word of the rows in `order`.
+// Writes one word of the packed codes of each row in `order` to keys [N].
 template <class Code>
 void pack_all(std::span<const Code> codes, const KeyLayout& layout, int32_t word,
               const std::vector<int32_t>& order, int64_t chunks, uint64_t* keys) {
-  in_chunks(static_cast<int64_t>(order.size()), chunks, [&](int64_t, Span part) {
+  parallel_for_chunks(static_cast<int64_t>(order.size()), chunks, [&](int64_t, IndexRange part) {
     for (int64_t rank = part.begin; rank < part.end; ++rank) {
       keys[rank] = pack(codes.data() + static_cast<size_t>(order[rank]) * layout.levels, layout, word);
     }
   });
 }
 
-// Fills keys [N] with a row's only word over its number, sorts them, and takes them apart again.
+// Sorts rows whose packed codes and row number fit one word: joins the two, sorts, and splits them again.
+// Writes keys [N] and order [N].
 template <class Code>
 void sort_joined(std::span<const Code> codes, const KeyLayout& layout, int row_bits, int64_t chunks,
                  std::vector<uint64_t>& keys, std::vector<int32_t>& order) {
   const auto rows = static_cast<int64_t>(keys.size());
-  in_chunks(rows, chunks, [&](int64_t, Span part) {
+  parallel_for_chunks(rows, chunks, [&](int64_t, IndexRange part) {
     for (int64_t row = part.begin; row < part.end; ++row) {
       const uint64_t key = pack(codes.data() + static_cast<size_t>(row) * layout.levels, layout, 0);
       keys[row] = (key << row_bits) | static_cast<uint64_t>(row);
@@ -148,7 +147,7 @@ void sort_joined(std::span<const Code> codes, const KeyLayout& layout, int row_b
   });
   RadixSorter(keys, order, chunks).sort(row_bits, row_bits + layout.levels * layout.bits);
   order.resize(rows);
-  in_chunks(rows, chunks, [&](int64_t, Span part) {
+  parallel_for_chunks(rows, chunks, [&](int64_t, IndexRange part) {
     for (int64_t rank = part.begin; rank < part.end; ++rank) {
       order[rank] = static_cast<int32_t>(keys[rank] & ((uint64_t{1} << row_bits) - 1));
       keys[rank] >>= row_bits;
@@ -156,17 +155,18 @@ void sort_joined(std::span<const Code> codes, const KeyLayout& layout, int row_b
   });
 }
 
-// The rows in the order of their codes, and to keys [N] the first word of each; `order` comes empty.
+// Writes the rows in the order of their codes to `order`, which must be empty, and the first word of each to
+// keys [N].
 template <class Code>
 void sort_rows(std::span<const Code> codes, const KeyLayout& layout, int64_t chunks,
                std::vector<uint64_t>& keys, std::vector<int32_t>& order) {
   const int row_bits = static_cast<int>(std::bit_width(keys.size() - 1));
-  if (layout.levels * layout.bits + row_bits <= 64) {  // half the bytes to move, in one stream
+  if (layout.levels * layout.bits + row_bits <= 64) {  // half the memory traffic
     return sort_joined(codes, layout, row_bits, chunks, keys, order);
   }
   order.resize(keys.size());
   std::iota(order.begin(), order.end(), 0);
-  for (int32_t word = layout.words() - 1; word >= 0; --word) {  // stable, so the first word weighs most
+  for (int32_t word = layout.words() - 1; word >= 0; --word) {  // a stable sort: the first word comes last
     pack_all(codes, layout, word, order, chunks, keys.data());
     RadixSorter(keys, order, chunks).sort(0, (layout.end(word) - layout.begin(word)) * layout.bits);
   }
@@ -178,7 +178,7 @@ template <class Code>
 std::variant<TrieBuilder, BuildError> TrieBuilder::sort(std::span<const Code> codes, int32_t levels,
                                                         int32_t codebook_size, int64_t chunks) {
   const int64_t rows = levels > 0 ? static_cast<int64_t>(codes.size()) / levels : 0;
-  if (chunks <= 0) chunks = std::clamp<int64_t>(rows / kChunkItems, 1, kMostChunks);
+  if (chunks <= 0) chunks = std::clamp<int64_t>(rows / kChunkItems, 1, kMaxChunks);
   const auto checked = check(codes, levels, codebook_size, chunks);
   if (const auto* error = std::get_if<BuildError>(&checked)) return *error;
   TrieBuilder built;
@@ -196,14 +196,14 @@ std::variant<TrieBuilder, BuildError> TrieBuilder::sort(std::span<const Code> co
   return built;
 }
 
-// Fills depth_ and counts, for each chunk, the ranks of each depth.
+// Writes depth_, and returns how many ranks of each chunk have each depth.
 TrieBuilder::Counts TrieBuilder::find_depths() {
   const int64_t items = num_items();
   depth_.resize(items);
-  std::array<int32_t, 64> code_of;  // which code of a word, from its last, holds a bit
+  std::array<int32_t, 64> code_of;  // the code that a bit of a word belongs to, counted from the last
   for (int bit = 0; bit < 64; ++bit) code_of[bit] = bit / layout_.bits;
   Counts at_depth(chunks_, std::vector<int32_t>(layout_.levels + 1));
-  in_chunks(items, chunks_, [&](int64_t chunk, Span part) {
+  parallel_for_chunks(items, chunks_, [&](int64_t chunk, IndexRange part) {
     for (int64_t rank = part.begin; rank < part.end; ++rank) {
       int32_t depth = rank == 0 ? 0 : layout_.levels;
       for (int32_t word = 0; rank > 0 && word < layout_.words(); ++word) {
@@ -230,8 +230,8 @@ void TrieBuilder::find_duplicates(const Counts& at_depth) {
   }
 }
 
-// Numbers the nodes: where each level begins, and where each chunk's part of it does. False where int32
-// cannot hold them.
+// Numbers the nodes: writes the first node of each level, and the first node of each chunk on each level.
+// Returns false if the numbers do not fit int32.
 bool TrieBuilder::count_levels(const Counts& at_depth) {
   node_begin_.assign(chunks_, std::vector<int32_t>(layout_.levels + 2));
   std::vector<int64_t> started(chunks_, 0);  // a rank starts a node on level m + 1 if it shares <= m codes
@@ -253,7 +253,7 @@ template <class Code>
 std::vector<uint64_t> TrieBuilder::write(Code* code, int32_t* rows) const {
   const int32_t levels = layout_.levels;
   const uint64_t code_mask = (uint64_t{1} << layout_.bits) - 1;
-  std::array<const uint64_t*, kMaxLevels> word_of;  // the keys that hold a level's code, and how far up
+  std::array<const uint64_t*, kMaxLevels> word_of;  // the keys and the bits that hold a level's code
   std::array<int32_t, kMaxLevels> shift_of;
   for (int32_t m = 0; m < levels; ++m) {
     const int32_t word = m / layout_.per_word;
@@ -262,8 +262,8 @@ std::vector<uint64_t> TrieBuilder::write(Code* code, int32_t* rows) const {
   }
   std::vector<int32_t> first_child(static_cast<size_t>(num_inner()) + 1);
   first_child[0] = 1;
-  in_chunks(num_items(), chunks_, [&](int64_t chunk, Span part) {
-    std::vector<int32_t> next = node_begin_[chunk];  // the number the next node of each level gets
+  parallel_for_chunks(num_items(), chunks_, [&](int64_t chunk, IndexRange part) {
+    std::vector<int32_t> next = node_begin_[chunk];  // the number of the next node on each level
     std::copy(order_.begin() + part.begin, order_.begin() + part.end, rows + part.begin);
     for (int64_t rank = part.begin; rank < part.end; ++rank) {
       for (int32_t m = depth_[rank]; m < levels; ++m) {

@@ -7,7 +7,7 @@
 namespace cemg {
 namespace {
 
-constexpr int64_t kParallelRows = 512;  // below this, waking the other cores costs more than it saves
+constexpr int64_t kParallelRows = 512;  // with fewer rows, waking threads costs more than it saves
 
 }  // namespace
 
@@ -42,12 +42,12 @@ template <class Code>
 void mask(TrieView<Code> trie, FilterView filter, const int32_t* nodes, int64_t rows, bool* out) noexcept {
 #pragma omp parallel for if (rows >= kParallelRows)
   for (int64_t row = 0; row < rows; ++row) {
-    bool* const open = out + row * trie.codebook_size;
-    std::fill(open, open + trie.codebook_size, false);
+    bool* const out_row = out + row * trie.codebook_size;
+    std::fill(out_row, out_row + trie.codebook_size, false);
     const Range range = trie.children(nodes[row]);
-    const RowFilter mine = filter.of(row);
+    const RowFilter row_filter = filter.of(row);
     for (int32_t child = range.begin; child < range.end; ++child) {
-      open[trie.code[child - 1]] = mine.allows(child);
+      out_row[trie.code[child - 1]] = row_filter.allows(child);
     }
   }
 }

@@ -11,8 +11,8 @@ namespace {
 constexpr int64_t kParallelWords = 1 << 10;
 constexpr int64_t kParallelRanks = 1 << 8;
 
-// The inner nodes begin ... end - 1, whose children are done. The last word may hold some of these, which
-// others read, so it comes last.
+// Sets the bits of the inner nodes begin ... end - 1, one level whose children's bits are set. The last word
+// may also hold bits of these children, which the threads read, so it is written last.
 template <class Code>
 void open_level(const TrieView<Code>& trie, int64_t begin, int64_t end, uint64_t* open) noexcept {
   const int64_t first = begin / 64, last = (end - 1) / 64;
@@ -25,23 +25,23 @@ void open_level(const TrieView<Code>& trie, int64_t begin, int64_t end, uint64_t
 
 template <class Code>
 void open_inner(TrieView<Code> trie, uint64_t* open) noexcept {
-  std::vector<int64_t> begins;  // of the levels above the leaves
+  std::vector<int64_t> level_begins;  // without the leaves
   for (int64_t node = 0; node < trie.num_inner; node = trie.children(static_cast<int32_t>(node)).begin) {
-    begins.push_back(node);
+    level_begins.push_back(node);
   }
   int64_t end = trie.num_inner;
-  for (auto begin = begins.rbegin(); begin != begins.rend(); end = *begin++) {
+  for (auto begin = level_begins.rbegin(); begin != level_begins.rend(); end = *begin++) {
     open_level(trie, *begin, end, open);
   }
 }
 
 template <class Code>
 int64_t close_nodes(TrieView<Code> trie, FilterView filter, const int32_t* excluded, int64_t requests,
-                    int64_t most, int64_t levels, int32_t* closed) noexcept {
+                    int64_t max_excluded, int64_t levels, int32_t* closed) noexcept {
   int64_t longest = 0;
-#pragma omp parallel for reduction(max : longest) if (requests * most >= kParallelRanks)
+#pragma omp parallel for reduction(max : longest) if (requests * max_excluded >= kParallelRanks)
   for (int64_t request = 0; request < requests; ++request) {
-    longest = std::max(longest, close_row(trie, filter, excluded, most, levels, request, closed));
+    longest = std::max(longest, close_row(trie, filter, excluded, max_excluded, levels, request, closed));
   }
   return longest;
 }

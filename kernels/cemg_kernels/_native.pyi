@@ -1,90 +1,180 @@
-Filter = tuple[int, int, int, int, int, int] | None  # FilterView of trie_view.h, field by field
-Linear = tuple[int, int, int, int]  # in, out, addresses of panels and bias
-Norm = tuple[int, int, float]  # addresses of weight and bias, epsilon
-Places = tuple[int, int, int, int]  # addresses of embedding, cosine, sine and bias
-Wanted = tuple[Linear, Linear, int, int]  # columns, all of the vocabulary, addresses of logits and total
+# The interface of the C++ module. A module built from another version of this file is not loaded, so every
+# change of the interface belongs here. `int` arguments without a default that name a tensor are addresses;
+# 0 stands for a tensor that is not there. Shapes are in csrc/include/cemg, under the same names.
+
+import enum
+from collections.abc import Sequence
+
+INTERFACE: str  # the hash of this file that the module was built with
+PANEL: int  # columns of a panel of Linear.panels
+MAX_STEPS: int  # decode steps of a search
+MAX_LEVELS: int
+MAX_CODEBOOK_SIZE: int
+MAX_NODES: int
+NO_NODE: int
 
 def build_info() -> dict[str, object]: ...
+def use_one_thread() -> None: ...
 def launch_trie_kernel(
-    name: str, arguments: list[int], count: int, device: int, stream: int, /
-) -> None: ...  # where build_info()["cuda"]
+    name: str, arguments: Sequence[int], count: int, device: int, stream: int
+) -> None: ...  # only if build_info()["cuda"] is not empty
 def lightgcn_propagate(
-    vertices: int, graph: tuple[int, int, int], x: int, dim: int, layers: int, out: int, room: int, /
-) -> None: ...
+    *, row_ptr: int, neighbours: int, inv_sqrt_degree: int, vertices: int, x: int, dim: int, layers: int,
+    out: int, scratch: int,
+) -> None: ...  # fmt: skip
 def residual_quantize(
-    x: int, rows: int, shape: tuple[int, int, int], codebooks: int, codes: int, quantized: int, /
-) -> None: ...
+    *, x: int, rows: int, codebooks: int, levels: int, codebook_size: int, dim: int, codes: int,
+    quantized: int,
+) -> None: ...  # fmt: skip
 def trie_problem(
-    code: int, code_bytes: int, first_child: int, rows: int, sizes: tuple[int, int, int], levels: int,
-    codebook_size: int, /,
+    *, code: int, code_bytes: int, first_child: int, rows: int, num_edges: int, num_words: int,
+    num_items: int, levels: int, codebook_size: int,
 ) -> str: ...  # fmt: skip
-def wrong_id(ids: int, items: int, /) -> int: ...
+def first_invalid_id(ids: int, num_items: int) -> int: ...
+def trie_softmax(
+    trie: TrieView, filter: FilterView | None, *, logits: int, logsumexp: int, normalize: Normalize,
+    nodes: int, rows: int, out: int,
+) -> None: ...  # fmt: skip
+def trie_beam_step(
+    trie: TrieView, filter: FilterView | None, *, logits: int, logsumexp: int, normalize: Normalize,
+    scores: int, nodes: int, users: int, beams: int, width: int, next_scores: int, parents: int, codes: int,
+    next_nodes: int, pruned: int,
+) -> None: ...  # fmt: skip
 
 class TrieBuilder:
-    def __init__(self, codes: int, code_bytes: int, rows: int, levels: int, codebook_size: int) -> None: ...
+    def __init__(
+        self, *, codes: int, code_bytes: int, rows: int, levels: int, codebook_size: int
+    ) -> None: ...
     @property
     def num_nodes(self) -> int: ...
     @property
     def num_inner(self) -> int: ...
     @property
     def duplicates(self) -> list[tuple[int, int]]: ...
-    def write(self, code: int, code_bytes: int, rows: int) -> Words: ...
+    def write(self, *, code: int, code_bytes: int, rows: int) -> PackedWords: ...
 
-class Words:
+class PackedWords:
     @property
     def size(self) -> int: ...
-    def copy_to(self, out: int, /) -> None: ...
+    def copy_to(self, out: int) -> None: ...
+
+class FilterView:
+    def __init__(
+        self, *, open: int = 0, filter_of: int = 0, closed: int = 0, words: int = 0, max_closed: int = 0,
+        rows_per_request: int = 1,
+    ) -> None: ...  # fmt: skip
 
 class TrieView:
     def __init__(
-        self, code: int, code_bytes: int, first_child: int, num_inner: int, num_nodes: int, codebook_size: int
-    ) -> None: ...
-    def lookup(self, filter: Filter, prefixes: int, length: int, out: int, rows: int, /) -> None: ...
-    def advance(self, filter: Filter, nodes: int, codes: int, out: int, rows: int, /) -> None: ...
-    def keep(self, filter: Filter, nodes: int, out: int, rows: int, /) -> None: ...
-    def children(self, filter: Filter, nodes: int, out_codes: int, out_nodes: int, rows: int, /) -> None: ...
-    def mask(self, filter: Filter, nodes: int, out: int, rows: int, /) -> None: ...
-    def interval(self, filter: Filter, nodes: int, out: int, rows: int, /) -> None: ...
-    def open_inner(self, open: int, /) -> None: ...
-    def close_nodes(
-        self, filter: Filter, excluded: int, shape: tuple[int, int, int], closed: int, /
-    ) -> int: ...
-    def softmax(
-        self, filter: Filter, logits: int, logsumexp: int, normalize: int, nodes: int, rows: int,
-        out: int, /,
+        self, *, code: int, code_bytes: int, first_child: int, num_inner: int, num_nodes: int,
+        codebook_size: int,
     ) -> None: ...  # fmt: skip
-    def beam_step(
-        self, filter: Filter, logits: int, logsumexp: int, normalize: int, scores: int, nodes: int,
-        shape: tuple[int, int, int], next_scores: int, parents: int, codes: int, next_nodes: int, pruned: int,
-        /,
+    def lookup(self, filter: FilterView | None, prefixes: int, length: int, out: int, rows: int) -> None: ...
+    def advance(self, filter: FilterView | None, nodes: int, codes: int, out: int, rows: int) -> None: ...
+    def keep(self, filter: FilterView | None, nodes: int, out: int, rows: int) -> None: ...
+    def children(
+        self, filter: FilterView | None, nodes: int, out_codes: int, out_nodes: int, rows: int
+    ) -> None: ...
+    def mask(self, filter: FilterView | None, nodes: int, out: int, rows: int) -> None: ...
+    def interval(self, filter: FilterView | None, nodes: int, out: int, rows: int) -> None: ...
+    def open_inner(self, open: int) -> None: ...
+    def close_nodes(
+        self, filter: FilterView | None, *, excluded: int, requests: int, max_excluded: int, levels: int,
+        closed: int,
+    ) -> int: ...  # fmt: skip
+
+class Normalize(enum.Enum):
+    VOCAB = 0
+    LEVEL = 1
+    VALID = 2
+
+class Activation(enum.Enum):
+    NONE = 0
+    RELU = 1
+    SILU = 2
+    GELU = 3
+    GELU_TANH = 4
+
+class Linear:
+    def __init__(
+        self, *, in_features: int = 0, out_features: int = 0, panels: int = 0, bias: int = 0
+    ) -> None: ...
+
+class Norm:
+    def __init__(self, *, weight: int = 0, bias: int = 0, eps: float = 0.0) -> None: ...
+
+class TransformerLayer:
+    def __init__(
+        self, *, attention_norm: Norm, qkv: Linear, query_norm: Norm = ..., key_norm: Norm = ...,
+        attention_out: Linear, cross_norm: Norm = ..., cross_query: Linear = ...,
+        cross_key_value: Linear = ..., cross_out: Linear = ..., feed_forward_norm: Norm, gate: Linear = ...,
+        up: Linear, down: Linear, activation: Activation,
     ) -> None: ...  # fmt: skip
 
 class Transformer:
     def __init__(
-        self, sizes: tuple[int, int, int, int], scale: float, embedding: int, vocabulary: int, last: Norm,
-        last_scale: float,
+        self, *, hidden_size: int, heads: int, kv_heads: int, head_dim: int, attention_scale: float,
+        embedding: int, vocabulary: int, final_norm: Norm, final_scale: float,
     ) -> None: ...  # fmt: skip
-    def add_layer(self, norms: list[Norm], linears: list[Linear], activation: int, /) -> None: ...
-    def set_code_table(self, table: int, first_code: int, count: int, /) -> None: ...
+    def add_layer(self, layer: TransformerLayer) -> None: ...
+    def set_code_table(self, *, table: int, first_code: int, num_codes: int) -> None: ...
+
+class PositionTables:
+    def __init__(self, *, embedding: int = 0, cosine: int = 0, sine: int = 0, bias: int = 0) -> None: ...
+
+class Prompts:
+    def __init__(self, *, tokens: int, mask: int, batch: int, length: int) -> None: ...
+
+class BeamInput:
+    def __init__(self, *, tokens: int, parents: int, active: int = 0, beams: int) -> None: ...
+
+class LogitsRequest:
+    def __init__(
+        self, *, columns: Linear, vocabulary: Linear = ..., logits: int, logsumexp: int = 0
+    ) -> None: ...
+
+class ProfileEvent:
+    @property
+    def name(self) -> str: ...
+    @property
+    def end(self) -> float: ...
+
+class SearchRequest:
+    def __init__(
+        self, *, normalize: Normalize, beam_width: int, first_token: int, start_token: int,
+        prompt_positions: PositionTables, step_positions: Sequence[PositionTables],
+        level_columns: Sequence[Linear], vocabulary: Linear = ..., code_tokens: int = 0,
+    ) -> None: ...  # fmt: skip
+
+class SearchResult:
+    def __init__(self, *, scores: int, leaves: int, codes: int, pruned: int) -> None: ...
+
+class SearchTimings:
+    @property
+    def prefill(self) -> float: ...
+    @property
+    def decode_steps(self) -> float: ...
+    @property
+    def selection(self) -> float: ...
+    @property
+    def rows(self) -> int: ...
 
 class BeamSearch:
-    def __init__(self, encoder: Transformer | None, decoder: Transformer, threads: int, /) -> None: ...
+    def __init__(self, encoder: Transformer | None, decoder: Transformer, threads: int) -> None: ...
     @property
     def nbytes(self) -> int: ...
     @property
     def threads(self) -> int: ...
-    def note_laps(self, wanted: bool, /) -> None: ...
-    def laps(self) -> list[tuple[str, float]]: ...  # of the last call: what was done, and its end in seconds
-    def start(
-        self, tokens: int, mask: int, shape: tuple[int, int], places: Places, start_token: int,
-        own_places: Places, wanted: Wanted, /,
+    @property
+    def profile_events(self) -> list[ProfileEvent]: ...
+    def set_profiling(self, enabled: bool) -> None: ...
+    def prefill(
+        self, prompts: Prompts, prompt_positions: PositionTables, start_token: int,
+        start_positions: PositionTables, request: LogitsRequest,
     ) -> None: ...  # fmt: skip
-    def step(
-        self, tokens: int, parents: int, asked: int, beams: int, places: Places, wanted: Wanted, /
-    ) -> None: ...
-    def rewind(self) -> None: ...
+    def decode_step(self, input: BeamInput, positions: PositionTables, request: LogitsRequest) -> None: ...
     def search(
-        self, view: TrieView, filter: Filter, tokens_and_mask: tuple[int, int], shape: tuple[int, int],
-        prompt_places: Places, levels: list[tuple[Places, Linear]], all: Linear,
-        numbers: list[int], out: tuple[int, int, int, int], /,
-    ) -> tuple[float, float, float, int]: ...  # fmt: skip  # seconds: prompts, model, selection; rows
+        self, prompts: Prompts, trie: TrieView, filter: FilterView | None, request: SearchRequest,
+        result: SearchResult,
+    ) -> SearchTimings: ...  # fmt: skip
+    def reset_to_prefill(self) -> None: ...

@@ -1,6 +1,6 @@
-// What runs on the CPU besides the trie, under sanitizers: products, attention, quantization and propagation
-// against sums in double, and searches over random models of every shape, each user alone against all
-// together. Prints what it checked.
+// Checks what runs on the CPU besides the trie; the test builds it with sanitizers. Products, attention,
+// quantization and propagation are compared with sums in double. Searches run over random models of every
+// kind, and each user alone must give the same as all users together. Prints how many searches it checked.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -34,7 +34,7 @@ std::vector<float> draw(std::mt19937& random, int64_t count, float size = 1.0f) 
   return values;
 }
 
-// Every array exactly as long as it must be, so that a step beyond it is seen.
+// Every array has exactly the size it needs, so that AddressSanitizer sees reads past its end.
 struct Weights {
   std::mt19937 random{7};
   std::deque<std::vector<float>> kept;
@@ -59,17 +59,17 @@ struct Weights {
 void check_linear(int64_t rows, int64_t in, int64_t out, bool bias, int64_t threads) {
   Weights weights;
   const cemg::Linear linear = weights.linear(in, out, bias);
-  const int64_t stride = cemg::stride_of(in);
+  const int64_t stride = cemg::padded_stride(in);
   const auto x = draw(weights.random, (rows - 1) * stride + in), before = draw(weights.random, rows * out);
   auto result = before;
-  cemg::Finish finish;
-  finish.plus_out = true;
+  cemg::Epilogue epilogue;
+  epilogue.add_out = true;
   std::vector<float> totals(static_cast<size_t>(rows));
-  cemg::RowTotals sums;
-  cemg::Team team(threads);
-  cemg::run_team(team, [&] {
-    cemg::linear(linear, {x.data(), stride}, rows, finish, {result.data(), out}, team);
-    sums.write(linear, {x.data(), stride}, rows, totals.data(), team);
+  cemg::RowLogSumExp row_logsumexp;
+  cemg::ThreadPool pool(threads);
+  cemg::run_with_workers(pool, [&] {
+    cemg::linear(linear, {x.data(), stride}, rows, epilogue, {result.data(), out}, pool);
+    row_logsumexp.compute(linear, {x.data(), stride}, rows, totals.data(), pool);
   });
   for (int64_t r = 0; r < rows; ++r) {
     double total = 0;
@@ -79,25 +79,27 @@ void check_linear(int64_t rows, int64_t in, int64_t out, bool bias, int64_t thre
         sum += static_cast<double>(x[r * stride + k]) * linear.panels[(c / 32 * in + k) * 32 + c % 32];
       }
       total += std::exp(sum);
-      require(std::abs(sum + before[r * out + c] - result[r * out + c]) < 1e-3, "a product");
+      require(std::abs(sum + before[r * out + c] - result[r * out + c]) < 1e-3,
+              "a product is close to the sum in double");
     }
-    require(std::abs(std::log(total) - totals[r]) < 1e-3, "the log-sum-exp of a product");
+    require(std::abs(std::log(total) - totals[r]) < 1e-3,
+            "the log-sum-exp of a row is close to that in double");
   }
 }
 
-// Logits that a bias makes -inf, the first ones too, add nothing; where all are, so is the total.
-void check_totals_of_nothing() {
+// Logits of -inf, which a bias makes, add nothing to the log-sum-exp. If all are -inf, it is too.
+void check_logsumexp_of_neg_inf() {
   Weights weights;
   const int64_t rows = 3, in = 5, out = 300;
   cemg::Linear linear = weights.linear(in, out);
   const auto x = draw(weights.random, rows * in);
-  cemg::Team team(1);
-  cemg::RowTotals sums;
+  cemg::ThreadPool pool(1);
+  cemg::RowLogSumExp row_logsumexp;
   const auto total = [&](int64_t first) {  // of row 1, with the logits before `first` at -inf
     std::vector<float> bias(static_cast<size_t>(out), 0.0f), totals(static_cast<size_t>(rows));
-    std::fill(bias.begin(), bias.begin() + first, cemg::kNever);
+    std::fill(bias.begin(), bias.begin() + first, cemg::kNegInf);
     linear.bias = bias.data();
-    sums.write(linear, {x.data(), in}, rows, totals.data(), team);
+    row_logsumexp.compute(linear, {x.data(), in}, rows, totals.data(), pool);
     return totals[1];
   };
   for (int64_t first : {1, 32, 200, 299}) {
@@ -109,44 +111,44 @@ void check_totals_of_nothing() {
       }
       sum += std::exp(logit);
     }
-    require(std::abs(std::log(sum) - total(first)) < 1e-3, "logits of -inf add nothing");
+    require(std::abs(std::log(sum) - total(first)) < 1e-3, "logits of -inf add nothing to the log-sum-exp");
   }
-  require(total(out) == cemg::kNever, "no logits, no total");
+  require(total(out) == cemg::kNegInf, "the log-sum-exp of logits that are all -inf is -inf");
 }
 
-// What is thrown while helpers wait comes out, and the team goes on.
-void check_throwing(int64_t threads) {
-  cemg::Team team(threads);
+// An exception of the program reaches the caller, and the pool can be used again.
+void check_exceptions(int64_t threads) {
+  cemg::ThreadPool pool(threads);
   bool caught = false;
   try {
-    cemg::run_team(team, [] { throw std::bad_alloc(); });
+    cemg::run_with_workers(pool, [] { throw std::bad_alloc(); });
   } catch (const std::bad_alloc&) {
     caught = true;
   }
   int64_t done = 0;
-  cemg::run_team(team, [&] { team.each(1, 1, [&](cemg::Share) { ++done; }); });
-  require(caught && done == 1, "an exception leaves the team");
+  cemg::run_with_workers(pool, [&] { pool.parallel_for(1, 1, [&](cemg::TaskRange) { ++done; }); });
+  require(caught && done == 1, "an exception reaches the caller and the pool works afterwards");
 }
 
-// Jobs one after the other, some large enough to be shared: every task is done once, before the next job.
-void check_team(int64_t threads, int jobs) {
-  cemg::Team team(threads);
-  std::vector<std::thread> helpers;
-  for (int64_t t = 1; t < threads; ++t) helpers.emplace_back([&, t] { team.help(t); });
+// Consecutive loops, some large enough for several threads: each task runs once, before the next loop begins.
+void check_thread_pool(int64_t threads, int jobs) {
+  cemg::ThreadPool pool(threads);
+  std::vector<std::thread> workers;
+  for (int64_t t = 1; t < threads; ++t) workers.emplace_back([&, t] { pool.run_worker(t); });
   std::mt19937 random(3);
   std::vector<int> done(100);
   for (int job = 1; job <= jobs; ++job) {
     const auto tasks = static_cast<int64_t>(random() % done.size());
-    team.each(tasks, int64_t{1} << random() % 20, [&](cemg::Share some) {
+    pool.parallel_for(tasks, int64_t{1} << random() % 20, [&](cemg::TaskRange some) {
       for (int64_t task = some.begin; task < some.end; ++task) ++done[task];
     });
     for (auto& count : done) {
-      require(count == (&count < done.data() + tasks ? 1 : 0), "each task is done once");
+      require(count == (&count < done.data() + tasks ? 1 : 0), "each task runs exactly once");
       count = 0;
     }
   }
-  team.dismiss();
-  for (std::thread& helper : helpers) helper.join();
+  pool.stop();
+  for (std::thread& worker : workers) worker.join();
 }
 
 void check_attention(std::mt19937& random, int64_t queries, int64_t keys, int64_t size) {
@@ -162,19 +164,20 @@ void check_attention(std::mt19937& random, int64_t queries, int64_t keys, int64_
   const int64_t seen = queries <= keys ? keys - queries : -1;
   const float* const middle = bias.data() + queries + keys;
   cemg::attend({query.data(), size, queries, size}, head, 0.5f, {seen, middle, place.data(), place.data()},
-               out.data(), size, lse.data(), 1, cemg::AttentionRoom::of_thread());
+               out.data(), size, lse.data(), 1, cemg::AttentionWorkspace::of_thread());
   for (int64_t q = 0; q < queries; ++q) {
-    std::vector<double> wanted(static_cast<size_t>(size));
+    std::vector<double> expected(static_cast<size_t>(size));
     double total = 0;
     for (int64_t k = 0; k < (seen < 0 ? keys : seen + q + 1); ++k) {
       double score = middle[k - q];
       for (int64_t d = 0; d < size; ++d) score += 0.5 * query[q * size + d] * key[k * size + d];
       total += std::exp(score);
-      for (int64_t d = 0; d < size; ++d) wanted[d] += std::exp(score) * value[k * size + d];
+      for (int64_t d = 0; d < size; ++d) expected[d] += std::exp(score) * value[k * size + d];
     }
-    require(std::abs(std::log(total) - lse[q]) < 1e-3, "a log-sum-exp");
+    require(std::abs(std::log(total) - lse[q]) < 1e-3, "the log-sum-exp of attention scores");
     for (int64_t d = 0; d < size; ++d) {
-      require(std::abs(wanted[d] / total - out[q * size + d]) < 1e-3, "a row of attention");
+      require(std::abs(expected[d] / total - out[q * size + d]) < 1e-3,
+              "a row of attention is close to that in double");
     }
   }
 }
@@ -199,13 +202,13 @@ void check_quantize(std::mt19937& random, int64_t rows, int64_t levels, int64_t 
         if (distance < least) nearest = k;
         least = std::min(least, distance);
       }
-      require(codes[r * levels + m] == nearest, "the nearest code");
+      require(codes[r * levels + m] == nearest, "the code is the nearest one");
       for (int64_t d = 0; d < dim; ++d) residual[d] -= vectors[(m * size + nearest) * dim + d];
     }
   }
 }
 
-// A ring with a chord from every third vertex to the first, and a vertex without neighbours.
+// A path with an edge from every third vertex to the first, and one vertex without neighbours.
 void check_propagate(std::mt19937& random, int64_t vertices, int64_t dim, int64_t layers) {
   std::vector<std::vector<int64_t>> near(static_cast<size_t>(vertices));
   const auto join = [&](int64_t a, int64_t b) {
@@ -222,9 +225,9 @@ void check_propagate(std::mt19937& random, int64_t vertices, int64_t dim, int64_
     scale.push_back(own.empty() ? 0.0f : 1.0f / std::sqrt(static_cast<float>(own.size())));
   }
   const auto x = draw(random, vertices * dim);
-  std::vector<float> out(x.size()), room(x.size());
+  std::vector<float> out(x.size()), scratch(x.size());
   cemg::lightgcn_propagate({vertices, row_ptr.data(), neighbours.data(), scale.data()}, x.data(), dim, layers,
-                           out.data(), room.data());
+                           out.data(), scratch.data());
   std::vector<double> now(x.begin(), x.end()), sum = now;
   for (int64_t layer = 0; layer < layers; ++layer) {
     std::vector<double> next(now.size());
@@ -238,36 +241,38 @@ void check_propagate(std::mt19937& random, int64_t vertices, int64_t dim, int64_
     for (size_t i = 0; i < sum.size(); ++i) sum[i] += now[i];
   }
   for (size_t i = 0; i < sum.size(); ++i) {
-    require(std::abs(sum[i] / static_cast<double>(layers + 1) - out[i]) < 1e-4, "a propagated value");
+    require(std::abs(sum[i] / static_cast<double>(layers + 1) - out[i]) < 1e-4,
+            "a propagated value is close to that in double");
   }
 }
 
-constexpr int64_t kVocabulary = 37, kCodes = 9, kPlaces = 16, kLength = 5;
+constexpr int64_t kVocabulary = 37, kCodes = 9, kPositions = 16, kLength = 5;
 
-// A stack of two layers; `cross` for the decoder of an encoder.
+// A model of two layers; `cross` adds cross-attention.
 cemg::Transformer make_stack(Weights& weights, int64_t width, int64_t heads, int64_t groups, int64_t size,
                              bool gated, bool biased, bool normed, bool cross) {
-  cemg::Transformer model{width,       heads, groups,
-                          size,        0.3f,  weights.some(kVocabulary * width),
-                          kVocabulary, {},    weights.norm(width, biased),
-                          0.7f};
+  cemg::Transformer model{width,       heads,
+                          groups,      size,
+                          0.3f,        weights.some(kVocabulary * width),
+                          kVocabulary, weights.norm(width, biased),
+                          0.7f,        {}};
   const int64_t inner = heads * size, hidden = 2 * width + 1;
   for (int number = 0; number < 2; ++number) {
     cemg::TransformerLayer layer{};
-    layer.norm = weights.norm(width, biased);
+    layer.attention_norm = weights.norm(width, biased);
     layer.qkv = weights.linear(width, (heads + 2 * groups) * size, biased);
     if (normed) {
       layer.query_norm = weights.norm(size);
       layer.key_norm = weights.norm(size);
     }
-    layer.out = weights.linear(inner, width, biased);
+    layer.attention_out = weights.linear(inner, width, biased);
     if (cross) {
       layer.cross_norm = weights.norm(width);
       layer.cross_query = weights.linear(width, inner);
       layer.cross_key_value = weights.linear(width, 2 * inner);
       layer.cross_out = weights.linear(inner, width);
     }
-    layer.feed_norm = weights.norm(width, biased);
+    layer.feed_forward_norm = weights.norm(width, biased);
     if (gated) layer.gate = weights.linear(width, hidden);
     layer.up = weights.linear(width, hidden, biased);
     layer.down = weights.linear(hidden, width, biased);
@@ -277,66 +282,68 @@ cemg::Transformer make_stack(Weights& weights, int64_t width, int64_t heads, int
   return model;
 }
 
-struct Answers {
+struct StepLogits {
   std::vector<float> logits, totals;
 };
 
-// Three steps for these users: one row, then three beams, then five. `some`: after the first, only beams of
-// the first user, those of even number and what grows from them: 0 and 2, then 0, 2 and 3.
-std::vector<Answers> run(cemg::BeamSearch& search, const std::vector<int64_t>& tokens,
-                         const std::vector<int64_t>& mask, const cemg::Places& places,
-                         const cemg::Places& own, const cemg::Linear& columns, const cemg::Linear& all,
-                         bool some = false) {
+// Three steps: one row per user, then three beams, then five. `some`: after the first step, only beams of the
+// first user are active, beams 0 and 2, then those with an active parent: 0, 2 and 3.
+std::vector<StepLogits> run(cemg::BeamSearch& search, const std::vector<int64_t>& tokens,
+                            const std::vector<int64_t>& mask, const cemg::PositionTables& prompt_positions,
+                            const cemg::PositionTables& own, const cemg::Linear& columns,
+                            const cemg::Linear& all, bool some = false) {
   const auto batch = static_cast<int64_t>(tokens.size()) / kLength;
   const cemg::Prompts prompts{tokens.data(), mask.data(), batch, kLength};
-  std::vector<Answers> answers;
+  std::vector<StepLogits> steps;
   int64_t before = 1;
   for (const int64_t beams : {int64_t{1}, int64_t{3}, int64_t{5}}) {
-    std::vector<uint8_t> asked;
-    std::vector<int64_t> fed, parents;
+    std::vector<uint8_t> active;
+    std::vector<int64_t> tokens_fed, parents;
     int64_t rows = 0;
     for (int64_t row = 0; row < batch * beams; ++row) {
-      fed.push_back((row % beams * 5 + beams) % kVocabulary);
+      tokens_fed.push_back((row % beams * 5 + beams) % kVocabulary);
       parents.push_back(row % beams % before);
-      asked.push_back(!some || beams == 1 || (row < beams && (beams == 3 ? row : parents.back()) % 2 == 0));
-      rows += asked.back();
+      active.push_back(!some || beams == 1 || (row < beams && (beams == 3 ? row : parents.back()) % 2 == 0));
+      rows += active.back();
     }
-    Answers& now = answers.emplace_back(
-        Answers{std::vector<float>(rows * kCodes), std::vector<float>(static_cast<size_t>(rows))});
-    const cemg::Wanted wanted{columns, all, now.logits.data(), now.totals.data()};
-    const cemg::Grown grown{fed.data(), parents.data(), some ? asked.data() : nullptr, beams};
+    StepLogits& now = steps.emplace_back(
+        StepLogits{std::vector<float>(rows * kCodes), std::vector<float>(static_cast<size_t>(rows))});
+    const cemg::LogitsRequest request{columns, all, now.logits.data(), now.totals.data()};
+    const cemg::BeamInput input{tokens_fed.data(), parents.data(), some ? active.data() : nullptr, beams};
     if (beams == 1) {
-      require(search.wrong_token(prompts) == -1, "tokens are in the vocabulary");
-      search.start(prompts, places, 1, own, wanted);
+      require(search.first_invalid_token(prompts) == -1, "valid tokens are accepted");
+      search.prefill(prompts, prompt_positions, 1, own, request);
     } else {
-      require(search.orphan(grown) == -1, "each beam grew from one that is there");
+      require(search.first_invalid_parent(input) == -1, "active parents are accepted");
       if (some && beams == 5) {
-        const cemg::Grown more{fed.data(), parents.data(), nullptr, beams};
-        require(search.orphan(more) == 1, "a beam that grew from none is found");
+        const cemg::BeamInput more{tokens_fed.data(), parents.data(), nullptr, beams};
+        require(search.first_invalid_parent(more) == 1, "the first beam with an inactive parent is returned");
       }
-      search.step(grown, own, wanted);
+      search.decode_step(input, own, request);
     }
     before = beams;
   }
-  return answers;
+  return steps;
 }
 
-void check_some(const std::vector<Answers>& some, const std::vector<Answers>& whole) {
+void check_active_rows(const std::vector<StepLogits>& some, const std::vector<StepLogits>& whole) {
   const std::vector<std::vector<size_t>> rows{{0, 1}, {0, 2}, {0, 2, 3}};
   for (size_t step = 0; step < rows.size(); ++step) {
-    require(some[step].totals.size() == rows[step].size(), "only what is asked for is answered");
+    require(some[step].totals.size() == rows[step].size(), "only active beams have rows");
     for (size_t i = 0; i < rows[step].size(); ++i) {
       const size_t row = rows[step][i];
-      require(std::abs(some[step].totals[i] - whole[step].totals[row]) < 1e-3, "totals of some beams");
+      require(std::abs(some[step].totals[i] - whole[step].totals[row]) < 1e-3,
+              "active beams have the same log-sum-exp as without inactive ones");
       for (size_t code = 0; code < kCodes; ++code) {
         const float mine = some[step].logits[i * kCodes + code];
-        require(std::abs(mine - whole[step].logits[row * kCodes + code]) < 1e-3, "logits of some beams");
+        require(std::abs(mine - whole[step].logits[row * kCodes + code]) < 1e-3,
+                "active beams have the same logits as without inactive ones");
       }
     }
   }
 }
 
-// 30 items of three codes, the first two of which are different already.
+// 30 items of three codes. No two items share their first two codes.
 template <class Code>
 struct Items {
   std::vector<Code> code;
@@ -357,47 +364,49 @@ struct Items {
   }
 };
 
-// Whole searches: as many different items as there is room for, best first, each with its codes.
+// Whole searches return as many distinct items as fit the list, best first, each with its codes.
 template <class Code>
-void check_whole(cemg::BeamSearch& search, int64_t start_steps, const cemg::Prompts& prompts,
-                 const cemg::Places& places, const cemg::Places& own, const cemg::Linear& columns,
-                 const cemg::Linear& all) {
+void check_searches(cemg::BeamSearch& search, int64_t start_steps, const cemg::Prompts& prompts,
+                    const cemg::PositionTables& prompt_positions, const cemg::PositionTables& own,
+                    const cemg::Linear& columns, const cemg::Linear& all) {
   const Items<Code> items;
   for (const auto normalize : {cemg::Normalize::kVocab, cemg::Normalize::kLevel, cemg::Normalize::kValid}) {
     for (const int64_t width : {1, 7, 40}) {
-      const auto places_of = static_cast<size_t>(prompts.batch * width);
-      const cemg::Question question{normalize,
-                                    width,
-                                    4,
-                                    1,
-                                    places,
-                                    {own, own, own},
-                                    {columns, columns, columns},
-                                    normalize == cemg::Normalize::kVocab ? all : cemg::Linear{}};
-      std::vector<float> scores(places_of), pruned(static_cast<size_t>(prompts.batch));
-      std::vector<int32_t> leaves(places_of);
-      std::vector<int64_t> codes(places_of * 3);
-      const auto spent = search.search(prompts, items.trie, {}, question,
-                                       {scores.data(), leaves.data(), codes.data(), pruned.data()});
+      const auto num_beams = static_cast<size_t>(prompts.batch * width);
+      const cemg::SearchRequest request{normalize,
+                                        width,
+                                        4,
+                                        1,
+                                        prompt_positions,
+                                        {own, own, own},
+                                        {columns, columns, columns},
+                                        normalize == cemg::Normalize::kVocab ? all : cemg::Linear{}};
+      std::vector<float> scores(num_beams), pruned(static_cast<size_t>(prompts.batch));
+      std::vector<int32_t> leaves(num_beams);
+      std::vector<int64_t> codes(num_beams * 3);
+      const auto timings = search.search(prompts, items.trie, {}, request,
+                                         {scores.data(), leaves.data(), codes.data(), pruned.data()});
       const bool valid = normalize == cemg::Normalize::kValid;
-      require(search.steps() == start_steps + (valid ? 1 : 2), "what is certain is not asked for");
-      // four first codes, seven or eight items each; a dead beam is not asked for
-      require(spent.rows ==
+      require(search.num_steps() == start_steps + (valid ? 1 : 2),
+              "codes that are certain need no decode step");
+      // there are four first codes with seven or eight items each; beams without an item are not active
+      require(timings.rows ==
                   prompts.batch * (std::min<int64_t>(width, 4) + (valid ? 0 : std::min<int64_t>(width, 30))),
-              "the rows that were fed");
+              "the number of rows of all decode steps");
       for (int64_t user = 0; user < prompts.batch; ++user) {
-        std::set<int32_t> different;
+        std::set<int32_t> distinct;
         for (int64_t place = user * width; place < (user + 1) * width; ++place) {
           if (leaves[place] < 0) continue;
           int32_t node = cemg::kRoot;
           for (int64_t level = 0; level < 3; ++level)
             node = items.trie.advance(node, codes[place * 3 + level]);
-          require(node == leaves[place] && node >= items.trie.num_inner, "codes lead to their leaf");
-          require(place == user * width || scores[place] <= scores[place - 1], "the best come first");
-          different.insert(node);
+          require(node == leaves[place] && node >= items.trie.num_inner, "the codes lead to the leaf");
+          require(place == user * width || scores[place] <= scores[place - 1], "scores descend");
+          distinct.insert(node);
         }
-        require(static_cast<int64_t>(different.size()) == std::min<int64_t>(width, 30), "the list is full");
-        require((width == 40) == std::isinf(pruned[user]), "what was cut");
+        require(static_cast<int64_t>(distinct.size()) == std::min<int64_t>(width, 30), "the list is full");
+        require((width == 40) == std::isinf(pruned[user]),
+                "the pruned score is -inf exactly if nothing was cut");
       }
     }
   }
@@ -407,52 +416,53 @@ void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotat
                   int64_t heads, int64_t groups, int64_t size, int64_t threads) {
   Weights weights;
   cemg::Transformer decoder = make_stack(weights, width, heads, groups, size, gated, biased, normed, encoder);
-  if (threads > 1) {  // tokens from 4 on by table: some rows lie outside it in some steps
-    decoder.code_table = weights.some((kVocabulary - 4) * decoder.layers[0].qkv.out);
+  if (threads > 1) {  // a code table from token 4 on; in some steps, some tokens are not in it
+    decoder.code_table = weights.some((kVocabulary - 4) * decoder.layers[0].qkv.out_features);
     decoder.first_code = 4;
     decoder.num_codes = kVocabulary - 4;
   }
   const cemg::Transformer reader =
       make_stack(weights, width, heads, groups, size, gated, biased, normed, false);
   const cemg::Linear columns = weights.linear(width, kCodes), all = weights.linear(width, kVocabulary);
-  cemg::Places places, own;
+  cemg::PositionTables prompt_positions, own;
   if (encoder) {
-    places.bias = weights.some(heads * (2 * kLength - 1));
+    prompt_positions.bias = weights.some(heads * (2 * kLength - 1));
     own.bias = weights.some(3 * heads);
   } else if (rotated) {
-    places.cosine = weights.some(kPlaces * size);
-    places.sine = weights.some(kPlaces * size);
-    own = places;
+    prompt_positions.cosine = weights.some(kPositions * size);
+    prompt_positions.sine = weights.some(kPositions * size);
+    own = prompt_positions;
   } else {
-    places.embedding = weights.some(kPlaces * width);
-    own = places;
+    prompt_positions.embedding = weights.some(kPositions * width);
+    own = prompt_positions;
   }
   const std::vector<int64_t> tokens{3, 4, 5, 6, 7, 9, 9, 8, 1, 2}, mask{1, 1, 1, 1, 1, 0, 0, 1, 1, 0};
   cemg::BeamSearch search(encoder ? &reader : nullptr, decoder, threads);
-  const auto both = run(search, tokens, mask, places, own, columns, all);
-  check_some(run(search, tokens, mask, places, own, columns, all, true), both);
+  const auto both = run(search, tokens, mask, prompt_positions, own, columns, all);
+  check_active_rows(run(search, tokens, mask, prompt_positions, own, columns, all, true), both);
   for (int64_t user = 0; user < 2; ++user) {
     const auto begin = user * kLength, end = begin + kLength;
     const auto alone = run(search, {tokens.begin() + begin, tokens.begin() + end},
-                           {mask.begin() + begin, mask.begin() + end}, places, own, columns, all);
+                           {mask.begin() + begin, mask.begin() + end}, prompt_positions, own, columns, all);
     for (size_t step = 0; step < alone.size(); ++step) {
       const size_t rows = alone[step].totals.size();
       for (size_t i = 0; i < rows; ++i) {
         require(std::abs(alone[step].totals[i] - both[step].totals[user * rows + i]) < 1e-3,
-                "a user's totals are its own");
+                "a user's log-sum-exp does not depend on other users");
       }
       for (size_t i = 0; i < rows * kCodes; ++i) {
         require(std::isfinite(alone[step].logits[i]), "logits are finite");
         require(std::abs(alone[step].logits[i] - both[step].logits[user * rows * kCodes + i]) < 1e-3,
-                "a user's logits are its own");
+                "a user's logits do not depend on other users");
       }
     }
   }
   const cemg::Prompts prompts{tokens.data(), mask.data(), 2, kLength};
-  check_whole<uint8_t>(search, encoder, prompts, places, own, columns, all);
-  check_whole<int16_t>(search, encoder, prompts, places, own, columns, all);
+  check_searches<uint8_t>(search, encoder, prompts, prompt_positions, own, columns, all);
+  check_searches<int16_t>(search, encoder, prompts, prompt_positions, own, columns, all);
   const std::vector<int64_t> wrong{3, 4, kVocabulary, 6, 7};
-  require(search.wrong_token({wrong.data(), mask.data(), 1, kLength}) == 2, "a wrong token is found");
+  require(search.first_invalid_token({wrong.data(), mask.data(), 1, kLength}) == 2,
+          "the first invalid token is found");
 }
 
 }  // namespace
@@ -464,10 +474,10 @@ int main() {
     for (int64_t in : {1, 7, 64}) check_linear(rows, in, 1 + (rows * in) % 70, in > 1, 1 + in % 2);
   }
   check_linear(5, 1024, 33, false, 1);
-  check_linear(50, 600, 500, true, 3);  // tiles that fetch what is to come
-  check_totals_of_nothing();
-  check_team(3, 20000);
-  check_throwing(3);
+  check_linear(50, 600, 500, true, 3);  // tiles that prefetch
+  check_logsumexp_of_neg_inf();
+  check_thread_pool(3, 20000);
+  check_exceptions(3);
   for (int64_t queries : {1, 6, 7, 70}) {
     for (int64_t keys : {1, 5, 32, 71}) check_attention(random, queries, keys, 1 + (queries + keys) % 40);
   }

@@ -1,4 +1,5 @@
-// The C++ trie under sanitizers: random tries against the sorted rows themselves. Prints what it checked.
+// Checks the C++ trie; the test builds it with sanitizers. Random tries are compared with the sorted rows of
+// codes. Prints how many tries it checked.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -46,7 +47,7 @@ std::vector<Row> draw_rows(std::mt19937& random, int items, int levels, int size
 }
 
 template <class Code>
-struct Owned {
+struct OwnedTrie {
   std::vector<Code> code;
   std::vector<uint64_t> first_child;
   std::vector<int32_t> rows;
@@ -54,14 +55,14 @@ struct Owned {
 };
 
 template <class Code, class Input = int32_t>
-Owned<Code> build(const std::vector<Row>& rows, int levels, int size, int64_t chunks) {
+OwnedTrie<Code> build(const std::vector<Row>& rows, int levels, int size, int64_t chunks) {
   const std::vector<int32_t> wide = flatten(rows);
   const std::vector<Input> flat(wide.begin(), wide.end());
   auto built = cemg::TrieBuilder::sort<Input>(flat, levels, size, chunks);
-  require(std::holds_alternative<cemg::TrieBuilder>(built), "valid codes build");
+  require(std::holds_alternative<cemg::TrieBuilder>(built), "valid codes give a trie");
   const auto& builder = std::get<cemg::TrieBuilder>(built);
   require(builder.duplicates().empty(), "distinct rows have no duplicates");
-  Owned<Code> trie;
+  OwnedTrie<Code> trie;
   trie.code.resize(builder.num_nodes() - 1);
   trie.rows.resize(rows.size());
   trie.first_child = builder.write(trie.code.data(), trie.rows.data());
@@ -69,15 +70,15 @@ Owned<Code> build(const std::vector<Row>& rows, int levels, int size, int64_t ch
   return trie;
 }
 
-// However many parts the work is cut into, and whatever type the codes have: the same arrays.
+// The arrays do not depend on the number of chunks and on the type of the codes.
 template <class Code>
-void check_same(const Owned<Code>& trie, const Owned<Code>& other) {
+void check_same(const OwnedTrie<Code>& trie, const OwnedTrie<Code>& other) {
   require(trie.code == other.code && trie.first_child == other.first_child && trie.rows == other.rows,
-          "any number of chunks and any type of code build the same arrays");
+          "the arrays are the same for any number of chunks and any type of code");
 }
 
 template <class Code>
-void check_paths(const Owned<Code>& trie, const std::vector<Row>& rows, int levels) {
+void check_paths(const OwnedTrie<Code>& trie, const std::vector<Row>& rows, int levels) {
   const int64_t items = static_cast<int64_t>(rows.size());
   std::vector<int64_t> prefixes;
   for (const Row& row : rows) prefixes.insert(prefixes.end(), row.begin(), row.end());
@@ -88,7 +89,7 @@ void check_paths(const Owned<Code>& trie, const std::vector<Row>& rows, int leve
   }
 }
 
-// A third of the items, drawn: their ranks, and the nodes above that are open for them.
+// A random third of the items by rank, and the open nodes of their filter.
 struct Bitmap {
   std::vector<char> ranks;
   std::vector<uint64_t> open;
@@ -97,19 +98,19 @@ struct Bitmap {
 };
 
 template <class Code>
-Bitmap draw_bitmap(std::mt19937& random, const Owned<Code>& trie) {
-  Bitmap drawn = {std::vector<char>(trie.rows.size()), std::vector<uint64_t>(trie.view.num_nodes / 64 + 1)};
-  for (size_t rank = 0; rank < drawn.ranks.size(); ++rank) {
+Bitmap draw_bitmap(std::mt19937& random, const OwnedTrie<Code>& trie) {
+  Bitmap bitmap = {std::vector<char>(trie.rows.size()), std::vector<uint64_t>(trie.view.num_nodes / 64 + 1)};
+  for (size_t rank = 0; rank < bitmap.ranks.size(); ++rank) {
     const size_t node = trie.view.num_inner + rank;
-    drawn.ranks[rank] = random() % 3 == 0;
-    if (drawn.ranks[rank]) drawn.open[node / 64] |= uint64_t{1} << (node % 64);
+    bitmap.ranks[rank] = random() % 3 == 0;
+    if (bitmap.ranks[rank]) bitmap.open[node / 64] |= uint64_t{1} << (node % 64);
   }
-  cemg::open_inner(trie.view, drawn.open.data());
-  return drawn;
+  cemg::open_inner(trie.view, bitmap.open.data());
+  return bitmap;
 }
 
 template <class Code>
-void check_masks(const Owned<Code>& trie, const Bitmap& drawn) {
+void check_masks(const OwnedTrie<Code>& trie, const Bitmap& bitmap) {
   const int32_t size = trie.view.codebook_size;
   std::vector<int32_t> nodes;
   for (int32_t node = -2; node < trie.view.num_nodes + 2; ++node) nodes.push_back(node);
@@ -117,54 +118,55 @@ void check_masks(const Owned<Code>& trie, const Bitmap& drawn) {
   std::vector<char> allowed(count * size);
   std::vector<int32_t> codes(count * size), found(count * size), ranks(count * 2);
   cemg::FilterView filter;
-  filter.open = drawn.open.data();
+  filter.open = bitmap.open.data();
   cemg::mask(trie.view, filter, nodes.data(), count, reinterpret_cast<bool*>(allowed.data()));
   cemg::children(trie.view, filter, nodes.data(), count, codes.data(), found.data());
   cemg::interval(trie.view, nodes.data(), count, ranks.data());
-  std::vector<char> cells(count * size);  // as a grid of threads would fill it
+  std::vector<char> cells(count * size);  // in another order, as on a GPU
   for (int64_t cell = count * size - 1; cell >= 0; --cell) {
     cemg::mask_cell(trie.view, filter, nodes.data(), cell, reinterpret_cast<bool*>(cells.data()));
   }
-  require(cells == allowed, "the cells of the GPU's mask equal the CPU's walk");
+  require(cells == allowed, "the mask by cells, as on a GPU, equals the mask of the CPU");
   for (int64_t i = 0; i < count; ++i) {
     int64_t seen = 0;
     for (int32_t k = 0; k < size; ++k) {
       const cemg::Range below = trie.view.interval(trie.view.advance(nodes[i], k));
       bool any = false;
-      for (int32_t rank = below.begin; rank < below.end; ++rank) any |= drawn.has(rank);
+      for (int32_t rank = below.begin; rank < below.end; ++rank) any |= bitmap.has(rank);
       require(static_cast<bool>(allowed[i * size + k]) == any,
-              "a code is legal iff an allowed item is below");
-      if (any) require(codes[i * size + seen++] == k, "children are the legal codes in order");
+              "a code is allowed exactly if an allowed item is below");
+      if (any) require(codes[i * size + seen++] == k, "children are the allowed codes in order");
     }
   }
 }
 
-// Three requests over two bitmaps, each with its own excluded ranks, close together; two rows a request,
-// every node in turn.
+// Three requests over two bitmaps with two rows each. The excluded ranks of a request are close together, so
+// that they close inner nodes. Checks every node.
 template <class Code>
-void check_requests(std::mt19937& random, const Owned<Code>& trie, const Bitmap& first, int levels) {
+void check_requests(std::mt19937& random, const OwnedTrie<Code>& trie, const Bitmap& first, int levels) {
   const int32_t items = static_cast<int32_t>(trie.rows.size());
   const Bitmap second = draw_bitmap(random, trie);
   std::vector<uint64_t> open = first.open;
   open.insert(open.end(), second.open.begin(), second.open.end());
-  constexpr int64_t kMost = 9;
+  constexpr int64_t kMaxExcluded = 9;
   const std::vector<int32_t> filter_of = {1, -1, 0};
   std::vector<std::set<int32_t>> left_out(3);
-  std::vector<int32_t> excluded(3 * kMost, cemg::kNoNode);
+  std::vector<int32_t> excluded(3 * kMaxExcluded, cemg::kNoNode);
   for (size_t request = 0; request < 3; ++request) {
-    const int32_t from = static_cast<int32_t>(random() % items);  // neighbours close the nodes above them
-    for (int i = 0; i < kMost; ++i)
+    const int32_t from =
+        static_cast<int32_t>(random() % items);  // neighbours, so that they close inner nodes
+    for (int i = 0; i < kMaxExcluded; ++i)
       left_out[request].insert((from + static_cast<int32_t>(random() % 9)) % items);
-    std::copy(left_out[request].begin(), left_out[request].end(), excluded.begin() + request * kMost);
+    std::copy(left_out[request].begin(), left_out[request].end(), excluded.begin() + request * kMaxExcluded);
   }
   cemg::FilterView filter;
   filter.open = open.data();
   filter.filter_of = filter_of.data();
   filter.words = static_cast<int64_t>(first.open.size());
-  std::vector<int32_t> closed(3 * (kMost * levels + 1));
-  cemg::close_nodes(trie.view, filter, excluded.data(), 3, kMost, levels, closed.data());
+  std::vector<int32_t> closed(3 * (kMaxExcluded * levels + 1));
+  cemg::close_nodes(trie.view, filter, excluded.data(), 3, kMaxExcluded, levels, closed.data());
   filter.closed = closed.data();
-  filter.most_closed = kMost * levels + 1;
+  filter.max_closed = kMaxExcluded * levels + 1;
   filter.rows_per_request = 2;
   for (int32_t node = 0; node < trie.view.num_nodes; ++node) {
     const std::vector<int32_t> nodes(6, node);
@@ -178,28 +180,28 @@ void check_requests(std::mt19937& random, const Owned<Code>& trie, const Bitmap&
         const bool open = which < 0 || (which == 0 ? first : second).has(rank);
         any |= open && !left_out[row / 2].contains(rank);
       }
-      require((kept[row] == node) == any, "a row reaches what its request allows and does not exclude");
+      require((kept[row] == node) == any, "a node is kept exactly if its request allows an item below");
     }
   }
 }
 
-// A word of the packed first children, another place or number in it, or any.
+// A word of the packed first children with a changed offset or number, or a random word.
 template <class Code>
-uint64_t draw_word(std::mt19937& random, const Owned<Code>& good) {
+uint64_t draw_word(std::mt19937& random, const OwnedTrie<Code>& good) {
   const uint64_t word = good.first_child[random() % good.first_child.size()];
-  const uint64_t drawn = uint64_t{random()} << 32 | random();
-  return random() % 3 == 0 ? drawn : word + (uint64_t{1} << (random() % 64));
+  const uint64_t bitmap = uint64_t{random()} << 32 | random();
+  return random() % 3 == 0 ? bitmap : word + (uint64_t{1} << (random() % 64));
 }
 
-// Whatever stands in the arrays, the check answers, and what it calls a trie can be walked.
+// The check works on any values, and the arrays that it accepts can be walked.
 template <class Code>
-void check_verdicts(std::mt19937& random, const Owned<Code>& good, int levels, int size) {
-  const auto problem = [&](const Owned<Code>& trie) {
+void check_trie_problem(std::mt19937& random, const OwnedTrie<Code>& good, int levels, int size) {
+  const auto problem = [&](const OwnedTrie<Code>& trie) {
     return cemg::trie_problem<Code>(trie.code, trie.first_child, trie.rows, levels, size);
   };
-  require(problem(good) == nullptr, "what was built is a trie");
+  require(problem(good) == nullptr, "a built trie has no problem");
   for (int round = 0; round < 40; ++round) {
-    Owned<Code> bad = good;
+    OwnedTrie<Code> bad = good;
     for (int wrong = 0; wrong < 1 + round % 3; ++wrong) {
       const auto value =
           static_cast<int32_t>(random() % 3 == 0 ? random() : random() % (good.rows.size() + 2));
@@ -216,12 +218,12 @@ void check_verdicts(std::mt19937& random, const Owned<Code>& good, int levels, i
     for (int32_t node = 0; node < bad.view.num_nodes; ++node) {
       const cemg::Range ranks = bad.view.interval(node);
       require(ranks.begin < ranks.end && ranks.end <= static_cast<int32_t>(bad.rows.size()),
-              "a trie's nodes have items below");
+              "each node of an accepted trie has items below");
     }
   }
 }
 
-// Gaps of all sizes, so that blocks of both kinds stand side by side.
+// Numbers with small and large gaps, so that blocks of both kinds alternate.
 void check_packed(std::mt19937& random) {
   for (int count = 1; count < 400; ++count) {
     std::vector<int32_t> numbers(1, static_cast<int32_t>(random() % 3));
@@ -230,81 +232,87 @@ void check_packed(std::mt19937& random) {
       numbers.push_back(numbers.back() + 1 + static_cast<int32_t>(random() % most));
     }
     const auto words = cemg::pack_ascending(numbers);
-    require(cemg::unpack_ascending(words, count) == numbers, "what was packed is unpacked");
-    require(cemg::unpack_ascending(words, count + 1).empty(), "no number more is found");
+    require(cemg::unpack_ascending(words, count) == numbers, "unpacking returns the packed numbers");
+    require(cemg::unpack_ascending(words, count + 1).empty(), "unpacking too many numbers fails");
     const cemg::PackedAscending packed{words.data()};
     std::vector<int32_t> block(65);
     for (int32_t n = 0; n < count; ++n) {
-      require(packed[n] == numbers[n], "each number is found");
-      require(packed.last_at_most(numbers[n], count) == n, "and its place");
+      require(packed[n] == numbers[n], "a packed number is read by its index");
+      require(packed.last_at_most(numbers[n], count) == n, "the index of a number is found");
       if (n + 1 == count) continue;
       const cemg::Range pair = packed.pair(n);
-      require(pair.begin == numbers[n] && pair.end == numbers[n + 1], "and the one after it");
-      require(packed.last_at_most(numbers[n + 1] - 1, count) == n, "and what lies between");
+      require(pair.begin == numbers[n] && pair.end == numbers[n + 1], "a pair is a number and the next one");
+      require(packed.last_at_most(numbers[n + 1] - 1, count) == n,
+              "a value between two numbers belongs to the lower one");
       const int32_t size = packed.read_block(n / 64, count, block.data());
-      require(n % 64 < size && block[n % 64] == numbers[n], "and it is in its block");
+      require(n % 64 < size && block[n % 64] == numbers[n], "a block has its numbers in order");
     }
     const auto largest = unsigned{0x7fffffff};
     auto bad = words;
     bad[random() % bad.size()] ^= uint64_t{1} << (random() % 64);
     const auto found = cemg::unpack_ascending(bad, count);
     for (const int32_t number : found)
-      require(static_cast<unsigned>(number) <= largest, "no number is negative");
+      require(static_cast<unsigned>(number) <= largest, "invalid words give no negative numbers");
   }
 }
 
 void check_ids() {
-  const auto wrong = [](std::vector<int64_t> ids) { return cemg::wrong_id(ids); };
+  const auto wrong = [](std::vector<int64_t> ids) { return cemg::first_invalid_id(ids); };
   constexpr int64_t kFar = int64_t{1} << 62;
-  require(wrong({}) == -1 && wrong({0, 5, 3}) == -1 && wrong({kFar, 0, 1}) == -1, "distinct ids are right");
-  require(wrong({1, -1}) == 1 && wrong({4, 2, 4}) == 2 && wrong({kFar, 0, kFar}) == 2, "wrong ids are found");
+  require(wrong({}) == -1 && wrong({0, 5, 3}) == -1 && wrong({kFar, 0, 1}) == -1,
+          "distinct ids are accepted");
+  require(wrong({1, -1}) == 1 && wrong({4, 2, 4}) == 2 && wrong({kFar, 0, kFar}) == 2,
+          "the first invalid id is found");
 }
 
 template <class Code>
 void check_trie(std::mt19937& random, int items, int levels, int size) {
   const std::vector<Row> rows = draw_rows(random, items, levels, size);
-  const Owned<Code> trie = build<Code>(rows, levels, size, 1);
+  const OwnedTrie<Code> trie = build<Code>(rows, levels, size, 1);
   check_same(trie, build<Code>(rows, levels, size, 3));
   check_same(trie, build<Code, int64_t>(rows, levels, size, 64));
   check_same(trie, build<Code, int16_t>(rows, levels, size, 0));
   check_paths(trie, rows, levels);
-  const Bitmap drawn = draw_bitmap(random, trie);
-  check_masks(trie, drawn);
-  check_requests(random, trie, drawn, levels);
-  check_verdicts(random, trie, levels, size);
+  const Bitmap bitmap = draw_bitmap(random, trie);
+  check_masks(trie, bitmap);
+  check_requests(random, trie, bitmap, levels);
+  check_trie_problem(random, trie, levels, size);
 }
 
-// One user's step over the nodes below the root, and the root, against a sort of all candidates.
+// One user's beam step from the root and its children, compared with a sort of all candidates.
 template <class Code>
 void check_step(std::mt19937& random, int items, int size, int64_t width) {
-  const Owned<Code> trie = build<Code>(draw_rows(random, items, 2, size), 2, size, 1);
+  const OwnedTrie<Code> trie = build<Code>(draw_rows(random, items, 2, size), 2, size, 1);
   const cemg::Range below = trie.view.children(cemg::kRoot);
   const int64_t beams = below.end;
   std::vector<int32_t> nodes(static_cast<size_t>(beams));
   std::iota(nodes.begin(), nodes.end(), 0);
   std::vector<float> logits(static_cast<size_t>(beams * size)), scores(nodes.size()), total(nodes.size(), 9);
-  for (float& logit : logits) logit = static_cast<float>(random() % 64) / 8;  // exact, and many are equal
+  for (float& logit : logits)
+    logit = static_cast<float>(random() % 64) / 8;  // exact in float, with many ties
   for (float& score : scores) score = -static_cast<float>(random() % 4);
-  std::vector<std::array<float, 3>> wanted;  // -score, parent, code
+  std::vector<std::array<float, 3>> expected;  // -score, parent, code
   for (int64_t beam = 0; beam < beams; ++beam) {
     const cemg::Range range = trie.view.children(nodes[beam]);
     for (int32_t child = range.begin; child < range.end; ++child) {
       const Code code = trie.code[child - 1];
-      wanted.push_back({9 - logits[beam * size + code] - scores[beam], static_cast<float>(beam),
-                        static_cast<float>(code)});
+      expected.push_back({9 - logits[beam * size + code] - scores[beam], static_cast<float>(beam),
+                          static_cast<float>(code)});
     }
   }
-  std::sort(wanted.begin(), wanted.end());
+  std::sort(expected.begin(), expected.end());
   std::vector<float> found(width), pruned(1);
   std::vector<int64_t> parents(width), codes(width);
   std::vector<int32_t> grown(width);
   cemg::beam_step(trie.view, cemg::FilterView{}, {logits.data(), total.data(), cemg::Normalize::kVocab},
                   scores.data(), nodes.data(), 1, beams, width,
                   {found.data(), parents.data(), codes.data(), grown.data(), pruned.data()});
-  for (int64_t i = 0; i < std::min<int64_t>(width, wanted.size()); ++i) {
-    const auto [cost, parent, code] = wanted[i];
-    require(-found[i] == cost && parents[i] == parent && codes[i] == code, "a step keeps the best, in order");
-    require(grown[i] == trie.view.advance(nodes[parents[i]], codes[i]), "a step walks on");
+  for (int64_t i = 0; i < std::min<int64_t>(width, expected.size()); ++i) {
+    const auto [cost, parent, code] = expected[i];
+    require(-found[i] == cost && parents[i] == parent && codes[i] == code,
+            "a step keeps the best candidates in order");
+    require(grown[i] == trie.view.advance(nodes[parents[i]], codes[i]),
+            "a step returns the nodes of the chosen codes");
   }
 }
 
@@ -312,21 +320,22 @@ void check_refusals() {
   using Kind = cemg::BuildError::Kind;
   const auto kind = [](std::vector<int32_t> codes, int32_t levels, int32_t size) {
     const auto built = cemg::TrieBuilder::sort<int32_t>(codes, levels, size);
-    require(std::holds_alternative<cemg::BuildError>(built), "bad codes are refused");
+    require(std::holds_alternative<cemg::BuildError>(built), "invalid codes are rejected");
     return std::get<cemg::BuildError>(built).kind;
   };
-  require(kind({}, 2, 4) == Kind::kShape, "no items");
-  require(kind({1, 2, 3}, 2, 4) == Kind::kShape, "half an item");
-  require(kind({1}, 0, 4) == Kind::kShape, "no levels");
-  require(kind({1}, 1, 0) == Kind::kCodebookSize, "no codes");
-  require(kind({1}, 1, 1 << 20) == Kind::kCodebookSize, "too many codes");
-  require(kind({0, 4}, 1, 4) == Kind::kCodeOutOfRange, "a code past the end");
-  require(kind({0, -1}, 1, 4) == Kind::kCodeOutOfRange, "a negative code");
+  require(kind({}, 2, 4) == Kind::kShape, "there must be an item");
+  require(kind({1, 2, 3}, 2, 4) == Kind::kShape, "each item must have all codes");
+  require(kind({1}, 0, 4) == Kind::kShape, "there must be a level");
+  require(kind({1}, 1, 0) == Kind::kCodebookSize, "the codebook size must be 1 or more");
+  require(kind({1}, 1, 1 << 20) == Kind::kCodebookSize, "the codebook size has a maximum");
+  require(kind({0, 4}, 1, 4) == Kind::kCodeOutOfRange, "a code must be below the codebook size");
+  require(kind({0, -1}, 1, 4) == Kind::kCodeOutOfRange, "a code must not be negative");
   const std::vector<int32_t> twice = {1, 2, 0, 1, 1, 2};
   for (int64_t chunks : {1, 2, 3}) {
     const auto built = cemg::TrieBuilder::sort<int32_t>(twice, 2, 4, chunks);
     const auto& pairs = std::get<cemg::TrieBuilder>(built).duplicates();
-    require(pairs.size() == 1 && pairs[0] == cemg::TrieBuilder::Duplicate(0, 2), "duplicates are named");
+    require(pairs.size() == 1 && pairs[0] == cemg::TrieBuilder::Duplicate(0, 2),
+            "duplicate rows are returned");
   }
 }
 

@@ -342,5 +342,5 @@ def test_a_step_that_extends_a_beam_without_logits_is_refused(bench):
     some = LogitsRequest(START + SIZE, SIZE, logsumexp=False, rows=torch.tensor([[True, False, True]]))
     logits = state.decode_step(codes + START, torch.zeros_like(codes), some)
     assert logits.values[0].any(1).tolist() == [True, False, True]
-    with pytest.raises(ValueError, match="beam 2 of user 0 grew from no beam that was asked for"):
+    with pytest.raises(ValueError, match="beam 2 of user 0: its parent was not an active beam"):
         state.decode_step(codes + START + SIZE, torch.tensor([[0, 2, 1]]), some)

@@ -1,12 +1,12 @@
-"""Draws arguments, right and wrong, for every public call of ``cemg_kernels``; runs it in C++ and in PyTorch.
+"""Calls every public function of ``cemg_kernels`` with random arguments, in C++ and in PyTorch.
 
     python tests/kernels/boundary_draws.py --seed 0 --count 50
 
-Each draw takes valid arguments and changes up to two: shape, dtype, stride, range, device, layout, kind. The
-call must give the reference's answer in C++, or raise ValueError or TypeError (UserError is one) in both. The
-draw under way is written to stderr first, so that a crash can be told and repeated: ``--call NAME --seed S
---count 1``. ``CEMG_NATIVE`` in the environment names another build of the module. Prints the counts of each
-call as JSON; exits with 1 where a draw failed.
+Each draw starts from valid arguments and changes up to two of them: shape, dtype, stride, range, device,
+layout or type. C++ must return what the reference returns, or both must raise ValueError or TypeError
+(UserError is a ValueError). Each draw is written to stderr before it runs, so that a crash can be repeated
+with ``--call NAME --seed S --count 1``. The environment variable ``CEMG_NATIVE`` names another build of the
+module. Prints the counts of each call as JSON, and exits with 1 if a draw failed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from boundary_changes import INTEGERS, changed
 from torch import Tensor
 
 if os.environ.get("CEMG_NATIVE"):  # another build of the module, such as one under AddressSanitizer
@@ -45,13 +46,7 @@ from cemg_kernels import (
     use_fast_kernels,
 )
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
-            torch.uint64)  # fmt: skip
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-OTHERS = (torch.bool, torch.complex64)
-EDGES = (-(2**63), -(2**31) - 1, -(2**31), -2, -1, 0, 1, 2**31 - 1, 2**31, 2**32, 2**63 - 1)
-JUNK: tuple[Any, ...] = (None, "text", 3, 1.5, object(), {}, [[1], [1, 2]], ["1"], b"12", [None])
-REFUSALS = (ValueError, TypeError)
+REJECTIONS = (ValueError, TypeError)
 Arguments = dict[str, Any]
 Case = Callable[[random.Random], tuple[Arguments, Callable[[Arguments], Any]]]
 CALLS: dict[str, Case] = {}
@@ -64,90 +59,6 @@ def call(name: str) -> Callable[[Case], Case]:
         return case
 
     return register
-
-
-# ---- what a draw changes
-
-
-def shapes(t: Tensor, rng: random.Random) -> Iterator[Callable[[], Tensor]]:
-    """Other shapes of the same kind."""
-    yield lambda: t[None]
-    yield lambda: t[..., None]
-    yield lambda: t.flatten()
-    yield lambda: t[:0]
-    yield lambda: t[..., :0]
-    if t.dim():
-        yield lambda: t[0]
-        yield lambda: t[:-1]
-        yield lambda: t[..., :-1]
-        yield lambda: torch.cat((t, t[:1]))
-        yield lambda: torch.cat((t, t[..., :1]), -1)
-
-
-def strides(t: Tensor, rng: random.Random) -> Iterator[Callable[[], Tensor]]:
-    """The same values otherwise in memory; of an expanded one, the first row's."""
-    yield lambda: t.repeat_interleave(2, -1)[..., ::2]
-    yield lambda: torch.cat((t, t))[len(t) :]
-    yield lambda: t.movedim(0, -1).contiguous().movedim(-1, 0)
-    yield lambda: t[:1].expand_as(t)
-    yield lambda: torch._neg_view(t) if t.dtype in (torch.float32, torch.int32, torch.int64) else t
-
-
-def values(t: Tensor, rng: random.Random) -> Iterator[Callable[[], Tensor]]:
-    """One value at an edge of its range, or beyond that of the call."""
-
-    def put(value: float) -> Tensor:
-        changed = t.clone()
-        if changed.numel():
-            changed.view(-1)[rng.randrange(changed.numel())] = value
-        return changed
-
-    if t.is_floating_point():
-        edges: tuple[float, ...] = (float("nan"), float("inf"), float("-inf"), 1e38, -1e38, 0.0)
-        yield from (lambda value=value: put(value) for value in edges)
-    elif t.dtype != torch.bool and not t.is_complex():
-        info = torch.iinfo(t.dtype)
-        fitting = [edge for edge in (*EDGES, ITEMS, SIZE, 57, 58, 100) if info.min <= edge <= info.max]
-        yield from (lambda value=value: put(value) for value in fitting)
-
-
-def kinds(t: Tensor, rng: random.Random) -> Iterator[Callable[[], Any]]:
-    """Tensors of other devices, layouts and dtypes, numpy arrays, lists and what is none of these."""
-    yield from (lambda dtype=dtype: t.to(dtype) for dtype in (*INTEGERS, *FLOATS, *OTHERS))
-    yield lambda: t.to("meta")
-    yield lambda: t.to_sparse()
-    yield lambda: torch.quantize_per_tensor(t.float(), 1.0, 0, torch.quint8)
-    yield lambda: t.clone().requires_grad_() if t.is_floating_point() else t
-    yield lambda: t.numpy()
-    yield lambda: t.numpy()[::-1]
-    yield lambda: t.numpy().astype(">i8")
-    yield lambda: t.tolist()
-    yield lambda: _frozen(t.numpy().copy())
-    yield from (lambda junk=junk: junk for junk in JUNK)
-
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    array.setflags(write=False)
-    return array
-
-
-def changed(value: Any, rng: random.Random) -> Any:
-    """Another argument in place of a valid one."""
-    if isinstance(value, Tensor):
-        family = rng.choice((shapes, strides, values, values, kinds))
-        options = list(family(value, rng))
-        try:
-            return rng.choice(options)() if options else value
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-            return value  # torch itself cannot make it
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return rng.choice(JUNK)
-    if isinstance(value, int):
-        return rng.choice((*EDGES, value + 1, value - 1, 2**40, 10**12, 1.5, "3", None, np.int64(value)))
-    return value
-
-
-# ---- the calls
 
 
 def numbers(rng: random.Random, high: int, *shape: int, low: int = 0) -> Tensor:
@@ -171,7 +82,7 @@ OTHER = made_trie(1)
 
 
 def any_filter(rng: random.Random, trie: Trie, rows: int) -> Any:
-    """None, a filter that fits or one that does not."""
+    """None, a filter of the trie, or something that is not one."""
     requests = rng.choice((1, 2, rows)) if rows else 1
     one = ItemFilter.from_mask(trie, numbers(rng, 2, ITEMS).bool())
     return rng.choice((
@@ -184,7 +95,7 @@ def any_filter(rng: random.Random, trie: Trie, rows: int) -> Any:
 
 
 def left_open(trie: Trie, filter: ItemFilter | RequestFilter) -> Tensor:
-    """What a filter leaves open below each node, for each request."""
+    """Which codes a filter allows below each node, for each request."""
     requests = filter.num_requests if isinstance(filter, RequestFilter) else 1
     return trie.mask(torch.arange(trie.num_nodes).repeat(requests), filter=filter)
 
@@ -283,11 +194,11 @@ for name in ("without_ranks", "allows_ranks"):
         trie = rng.choice(TRIES)
         base = ItemFilter.from_mask(trie, numbers(rng, 2, ITEMS).bool())
 
-        def ask(a: Arguments) -> Any:
+        def call_method(a: Arguments) -> Any:
             found = getattr(base, name)(a["ranks"])
             return found if isinstance(found, Tensor) else found.open
 
-        return {"ranks": numbers(rng, ITEMS, rng.randrange(9))}, ask
+        return {"ranks": numbers(rng, ITEMS, rng.randrange(9))}, call_method
 
 
 @call("RequestFilter.excluding")
@@ -356,7 +267,7 @@ def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
 
 
 def bounded(found: Tensor) -> Any:
-    """The sums, or their shape where they are huge or not numbers: those depend on the order of addition."""
+    """The sums; only their shape if some are huge or not finite, as these depend on the order of addition."""
     return found.detach() if bool((found.detach().abs() < 1e30).all()) else list(found.shape)
 
 
@@ -435,11 +346,8 @@ def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
     return {}, switch
 
 
-# ---- running them
-
-
-def answer(run: Callable[[Arguments], Any], given: Arguments) -> Any:
-    """What a call gives, or the exception it raises."""
+def result_of(run: Callable[[Arguments], Any], given: Arguments) -> Any:
+    """What a call returns, or the exception that it raises."""
     try:
         return run(given)
     except Exception as error:
@@ -447,7 +355,7 @@ def answer(run: Callable[[Arguments], Any], given: Arguments) -> Any:
 
 
 def differ(one: Any, other: Any) -> bool:
-    """Whether two answers, tensors or tuples of them, are not the same; floats but for rounding."""
+    """Whether two results, tensors or tuples of tensors, differ; floats may differ by rounding."""
     if isinstance(one, tuple | list):
         return len(one) != len(other) or any(differ(a, b) for a, b in zip(one, other, strict=True))
     if not isinstance(one, Tensor):
@@ -456,30 +364,30 @@ def differ(one: Any, other: Any) -> bool:
         return True
     if not one.is_floating_point():
         return not torch.equal(one, other)
-    loose = 1e-4 if one.dtype in (torch.float32, torch.float64) else 2e-2
-    return not torch.allclose(one.detach(), other.detach(), rtol=loose, atol=loose, equal_nan=True)
+    tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 2e-2
+    return not torch.allclose(one.detach(), other.detach(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def problem(run: Callable[[Arguments], Any], given: Arguments) -> tuple[str, str]:
-    """What is wrong with a draw, empty where nothing is; and whether it was answered or refused."""
+def check_draw(run: Callable[[Arguments], Any], given: Arguments) -> tuple[str, str]:
+    """What is wrong with a draw, empty if nothing is; and whether it was answered or rejected."""
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     dense = {name: t for name, t in tensors.items() if not t.is_meta and t.layout is torch.strided}
     before = {name: t.clone() for name, t in dense.items() if not t.is_quantized}
     use_fast_kernels(True)
-    ours = answer(run, given)
+    ours = result_of(run, given)
     use_fast_kernels(False)
-    definition = answer(run, given)
+    reference = result_of(run, given)
     use_fast_kernels(True)
-    if isinstance(ours, Exception) or isinstance(definition, Exception):
-        for where, found in (("C++", ours), ("PyTorch", definition)):
-            if isinstance(found, Exception) and not isinstance(found, REFUSALS):
+    if isinstance(ours, Exception) or isinstance(reference, Exception):
+        for where, found in (("C++", ours), ("PyTorch", reference)):
+            if isinstance(found, Exception) and not isinstance(found, REJECTIONS):
                 return f"{where} raises {type(found).__name__}: {str(found)[:300]}", ""
-        if type(ours) is not type(definition):
-            return f"C++ gives {str(ours)[:200]!r}, PyTorch {str(definition)[:200]!r}", ""
-        return "", "refused"
+        if type(ours) is not type(reference):
+            return f"C++ returns {str(ours)[:200]!r}, PyTorch {str(reference)[:200]!r}", ""
+        return "", "rejected"
     if any(differ(kept, given[name]) for name, kept in before.items()):
         return "the call changed its arguments", ""
-    return ("C++ and PyTorch differ", "") if differ(ours, definition) else ("", "answered")
+    return ("C++ and PyTorch differ", "") if differ(ours, reference) else ("", "answered")
 
 
 def described(given: Arguments) -> str:
@@ -493,9 +401,9 @@ def described(given: Arguments) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of the first draw")
-    parser.add_argument("--count", type=int, default=50, help="draws a call")
-    parser.add_argument("--call", choices=CALLS, help="only this one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first draw")
+    parser.add_argument("--count", type=int, default=50, help="draws per call")
+    parser.add_argument("--call", choices=CALLS, help="run only this call")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
@@ -504,7 +412,7 @@ def main() -> int:
     for name, case in CALLS.items():
         if options.call not in (None, name):
             continue
-        own = counts[name] = {"answered": 0, "refused": 0, "failed": 0}
+        own = counts[name] = {"answered": 0, "rejected": 0, "failed": 0}
         for seed in range(options.seed, options.seed + options.count):
             rng = random.Random(f"{name} {seed}")
             given, run = case(rng)
@@ -512,7 +420,7 @@ def main() -> int:
             for key in rng.sample(changeable, min(len(changeable), rng.choice((0, 1, 1, 1, 2)))):
                 given[key] = changed(given[key], rng)
             print(f"{name} --seed {seed}: {described(given)}", file=sys.stderr, flush=True)
-            wrong, outcome = problem(run, given)
+            wrong, outcome = check_draw(run, given)
             own[outcome or "failed"] += 1
             if wrong:
                 failed = True

@@ -95,7 +95,7 @@ def test_wheel_and_sdist_carry_configurations_presets_and_types(tree, tmp_path, 
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
         packed = {name.partition("/")[2] for name in sdist.getnames()}
         sdist.extractall(tmp_path, filter="data")
-    assert {"configs/beauty.yaml", "csrc/bindings.cpp", "src/cemg/presets/small.yaml"} <= packed
+    assert {"configs/beauty.yaml", "csrc/bindings/module.cpp", "src/cemg/presets/small.yaml"} <= packed
     unpacked = next(path for path in tmp_path.iterdir() if path.is_dir())
     again = (*wheel[:-2], tmp_path / "again", unpacked)
     done = run(sys.executable, *again, env=quick)

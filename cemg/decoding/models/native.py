@@ -1,7 +1,7 @@
-"""The fast decoder of the CPU: a T5 or decoder-only model in C++, a call a step or a search, in float32.
+"""The fast decoder on the CPU: T5 and decoder-only models in C++, in float32, one call per step or search.
 
-B users, W beams, S prompt tokens, K codes a level, d the width, H heads over G key-value heads of Dh,
-P places of a sequence.
+B users, W beams, S prompt tokens, K codes per level, d the hidden size, H heads over G key-value heads of
+size Dh, P positions of a sequence, M levels.
 """
 
 from __future__ import annotations
@@ -29,57 +29,57 @@ from cemg.decoding.protocol import (
 )
 from cemg.decoding.timings import add_native_events
 from cemg.errors import UserError
-from cemg_kernels.constrained.softmax import NORMALIZE_INDEX, Normalize
+from cemg_kernels.constrained.softmax import NORMALIZE_INDEX, Normalize, native_normalize
 from cemg_kernels.runtime.dispatch import native
 from cemg_kernels.runtime.ranges import ranges_enabled
 from cemg_kernels.trie.arrays import TrieArrays
 from cemg_kernels.trie.filter_tensors import FilterTensors
 
 if TYPE_CHECKING:
-    from cemg_kernels._native import BeamSearch, Transformer
+    from cemg_kernels import _native
 
-PANEL = 32  # columns that the C++ multiplies at once: kPanel of gemm_cpu.h
-ROTARY_TABLE_STEP = 256  # places that the tables of rotations grow by
-ROOM = 2**24  # floats of weights that share a stretch of memory
-MOST_KEPT = (
-    2**28
-)  # bytes of a finished search's room that are kept for the next; one room a thread that calls
-ACTIVATIONS = {"ReLU": 1, "SiLU": 2, "SiLUActivation": 2, "GELUActivation": 3, "NewGELUActivation": 4,
-               "GELUTanh": 4}  # fmt: skip  # Activation of gemm_cpu.h
-
-LinearFields = tuple[int, int, int, int]  # in, out, addresses of panels and bias
-NormFields = tuple[int, int, float]  # addresses of weight and bias, epsilon
-LogitsRequestFields = tuple[LinearFields, LinearFields, int, int]  # columns, all, addresses of the answers
+ROTARY_TABLE_STEP = 256  # positions by which the rotary tables grow
+WEIGHT_BLOCK = 2**24  # floats of weights that share one memory block
+MAX_KEPT_BYTES = 2**28  # the next call does not reuse a larger search; each calling thread has its own
+ACTIVATIONS = {"ReLU": "RELU", "SiLU": "SILU", "SiLUActivation": "SILU", "GELUActivation": "GELU",
+               "NewGELUActivation": "GELU_TANH", "GELUTanh": "GELU_TANH"}  # fmt: skip
 
 
 class PositionTables(NamedTuple):
-    """Tables by place in a sequence: embeddings [P, d], cosines and sines [P, Dh] of the rotation, a bias."""
+    """Tables by position: embeddings [P, d], cosines and sines [P, Dh] of the rotary embedding, a bias."""
 
     embedding: Tensor | None = None
     cosine: Tensor | None = None
     sine: Tensor | None = None
     bias: Tensor | None = None
 
-    def addresses(self) -> tuple[int, int, int, int]:
-        """0 where there is none."""
-        one, two, three, four = (0 if table is None else table.data_ptr() for table in self)
-        return one, two, three, four
+    def addresses(self) -> _native.PositionTables:
+        """The same tables for C++, which does not keep the tensors alive."""
+        return native().PositionTables(
+            **{name: table.data_ptr() for name, table in self._asdict().items() if table is not None}
+        )
 
 
 def large_pages(count: int) -> Tensor:
-    """Floats [count], zero, in pages of 2 MB where the system has them: products of few rows read every
-    weight once, and looking up pages of 4 KB takes a tenth of their time."""
-    # shared pages, the default, are those of a file in memory, which stay small; Windows knows no others
+    """Zeros [count], float32, in pages of 2 MB if the system has them.
+
+    Products of few rows read every weight once, and address translation of 4 KB pages takes a tenth of their
+    time.
+    """
+    # a shared mapping, the default, is a file in memory and gets no large pages; Windows has no private one
     private = (mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,) if hasattr(mmap, "MAP_PRIVATE") else ()
-    room = mmap.mmap(-1, 4 * count, *private)
-    with suppress(AttributeError, OSError):  # no Linux, or no such pages
-        room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=torch.float32)
+    pages = mmap.mmap(-1, 4 * count, *private)
+    with suppress(AttributeError, OSError):  # not on Linux, or large pages are off
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float32)
 
 
 def prompt_fields(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [B, S] and which of their tokens there are, int64, as the C++ reads them; UserError for what
-    is neither."""
+    """Prompts and their mask, [B, S] each, as the contiguous int64 that C++ reads.
+
+    Raises:
+        UserError: if the prompts are not integers [B, S] or the mask has another shape.
+    """
     if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape or input_ids.is_floating_point():
         raise UserError(
             f"prompts must be integers [B, S] with a mask of that shape, got {input_ids.dtype} "
@@ -89,7 +89,7 @@ def prompt_fields(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Te
 
 
 class Sizes(NamedTuple):
-    """Of all layers of a stack."""
+    """The sizes that all layers of a model share."""
 
     width: int
     heads: int
@@ -98,20 +98,23 @@ class Sizes(NamedTuple):
 
 
 def check_sizes(parts: Sequence[tuple[Projection | Norm | None, tuple[int, ...]]]) -> None:
-    """Unsupported where a weight has another shape than its layer needs: the C++ reads as much memory."""
+    """Raises Unsupported if a weight does not have the shape that C++ will read."""
     for part, shape in parts:
         if part is None:
             continue
-        found = part.weight.shape, part.bias is None or part.bias.shape == shape[:1]
-        if found != (shape, True):
+        bias_fits = part.bias is None or part.bias.shape == shape[:1]
+        if part.weight.shape != shape or not bias_fits:
             raise Unsupported(f"one of its layers is {list(part.weight.shape)}, not {list(shape)}")
 
 
 class NativePlan(DecoderPlan):
-    """The weights of a plan as the C++ reads them, copied once: make a new one after training.
+    """A copy of a plan's weights in the layout of the C++ decoder. Make a new one after training.
 
-    Raises Unsupported for other weights than float32 on the CPU, for activations that the C++ does not know,
-    and for layers of different sizes. Weights that are not finite give the lists that they give in PyTorch.
+    Weights that are not finite give the same lists as in PyTorch.
+
+    Raises:
+        Unsupported: if the weights are not float32 on the CPU, if C++ does not have the activation, or if the
+            layers have different sizes.
     """
 
     searches_in_one_call = True
@@ -121,17 +124,19 @@ class NativePlan(DecoderPlan):
             raise Unsupported(f"its weights are {plan.dtype} on {plan.embedding.device}")
         self.plan, self.max_tokens = plan, plan.max_tokens
         self.start_token = plan.start_token if isinstance(plan, T5Plan) else 0
-        self._kept: list[Tensor] = []  # what the C++ has the addresses of
-        self._room = torch.empty(0)  # for weights to come
-        self._columns: dict[tuple[int, int], LinearFields] = {}  # of the head, by what ``linears`` says
-        self._lock = threading.Lock()  # of what is made late
-        self._whole: LinearFields | None = None  # the head
+        self._kept: list[Tensor] = []  # tensors whose addresses C++ holds
+        self._free = torch.empty(0)  # the unused rest of the last block of weights
+        self._columns: dict[tuple[int, int], _native.Linear] = {}  # of the head, see ``head_linears``
+        self._lock = threading.Lock()  # for what is computed on first use
+        self._vocabulary: _native.Linear | None = None  # the whole head
         self._rotation: tuple[Tensor, Tensor] | None = None
-        self._idle: list[BeamSearch] = []  # finished searches, whose room the next ones take
+        self._idle: list[_native.BeamSearch] = []  # finished searches, whose buffers the next ones reuse
         self.encoder = self._t5_encoder(plan) if isinstance(plan, T5Plan) else None
         self.decoder = self._t5_decoder(plan) if isinstance(plan, T5Plan) else self._causal(plan)
         if plan.table is not None:
-            self.decoder.set_code_table(self._address(plan.table), plan.first_code, len(plan.table))
+            self.decoder.set_code_table(
+                table=self._address(plan.table), first_code=plan.first_code, num_codes=len(plan.table)
+            )
 
     def describe(self) -> str:
         return f"{self.plan.describe()} in C++"
@@ -140,19 +145,19 @@ class NativePlan(DecoderPlan):
         """A state for one batch."""
         return NativeState(self)
 
-    def search(self, threads: int) -> BeamSearch:
-        """Room for a search on so many threads; give it back by ``finished``."""
+    def take_search(self, threads: int) -> _native.BeamSearch:
+        """An idle search for this many threads, or a new one. Return it with ``keep_search``."""
         try:
-            found = self._idle.pop()
+            search = self._idle.pop()
         except IndexError:
-            found = None
-        if found is None or found.threads != threads:
-            found = native().BeamSearch(self.encoder, self.decoder, threads)
-        return found
+            search = None
+        if search is None or search.threads != threads:
+            search = native().BeamSearch(self.encoder, self.decoder, threads)
+        return search
 
-    def finished(self, search: BeamSearch) -> None:
-        """Keeps the room of a search, unless it is large."""
-        if search.nbytes <= MOST_KEPT:
+    def keep_search(self, search: _native.BeamSearch) -> None:
+        """Keeps a finished search for the next call, unless its buffers are large."""
+        if search.nbytes <= MAX_KEPT_BYTES:
             self._idle.append(search)
 
     def beam_search(
@@ -160,59 +165,66 @@ class NativePlan(DecoderPlan):
         filter: FilterTensors | None, normalize: Normalize, requests: Sequence[LogitsRequest],
         code_tokens: Tensor | None = None,
     ) -> SearchOutput:  # fmt: skip
-        """A whole search in one call; see ``DecoderPlan.beam_search``.
-
-        Scores [B, W], leaves [B, W], codes [B, W, M] and the best that was cut [B].
-        """
+        """A whole search in one call; see ``DecoderPlan.beam_search``."""
         tokens, mask = prompt_fields(input_ids, attention_mask)
         batch, length = input_ids.shape
         longest = int(mask.sum(1).max())
-        prompt_positions = self.prompt_positions(length, longest)  # kept until the C++ has read it
-        places = [self.step_positions(level, longest) for level in range(trie.levels)]
-        linears = [self.linears(each) for each in requests]
+        prompt_positions = self.prompt_positions(length, longest)  # these keep the tables alive
+        positions = [self.step_positions(level, longest) for level in range(trie.levels)]
+        linears = [self.head_linears(request) for request in requests]
         scores, pruned = torch.empty(batch, beams), torch.empty(batch)
         leaves = torch.empty(batch, beams, dtype=torch.int32)
         codes = torch.empty(batch, beams, trie.levels, dtype=torch.int64)
-        numbers = [NORMALIZE_INDEX[normalize], beams, requests[0].first_token, self.start_token]
-        if code_tokens is not None:
-            numbers.append(code_tokens.data_ptr())
-        room = self.search(torch.get_num_threads())
-        room.note_laps(False)
+        search = self.take_search(torch.get_num_threads())
+        search.set_profiling(False)
         try:
-            spent = room.search(
-                trie.view, None if filter is None else filter.fields(batch),
-                (tokens.data_ptr(), mask.data_ptr()), (batch, length),
-                prompt_positions.addresses(),
-                [(own.addresses(), columns) for own, (columns, _) in zip(places, linears, strict=True)],
-                linears[0][1], numbers,
-                (scores.data_ptr(), leaves.data_ptr(), codes.data_ptr(), pruned.data_ptr()),
+            spent = search.search(
+                native().Prompts(tokens=tokens.data_ptr(), mask=mask.data_ptr(), batch=batch, length=length),
+                trie.view,
+                None if filter is None else filter.view(batch),
+                native().SearchRequest(
+                    normalize=native_normalize(NORMALIZE_INDEX[normalize]),
+                    beam_width=beams,
+                    first_token=requests[0].first_token,
+                    start_token=self.start_token,
+                    prompt_positions=prompt_positions.addresses(),
+                    step_positions=[tables.addresses() for tables in positions],
+                    level_columns=[columns for columns, _ in linears],
+                    vocabulary=linears[0][1],
+                    code_tokens=0 if code_tokens is None else code_tokens.data_ptr(),
+                ),
+                native().SearchResult(
+                    scores=scores.data_ptr(), leaves=leaves.data_ptr(), codes=codes.data_ptr(),
+                    pruned=pruned.data_ptr(),
+                ),
             )  # fmt: skip
         finally:
-            self.finished(room)
-        return SearchOutput(scores, leaves, codes, pruned, SearchTimings(*spent))
+            self.keep_search(search)
+        timings = SearchTimings(spent.prefill, spent.decode_steps, spent.selection, spent.rows)
+        return SearchOutput(scores, leaves, codes, pruned, timings)
 
-    def linears(self, request: LogitsRequest) -> tuple[LinearFields, LinearFields]:
-        """The requested columns of the head, and the whole head or nothing."""
+    def head_linears(self, request: LogitsRequest) -> tuple[_native.Linear, _native.Linear]:
+        """The requested columns of the head; and the whole head if its log-sum-exp is requested."""
         head, tokens = self.plan.head.whole, request.tokens
         key = (request.first_token, request.num_codes) if tokens is None else (tokens.data_ptr(), -1)
         with self._lock:
             if key not in self._columns:
                 self._columns[key] = self._linear(head.columns(request))
                 if tokens is not None:
-                    self._kept.append(tokens)  # so that no others get their address
-            if request.logsumexp and self._whole is None:
-                self._whole = self._linear(head)
-            whole = self._whole if request.logsumexp else None
-        return self._columns[key], whole or self._linear(None)
+                    self._kept.append(tokens)  # so that no other tensor gets the address in the key
+            if request.logsumexp and self._vocabulary is None:
+                self._vocabulary = self._linear(head)
+            vocabulary = self._vocabulary if request.logsumexp else None
+        return self._columns[key], vocabulary or native().Linear()
 
     def prompt_positions(self, length: int, longest: int) -> PositionTables:
-        """What the places of prompts add: ``length`` with their padding, of which ``longest`` hold tokens."""
+        """The tables for prompts padded to ``length``, the longest of which has ``longest`` tokens."""
         if isinstance(self.plan, T5Plan):
             return PositionTables(bias=self.plan.encoder_bias(length))
         return self._causal_positions(self.plan, longest)
 
     def step_positions(self, step: int, longest: int) -> PositionTables:
-        """The same of the token that step ``step`` feeds, the ``step``-th after prompts of no more tokens."""
+        """The tables for the token of decode step ``step``, after prompts of at most ``longest`` tokens."""
         if isinstance(self.plan, T5Plan):
             return PositionTables(bias=self.plan.decoder_bias(step))
         return self._causal_positions(self.plan, longest + step)
@@ -230,13 +242,13 @@ class NativePlan(DecoderPlan):
             cosine, sine = self._rotation
         return PositionTables(cosine=cosine, sine=sine)
 
-    def _t5_encoder(self, plan: T5Plan) -> Transformer:
+    def _t5_encoder(self, plan: T5Plan) -> _native.Transformer:
         model = self._stack(plan, plan.heads, 1.0, plan.encoder_embedding, plan.encoder_norm, 1.0)
         for layer in plan.encoder:
             self._add(model, layer.norm, layer.qkv, layer.out, layer.feed_forward)
         return model
 
-    def _t5_decoder(self, plan: T5Plan) -> Transformer:
+    def _t5_decoder(self, plan: T5Plan) -> _native.Transformer:
         model = self._stack(plan, plan.heads, 1.0, plan.embedding, plan.head.norm, plan.head.scale)
         both = plan.cross_kv.weight.shape[0] // len(plan.decoder)
         for number, layer in enumerate(plan.decoder):
@@ -246,7 +258,7 @@ class NativePlan(DecoderPlan):
                       cross=(layer.cross_q, key_value, layer.cross_out))  # fmt: skip
         return model
 
-    def _causal(self, plan: CausalPlan) -> Transformer:
+    def _causal(self, plan: CausalPlan) -> _native.Transformer:
         model = self._stack(plan, plan.kv_heads, plan.scale, plan.embedding, plan.head.norm, plan.head.scale)
         for layer in plan.layers:
             self._add(model, layer.norm, layer.qkv, layer.out, layer.feed_forward,
@@ -254,61 +266,81 @@ class NativePlan(DecoderPlan):
         return model
 
     def _stack(
-        self, plan: T5Plan | CausalPlan, kv_heads: int, scale: float, embedding: Tensor, last: Norm,
-        last_scale: float,
-    ) -> Transformer:  # fmt: skip
-        """A stack without its layers; all of a model's have the same sizes."""
+        self, plan: T5Plan | CausalPlan, kv_heads: int, scale: float, embedding: Tensor, final_norm: Norm,
+        final_scale: float,
+    ) -> _native.Transformer:  # fmt: skip
+        """An encoder or decoder without its layers; both of a model have the same sizes."""
         qkv = (plan.decoder if isinstance(plan, T5Plan) else plan.layers)[0].qkv.weight
         size = qkv.shape[0] // (plan.heads + 2 * kv_heads)
         self.sizes = sizes = Sizes(embedding.shape[1], plan.heads, kv_heads, size)
-        check_sizes([(last, (sizes.width,)), (plan.head.whole, (len(plan.head.whole.weight), sizes.width))])
+        head = plan.head.whole
+        check_sizes([(final_norm, (sizes.width,)), (head, (len(head.weight), sizes.width))])
         return native().Transformer(
-            sizes, scale, self._address(embedding), len(embedding), self._norm(last), last_scale
-        )
+            hidden_size=sizes.width, heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim,
+            attention_scale=scale, embedding=self._address(embedding), vocabulary=len(embedding),
+            final_norm=self._norm(final_norm), final_scale=final_scale,
+        )  # fmt: skip
 
     def _add(
-        self, model: Transformer, norm: Norm, qkv: Projection, out: Projection, feed_forward: FeedForward, *,
-        head_norms: Sequence[Norm | None] = (None, None), cross_norm: Norm | None = None,
-        cross: Sequence[Projection | None] = (None, None, None),
+        self, model: _native.Transformer, norm: Norm, qkv: Projection, out: Projection,
+        feed_forward: FeedForward, *, head_norms: Sequence[Norm | None] = (None, None),
+        cross_norm: Norm | None = None, cross: Sequence[Projection | None] = (None, None, None),
     ) -> None:  # fmt: skip
-        name = type(feed_forward.activation).__name__
-        if name not in ACTIVATIONS:
-            raise Unsupported(f"its C++ knows no activation {name}")
-        norms = (norm, *head_norms, cross_norm, feed_forward.norm)
-        linears = (qkv, out, *cross, feed_forward.gate, feed_forward.up, feed_forward.down)
+        """Checks the sizes of a layer's weights, and adds the layer."""
+        activation = type(feed_forward.activation).__name__
+        if activation not in ACTIVATIONS:
+            raise Unsupported(f"the C++ decoder does not have its activation {activation}")
         width, heads, kv_heads, size = self.sizes
-        own, both, hidden = heads * size, 2 * kv_heads * size, len(feed_forward.up.weight)
-        outputs = (own + both, width, own, both, width, hidden, hidden, width)
-        inputs = (width, own, width, width, own, width, width, hidden)
-        check_sizes(list(zip(linears, zip(outputs, inputs, strict=True), strict=True)))
-        of_norms = ((width,), (size,), (size,), (width,), (width,))
-        check_sizes(list(zip(norms, of_norms, strict=True)))
-        model.add_layer([self._norm(n) for n in norms], [self._linear(p) for p in linears], ACTIVATIONS[name])
+        queries, keys_values, hidden = heads * size, 2 * kv_heads * size, len(feed_forward.up.weight)
+        norms = {
+            "attention_norm": (norm, width), "query_norm": (head_norms[0], size),
+            "key_norm": (head_norms[1], size), "cross_norm": (cross_norm, width),
+            "feed_forward_norm": (feed_forward.norm, width),
+        }  # fmt: skip
+        linears = {
+            "qkv": (qkv, (queries + keys_values, width)), "attention_out": (out, (width, queries)),
+            "cross_query": (cross[0], (queries, width)), "cross_key_value": (cross[1], (keys_values, width)),
+            "cross_out": (cross[2], (width, queries)), "gate": (feed_forward.gate, (hidden, width)),
+            "up": (feed_forward.up, (hidden, width)), "down": (feed_forward.down, (width, hidden)),
+        }  # fmt: skip
+        check_sizes([*linears.values(), *((part, (length,)) for part, length in norms.values())])
+        layer = native().TransformerLayer(
+            **{name: self._norm(part) for name, (part, _) in norms.items()},
+            **{name: self._linear(part) for name, (part, _) in linears.items()},
+            activation=native().Activation[ACTIVATIONS[activation]],
+        )
+        model.add_layer(layer)
 
-    def _linear(self, projection: Projection | None) -> LinearFields:
+    def _linear(self, projection: Projection | None) -> _native.Linear:
         """A projection [out, in] in panels [ceil(out / PANEL), in, PANEL], zero past ``out``."""
         if projection is None:
-            return 0, 0, 0, 0
-        out, width = projection.weight.shape
-        return width, out, self._panels(projection.weight), self._address(projection.bias)
+            return native().Linear()
+        out_features, in_features = projection.weight.shape
+        return native().Linear(
+            in_features=in_features, out_features=out_features, panels=self._panels(projection.weight),
+            bias=self._address(projection.bias),
+        )  # fmt: skip
 
     def _panels(self, weight: Tensor) -> int:
-        out, width = weight.shape
-        panels = F.pad(weight, (0, 0, 0, -out % PANEL)).view(-1, PANEL, width).transpose(1, 2)
+        """Copies a weight in panels to large pages; returns the address."""
+        panel = native().PANEL
+        out_features, in_features = weight.shape
+        panels = F.pad(weight, (0, 0, 0, -out_features % panel)).view(-1, panel, in_features).transpose(1, 2)
         count = panels.numel()
-        if count > self._room.numel():
-            self._room = large_pages(max(count, ROOM))
-            self._kept.append(self._room)
-        own, self._room = self._room[:count], self._room[count:]
-        own.view(panels.shape).copy_(panels)
-        return own.data_ptr()
+        if count > self._free.numel():
+            self._free = large_pages(max(count, WEIGHT_BLOCK))
+            self._kept.append(self._free)
+        copy, self._free = self._free[:count], self._free[count:]
+        copy.view(panels.shape).copy_(panels)
+        return copy.data_ptr()
 
-    def _norm(self, norm: Norm | None) -> NormFields:
+    def _norm(self, norm: Norm | None) -> _native.Norm:
         if norm is None:
-            return 0, 0, 0.0
-        return self._address(norm.weight), self._address(norm.bias), norm.eps
+            return native().Norm()
+        return native().Norm(weight=self._address(norm.weight), bias=self._address(norm.bias), eps=norm.eps)
 
     def _address(self, tensor: Tensor | None) -> int:
+        """The address of a float32 copy that lives as long as the plan; 0 for None."""
         if tensor is None:
             return 0
         self._kept.append(tensor.float().contiguous())
@@ -316,65 +348,75 @@ class NativePlan(DecoderPlan):
 
 
 class NativeState:
-    """A search whose state is in C++. While named ranges are on, ``record_timings`` gets the parts of each
-    call."""
+    """The decoder state of one batch; the KV cache is in C++.
+
+    While named ranges are on, ``record_timings`` gets the profile events of each call.
+    """
 
     def __init__(self, plan: NativePlan) -> None:
         self.plan = plan
-        self.search = plan.search(torch.get_num_threads())
-        self.batch = self.step_number = self.longest = 0  # until it starts
-        self.search.note_laps(ranges_enabled())
+        self.search = plan.take_search(torch.get_num_threads())
+        self.batch = self.step_number = self.longest = 0  # until prefill
+        self.search.set_profiling(ranges_enabled())
 
     def __del__(self) -> None:
-        self.plan.finished(self.search)
+        self.plan.keep_search(self.search)
 
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor, request: LogitsRequest, num_tokens: int | None = None
     ) -> Logits:
         tokens, mask = prompt_fields(input_ids, attention_mask)
         self.batch, length = input_ids.shape
-        self.step_number = 0  # of the first code
+        self.step_number = 0
         self.longest = int(mask.sum(1).max())
-        places, own = (
-            self.plan.prompt_positions(length, self.longest),
-            self.plan.step_positions(0, self.longest),
-        )
-        logits, room = self._room((self.batch, 1), request)
-        self.search.start(
-            tokens.data_ptr(), mask.data_ptr(), (self.batch, length), places.addresses(),
-            self.plan.start_token, own.addresses(), room,
+        prompt_positions = self.plan.prompt_positions(length, self.longest)  # these keep the tables alive
+        positions = self.plan.step_positions(0, self.longest)
+        logits, native_request = self._empty_logits((self.batch, 1), request)
+        self.search.prefill(
+            native().Prompts(tokens=tokens.data_ptr(), mask=mask.data_ptr(), batch=self.batch, length=length),
+            prompt_positions.addresses(), self.plan.start_token, positions.addresses(), native_request,
         )  # fmt: skip
-        self._note_laps()
+        self._add_profile()
         return logits
 
     def decode_step(self, tokens: Tensor, parents: Tensor, request: LogitsRequest) -> Logits:
-        fed, parents = tokens.contiguous(), parents.contiguous()
-        asked = None if request.rows is None else request.rows.contiguous()
-        if fed.dim() != 2 or len(fed) != self.batch or not fed.dtype == parents.dtype == torch.int64:
-            raise ValueError(f"tokens and parents must be int64 [{self.batch}, W], got {fed.dtype} "
-                             f"{list(fed.shape)} and {parents.dtype}")  # fmt: skip
-        if parents.shape != fed.shape or (asked is not None and asked.shape != fed.shape):
-            raise ValueError(f"tokens, parents and rows must have one shape, tokens have {list(fed.shape)}")
+        tokens, parents = tokens.contiguous(), parents.contiguous()
+        active = None if request.rows is None else request.rows.contiguous()
+        if tokens.dim() != 2 or len(tokens) != self.batch or not tokens.dtype == parents.dtype == torch.int64:
+            raise ValueError(f"tokens and parents must be int64 [{self.batch}, W], got {tokens.dtype} "
+                             f"{list(tokens.shape)} and {parents.dtype}")  # fmt: skip
+        if parents.shape != tokens.shape or (active is not None and active.shape != tokens.shape):
+            raise ValueError(
+                f"tokens, parents and rows must have the same shape; tokens have {list(tokens.shape)}"
+            )
         self.step_number += 1
-        places = self.plan.step_positions(self.step_number, self.longest)
-        shape = tuple(fed.shape) if asked is None else (int(asked.sum()),)
-        logits, room = self._room(shape, request)
-        mask = 0 if asked is None else asked.data_ptr()
-        self.search.step(fed.data_ptr(), parents.data_ptr(), mask, fed.shape[1], places.addresses(), room)
-        self._note_laps()
-        return logits if asked is None else logits.scatter(asked)
+        positions = self.plan.step_positions(self.step_number, self.longest)
+        shape = tuple(tokens.shape) if active is None else (int(active.sum()),)
+        logits, native_request = self._empty_logits(shape, request)
+        beams = native().BeamInput(
+            tokens=tokens.data_ptr(), parents=parents.data_ptr(),
+            active=0 if active is None else active.data_ptr(), beams=tokens.shape[1],
+        )  # fmt: skip
+        self.search.decode_step(beams, positions.addresses(), native_request)
+        self._add_profile()
+        return logits if active is None else logits.scatter(active)
 
     def reset_to_prefill(self) -> None:
         self.step_number = 0
-        self.search.rewind()
+        self.search.reset_to_prefill()
 
-    def _note_laps(self) -> None:
+    def _add_profile(self) -> None:
         if ranges_enabled():
-            add_native_events(self.search.laps())
+            add_native_events([(event.name, event.end) for event in self.search.profile_events])
 
-    def _room(self, shape: tuple[int, ...], request: LogitsRequest) -> tuple[Logits, LogitsRequestFields]:
-        """Room for the answer of rows in this shape, and what the C++ is told of it."""
+    def _empty_logits(
+        self, shape: tuple[int, ...], request: LogitsRequest
+    ) -> tuple[Logits, _native.LogitsRequest]:
+        """Uninitialized logits for rows of this shape, and the request that makes C++ write them."""
         columns = torch.empty(*shape, request.num_codes)
-        total = torch.empty(shape) if request.logsumexp else None
-        room = (*self.plan.linears(request), columns.data_ptr(), 0 if total is None else total.data_ptr())
-        return Logits(columns, total), room
+        logsumexp = torch.empty(shape) if request.logsumexp else None
+        head, vocabulary = self.plan.head_linears(request)
+        return Logits(columns, logsumexp), native().LogitsRequest(
+            columns=head, vocabulary=vocabulary, logits=columns.data_ptr(),
+            logsumexp=0 if logsumexp is None else logsumexp.data_ptr(),
+        )  # fmt: skip

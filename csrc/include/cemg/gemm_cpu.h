@@ -1,83 +1,86 @@
-// Matrix products of few rows with weights, on the CPU in float32.
+// Products of few rows with weight matrices, on the CPU in float32.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "cemg/team.h"
+#include "cemg/thread_pool.h"
 
 namespace cemg {
 
-inline constexpr int64_t kPanel = 32;     // columns multiplied at once: two vectors of AVX-512
-inline constexpr int64_t kMostRows = 13;  // rows multiplied at once: 26 sums fit its 32 registers
+inline constexpr int64_t kPanel = 32;        // columns of a tile: two AVX-512 vectors
+inline constexpr int64_t kMaxTileRows = 13;  // rows of a tile: its 26 sums fit the 32 AVX-512 registers
 
 constexpr int64_t padded(int64_t columns) noexcept {
   return (columns + kPanel - 1) / kPanel * kPanel;
 }
 
-// As many as this machine's registers allow.
-int64_t rows_at_once() noexcept;
+// How many rows a tile may have on this machine, by the number and width of its registers.
+int64_t max_tile_rows() noexcept;
 
-// Some rows, cut into as few blocks of no more than rows_at_once() as there can be, of nearly equal size.
-struct RowBlocks {
+// Rows split into the fewest tiles of at most max_tile_rows() rows, of nearly equal size.
+struct RowTiles {
   int64_t rows, count;
 
-  explicit RowBlocks(int64_t rows) noexcept;
-  Share of(int64_t block) const noexcept { return {rows * block / count, rows * (block + 1) / count}; }
+  explicit RowTiles(int64_t rows) noexcept;
+  TaskRange rows_of(int64_t tile) const noexcept { return {rows * tile / count, rows * (tile + 1) / count}; }
 };
 
-// c [rows, columns] = a [rows, depth] . b [depth, columns], contiguous but for the rows of a; rows no more
-// than rows_at_once(), columns a multiple of kPanel.
+// c [rows, columns] = a [rows, depth] . b [depth, columns]. b and c are contiguous; `rows` is at most
+// max_tile_rows(), `columns` a multiple of kPanel.
 void multiply(int64_t rows, const float* a, int64_t stride_a, const float* b, int64_t columns, int64_t depth,
               float* c) noexcept;
 
 enum class Activation : int { kNone, kRelu, kSilu, kGelu, kGeluTanh };
 
-// A linear layer's weight [out, in] as `panels` [ceil(out / kPanel), in, kPanel], zero past `out`, and its
-// bias [out] or null. One of no outputs is not there.
+// A linear layer: its weight [out_features, in_features] as `panels`
+// [ceil(out_features / kPanel), in_features, kPanel], zero past out_features, and its bias [out_features] or
+// null. A layer without outputs counts as absent.
 struct Linear {
-  int64_t in = 0, out = 0;
+  int64_t in_features = 0, out_features = 0;
   const float* panels = nullptr;
   const float* bias = nullptr;
 
-  explicit operator bool() const noexcept { return out > 0; }
+  explicit operator bool() const noexcept { return out_features > 0; }
 };
 
-// Rows of floats, each `stride` after the one before.
+// Rows of floats that lie `stride` floats apart.
 template <class Float>
-struct Rows {
+struct RowsView {
   Float* data;
   int64_t stride;
 
-  Float* at(int64_t row) const noexcept { return data + row * stride; }
-  operator Rows<const Float>() const noexcept { return {data, stride}; }
+  Float* row(int64_t index) const noexcept { return data + index * stride; }
+  operator RowsView<const Float>() const noexcept { return {data, stride}; }
 };
 
-// The distance of rows so wide: a multiple of 4 KB would put all of them in one place of the first cache.
-constexpr int64_t stride_of(int64_t width) noexcept {
+// The stride of rows of this width. A multiple of 4 KB would map all rows to the same set of the L1 cache.
+constexpr int64_t padded_stride(int64_t width) noexcept {
   return width % 1024 == 0 ? width + kPanel : width;
 }
 
-// What becomes of a product: activation(product + bias), times or plus what is in the output already.
-struct Finish {
+// What is done to a product before it is stored: out = activation(product + bias), multiplied by or added to
+// the values that `out` already holds.
+struct Epilogue {
   Activation activation = Activation::kNone;
-  bool times_out = false;
-  bool plus_out = false;
+  bool multiply_out = false;
+  bool add_out = false;
 };
 
-// out [rows, linear.out] of x [rows, linear.in].
-void linear(const Linear& weights, Rows<const float> x, int64_t rows, const Finish& finish, Rows<float> out,
-            Team& team) noexcept;
+// out [rows, out_features] = epilogue(x [rows, in_features] . weight).
+void linear(const Linear& weights, RowsView<const float> x, int64_t rows, const Epilogue& epilogue,
+            RowsView<float> out, ThreadPool& pool) noexcept;
 
-// The log-sum-exp of each row of a product, which is never stored; the same bits on any number of threads.
-class RowTotals {
+// The log-sum-exp of each row of a linear layer's output, without storing the output. The result has the same
+// bits for any number of threads.
+class RowLogSumExp {
  public:
-  // totals [rows] of linear(x).
-  void write(const Linear& weights, Rows<const float> x, int64_t rows, float* totals, Team& team);
+  // lse [rows] of linear(x).
+  void compute(const Linear& weights, RowsView<const float> x, int64_t rows, float* lse, ThreadPool& pool);
 
  private:
-  std::vector<float> highest_, sums_;  // [rows, groups of panels], the sum of exp(logit - highest)
+  std::vector<float> highest_, sums_;  // [rows, groups of panels]; the sum of exp(logit - highest)
 };
 
 }  // namespace cemg

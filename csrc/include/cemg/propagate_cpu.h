@@ -1,20 +1,20 @@
-// LightGCN propagation on the CPU in float32: cemg_kernels/graph/propagate.py says what it computes.
+// LightGCN propagation on the CPU in float32, as defined in cemg_kernels/graph/propagate.py.
 #pragma once
 
 #include <cstdint>
 
 namespace cemg {
 
-// Neighbours of vertex v: neighbours[row_ptr[v] ... row_ptr[v + 1]); inv_sqrt_degree [vertices].
-struct GraphView {
+struct GraphView {  // borrowed
   int64_t vertices;
-  const int64_t* row_ptr;
-  const int64_t* neighbours;
-  const float* inv_sqrt_degree;
+  const int64_t* row_ptr;        // [vertices + 1]
+  const int64_t* neighbours;     // those of vertex v are at row_ptr[v] ... row_ptr[v + 1] - 1
+  const float* inv_sqrt_degree;  // [vertices]
 };
 
-// x [vertices, dim] -> out, the mean of `layers` rounds and x itself. `room` holds as much as `out`.
+// x [vertices, dim] -> out [vertices, dim], the mean of x and the outputs of `layers` rounds. `scratch` has
+// the size of `out`.
 void lightgcn_propagate(const GraphView& graph, const float* x, int64_t dim, int64_t layers, float* out,
-                        float* room) noexcept;
+                        float* scratch) noexcept;
 
 }  // namespace cemg

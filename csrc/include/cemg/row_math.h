@@ -1,11 +1,11 @@
-// Arithmetic over one row of floats, in vectors where the machine has them.
+// Arithmetic over one row of floats, with vector instructions where the machine has them.
 #pragma once
 
 #include <bit>
 #include <cstdint>
 #include <limits>
 
-// Functions marked so are built for several instruction sets, and the best is picked when the module loads.
+// Functions with this attribute are compiled for several instruction sets; the loader picks the best.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && \
     !defined(__SANITIZE_ADDRESS__)
 #define CEMG_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -15,15 +15,14 @@
 
 namespace cemg {
 
-inline constexpr float kNever = -std::numeric_limits<float>::infinity();
-inline constexpr float kLargest = std::numeric_limits<float>::max();
-inline constexpr int64_t kLanes = 32;  // values side by side, so that the compiler may use vectors
+inline constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+inline constexpr float kMaxFloat = std::numeric_limits<float>::max();
+inline constexpr int64_t kLanes = 32;  // independent partial results per loop, so that it vectorizes
 
-// Vectors of so many floats, to be used as wide as the machine has them: GCC splits wider ones into single
-// floats.
+// A vector of kWidth floats. Use no wider ones than the machine has: GCC splits these into single floats.
 template <int kWidth>
-struct Vectors {
-  typedef float One __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
+struct VectorOf {
+  typedef float Type __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
 };
 
 inline constexpr int kWide = 16;  // AVX-512
@@ -35,7 +34,7 @@ inline constexpr int kNarrow = 4;  // NEON
 
 bool has_wide_vectors() noexcept;
 
-// By value, unlike std::min and std::max, so that loops of them have no branches.
+// These take their arguments by value, unlike std::min and std::max, so that GCC vectorizes loops of them.
 constexpr float smaller(float a, float b) noexcept {
   return b < a ? b : a;
 }
@@ -43,7 +42,7 @@ constexpr float larger(float a, float b) noexcept {
   return a < b ? b : a;
 }
 
-// The sum of x [kCount], a power of two, halved again and again; x is overwritten.
+// The sum of x [kCount], by adding halves; kCount is a power of two. Overwrites x.
 template <int64_t kCount>
 [[gnu::always_inline]] inline float sum_of_lanes(float (&x)[kCount]) noexcept {
   for (int64_t half = kCount / 2; half > 0; half /= 2) {
@@ -52,7 +51,7 @@ template <int64_t kCount>
   return x[0];
 }
 
-// Its highest, likewise; NaN in the lower half is passed over.
+// The highest of x [kCount], likewise. Skips NaN in the lower half.
 template <int64_t kCount>
 [[gnu::always_inline]] inline float highest_of_lanes(float (&x)[kCount]) noexcept {
   for (int64_t half = kCount / 2; half > 0; half /= 2) {
@@ -62,18 +61,19 @@ template <int64_t kCount>
 }
 
 inline constexpr float kLog2E = 1.44269504f;
-inline constexpr float kLeastExponent = -87.0f;  // of e, where a float ends
+inline constexpr float kMinExponent = -87.0f;  // e^-87 is close to the smallest normal float
 
-// 2^r for |r| <= 1/2: coefficients of the polynomial of the least relative error of its degree (2^-23.4), the
-// highest first.
+// Coefficients, highest degree first, of the polynomial of degree 5 with the smallest relative error
+// (2^-23.4) for 2^r with |r| <= 1/2.
 inline constexpr float kPowerOfTwo[] = {0.00132647257f, 0.00967151309f, 0.0555073375f,
                                         0.240222421f,   0.693146978f,   1.0f};
 
-// e^x for x <= 0, within 2^-22 + |x| 2^-24 of it, and 1 for 0; below -87, where a float ends, e^-87; NaN for
-// NaN. With x log2 e = n + r and |r| <= 1/2, it is 2^r times 2^n, the float of exponent n.
+// e^x for x <= 0, with a relative error of at most 2^-22 + |x| 2^-24; exactly 1 for 0, e^-87 below -87, NaN
+// for NaN. With x log2 e = n + r and |r| <= 1/2 it is 2^r, from the polynomial, times 2^n, set as exponent
+// bits.
 inline float exp_of_negative(float x) noexcept {
-  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23: a sum with it ends in n + 127, as an integer
-  x = larger(x, kLeastExponent);
+  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 + 127: the low bits of t + kRound are n + 127
+  x = larger(x, kMinExponent);
   const float shifted = x * kLog2E + kRound;
   const float r = x * kLog2E - (shifted - kRound);
   float power = kPowerOfTwo[0];
@@ -85,10 +85,10 @@ inline float exp_of_negative(float x) noexcept {
   return power * std::bit_cast<float>(std::bit_cast<uint32_t>(shifted) << 23);
 }
 
-// The highest of x [count]; NaN is passed over, -inf where there is nothing.
+// The highest of x [count], without NaN; -inf if there is none.
 float highest_of(const float* x, int64_t count) noexcept;
 
-// sum(exp(x - highest)) over x [count], none of them above `highest`, which is finite; NaN where one is.
+// sum(exp(x - highest)) over x [count]. `highest` is finite and no value exceeds it; NaN if a value is NaN.
 float sum_exp(const float* x, int64_t count, float highest) noexcept;
 
 }  // namespace cemg

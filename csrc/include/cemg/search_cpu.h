@@ -1,4 +1,4 @@
-// A whole beam search in one call: the prompts, then for each code a step of the model and one of the trie.
+// A whole beam search in one call: prefill, then one step of the model and one of the trie per code.
 #pragma once
 
 #include <cstdint>
@@ -9,61 +9,61 @@
 
 namespace cemg {
 
-// What a search is asked for. `columns` and `own_places` [levels] are of each code's level; `all` of the
-// whole head for kVocab, else nothing. Code c of level m is token first_token + m * K + c, or
-// tokens[m * K + c] where there is such a table.
-struct Question {
+// Code c of level m is token first_token + m * K + c, or code_tokens[m * K + c] if there is such a table.
+struct SearchRequest {
   Normalize normalize;
-  int64_t width, first_token, start_token;
-  Places prompt_places;
-  std::vector<Places> own_places;
-  std::vector<Linear> columns;
-  Linear all;
-  const int64_t* tokens = nullptr;  // [levels, K], all of the model's vocabulary
+  int64_t beam_width, first_token, start_token;
+  PositionTables prompt_positions;
+  std::vector<PositionTables> step_positions;  // [levels]
+  std::vector<Linear> level_columns;           // [levels] the columns of the head for each level's codes
+  Linear vocabulary;                           // the whole head for Normalize::kVocab, else absent
+  const int64_t* code_tokens = nullptr;        // [levels, K], all in the model's vocabulary
 
-  int64_t levels() const noexcept { return static_cast<int64_t>(columns.size()); }
+  int64_t levels() const noexcept { return static_cast<int64_t>(level_columns.size()); }
 };
 
-struct Found {      // best first; a dead place is -inf and -1, its codes anything
+// Best first. A list with fewer items than beams ends with score -inf, leaf -1 and arbitrary codes.
+struct SearchResult {
   float* scores;    // [B, width]
   int32_t* leaves;  // [B, width]
   int64_t* codes;   // [B, width, levels]
-  float* pruned;    // [B] the best that was cut at any step, -inf where nothing was
+  float* pruned;    // [B] the best score cut at any step, -inf if nothing was cut
 };
 
-struct Spent {
-  double prompt = 0, model = 0, selection = 0;  // seconds
-  int64_t rows = 0;                             // that the model ran for after the prompts
+struct SearchTimings {
+  double prefill = 0, decode_steps = 0, selection = 0;  // seconds
+  int64_t rows = 0;                                     // that the decode steps ran for, over all steps
 };
 
 class BeamSearch : public BeamDecoder {
  public:
   using BeamDecoder::BeamDecoder;
 
-  // The prompts are as `start` wants them, the width and the levels 1 or more, the levels no more than
-  // kMostSteps and than the trie has.
+  // The prompts must satisfy the conditions of prefill(). The beam width and the number of levels are 1 or
+  // more; there are at most kMaxSteps levels, and no more than the trie has.
   template <class Code>
-  Spent search(const Prompts& prompts, TrieView<Code> trie, FilterView filter, const Question& question,
-               const Found& found);
+  SearchTimings search(const Prompts& prompts, TrieView<Code> trie, FilterView filter,
+                       const SearchRequest& request, const SearchResult& result);
 
-  int64_t nbytes() const noexcept { return BeamDecoder::nbytes() + logits_.nbytes() + row_totals_.nbytes(); }
+  int64_t nbytes() const noexcept { return BeamDecoder::nbytes() + logits_.nbytes() + logsumexp_.nbytes(); }
 
  private:
   template <class Code>
-  bool ask(const TrieView<Code>& trie, Normalize normalize);
+  bool select_active(const TrieView<Code>& trie, Normalize normalize);
   template <class Code>
-  void finish(const TrieView<Code>& trie, int64_t level, int64_t levels, const Found& found);
-  void feed(const Question& question, int64_t level, int64_t size);
-  void spread(int64_t size, bool with_totals);
-  void grow(int64_t users, int64_t width, int64_t level, const Found& found);
+  void complete_codes(const TrieView<Code>& trie, int64_t level, int64_t levels, const SearchResult& result);
+  void begin_search(int64_t users, int64_t beam_width, int64_t codebook_size, const SearchResult& result);
+  void codes_to_tokens(const SearchRequest& request, int64_t level, int64_t codebook_size);
+  void scatter_logits(int64_t codebook_size, bool with_logsumexp);
+  void append_codes(int64_t users, int64_t beam_width, int64_t level, const SearchResult& result);
 
-  Floats logits_, row_totals_;
+  Buffer logits_, logsumexp_;
   std::vector<float> scores_, pruned_;
-  std::vector<int64_t> parents_, codes_, earlier_;
-  std::vector<int64_t> fed_;  // the codes of a step, then their tokens
+  std::vector<int64_t> parents_, codes_, previous_codes_;
+  std::vector<int64_t> step_codes_;  // the codes that a step chose, later their tokens
   std::vector<int32_t> nodes_;
-  std::vector<uint8_t> asked_;  // [B, W] the beams that the model has to run for
-  int64_t count_ = 0;           // of them
+  std::vector<uint8_t> active_;  // [B, W] the beams that the model runs for
+  int64_t num_active_ = 0;
 };
 
 }  // namespace cemg

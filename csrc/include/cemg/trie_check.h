@@ -1,4 +1,4 @@
-// Whether arrays that came from outside, such as a file, are a trie that every walk may trust.
+// Checks arrays that come from outside, such as a file, before they are used.
 #pragma once
 
 #include <cstdint>
@@ -6,14 +6,13 @@
 
 namespace cemg {
 
-// What makes these arrays no trie of `levels` levels and codes below `codebook_size`, in words; null where
-// they are one. code [T - 1], first_child [words], rows [N], with any values.
+// Why these arrays are not a trie of `levels` levels with codes below `codebook_size`; null if they are one,
+// and then every walk stays inside them. code [T - 1], first_child [words] and rows [N] may hold any values.
 template <class Code>
 const char* trie_problem(std::span<const Code> code, std::span<const uint64_t> first_child,
                          std::span<const int32_t> rows, int32_t levels, int32_t codebook_size);
 
-// What makes these item ids wrong: -1 where they are distinct and none is negative; else the place of one
-// that is negative or stands earlier as well.
-int64_t wrong_id(std::span<const int64_t> ids);
+// The index of the first item id that is negative or repeats an earlier one; -1 if there is none.
+int64_t first_invalid_id(std::span<const int64_t> ids);
 
 }  // namespace cemg

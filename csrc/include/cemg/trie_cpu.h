@@ -1,5 +1,5 @@
-// The trie's batched operations on the CPU: OpenMP loops over the view, nothing allocated.
-// R rows, K codes a level. A node that is none, or a leaf, has no children; none stays none.
+// The trie's batched operations on the CPU: OpenMP loops over the view that allocate nothing.
+// R rows, K codes per level. kNone, a leaf and a number outside the trie have no children; kNone stays kNone.
 #pragma once
 
 #include <cstdint>
@@ -8,17 +8,17 @@
 
 namespace cemg {
 
-// Each prefix from the root: prefixes [R, length] -> nodes [R].
+// The nodes that prefixes lead to from the root: prefixes [R, length] -> nodes [R].
 template <class Code>
 void lookup(TrieView<Code> trie, FilterView filter, const int64_t* prefixes, int64_t rows, int64_t length,
             int32_t* out) noexcept;
 
-// One code further: nodes [R], codes [R] -> nodes [R].
+// The child along a code: nodes [R], codes [R] -> nodes [R].
 template <class Code>
 void advance(TrieView<Code> trie, FilterView filter, const int32_t* nodes, const int64_t* codes, int64_t rows,
              int32_t* out) noexcept;
 
-// The nodes themselves, none where the filter leaves nothing below: nodes [R] -> nodes [R].
+// The nodes themselves, or kNone if the filter allows nothing below: nodes [R] -> nodes [R].
 template <class Code>
 void keep(TrieView<Code> trie, FilterView filter, const int32_t* nodes, int64_t rows, int32_t* out) noexcept;
 

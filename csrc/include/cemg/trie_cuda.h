@@ -1,4 +1,4 @@
-// The trie's batched operations on a GPU, by name. Present where nvcc built them (CEMG_CUDA).
+// Launches the trie's batched operations on a GPU. Only present if nvcc built them (CEMG_CUDA).
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,9 @@
 
 namespace cemg {
 
-// Runs kernel `name` of trie_cuda.cu over `count` rows or cells on a stream of `device`; arguments are 64
-// bits each, in the kernel's order without the count. Returns what CUDA says, empty where all is well.
+// Launches kernel `name` of trie_cuda.cu over `count` rows or cells on a stream of `device`. `arguments` are
+// the kernel's arguments in order, without the count, 64 bits each. Returns CUDA's error message, empty on
+// success.
 std::string launch_trie_kernel(const std::string& name, std::vector<uint64_t> arguments, int64_t count,
                                int device, uint64_t stream);
 

@@ -1,4 +1,4 @@
-// What a beam step does with one row of logits, and with the best scores of its groups of children.
+// The steps of beam_step() and softmax() on one row of logits, and on the best scores of groups of children.
 #pragma once
 
 #include <cstdint>
@@ -7,56 +7,62 @@
 
 namespace cemg {
 
-inline constexpr int64_t kFew = kLanes / 4;
-inline constexpr int64_t kPart = 512;  // of a row: a group is every kLanes-th value of a part
+// A row is split into parts of kPartSize values. Every kLanes-th value of a part forms a group, so a part has
+// kLanes groups. Four groups each form one of the part's kCoarse coarse groups.
+inline constexpr int64_t kPartSize = 512;
+inline constexpr int64_t kCoarse = kLanes / 4;
 
-constexpr int64_t parts_of(int64_t count) noexcept {
-  return (count + kPart - 1) / kPart;
+constexpr int64_t num_parts(int64_t count) noexcept {
+  return (count + kPartSize - 1) / kPartSize;
 }
 
-// NaN counts as -inf, +inf as the largest finite number.
-constexpr float tame(float x) noexcept {
-  return smaller(larger(kNever, x), kLargest);  // no number is below NaN, so -inf stays
+// Replaces NaN by -inf, and +inf by the largest finite number.
+constexpr float sanitize(float x) noexcept {
+  return smaller(larger(kNegInf, x), kMaxFloat);  // larger() returns its first argument if the second is NaN
 }
 
 // out[i] = logits[codes[i]] of logits [size]; codes [count] ascend.
 void gather(const float* logits, int64_t size, const uint8_t* codes, int64_t count, float* out) noexcept;
 void gather(const float* logits, int64_t size, const int16_t* codes, int64_t count, float* out) noexcept;
 
-// x [count] of the nodes from `first` on: -inf where the bit of a node, in open, is not set.
-void keep_open(const uint64_t* open, int64_t first, int64_t count, float* x) noexcept;
+// Sets x[i] of x [count] to -inf if node first + i is not open.
+void mask_closed(const uint64_t* open, int64_t first, int64_t count, float* x) noexcept;
 
-// best [parts_of(count), kLanes]: the highest of each group of x [count], tame; the highest of all.
-float best_of_groups(const float* x, int64_t count, float* best) noexcept;
+// group_max [num_parts(count), kLanes]: the highest sanitized value of each group of x [count]. Returns the
+// highest of all.
+float max_of_groups(const float* x, int64_t count, float* group_max) noexcept;
 
-// best [kLanes] from logits to scores, score + min(x - total, 0), and the highest of each four groups to few
-// [kFew].
-void to_scores(float score, float total, float* best, float* few) noexcept;
+// Turns the group_max [kLanes] of a part from logits into scores, score + min(x - total, 0), and writes the
+// highest of each coarse group to coarse_max [kCoarse].
+void to_scores(float score, float total, float* group_max, float* coarse_max) noexcept;
 
 // out[i] = min(x[i] - total, 0) of x [count], -inf for NaN.
 void log_probabilities(const float* x, int64_t count, float total, float* out) noexcept;
 
-// What one pass over a node's children finds: the highest of their logits, tame, and their log-sum-exp, NaN
-// where it has to be computed another way.
-struct RowSurvey {
+// The result of one pass over a node's children: the highest sanitized logit, and the log-sum-exp, which is
+// NaN if it must be computed in another way.
+struct PrepassResult {
   float highest;
   float log_sum_exp;
 };
 
-// Whether this machine surveys a node of `count` children in one pass; it is worth it where they are dense.
-bool can_survey(int64_t size, int64_t count) noexcept;
+// Whether prepass_row() supports a node with `count` children of `size` codes on this machine. It pays only
+// where children are dense.
+bool can_prepass(int64_t size, int64_t count) noexcept;
 
-// The children `codes` [count] of logits [size], where `can_survey`; best as in `best_of_groups`.
-RowSurvey survey_row(const float* logits, int64_t size, const uint8_t* codes, int64_t count,
-                     float* best) noexcept;
-RowSurvey survey_row(const float* logits, int64_t size, const int16_t* codes, int64_t count,
-                     float* best) noexcept;
+// One pass over the children `codes` [count] of logits [size]; requires can_prepass(). group_max is as in
+// max_of_groups().
+PrepassResult prepass_row(const float* logits, int64_t size, const uint8_t* codes, int64_t count,
+                          float* group_max) noexcept;
+PrepassResult prepass_row(const float* logits, int64_t size, const int16_t* codes, int64_t count,
+                          float* group_max) noexcept;
 
-// The first of x [count], a multiple of kLanes, from `first` on that is at least `floor`; else `count`.
-int64_t find_at_least(const float* x, int64_t first, int64_t count, float floor) noexcept;
+// The index of the first of x [count], from `first` on, that is at least `threshold`; `count` if there is
+// none. `count` is a multiple of kLanes.
+int64_t find_at_least(const float* x, int64_t first, int64_t count, float threshold) noexcept;
 
-// A number that at least `wanted` of x [count] reach, close to the highest that they do; -inf where none is
+// A threshold that at least `needed` of x [count] reach, close to the highest such number; -inf if none is
 // found.
-float floor_of_best(const float* x, int64_t count, int64_t wanted) noexcept;
+float threshold_of_best(const float* x, int64_t count, int64_t needed) noexcept;
 
 }  // namespace cemg

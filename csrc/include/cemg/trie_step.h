@@ -1,5 +1,5 @@
-// The trie inside one step of decoding, on the CPU: masked log-probabilities, and the choice of the next
-// beams. B users, W beams, K codes a level; logits are float32, row by row.
+// The trie in one decode step on the CPU: masked log-probabilities, and the selection of the next beams.
+// B users, W beams, K codes per level. Logits are float32, row by row.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,10 @@
 
 namespace cemg {
 
-inline constexpr int64_t kMostCandidates = int64_t{1} << 32;  // of a user: beams times K
+inline constexpr int64_t kMaxCandidates = int64_t{1} << 32;  // of a user: beams times K
 
-// Over which logits the softmax runs: the caller's log-sum-exp, a row's K codes, or the codes that continue.
+// What the softmax normalizes over: the whole vocabulary, whose log-sum-exp the caller passes; the K codes of
+// the level; or the codes that continue the node.
 enum class Normalize : int32_t { kVocab, kLevel, kValid };
 
 struct StepLogits {
@@ -19,21 +20,23 @@ struct StepLogits {
   Normalize normalize;
 };
 
-struct NextBeams {   // best first; a dead place is -inf, 0, 0, -1
+// Best first. Where there are fewer candidates than beams: -inf, 0, 0, -1.
+struct NextBeams {
   float* scores;     // [B, width]
   int64_t* parents;  // [B, width]
   int64_t* codes;    // [B, width]
   int32_t* nodes;    // [B, width]
-  float* pruned;     // [B] the best that was cut, -inf where nothing was
+  float* pruned;     // [B] the best score that was cut, -inf if nothing was cut
 };
 
-// Log-probabilities [rows, K], -inf where nothing continues `nodes` [rows].
+// Log-probabilities [rows, K] of the codes after `nodes` [rows]; -inf for codes that do not continue the
+// node.
 template <class Code>
 void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, const int32_t* nodes,
              int64_t rows, float* out);
 
-// The `width` best continuations of each user's beams, no more than kMostCandidates: scores and nodes
-// [users, beams].
+// The `width` best continuations of each user's beams, given scores and nodes [users, beams]. beams * K is at
+// most kMaxCandidates.
 template <class Code>
 void beam_step(TrieView<Code> trie, FilterView filter, const StepLogits& step, const float* scores,
                const int32_t* nodes, int64_t users, int64_t beams, int64_t width, const NextBeams& next);

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.aot_case import AotCase
-from ..runtime.dispatch import pick
+from ..runtime.dispatch import native, pick
 from ..runtime.ranges import ranged
 from ..runtime.registry import register
 from ..trie import ops as trie_ops
@@ -32,6 +32,7 @@ from .softmax import (
     check_normalize,
     flat_arguments,
     masked_log_prob,
+    native_normalize,
 )
 
 MAX_WIDTH = 2**24  # 400 MB of results per user
@@ -153,11 +154,12 @@ def _native(
     total = None if logsumexp is None else as_float32(logsumexp)
     nodes = nodes.resolve_neg()
     step = best, parents, codes, next_nodes, pruned = empty_step(scores, nodes, width)
-    trie.view.beam_step(
-        None if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),
-        0 if total is None else total.data_ptr(), normalize, scores.data_ptr(), nodes.data_ptr(),
-        (users, beams, width), best.data_ptr(), parents.data_ptr(), codes.data_ptr(), next_nodes.data_ptr(),
-        pruned.data_ptr(),
+    native().trie_beam_step(
+        trie.view, None if filter is None else filter.view(nodes.numel()), logits=logits.data_ptr(),
+        logsumexp=0 if total is None else total.data_ptr(), normalize=native_normalize(normalize),
+        scores=scores.data_ptr(), nodes=nodes.data_ptr(), users=users, beams=beams, width=width,
+        next_scores=best.data_ptr(), parents=parents.data_ptr(), codes=codes.data_ptr(),
+        next_nodes=next_nodes.data_ptr(), pruned=pruned.data_ptr(),
     )  # fmt: skip
     return step
 

@@ -6,13 +6,14 @@ R rows, K codes per level.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from functools import cache
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..runtime.aot_case import AotCase
-from ..runtime.dispatch import pick
+from ..runtime.dispatch import native, pick
 from ..runtime.operands import INTEGERS
 from ..runtime.ranges import ranged
 from ..runtime.registry import register
@@ -101,11 +102,18 @@ def _native(
     logits, total = as_float32(logits), None if logsumexp is None else as_float32(logsumexp)
     nodes = nodes.resolve_neg()
     out = torch.empty_like(logits)
-    trie.view.softmax(
-        None if filter is None else filter.fields(nodes.numel()), logits.data_ptr(),
-        0 if total is None else total.data_ptr(), normalize, nodes.data_ptr(), nodes.numel(), out.data_ptr(),
+    native().trie_softmax(
+        trie.view, None if filter is None else filter.view(nodes.numel()), logits=logits.data_ptr(),
+        logsumexp=0 if total is None else total.data_ptr(), normalize=native_normalize(normalize),
+        nodes=nodes.data_ptr(), rows=nodes.numel(), out=out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+@cache
+def native_normalize(normalize: int) -> Any:
+    """Returns the member of the C++ enum with this number."""
+    return native().Normalize(normalize)
 
 
 def as_float32(tensor: Tensor) -> Tensor:

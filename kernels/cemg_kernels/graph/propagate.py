@@ -179,10 +179,11 @@ def _adjacency(graph: BipartiteGraph, dtype: torch.dtype) -> Tensor:
 def _native(graph: BipartiteGraph, x: Tensor, layers: int) -> Tensor:
     x_32 = x.detach().float().contiguous()
     out, scratch = torch.empty_like(x_32), torch.empty_like(x_32)
-    arrays = graph.row_ptr.data_ptr(), graph.neighbours.data_ptr(), graph.inv_sqrt_degree.data_ptr()
     native().lightgcn_propagate(
-        x_32.shape[0], arrays, x_32.data_ptr(), x_32.shape[1], layers, out.data_ptr(), scratch.data_ptr()
-    )
+        row_ptr=graph.row_ptr.data_ptr(), neighbours=graph.neighbours.data_ptr(),
+        inv_sqrt_degree=graph.inv_sqrt_degree.data_ptr(), vertices=x_32.shape[0], x=x_32.data_ptr(),
+        dim=x_32.shape[1], layers=layers, out=out.data_ptr(), scratch=scratch.data_ptr(),
+    )  # fmt: skip
     return out.to(x.dtype)
 
 

@@ -166,9 +166,11 @@ class _Codebook:
 def _quantize_native(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape[0], codebooks.shape[0], dtype=torch.int64)
     quantized = torch.empty_like(x)
-    shape = (codebooks.shape[0], codebooks.shape[1], codebooks.shape[2])
-    addresses = codebooks.data_ptr(), codes.data_ptr(), quantized.data_ptr()
-    native().residual_quantize(x.data_ptr(), x.shape[0], shape, *addresses)
+    levels, codebook_size, dim = codebooks.shape
+    native().residual_quantize(
+        x=x.data_ptr(), rows=x.shape[0], codebooks=codebooks.data_ptr(), levels=levels,
+        codebook_size=codebook_size, dim=dim, codes=codes.data_ptr(), quantized=quantized.data_ptr(),
+    )  # fmt: skip
     return codes, quantized
 
 

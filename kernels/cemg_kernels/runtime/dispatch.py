@@ -20,6 +20,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .interface import check_interface
 from .registry import OPERATIONS
 
 _native: ModuleType | None
@@ -27,6 +28,9 @@ try:
     _native, NATIVE_ERROR = importlib.import_module("cemg_kernels._native"), ""
 except ImportError as error:
     _native, NATIVE_ERROR = None, str(error)
+
+if _native is not None:
+    check_interface(_native)
 
 ENVIRONMENT = "CEMG_FAST_KERNELS"
 ON_REQUEST = {  # backends that run on a CPU only if the caller names them

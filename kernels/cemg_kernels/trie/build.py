@@ -97,12 +97,15 @@ def _build_native(codes: Tensor, codebook_size: int) -> TrieArrays:
     num_items, levels = codes.shape
     if codes.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
         codes = codes.to(torch.int32)
-    builder = native().TrieBuilder(codes.data_ptr(), codes.element_size(), num_items, levels, codebook_size)
+    builder = native().TrieBuilder(
+        codes=codes.data_ptr(), code_bytes=codes.element_size(), rows=num_items, levels=levels,
+        codebook_size=codebook_size,
+    )  # fmt: skip
     if builder.duplicates:
         raise DuplicateCodes(builder.duplicates)
     code = torch.empty(builder.num_nodes - 1, dtype=code_dtype(codebook_size))
     rows = torch.empty(num_items, dtype=torch.int32)
-    words = builder.write(code.data_ptr(), code.element_size(), rows.data_ptr())
+    words = builder.write(code=code.data_ptr(), code_bytes=code.element_size(), rows=rows.data_ptr())
     first_child = torch.empty(words.size, dtype=torch.int64)
     words.copy_to(first_child.data_ptr())
     return TrieArrays(code, first_child, rows, levels, codebook_size)

@@ -98,7 +98,7 @@ def ids_problem(ids: Tensor | None, num_items: int) -> str:
     if int(ids.min()) < 0:
         return f"item_ids contain {int(ids.min())}"
     if native_available():
-        row = native().wrong_id(ids.data_ptr(), num_items)
+        row = native().first_invalid_id(ids.data_ptr(), num_items)
         return "" if row < 0 else f"item_ids contain {int(ids[row])} twice"
     ordered = ids.sort().values
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]

@@ -9,12 +9,12 @@ F filters, B requests, H excluded items and X closed nodes per request, R rows, 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..runtime.dispatch import pick
+from ..runtime.dispatch import native, pick
 from ..runtime.ranges import ranged
 from . import cuda_launch as trie_cuda
 from . import reference as trie_walk
@@ -45,10 +45,18 @@ class FilterTensors(NamedTuple):
         return max(self.filter_of.shape[0], self.closed.shape[0])
 
     def fields(self, rows: int) -> tuple[int, int, int, int, int, int]:
-        """Returns the fields of the C++ view for a call with ``rows`` rows: addresses, then sizes."""
+        """Returns the fields of the C++ FilterView for ``rows`` rows, in order: addresses, then sizes."""
         open_, filter_of, closed = (t.data_ptr() if t.numel() else 0 for t in self)
         per_request = max(1, rows // max(1, self.num_requests))
         return open_, filter_of, closed, self.open.shape[-1], self.closed.shape[-1], per_request
+
+    def view(self, rows: int) -> Any:
+        """Returns the C++ FilterView for a call with ``rows`` rows."""
+        open_, filter_of, closed, words, max_closed, per_request = self.fields(rows)
+        return native().FilterView(
+            open=open_, filter_of=filter_of, closed=closed, words=words, max_closed=max_closed,
+            rows_per_request=per_request,
+        )  # fmt: skip
 
     def to(self, device: str | torch.device) -> FilterTensors:
         """Returns the tensors on another device."""
@@ -94,12 +102,12 @@ def open_nodes(trie: TrieArrays, by_rank: Tensor) -> Tensor:
 @ranged
 def fill_inner(trie: TrieArrays, open: Tensor) -> Tensor:
     """Computes the bits of all inner nodes from those of the leaves; changes and returns ``open`` [words]."""
-    native = pick("trie", open.device) == "native"
-    if native and open.device.type == "cpu":
+    compiled = pick("trie", open.device) == "native"
+    if compiled and open.device.type == "cpu":
         trie.view.open_inner(open.data_ptr())
         return open
     levels = list(pairwise(trie.level_begins))[::-1]
-    if native:
+    if compiled:
         for begin, end in levels:
             words = (end - 1) // WORD_BITS - begin // WORD_BITS + 1
             trie_cuda.launch("open_level", trie, trie_cuda.NO_FILTER, (begin, end, open), words)
@@ -136,9 +144,10 @@ def closed_nodes(trie: TrieArrays, open: Tensor, filter_of: Tensor, excluded: Te
             arguments = excluded, most, trie.levels, closed
             trie_cuda.launch("close", trie, bitmaps.fields(requests), arguments, requests)
             return closed
-        shape = (requests, most, trie.levels)
-        fields = bitmaps.fields(requests)
-        longest = trie.view.close_nodes(fields, excluded.data_ptr(), shape, closed.data_ptr())
+        longest = trie.view.close_nodes(
+            bitmaps.view(requests), excluded=excluded.data_ptr(), requests=requests, max_excluded=most,
+            levels=trie.levels, closed=closed.data_ptr(),
+        )  # fmt: skip
         return closed[:, :longest].contiguous()
     leaves = torch.where(excluded == NO_NODE, NO_NODE, excluded + trie.num_inner)
     closed = _where_closed(leaves, bitmaps.allows(leaves.clamp(max=trie.num_nodes - 1)))

@@ -138,13 +138,14 @@ def _launch(
     name: str, trie: TrieArrays, filter: MaybeFilter, arguments: tuple[Tensor | int, ...], rows: int
 ) -> None:
     """Runs the C++ or CUDA operation ``name`` over ``rows`` rows; its outputs come last in ``arguments``."""
-    fields = None if filter is None else filter.fields(rows)
     if trie.code.device.type == "cuda":
         cells = rows * trie.codebook_size if name == "mask" else rows
-        trie_cuda.launch(name, trie, fields or trie_cuda.NO_FILTER, arguments, cells)
+        fields = trie_cuda.NO_FILTER if filter is None else filter.fields(rows)
+        trie_cuda.launch(name, trie, fields, arguments, cells)
         return
     addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    getattr(trie.view, name)(fields, *addresses, rows)
+    view = None if filter is None else filter.view(rows)
+    getattr(trie.view, name)(view, *addresses, rows)
 
 
 ARRAYS_AND_FILTER = (

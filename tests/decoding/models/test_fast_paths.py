@@ -17,7 +17,7 @@ from cemg.decoding.models.layers import FeedForward, padding_mask
 from cemg.decoding.models.native import large_pages
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog
-from cemg_kernels import ItemFilter, RequestFilter, use_fast_kernels
+from cemg_kernels import ItemFilter, RequestFilter, _native, use_fast_kernels
 
 from ..conftest import LEVELS, SIZE, START, VOCABULARY, Bench, random_catalog, step_by_step
 
@@ -274,10 +274,10 @@ def test_searches_side_by_side_do_not_disturb_each_other_and_leave_their_room(sh
     assert 1 <= len(fresh.plan._idle) <= 4  # one a thread
 
 
-def test_a_search_whose_room_is_large_does_not_keep_it(monkeypatch):
+def test_a_search_with_large_buffers_is_not_kept(monkeypatch):
     from cemg.decoding.models import native
 
-    monkeypatch.setattr(native, "MOST_KEPT", 0)
+    monkeypatch.setattr(native, "MAX_KEPT_BYTES", 0)
     made = Bench(build(*SHAPES["gpt2"]), random_catalog(60, 1))
     decoder = Decoder(made.model, made.catalog, START, backend="native")
     assert (decoder.decode(*made.prompts([4]), 5).items >= 0).all() and not decoder.plan._idle
@@ -294,12 +294,12 @@ def test_each_native_call_records_its_parts_while_ranges_are_on(shape):
         decoder.decode(*made.prompts([4]), 5)
     calls = timings.native_events
     decoder.decode(*made.prompts([4]), 5)
-    assert decoder.plan._idle[-1].laps() == []  # the same room, in one call again
+    assert decoder.plan._idle[-1].profile_events == []  # the same search object, now in one call
     assert len(calls) == LEVELS and all(call[-1][0] == "head" for call in calls)
     for call in calls:
         ends = [end for _, end in call]
         assert ends == sorted(ends) and ends[0] > 0
-        assert {"projection", "attention", "feed-forward", "norm"} <= {part for part, _ in call}
+        assert {"projection", "attention", "feed-forward", "norm"} <= {name for name, _ in call}
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh"])
@@ -356,10 +356,12 @@ def test_invalid_prompts_are_refused_before_cpp_reads_them():
     none[1] = 0
     with pytest.raises(UserError, match="prompt 1 has no tokens"):
         score_all(decoder, ids, none)
-    with pytest.raises(ValueError, match="prompt 1 holds no token"):
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         decoder.plan.new_state().prefill(ids, none, decoder.logits_request(0))
     with pytest.raises(ValueError, match="there is no prompt"):
-        decoder.plan.new_state().search.start(0, 0, (0, 4), (0,) * 4, 0, (0,) * 4, ((0,) * 4, (0,) * 4, 0, 0))
+        no_prompts, tables = _native.Prompts(tokens=0, mask=0, batch=0, length=4), _native.PositionTables()
+        request = _native.LogitsRequest(columns=_native.Linear(), logits=0)
+        decoder.plan.new_state().search.prefill(no_prompts, tables, 0, tables, request)
     assert score_all(decoder, ids[:0], mask[:0]).shape == (0, 60)
     whole = decoder.decode(ids, mask, 5)
     half = decoder.decode(ids, mask * 0.5, 5)  # every nonzero entry is a token

@@ -34,7 +34,7 @@ def started(family: str = "llama") -> NativeState:
 def test_a_step_without_prompts_is_refused():
     state = NativePlan(CausalPlan(make_model("llama"), CODES)).new_state()
     beams = torch.zeros(0, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="begins with its prompts"):
+    with pytest.raises(ValueError, match="there are no prompts yet; call prefill first"):
         state.decode_step(beams, beams, NEXT)
 
 
@@ -42,7 +42,7 @@ def test_a_step_without_prompts_is_refused():
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_the_error_names_a_token_outside_the_vocabulary(family, token):
     beams = torch.tensor([[3], [token]])
-    with pytest.raises(ValueError, match=f"token {token} lies outside the decoder's vocabulary"):
+    with pytest.raises(ValueError, match=f"token {token} is outside the decoder's vocabulary"):
         started(family).decode_step(beams, torch.zeros_like(beams), NEXT)
 
 
@@ -56,7 +56,7 @@ def test_beams_of_another_shape_or_dtype_are_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match="tokens"):
             state.decode_step(tokens, own, NEXT._replace(rows=asked))
-    with pytest.raises(ValueError, match="grew from no beam"):
+    with pytest.raises(ValueError, match="its parent was not an active beam"):
         state.decode_step(right, parents + 1, NEXT)
     assert state.decode_step(right, parents, NEXT).values.shape == (
         2,

@@ -310,5 +310,9 @@ def test_a_step_compiles_whole(engine, filtered):
 @pytest.mark.skipif(not dispatch.native_available(), reason="the C++ is not built")
 def test_more_candidates_than_the_cpp_can_number_are_refused():
     trie = Trie.from_codes(torch.tensor([[0], [32767]]), 32768)
-    with pytest.raises(ValueError, match="131073 beams of 32768 codes are more than 2\\^32"):
-        trie.arrays.view.beam_step(None, 0, 0, 2, 0, 0, (1, 2**17 + 1, 1), 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="131073 beams with 32768 codes each are more than 2\\^32"):
+        dispatch.native().trie_beam_step(
+            trie.arrays.view, None, logits=0, logsumexp=0, normalize=dispatch.native().Normalize.VALID,
+            scores=0, nodes=0, users=1, beams=2**17 + 1, width=1, next_scores=0, parents=0, codes=0,
+            next_nodes=0, pruned=0,
+        )  # fmt: skip
