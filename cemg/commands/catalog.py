@@ -124,7 +124,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .csv, .parquet or .index.json.")],
     no_verify: command.NoVerifyOption = False,
 ) -> None:
-    """Write the semantic IDs of all items to a file for other programs.
+    """Write the semantic IDs of all items to a file.
 
     A table has the columns item, code_0, code_1, …; an index.json has the format of LETTER and LC-Rec.
     """

@@ -40,7 +40,10 @@ def list_items(
     run: RunOption,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per item.")] = False,
 ) -> None:
-    """Print all items, one per line: id, semantic ID and title, separated by tabs."""
+    """Print all items of the catalog.
+
+    One item per line: id, semantic ID and title, separated by tabs. Removed items are marked.
+    """
     from cemg.artifacts import RunArtifacts
     from cemg.storage.removed import read_removed
     from cemg.tokenizer import symbol

@@ -7,6 +7,7 @@ Importing torch and transformers takes seconds. Commands import them inside thei
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -39,6 +40,11 @@ _interrupt_message = NOTHING_WRITTEN
 class Command(TyperCommand):
     """One command; Ctrl-C ends it with one line on stderr and exit code 130."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Show required arguments by their metavars, as in ``[SOURCE] OUT``, not ``{[SOURCE] OUT}...``."""
+        pieces = super().collect_usage_pieces(ctx)
+        return [re.sub(r"^\{(.*)\}(\.\.\.)?$", r"\1", piece) for piece in pieces]
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -51,13 +57,17 @@ def command_line(**options: Any) -> typer.Typer:
     """Create the typer application of one command; ``options`` go to `typer.Typer`."""
     names = {"help_option_names": ["-h", "--help"]}
     return typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, context_settings=names, **options
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings=names,
+        rich_markup_mode=None,
+        **options,
     )
 
 
 def examples(*lines: str) -> str:
     """Format the examples at the end of a ``--help`` text, one per line."""
-    return "\n\n".join(("Examples:", *lines))
+    return "\n  ".join(("\b\nExamples:", *lines))  # \b: click does not wrap these lines
 
 
 def set_interrupt_message(message: str) -> None:

@@ -80,7 +80,8 @@ def _about(version: command.VersionOption = False) -> None: ...
 )
 def stats(
     path: Annotated[
-        Path | None, typer.Argument(help="Folder or file in any supported format, or a prepared folder.")
+        Path | None,
+        typer.Argument(metavar="PATH", help="Folder or file in any supported format, or a prepared folder."),
     ] = None,
     interactions: InteractionsOption = None,
     items: ItemsOption = None,
@@ -95,7 +96,10 @@ def stats(
     drop_duplicates: DropDuplicatesOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the number of users, items and interactions, the average history length and the sparsity."""
+    """Print the statistics of a dataset.
+
+    These are the number of users, items and interactions, the average length of a history, and the sparsity.
+    """
     from cemg.data.readers import ColumnNames, read_dataset
 
     source = one_source(path, interactions, option="the argument")
@@ -154,7 +158,10 @@ def prepare(
     seed: SeedOption = 0,
     force: ForceOption = False,
 ) -> None:
-    """Read any format, filter the interactions, sort them by time, and write a folder of Parquet files."""
+    """Convert a dataset to a prepared folder of Parquet files.
+
+    The interactions are filtered and sorted by time.
+    """
     from cemg.data.readers import ColumnNames, read_dataset
 
     source, out = _source_and_out(paths, interactions)
@@ -188,13 +195,16 @@ def prepare(
     ),
 )
 def synthetic(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     users: Annotated[int, typer.Option(help="Number of users.")] = 1200,
     items: Annotated[int, typer.Option(help="Number of items.")] = 400,
     seed: SeedOption = 0,
     force: ForceOption = False,
 ) -> None:
-    """Generate the synthetic dataset: pictures, texts and purchases drawn by fixed rules."""
+    """Generate the synthetic dataset.
+
+    Its pictures, texts and purchases follow known rules.
+    """
     from cemg.data import synthetic_dataset
 
     _check_output(out, force=force)

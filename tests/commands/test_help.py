@@ -55,3 +55,18 @@ def test_ctrl_c_reports_what_is_saved_and_how_to_continue(tiny_run, command, cap
     monkeypatch.setattr(Recommender, "from_run", pressed)
     assert command(recommend.main, "--run", run, "--history", "item-0001") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted: nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [(("data", "prepare"), "[SOURCE] OUT"), (("catalog", "export"), "OUT"), (("recommend",), "")],
+)
+def test_help_names_the_arguments_and_ends_with_examples_that_are_not_wrapped(
+    words, arguments, command, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert command(COMMANDS[words[0]].main, *words[1:], "--help") == 0
+    head, examples = capsys.readouterr().out.split("Examples:\n")
+    assert " ".join(head.split("\n\n")[0].split()).endswith(f"[OPTIONS] {arguments}".strip())
+    lines = [line.strip() for line in examples.splitlines()]
+    assert 1 <= len(lines) <= 3 and all(line.startswith("cemg-" + " ".join(words)) for line in lines)

@@ -244,7 +244,7 @@ def test_an_image_path_must_stay_in_its_folder_unless_another_is_allowed(tmp_pat
     (shop / "interactions.csv").write_text("\n".join(["user,item,timestamp", *rows]))
     (shop / "items.csv").write_text(f"item,title,image\ni0,One,{name.format(folder=tmp_path)}\n")
     said = _refused(shop)
-    assert "item i0 names a picture outside of" in said
+    assert "item i0 names an image outside of" in said
     assert f"fix:   allow its folder: --images {tmp_path}" in said
     assert read_dataset(shop, images=tmp_path).images[0] is not None
 
