@@ -70,7 +70,7 @@ def record_timings() -> Iterator[Timings]:
     On a GPU, searches run without their CUDA graphs and wait for the device between stages, so the block
     takes longer than the same searches outside it.
 
-    Returns:
+    Yields:
         The timings. ``total`` is set when the block ends.
 
     Example:
