@@ -1,6 +1,6 @@
-"""A finished run: its settings and stages, read and verified. Nothing here trains.
+"""Reading a finished run: its settings and stages, verified. No trainer is imported here.
 
-A run is a folder of stages (data, features, graph, tokenizer, catalog, generator) that ``cemg-train`` wrote.
+A run is a folder of stages (data, features, graph, tokenizer, catalog, generator), written by ``cemg-train``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
 
 
 class RunArtifacts:
-    """What the stages of a run hold, read on demand and compared with the hashes in their manifests."""
+    """The stages of a run, read on demand and verified with the hashes in their manifests."""
 
     def __init__(self, run: Run, config: RunConfig, *, device: str = "cpu", verify: bool = True) -> None:
         self.run, self.config, self.device, self.verify = run, config.seeded(), device, verify
@@ -41,16 +41,22 @@ class RunArtifacts:
 
     @classmethod
     def open(cls, folder: Path, *, device: str = "cpu", verify: bool = True) -> Self:
-        """The artifacts of a finished run, with the configuration that made it.
+        """Open a finished run.
 
-        Each file is compared with its hash where it is opened; ``verify`` False reads it as it is.
-        Raises UserError where the run is not finished, and where its parts are damaged or of other runs.
+        Args:
+            folder: The folder of the run.
+            device: Models are loaded to this device.
+            verify: Whether each file is compared with its hash when it is read.
+
+        Raises:
+            UserError: The run is not finished.
+            DamagedError: A part of it is damaged or belongs to another run.
         """
         run = Run.existing(folder)
         if not run.finished():
             settings_file(folder)  # raises DamagedError if the settings are damaged
             raise UserError(
-                f"the training of {folder} has not ended", fix=f"cemg-train --run {quote(str(folder))}"
+                f"the training of {folder} is not finished", fix=f"cemg-train --run {quote(str(folder))}"
             )
         opened = _stages(folder) if verify else {}
         path = run.path(CONFIG)
@@ -67,19 +73,22 @@ class RunArtifacts:
         return artifacts
 
     def check_unchanged(self) -> None:
-        """UserError where a training has replaced a stage since the run was opened: what is read now does
-        not belong to what was read before. Items that were added to the catalog change nothing."""
+        """Raise UserError if a training has replaced a stage since the run was opened.
+
+        Stages read now would not match those read before. Adding items to the catalog does not count.
+        """
         if self.opened and _stages(self.run.folder) != self.opened:
             raise UserError(
-                f"{self.run.folder} was trained anew while it was opened",
-                cause="what was read before belongs to other stages",
-                fix="open it again",
+                f"{self.run.folder} was retrained while it was open",
+                cause="the stages on disk do not match those that were read before",
+                fix="open the run again",
             )
 
     def file(self, stage: str, name: str) -> Path:
         """The path of a file of a finished stage, verified unless ``verify`` is False.
 
-        Raises DamagedError where the file, or the stage's manifest, is missing or not what was written.
+        Raises:
+            DamagedError: The file or the manifest of the stage is missing or was changed.
         """
         folder = self.run.path(stage)
         if self.verify:
@@ -87,12 +96,12 @@ class RunArtifacts:
         return folder / name
 
     def has_file(self, stage: str, name: str) -> bool:
-        """Whether a stage was written with a file of that name. DamagedError where it came there since."""
-        there = os.path.lexists(self.run.path(stage) / name)
+        """Whether a stage has a file of that name. Raises DamagedError if the file was added later."""
+        exists = os.path.lexists(self.run.path(stage) / name)
         if not self.verify:
-            return there
+            return exists
         listed = name in Manifest.read(self.run.path(stage)).files
-        return bool(self.file(stage, name)) if there or listed else False
+        return bool(self.file(stage, name)) if exists or listed else False
 
     def load_data(self) -> Dataset:
         for name in Dataset.FILES:
@@ -102,7 +111,7 @@ class RunArtifacts:
         return data
 
     def load_features(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Raw e_v, e_t, e_c after PCA and LightGCN, and which items have them, by modality."""
+        """Features e_v, e_t, e_c after PCA and LightGCN, and which items have them, per modality."""
         tensors: dict[str, Tensor] = {}
         for stage, names in (("features", CONTENT), ("graph", ("collab",))):
             spec: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {}
@@ -131,7 +140,7 @@ class RunArtifacts:
         return known | self.added_titles()
 
     def removed_items(self) -> list[str | int]:
-        """Ids of the items that ``cemg-catalog remove`` took out."""
+        """Ids of the items that ``cemg-catalog remove`` removed."""
         return read_removed(self.run.folder)
 
     def load_tokenizer(self) -> Tokenizer:
@@ -142,7 +151,11 @@ class RunArtifacts:
         return tokenizer
 
     def load_generator(self) -> tuple[PreTrainedModel, Vocabulary]:
-        """The trained model on the device, float32, in evaluation mode; UserError for another catalog's."""
+        """The trained model (float32, on the device, in evaluation mode) and its vocabulary.
+
+        Raises:
+            UserError: The generator was trained on another catalog.
+        """
         if not self.run.path("generator").is_dir():
             raise UserError(
                 f"{self.run.folder} has no trained generator",
@@ -156,7 +169,7 @@ class RunArtifacts:
         self._check_vocabulary(vocabulary)
         load_weights(model, path)
         self.check_unchanged()
-        model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps torch's own
+        model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps Module.to
         return model.eval(), vocabulary
 
     def _check_catalog(self, catalog: Catalog) -> None:
@@ -173,8 +186,8 @@ class RunArtifacts:
         if catalog.shared is not None or catalog.tokens is not None or uneven:
             raise UserError(
                 f"{self.run.path('catalog')} is not the catalog of a run",
-                cause="it has shared semantic IDs, a token map or another number of codes on a level",
-                fix="pass it to cemg.decoding.Decoder, which serves such catalogs",
+                cause="it has shared semantic IDs, a token map, or levels of different sizes",
+                fix="use it with cemg.decoding.Decoder",
             )
 
     def _check_vocabulary(self, vocabulary: Vocabulary) -> None:
@@ -182,7 +195,7 @@ class RunArtifacts:
         trained = read_json(path, Vocabulary)
         if trained != vocabulary:
             raise DamagedError(
-                f"{path} belongs to another generator", cause=f"it is {trained}, not {vocabulary}",
+                f"{path} belongs to another generator", cause=f"it has {trained}, not {vocabulary}",
                 fix=remedy(self.run.path("generator")),
             )  # fmt: skip
 
@@ -193,7 +206,7 @@ class RunArtifacts:
         )
 
     def prompter(self, model: PreTrainedModel, vocabulary: Vocabulary, catalog: Catalog) -> Prompter:
-        """Builds this run's prompts."""
+        """The prompt builder of this run."""
         return Prompter(
             vocabulary, catalog.codes, history_items=self.config.generator.history_items,
             seq2seq=model.config.is_encoder_decoder,
@@ -201,15 +214,19 @@ class RunArtifacts:
 
 
 def _stages(folder: Path) -> dict[str, tuple[str, str | None]]:
-    """Key and contents of each finished stage of a run."""
+    """Key and content digest of each finished stage of a run."""
     return {name: (made.key, made.contents) for name, made in stages_of(folder).items()}
 
 
 def settings_file(folder: Path, *, rebuild: bool = False) -> Path | None:
     """The file with the settings that a run continues with; None for a new run.
 
-    A missing or damaged file raises DamagedError, with what restores it. ``rebuild`` restores the settings
-    that the stages were built with.
+    Args:
+        folder: The folder of the run.
+        rebuild: Whether damaged settings are restored from those that the stages were built with.
+
+    Raises:
+        DamagedError: The file is missing or damaged. The fix restores it.
     """
     run = Run(folder)
     for path in (folder / PENDING, run.path(CONFIG)):
@@ -227,7 +244,7 @@ def settings_file(folder: Path, *, rebuild: bool = False) -> Path | None:
 
 
 def check_generator(run: Run) -> None:
-    """DamagedError where a run's settings name another generator than the one that belongs to its stages."""
+    """Raise DamagedError if the settings of a run name another generator than its stages have."""
     path, stage = run.path(CONFIG), run.path("generator")
     named = generator_of(path)
     manifest = Manifest.read(stage) if named is not None and stage.is_dir() else None
@@ -240,20 +257,20 @@ def _restored(run: Run, error: DamagedError, *, rebuild: bool) -> Path:
     settings = recorded_settings(run)
     if settings is None:
         fix = (
-            f"name its data and settings: cemg-train --run {quote(str(run.folder))} --data DATA --config FILE"
+            f"pass its data and settings: cemg-train --run {quote(str(run.folder))} --data DATA --config FILE"
         )
         raise DamagedError(error.message, cause=error.cause, fix=fix) from error
     if not rebuild:
-        fix = f"restore those that it was trained with: cemg-train --run {quote(str(run.folder))} --rebuild"
+        fix = f"restore the settings of the training: cemg-train --run {quote(str(run.folder))} --rebuild"
         raise DamagedError(error.message, cause=error.cause, fix=fix) from error
-    said = f"{error.message}: restored from what the stages of {run.folder} were built with"
-    console.print(said, highlight=False, soft_wrap=True, markup=False)
+    message = f"{error.message}: restored from the settings that the stages of {run.folder} were built with"
+    console.print(message, highlight=False, soft_wrap=True, markup=False)
     files.write_text(run.folder / PENDING, config_text(settings))
     return run.folder / PENDING
 
 
 def own_settings(run: Run) -> RunConfig:
-    """The settings of a finished run. Raises DamagedError, with what restores them."""
+    """The settings of a finished run. Raises DamagedError; its fix restores them."""
     try:
         return load_config(run.path(CONFIG), of_run=True)
     except DamagedError as error:
@@ -262,7 +279,7 @@ def own_settings(run: Run) -> RunConfig:
 
 
 def recorded_settings(run: Run) -> RunConfig | None:
-    """The settings in the manifest of a run's last stage; None where no manifest has them."""
+    """The settings in the manifest of the last stage of a run; None if no manifest has them."""
     for name in reversed(STAGES):
         try:
             settings = Manifest.read(run.path(name)).settings

@@ -1,4 +1,4 @@
-"""``Recommender``: a trained run as an object (DESIGN §7)."""
+"""``Recommender``: recommendations from a trained run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from cemg_kernels import ItemFilter, RequestFilter, Trie
 
 
 class Recommender:
-    """``Recommender.from_run(folder).recommend([["12", "7", "105"]], top=10)``."""
+    """A trained run that recommends items.
+
+    Example:
+        >>> recommender = Recommender.from_run("runs/demo")
+        >>> recommender.recommend(["item-0012", "item-0007"], top=3).ids
+    """
 
     def __init__(
         self, artifacts: RunArtifacts, *, normalize: Normalize | None = None, engine: str = "cemg"
@@ -42,26 +47,35 @@ class Recommender:
         cls, folder: Path | str, device: str = "cpu", normalize: Normalize | None = None,
         engine: str = "cemg", *, verify: bool = True,
     ) -> Recommender:  # fmt: skip
-        """Open what ``cemg-train`` wrote. ``engine`` is "cemg", "transformers", the yardstick, or "vllm".
+        """Open a run that ``cemg-train`` wrote.
 
-        ``normalize`` None is the run's own. ``verify`` False skips the comparison of each file with its hash.
+        Args:
+            folder: The folder of the run.
+            device: "cpu" or a CUDA device.
+            normalize: "vocab", "valid" or "level"; None for the run's setting.
+            engine: "cemg", "transformers" (``generate()`` with a Python trie, for comparison) or "vllm".
+            verify: Whether each file is compared with its hash when it is read.
 
-        Raises UserError where a part of the run is missing, or vLLM, or a model that vLLM cannot serve.
+        Raises:
+            UserError: A part of the run is missing or damaged, vLLM is not installed, or it cannot serve the
+                model.
         """
         return cls(
             RunArtifacts.open(Path(folder), device=device, verify=verify), normalize=normalize, engine=engine
         )
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write model, token map and catalog to a folder that needs no run. Removed items are left out, so
-        prompts built from that catalog cannot hold them.
+        """Write model, token map and catalog to a folder that works without the run.
 
-        ``AutoModelForSeq2SeqLM`` or ``AutoModelForCausalLM`` and ``Decoder.from_pretrained`` load it; LoRA is
-        merged into the weights. ``cemg_catalog/cemg_decoder.json`` says how prompts are made: the special
-        tokens, and how many items of a history they hold. Raises UserError under engine "vllm".
+        ``AutoModelForSeq2SeqLM`` or ``AutoModelForCausalLM`` and `Decoder.from_pretrained` load it. LoRA is
+        merged into the weights. ``cemg_catalog/cemg_decoder.json`` describes the prompts: special tokens and
+        number of history items. Removed items are not in the catalog, so prompts cannot contain them.
+
+        Raises:
+            UserError: The engine is "vllm".
         """
         if not isinstance(self.decoder, Decoder | TransformersDecoder):
-            raise UserError(f"engine={self.engine} holds no model to save", fix="use engine=cemg")
+            raise UserError(f"engine={self.engine} has no model to save", fix="use engine=cemg")
         gone = set(self.catalog.rows_of([self._id(item) for item in self.removed]))
         kept = [row for row in range(len(self.catalog)) if row not in gone]
         prompts = {**self.prompter.vocabulary.to_dict(), "history_items": self.prompter.history_items}
@@ -79,20 +93,29 @@ class Recommender:
         exclude_history: bool = False,
         exact: bool = False,
     ) -> Recommendations:
-        """The ``top`` next items for one history of item ids, oldest first, or for B histories.
+        """Recommend the next items for one history or for B histories.
 
-        A list of ids is one history, ``["12", "7"]``; a list of lists are many, ``[["12", "7"], ["3"]]``. The
-        result has ``ids``, ``titles``, ``scores`` and ``codes`` per history; ``items`` are catalog rows.
-        Items that ``cemg-catalog remove`` took out are never among them.
+        Items that ``cemg-catalog remove`` removed are never recommended.
 
-        ``filter`` admits some of the items only: one filter for all histories, or a list of B, None where all
-        are allowed. ``exclude_history`` keeps a user's own items out of the search, so the list is still
-        full (engine "transformers" drops them from what its beams found). With normalize="valid", scores
-        under either differ from scores without: the softmax runs over what is left. ``exact`` continues until
-        the results are proven to be the true top of what is allowed (``certified`` says how many are, should
-        its budget be spent).
-        Raises UserError for a string in place of a list, for an unknown item id, for more results than beams,
-        and for filters of another number than histories.
+        Args:
+            histories: Item ids, oldest first: ``["12", "7"]`` for one, ``[["12", "7"], ["3"]]`` for two.
+            top: Number of items per history.
+            beams: Beam width, at least ``top``.
+            filter: Admits only some of the items: one filter for all histories, or a list of B filters, with
+                None for no filter. See `only`.
+            exclude_history: Whether the search excludes the items of the history. The list is still full;
+                engine "transformers" drops them from its results instead.
+            exact: Whether the search continues until the results are proven to be the true top of the
+                admitted items. If its budget runs out, ``certified`` says how many are proven.
+
+        Returns:
+            ``ids``, ``titles``, ``scores`` and ``codes`` per history; ``items`` are catalog rows. With
+            normalize="valid", ``filter`` and ``exclude_history`` change the scores, because the softmax runs
+            over the admitted codes.
+
+        Raises:
+            UserError: ``histories`` is a string or has an unknown item id, ``top`` exceeds ``beams``, or the
+                number of filters differs from the number of histories.
         """
         if not 1 <= top <= beams:
             fix = f"beams={top}" if top > beams else None
@@ -102,8 +125,8 @@ class Recommender:
         if not many:
             return Recommendations.empty(top, self.catalog.levels)
         if (filter is not None or exact) and not isinstance(self.decoder, Decoder):
-            what = "filter" if filter is not None else "exact=True"
-            raise UserError(f"engine={self.engine} takes no {what}", fix="use engine=cemg")
+            option = "filter" if filter is not None else "exact=True"
+            raise UserError(f"engine={self.engine} does not support {option}", fix="use engine=cemg")
         rows = [self._rows_of(history) for history in many]
         found = self._search(
             rows, many, top=top, beams=beams, filter=filter, exclude=exclude_history, exact=exact
@@ -149,9 +172,10 @@ class Recommender:
         return [offered if one is None else one & offered for one in filter]
 
     def only(self, item_ids: Sequence[str | int]) -> ItemFilter:
-        """The filter that admits these items alone; its ``~``, ``&`` and ``|`` combine.
+        """A filter that admits only these items. Combine filters with ``~``, ``&`` and ``|``.
 
-        Raises UserError for an unknown item id.
+        Raises:
+            UserError: An item id is unknown.
 
         Example: ``recommender.recommend(histories, filter=~recommender.only(sold_out))``
         """
@@ -162,7 +186,7 @@ class Recommender:
 
     @cached_property
     def removed_leaves(self) -> list[int]:
-        """The removed items, as the trie's leaves name them."""
+        """The removed items as values of the trie's leaves."""
         rows = self.catalog.rows_of([self._id(item) for item in self.removed])
         return rows if self.catalog.named else [int(self.catalog.item_ids[row]) for row in rows]
 
@@ -175,7 +199,7 @@ class Recommender:
         return self.titles()
 
     def titles(self) -> dict[int | str, str]:
-        """Titles by item id, those of added items too."""
+        """Titles by item id, those of added items included."""
         return self.artifacts.titles()
 
     def item_ids(self, found: Recommendations) -> list[list[int | str | None]]:
@@ -183,9 +207,19 @@ class Recommender:
         return self.catalog.ids_of(found.items)
 
     def encode_items(self, texts: Sequence[str | None], images: Sequence[Path | str | None]) -> Tensor:
-        """Codes [n, levels] int64 for new items, through the frozen features and tokenizer.
+        """Compute semantic IDs for new items with the feature encoders and the tokenizer of the run.
 
-        Each differs from every code of the catalog and from the others; an existing item's never changes.
+        They are unique among each other and in the catalog. Existing semantic IDs do not change.
+
+        Args:
+            texts: Text of each new item, or None.
+            images: Picture file of each new item, or None.
+
+        Returns:
+            Codes [n, levels] int64.
+
+        Raises:
+            UserError: An item has neither a text nor an image that the tokenizer uses.
         """
         if len(texts) != len(images):
             raise UserError(f"{len(texts)} texts for {len(images)} images")
@@ -239,7 +273,7 @@ class Recommender:
 
 
 def as_histories(given: Any) -> list[list[Any]]:
-    """One history or many as a list of lists; arrays and tensors become lists.
+    """One history or many, as a list of lists. Arrays and tensors become lists.
 
     Raises UserError for a string, for a set, and for a list that holds both ids and lists.
     """
@@ -267,12 +301,12 @@ def allowed_items(
     *,
     exclude: bool,
 ) -> ItemFilter | RequestFilter | None:
-    """What each of B requests may be given: its filter, and with ``exclude`` not its own history."""
+    """The filter of each of B requests; ``exclude`` also excludes the items of its history."""
     allowed: ItemFilter | RequestFilter | None = filter if isinstance(filter, ItemFilter) else None
     if isinstance(filter, Sequence):
         if len(filter) != len(histories):
             raise UserError(
-                f"{len(filter)} filters for {len(histories)} histories", fix="give each one its own"
+                f"{len(filter)} filters for {len(histories)} histories", fix="pass one filter per history"
             )
         allowed = ItemFilter.stack(filter) if any(one is not None for one in filter) else None
     if allowed is not None and allowed.device != trie.device:
@@ -284,7 +318,7 @@ def allowed_items(
 
 
 def without_history(found: Recommendations, histories: Sequence[Sequence[Any]]) -> Recommendations:
-    """The same lists without each user's own items, closed up; of the certified lead what stays counts."""
+    """The lists without the items of each history. ``certified`` counts the remaining certified results."""
     keep = torch.stack(
         [
             ~torch.isin(row, torch.tensor(list(own), dtype=row.dtype))

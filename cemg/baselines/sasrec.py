@@ -190,7 +190,7 @@ class SasrecRanker:
         if about.sha256 is not None or about.weights_sha256 is not None:
             check_signature(record, name=str(path), fix=fix)
             if file_digest(weights, fix=fix) != about.weights_sha256:
-                cause = "its bytes do not have the sha256 that they were written with"
+                cause = "its sha256 differs from that in the manifest"
                 raise DamagedError(f"{weights} is damaged", cause=cause, fix=fix)
         model = Sasrec(about.num_items, about.config)
         spec = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}

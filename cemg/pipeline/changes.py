@@ -1,4 +1,4 @@
-"""What a training would change in a run, in words: the settings that differ, and what differs in the data."""
+"""Descriptions of what a training would change in a run: settings and data."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from cemg.settings import flat
 from cemg.storage import files
 from cemg.storage.read import digest, read_json
 
-UNTRAINED = ("generator.checkpoint_seconds", "decoding.beams", "decoding.batch_size")  # which train nothing
-IMAGES = "images.json"  # in the stage of the data: sha256 of each item's picture, or null
+UNTRAINED = ("generator.checkpoint_seconds", "decoding.beams", "decoding.batch_size")  # no effect on training
+IMAGES = "images.json"  # in the data stage: sha256 of each item's picture, or null
 HASHES = ".image-hashes.json"  # in a run's folder: path to size, time, inode and sha256
 
 
 def settings_changed(old: RunConfig, new: RunConfig) -> list[str]:
-    """``seed: 0 → 3`` for each setting that decides what is trained and differs.
+    """One line, like ``seed: 0 → 3``, per changed setting that affects training.
 
-    Where a dataset was read from is not compared: its content is. The synthetic set is its own source.
+    The path of a data set is not compared, since its content is; for the synthetic set the settings are.
     """
     before, after = flat(old.to_dict()), flat(new.to_dict())
     names = [n for n in before | after if before.get(n) != after.get(n) and n not in UNTRAINED]
     if old.data.path or new.data.path:
         names = [n for n in names if not n.startswith("data.")]
-    said = [f"{n}: {_shown(before.get(n))} → {_shown(after.get(n))}" for n in names]
+    changes = [f"{n}: {_shown(before.get(n))} → {_shown(after.get(n))}" for n in names]
     if bool(old.data.path) != bool(new.data.path):
         sources = (config.data.path or "the synthetic set" for config in (old, new))
-        said.insert(0, f"data: {' → '.join(sources)}")
-    return said
+        changes.insert(0, f"data: {' → '.join(sources)}")
+    return changes
 
 
 def _shown(value: object) -> str:
@@ -47,20 +47,20 @@ def _shown(value: object) -> str:
 def data_changed(
     old: Dataset, new: Dataset, *, old_images: Sequence[str | None], new_images: Sequence[str | None]
 ) -> list[str]:
-    """What differs between two datasets; ``old_images`` and ``new_images`` are the sha256 of each item's."""
-    said = [f"data: {old.name} → {new.name}"] if old.name != new.name else []
-    for what, ids, new_ids in (("user", old.user_ids, new.user_ids), ("item", old.item_ids, new.item_ids)):
-        gone, come = len(set(ids) - set(new_ids)), len(set(new_ids) - set(ids))
-        if gone or come:
-            parts = [f"{count} {verb}" for count, verb in ((come, "added"), (gone, "removed")) if count]
-            said.append(f"data: of {len(ids)} {what}s, {' and '.join(parts)}")
-    said += _differences("users' histories", _histories(old), _histories(new))
-    for what, before, after in (("titles", old.titles, new.titles), ("texts", old.texts, new.texts)):
-        said += _differences(what, _by_item(old, before), _by_item(new, after))
-    said += _differences("images", _by_item(old, old_images), _by_item(new, new_images))
+    """How two data sets differ. ``old_images`` and ``new_images``: sha256 of each item's picture."""
+    changes = [f"data: {old.name} → {new.name}"] if old.name != new.name else []
+    for kind, ids, new_ids in (("user", old.user_ids, new.user_ids), ("item", old.item_ids, new.item_ids)):
+        removed, added = len(set(ids) - set(new_ids)), len(set(new_ids) - set(ids))
+        if removed or added:
+            parts = [f"{count} {verb}" for count, verb in ((added, "added"), (removed, "removed")) if count]
+            changes.append(f"data: of {len(ids)} {kind}s, {' and '.join(parts)}")
+    changes += _differences("users' histories", _histories(old), _histories(new))
+    for field, before, after in (("titles", old.titles, new.titles), ("texts", old.texts, new.texts)):
+        changes += _differences(field, _by_item(old, before), _by_item(new, after))
+    changes += _differences("images", _by_item(old, old_images), _by_item(new, new_images))
     if old.tie_rule != new.tie_rule:
-        said.append(f"data: order of equal times: {old.tie_rule} → {new.tie_rule}")
-    return said or ["data: the order of users or items changed"]
+        changes.append(f"data: order of equal times: {old.tie_rule} → {new.tie_rule}")
+    return changes or ["data: the order of users or items changed"]
 
 
 def _by_item(data: Dataset, values: Sequence[Any]) -> dict[str, Any]:
@@ -72,25 +72,25 @@ def _histories(data: Dataset) -> dict[str, list[str]]:
     return {user: ids[rows].tolist() for user, rows in zip(data.user_ids, data.sequences, strict=True)}
 
 
-def _differences(what: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Of those on both sides, how many differ."""
+def _differences(field: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """How many of the entries on both sides differ."""
     both = before.keys() & after.keys()
     differ = [name for name in both if before[name] != after[name]]
     if not differ:
         return []
-    gone = sum(after[name] is None for name in differ)
-    missing = f", {gone} of them missing now" if gone else ""
-    return [f"data: {len(differ)} of {len(before)} {what} changed{missing}"]
+    lost = sum(after[name] is None for name in differ)
+    missing = f", {lost} of them missing now" if lost else ""
+    return [f"data: {len(differ)} of {len(before)} {field} changed{missing}"]
 
 
 def image_digests(images: Sequence[Path | None], folder: Path) -> list[str | None]:
-    """sha256 of each picture, None where there is none.
+    """sha256 of each picture; None for an item without one.
 
-    ``folder`` (a run's) keeps the hashes with size, time and inode, so that an unchanged picture is not read
-    again.
+    The hashes are kept in ``folder``, the folder of a run, with size, time and inode, so that unchanged
+    pictures are not read again.
     """
     known: dict[str, list[Any]] = _read_hashes(folder / HASHES)
-    fresh: dict[str, list[Any]] = {}
+    current: dict[str, list[Any]] = {}
     for path in images:
         if path is None or not path.is_file():
             continue
@@ -98,14 +98,14 @@ def image_digests(images: Sequence[Path | None], folder: Path) -> list[str | Non
         stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
         entry = known.get(str(path))
         sha = entry[3] if entry is not None and entry[:3] == stamp else _picture_digest(path)
-        fresh[str(path)] = [*stamp, sha]
-    if fresh != known:
-        files.write_json(folder / HASHES, {"pictures": fresh, "sha256": digest(fresh)}, indent=None)
-    return [fresh[str(path)][3] if path is not None and str(path) in fresh else None for path in images]
+        current[str(path)] = [*stamp, sha]
+    if current != known:
+        files.write_json(folder / HASHES, {"pictures": current, "sha256": digest(current)}, indent=None)
+    return [current[str(path)][3] if path is not None and str(path) in current else None for path in images]
 
 
 def _picture_digest(path: Path) -> str:
-    """sha256 of a picture that can be used; for any other, which is masked later, why it cannot."""
+    """sha256 of a valid picture; for others, which are masked later, the reason."""
     try:
         return hashlib.sha256(read_image_file(path)).hexdigest()
     except OSError as error:
@@ -115,7 +115,7 @@ def _picture_digest(path: Path) -> str:
 
 
 def _read_hashes(path: Path) -> dict[str, list[Any]]:
-    """What an earlier call kept; nothing where that is missing or damaged: the pictures are read again."""
+    """The hashes that an earlier call kept; {} if they are missing or damaged, so pictures are read again."""
     try:
         record = read_json(path, dict[str, Any])
         entries, sha = record["pictures"], record["sha256"]
@@ -125,7 +125,7 @@ def _read_hashes(path: Path) -> dict[str, list[Any]]:
 
 
 def content_digest(data: Dataset, images: Sequence[str | None]) -> str:
-    """sha256 of all that a run learns from: interactions, ids, titles, texts and pictures."""
+    """sha256 of the training data: interactions, ids, titles, texts and pictures."""
     sequences = [s.tolist() for s in data.sequences]
     return digest(
         [data.name, data.user_ids, data.item_ids, sequences, data.titles, data.texts, list(images),

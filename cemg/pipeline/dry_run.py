@@ -1,4 +1,4 @@
-"""What a training would do: which stages it would build or reuse, and why. Nothing in the run is written."""
+"""Dry run of a training: which stages it would build or reuse, and why. The run is not changed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ REUSED = "reused"
 def plan(folder: Path, config: RunConfig, *, device: str = "cpu") -> dict[str, str]:
     """Each stage, in order, with "reused" or "built: …" and the reason.
 
-    Works on a temporary folder of links to the stages of ``folder``. Raises UserError where the data cannot
-    be read or the settings do not fit them, as the training does.
+    Works on a temporary folder with links to the stages of ``folder``.
+
+    Raises:
+        UserError: The data cannot be read or the settings do not fit them, as in a training.
     """
     with tempfile.TemporaryDirectory() as name:
         shadow = Path(name) / folder.name
@@ -32,19 +34,19 @@ def plan(folder: Path, config: RunConfig, *, device: str = "cpu") -> dict[str, s
         run = _Plan(shadow)
         pipeline = Pipeline(run, config, device=device)
         for stage in STAGES:
-            if stage == "generator" and {run.said["data"], run.said["catalog"]} != {REUSED}:
-                run.stage(stage, {}, lambda _: None, inputs=("data", "catalog"))  # its settings need both
+            if stage == "generator" and {run.verdicts["data"], run.verdicts["catalog"]} != {REUSED}:
+                run.stage(stage, {}, lambda _: None, inputs=("data", "catalog"))  # its key depends on both
             else:
                 getattr(pipeline, stage)()
-        return run.said
+        return run.verdicts
 
 
 class _Plan(Run):
-    """A run whose stages are compared and not built; ``said`` holds the verdicts."""
+    """A run whose stages are compared but not built. ``verdicts`` has the results."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.said: dict[str, str] = {}
+        self.verdicts: dict[str, str] = {}
 
     def stage(
         self,
@@ -57,14 +59,14 @@ class _Plan(Run):
     ) -> Path:
         key = self.key_of(config, inputs)
         self.keys[name] = key
-        self.said[name] = self._verdict(name, key, config, inputs)
+        self.verdicts[name] = self._verdict(name, key, config, inputs)
         return self.path(name)
 
     def _verdict(self, name: str, key: str, config: Mapping[str, Any], inputs: tuple[str, ...]) -> str:
         folder = self.path(name)
         if not (folder / MANIFEST).exists():
-            return "built: there is none yet"
-        changed = next((i for i in inputs if self.said[i] != REUSED), None)
+            return "built: it does not exist yet"
+        changed = next((i for i in inputs if self.verdicts[i] != REUSED), None)
         if changed is not None:
             return f"built: {changed} is built again"
         try:
@@ -76,8 +78,8 @@ class _Plan(Run):
 
 def _difference(name: str, manifest: Manifest, config: Mapping[str, Any]) -> str:
     if name == "data":
-        return "the data differ from those that are there"
+        return "the data have changed"
     before, after = flat(manifest.config), flat(config)
     names = [n for n in before | after if before.get(n) != after.get(n)]
-    said = [f"{n}: {before.get(n)} → {after.get(n)}" for n in names[:5]]
-    return ", ".join(said) or "another version of CEMG built it, or from other inputs"
+    changes = [f"{n}: {before.get(n)} → {after.get(n)}" for n in names[:5]]
+    return ", ".join(changes) or "it was built by another version of CEMG, or from other inputs"

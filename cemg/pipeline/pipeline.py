@@ -1,4 +1,4 @@
-"""The stages of a run, from raw data to a trained generator and its test (DESIGN §1)."""
+"""The stages of a run, from raw data to a trained generator."""
 
 from __future__ import annotations
 
@@ -51,11 +51,10 @@ class Pipeline(RunArtifacts):
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
 
     def train(self, *, agree: Callable[[list[str], bool], None] | None = None, rebuild: bool = False) -> None:
-        """Data, features, graph, tokenizer, catalog, generator, in this order.
+        """Build or reuse data, features, graph, tokenizer, catalog and generator, in this order.
 
-        The configuration is written first, and a further call continues with it; a run that is finished
-        keeps its own stages and configuration until the last new stage is there. ``agree`` and ``rebuild``:
-        see `Transition`.
+        An interrupted training continues with the next call. A finished run keeps its stages and its
+        configuration until all new stages are complete. ``agree`` and ``rebuild``: see `Transition`.
         """
         self.transition = Transition(self.run, self.asked, agree=agree, rebuild=rebuild)
         self.transition.begin()
@@ -63,7 +62,7 @@ class Pipeline(RunArtifacts):
             for stage in STAGES:
                 getattr(self, stage)()
         except Exception as error:
-            # the same settings are tried again after a full disk; a checkpoint shows that they work
+            # keep the settings after a full disk, or if a checkpoint shows that they work
             transient = isinstance(error, OSError | MemoryError | files.StorageError)
             trained = not isinstance(error, UserError) and self.run.trains()
             if not transient and not trained:
@@ -98,15 +97,15 @@ class Pipeline(RunArtifacts):
         if source.path:
             data = _read_source(source)
         else:
-            console.print("no data was named: this run uses the SYNTHETIC set", highlight=False)
+            console.print("no --data was given: this run uses the SYNTHETIC data set", highlight=False)
             world = self.run.folder / "synthetic"
             data = synthetic_dataset(
                 world, users=source.synthetic_users, items=source.synthetic_items, seed=self.config.seed
             )
         if not len(data.split().users):
             raise UserError(
-                f"{data.name} has no user to test on: nobody has three interactions or more",
-                fix="cemg-data stats tells how long the histories are",
+                f"{data.name} has no user to test on: every user has fewer than three interactions",
+                fix="check the lengths of the histories: cemg-data stats",
             )
         check_before_training(self.config, data, self.run)
         return data
@@ -137,12 +136,12 @@ class Pipeline(RunArtifacts):
             ("decoding", "beams"),
             ("decoding", "batch_size"),
         ):
-            del parts[part][name]  # which changes no weight
+            del parts[part][name]  # does not change the weights
         catalog = self.load_catalog().first(self.load_data().num_items)
         config = parts | {
             "dtype": self.config.dtype,
             "seed": self.config.seed,
-            "catalog_sha256": catalog.digest(),  # made anew it may have other codes, on a GPU
+            "catalog_sha256": catalog.digest(),  # on a GPU, a rebuilt catalog may have other codes
         }
         self._stage("generator", config, self._build_generator, inputs=("data", "catalog"))
 
@@ -163,31 +162,35 @@ class Pipeline(RunArtifacts):
         )
 
     def _encode_images(self, data: Dataset) -> Features:
-        if not any(data.images):  # no picture, no backbone: none is loaded, nor downloaded
+        if not any(data.images):  # then no backbone is loaded or downloaded
             return Features(torch.zeros(data.num_items, 1), torch.zeros(data.num_items, dtype=torch.bool))
         return encode_images(data.images, config=self.config.image, device=self.device, cache=self.cache)
 
     def _project(self, name: str, features: Features, folder: Path) -> dict[str, Tensor]:
-        """PCA of one modality, where there is enough of it to fit one."""
+        """PCA of one modality; zeros if fewer than two different items have it."""
         rows = int(features.present.sum())
         dim = min(self.config.pca.dim, rows, features.width)
         first = features.values[features.present][:1]
-        alike = rows > 1 and bool((features.values[features.present] == first).all())
-        if alike:
-            console.print(f"{name}: all {rows} items have the same one, so it is left out", highlight=False)
-        if rows < 2 or alike:
+        identical = rows > 1 and bool((features.values[features.present] == first).all())
+        if identical:
+            console.print(
+                f"{name}: the features of all {rows} items are identical, so they are not used",
+                highlight=False,
+            )
+        if rows < 2 or identical:
             values = torch.zeros(len(features.present), 1)
             return {name: values, f"{name}_present": torch.zeros_like(features.present)}
         if dim < self.config.pca.dim:
             console.print(
-                f"{name}: {rows} items × {features.width} features, so PCA keeps {dim}", highlight=False
+                f"{name}: PCA keeps {dim} dimensions of {rows} items × {features.width} features",
+                highlight=False,
             )
         fitted = PCA.fit(features, dim=dim, seed=self.config.seed).without_noise()
         pca = dataclasses.replace(fitted, whiten=self.config.pca.whiten)
         pca.save(folder / f"pca_{name}.safetensors")
-        kept = float(pca.explained_variance_ratio.sum())
+        explained = float(pca.explained_variance_ratio.sum())
         console.print(
-            f"{name}: {rows} of {len(features.present)} items, PCA keeps {kept:.1%} of the variance",
+            f"{name}: {rows} of {len(features.present)} items, PCA keeps {explained:.1%} of the variance",
             highlight=False,
         )
         return {name: pca.transform(features.values, features.present), f"{name}_present": features.present}
@@ -228,23 +231,25 @@ class Pipeline(RunArtifacts):
         }  # fmt: skip
         files.write_json(folder / "uniqueness.json", figures)
         console.print(
-            f"catalog: {unique.colliding_before} of {len(unique.codes)} items collided, none does now; "
-            f"{unique.changed_share:.2%} of the codes were changed", highlight=False,
+            f"catalog: {unique.colliding_before} of {len(unique.codes)} items had colliding codes; all are "
+            f"unique now ({unique.changed_share:.2%} of the codes were changed)", highlight=False,
         )  # fmt: skip
 
     def _build_generator(self, folder: Path) -> None:
         try:
             trained = read_clock(folder) is not None
         except DamagedError as error:
-            console.print(f"generator: trained again, for {error.message}", highlight=False, soft_wrap=True)
+            console.print(
+                f"generator: trained again, because {error.message}", highlight=False, soft_wrap=True
+            )
             trained = False
         if not trained:
             self._train_generator(folder)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # five times the weights
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # five times the size of the weights
 
     def _train_generator(self, folder: Path) -> None:
         data = self.load_data()
-        catalog = self.load_catalog().first(data.num_items)  # without items that were added later
+        catalog = self.load_catalog().first(data.num_items)  # without items that cemg-catalog added later
         torch.manual_seed(self.config.seed)
         model, vocabulary = self._backbone(catalog)
         if self.config.backbone.codebook_init:
@@ -286,7 +291,7 @@ class Pipeline(RunArtifacts):
 
 
 def _read_source(source: DataConfig) -> Dataset:
-    """The interactions and items that the configuration names; what the reader has to say is printed."""
+    """The data set that the configuration names. Notes of the reader are printed."""
     data = read_dataset(
         Path(source.path),
         format=source.format,
@@ -308,6 +313,6 @@ def _read_source(source: DataConfig) -> Dataset:
 
 
 def _missing(features: Features, data: Dataset) -> dict[str, str]:
-    """Item id to the reason why it has not this modality."""
+    """Items without this modality: id to reason."""
     rows = torch.nonzero(~features.present).flatten().tolist()
     return {data.item_ids[r]: features.reasons.get(r, "none given") for r in rows}

@@ -1,6 +1,6 @@
-"""Settings that a later stage would refuse, found before the first stage: seconds instead of hours.
+"""Checks that fail in seconds, before the first stage, what a later stage would reject after hours.
 
-No weights are loaded; of models only their configurations and tokenizers are.
+Only configurations and tokenizers of models are loaded, not their weights.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
 
 def check_before_training(config: RunConfig, data: Dataset, run: Run) -> None:
-    """UserError where items, codes, models or lengths do not go together.
+    """Raise UserError if items, codes, models and lengths do not fit together.
 
-    A model that a finished stage of ``run`` was made with is not looked for again: it may be gone since.
+    A model that a finished stage of ``run`` was built with is not checked again: it may be deleted by now.
     """
     _check_modalities(config, data)
     _check_capacity(config, data.num_items)
@@ -42,7 +42,7 @@ def check_before_training(config: RunConfig, data: Dataset, run: Run) -> None:
 
 
 def _config_of(run: Run, stage: str) -> dict[str, Any]:
-    """The settings that a finished stage was made with; {} where there is none."""
+    """The settings that a finished stage was built with; {} if there is none."""
     try:
         return Manifest.read(run.path(stage)).config
     except UserError:
@@ -50,20 +50,20 @@ def _config_of(run: Run, stage: str) -> dict[str, Any]:
 
 
 def _check_modalities(config: RunConfig, data: Dataset) -> None:
-    there = {"text": any(data.texts), "image": any(data.images), "collab": True}
-    left = [name for name, found in there.items() if found and name not in config.without]
+    available = {"text": any(data.texts), "image": any(data.images), "collab": True}
+    left = [name for name, exists in available.items() if exists and name not in config.without]
     if not left:
-        absent = " and ".join(f"{name}s" for name in ("text", "image") if not there[name])
+        absent = " and ".join(f"{name}s" for name in ("text", "image") if not available[name])
         raise UserError(
-            "nothing is left to make semantic IDs of",
+            "no features are left for the semantic IDs",
             cause=f"without: {', '.join(config.without)}"
             + (f"; the items have no {absent}" if absent else ""),
-            fix="--set 'without=[]', or leave out fewer parts",
+            fix="--set 'without=[]', or remove fewer parts",
         )
 
 
 def _check_capacity(config: RunConfig, items: int) -> None:
-    """Every item needs a semantic ID of its own."""
+    """Every item needs a unique semantic ID."""
     tokenizer = config.tokenizer
     suffix = tokenizer.unique == "suffix"
     levels = tokenizer.levels + suffix
@@ -83,7 +83,7 @@ def _check_capacity(config: RunConfig, items: int) -> None:
 
 
 def _check_heads(backbone: BackboneConfig) -> None:
-    """Rotary positions turn pairs of numbers."""
+    """Rotary embeddings need an even head width."""
     rotary = backbone.kind == "scratch" and backbone.architecture == "llama"
     if rotary and backbone.dim // backbone.heads % 2:
         raise UserError(
@@ -94,7 +94,7 @@ def _check_heads(backbone: BackboneConfig) -> None:
 
 
 def _check_pretrained(config: RunConfig) -> None:
-    """The checkpoint exists, is of the kind that was named, and its prompts are long enough."""
+    """The checkpoint exists, is of the given kind, and has enough positions for the prompts."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     backbone = config.backbone
@@ -140,7 +140,7 @@ def _load_config(backbone: BackboneConfig) -> Any:
 
 
 def _instruction_length(backbone: BackboneConfig) -> int:
-    """Tokens of the instruction; UserError where the checkpoint has no tokenizer to read it."""
+    """Number of tokens of the instruction. Raises UserError if the checkpoint has no tokenizer."""
     if not backbone.instruction:
         return 0
     from transformers import AutoTokenizer
@@ -150,15 +150,15 @@ def _instruction_length(backbone: BackboneConfig) -> int:
         tokenizer = AutoTokenizer.from_pretrained(backbone.pretrained, trust_remote_code=False, **gguf)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise UserError(
-            f"backbone.instruction needs a tokenizer, and {backbone.pretrained} has none that loads",
+            f"backbone.instruction needs a tokenizer, but that of {backbone.pretrained} cannot be loaded",
             cause=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="add the tokenizer's files, or leave the instruction out",
+            fix="add the files of the tokenizer, or remove the instruction",
         ) from error
     return len(tokenizer(backbone.instruction, add_special_tokens=False)["input_ids"])
 
 
 def _check_positions(config: RunConfig, about: Any, instruction: int) -> None:
-    """The longest prompt and the codes of the answer fit the model's positions."""
+    """The longest prompt and the generated codes fit the positions of the model."""
     text = about.get_text_config() if hasattr(about, "get_text_config") else about
     limit = getattr(text, "max_position_embeddings", None)
     codes = config.tokenizer.levels + (config.tokenizer.unique == "suffix")
@@ -166,7 +166,7 @@ def _check_positions(config: RunConfig, about: Any, instruction: int) -> None:
     if isinstance(limit, int) and needed > limit:
         raise UserError(
             f"prompts of {needed} tokens do not fit the {limit} positions of {config.backbone.pretrained}",
-            cause=f"{config.generator.history_items} items and the next one, of {codes} codes each; "
+            cause=f"{config.generator.history_items} history items and the next one, {codes} codes each; "
             f"{instruction} tokens of instruction",
-            fix="lower generator.history_items or tokenizer.levels",
+            fix="reduce generator.history_items or tokenizer.levels",
         )

@@ -1,4 +1,4 @@
-"""From the settings of a run to those that it is trained with: nothing finished is replaced unasked."""
+"""Retraining a run: finished stages are replaced only with consent."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from cemg.storage.read import read_json, read_tensors, read_text
 from cemg.storage.run import PENDING, Run
 
 DISCARDED = "the interrupted retraining"
-REMOVED = "that cemg-catalog added are removed"  # what a question says of added items
+REMOVED = "that cemg-catalog added are removed"  # wording of a question
 
 
 class Transition:
-    """One training of a run, from its first question to its commit.
+    """One training of a run, from the first question to the commit.
 
-    ``agree(changes, damaged)`` is called once, before anything that is finished would be replaced, and raises
-    where that is not wanted; None replaces unasked. ``rebuild`` builds damaged stages again unasked.
+    Args:
+        run: The run.
+        asked: The settings of this training.
+        agree: ``agree(changes, damaged)`` is called once before finished stages are replaced, and raises to
+            refuse. None replaces them without a question.
+        rebuild: Whether damaged stages are rebuilt without a question.
     """
 
     def __init__(
@@ -37,13 +41,13 @@ class Transition:
         self.pending = run.folder / PENDING
         self.before = read_text(self.pending) if self.pending.is_file() else None
         self.agreed = agree is None
-        self.named = agree is None  # whether the loss of added items has been agreed to
+        self.named = agree is None  # whether the user agreed to lose added items
 
     def begin(self) -> None:
         """Ask about changed settings, then write them: an interrupted training continues with them."""
         pending, own = _readable(self.pending), _trained_with(self.run)
         if pending is not None and self.run.approved() and _alike(pending, self.asked):
-            self.agreed = self.named = True  # when that training was started
+            self.agreed = self.named = True  # the user agreed when that training started
         base = own if self.run.finished() else pending
         changes = [] if base is None else settings_changed(base, self.asked)
         changes += self._discarded(own, pending)
@@ -52,11 +56,11 @@ class Transition:
         if self.agreed and self.run.started():
             self.run.approve()
         elif not self.agreed and self.run.finished():
-            self.run.abandon()  # what an earlier training built for other settings
+            self.run.abandon()  # discards stages that an earlier training built
         files.write_text(self.pending, config_text(self.asked))
 
     def guard(self, name: str, old: Path, config: Mapping[str, Any]) -> None:
-        """What `Run.stage` calls before it builds a stage that will replace the one in ``old``."""
+        """Called by `Run.stage` before it builds a stage that replaces the one in ``old``."""
         loses = name == "catalog" and not self.named and _added_items(self.run) > 0
         if self.agreed and not loses:
             return
@@ -64,8 +68,8 @@ class Transition:
             manifest = verify(old)
         except DamagedError as error:
             if self.run.finished() and (loses or not self.rebuild):
-                said = f"{error.message}: {error.cause}" if error.cause else error.message
-                self._ask([said], damaged=True, catalog=loses)
+                reason = f"{error.message}: {error.cause}" if error.cause else error.message
+                self._ask([reason], damaged=True, catalog=loses)
             return
         foreign = self._foreign(name, manifest)
         if loses or (self._valuable() and not (foreign and self.rebuild)):
@@ -73,23 +77,26 @@ class Transition:
             self._ask(changes, damaged=bool(foreign), catalog=loses if foreign else name != "generator")
 
     def _foreign(self, name: str, manifest: Manifest) -> str | None:
-        """Says so where a stage came from another run: it was made of other stages than those that are here,
-        or those here of another one, which the settings of now make."""
+        """Why a stage seems to be copied from another run; None if it is not.
+
+        It is foreign if it was built from other stages than those present, or if later stages were built
+        from another version of it that the current settings produce.
+        """
         key = self.run.keys[name]
         made_of = check_origin(self.run.path, manifest)
         if manifest.key == key and made_of is not None:
-            return f"its {name} was not made of the {made_of} that is there now"
+            return f"its {name} was not built from the {made_of} that is there now"
         for other in STAGES:
             with suppress(DamagedError):
                 if Manifest.read(self.run.path(other)).inputs.get(name) == key != manifest.key:
-                    return f"its {other} was not made of the {name} that is there now"
+                    return f"its {other} was not built from the {name} that is there now"
         path = self.run.path(CONFIG)
         if name == "generator" and path.is_file() and generator_of(path) == key != manifest.key:
             return f"{path} names another generator than {self.run.path(name)}"
         return None
 
     def data_guard(self, data: Dataset, images: list[str | None]) -> Callable[..., None]:
-        """``guard`` for the stage of the data, which says what differs in them."""
+        """`guard` for the data stage; it also reports how the data differ."""
 
         def guard(name: str, old: Path, config: Mapping[str, Any]) -> None:
             self.new_data = (data, images)
@@ -104,11 +111,11 @@ class Transition:
             return data_changed(Dataset.load(old), data, old_images=known, new_images=images)
         before, after = flat(manifest.config), flat(config)
         names = [n for n in before | after if before.get(n) != after.get(n)]
-        said = [f"{name}: {n}: {before.get(n)} → {after.get(n)}" for n in names]
-        return said or [f"{name}: it was built by another version, or from other inputs"]
+        changes = [f"{name}: {n}: {before.get(n)} → {after.get(n)}" for n in names]
+        return changes or [f"{name}: it was built by another version, or from other inputs"]
 
     def _ask(self, changes: list[str], *, damaged: bool = False, catalog: bool = False) -> None:
-        """``catalog``: whether that is built again, and so loses the items that were added to it."""
+        """``catalog``: whether the catalog is rebuilt and loses its added items."""
         added = _added_items(self.run) if catalog else 0
         if added:
             changes = [*changes, f"catalog: the {added} items {REMOVED}"]
@@ -118,7 +125,7 @@ class Transition:
         self.run.approve()
 
     def _discarded(self, own: RunConfig | None, pending: RunConfig | None) -> list[str]:
-        """The retraining of a finished run that was interrupted and has other settings than this one."""
+        """An interrupted retraining of a finished run that has other settings than this one."""
         if self.agreed or not self.run.finished() or not self.pending.exists() or not self.run.retrained():
             return []
         changes = settings_changed(own, pending) if own is not None and pending is not None else []
@@ -149,7 +156,7 @@ def _readable(path: Path) -> RunConfig | None:
 
 
 def _trained_with(run: Run) -> RunConfig | None:
-    """The settings in a run's config.yaml, or those that its stages record where that is another run's."""
+    """The settings in config.yaml; if that belongs to another run, those that the stages record."""
     own = _readable(run.path(CONFIG))
     if own is None:
         return None
@@ -165,15 +172,15 @@ def _alike(one: RunConfig, other: RunConfig) -> bool:
 
 
 def _remakes_catalog(old: RunConfig, new: RunConfig) -> bool:
-    """Whether a change of settings changes a stage before the generator, and so the catalog."""
+    """Whether changed settings change a stage before the generator, and so rebuild the catalog."""
     parts = ["backbone", "generator", "decoding", "dtype", "without"]
-    parts += ["data"] if old.data.path and new.data.path else []  # the content of both is compared later
+    parts += ["data"] if old.data.path and new.data.path else []  # their contents are compared later
     one, other = ({k: v for k, v in c.to_dict().items() if k not in parts} for c in (old, new))
     return one != other or {*old.without} - {"llm"} != {*new.without} - {"llm"}
 
 
 def _added_items(run: Run) -> int:
-    """How many items were added to a run's catalog after its training; what is damaged is left out."""
+    """Number of items that were added to the catalog after training; damaged files are ignored."""
     catalog = run.path("catalog")
 
     def counted(*ways: Callable[[], int]) -> int:

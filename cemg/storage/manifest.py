@@ -1,4 +1,4 @@
-"""The manifest of a stage: what its files were when it was finished, and what they were made of."""
+"""The manifest of a stage: hashes of its files and of the stages that it was built from."""
 
 from __future__ import annotations
 
@@ -22,16 +22,37 @@ from cemg.version import __version__
 
 MANIFEST, KEY, CLOCK, CONFIG = "manifest.json", "key.json", "seconds.json", "config.yaml"
 STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")  # in the order of training
-READY = ".ready"  # folder of published stages that are not in place yet, and of their configuration
-OLD_KEYS = {"key", "inputs", "seconds", "files", "shapes", "versions", "config"}  # without a signature
-LOGS = ("log.jsonl", CLOCK, "tensorboard")  # which differ between two builds of the same
+READY = ".ready"  # published stages, with their configuration, that are not yet moved into place
+OLD_KEYS = {
+    "key",
+    "inputs",
+    "seconds",
+    "files",
+    "shapes",
+    "versions",
+    "config",
+}  # of a manifest without a signature
+LOGS = ("log.jsonl", CLOCK, "tensorboard")  # may differ between two builds of the same stage
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """``files``: sha256 by name; ``bytes``: their sizes. ``inputs``: keys of the stages that it was made of;
-    ``made_of``: their ``contents``, the digest of the files a stage was built with, logs left out.
-    ``settings``: those of the whole run, as they were when the stage was built."""
+    """The manifest of a stage.
+
+    Attributes:
+        key: Identifies settings and inputs of the stage.
+        inputs: Key of each input stage.
+        seconds: Wall time of the build.
+        files: sha256 per file.
+        bytes: Size per file.
+        shapes: Shape per tensor.
+        versions: Versions of the packages that built it.
+        config: Settings of the stage.
+        made_of: ``contents`` of each input stage.
+        contents: Digest of the files without logs.
+        settings: Settings of the whole run.
+        sha256: Signature of the manifest.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -50,7 +71,7 @@ class Manifest:
 
     @classmethod
     def read(cls, stage: Path) -> Manifest:
-        """The manifest of a stage's folder. Raises DamagedError where it is missing or altered."""
+        """The manifest in a stage's folder. Raises DamagedError if it is missing or was changed."""
         path, fix = stage / MANIFEST, remedy(stage)
         record = read_json(path, dict[str, Any], fix=fix)
         if record.keys() != OLD_KEYS:
@@ -59,28 +80,30 @@ class Manifest:
 
 
 def remedy(stage: Path) -> str:
-    """The command that builds a damaged stage again."""
+    """The command that rebuilds a damaged stage."""
     run = stage.parent.parent if hidden(stage.parent) else stage.parent
     return f"cemg-train --run {quote(str(run))} --rebuild"
 
 
 def verify(stage: Path, names: Iterable[str] | None = None) -> Manifest:
-    """The manifest of a stage whose files are those that were written: all of them, or those of ``names``.
+    """Verify the files of a stage, or only ``names``, and return its manifest.
 
-    Hashes a file once per process; later calls compare its size, time and inode. Raises DamagedError with
-    the file that is missing, altered or not of this stage.
+    A file is hashed once per process; later calls compare its size, time and inode.
+
+    Raises:
+        DamagedError: A file is missing, was changed, or does not belong to the stage.
     """
     manifest, fix = Manifest.read(stage), remedy(stage)
     for name in manifest.files if names is None else names:
         if name not in manifest.files:
             raise DamagedError(f"{stage / name} is not a file of this stage", fix=fix)
         size = check_file(stage / name, fix=fix).st_size
-        written = size if manifest.bytes is None else manifest.bytes.get(name)
-        if size != written:
-            cause = f"it has {size} bytes and was written with {written}"
+        expected = size if manifest.bytes is None else manifest.bytes.get(name)
+        if size != expected:
+            cause = f"it has {size} bytes instead of {expected}"
             raise DamagedError(f"{stage / name} is damaged", cause=cause, fix=fix)
         if file_digest(stage / name, fix=fix) != manifest.files[name]:
-            cause = "its bytes do not have the sha256 that they were written with"
+            cause = "its sha256 differs from that in the manifest"
             raise DamagedError(f"{stage / name} is damaged", cause=cause, fix=fix)
     return manifest
 
@@ -89,37 +112,37 @@ def describe(
     folder: Path, *, key: str, config: Mapping[str, Any], seconds: float, made_of: Mapping[str, Manifest],
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The manifest of a finished stage as a JSON value; ``made_of`` are the manifests of its inputs."""
-    found = _files(folder)
+    """The manifest of a finished stage as a JSON value. ``made_of``: the manifests of its inputs."""
+    described = _describe_files(folder)
     record = {
         "key": key, "inputs": {name: manifest.key for name, manifest in made_of.items()}, "seconds": seconds,
-        **found, "versions": _versions(), "config": dict(config),
+        **described, "versions": _versions(), "config": dict(config),
         "made_of": {name: manifest.contents for name, manifest in made_of.items()},
-        "contents": _contents(found["files"], config),
+        "contents": _contents(described["files"], config),
         "settings": None if settings is None else dict(settings),
     }  # fmt: skip
     return signed(record)
 
 
 def renew(folder: Path) -> None:
-    """Rewrite the manifest of a stage to which a command has added: the files of now.
+    """Rewrite the manifest of a stage after a command has changed its files.
 
-    Its ``contents`` stay those of before: what was made of the stage is still made of it.
+    ``contents`` does not change, so that later stages stay valid.
     """
     record = read_json(folder / MANIFEST, dict[str, Any], fix=remedy(folder))
-    files.write_json(folder / MANIFEST, signed(record | _files(folder)))
+    files.write_json(folder / MANIFEST, signed(record | _describe_files(folder)))
 
 
 def place_of(run: Path, name: str) -> Path:
-    """Where a stage of a run, or its configuration, is: also one that is published and not yet in place."""
+    """The path of a stage, or of the configuration, even if published and not yet moved into place."""
     ready = run / READY / name
     return ready if ready.exists() else run / name
 
 
 def check_origin(path: Callable[[str], Path], manifest: Manifest) -> str | None:
-    """The first input of a stage that is not the one that it was made of; None where all are.
+    """The first input that changed since the stage was built from it; None if none did.
 
-    ``path`` gives the folder of a stage.
+    ``path(name)`` returns the folder of a stage.
     """
     for name, key in manifest.inputs.items():
         try:
@@ -133,14 +156,14 @@ def check_origin(path: Callable[[str], Path], manifest: Manifest) -> str | None:
 
 
 def write_clock(folder: Path, seconds: float) -> None:
-    """``seconds.json`` of a training that has ended: how long it took, and the hashes of what it wrote."""
+    """Write ``seconds.json`` of a finished training: its duration and the hashes of its files."""
     files.write_json(folder / CLOCK, signed({"seconds": seconds, "files": _hashes(folder)}))
 
 
 def read_clock(folder: Path) -> float | None:
-    """The seconds of a training that has ended in ``folder``; None where it has not.
+    """Duration in seconds of a finished training in ``folder``; None if it is not finished.
 
-    Raises DamagedError where its files are not those that it wrote.
+    Raises DamagedError if its files were changed.
     """
     path = folder / CLOCK
     if not path.exists():
@@ -154,15 +177,15 @@ def read_clock(folder: Path) -> float | None:
 
 
 def stages_of(run: Path) -> dict[str, Manifest]:
-    """The manifests of a run's finished stages, by name. Raises DamagedError where one is damaged."""
-    found = [*run.glob(f"*/{MANIFEST}"), *(run / READY).glob(f"*/{MANIFEST}")]
-    names = {path.parent.name for path in found if not hidden(path.parent)}
+    """The manifests of the finished stages of a run, by name. Raises DamagedError if one is damaged."""
+    paths = [*run.glob(f"*/{MANIFEST}"), *(run / READY).glob(f"*/{MANIFEST}")]
+    names = {path.parent.name for path in paths if not hidden(path.parent)}
     names |= {name for name in STAGES if place_of(run, name).is_dir()}
     return {name: Manifest.read(place_of(run, name)) for name in sorted(names)}
 
 
-def _files(folder: Path) -> dict[str, Any]:
-    """Hashes and sizes of a folder's files, and the shapes of its tensors."""
+def _describe_files(folder: Path) -> dict[str, Any]:
+    """Hashes and sizes of the files of a folder, and the shapes of its tensors."""
     from safetensors import safe_open
 
     hashes = _hashes(folder)
@@ -176,8 +199,7 @@ def _files(folder: Path) -> dict[str, Any]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """sha256 of the files below a folder, by name; checkpoints, what describes the stage and temporary files
-    left out."""
+    """sha256 per file below a folder, without checkpoints, manifest, key and temporary files."""
     paths = sorted(p for p in folder.rglob("*") if stat.S_ISREG(os.lstat(p).st_mode))
     kept = [p for p in paths if p.name not in (KEY, MANIFEST) and not hidden(p)]
     names = {p.relative_to(folder).as_posix(): p for p in kept}
@@ -185,8 +207,11 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _contents(hashes: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """The digest of what a stage holds. That of the data is in their config: their files name the places of
-    pictures, which a moved run changes."""
+    """Digest of the files of a stage.
+
+    For the data it is computed from the config: their files have the paths of pictures, which change when a
+    run is moved.
+    """
     if "content" in config:
         return digest(config["content"])
     return digest({name: sha for name, sha in hashes.items() if name.split("/")[0] not in LOGS})

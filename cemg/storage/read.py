@@ -1,7 +1,7 @@
-"""Reading what a command wrote before: every file comes back whole and of the expected types, or as an error.
+"""Checked reads of files that a command wrote: the expected types, or an error.
 
-Each reader raises DamagedError with the path where the content is not what was written, and UserError where
-the system refuses to read it. No content of a file raises anything else.
+Each reader raises DamagedError with the path if the content was changed, and UserError if the system refuses
+to read the file. File contents raise no other error.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-Shape = tuple[int | str, ...]  # a name stands for any size, the same wherever it occurs
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of a dataclass that a file holds
+Shape = tuple[int | str, ...]  # a name stands for any size, the same everywhere it occurs
+STRICT = ConfigDict(
+    extra="forbid", strict=True, allow_inf_nan=False
+)  # config of a dataclass that is read from a file
 RESTORE = "restore it from a copy, or build it again: cemg-train --run RUN --rebuild"
 
 
 def check_file(path: Path, *, fix: str = RESTORE) -> os.stat_result:
-    """The status of a regular file. Raises DamagedError for anything else: a folder, a FIFO, a dangling
-    link, or nothing at all."""
+    """The status of a regular file. Raises DamagedError for a folder, a FIFO, a dangling link or no file."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        cause = "it links to nothing" if path.is_symlink() else None
+        cause = "it is a dangling link" if path.is_symlink() else None
         raise DamagedError(f"{path} is missing", cause=cause, fix=fix) from None
     except OSError as error:
         raise unreadable(path, error) from error
     if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise DamagedError(f"{path} is {what} in place of a file", fix=fix)
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise DamagedError(f"{path} is {kind} instead of a file", fix=fix)
     return status
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
-    """What to raise where the system refuses: the file may be whole."""
+    """The error for a file that the system refuses to read; its content may be valid."""
     return UserError(f"{path} cannot be read: {error.strerror or error}", fix="check its permissions")
 
 
@@ -71,12 +72,12 @@ def read_text(path: Path, *, fix: str = RESTORE) -> str:
 
 
 def read_json(path: Path, shape: type[T], *, fix: str = RESTORE) -> T:
-    """A JSON file that holds a ``shape``: a builtin, a generic of builtins, or a dataclass."""
+    """Read a JSON file as ``shape``: a builtin, a generic of builtins, or a dataclass."""
     return parse_json(read_bytes(path, fix=fix), shape, name=str(path), fix=fix)
 
 
 def parse_json(content: str | bytes, shape: type[T], *, name: str, fix: str = RESTORE) -> T:
-    """JSON text as a ``shape``; ``name`` says in errors where it comes from."""
+    """Parse JSON text as ``shape``. ``name``: source of the text, for errors."""
     try:
         value: T = _adapter(cast(Hashable, shape)).validate_json(content, strict=True)
         return value
@@ -86,10 +87,10 @@ def parse_json(content: str | bytes, shape: type[T], *, name: str, fix: str = RE
         if first["type"] == "json_invalid":
             raise DamagedError(f"{name} is not valid JSON", cause=first["msg"], fix=fix) from error
         cause = f"{place}: {first['msg']}" if place else first["msg"]
-        raise DamagedError(f"{name} does not hold what it should", cause=cause, fix=fix) from error
+        raise DamagedError(f"{name} does not have the expected content", cause=cause, fix=fix) from error
     except (UserError, RecursionError, ValueError, OverflowError) as error:
         raise DamagedError(
-            f"{name} does not hold what it should", cause=_first_line(error), fix=fix
+            f"{name} does not have the expected content", cause=_first_line(error), fix=fix
         ) from error
 
 
@@ -101,9 +102,12 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
 def read_tensors(
     path: Path, spec: Mapping[str, tuple[torch.dtype, Shape]] | None = None, *, fix: str = RESTORE
 ) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; those of floating point are finite.
+    """Read the tensors of a safetensors file to the CPU. Floating-point values must be finite.
 
-    ``spec`` gives each tensor's dtype and shape, and then no other tensor may be there.
+    Args:
+        path: The file.
+        spec: Dtype and shape of each tensor; other tensors are then an error.
+        fix: What the error suggests.
 
     Example: ``read_tensors(path, {"codes": (torch.int64, ("N", "M"))})``
     """
@@ -116,7 +120,7 @@ def read_tensors(
 def read_tensor_file(
     path: Path, *, finite: bool = True, fix: str = RESTORE
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors as ``read_tensors`` returns them, and the metadata of the file's header."""
+    """Tensors as in `read_tensors`, and the metadata in the header of the file."""
     from safetensors import SafetensorError, safe_open
 
     check_file(path, fix=fix)
@@ -131,7 +135,7 @@ def read_tensor_file(
         raise DamagedError(f"{path} is not a valid safetensors file", cause=cause, fix=fix) from error
     for name, tensor in tensors.items():
         if finite and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise DamagedError(f"{path}: {name} holds values that are not finite", fix=fix)
+            raise DamagedError(f"{path}: {name} has values that are not finite", fix=fix)
     return tensors, metadata
 
 
@@ -139,39 +143,40 @@ def check_tensors(
     path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, tuple[torch.dtype, Shape]],
     *, fix: str = RESTORE,
 ) -> None:  # fmt: skip
-    """DamagedError where names, dtypes or shapes are not those of ``spec``."""
-    if odd := sorted(tensors.keys() ^ spec.keys()):
-        cause = f"{odd[0]!r} is {'missing in' if odd[0] in spec else 'too much for'} it"
-        raise DamagedError(f"{path} does not hold the tensors it should", cause=cause, fix=fix)
+    """Raise DamagedError if names, dtypes or shapes differ from ``spec``."""
+    if different := sorted(tensors.keys() ^ spec.keys()):
+        cause = f"{different[0]!r} is {'missing' if different[0] in spec else 'not expected'}"
+        raise DamagedError(f"{path} does not have the expected tensors", cause=cause, fix=fix)
     sizes: dict[str, int] = {}
     for name, (dtype, shape) in spec.items():
         tensor = tensors[name]
-        wanted = [sizes.get(s, s) if isinstance(s, str) else s for s in shape]
+        expected = [sizes.get(s, s) if isinstance(s, str) else s for s in shape]
         fits = tensor.ndim == len(shape) and all(
-            isinstance(w, str) or w == have for w, have in zip(wanted, tensor.shape, strict=True)
+            isinstance(w, str) or w == have for w, have in zip(expected, tensor.shape, strict=True)
         )
         if tensor.dtype != dtype or not fits:
-            found = (
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} [{', '.join(map(str, wanted))}]"
-            )
-            raise DamagedError(f"{path} does not hold the tensors it should", cause=found, fix=fix)
+            expected_shape = ", ".join(map(str, expected))
+            cause = f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} [{expected_shape}]"
+            raise DamagedError(f"{path} does not have the expected tensors", cause=cause, fix=fix)
         sizes |= {s: have for s, have in zip(shape, tensor.shape, strict=True) if isinstance(s, str)}
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
-    """sha256 over names, dtypes, shapes and bytes of CPU tensors, and the text ``about``."""
+    """sha256 of the names, dtypes, shapes and bytes of CPU tensors, and of the text ``about``."""
     import torch
 
-    found = hashlib.sha256(about.encode())
+    sha = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def read_parquet(path: Path, schema: Mapping[str, Any], *, fix: str = RESTORE) -> pl.DataFrame:
-    """A Parquet file with exactly the columns of ``schema`` (name to Polars dtype). Raises UserError in a
-    process that was forked after Polars had run."""
+    """Read a Parquet file with exactly the columns of ``schema`` (name to Polars dtype).
+
+    Raises UserError in a process that was forked after Polars had started its threads.
+    """
     check_polars(f"reading {path}")
     import polars as pl
 
@@ -180,15 +185,15 @@ def read_parquet(path: Path, schema: Mapping[str, Any], *, fix: str = RESTORE) -
         table = pl.read_parquet(path, glob=False)
         if dict(table.schema) != dict(schema):
             columns = ", ".join(f"{name} {dtype}" for name, dtype in table.schema.items())
-            wanted = ", ".join(f"{name} {dtype}" for name, dtype in schema.items())
-            cause = f"its columns are {columns[:300]}, not {wanted}"
-            raise DamagedError(f"{path} does not hold the table it should", cause=cause, fix=fix)
+            expected = ", ".join(f"{name} {dtype}" for name, dtype in schema.items())
+            cause = f"its columns are {columns[:300]}, not {expected}"
+            raise DamagedError(f"{path} does not have the expected table", cause=cause, fix=fix)
     return table
 
 
 @contextmanager
 def _polars_errors(path: Path, *, fix: str) -> Iterator[None]:
-    """Polars raises its own errors for a damaged file, and its panics are no Exception."""
+    """Turn the errors of Polars into DamagedError. Its panics do not derive from Exception."""
     import polars as pl
 
     try:
@@ -206,16 +211,16 @@ _hashes: dict[tuple[str, int, int, int], str] = {}  # by path, size, time and in
 
 
 def file_digest(path: Path, *, fix: str = RESTORE) -> str:
-    """sha256 of a file's bytes, computed once per process as long as its size, time and inode stay."""
+    """sha256 of a file, computed once per process while its size, time and inode do not change."""
     status = check_file(path, fix=fix)
-    seen = (str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ino)
-    if seen not in _hashes:
+    stamp = (str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ino)
+    if stamp not in _hashes:
         try:
             with path.open("rb") as file:
-                _hashes[seen] = hashlib.file_digest(file, "sha256").hexdigest()
+                _hashes[stamp] = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise unreadable(path, error) from error
-    return _hashes[seen]
+    return _hashes[stamp]
 
 
 def digest(value: object) -> str:
@@ -224,20 +229,20 @@ def digest(value: object) -> str:
 
 
 def signed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """``record`` with the digest of itself as ``sha256``, which ``check_signature`` compares."""
-    plain = {name: value for name, value in record.items() if name != "sha256"}
-    return plain | {"sha256": digest(json.loads(json.dumps(plain, default=str)))}
+    """``record`` with its own digest as ``sha256``, which `check_signature` compares."""
+    unsigned = {name: value for name, value in record.items() if name != "sha256"}
+    return unsigned | {"sha256": digest(json.loads(json.dumps(unsigned, default=str)))}
 
 
 def check_signature(record: Mapping[str, Any], *, name: str, fix: str = RESTORE) -> None:
-    """DamagedError where a record is not the one that ``signed`` wrote."""
+    """Raise DamagedError if a record differs from what `signed` wrote."""
     if signed(record)["sha256"] != record.get("sha256"):
-        cause = "its content does not have the sha256 that it was written with"
+        cause = "its sha256 does not match its content"
         raise DamagedError(f"{name} is damaged", cause=cause, fix=fix)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor itself; a copy where the file has put it at an odd address."""
+    """The tensor, or a copy if its address in the file is not aligned."""
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 

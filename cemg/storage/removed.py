@@ -1,6 +1,6 @@
-"""The items of a run that are not recommended: ``removed.json`` in its folder.
+"""The removed items of a run, which are never recommended: ``removed.json`` in its folder.
 
-Their semantic IDs stay, so a history may still have them. A retraining keeps the list.
+They keep their semantic IDs, so histories may contain them. Retraining keeps the list.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REMOVED = "removed.json"
 
 
 def read_removed(run: Path) -> list[str | int]:
-    """Ids of the removed items, none where there is no list. DamagedError where the list is damaged."""
+    """Ids of the removed items; [] if there is no list. Raises DamagedError if the list is damaged."""
     path = run / REMOVED
     if not os.path.lexists(path):
         return []
@@ -28,10 +28,10 @@ def read_removed(run: Path) -> list[str | int]:
     check_signature(record, name=str(path), fix=fix)
     items = record.get("items")
     if not isinstance(items, list) or not all(isinstance(item, str | int) for item in items):
-        raise DamagedError(f"{path} is damaged", cause="it holds no list of items", fix=fix)
+        raise DamagedError(f"{path} is damaged", cause="it has no list of items", fix=fix)
     return items
 
 
 def write_removed(run: Path, items: Sequence[str | int]) -> None:
-    """Replace the list, whole or not at all."""
+    """Replace the list atomically."""
     files.write_json(run / REMOVED, signed({"items": list(items)}))

@@ -1,9 +1,9 @@
-"""A run is a folder, a stage a folder in it: written under a temporary name, renamed when whole (DESIGN §8).
+"""The folder of a run: one folder per stage, written under a temporary name and renamed when complete.
 
-A stage whose key (its config and its inputs' keys) has not changed is reused if its files are those that
-were written and its inputs those that it was made of; everything else is built anew. A stage that replaces
-another is built in ``.next``: the run stays what it was until ``commit`` publishes all new stages and their
-configuration by one rename, to ``.ready``, from where they are moved into place. Hidden names are not stages.
+A stage is reused if its key (settings and keys of its inputs) has not changed, its files are unchanged, and
+its inputs are those that it was built from; otherwise it is built again. A stage that replaces another is
+built in ``.next``. The old run stays valid until ``commit`` publishes all new stages and their configuration
+by one rename to ``.ready``; from there they are moved into place. Hidden names are not stages.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from cemg.storage.read import check_signature, digest, read_json, signed
 from cemg.version import __version__
 from cemg_kernels.runtime.ranges import named_range
 
-PENDING, NEXT = ".config.next.yaml", ".next"  # the configuration and the stages that a run is being made into
+PENDING, NEXT = ".config.next.yaml", ".next"  # configuration and stages of a training in progress
 CHECKPOINT = Path(".generator.part") / "checkpoints" / "checkpoint.safetensors"
-ADDING = ".adding"  # where a command changes a copy of a stage
+ADDING = ".adding"  # holds the copy of a stage that a command changes
 Guard = Callable[[str, Path, Mapping[str, Any]], None]
 
 
 class Run:
-    """The folder of a run. Holds a lock while a command writes to it."""
+    """The folder of a run. `locked` holds a lock while a command writes to it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.keys: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
-        self._places: dict[str, Path] = {}  # of the stages that this training reused or built
+        self._places: dict[str, Path] = {}  # of stages that this training reused or built
 
     @classmethod
     def existing(cls, folder: Path) -> Run:
-        """A run that is there, settled where this process may write. Raises UserError, which names others."""
+        """An existing run, after `recover`. Raises UserError that names other runs."""
         run = cls(folder)
         if not run.started():
             raise no_such_run(folder)
@@ -67,11 +67,11 @@ class Run:
         return run
 
     def path(self, name: str) -> Path:
-        """Where a stage, or the configuration, is now."""
+        """The current path of a stage or of the configuration."""
         return self._places.get(name) or place_of(self.folder, name)
 
     def key_of(self, config: Mapping[str, Any], inputs: tuple[str, ...]) -> str:
-        """What identifies a stage: its settings, the keys of its inputs and the version of CEMG."""
+        """The key of a stage: digest of its settings, the keys of its inputs and the version of CEMG."""
         return digest({"config": config, "inputs": {i: self.keys[i] for i in inputs}, "version": __version__})
 
     def stage(
@@ -84,43 +84,49 @@ class Run:
         settings: Mapping[str, Any] | None = None,
         guard: Guard | None = None,
     ) -> Path:
-        """The finished folder of stage ``name``, built by ``build(folder)`` unless it stands already.
+        """The finished folder of a stage, built unless a valid one exists.
 
-        An interrupted build finds in its folder what it had written, if config and inputs are the same.
-        ``settings`` are those of the whole run, for the manifest. ``guard(name, folder, config)`` is called
-        before anything is built that will replace ``folder``, and raises where that is not wanted.
+        Args:
+            name: Name of the stage.
+            config: Settings of the stage.
+            build: ``build(folder)`` writes the stage. After an interruption, the folder still has what the
+                last call wrote, if config and inputs are unchanged.
+            inputs: Names of the stages that it reads.
+            settings: Settings of the whole run, for the manifest.
+            guard: ``guard(name, folder, config)`` is called before a stage is built that replaces ``folder``,
+                and raises to refuse.
         """
         key = self.key_of(config, inputs)
         self.keys[name] = key
         self._places.pop(name, None)
         old = self.path(name)
-        stands = next((p for p in (old, self.folder / NEXT / name) if self._stands(p, key)), None)
-        if stands is not None:
+        valid = next((p for p in (old, self.folder / NEXT / name) if self._is_valid(p, key)), None)
+        if valid is not None:
             console.print(f"{name}: reused", highlight=False)
         else:
             if guard is not None and old.exists():
                 guard(name, old, config)
             base = self.folder / NEXT if old.exists() else self.folder
-            if not self._stands(base / f".{name}.part", key):  # else it was killed just before the renaming
+            if not self._is_valid(base / f".{name}.part", key):  # else killed just before the rename
                 with named_range(f"stage: {name}"):
                     self._build(base, name, key, config, build, inputs, settings)
-            stands = _place(base, name)
-        self._places[name] = stands
-        self.seconds[name] = Manifest.read(stands).seconds
-        return stands
+            valid = _move_into_place(base, name)
+        self._places[name] = valid
+        self.seconds[name] = Manifest.read(valid).seconds
+        return valid
 
-    def _stands(self, folder: Path, key: str) -> bool:
-        """Whether the stage in ``folder`` is the one of ``key``, whole, and made of the inputs of now.
+    def _is_valid(self, folder: Path, key: str) -> bool:
+        """Whether ``folder`` has the stage of ``key``, undamaged and built from the current inputs.
 
-        A damaged one is built anew, and a line says so.
+        Prints a line if it is damaged.
         """
         if not (folder / MANIFEST).exists() and (files.hidden(folder) or not folder.exists()):
             return False
         try:
             manifest = verify(folder)
         except DamagedError as error:
-            why = f"{error.message} ({error.cause})" if error.cause else error.message
-            console.print(f"{folder.name}: {why}", highlight=False, soft_wrap=True, markup=False)
+            reason = f"{error.message} ({error.cause})" if error.cause else error.message
+            console.print(f"{folder.name}: {reason}", highlight=False, soft_wrap=True, markup=False)
             return False
         return manifest.key == key and check_origin(self.path, manifest) is None
 
@@ -128,39 +134,37 @@ class Run:
         self, base: Path, name: str, key: str, config: Mapping[str, Any], build: Callable[[Path], None],
         inputs: tuple[str, ...], settings: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
-        doing = base / f".{name}.part"
-        if _key_of(doing) != key:
-            shutil.rmtree(doing, ignore_errors=True)
-            files.make_folder(doing)
-            files.write_json(doing / KEY, signed({"key": key}))
+        part = base / f".{name}.part"
+        if _key_of(part) != key:
+            shutil.rmtree(part, ignore_errors=True)
+            files.make_folder(part)
+            files.write_json(part / KEY, signed({"key": key}))
         console.print(f"{name}: started", highlight=False)
         started = time.monotonic()
-        build(doing)
-        files.sweep(doing)
-        before = read_clock(doing) or 0.0  # of training that was interrupted before
-        seconds = round(max(time.monotonic() - started, before), 2)
+        build(part)
+        files.sweep(part)
+        trained = read_clock(part) or 0.0  # includes the time before an interruption
+        seconds = round(max(time.monotonic() - started, trained), 2)
         made_of = {name: Manifest.read(self.path(name)) for name in inputs}
-        manifest = describe(
-            doing, key=key, config=config, seconds=seconds, made_of=made_of, settings=settings
-        )
-        files.sync_tree(doing)
-        files.write_json(doing / MANIFEST, manifest)
+        manifest = describe(part, key=key, config=config, seconds=seconds, made_of=made_of, settings=settings)
+        files.sync_tree(part)
+        files.write_json(part / MANIFEST, manifest)
         console.print(f"{name}: done in {seconds:.1f} s", highlight=False)
 
     # ---- replacing
 
     def finished(self) -> bool:
-        """Whether a training has ended here."""
+        """Whether a training has finished."""
         path = self.path(CONFIG)
         return path.exists() or path.is_symlink()
 
     def started(self) -> bool:
-        """Whether there is anything of a run: a configuration, or a stage, finished or not."""
+        """Whether there is a configuration or a stage, finished or not."""
         named = self.finished() or any((self.folder / name).exists() for name in (PENDING, NEXT))
         return named or any(self.folder.glob(f"*/{MANIFEST}")) or any(self.folder.glob(f".*.part/{KEY}"))
 
     def approve(self) -> None:
-        """Remember that what stands may be replaced: an interrupted training is then continued unasked."""
+        """Record consent to replace stages, so that an interrupted training continues without a question."""
         files.make_folder(self.folder / NEXT)
 
     def approved(self) -> bool:
@@ -171,36 +175,37 @@ class Run:
         return any((base / CHECKPOINT).exists() for base in (self.folder, self.folder / NEXT))
 
     def retrained(self) -> bool:
-        """Whether stages, or a checkpoint, of an unfinished retraining are there."""
-        fresh = self.folder / NEXT
-        return any(fresh.glob(f"*/{MANIFEST}")) or (fresh / CHECKPOINT).exists()
+        """Whether there are stages or a checkpoint of an unfinished retraining."""
+        new = self.folder / NEXT
+        return any(new.glob(f"*/{MANIFEST}")) or (new / CHECKPOINT).exists()
 
     def commit(self, config: str) -> None:
-        """Publish the stages of this training with their configuration; killed at any line, the run is the
-        old one or the new one."""
-        fresh = self.folder / NEXT
-        wanted = {path.name for path in self._places.values() if path.parent == fresh}
-        if wanted:
-            for path in fresh.iterdir():
-                if path.name not in wanted:
+        """Publish the stages of this training with their configuration, atomically."""
+        new = self.folder / NEXT
+        new_names = {path.name for path in self._places.values() if path.parent == new}
+        if new_names:
+            for path in new.iterdir():
+                if path.name not in new_names:
                     _remove(path)
-            files.write_text(fresh / CONFIG, config)
-            self.publish(fresh)
+            files.write_text(new / CONFIG, config)
+            self.publish(new)
         else:
             files.write_text(self.folder / CONFIG, config)
         (self.folder / PENDING).unlink(missing_ok=True)
         self.abandon()
 
-    def publish(self, fresh: Path) -> None:
-        """Let the stages in the folder ``fresh`` of this run replace those of the same names."""
-        files.sync_tree(fresh)
-        files.move(fresh, self.folder / READY)
+    def publish(self, new: Path) -> None:
+        """Replace stages by those of the same names in ``new``, a folder in this run."""
+        files.sync_tree(new)
+        files.move(new, self.folder / READY)
         self.settle()
 
     @contextmanager
     def revised(self, name: str) -> Iterator[Path]:
-        """A copy of a finished stage to be changed; it replaces the stage, with its key, if the block ends
-        well."""
+        """A copy of a finished stage to be changed in a ``with`` block.
+
+        It replaces the stage, under the same key, unless the block raises.
+        """
         adding = self.folder / ADDING
         try:
             files.make_folder(adding)
@@ -212,13 +217,13 @@ class Run:
             shutil.rmtree(adding, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Remove the stages that were to replace others, and unfinished ones beside finished ones."""
+        """Remove unpublished stages, and unfinished stages beside finished ones."""
         shutil.rmtree(self.folder / NEXT, ignore_errors=True)
         for stage in self.folder.glob(f"*/{MANIFEST}"):
             shutil.rmtree(self.folder / f".{stage.parent.name}.part", ignore_errors=True)
 
     def settle(self) -> None:
-        """Finish what a killed command left: published stages are moved into place, old ones removed."""
+        """Finish what a killed command left: move published stages into place, remove old ones."""
         ready = self.folder / READY
         if ready.is_dir():
             for path in sorted(ready.iterdir()):
@@ -237,44 +242,44 @@ class Run:
         files.sweep(self.folder / "results", shared=True)
 
     def recover(self) -> None:
-        """``settle`` for a command that only reads; where it may not write, it reads around what is left."""
+        """`settle` for a command that only reads; it does nothing without permission to write."""
         if (self.folder / READY).exists() or any(self.folder.glob(".*.old")):
             with suppress(UserError, OSError), self.locked():
                 pass
 
     def check_whole(self) -> None:
-        """UserError where a stage was made of another one than stands there: a training has not ended."""
+        """Raise UserError if a stage was built from another version of its input."""
         for stage, manifest in stages_of(self.folder).items():
             name = check_origin(self.path, manifest)
             if name is not None:
                 raise UserError(
                     f"{self.folder} is between two trainings",
-                    cause=f"its {stage} was not made of the {name} that is there now",
+                    cause=f"its {stage} was not built from the {name} that is there now",
                     fix=f"restore it from a copy, or build it again: {remedy(self.path(stage))}",
                 )
 
     def locked(self) -> AbstractContextManager[None]:
-        """Refuses a second command on the same folder while the first one lives; settles the run."""
+        """Lock the folder against other commands, and settle the run."""
         return _Lock(self)
 
 
 def runs_in(folder: Path) -> list[Path]:
     """The runs among the children of a folder, by name."""
     with suppress(OSError):
-        found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not files.hidden(path)]
-        return [path for path in found if (path / CONFIG).exists() or (path / PENDING).exists()]
+        folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and not files.hidden(path)]
+        return [path for path in folders if (path / CONFIG).exists() or (path / PENDING).exists()]
     return []
 
 
 def nearest_run(folder: Path) -> Path | None:
-    """The run beside ``folder``, which does not exist, whose name is spelled much like its own."""
+    """For a folder that does not exist, the run beside it with a similar name."""
     others = [] if folder.exists() else runs_in(folder.parent)
     near = difflib.get_close_matches(folder.name, [path.name for path in others], n=1, cutoff=0.75)
     return folder.with_name(near[0]) if near else None
 
 
 def no_such_run(folder: Path) -> UserError:
-    """The error for a folder that is not a run: what runs there are, and the nearest name."""
+    """The error for a folder that is not a run. It lists the existing runs and the closest name."""
     others = runs_in(folder) or runs_in(folder.parent)
     what = f"{folder} is not a run: it has no {CONFIG}" if folder.is_dir() else f"there is no run {folder}"
     if not others:
@@ -287,7 +292,7 @@ def no_such_run(folder: Path) -> UserError:
 
 
 class _Lock(AbstractContextManager[None]):
-    """The system holds the lock for the process that has the file open: it dies with the process."""
+    """A file lock. The system releases it when the process ends."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.path = run, run.folder / ".lock"
@@ -318,10 +323,10 @@ class _Lock(AbstractContextManager[None]):
         self.file.close()
 
 
-def _key_of(doing: Path) -> str | None:
-    """The key of the stage that is under way in ``doing``; None where there is none, or none can be read."""
-    path = doing / KEY
-    if not doing.is_dir():
+def _key_of(part: Path) -> str | None:
+    """The key of the stage being built in ``part``; None if there is none or it cannot be read."""
+    path = part / KEY
+    if not part.is_dir():
         return None
     try:
         record = read_json(path, dict[str, str])
@@ -333,13 +338,13 @@ def _key_of(doing: Path) -> str | None:
         return None
 
 
-def _place(base: Path, name: str) -> Path:
-    """Rename a finished stage into place; killed at any line, the next call still finds a whole one."""
-    done, doing = base / name, base / f".{name}.part"
-    (doing / KEY).unlink(missing_ok=True)
-    _remove(done)  # of other settings; never published
-    files.move(doing, done)
-    return done
+def _move_into_place(base: Path, name: str) -> Path:
+    """Rename a finished stage. If the process is killed, the next call finds a complete stage."""
+    finished, part = base / name, base / f".{name}.part"
+    (part / KEY).unlink(missing_ok=True)
+    _remove(finished)  # built with other settings and never published
+    files.move(part, finished)
+    return finished
 
 
 def _remove(path: Path) -> None:

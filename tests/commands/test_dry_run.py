@@ -28,7 +28,7 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
         (
             ("--set", "data.synthetic_users=41"),
             {"data", "features", "graph", "tokenizer", "catalog", "generator"},
-            "the data differ",
+            "the data have changed",
         ),
     ],
 )
@@ -49,7 +49,7 @@ def test_every_stage_that_a_change_affects_is_listed_with_the_reason(
 def test_a_dry_run_of_a_new_run_lists_every_stage_and_creates_nothing(tmp_path, command, capsys):
     options = ("--set", "data.synthetic_users=40", "--set", "data.synthetic_items=50")
     assert command(train.main, "--run", tmp_path / "new", *options, "--dry-run") == 0
-    assert set(verdicts(capsys.readouterr().out).values()) == {"built: there is none yet"}
+    assert set(verdicts(capsys.readouterr().out).values()) == {"built: it does not exist yet"}
     assert not (tmp_path / "new").exists()
 
 

@@ -112,7 +112,7 @@ def test_a_configuration_that_expands_without_limit_is_refused(tmp_path, text, s
 
 
 def test_a_configuration_is_not_read_from_an_endless_device():
-    with pytest.raises(UserError, match="pipe or a device in place of a file"):
+    with pytest.raises(UserError, match="pipe or a device instead of a file"):
         load_config(Path("/dev/zero"))
 
 

@@ -79,7 +79,7 @@ IMPOSSIBLE: dict[str, tuple[list[str], str]] = {
         [f"tokenizer.levels={MAX_LEVELS}", "tokenizer.unique=suffix"],
         "the limit is",
     ),
-    "nothing left": (["without=[collab, image, text]"], "nothing is left to make semantic IDs of"),
+    "nothing left": (["without=[collab, image, text]"], "no features are left for the semantic IDs"),
     "heads of an odd width": (
         ["backbone.architecture=llama", "backbone.dim=18", "backbone.heads=2"],
         "make heads of 9, which is odd",
@@ -164,7 +164,7 @@ def test_a_text_shared_by_all_items_is_left_out_with_a_note(shop, run_of, tmp_pa
     pipeline.features()
     made = load_file(tmp_path / "run" / "features" / "features.safetensors")
     assert not made["text_present"].any() and made["text"].isfinite().all()
-    assert "text: all 6 items have the same one, so it is left out" in capsys.readouterr().err
+    assert "text: the features of all 6 items are identical, so they are not used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("whiten", ["false", "true"])

@@ -40,7 +40,7 @@ def test_a_run_that_was_retrained_after_it_was_opened_is_not_read(
     artifacts = RunArtifacts.open(tmp_path / "run")
     READS[read](artifacts)
     _retrain(tmp_path / "run", stage)
-    with pytest.raises(UserError, match="was trained anew while it was opened"):
+    with pytest.raises(UserError, match="was retrained while it was open"):
         READS[read](artifacts)
 
 
@@ -51,7 +51,7 @@ def test_titles_and_codes_of_a_long_lived_recommender_belong_to_the_training_it_
     recommender = Recommender.from_run(tmp_path / "run")
     _retrain(tmp_path / "run", "data")
     for read in (recommender.titles, lambda: recommender.encode_items(["A thing"], [None])):
-        with pytest.raises(UserError, match="was trained anew while it was opened"):
+        with pytest.raises(UserError, match="was retrained while it was open"):
             read()
 
 

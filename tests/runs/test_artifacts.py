@@ -89,7 +89,7 @@ def test_every_reader_refuses_a_path_that_is_not_a_file(tmp_path: Path, what: st
     path = tmp_path / "folder" / "x"
     path.parent.mkdir()
     in_place_of(path, what)
-    with pytest.raises(DamagedError, match=r"is missing|in place of a file"):
+    with pytest.raises(DamagedError, match=r"is missing|instead of a file"):
         READERS[reader](path)
 
 
@@ -122,9 +122,9 @@ def test_tensors_are_read_with_their_dtypes_and_shapes(tmp_path: Path) -> None:
         ({"mean": torch.ones(2, 1)}, r"mean is torch.float32 \[2, 1\]"),
         ({"mean": torch.ones(2).double()}, "mean is torch.float64"),
         ({"codes": torch.arange(6)}, r"codes is torch.int64 \[6\], not torch.int64 \[N, M\]"),
-        ({"more": torch.ones(1)}, "'more' is too much for it"),
-        ({"mean": torch.tensor([1.0, float("nan")])}, "mean holds values that are not finite"),
-        ({"mean": torch.tensor([float("inf"), 1.0])}, "mean holds values that are not finite"),
+        ({"more": torch.ones(1)}, "'more' is not expected"),
+        ({"mean": torch.tensor([1.0, float("nan")])}, "mean has values that are not finite"),
+        ({"mean": torch.tensor([float("inf"), 1.0])}, "mean has values that are not finite"),
     ],
 )
 def test_tensors_with_a_wrong_name_dtype_or_shape_are_refused(tmp_path: Path, changed: Any, said: str) -> None:
@@ -135,7 +135,7 @@ def test_tensors_with_a_wrong_name_dtype_or_shape_are_refused(tmp_path: Path, ch
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     save_file({"mean": torch.ones(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(DamagedError, match="'codes' is missing in it"):
+    with pytest.raises(DamagedError, match="'codes' is missing"):
         read_tensors(tmp_path / "a.safetensors", SPEC)
 
 

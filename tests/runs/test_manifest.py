@@ -39,7 +39,7 @@ def test_a_shorter_file_is_named_with_both_sizes(stage: Path, size: int) -> None
     (stage / "t.safetensors").write_bytes(whole[:size])
     with pytest.raises(DamagedError, match=r"t\.safetensors is damaged") as error:
         verify(stage)
-    assert error.value.cause == f"it has {len(whole[:size])} bytes and was written with {len(whole)}"
+    assert error.value.cause == f"it has {len(whole[:size])} bytes instead of {len(whole)}"
     assert f"cemg-train --run {stage.parent}" in (error.value.fix or "")
 
 
@@ -125,7 +125,7 @@ def test_a_stage_of_another_run_is_detected_even_if_both_have_the_same_configura
     one.check_whole()
     (tmp_path / "one" / "a").rename(tmp_path / "gone")
     (tmp_path / "other" / "a").rename(tmp_path / "one" / "a")
-    with pytest.raises(UserError, match="b was not made of the a that is there now"):
+    with pytest.raises(UserError, match="b was not built from the a that is there now"):
         one.check_whole()
     assert check_origin(one.path, Manifest.read(tmp_path / "one" / "b")) == "a"
 

@@ -225,7 +225,7 @@ def test_stages_of_two_trainings_are_refused(tiny_run, copy, pipeline):
     shutil.copytree(tiny_run / "tokenizer", copy / "tokenizer")
     with pytest.raises(UserError, match="is between two trainings") as error:
         Recommender.from_run(copy)
-    assert error.value.cause == "its catalog was not made of the tokenizer that is there now"
+    assert error.value.cause == "its catalog was not built from the tokenizer that is there now"
     pipeline(copy, "tokenizer.epochs=1").train()
     Recommender.from_run(copy)
 
@@ -313,7 +313,7 @@ def test_an_exact_list_is_the_start_of_the_full_ranking(tiny_run):
         exact = recommender.recommend([history], top=4, beams=4, exclude_history=excluded, exact=True)
         ranking = [i for i in recommender.item_ids(whole)[0] if not excluded or i not in history]
         assert recommender.item_ids(exact)[0] == ranking[:4] and int(exact.certified) == 4
-    with pytest.raises(UserError, match="transformers takes no exact=True"):
+    with pytest.raises(UserError, match="transformers does not support exact=True"):
         Recommender.from_run(tiny_run, engine="transformers").recommend([history], exact=True)
 
 
@@ -322,7 +322,7 @@ def test_a_filter_is_applied_by_our_engine_and_refused_by_transformers(tiny_run)
     allowed = ItemFilter.from_items(recommender.catalog.trie, [1, 2, 40])
     found = recommender.recommend([["item-0001"]], top=10, filter=allowed)
     assert sorted(found.items[0].tolist()) == [-1] * 7 + [1, 2, 40]
-    with pytest.raises(UserError, match="takes no filter"):
+    with pytest.raises(UserError, match="does not support filter"):
         Recommender.from_run(tiny_run, engine="transformers").recommend([["item-0001"]], filter=allowed)
 
 
