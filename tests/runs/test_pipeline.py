@@ -378,7 +378,7 @@ def test_wrong_requests_are_refused(tiny_run, tmp_path):
     with pytest.raises(UserError, match="item 'item-9' is not in the catalog of 50 items"):
         recommender.recommend([["item-9"]])
     assert recommender.recommend([], top=4).items.shape == (0, 4)
-    with pytest.raises(UserError, match="engine 'fast' is not there"):
+    with pytest.raises(UserError, match="unknown engine 'fast'"):
         Recommender.from_run(tiny_run, engine="fast")
     with pytest.raises(UserError, match="is not a run"):
         Recommender.from_run(tmp_path)
