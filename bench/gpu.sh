@@ -122,7 +122,7 @@ profiled() {  # name, kernels, tests: profiles the first launches of these kerne
 }
 ncu() {
   profiled step "beam_step_kernel|merge_kernel|softmax_kernel" "softmax_and_beam_step and valid and (256-50 or 2048-50)"
-  profiled attention "prompt_kernel|attention_kernel" "attention and float32"
+  profiled attention "shared_prefix_kernel|attention_kernel" "attention and float32"
   profiled logsumexp "logsumexp_kernel" "log_sum_exp"
   profiled quantize "prepare_kernel|residual_quantize_kernel" "codes"
   profiled propagate "layer_kernel|chunk_kernel" "propagation"
