@@ -46,6 +46,7 @@ def check(counts: dict[str, dict[str, int]], count: int) -> None:
     assert named >= set(cemg_kernels.__all__) - {"fast_kernels_enabled"}, "a public call has no draws"
 
 
+@pytest.mark.medium
 def test_changed_arguments_give_the_result_of_the_reference_or_an_error():
     check(drawn(0, 20), 20)
 

@@ -1,6 +1,6 @@
 """Compiles every kernel for sm_80 and sm_90 and reports registers, shared memory and spills. Needs no GPU.
 
-    python -m cemg_kernels.runtime.aot [--all] [--json PATH] [NAME ...]
+    python -m cemg_kernels.runtime.aot [--all] [--arch 80 90] [--json PATH] [NAME ...]
 
 The command compiles every Triton kernel, and ``trie_cuda.cu`` if ``nvcc`` is on PATH. It exits with 1 if a
 kernel does not compile, spills a register, needs more shared memory than the GPU has, or contains a sum that
@@ -103,10 +103,14 @@ def compile_triton(case: AotCase, capability: int) -> Compiled:
     return Compiled(case.name, f"sm_{capability}", registers, shared, spills, stack, wrong)
 
 
-def sweep(names: Sequence[str], *, every: bool) -> list[Compiled]:
-    """Compiles the cases for both architectures in one process per core."""
-    cases = triton_cases(names, every=every)
-    tasks = [(case.name, every, arch) for case in cases for arch in case.architectures]
+def sweep(names: Sequence[str], architectures: Sequence[int], *, every: bool) -> list[Compiled]:
+    """Compiles the cases for the architectures that run them, in one process per core."""
+    tasks = [
+        (case.name, every, arch)
+        for case in triton_cases(names, every=every)
+        for arch in case.architectures
+        if arch in architectures
+    ]
     if not tasks:
         return []
     processes, rows = min(len(os.sched_getaffinity(0)), len(tasks)), []
@@ -162,14 +166,17 @@ def main() -> None:
     parser.add_argument(
         "--all", action="store_true", help="every configuration; takes over an hour on two cores"
     )
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all"
+    )
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("TRITON_INTERPRET is set, so kernels are interpreted, not compiled; unset it")
-    rows = sweep(arguments.names, every=arguments.all)
+    rows = sweep(arguments.names, arguments.arch, every=arguments.all)
     if not arguments.names or "trie_cuda" in arguments.names:
         if shutil.which("nvcc"):
-            rows += [row for arch in ARCHITECTURES for row in compile_cuda(CUDA_SOURCE, arch)]
+            rows += [row for arch in arguments.arch for row in compile_cuda(CUDA_SOURCE, arch)]
         else:
             print("nvcc is not on PATH: trie_cuda.cu was not compiled")
     if not rows:

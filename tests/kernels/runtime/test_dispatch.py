@@ -133,6 +133,7 @@ def test_the_environment_turns_ranges_on(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.medium
 def test_inductor_compiles_a_function_of_every_operation_whole():
     """Whose operands lie by columns, which inductor takes a fake's strides at their word for."""
     graph = BipartiteGraph.from_edges(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2, 2)
