@@ -81,8 +81,10 @@ def settings_table(kind: type, names: Sequence[str], prefix: str = "") -> str:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    missing = field.default_factory is dataclasses.MISSING
-    return field.default if missing else field.default_factory()  # type: ignore[misc]
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    factory: Any = field.default_factory
+    return factory()
 
 
 def type_text(hint: Any) -> str:
@@ -192,7 +194,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 @cache
 def record(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return content
 
 
 def figure(names: Sequence[str], part: str, metric: str) -> str:

@@ -43,11 +43,15 @@ def draw_semantic_ids() -> Figure:
     figure, (left, right) = new_figure(9, 3.6, 2)
     residual = z - books[0][codes[:, 0]]
     for panel, points, level in ((left, z, 0), (right, residual, 1)):
-        panel.scatter(*points.T, c=[colors[int(c)] for c in codes[:, level]], s=14, alpha=0.6)
-        panel.scatter(*books[level].T, marker="*", s=190, c=colors, edgecolors="black")
+        panel.scatter(
+            points[:, 0], points[:, 1], c=[colors[int(c)] for c in codes[:, level]], s=14, alpha=0.6
+        )
+        panel.scatter(books[level][:, 0], books[level][:, 1], marker="*", s=190, c=colors, edgecolors="black")
         for code, (x, y) in enumerate(books[level].tolist()):
             panel.annotate(f"{'ab'[level]}_{code}", (x, y), xytext=(7, 7), textcoords="offset points")
-        panel.scatter(*points[shown], s=90, facecolors="none", edgecolors="black", linewidths=1.5)
+        panel.scatter(
+            points[shown, 0], points[shown, 1], s=90, facecolors="none", edgecolors="black", linewidths=1.5
+        )
         panel.set_aspect("equal", "datalim")
         panel.tick_params(labelsize=8)
     first, second = codes[shown].tolist()
@@ -114,7 +118,8 @@ def search() -> tuple[dict[tuple[int, ...], float], set[tuple[int, ...]], float]
     """Scores of all candidates, the prefixes that were kept, and the best score that was pruned."""
     scores: dict[tuple[int, ...], float] = {(): 0.0}
     beams: list[tuple[int, ...]] = [()]
-    kept, pruned = {()}, float("-inf")
+    kept: set[tuple[int, ...]] = {()}
+    pruned = float("-inf")
     for _ in range(2):
         grown = {(*p, c): scores[p] + value for p in beams for c, value in LOG_PROB[p].items()}
         ranked = sorted(grown, key=lambda prefix: grown[prefix], reverse=True)

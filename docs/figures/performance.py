@@ -92,7 +92,8 @@ def draw_growth(folder: Path, target: Path) -> None:
 
 
 def rows_of(source: Path) -> list[dict[str, Any]]:
-    return json.loads(source.read_text())["rows"]
+    rows: list[dict[str, Any]] = json.loads(source.read_text())["rows"]
+    return rows
 
 
 def draw_operations(folder: Path, target: Path) -> None:
