@@ -98,21 +98,18 @@ def score(
         )
         further |= {name: STUDIES[name](search) for name in studies} | {"studies_normalize": studied}
     default_search = engine == "cemg" and beams == config.decoding.beams
-    scope += "" if default_search else f"-{engine}-{beams}-beams"  # nor does another search, or a study
-    scope += "".join(f"-{name}" for name in studies) + (f"-{normalize}" if studies and normalize else "")
+    name = f"{data.name}-cemg-{scope}" + ("" if default_search else f"-{engine}-{beams}-beams")
+    name += _studies_suffix(studies, normalize)
     further["beside"] = first.name
-    second = _write(
-        artifacts,
-        config,
-        f"{data.name}-cemg-{scope}",
-        evaluation,
-        about=about,
-        seconds=seconds,
-        further=further,
-    )
+    second = _write(artifacts, config, name, evaluation, about=about, seconds=seconds, further=further)
     if copy is not None:
         files.copy_file(second, copy)
     return [first, second]
+
+
+def _studies_suffix(studies: Sequence[str], normalize: str | None) -> str:
+    """Name the studies in the name of a result file, so that it does not replace that of the evaluation."""
+    return "".join(f"-{part}" for part in (*studies, *([normalize] if studies and normalize else [])))
 
 
 def _removed(
