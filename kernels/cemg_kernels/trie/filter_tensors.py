@@ -8,6 +8,7 @@ F filters, B requests, H excluded items and X closed nodes per request, R rows, 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -52,11 +53,7 @@ class FilterTensors(NamedTuple):
 
     def view(self, rows: int) -> Any:
         """Returns the C++ FilterView for a call with ``rows`` rows."""
-        open_, filter_of, closed, words, max_closed, per_request = self.fields(rows)
-        return native().FilterView(
-            open=open_, filter_of=filter_of, closed=closed, words=words, max_closed=max_closed,
-            rows_per_request=per_request,
-        )  # fmt: skip
+        return _view(*self.fields(rows))
 
     def to(self, device: str | torch.device) -> FilterTensors:
         """Returns the tensors on another device."""
@@ -91,6 +88,15 @@ class Filter:
     def device(self) -> torch.device:
         """The device of the filter's tensors."""
         return self.tensors.open.device
+
+
+@lru_cache(maxsize=64)
+def _view(open: int, filter_of: int, closed: int, words: int, max_closed: int, rows_per_request: int) -> Any:
+    """Returns a C++ FilterView of these addresses and sizes. Building one takes 3 us, a small step 15."""
+    return native().FilterView(
+        open=open, filter_of=filter_of, closed=closed, words=words, max_closed=max_closed,
+        rows_per_request=rows_per_request,
+    )  # fmt: skip
 
 
 def open_nodes(trie: TrieArrays, by_rank: Tensor) -> Tensor:
