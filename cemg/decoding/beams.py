@@ -16,7 +16,7 @@ from cemg_kernels import ItemFilter, RequestFilter, Trie
 from cemg_kernels.constrained.beam_step import BeamStep
 
 Filter = ItemFilter | RequestFilter
-MAX_BEAMS = 100_000  # per prompt; every tensor of a search has a row per beam
+MAX_BEAMS = 100_000  # per prompt; every tensor of a search has one row per beam
 MARGIN = 1e-4  # a result is certified if it beats every pruned score by more than this
 
 
@@ -25,11 +25,11 @@ class Recommendations:
     """The results of a search, best first.
 
     Attributes:
-        items: int64 [B, top], catalog rows or integer item ids; -1 where there is no further item.
-        scores: float32 [B, top], sums of log-probabilities; -inf where there is no item.
-        codes: int64 [B, top, M], the semantic IDs; -1 where there is no item.
+        items: int64 [B, top], catalog rows or integer item ids; -1 past the last item.
+        scores: float32 [B, top], sums of log-probabilities; -inf past the last item.
+        codes: int64 [B, top, M], the semantic IDs; -1 past the last item.
         certified: int64 [B], the number of leading results that are proven to be the true top.
-        ids: B lists of ``top`` item ids, None where there is no item. Set by ``Recommender``, else empty.
+        ids: B lists of ``top`` item ids, None past the last item. Set by ``Recommender``, else empty.
         titles: B lists of ``top`` titles, None where there is none. Set by ``Recommender``, else empty.
     """
 
@@ -56,7 +56,7 @@ class Recommendations:
         Args:
             trie: The trie that was searched.
             scores: float32 [B, W], best first.
-            leaves: int32 [B, W], nodes of the trie; -1 for a beam that is not alive.
+            leaves: int32 [B, W], nodes of the trie; -1 for dead beams.
             codes: int64 [B, W, M].
             pruned: float32 [B], the best score that the search pruned.
         """
@@ -97,7 +97,7 @@ class Recommendations:
 class Beams:
     """The prefixes that a search keeps, best first.
 
-    ``scores`` [B, W]; ``nodes`` [B, W] of the trie, -1 for a beam that is not alive; ``codes`` [B, W, m] so
+    ``scores`` [B, W]; ``nodes`` [B, W] of the trie, -1 for dead beams; ``codes`` [B, W, m] so
     far; ``parents`` [B, W], the beams that they extend; ``pruned`` [B], the best score pruned so far.
     """
 

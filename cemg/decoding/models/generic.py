@@ -132,7 +132,7 @@ class TreeMaskState:
 class WindowedState:
     """The tree mask while all sequences fit in the model's window, then one row per beam.
 
-    Past the window, what a layer attends to depends on the layer, so only the model's own masks are correct.
+    Past the window, layers attend to different ranges, so only the model's own masks are correct.
     """
 
     def __init__(self, plan: GenericPlan, window: int, tree: TreeMaskState) -> None:
