@@ -328,26 +328,26 @@ class Decoder:
         state = self.plan.new_state()
         with timed_stage("prefill", "decode: prefill"):
             logits = state.prefill(input_ids, attention_mask, self.logits_request(0), num_tokens)
-        found = Beams.at_root(len(input_ids), self.trie.device)
+        prefixes = Beams.at_root(len(input_ids), self.trie.device)
         for level in range(self.catalog.levels):
             if level > 0:
-                rows = self._open_beams(found.nodes)
+                rows = self._open_beams(prefixes.nodes)
                 if rows is not None and not bool(rows.any()):
-                    self._walk_to_leaves(found)
+                    self._walk_to_leaves(prefixes)
                     break
-                tokens = self.tokens.of_level(level - 1, found.codes[:, :, -1])
+                tokens = self.tokens.of_level(level - 1, prefixes.codes[:, :, -1])
                 request = self.logits_request(level)._replace(rows=rows)
                 with timed_stage("decode_steps", f"decode: step {level}"):
-                    logits = state.decode_step(tokens, found.parents, request)
+                    logits = state.decode_step(tokens, prefixes.parents, request)
             with timed_stage("selection"):
                 step = trie_beam_step(
-                    logits.values, found.scores, found.nodes, self.trie, beams, self.normalize,
+                    logits.values, prefixes.scores, prefixes.nodes, self.trie, beams, self.normalize,
                     logits.logsumexp, filter,
                 )  # fmt: skip
-            found.extend(step)
+            prefixes.extend(step)
             if threshold is not None:
-                found.prune_below(threshold)
-        return found.results(self.trie)
+                prefixes.prune_below(threshold)
+        return prefixes.results(self.trie)
 
     def _search_in_one_call(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None
@@ -386,10 +386,10 @@ class Decoder:
             is_open = (ranks[:, 1] - ranks[:, 0] > 1).view(nodes.shape)
         return None if bool(is_open.all()) else is_open
 
-    def _walk_to_leaves(self, found: Beams) -> None:
+    def _walk_to_leaves(self, prefixes: Beams) -> None:
         """Extend beams with one item below, or none, to their leaves."""
-        for _ in range(found.codes.shape[2], self.catalog.levels):
-            codes, nodes = self.trie.children(found.nodes.flatten())
-            codes = codes[:, 0].view(found.nodes.shape)
-            found.codes = torch.cat((found.codes, codes[:, :, None].long()), dim=2)
-            found.nodes = nodes[:, 0].view(found.nodes.shape)
+        for _ in range(prefixes.codes.shape[2], self.catalog.levels):
+            codes, nodes = self.trie.children(prefixes.nodes.flatten())
+            codes = codes[:, 0].view(prefixes.nodes.shape)
+            prefixes.codes = torch.cat((prefixes.codes, codes[:, :, None].long()), dim=2)
+            prefixes.nodes = nodes[:, 0].view(prefixes.nodes.shape)

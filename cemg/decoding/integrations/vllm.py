@@ -102,14 +102,14 @@ class VllmDecoder:
         check_prompts(input_ids, attention_mask, beams)
         rows = zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)
         prompts = [ids[mask].tolist() for ids, mask in rows]
-        found = Beams.at_root(len(prompts), torch.device("cpu"))
+        prefixes = Beams.at_root(len(prompts), torch.device("cpu"))
         for _ in range(self.catalog.levels):
-            log_probs = self._next_codes(prompts, found.nodes, found.codes, beams + 1)  # [B, W, K]
-            total = torch.zeros_like(found.scores)  # log-probabilities are already normalized
-            found.extend(
-                trie_beam_step(log_probs, found.scores, found.nodes, self.trie, beams, "vocab", total)
+            log_probs = self._next_codes(prompts, prefixes.nodes, prefixes.codes, beams + 1)  # [B, W, K]
+            total = torch.zeros_like(prefixes.scores)  # log-probabilities are already normalized
+            prefixes.extend(
+                trie_beam_step(log_probs, prefixes.scores, prefixes.nodes, self.trie, beams, "vocab", total)
             )
-        return expand_shared_ids(found.results(self.trie).cpu(), self.catalog, None, beams)
+        return expand_shared_ids(prefixes.results(self.trie).cpu(), self.catalog, None, beams)
 
     def close(self) -> None:
         """Stop the engine and free its memory. The decoder cannot be used afterwards."""
