@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from cemg.decoding.models.layers import (
     code_table,
     padding_mask,
 )
+from cemg.decoding.models.stacks import PositionTables, Stack, StackedPlan, StackLayer
 from cemg.decoding.models.weights import unwrapped, weight_of
-from cemg.decoding.protocol import DecoderPlan, Logits, LogitsRequest, Unsupported
+from cemg.decoding.protocol import Logits, LogitsRequest, Unsupported
 from cemg_kernels.attention.shared_prefix import shared_prefix_attention
 
+ROTARY_TABLE_STEP = 256  # positions by which the rotary tables grow
 ROTARY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -47,7 +50,7 @@ class Layer:
     feed_forward: FeedForward
 
 
-class CausalPlan(DecoderPlan):
+class CausalPlan(StackedPlan):
     """The weights of a GPT-2, Llama, Mistral, Qwen2 or Qwen3, arranged for our own steps.
 
     Raises:
@@ -56,6 +59,7 @@ class CausalPlan(DecoderPlan):
     """
 
     steps_in_torch = True
+    start_token = 0
 
     def __init__(self, model: PreTrainedModel, code_tokens: range) -> None:
         source = unwrapped(model, ("GPT2LMHeadModel", *ROTARY))
@@ -63,6 +67,8 @@ class CausalPlan(DecoderPlan):
         self.dtype = source.dtype
         self.positions: Tensor | None = None
         self.rotation: Callable[..., Any] | None = None
+        self._rotary_tables: tuple[Tensor, Tensor] | None = None
+        self._lock = Lock()  # of these tables
         if config.model_type == "gpt2":
             self._read_gpt2(source, config)
         else:  # RMSNorm, rotary positions and a gated feed-forward block
@@ -75,6 +81,40 @@ class CausalPlan(DecoderPlan):
 
     def new_state(self) -> CausalState:
         return CausalState(self)
+
+    def encoder_stack(self) -> None:
+        return None
+
+    def decoder_stack(self) -> Stack:
+        layers = [
+            StackLayer(
+                layer.norm, layer.qkv, layer.out, layer.feed_forward, q_norm=layer.q_norm, k_norm=layer.k_norm
+            )
+            for layer in self.layers
+        ]
+        return Stack(
+            self.heads, self.kv_heads, self.scale, self.embedding, self.head.norm, self.head.scale, layers
+        )
+
+    def prompt_positions(self, length: int, longest: int) -> PositionTables:
+        return self._position_tables(longest)
+
+    def step_positions(self, step: int, longest: int) -> PositionTables:
+        return self._position_tables(longest + step)
+
+    def _position_tables(self, count: int) -> PositionTables:
+        """The tables of at least ``count`` positions."""
+        if self.positions is not None:
+            self.check_fits(count)
+            return PositionTables(embedding=self.positions)
+        with self._lock:
+            if self._rotary_tables is None or len(self._rotary_tables[0]) < count:
+                rounded = -(-count // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP
+                cosine, sine = self.rotary(torch.arange(rounded)) or (None, None)
+                assert cosine is not None and sine is not None
+                self._rotary_tables = cosine[:, 0].contiguous(), sine[:, 0].contiguous()  # [P, Dh]
+            cosine, sine = self._rotary_tables
+        return PositionTables(cosine=cosine, sine=sine)
 
     def _read_gpt2(self, source: Any, config: Any) -> None:
         if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:

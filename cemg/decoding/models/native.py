@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cemg.decoding.models.causal import CausalPlan
-from cemg.decoding.models.layers import FeedForward, Norm, Projection
-from cemg.decoding.models.t5 import T5Plan
+from cemg.decoding.models.layers import Norm, Projection
+from cemg.decoding.models.stacks import PositionTables, Stack, StackedPlan, StackLayer
 from cemg.decoding.protocol import (
     DecoderPlan,
     Logits,
@@ -38,26 +37,18 @@ from cemg_kernels.trie.filter_tensors import FilterTensors
 if TYPE_CHECKING:
     from cemg_kernels import _native
 
-ROTARY_TABLE_STEP = 256  # positions by which the rotary tables grow
 WEIGHT_BLOCK = 2**24  # floats of weights that share one memory block
 MAX_KEPT_BYTES = 2**28  # the next call does not reuse a larger search; each calling thread has its own
 ACTIVATIONS = {"ReLU": "RELU", "SiLU": "SILU", "SiLUActivation": "SILU", "GELUActivation": "GELU",
                "NewGELUActivation": "GELU_TANH", "GELUTanh": "GELU_TANH"}  # fmt: skip
 
 
-class PositionTables(NamedTuple):
-    """Tables by position: embeddings [P, d], cosines and sines [P, Dh] of the rotary embedding, a bias."""
-
-    embedding: Tensor | None = None
-    cosine: Tensor | None = None
-    sine: Tensor | None = None
-    bias: Tensor | None = None
-
-    def addresses(self) -> _native.PositionTables:
-        """The same tables for C++, which does not keep the tensors alive."""
-        return native().PositionTables(
-            **{name: table.data_ptr() for name, table in self._asdict().items() if table is not None}
-        )
+def addresses_of(tables: PositionTables) -> _native.PositionTables:
+    """The same tables for C++, which does not keep the tensors alive."""
+    addresses: _native.PositionTables = native().PositionTables(
+        **{name: table.data_ptr() for name, table in tables._asdict().items() if table is not None}
+    )
+    return addresses
 
 
 def large_pages(count: int) -> Tensor:
@@ -97,6 +88,12 @@ class Sizes(NamedTuple):
     head_dim: int
 
 
+def sizes_of(stack: Stack) -> Sizes:
+    """The sizes of the first layer."""
+    head_dim = stack.layers[0].qkv.weight.shape[0] // (stack.heads + 2 * stack.kv_heads)
+    return Sizes(stack.embedding.shape[1], stack.heads, stack.kv_heads, head_dim)
+
+
 def check_sizes(parts: Sequence[tuple[Projection | Norm | None, tuple[int, ...]]]) -> None:
     """Raises Unsupported if a weight does not have the shape that C++ will read."""
     for part, shape in parts:
@@ -119,27 +116,29 @@ class NativePlan(DecoderPlan):
 
     searches_in_one_call = True
 
-    def __init__(self, plan: T5Plan | CausalPlan) -> None:
+    def __init__(self, plan: StackedPlan) -> None:
         if plan.dtype != torch.float32 or plan.embedding.device.type != "cpu":
             raise Unsupported(f"its weights are {plan.dtype} on {plan.embedding.device}")
-        self.plan, self.max_tokens = plan, plan.max_tokens
-        self.start_token = plan.start_token if isinstance(plan, T5Plan) else 0
+        self.source, self.max_tokens = plan, plan.max_tokens
+        self.start_token = plan.start_token
         self._kept: list[Tensor] = []  # tensors whose addresses C++ holds
         self._free = torch.empty(0)  # the unused rest of the last block of weights
         self._columns: dict[tuple[int, int], _native.Linear] = {}  # of the head, see ``head_linears``
         self._lock = threading.Lock()  # for what is computed on first use
         self._vocabulary: _native.Linear | None = None  # the whole head
-        self._rotation: tuple[Tensor, Tensor] | None = None
         self._idle: list[_native.BeamSearch] = []  # finished searches, whose buffers the next ones reuse
-        self.encoder = self._t5_encoder(plan) if isinstance(plan, T5Plan) else None
-        self.decoder = self._t5_decoder(plan) if isinstance(plan, T5Plan) else self._causal(plan)
+        encoder, decoder, head = plan.encoder_stack(), plan.decoder_stack(), plan.head.whole
+        sizes = sizes_of(decoder)
+        check_sizes([(head, (len(head.weight), sizes.width))])
+        self.encoder = None if encoder is None else self._transformer(encoder, sizes)
+        self.decoder = self._transformer(decoder, sizes)
         if plan.table is not None:
             self.decoder.set_code_table(
                 table=self._address(plan.table), first_code=plan.first_code, num_codes=len(plan.table)
             )
 
     def describe(self) -> str:
-        return f"{self.plan.describe()} in C++"
+        return f"{self.source.describe()} in C++"
 
     def new_state(self) -> NativeState:
         """A state for one batch."""
@@ -169,8 +168,8 @@ class NativePlan(DecoderPlan):
         tokens, mask = prompt_fields(input_ids, attention_mask)
         batch, length = input_ids.shape
         longest = int(mask.sum(1).max())
-        prompt_positions = self.prompt_positions(length, longest)  # these keep the tables alive
-        positions = [self.step_positions(level, longest) for level in range(trie.levels)]
+        prompt_positions = self.source.prompt_positions(length, longest)  # these keep the tables alive
+        positions = [self.source.step_positions(level, longest) for level in range(trie.levels)]
         linears = [self.head_linears(request) for request in requests]
         scores, pruned = torch.empty(batch, beams), torch.empty(batch)
         leaves = torch.empty(batch, beams, dtype=torch.int32)
@@ -187,8 +186,8 @@ class NativePlan(DecoderPlan):
                     beam_width=beams,
                     first_token=requests[0].first_token,
                     start_token=self.start_token,
-                    prompt_positions=prompt_positions.addresses(),
-                    step_positions=[tables.addresses() for tables in positions],
+                    prompt_positions=addresses_of(prompt_positions),
+                    step_positions=[addresses_of(tables) for tables in positions],
                     level_columns=[columns for columns, _ in linears],
                     vocabulary=linears[0][1],
                     code_tokens=0 if code_tokens is None else code_tokens.data_ptr(),
@@ -205,7 +204,7 @@ class NativePlan(DecoderPlan):
 
     def head_linears(self, request: LogitsRequest) -> tuple[_native.Linear, _native.Linear]:
         """The requested columns of the head; and the whole head if its log-sum-exp is requested."""
-        head, tokens = self.plan.head.whole, request.tokens
+        head, tokens = self.source.head.whole, request.tokens
         key = (request.first_token, request.num_codes) if tokens is None else (tokens.data_ptr(), -1)
         with self._lock:
             if key not in self._columns:
@@ -217,109 +216,61 @@ class NativePlan(DecoderPlan):
             vocabulary = self._vocabulary if request.logsumexp else None
         return self._columns[key], vocabulary or native().Linear()
 
-    def prompt_positions(self, length: int, longest: int) -> PositionTables:
-        """The tables for prompts padded to ``length``, the longest of which has ``longest`` tokens."""
-        if isinstance(self.plan, T5Plan):
-            return PositionTables(bias=self.plan.encoder_bias(length))
-        return self._causal_positions(self.plan, longest)
-
-    def step_positions(self, step: int, longest: int) -> PositionTables:
-        """The tables for the token of decode step ``step``, after prompts of at most ``longest`` tokens."""
-        if isinstance(self.plan, T5Plan):
-            return PositionTables(bias=self.plan.decoder_bias(step))
-        return self._causal_positions(self.plan, longest + step)
-
-    def _causal_positions(self, plan: CausalPlan, count: int) -> PositionTables:
-        if plan.positions is not None:
-            plan.check_fits(count)
-            return PositionTables(embedding=plan.positions)
-        with self._lock:
-            if self._rotation is None or len(self._rotation[0]) < count:
-                rounded = -(-count // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP
-                cosine, sine = plan.rotary(torch.arange(rounded)) or (None, None)
-                assert cosine is not None and sine is not None
-                self._rotation = cosine[:, 0].contiguous(), sine[:, 0].contiguous()  # [P, Dh]
-            cosine, sine = self._rotation
-        return PositionTables(cosine=cosine, sine=sine)
-
-    def _t5_encoder(self, plan: T5Plan) -> _native.Transformer:
-        model = self._stack(plan, plan.heads, 1.0, plan.encoder_embedding, plan.encoder_norm, 1.0)
-        for layer in plan.encoder:
-            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed_forward)
-        return model
-
-    def _t5_decoder(self, plan: T5Plan) -> _native.Transformer:
-        model = self._stack(plan, plan.heads, 1.0, plan.embedding, plan.head.norm, plan.head.scale)
-        both = plan.cross_kv.weight.shape[0] // len(plan.decoder)
-        for number, layer in enumerate(plan.decoder):
-            key_value = plan.cross_kv.part(number * both, (number + 1) * both)
-            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed_forward,
-                      cross_norm=layer.cross_norm,
-                      cross=(layer.cross_q, key_value, layer.cross_out))  # fmt: skip
-        return model
-
-    def _causal(self, plan: CausalPlan) -> _native.Transformer:
-        model = self._stack(plan, plan.kv_heads, plan.scale, plan.embedding, plan.head.norm, plan.head.scale)
-        for layer in plan.layers:
-            self._add(model, layer.norm, layer.qkv, layer.out, layer.feed_forward,
-                      head_norms=(layer.q_norm, layer.k_norm))  # fmt: skip
-        return model
-
-    def _stack(
-        self, plan: T5Plan | CausalPlan, kv_heads: int, scale: float, embedding: Tensor, final_norm: Norm,
-        final_scale: float,
-    ) -> _native.Transformer:  # fmt: skip
-        """An encoder or decoder without its layers; both of a model have the same sizes."""
-        qkv = (plan.decoder if isinstance(plan, T5Plan) else plan.layers)[0].qkv.weight
-        size = qkv.shape[0] // (plan.heads + 2 * kv_heads)
-        self.sizes = sizes = Sizes(embedding.shape[1], plan.heads, kv_heads, size)
-        head = plan.head.whole
-        check_sizes([(final_norm, (sizes.width,)), (head, (len(head.weight), sizes.width))])
-        return native().Transformer(
+    def _transformer(self, stack: Stack, sizes: Sizes) -> _native.Transformer:
+        """A copy of an encoder or a decoder, which have the same sizes."""
+        check_sizes([
+            (stack.final_norm, (sizes.width,)),
+            (Projection(stack.embedding), (len(stack.embedding), sizes.width)),
+        ])  # fmt: skip
+        model: _native.Transformer = native().Transformer(
             hidden_size=sizes.width, heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim,
-            attention_scale=scale, embedding=self._address(embedding), vocabulary=len(embedding),
-            final_norm=self._norm(final_norm), final_scale=final_scale,
+            attention_scale=stack.attention_scale, embedding=self._address(stack.embedding),
+            vocabulary=len(stack.embedding), final_norm=self._norm(stack.final_norm),
+            final_scale=stack.final_scale,
         )  # fmt: skip
+        for layer in stack.layers:
+            model.add_layer(self._layer(layer, sizes))
+        return model
 
-    def _add(
-        self, model: _native.Transformer, norm: Norm, qkv: Projection, out: Projection,
-        feed_forward: FeedForward, *, head_norms: Sequence[Norm | None] = (None, None),
-        cross_norm: Norm | None = None, cross: Sequence[Projection | None] = (None, None, None),
-    ) -> None:  # fmt: skip
-        """Checks the sizes of a layer's weights, and adds the layer."""
+    def _layer(self, layer: StackLayer, sizes: Sizes) -> _native.TransformerLayer:
+        """A copy of a layer, after a check of its sizes."""
+        feed_forward = layer.feed_forward
         activation = type(feed_forward.activation).__name__
         if activation not in ACTIVATIONS:
             raise Unsupported(f"the C++ decoder does not have its activation {activation}")
-        width, heads, kv_heads, size = self.sizes
+        width, heads, kv_heads, size = sizes
         queries, keys_values, hidden = heads * size, 2 * kv_heads * size, len(feed_forward.up.weight)
         norms = {
-            "attention_norm": (norm, width), "query_norm": (head_norms[0], size),
-            "key_norm": (head_norms[1], size), "cross_norm": (cross_norm, width),
+            "attention_norm": (layer.norm, width), "query_norm": (layer.q_norm, size),
+            "key_norm": (layer.k_norm, size), "cross_norm": (layer.cross_norm, width),
             "feed_forward_norm": (feed_forward.norm, width),
         }  # fmt: skip
         linears = {
-            "qkv": (qkv, (queries + keys_values, width)), "attention_out": (out, (width, queries)),
-            "cross_query": (cross[0], (queries, width)), "cross_key_value": (cross[1], (keys_values, width)),
-            "cross_out": (cross[2], (width, queries)), "gate": (feed_forward.gate, (hidden, width)),
+            "qkv": (layer.qkv, (queries + keys_values, width)),
+            "attention_out": (layer.out, (width, queries)),
+            "cross_query": (layer.cross_q, (queries, width)),
+            "cross_key_value": (layer.cross_kv, (keys_values, width)),
+            "cross_out": (layer.cross_out, (width, queries)), "gate": (feed_forward.gate, (hidden, width)),
             "up": (feed_forward.up, (hidden, width)), "down": (feed_forward.down, (width, hidden)),
         }  # fmt: skip
         check_sizes([*linears.values(), *((part, (length,)) for part, length in norms.values())])
-        layer = native().TransformerLayer(
+        copy: _native.TransformerLayer = native().TransformerLayer(
             **{name: self._norm(part) for name, (part, _) in norms.items()},
             **{name: self._linear(part) for name, (part, _) in linears.items()},
             activation=native().Activation[ACTIVATIONS[activation]],
         )
-        model.add_layer(layer)
+        return copy
 
     def _linear(self, projection: Projection | None) -> _native.Linear:
         """A projection [out, in] in panels [ceil(out / PANEL), in, PANEL], zero past ``out``."""
-        if projection is None:
-            return native().Linear()
-        out_features, in_features = projection.weight.shape
-        return native().Linear(
-            in_features=in_features, out_features=out_features, panels=self._panels(projection.weight),
-            bias=self._address(projection.bias),
-        )  # fmt: skip
+        linear: _native.Linear = native().Linear()
+        if projection is not None:
+            out_features, in_features = projection.weight.shape
+            linear = native().Linear(
+                in_features=in_features, out_features=out_features, panels=self._panels(projection.weight),
+                bias=self._address(projection.bias),
+            )  # fmt: skip
+        return linear
 
     def _panels(self, weight: Tensor) -> int:
         """Copies a weight in panels to large pages; returns the address."""
@@ -335,9 +286,11 @@ class NativePlan(DecoderPlan):
         return copy.data_ptr()
 
     def _norm(self, norm: Norm | None) -> _native.Norm:
-        if norm is None:
-            return native().Norm()
-        return native().Norm(weight=self._address(norm.weight), bias=self._address(norm.bias), eps=norm.eps)
+        copy: _native.Norm = native().Norm()
+        if norm is not None:
+            weight, bias = self._address(norm.weight), self._address(norm.bias)
+            copy = native().Norm(weight=weight, bias=bias, eps=norm.eps)
+        return copy
 
     def _address(self, tensor: Tensor | None) -> int:
         """The address of a float32 copy that lives as long as the plan; 0 for None."""
@@ -369,12 +322,13 @@ class NativeState:
         self.batch, length = input_ids.shape
         self.step_number = 0
         self.longest = int(mask.sum(1).max())
-        prompt_positions = self.plan.prompt_positions(length, self.longest)  # these keep the tables alive
-        positions = self.plan.step_positions(0, self.longest)
+        source = self.plan.source
+        prompt_positions = source.prompt_positions(length, self.longest)  # these keep the tables alive
+        positions = source.step_positions(0, self.longest)
         logits, native_request = self._empty_logits((self.batch, 1), request)
         self.search.prefill(
             native().Prompts(tokens=tokens.data_ptr(), mask=mask.data_ptr(), batch=self.batch, length=length),
-            prompt_positions.addresses(), self.plan.start_token, positions.addresses(), native_request,
+            addresses_of(prompt_positions), self.plan.start_token, addresses_of(positions), native_request,
         )  # fmt: skip
         self._add_profile()
         return logits
@@ -390,14 +344,14 @@ class NativeState:
                 f"tokens, parents and rows must have the same shape; tokens have {list(tokens.shape)}"
             )
         self.step_number += 1
-        positions = self.plan.step_positions(self.step_number, self.longest)
+        positions = self.plan.source.step_positions(self.step_number, self.longest)
         shape = tuple(tokens.shape) if active is None else (int(active.sum()),)
         logits, native_request = self._empty_logits(shape, request)
         beams = native().BeamInput(
             tokens=tokens.data_ptr(), parents=parents.data_ptr(),
             active=0 if active is None else active.data_ptr(), beams=tokens.shape[1],
         )  # fmt: skip
-        self.search.decode_step(beams, positions.addresses(), native_request)
+        self.search.decode_step(beams, addresses_of(positions), native_request)
         self._add_profile()
         return logits if active is None else logits.scatter(active)
 

@@ -30,8 +30,9 @@ from cemg.decoding.models.layers import (
     padding_mask,
 )
 from cemg.decoding.models.rows import start_token
+from cemg.decoding.models.stacks import PositionTables, Stack, StackedPlan, StackLayer
 from cemg.decoding.models.weights import unwrapped, weight_of
-from cemg.decoding.protocol import DecoderPlan, Logits, LogitsRequest
+from cemg.decoding.protocol import Logits, LogitsRequest
 from cemg.decoding.timings import timed_stage
 
 CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
@@ -61,7 +62,7 @@ class DecoderLayer:
     feed_forward: FeedForward
 
 
-class T5Plan(DecoderPlan):
+class T5Plan(StackedPlan):
     """The weights of a T5, arranged for our own steps.
 
     Raises:
@@ -99,6 +100,28 @@ class T5Plan(DecoderPlan):
 
     def new_state(self) -> T5State:
         return T5State(self)
+
+    def encoder_stack(self) -> Stack:
+        layers = [StackLayer(layer.norm, layer.qkv, layer.out, layer.feed_forward) for layer in self.encoder]
+        return Stack(self.heads, self.heads, 1.0, self.encoder_embedding, self.encoder_norm, 1.0, layers)
+
+    def decoder_stack(self) -> Stack:
+        size = self.cross_kv.weight.shape[0] // len(self.decoder)
+        layers = [
+            StackLayer(
+                layer.norm, layer.qkv, layer.out, layer.feed_forward, cross_norm=layer.cross_norm,
+                cross_q=layer.cross_q, cross_kv=self.cross_kv.part(number * size, (number + 1) * size),
+                cross_out=layer.cross_out,
+            )
+            for number, layer in enumerate(self.decoder)
+        ]  # fmt: skip
+        return Stack(self.heads, self.heads, 1.0, self.embedding, self.head.norm, self.head.scale, layers)
+
+    def prompt_positions(self, length: int, longest: int) -> PositionTables:
+        return PositionTables(bias=self.encoder_bias(length))
+
+    def step_positions(self, step: int, longest: int) -> PositionTables:
+        return PositionTables(bias=self.decoder_bias(step))
 
     @torch.no_grad()
     def _precompute(self, code_tokens: range) -> None:

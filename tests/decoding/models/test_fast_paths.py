@@ -316,7 +316,7 @@ def test_a_model_that_cpp_does_not_support_runs_in_torch_or_is_refused():
     kind, settings = SHAPES["gpt2"]
     model = build(kind, settings | {"activation_function": "quick_gelu"})
     assert Decoder(model, random_catalog(60, 1), START).path == "fast decoder-only"
-    with pytest.raises(UserError, match="knows no activation QuickGELU"):
+    with pytest.raises(UserError, match="does not have its activation QuickGELU"):
         Decoder(model, random_catalog(60, 1), START, backend="native")
     half = build(kind, settings).to(torch.bfloat16)
     assert Decoder(half, random_catalog(60, 1), START).path == "fast decoder-only"
