@@ -1,4 +1,4 @@
-"""Attention of each beam over its own generated tokens, whose keys and values it finds in an ancestor table.
+"""Attention of each beam over its own tokens; an ancestor table locates their keys and values in the cache.
 
 Reordering beams then only rewrites the table; no keys or values are copied.
 R beams, T tokens per beam, H query heads over G key-value heads of dimension Dh, N rows in the KV cache.

@@ -68,9 +68,8 @@ def shared_prefix_attention_reference(
     scores = scores if scores.dtype is torch.float64 else scores.float()
     out = scores.softmax(3).to(values.dtype) @ values
     lse = scores.logsumexp(3, keepdim=True)
-    unfolded = (
-        t.unflatten(2, (query.shape[1], -1)).transpose(1, 2) for t in (out, lse)
-    )  # [B, W, G, H / G, c]
+    # [B, W, G, H / G, c]
+    unfolded = (t.unflatten(2, (query.shape[1], -1)).transpose(1, 2) for t in (out, lse))
     out, lse = (t.flatten(2, 3) for t in unfolded)
     return out, lse[..., 0]
 

@@ -98,11 +98,11 @@ def _write_beams(
     parent = position // BLOCK_K
     child = tl.load(begins_ptr + parent, mask=alive, other=0) + position % BLOCK_K
     code = tl.load(code_ptr + child - 1, mask=alive, other=0)
-    out, kept = user * width + at, at < width
-    tl.store(scores_ptr + out, score, mask=kept)
-    tl.store(parents_ptr + out, parent.to(tl.int64), mask=kept)
-    tl.store(codes_ptr + out, code.to(tl.int64), mask=kept)
-    tl.store(new_nodes_ptr + out, tl.where(alive, child, -1), mask=kept)
+    out, in_width = user * width + at, at < width
+    tl.store(scores_ptr + out, score, mask=in_width)
+    tl.store(parents_ptr + out, parent.to(tl.int64), mask=in_width)
+    tl.store(codes_ptr + out, code.to(tl.int64), mask=in_width)
+    tl.store(new_nodes_ptr + out, tl.where(alive, child, -1), mask=in_width)
     tl.store(pruned_ptr + user + at * 0, score, mask=at == width)
 
 

@@ -23,9 +23,8 @@ from ..trie.filter_tensors import Filter, FilterTensors
 from ..trie.trie import Trie, as_nodes
 
 Normalize = Literal["vocab", "level", "valid"]
-NORMALIZE_INDEX = {
-    name: index for index, name in enumerate(get_args(Normalize))
-}  # as the kernels number them
+# the numbers by which the kernels select a normalisation
+NORMALIZE_INDEX = {name: index for index, name in enumerate(get_args(Normalize))}
 LEVEL = NORMALIZE_INDEX["level"]
 NEG_INF = float("-inf")
 

@@ -154,9 +154,8 @@ def _sparse_sums(graph: BipartiteGraph, table: Tensor) -> Tensor:
     return _adjacency(graph, table.dtype) @ table
 
 
-_adjacencies = (
-    WeakTensorKeyDictionary()
-)  # keyed by ``neighbours``, the same tensor in eager and compiled calls
+# keyed by ``neighbours``, the same tensor in eager and compiled calls
+_adjacencies = WeakTensorKeyDictionary()
 
 
 def _adjacency(graph: BipartiteGraph, dtype: torch.dtype) -> Tensor:
@@ -164,10 +163,8 @@ def _adjacency(graph: BipartiteGraph, dtype: torch.dtype) -> Tensor:
     cached: Tensor | None = _adjacencies.get(graph.neighbours)
     if cached is None or cached.dtype != dtype:
         index = torch.int32 if graph.neighbours.numel() < 2**31 else torch.int64
-        arrays = (
-            graph.row_ptr.to(index),
-            graph.neighbours.to(index, copy=True),
-        )  # a copy, because a value must not reference its key
+        # a copy, because a value must not reference its key
+        arrays = (graph.row_ptr.to(index), graph.neighbours.to(index, copy=True))
         ones = torch.ones(graph.neighbours.numel(), dtype=dtype, device=graph.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns that CSR is in beta

@@ -97,7 +97,7 @@ def compile_triton(case: AotCase, capability: int) -> Compiled:
         target_name = arch[1] if arch else f"sm_{capability}"
         fusion = [] if case.options.get("enable_fp_fusion", True) else ["--fmad=false"]  # as Triton does
         report = _run([_ptxas(capability), "-v", *fusion, f"-arch={target_name}", str(ptx), "-o",
-                     str(Path(folder, "kernel.cubin"))])  # fmt: skip
+                       str(Path(folder, "kernel.cubin"))])  # fmt: skip
     registers, _, spills, stack = next(_usages(report))
     shared, wrong = int(compiled.metadata.shared), len(sums_over_copies(compiled.asm["ttgir"]))
     return Compiled(case.name, f"sm_{capability}", registers, shared, spills, stack, wrong)
@@ -137,7 +137,7 @@ def compile_cuda(source: Path, capability: int) -> list[Compiled]:
     include = source.parent.parent / "include"
     with tempfile.TemporaryDirectory() as folder:
         report = _run(["nvcc", "-std=c++20", "-O3", "-cubin", f"-arch=sm_{capability}", "-Xptxas=-v",
-                     f"-I{include}", str(source), "-o", str(Path(folder, "trie.cubin"))])  # fmt: skip
+                       f"-I{include}", str(source), "-o", str(Path(folder, "trie.cubin"))])  # fmt: skip
     names = re.findall(r"Compiling entry function '(\w+)'", report)
     demangler = shutil.which("c++filt")
     if demangler:

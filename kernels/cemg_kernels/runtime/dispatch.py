@@ -37,11 +37,8 @@ ON_REQUEST = {  # backends that run on a CPU only if the caller names them
     "triton": "interpreted on the CPU, so only on request",
     "sparse": "slower than torch's embedding_bag on the CPU, so only on request",
 }
-TRITON_DTYPES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-)  # that the attention and logsumexp kernels read
+# the dtypes that the attention and logsumexp kernels read
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 _environment = os.environ.get(ENVIRONMENT, "1")  # read once: a read takes 1 us, an operation a few

@@ -52,11 +52,8 @@ def integers_of(name: str, value: Any) -> Tensor:
         if tensor.numel():
             raise ValueError(f"{name} must be integers, got {tensor.dtype}; convert them with .long()")
         return tensor.to(torch.int64)
-    unsigned = tensor.dtype in (
-        torch.uint16,
-        torch.uint32,
-        torch.uint64,
-    )  # torch lacks many of their operations
+    # torch lacks many operations on these
+    unsigned = tensor.dtype in (torch.uint16, torch.uint32, torch.uint64)
     return tensor.to(torch.int64) if unsigned else tensor
 
 

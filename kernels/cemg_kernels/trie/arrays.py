@@ -123,12 +123,12 @@ def verify(arrays: TrieArrays) -> str:
     if problem or pick("trie", torch.device("cpu")) != "native":
         return problem or problem_reference(arrays)
     code, first, rows = arrays.code.contiguous(), arrays.first_child.contiguous(), arrays.rows.contiguous()
-    found: str = native().trie_problem(
+    native_problem: str = native().trie_problem(
         code=code.data_ptr(), code_bytes=code.element_size(), first_child=first.data_ptr(),
         rows=rows.data_ptr(), num_edges=code.numel(), num_words=first.numel(), num_items=rows.numel(),
         levels=arrays.levels, codebook_size=arrays.codebook_size,
     )  # fmt: skip
-    return found
+    return native_problem
 
 
 def problem_reference(arrays: TrieArrays) -> str:

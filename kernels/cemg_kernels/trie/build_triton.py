@@ -70,9 +70,8 @@ def write_kernel(
         node = tl.load(first_ptr + block * L + m) + tl.cumsum(starts.to(tl.int32), 0) - 1
         code = tl.load(codes_ptr + row * stride_codes + m, mask=starts, other=0)
         tl.store(code_ptr + node - 1, code.to(code_ptr.dtype.element_ty), mask=starts)
-        tl.store(
-            first_child_ptr + parent, node, mask=parent_starts
-        )  # a node and its first child start at the same rank
+        # a node and its first child start at the same rank
+        tl.store(first_child_ptr + parent, node, mask=parent_starts)
         parent, parent_starts = node, starts
 
 

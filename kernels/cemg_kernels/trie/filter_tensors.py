@@ -139,19 +139,19 @@ def closed_nodes(trie: TrieArrays, open: Tensor, filter_of: Tensor, excluded: Te
     Returns:
         int32 [B, X], as ``closed`` of ``FilterTensors``.
     """
-    requests, most = excluded.shape
+    requests, max_excluded = excluded.shape
     if not excluded.numel():
         return excluded
     bitmaps = FilterTensors(open, filter_of, excluded.new_empty(0, 0))
     if pick("trie", excluded.device) == "native":
         excluded = excluded.contiguous()
-        closed = excluded.new_empty(requests, most * trie.levels + 1)
+        closed = excluded.new_empty(requests, max_excluded * trie.levels + 1)
         if closed.device.type == "cuda":
-            arguments = excluded, most, trie.levels, closed
+            arguments = excluded, max_excluded, trie.levels, closed
             trie_cuda.launch("close", trie, bitmaps.fields(requests), arguments, requests)
             return closed
         longest = trie.view.close_nodes(
-            bitmaps.view(requests), excluded=excluded.data_ptr(), requests=requests, max_excluded=most,
+            bitmaps.view(requests), excluded=excluded.data_ptr(), requests=requests, max_excluded=max_excluded,
             levels=trie.levels, closed=closed.data_ptr(),
         )  # fmt: skip
         return closed[:, :longest].contiguous()

@@ -42,9 +42,8 @@ def pack(numbers: Tensor) -> Tensor:
     word = torch.where(dense[block], distance // 64, i // 2)
     shift = torch.where(dense[block], distance % 64, i % 2 * 32)
     bits = torch.where(dense[block], 1, number) << shift
-    return words.index_add_(
-        0, offsets[block] + word, bits
-    )  # the bits are disjoint, so adding them is a bitwise or
+    # the bits are disjoint, so adding them is a bitwise or
+    return words.index_add_(0, offsets[block] + word, bits)
 
 
 def unpack(words: Tensor, count: int) -> Tensor:

@@ -296,7 +296,7 @@ class Trie:
                 "make one with ItemFilter.from_mask"
             )
         if filter.fingerprint != self.fingerprint:
-            raise ValueError("the filter belongs to another trie; make it anew with ItemFilter.from_mask")
+            raise ValueError("the filter belongs to another trie; create it again with ItemFilter.from_mask")
         if filter.device != self.device:
             raise ValueError(f"the filter is on {filter.device}, the trie on {self.device}; use .to()")
         requests = filter.tensors.num_requests

@@ -1,4 +1,4 @@
-"""The log-sum-exp of rows, by every backend, against float64."""
+"""The log-sum-exp of each row, by every backend, against float64."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ INF = math.inf
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 1000), (2, 20_001)])
-def test_it_equals_the_definition_in_float64(backend, shape):
+def test_the_result_equals_the_float64_definition(backend, shape):
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 5
-    found = row_logsumexp(logits, backend=backend)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), logits.double().logsumexp(1), rtol=0, atol=2e-5)
+    actual = row_logsumexp(logits, backend=backend)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), logits.double().logsumexp(1), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_are_summed_in_float32(backend, dtype):
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = row_logsumexp(logits, backend=backend)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, logits.float().logsumexp(1), rtol=0, atol=1e-5)
+    actual = row_logsumexp(logits, backend=backend)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, logits.float().logsumexp(1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_that_are_not_dense_are_read_as_what_they_show(backend):
+def test_strided_rows_give_the_same_result(backend):
     wide = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
     for view in (wide[:, 3:30], wide[::2], wide.t()):
-        found = row_logsumexp(view, backend=backend)
-        torch.testing.assert_close(found, view.logsumexp(1), rtol=0, atol=1e-5)
+        actual = row_logsumexp(view, backend=backend)
+        torch.testing.assert_close(actual, view.logsumexp(1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_odd_values_stay_in_their_rows(backend):
+def test_nan_and_infinity_do_not_change_other_rows(backend):
     rows = [
         [0.0, -INF],
         [-INF, -INF],
@@ -64,14 +64,14 @@ def test_odd_values_stay_in_their_rows(backend):
     backend=st.sampled_from(BACKENDS),
     seed=st.integers(0, 2**31),
 )
-def test_rows_of_odd_values_are_the_definitions(rows, columns, backend, seed):
+def test_rows_of_special_values_equal_the_definition(rows, columns, backend, seed):
     generator = torch.Generator().manual_seed(seed)
     odd = torch.tensor([0.0, 1.0, -2.0, 88.0, 3e38, -3e38, -INF, -INF, INF, math.nan])
-    kept = odd[: 4 + seed % 7]  # more of them where there are odder ones
+    kept = odd[: 4 + seed % 7]  # more special values with a larger seed
     logits = kept[torch.randint(len(kept), (rows, columns), generator=generator)]
     torch.testing.assert_close(row_logsumexp(logits, backend=backend), logits.logsumexp(1), equal_nan=True)
 
 
-def test_another_shape_is_refused():
+def test_a_wrong_number_of_dimensions_is_rejected():
     with pytest.raises(ValueError, match=r"logits must be \[R, V\], got \[2, 3, 4\]"):
         row_logsumexp(torch.zeros(2, 3, 4))

@@ -1,4 +1,4 @@
-"""Beam selection, every backend, against a sort in Python of every candidate."""
+"""Beam selection, by every backend, against a sort of all candidates in Python."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def make_trie(size: int, levels: int, items: int, *, seed: int = 0) -> Trie:
 
 
 def brute_force(log_prob: Tensor, scores: Tensor, nodes: Tensor, trie: Trie, width: int):
-    """One user: the kept (score, parent, code, node) and the best that was cut, by sorting tuples."""
-    found = []
+    """Returns the kept (score, parent, code, node) of a user and the best pruned score, by sorting tuples."""
+    candidates = []
     for w in range(log_prob.shape[0]):
         for k in range(trie.codebook_size):
             total = float(scores[w] + log_prob[w, k])
             if total > -INF:
                 child = int(trie.advance(nodes[w : w + 1], torch.tensor([k])))
-                found.append((-total, w, k, child))
-    found.sort()
-    kept = [(-s, w, k, child) for s, w, k, child in found[:width]]
+                candidates.append((-total, w, k, child))
+    candidates.sort()
+    kept = [(-s, w, k, child) for s, w, k, child in candidates[:width]]
     kept += [(-INF, 0, 0, -1)] * (width - len(kept))
-    return kept, -found[width][0] if len(found) > width else -INF
+    return kept, -candidates[width][0] if len(candidates) > width else -INF
 
 
 def assert_step_is_brute_force(
     logits, scores, nodes, trie, width, backend, normalize="level", filter=None, total=None
 ):
-    """Equal in every bit; where the Triton kernels sum in another order, from the same log-sum-exps."""
+    """Checks for equal bits. Where Triton sums in another order, starts from the same log-sum-exps."""
     flat = (logits.reshape(-1, trie.codebook_size), nodes.flatten())
     if backend == "triton" and total is None:
         allowed = trie.mask(flat[1], filter=filter) if normalize == "valid" else torch.tensor(True)
@@ -56,8 +56,8 @@ def assert_step_is_brute_force(
     log_prob = trie_softmax(*flat, trie, normalize, total, filter, backend=softmax)
     for b, rows in enumerate(log_prob.view(logits.shape)):
         kept, pruned = brute_force(rows, scores[b], nodes[b], trie, width)
-        ours = zip(*(t[b].tolist() for t in step[:4]), strict=True)
-        assert list(ours) == kept
+        actual = zip(*(t[b].tolist() for t in step[:4]), strict=True)
+        assert list(actual) == kept
         assert float(step.pruned[b]) == pruned
 
 
@@ -79,8 +79,9 @@ def test_a_step_equals_a_sort_of_all_candidates(backend, normalize, filtered, us
 
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("width", [1, 20, 333])
-def test_of_thousands_of_ties_the_lowest_parents_and_codes_stay(filtered, width):
-    trie = make_trie(600, 2, 100_000)  # 5 of 6 codes continue a node: rows of several scans, and many cuts
+def test_among_thousands_of_ties_the_lowest_parents_and_codes_are_kept(filtered, width):
+    # 5 of 6 codes continue a node, which gives rows of several scans and many pruned candidates
+    trie = make_trie(600, 2, 100_000)
     generator = torch.Generator().manual_seed(2)
     nodes = 1 + torch.arange(24, dtype=torch.int32).view(2, 12)
     logits = torch.randint(-3, 3, (2, 12, 600), generator=generator).float()
@@ -92,13 +93,13 @@ def test_of_thousands_of_ties_the_lowest_parents_and_codes_stay(filtered, width)
         trie_beam_step(logits, scores, nodes, trie, width, "vocab", total, chosen, backend=backend)
         for backend in ("native", "reference")
     )
-    for ours, wanted in zip(*steps, strict=True):
-        assert torch.equal(ours, wanted)
+    for actual, expected in zip(*steps, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("size", [256, 2048])
 @pytest.mark.parametrize("kind", ["random", "tied", "best codes lead nowhere", "some excluded", "odd values"])
-def test_one_user_with_nodes_of_any_density_gets_what_the_definition_gives(size, kind):
+def test_one_user_with_nodes_of_any_density_equals_the_definition(size, kind):
     counts = [1, 2, 15, 17, 33, size // 4, size // 2 + 1, size * 2 // 3, size - 1, size] * 8
     generator = torch.Generator().manual_seed(3)
     rows = [
@@ -123,17 +124,17 @@ def test_one_user_with_nodes_of_any_density_gets_what_the_definition_gives(size,
     total = sanitize(logits).logsumexp(2)
     for width in (1, 50, 400):
         for normalize in ("vocab", "level", "valid"):
-            ours, wanted = (
+            actual, expected = (
                 trie_beam_step(logits, scores, nodes, trie, width, normalize,
                                total if normalize == "vocab" else None, excluded, backend=backend)
                 for backend in ("native", "reference")
             )  # fmt: skip
             if normalize == "vocab":
-                assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
-            else:  # of size < 16, or < 32 where all codes count, twice
+                assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+            else:  # log-sum-exps below 16, or below 32 if all codes count, with two roundings
                 rounding = 2**-19 if normalize == "valid" else 2**-18
-                torch.testing.assert_close(ours.scores, wanted.scores, rtol=0, atol=rounding)
-                torch.testing.assert_close(ours.pruned, wanted.pruned, rtol=0, atol=rounding)
+                torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=rounding)
+                torch.testing.assert_close(actual.pruned, expected.pruned, rtol=0, atol=rounding)
 
 
 @settings(max_examples=120, deadline=None)
@@ -147,7 +148,7 @@ def test_one_user_with_nodes_of_any_density_gets_what_the_definition_gives(size,
     backend=st.sampled_from(BACKENDS),
     seed=st.integers(0, 2**31),
 )
-def test_ties_and_odd_values_fall_as_in_a_stable_sort(
+def test_ties_and_special_values_are_ordered_as_in_a_stable_sort(
     users, beams, size, width, normalize, allowed, backend, seed
 ):
     trie = make_trie(size, 2, 9, seed=seed % 100)
@@ -179,23 +180,24 @@ def test_ties_and_odd_values_fall_as_in_a_stable_sort(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
-def test_logits_of_any_float_dtype_count_as_float32_columns_too(backend, dtype, normalize):
+def test_logits_of_any_float_dtype_and_stride_equal_float32_logits(backend, dtype, normalize):
     trie = make_trie(20, 3, 300, seed=1)
     generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(2, 2, 50, generator=generator).to(dtype)[..., 7:27]  # as a head of all levels gives
+    # a slice of the logits of all levels
+    logits = torch.randn(2, 2, 50, generator=generator).to(dtype)[..., 7:27]
     nodes = torch.randint(trie.arrays.num_inner, (2, 2), generator=generator).to(torch.int32)
     scores = -torch.rand(2, 2, generator=generator).to(dtype).t()
     total = logits.float().logsumexp(2) if normalize == "vocab" else None
-    step, wanted = (
+    step, expected = (
         trie_beam_step(*operands, nodes, trie, 4, normalize, total, backend=backend)
         for operands in ((logits, scores), (logits.float().contiguous(), scores.float().contiguous()))
     )
-    assert all(torch.equal(a, b) for a, b in zip(step, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(step, expected, strict=True))
     assert (step.nodes >= 0).any(1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_of_no_beams_or_users_nothing_grows(backend):
+def test_no_beams_or_no_users_give_no_candidates(backend):
     trie = make_trie(6, 2, 20)
     for users, beams in ((2, 0), (0, 3)):
         nodes = torch.zeros(users, beams, dtype=torch.int32)
@@ -207,7 +209,7 @@ def test_of_no_beams_or_users_nothing_grows(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dead_beams_have_no_candidates_and_dead_places_stay_dead(backend):
+def test_dead_beams_have_no_candidates_and_stay_dead(backend):
     trie = Trie.from_codes(torch.tensor([[0, 0], [0, 1], [1, 0]]), 2)
     nodes = torch.tensor([[1, 1, -1, 2]], dtype=torch.int32)
     scores = torch.tensor([[-INF, math.nan, 0.0, -0.5]])
@@ -219,8 +221,8 @@ def test_dead_beams_have_no_candidates_and_dead_places_stay_dead(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_steps_to_the_leaves_find_the_best_items_of_all(backend):
-    """With a beam as wide as the catalog nothing is cut: the result is the exact ranking."""
+def test_a_beam_as_wide_as_the_catalog_finds_the_exact_ranking(backend):
+    """A beam as wide as the catalog prunes nothing, so the result is the exact ranking."""
     trie = make_trie(4, 3, 30, seed=4)
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))  # one row per level
     wide = trie.num_items
@@ -234,18 +236,18 @@ def test_steps_to_the_leaves_find_the_best_items_of_all(backend):
     leaves = torch.arange(trie.arrays.num_inner, trie.num_nodes)
     assert sorted(nodes[0].tolist()) == leaves.tolist()
     ids = trie.items(nodes[0])
-    codes = torch.empty(wide, 3, dtype=torch.int64)  # of each item, read back by walking every code
+    codes = torch.empty(wide, 3, dtype=torch.int64)  # the codes of each item, from the path of each beam
     for code in torch.cartesian_prod(*[torch.arange(4)] * 3):
         item = int(trie.items(trie.lookup(code[None])))
         if item >= 0:
             codes[item] = code
-    wanted = log_prob[torch.arange(3), codes].sum(1)[ids]
-    torch.testing.assert_close(scores[0], wanted, rtol=0, atol=6 * 2**-21)  # sums of three of size < 8
+    expected = log_prob[torch.arange(3), codes].sum(1)[ids]
+    torch.testing.assert_close(scores[0], expected, rtol=0, atol=6 * 2**-21)  # sums of three terms below 8
     assert (scores[0].diff() <= 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_vocab_takes_the_callers_logsumexp(backend):
+def test_vocab_uses_the_logsumexp_of_the_caller(backend):
     trie = Trie.from_codes(torch.arange(4)[:, None], 4)
     logits, total = torch.tensor([[[3.0, 2.0, 1.0, 0.0]]]), torch.tensor([[4.0]])
     nodes = torch.zeros(1, 1, dtype=torch.int32)
@@ -253,7 +255,7 @@ def test_vocab_takes_the_callers_logsumexp(backend):
     assert step.scores.tolist() == [[-1.0, -2.0]] and step.pruned.tolist() == [-3.0]
 
 
-def test_arguments_that_do_not_fit_are_refused():
+def test_arguments_that_do_not_fit_are_rejected():
     trie = make_trie(5, 2, 10)
     logits, scores, nodes = torch.zeros(2, 3, 5), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match="width"):
@@ -267,7 +269,7 @@ def test_arguments_that_do_not_fit_are_refused():
 
 
 def step_arguments(users: int = 2) -> tuple[Trie, ItemFilter, Tensor, Tensor, Tensor]:
-    """A trie, a filter, and logits, scores and nodes of 3 beams of 6 codes."""
+    """Returns a trie, a filter, and logits, scores and nodes of 3 beams with 6 codes."""
     trie = make_trie(6, 3, 60)
     chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 3 > 0)
     generator = torch.Generator().manual_seed(0)
@@ -277,7 +279,7 @@ def step_arguments(users: int = 2) -> tuple[Trie, ItemFilter, Tensor, Tensor, Te
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("users", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_custom_op_keeps_what_it_promises(backend, users):
+def test_the_custom_op_passes_opcheck(backend, users):
     trie, chosen, logits, scores, nodes = step_arguments(users)
     one_each = RequestFilter.stack([chosen, None][:users]) & RequestFilter.excluding(trie, [[3, 9]] * users)
     by_columns = logits.transpose(1, 2).contiguous().transpose(1, 2)
@@ -292,7 +294,7 @@ def test_the_custom_op_keeps_what_it_promises(backend, users):
 
 @pytest.mark.parametrize("engine", ["eager", "aot_eager"])
 @pytest.mark.parametrize("filtered", [False, True])
-def test_a_step_compiles_whole(engine, filtered):
+def test_a_beam_step_compiles_without_a_graph_break(engine, filtered):
     trie, chosen, logits, scores, nodes = step_arguments()
     allowed = chosen if filtered else None
 
@@ -303,12 +305,14 @@ def test_a_step_compiles_whole(engine, filtered):
 
     torch._dynamo.reset()
     compiled = torch.compile(two_steps, fullgraph=True, backend=engine)
-    for ours, wanted in zip(compiled(logits, scores, nodes), two_steps(logits, scores, nodes), strict=True):
-        assert torch.equal(ours, wanted)
+    for actual, expected in zip(
+        compiled(logits, scores, nodes), two_steps(logits, scores, nodes), strict=True
+    ):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.skipif(not dispatch.native_available(), reason="the C++ is not built")
-def test_more_candidates_than_the_cpp_can_number_are_refused():
+def test_too_many_candidates_for_the_native_backend_are_rejected():
     trie = Trie.from_codes(torch.tensor([[0], [32767]]), 32768)
     with pytest.raises(ValueError, match="131073 beams with 32768 codes each are more than 2\\^32"):
         dispatch.native().trie_beam_step(

@@ -1,4 +1,4 @@
-"""Log-probabilities on the trie, in each normalisation, against one row at a time in float64."""
+"""Log-probabilities on the trie, for each normalisation, against a float64 computation row by row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ every_backend = pytest.mark.parametrize("backend", ["reference", "native", "trit
 
 
 def make_case(rows: int, size: int, *, seed: int = 0) -> tuple[Trie, Tensor, Tensor]:
-    """A trie of two levels, logits [R, K] and nodes [R], some none."""
+    """Returns a trie of two levels, logits [R, K] and nodes [R], some of them -1."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.unique(torch.randint(size, (size * 3, 2), generator=generator), dim=0)
     trie = Trie.from_codes(codes, size)
@@ -44,7 +44,7 @@ def test_log_probabilities_equal_the_formula(backend, normalize, rows, size, fil
         over = {"vocab": [], "level": logits[r].tolist(), "valid": logits[r][allowed[r]].tolist()}[normalize]
         log_sum = float(total[r]) if total is not None else math.log(sum(map(math.exp, over))) if over else 0
         expected[r, allowed[r]] = (logits[r, allowed[r]].double() - log_sum).clamp(max=0)
-    # float32: |logit| and |log-sum| < 16, each off by 2^-20, a sum of exponentials by 2^-20 more
+    # float32: |logit| and |log-sum| < 16, each with an error of 2^-20; the sum of exponentials adds 2^-20
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=3 * 2**-20)
 
 
@@ -57,7 +57,7 @@ def test_a_prefix_without_children_has_no_finite_logit(backend):
 
 
 @every_backend
-def test_nan_counts_as_never_and_infinity_as_the_largest_number(backend):
+def test_nan_counts_as_negative_infinity_and_infinity_as_the_largest_number(backend):
     trie = Trie.from_codes(torch.arange(4)[:, None], 4)
     nodes = torch.zeros(3, dtype=torch.int32)
     logits = torch.tensor([[math.nan, 0.0, 0.0, -INF], [INF, 5.0, 1.0, math.nan], [-INF] * 4])
@@ -81,7 +81,7 @@ def test_log_probabilities_never_exceed_zero(backend):
 
 @every_backend
 @pytest.mark.parametrize("total", [math.nan, -INF, INF])
-def test_a_logsumexp_that_is_not_finite_gives_no_nan(backend, total):
+def test_an_infinite_or_nan_logsumexp_does_not_give_nan(backend, total):
     trie = Trie.from_codes(torch.arange(4)[:, None], 4)
     root = torch.zeros(1, dtype=torch.int32)
     out = trie_softmax(torch.zeros(1, 4), root, trie, "vocab", torch.tensor([total]), backend=backend)
@@ -90,8 +90,8 @@ def test_a_logsumexp_that_is_not_finite_gives_no_nan(backend, total):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_trie_filter_and_logits_give_the_references_rows(data):
-    """Ties, NaN and infinities, nodes that are none or leaves, filters that leave nothing."""
+def test_any_trie_filter_and_logits_equal_the_reference(data):
+    """Covers ties, NaN, infinities, nodes that are -1 or leaves, and filters that allow nothing."""
     levels, size = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
     item = st.tuples(*[st.integers(0, size - 1)] * levels)
     codes = torch.tensor(data.draw(st.lists(item, min_size=1, max_size=20, unique=True)))
@@ -106,15 +106,15 @@ def test_any_trie_filter_and_logits_give_the_references_rows(data):
     total = data.draw(st.lists(logit, min_size=len(nodes), max_size=len(nodes)))
     total = torch.tensor(total) if normalize == "vocab" else None
     operands = logits, torch.tensor(nodes, dtype=torch.int32), trie, normalize, total, chosen
-    wanted = trie_softmax(*operands, backend="reference")
-    assert not wanted.isnan().any() and (wanted <= 0).all()
+    expected = trie_softmax(*operands, backend="reference")
+    assert not expected.isnan().any() and (expected <= 0).all()
     for backend in ("native", "triton"):
-        # as above; and where one logit is the largest float, the others' log-probabilities are as large
+        # as above; if one logit is the largest float, the log-probabilities of the others are as large
         out = trie_softmax(*operands, backend=backend)
-        torch.testing.assert_close(out, wanted, rtol=2**-22, atol=3 * 2**-20)
+        torch.testing.assert_close(out, expected, rtol=2**-22, atol=3 * 2**-20)
 
 
-def test_arguments_that_do_not_fit_are_refused():
+def test_arguments_that_do_not_fit_are_rejected():
     trie, logits, nodes = make_case(5, 8)
     total = logits.logsumexp(1)
     with pytest.raises(ValueError, match="needs logsumexp"):
@@ -132,7 +132,7 @@ def test_arguments_that_do_not_fit_are_refused():
 
 
 @every_backend
-def test_the_custom_op_keeps_what_it_promises(backend):
+def test_the_custom_op_passes_opcheck(backend):
     trie, logits, nodes = make_case(5, 8)
     chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 2 == 0)
     by_columns = logits.t().contiguous().t()
@@ -145,7 +145,7 @@ def test_the_custom_op_keeps_what_it_promises(backend):
 
 
 @pytest.mark.parametrize("engine", ["eager", "aot_eager"])
-def test_log_probabilities_compile_whole(engine):
+def test_log_probabilities_compile_without_a_graph_break(engine):
     trie, logits, nodes = make_case(5, 8)
     chosen = ItemFilter.from_mask(trie, torch.arange(trie.num_items) % 2 == 0)
 

@@ -1,4 +1,4 @@
-"""Propagation against a dense matrix power, and its gradient against autograd and finite differences."""
+"""Propagation against dense matrix powers, and its gradient against autograd and finite differences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw_edges(num_users: int, num_items: int, edges: int, *, seed: int = 0) -> 
 
 
 def dense_mean(users: Tensor, items: Tensor, num_users: int, x: Tensor, layers: int) -> Tensor:
-    """The formula on a dense float64 matrix."""
+    """Computes the formula with a dense float64 matrix."""
     adjacency = torch.zeros(len(x), len(x), dtype=torch.float64)
     adjacency[users, items + num_users] = 1
     adjacency[items + num_users, users] = 1
@@ -48,10 +48,10 @@ def test_the_mean_of_layers_equals_dense_powers(backend, layers, num_users, num_
     graph = BipartiteGraph.from_edges(users, items, num_users, num_items)
     x = torch.randn(num_users + num_items, dim, generator=torch.Generator().manual_seed(1))
     out = lightgcn_propagate(graph, x, layers, backend=backend)
-    wanted = dense_mean(users, items, num_users, x, layers)
+    expected = dense_mean(users, items, num_users, x, layers)
     assert out.dtype == torch.float32
-    # weights and sums of at most 40 terms of size < 5, three layers deep: 3 * 45 roundings of 2^-24 * 5
-    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=3 * 45 * 2**-24 * 5)
+    # weights, and sums of at most 40 terms below 5, over three layers: 3 * 45 roundings of 2^-24 * 5
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=3 * 45 * 2**-24 * 5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -67,7 +67,7 @@ def test_repeated_edges_count_once(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_vertex_without_edges_keeps_its_share_and_passes_nothing(backend):
+def test_a_vertex_without_edges_keeps_its_share_and_adds_nothing(backend):
     graph = BipartiteGraph.from_edges(torch.tensor([0]), torch.tensor([0]), 2, 2)
     x = torch.tensor([[1.0], [8.0], [3.0], [16.0]])
     out = lightgcn_propagate(graph, x, 3, backend=backend)
@@ -76,8 +76,8 @@ def test_a_vertex_without_edges_keeps_its_share_and_passes_nothing(backend):
 
 @pytest.mark.parametrize(
     "backend", ["reference", "torch", "sparse"]
-)  # in float64, which Triton's does not take
-def test_the_gradient_passes_finite_differences_twice(backend):
+)  # in float64, which the Triton backend does not support
+def test_first_and_second_gradients_equal_finite_differences(backend):
     users, items = draw_edges(4, 3, 8)
     graph = BipartiteGraph.from_edges(users, items, 4, 3)
     x = torch.randn(7, 2, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
@@ -97,30 +97,34 @@ def test_the_gradient_passes_finite_differences_twice(backend):
     layers=st.integers(0, 4),
     seed=st.integers(0, 2**31),
 )
-def test_tuned_equals_reference_forward_and_backward(num_users, num_items, edges, layers, seed):
+def test_the_torch_backend_equals_the_reference_forward_and_backward(
+    num_users, num_items, edges, layers, seed
+):
     users, items = draw_edges(num_users, num_items, edges, seed=seed)
     graph = BipartiteGraph.from_edges(users, items, num_users, num_items)
     start = torch.randn(
         num_users + num_items, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
-    wanted = out_and_gradient(graph, start, layers, "reference")
-    # scales are float32 numbers held in float64 on both sides: only the order of sums differs
+    expected = out_and_gradient(graph, start, layers, "reference")
+    # both sides use float32 scales in float64, so only the order of the sums differs
     for backend in ("torch", "sparse"):
-        for ours, theirs in zip(out_and_gradient(graph, start, layers, backend), wanted, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        for actual_part, reference_part in zip(
+            out_and_gradient(graph, start, layers, backend), expected, strict=True
+        ):
+            torch.testing.assert_close(actual_part, reference_part, rtol=0, atol=1e-12)
     for backend in ("native", "triton", "sparse"):
-        found = out_and_gradient(graph, start.float(), layers, backend)
-        for ours, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6)
+        result = out_and_gradient(graph, start.float(), layers, backend)
+        for actual_part, reference_part in zip(result, expected, strict=True):
+            torch.testing.assert_close(actual_part.double(), reference_part, rtol=0, atol=3e-6)
 
 
-def test_what_is_too_wide_for_triton_goes_to_torch(monkeypatch):
+def test_more_dimensions_than_triton_supports_run_on_torch(monkeypatch):
     module = sys.modules["cemg_kernels.graph.propagate"]
     monkeypatch.setattr(module, "pick", lambda op, device, backend: backend or "triton")  # as on a GPU
     graph = BipartiteGraph.from_edges(torch.tensor([0]), torch.tensor([0]), 1, 1)
     x = torch.randn(2, 1025)
-    wanted = lightgcn_propagate(graph, x, 2, backend="reference")
-    torch.testing.assert_close(lightgcn_propagate(graph, x, 2), wanted, rtol=0, atol=1e-6)
+    expected = lightgcn_propagate(graph, x, 2, backend="reference")
+    torch.testing.assert_close(lightgcn_propagate(graph, x, 2), expected, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="up to 1024 dimensions"):
         lightgcn_propagate(graph, x, 2, backend="triton")
 
@@ -137,22 +141,23 @@ def out_and_gradient(
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("backend", ["triton", "native", None])
-def test_a_bfloat16_table_keeps_the_bound_it_promises_forward_and_backward(backend, layers):
+def test_a_bfloat16_table_stays_within_its_error_bound_forward_and_backward(backend, layers):
     users, items = draw_edges(40, 30, 400)
     graph = BipartiteGraph.from_edges(users, items, 40, 30)
     start = torch.randn(70, 9, generator=torch.Generator().manual_seed(1))
-    found = out_and_gradient(graph, start, layers, backend, torch.bfloat16)
-    wanted = out_and_gradient(graph, start.double(), layers, "reference")
-    # Triton's interpreter cuts off, where a GPU rounds to nearest: 2^-8 in the place of 2^-9
+    result = out_and_gradient(graph, start, layers, backend, torch.bfloat16)
+    expected = out_and_gradient(graph, start.double(), layers, "reference")
+    # Triton's interpreter truncates where a GPU rounds to nearest, so the error is 2^-8 instead of 2^-9
     rounding = 2**-8 if backend == "triton" else 2**-9
-    for ours, theirs, source in zip(found, wanted, (start, start.cos()), strict=True):
+    for actual_part, reference_part, source in zip(result, expected, (start, start.cos()), strict=True):
         size = lightgcn_propagate(graph, source.abs(), layers, backend="reference")
-        off = (ours.double() - theirs).abs()
+        off = (actual_part.double() - reference_part).abs()
         assert (off <= 1.01 * layers * rounding * size + 1e-6).all()
-        assert off.max() < 1e-6 if backend != "triton" else off.max() > 2**-12  # or it was not rounded
+        # otherwise the table was not rounded
+        assert off.max() < 1e-6 if backend != "triton" else off.max() > 2**-12
 
 
-def test_a_table_of_another_dtype_is_refused():
+def test_another_table_dtype_is_rejected():
     graph = BipartiteGraph.from_edges(torch.tensor([0]), torch.tensor([0]), 1, 1)
     with pytest.raises(ValueError, match="table_dtype must be"):
         lightgcn_propagate(graph, torch.zeros(2, 3), 1, table_dtype=torch.float16)
@@ -160,7 +165,7 @@ def test_a_table_of_another_dtype_is_refused():
 
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
 def test_triton_sums_vertices_of_any_number_of_neighbours(monkeypatch, table_dtype):
-    """Every kind of vertex: few neighbours, more, several chunks of them; small, for the interpreter."""
+    """Covers light, medium and heavy vertices, with small sizes for the interpreter."""
     from cemg_kernels.graph import propagate_triton as triton_backend
 
     monkeypatch.setattr(triton_backend, "LIGHT_DEGREE", 3)
@@ -172,11 +177,11 @@ def test_triton_sums_vertices_of_any_number_of_neighbours(monkeypatch, table_dty
     x = torch.randn(61, 5, generator=torch.Generator().manual_seed(1))
     out = triton_backend.propagate(graph, x, 3, table_dtype)
     tolerance = 1e-6 if table_dtype == torch.float32 else 3 * 2**-7
-    wanted = lightgcn_propagate(graph, x, 3, backend="reference")
-    torch.testing.assert_close(out, wanted, rtol=0, atol=tolerance)
+    expected = lightgcn_propagate(graph, x, 3, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
 
 
-def test_what_triton_does_not_take_is_refused():
+def test_inputs_that_triton_does_not_support_are_rejected():
     users, items = draw_edges(3, 3, 5)
     graph = BipartiteGraph.from_edges(users, items, 3, 3)
     with pytest.raises(ValueError, match="float64 of 2; use backend='torch'"):
@@ -192,13 +197,13 @@ def test_bfloat16_is_summed_in_float32(backend):
     x = torch.randn(70, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
     out = lightgcn_propagate(graph, x, 3, backend=backend)
     assert out.dtype == torch.bfloat16
-    wanted = lightgcn_propagate(graph, x.float(), 3, backend="reference")
-    # one rounding of the result; Triton's interpreter cuts off, where a GPU rounds to nearest
+    expected = lightgcn_propagate(graph, x.float(), 3, backend="reference")
+    # one rounding of the result; Triton's interpreter truncates where a GPU rounds to nearest
     rounding = 2**-7 if backend == "triton" else 2**-8
-    torch.testing.assert_close(out.float(), wanted, rtol=rounding, atol=2**-20)
+    torch.testing.assert_close(out.float(), expected, rtol=rounding, atol=2**-20)
 
 
-def test_edges_and_inputs_that_do_not_fit_are_refused():
+def test_edges_and_inputs_that_do_not_fit_are_rejected():
     one = torch.tensor([0])
     with pytest.raises(ValueError, match="users must be 0 to 1"):
         BipartiteGraph.from_edges(torch.tensor([2]), one, 2, 2)
@@ -214,7 +219,7 @@ def test_edges_and_inputs_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("backend", ["native", "torch", "sparse", "triton", "reference"])
-def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
+def test_the_custom_op_passes_opcheck_and_compiles_without_a_graph_break(backend):
     graph = BipartiteGraph.from_edges(*draw_edges(4, 5, 9), 4, 5)
     x = torch.randn(9, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
     arrays = graph.row_ptr, graph.neighbours, graph.inv_sqrt_degree
@@ -228,28 +233,28 @@ def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
 
     torch._dynamo.reset()
     compiled = torch.compile(squared, fullgraph=True, backend="aot_eager")
-    (ours,), (wanted,) = (torch.autograd.grad(run(x), x) for run in (compiled, squared))
-    torch.testing.assert_close(ours, wanted)
+    (actual_part,), (expected,) = (torch.autograd.grad(run(x), x) for run in (compiled, squared))
+    torch.testing.assert_close(actual_part, expected)
 
 
 @pytest.mark.parametrize(
     ("backend", "module", "maker"),
     [("sparse", torch, "sparse_csr_tensor"), ("triton", lightgcn_propagate_triton, "Schedule")],
 )
-def test_what_is_made_of_a_graph_is_made_once_for_compiled_calls_too(monkeypatch, backend, module, maker):
+def test_cached_graph_data_is_computed_once_for_eager_and_compiled_calls(monkeypatch, backend, module, maker):
     graph = BipartiteGraph.from_edges(*draw_edges(4, 5, 9), 4, 5)
     x = torch.randn(9, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
 
     def squared(rows: Tensor) -> Tensor:
         return lightgcn_propagate(graph, rows, 2, backend=backend).square().sum()
 
-    def again(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise AssertionError(f"{maker} was called again")
 
-    (wanted,) = torch.autograd.grad(squared(x), x)
-    monkeypatch.setattr(module, maker, again)
+    (expected,) = torch.autograd.grad(squared(x), x)
+    monkeypatch.setattr(module, maker, fail)
     torch._dynamo.reset()
     compiled = torch.compile(squared, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        (ours,) = torch.autograd.grad(compiled(x), x)
-        torch.testing.assert_close(ours, wanted)
+        (actual_part,) = torch.autograd.grad(compiled(x), x)
+        torch.testing.assert_close(actual_part, expected)

@@ -1,4 +1,4 @@
-"""The tuned backend must give the reference's codes exactly, near ties and at the edges of float32 too."""
+"""Every backend returns exactly the codes of the reference, also near ties and at the limits of float32."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def draw(n: int, m: int, k: int, d: int, *, seed: int = 0) -> tuple[Tensor, Tens
 def assert_backends_agree(
     x: Tensor, codebooks: Tensor, backends: tuple[str, ...] = ("native", "torch", "triton")
 ) -> None:
-    wanted_codes, wanted = residual_quantize(x, codebooks, backend="reference")
+    wanted_codes, expected = residual_quantize(x, codebooks, backend="reference")
     for backend in backends:
         codes, quantized = residual_quantize(x, codebooks, backend=backend)
         assert torch.equal(codes, wanted_codes), backend
-        assert torch.equal(quantized.nan_to_num(), wanted.nan_to_num())  # the same sums of the same rows
+        assert torch.equal(quantized.nan_to_num(), expected.nan_to_num())  # the same sums of the same rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -33,14 +33,14 @@ def assert_backends_agree(
     ("n", "m", "k", "d"), [(1, 1, 1, 1), (3, 2, 31, 5), (256, 4, 256, 64), (513, 3, 300, 33), (0, 2, 4, 3),
      (5, 8, 40, 19)],
 )  # fmt: skip
-def test_tuned_codes_equal_the_reference(n, m, k, d, dtype):
+def test_codes_of_every_backend_equal_the_reference(n, m, k, d, dtype):
     x, codebooks = draw(n, m, k, d)
     assert_backends_agree(x.to(dtype), codebooks.to(dtype))
 
 
 @pytest.mark.parametrize(("levels", "backends"), [(8, ("native", "torch")), (1, ("triton",))])
 def test_codes_of_the_largest_codebooks_equal_the_reference(levels, backends):
-    """One level where the kernel is interpreted: it takes a second."""
+    """Uses one level where the kernel is interpreted, which takes a second."""
     x, codebooks = draw(9, levels, 4096, 19)
     assert_backends_agree(x, codebooks, backends)
 
@@ -66,8 +66,8 @@ def test_equal_codebook_rows_give_the_lowest_code():
         assert (codes % 3 == 0).all()
 
 
-def test_near_ties_are_decided_in_float64():
-    """Rows one float32 step apart: their float32 scores cannot tell them, the distances can."""
+def test_near_ties_are_resolved_in_float64():
+    """The codes differ by one float32 step: float32 scores cannot separate them, float64 distances can."""
     x, codebooks = draw(300, 2, 16, 32, seed=1)
     near = torch.nextafter(codebooks, torch.full_like(codebooks, 100.0))
     assert_backends_agree(x * 100, torch.cat((codebooks, near), 1))
@@ -81,7 +81,7 @@ def test_codes_are_exact_at_any_magnitude(scale, book_scale):
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_codes_are_exact_whatever_the_matmul_precision(precision):
+def test_codes_are_exact_with_any_matmul_precision(precision):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -90,7 +90,7 @@ def test_codes_are_exact_whatever_the_matmul_precision(precision):
         torch.set_float32_matmul_precision(before)
 
 
-def test_rows_with_nan_or_infinity_get_a_code_and_disturb_no_other():
+def test_rows_with_nan_or_infinity_get_a_code_and_do_not_change_other_rows():
     x, codebooks = draw(50, 3, 16, 8)
     clean, _ = residual_quantize(x, codebooks)
     x[7, 2], x[9, 0], x[11, 1] = float("nan"), float("inf"), float("-inf")
@@ -124,7 +124,7 @@ def test_codes_do_not_depend_on_the_batch():
     grid=st.integers(1, 4),
     seed=st.integers(0, 2**31),
 )
-def test_points_on_a_grid_full_of_ties_agree(n, m, k, d, grid, seed):
+def test_points_on_a_grid_with_many_ties_equal_the_reference(n, m, k, d, grid, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-grid, grid + 1, (n, d), generator=generator).float() / 2
     codebooks = torch.randint(-grid, grid + 1, (m, k, d), generator=generator).float()
@@ -140,31 +140,31 @@ def test_points_on_a_grid_full_of_ties_agree(n, m, k, d, grid, seed):
         (torch.zeros(2, 3).long(), torch.zeros(1, 4, 3), "floating"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(x, codebooks, message):
+def test_inputs_that_do_not_fit_are_rejected(x, codebooks, message):
     with pytest.raises(ValueError, match=message):
         residual_quantize(x, codebooks)
 
 
-def test_more_dimensions_than_the_kernel_holds_are_refused_with_the_way_out():
+def test_more_dimensions_than_the_kernel_supports_are_rejected_with_a_remedy():
     with pytest.raises(
         ValueError, match=r"up to 128 dimensions of torch.float32, got 129; use backend='torch'"
     ):
         residual_quantize(torch.zeros(1, 129), torch.zeros(1, 1, 129), backend="triton")
 
 
-def test_an_unknown_backend_is_refused_with_the_choices():
+def test_an_unknown_backend_is_rejected_with_the_choices():
     with pytest.raises(ValueError, match="choose from triton, native, torch, reference"):
         residual_quantize(torch.zeros(1, 1), torch.zeros(1, 1, 1), backend="fpga")
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "native", "triton"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_codes_come_in_the_dtype_that_is_asked_for(backend, dtype):
+def test_codes_have_the_requested_dtype(backend, dtype):
     generator = torch.Generator().manual_seed(3)
     x, codebooks = torch.randn(9, 5, generator=generator), torch.randn(2, 200, 5, generator=generator)
-    wanted, sums = residual_quantize(x, codebooks, backend="reference")
+    expected, sums = residual_quantize(x, codebooks, backend="reference")
     codes, quantized = residual_quantize(x, codebooks, code_dtype=dtype, backend=backend)
-    assert codes.dtype == dtype and torch.equal(codes.long(), wanted) and wanted.max() > 127
+    assert codes.dtype == dtype and torch.equal(codes.long(), expected) and expected.max() > 127
     assert torch.equal(quantized, sums)
 
 
@@ -180,11 +180,11 @@ def test_the_tiles_of_an_a100_give_the_same_codes(monkeypatch, dim, dtype):
     x = torch.randn(70, dim, generator=generator).to(dtype)
     codebooks = torch.randn(2, 90, dim, generator=generator).to(dtype)
     codes, quantized = residual_quantize(x, codebooks, backend="triton")
-    wanted, total = residual_quantize(x, codebooks, backend="reference")
-    assert torch.equal(codes, wanted) and torch.equal(quantized, total)
+    expected, total = residual_quantize(x, codebooks, backend="reference")
+    assert torch.equal(codes, expected) and torch.equal(quantized, total)
 
 
-def test_a_dtype_that_cannot_hold_the_codes_is_refused():
+def test_a_dtype_that_cannot_hold_the_codes_is_rejected():
     x, codebooks = torch.zeros(1, 2), torch.zeros(1, 257, 2)
     with pytest.raises(ValueError, match=r"hold codes 0 to 256, got torch\.uint8; take a wider one"):
         residual_quantize(x, codebooks, code_dtype=torch.uint8)
@@ -193,9 +193,9 @@ def test_a_dtype_that_cannot_hold_the_codes_is_refused():
 
 
 @pytest.mark.parametrize("backend", ["native", "torch", "triton", "reference"])
-def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
+def test_the_custom_op_passes_opcheck_and_compiles_without_a_graph_break(backend):
     x, codebooks = torch.randn(7, 5), torch.randn(2, 6, 5)
-    for laid_out in (x, x.t().contiguous().t()):  # by rows, by columns
+    for laid_out in (x, x.t().contiguous().t()):  # row-major, column-major
         operands = laid_out, codebooks, torch.int16, backend
         torch.library.opcheck(torch.ops.cemg.residual_quantize.default, operands)
 
@@ -205,5 +205,5 @@ def test_the_custom_op_keeps_what_it_promises_and_compiles_whole(backend):
 
     torch._dynamo.reset()
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
-    for ours, wanted in zip(compiled(x), doubled(x), strict=True):
-        assert torch.equal(ours, wanted)
+    for actual, expected in zip(compiled(x), doubled(x), strict=True):
+        assert torch.equal(actual, expected)

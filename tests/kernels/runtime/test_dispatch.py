@@ -1,4 +1,4 @@
-"""Which backend runs, and that the switches are obeyed."""
+"""The dispatcher chooses backends and follows its switches; profiler ranges name the operations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def no_override() -> Iterator[None]:
     use_fast_kernels(None)
 
 
-def test_the_native_trie_serves_the_cpu_and_every_op_says_why():
+def test_the_native_trie_runs_on_the_cpu_and_every_op_reports_a_reason():
     chosen = backends("cpu")
     assert chosen["trie"].backend == "native"
     assert set(chosen) == set(OPERATIONS) and all(choice.why for choice in chosen.values())
@@ -53,20 +53,20 @@ def test_the_environment_and_the_function_turn_fast_kernels_off(monkeypatch):
     assert backends()["trie"].backend == "native"
 
 
-def test_an_unknown_value_in_the_environment_is_refused(monkeypatch):
+def test_an_unknown_value_in_the_environment_is_rejected(monkeypatch):
     monkeypatch.setenv("CEMG_FAST_KERNELS", "yes")
     use_fast_kernels(None)
     with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
         fast_kernels_enabled()
 
 
-def test_a_backend_that_cannot_serve_a_device_says_so():
+def test_a_backend_that_cannot_run_on_a_device_is_rejected():
     with pytest.raises(ValueError, match="cannot run on cuda"):
         dispatch.pick("trie", torch.device("cuda"), "native")
     assert dispatch.choose("trie", torch.device("cuda")).backend == "reference"
 
 
-def test_a_gpu_without_triton_propagates_by_cusparse_and_a_cpu_does_not(monkeypatch):
+def test_propagation_without_triton_uses_sparse_on_a_gpu_and_torch_on_a_cpu(monkeypatch):
     assert dispatch.choose("lightgcn_propagate", torch.device("cpu")).backend == "native"
     monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
     monkeypatch.setattr(dispatch, "_native", None)
@@ -76,7 +76,7 @@ def test_a_gpu_without_triton_propagates_by_cusparse_and_a_cpu_does_not(monkeypa
     assert choice.backend == "torch" and "sparse: slower" in choice.why
 
 
-def test_without_the_native_module_the_reference_serves_and_says_why(monkeypatch):
+def test_without_the_native_module_the_reference_runs_and_the_reason_is_reported(monkeypatch):
     monkeypatch.setattr(dispatch, "_native", None)
     monkeypatch.setattr(dispatch, "NATIVE_ERROR", "no such file")
     use_fast_kernels(None)
@@ -87,29 +87,29 @@ def test_without_the_native_module_the_reference_serves_and_says_why(monkeypatch
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_ranges_name_each_call_for_the_profilers_and_close_where_it_raises(monkeypatch, on_gpu):
-    said: list[str] = []
+def test_ranges_name_each_call_and_close_when_it_raises(monkeypatch, on_gpu):
+    events: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: said.append(f"push {name}"))
-    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: said.append("pop"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: events.append(f"push {name}"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: events.append("pop"))
     monkeypatch.setattr(ranges, "_enabled", ranges.ranges_enabled())
     x, codebooks = torch.zeros(2, 3), torch.zeros(1, 4, 3)
     residual_quantize(x, codebooks)
-    assert said == []  # off by default
+    assert events == []  # off by default
     ranges.use_ranges(True)
     with torch.profiler.profile() as profile:
         residual_quantize(x, codebooks)
-    assert said == ["push residual_quantize", "pop"] * on_gpu
+    assert events == ["push residual_quantize", "pop"] * on_gpu
     assert "residual_quantize" in {event.name for event in profile.events()}
     with pytest.raises(ValueError, match="empty"):
         residual_quantize(x, codebooks[:0])
-    assert said == ["push residual_quantize", "pop"] * 2 * on_gpu
+    assert events == ["push residual_quantize", "pop"] * 2 * on_gpu
     ranges.use_ranges(False)
     residual_quantize(x, codebooks)
-    assert len(said) == 4 * on_gpu
+    assert len(events) == 4 * on_gpu
 
 
-def test_operations_filters_and_gradients_have_ranges_of_their_own(monkeypatch):
+def test_operations_filters_and_gradients_have_named_ranges(monkeypatch):
     monkeypatch.setattr(ranges, "_enabled", True)
     graph = BipartiteGraph.from_edges(torch.tensor([0, 1]), torch.tensor([0, 0]), 2, 1)
     with torch.profiler.profile() as profile:
@@ -119,8 +119,8 @@ def test_operations_filters_and_gradients_have_ranges_of_their_own(monkeypatch):
         trie.items(leaves)
         trie.mask(leaves), trie.children(leaves), trie.interval(leaves), trie.advance(leaves, leaves)
         lightgcn_propagate(graph, torch.ones(3, 2, requires_grad=True), 2).sum().backward()
-    said = {event.name for event in profile.events()}
-    assert said >= {
+    names = {event.name for event in profile.events()}
+    assert names >= {
         "trie_build", "trie_lookup", "trie_mask", "trie_children", "trie_interval", "trie_advance",
         "Trie.items", "fill_inner", "closed_nodes", "lightgcn_propagate", "lightgcn_propagate, backward",
     }  # fmt: skip
@@ -134,8 +134,8 @@ def test_the_environment_turns_ranges_on(monkeypatch):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.medium
-def test_inductor_compiles_a_function_of_every_operation_whole():
-    """Whose operands lie by columns, which inductor takes a fake's strides at their word for."""
+def test_inductor_compiles_a_function_of_every_operation_without_a_graph_break():
+    """The operands are column-major, because inductor relies on the strides of the fake tensors."""
     graph = BipartiteGraph.from_edges(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2, 2)
     trie = Trie.from_codes(torch.tensor([[0, 1], [0, 2], [3, 0], [1, 1]]), 4)
     generator = torch.Generator().manual_seed(0)
@@ -152,5 +152,5 @@ def test_inductor_compiles_a_function_of_every_operation_whole():
 
     torch._dynamo.reset()
     compiled = torch.compile(everything, fullgraph=True)
-    for ours, wanted in zip(compiled(columns), everything(columns), strict=True):
-        torch.testing.assert_close(ours, wanted)
+    for actual, expected in zip(compiled(columns), everything(columns), strict=True):
+        torch.testing.assert_close(actual, expected)

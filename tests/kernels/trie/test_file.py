@@ -1,4 +1,4 @@
-"""Tries on disk: what was saved loads, everything else is refused and nothing crashes."""
+"""Trie files: saved tries load, everything else is rejected, nothing crashes."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def make_trie(num_items: int = 30, *, ids: bool = True) -> Trie:
 
 
 @pytest.mark.parametrize("ids", [True, False])
-def test_a_saved_trie_loads_as_it_was(backend, tmp_path: Path, ids):
+def test_a_saved_trie_loads_unchanged(backend, tmp_path: Path, ids):
     trie, path = make_trie(ids=ids), tmp_path / "trie.safetensors"
     trie.save(path)
-    again = Trie.load(path)
+    loaded = Trie.load(path)
     for name in ("code", "first_child", "rows"):
-        assert torch.equal(getattr(again.arrays, name), getattr(trie.arrays, name))
-    assert torch.equal(again.ids_by_rank, trie.ids_by_rank)
-    assert again.fingerprint == trie.fingerprint
-    assert (again.nbytes, again.id_nbytes) == (trie.nbytes, trie.id_nbytes)
+        assert torch.equal(getattr(loaded.arrays, name), getattr(trie.arrays, name))
+    assert torch.equal(loaded.ids_by_rank, trie.ids_by_rank)
+    assert loaded.fingerprint == trie.fingerprint
+    assert (loaded.nbytes, loaded.id_nbytes) == (trie.nbytes, trie.id_nbytes)
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list its mappings")
-def test_a_loaded_trie_lies_in_the_mapped_file(tmp_path: Path):
+def test_a_loaded_trie_uses_the_mapped_file(tmp_path: Path):
     path = tmp_path / "trie.safetensors"
     make_trie().save(path)
     trie = Trie.load(path)
@@ -48,7 +48,7 @@ def test_a_loaded_trie_lies_in_the_mapped_file(tmp_path: Path):
         assert any(begin <= tensor.data_ptr() < end for begin, end in mapped)
 
 
-def test_saving_over_a_file_that_is_mapped_leaves_its_trie_whole(tmp_path: Path):
+def test_overwriting_a_mapped_file_leaves_the_loaded_trie_intact(tmp_path: Path):
     path = tmp_path / "trie.safetensors"
     make_trie(64).save(path)
     old = Trie.load(path)
@@ -58,7 +58,7 @@ def test_saving_over_a_file_that_is_mapped_leaves_its_trie_whole(tmp_path: Path)
     assert Trie.load(path).num_items == 1
 
 
-def test_a_missing_or_foreign_file_is_refused(tmp_path: Path):
+def test_a_missing_file_or_another_format_is_rejected(tmp_path: Path):
     with pytest.raises(ValueError, match="is missing"):
         Trie.load(tmp_path / "none")
     (tmp_path / "text").write_text("no trie")
@@ -70,7 +70,7 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["code", "first_child", "rows", "ids"])
-def test_a_file_that_lacks_a_part_or_whose_part_changed_is_refused(backend, tmp_path: Path, name: str):
+def test_a_file_with_a_missing_or_changed_part_is_rejected(backend, tmp_path: Path, name: str):
     path = tmp_path / "trie.safetensors"
     make_trie().save(path)
     header = json.loads(path.read_bytes()[8 : 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]])
@@ -87,7 +87,7 @@ def test_a_file_that_lacks_a_part_or_whose_part_changed_is_refused(backend, tmp_
 
 
 def broken_arrays(draw: random.Random) -> TrieArrays:
-    """The arrays of a trie with up to three entries, the levels or the codebook size wrong; or none wrong."""
+    """Returns the arrays of a trie with up to three wrong entries, levels or codebook size; or all valid."""
     good = make_trie(draw.choice([1, 2, 30, 64])).arrays
     code, packed, rows = good.code.clone(), good.first_child.clone(), good.rows.clone()
     first = unpack(packed, good.num_inner + 1)
@@ -96,19 +96,19 @@ def broken_arrays(draw: random.Random) -> TrieArrays:
         tensor[draw.randrange(len(tensor))] = draw.choice([0, 1, 2, 3, 4, len(tensor), draw.randrange(99)])
     first[0 if draw.random() < 0.02 else -1] += draw.choice([0, 0, 0, 1])
     if draw.random() < 0.8 and bool((first.diff() > 0).all()):
-        packed = pack(first)  # rising, but not as they did
+        packed = pack(first)  # ascending, but changed
     levels, size = draw.choice([3] * 8 + [1, 2, 4, 200]), draw.choice([4] * 8 + [3, 2, 5])
     short = draw.choice([0] * 8 + [1])
     return TrieArrays(code[short:], packed, rows, levels, size)
 
 
-def test_the_native_verdict_on_arrays_is_the_reference_s():
+def test_the_native_check_of_arrays_equals_the_reference():
     draw, verdicts = random.Random(0), []
     for _ in range(1500):
         arrays = broken_arrays(draw)
         verdicts.append(bool(problem_reference(arrays)))
         assert bool(verify(arrays)) == verdicts[-1], (verify(arrays), problem_reference(arrays), arrays)
-    assert 300 < sum(verdicts) < 1400  # of both kinds
+    assert 300 < sum(verdicts) < 1400  # some valid, some invalid
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_the_native_verdict_on_arrays_is_the_reference_s():
     [
         ([0, 5, 5], "contain 5 twice"),
         ([3, -1, 4], "contain -1"),
-        ([10**15, 7, 10**15], f"contain {10**15} twice"),  # too spread for a bitmap
+        ([10**15, 7, 10**15], f"contain {10**15} twice"),  # too far apart for a bitmap
         ([10**15, 7, 0], ""),
         ([2, 1, 0], ""),
         ([1, 2], r"\[2\]"),
     ],
 )
-def test_ids_that_are_none_are_found(backend, ids, message):
+def test_invalid_ids_are_detected(backend, ids, message):
     problem = ids_problem(torch.tensor(ids), 3)
     assert message.replace("\\", "") in problem and bool(problem) == bool(message)
 
@@ -172,7 +172,7 @@ MUTATIONS: list[Callable[[bytearray, random.Random], None]] = [
 
 
 def mutate_and_load(folder: Path, count: int) -> int:
-    """Load ``count`` mutated files; how many were refused. Each other one must be the trie that was saved."""
+    """Loads ``count`` mutated files; returns how many were rejected. All others must equal the saved trie."""
     draw, refused = random.Random(count), 0
     originals = []
     for ids in (True, False):
@@ -199,12 +199,12 @@ def mutate_and_load(folder: Path, count: int) -> int:
     return refused
 
 
-def test_mutated_files_are_refused(tmp_path: Path):
+def test_mutated_files_are_rejected(tmp_path: Path):
     assert mutate_and_load(tmp_path, 300) > 270
 
 
 @pytest.mark.slow
-def test_ten_thousand_mutated_files_are_refused(tmp_path: Path):
+def test_ten_thousand_mutated_files_are_rejected(tmp_path: Path):
     refused = mutate_and_load(tmp_path, 10_000)
     print(f"{refused} of 10000 mutated files refused, the others held the trie unchanged")
     assert refused > 9_000

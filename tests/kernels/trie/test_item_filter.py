@@ -1,4 +1,4 @@
-"""Filters against sets of item ids; what they do to the trie's operations is in test_trie.py."""
+"""Filters against sets of item ids; test_trie.py tests the trie's operations under filters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...helpers import two_level_trie
 
 
 @pytest.mark.parametrize("num_items", [1, 42, 43, 62, 63, 64, 65, 511, 1500])
-def test_a_node_is_open_where_an_allowed_item_is_below(backend, num_items):
+def test_a_node_is_open_if_an_allowed_item_is_below(backend, num_items):
     trie = two_level_trie(num_items)
     for share in (0.0, 0.03, 0.4, 1.0):
         allowed = torch.rand(num_items, generator=torch.Generator().manual_seed(1)) < share
@@ -27,7 +27,7 @@ def test_a_node_is_open_where_an_allowed_item_is_below(backend, num_items):
         assert len(chosen) == int(allowed.sum())
 
 
-def test_ranks_are_left_out_as_if_they_had_never_been_allowed(backend):
+def test_removing_ranks_equals_never_allowing_them(backend):
     trie = two_level_trie(700)
     allowed = torch.rand(700, generator=torch.Generator().manual_seed(1)) < 0.1
     chosen = ItemFilter.from_mask(trie, allowed)
@@ -38,29 +38,29 @@ def test_ranks_are_left_out_as_if_they_had_never_been_allowed(backend):
     assert chosen.without_ranks(torch.arange(700)).open.count_nonzero() == 0
 
 
-def test_large_tries_are_opened_and_closed_by_all_cores_as_by_one():
-    """Past 65,536 nodes a level, and 256 excluded items, the C++ shares the work."""
+def test_filters_of_large_tries_do_not_depend_on_the_number_of_threads():
+    """Above 65,536 nodes per level and 256 excluded items, the C++ code uses several threads."""
     codes = torch.randint(128, (300_000, 4), generator=torch.Generator().manual_seed(0)).unique(dim=0)
     trie = Trie.from_codes(codes, 128)
     generator = torch.Generator().manual_seed(1)
     allowed = torch.rand(trie.num_items, generator=generator) < 0.1
-    ids = torch.randint(trie.num_items, (30, 1), generator=generator) + torch.arange(40)  # neighbours
-    found = []
+    ids = torch.randint(trie.num_items, (30, 1), generator=generator) + torch.arange(40)  # consecutive ranks
+    results = []
     try:
         for fast in (True, False):
             use_fast_kernels(fast)
             some = ItemFilter.from_mask(trie, allowed)
             both = some & RequestFilter.excluding(trie, ids)
-            found.append((both.tensors.open, both.tensors.closed))
+            results.append((both.tensors.open, both.tensors.closed))
     finally:
         use_fast_kernels(None)
-    (opened, closed), (wanted, all_closed) = found
-    assert torch.equal(opened, wanted)
+    (opened, closed), (expected, all_closed) = results
+    assert torch.equal(opened, expected)
     assert torch.equal(closed, all_closed[:, : closed.shape[1]])
     assert bool((all_closed[:, closed.shape[1] :] == NO_NODE).all())
 
 
-def test_and_or_not_are_those_of_sets():
+def test_and_or_and_not_equal_set_operations():
     trie = two_level_trie(700, id_step=5)
     a, b = set(range(0, 3500, 10)), set(range(0, 3500, 15))
     left, right = ItemFilter.from_items(trie, sorted(a)), ItemFilter.from_items(trie, sorted(b))
@@ -77,7 +77,7 @@ def test_and_or_not_are_those_of_sets():
     assert ids(~~left) == a
 
 
-def test_a_filter_that_allows_nothing_leaves_no_path():
+def test_a_filter_that_allows_nothing_has_no_open_node():
     trie = two_level_trie(100)
     nothing = ItemFilter.from_items(trie, [])
     assert bool(nothing) and len(nothing) == 0
@@ -85,7 +85,7 @@ def test_a_filter_that_allows_nothing_leaves_no_path():
     assert not trie.mask(torch.zeros(1, dtype=torch.int32), filter=nothing).any()
 
 
-def test_a_filter_of_another_trie_is_refused():
+def test_a_filter_of_another_trie_is_rejected():
     trie, other = two_level_trie(100), two_level_trie(101)
     chosen = ItemFilter.from_items(trie, [1])
     with pytest.raises(ValueError, match="another trie"):
@@ -94,7 +94,7 @@ def test_a_filter_of_another_trie_is_refused():
         chosen & ItemFilter.from_items(other, [1])
 
 
-def test_wrong_masks_and_unknown_ids_are_refused():
+def test_wrong_masks_and_unknown_ids_are_rejected():
     trie = two_level_trie(100)
     with pytest.raises(ValueError, match=r"bool \[100\]"):
         ItemFilter.from_mask(trie, torch.ones(99, dtype=torch.bool))

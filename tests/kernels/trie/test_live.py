@@ -1,4 +1,4 @@
-"""A catalog that changes: single behaviours here; long random histories in test_stateful.py."""
+"""Live catalogs: single behaviours; test_stateful.py runs long random sequences of operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cemg_kernels.trie.live import Snapshot
 
 
 def make_live(num_items: int = 10) -> LiveTrie:
-    """Item 3 i has the codes (i // 8, i % 8)."""
+    """Returns a catalog in which item 3 i has the codes (i // 8, i % 8)."""
     order = torch.arange(num_items)
     return LiveTrie(Trie.from_codes(torch.stack((order // 8, order % 8), 1), 8, order * 3))
 
@@ -26,7 +26,7 @@ def items_of(now: Snapshot) -> set[int]:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch):
-    """Rebuilds wait until the test lets them go."""
+    """Blocks rebuilds until the test sets the event."""
     gate, build = threading.Event(), live_trie._merged
 
     def merged(*arguments):
@@ -38,7 +38,7 @@ def held(monkeypatch: pytest.MonkeyPatch):
     gate.set()
 
 
-def test_a_removal_holds_from_the_next_snapshot_on():
+def test_a_removal_takes_effect_with_the_next_snapshot():
     live = make_live()
     before = live.snapshot()
     live.remove([3, 9])
@@ -49,11 +49,11 @@ def test_a_removal_holds_from_the_next_snapshot_on():
     assert len(live) == 7
 
 
-def test_an_addition_comes_with_the_next_version_and_old_requests_keep_their_trie(held):
+def test_an_addition_appears_in_the_next_version_and_old_requests_keep_their_trie(held):
     live = make_live()
     live.remove([3])
     old = live.snapshot()
-    live.add([[7, 7], [0, 1]], [100, 101])  # the second takes the codes of what was removed
+    live.add([[7, 7], [0, 1]], [100, 101])  # the second reuses the codes of a removed item
     assert (live.version, len(live)) == (1, 11)
     assert items_of(live.snapshot()) == set(range(0, 30, 3)) - {3}
     with pytest.raises(TimeoutError, match="2 items are still pending"):
@@ -67,18 +67,18 @@ def test_an_addition_comes_with_the_next_version_and_old_requests_keep_their_tri
     assert items_of(old) == set(range(0, 30, 3)) - {3}
 
 
-def test_what_is_removed_while_the_trie_is_rebuilt_stays_out(held):
+def test_an_item_removed_during_a_rebuild_stays_removed(held):
     live = make_live()
     live.add([[7, 7], [7, 6]], [100, 101])
     live.remove([0, 100])
     live.remove([101])
-    live.add([[6, 6]], [101])  # back again, elsewhere
+    live.add([[6, 6]], [101])  # the same id with other codes
     held.set()
     live.wait(10)
     now = live.snapshot()
     assert items_of(now) == (set(range(0, 30, 3)) - {0}) | {101}
-    found = now.trie.lookup(torch.tensor([[7, 6], [6, 6]]), filter=now.allowed)
-    assert now.trie.items(found, filter=now.allowed).tolist() == [-1, 101]
+    nodes = now.trie.lookup(torch.tensor([[7, 6], [6, 6]]), filter=now.allowed)
+    assert now.trie.items(nodes, filter=now.allowed).tolist() == [-1, 101]
 
 
 def test_additions_during_a_rebuild_are_built_next(held):
@@ -90,12 +90,12 @@ def test_additions_during_a_rebuild_are_built_next(held):
     assert items_of(live.snapshot()) == set(range(0, 30, 3)) | {100, 101}
 
 
-def test_a_filter_of_another_version_is_refused_even_where_the_codes_are_equal():
+def test_a_filter_of_another_version_is_rejected_even_if_the_codes_are_equal():
     live = make_live()
     old = live.snapshot()
     only = ItemFilter.from_items(old.trie, [27])
     live.remove([27])
-    assert len(live.snapshot().restrict(only)) == 0  # the same version: both hold
+    assert len(live.snapshot().restrict(only)) == 0  # the same version, so both filters apply
     live.add([[1, 1]], [99])  # the codes of item 27
     live.wait(10)
     now = live.snapshot()
@@ -115,8 +115,8 @@ def test_per_request_filters_combine_with_removals():
     stacked = ItemFilter.stack([ItemFilter.from_items(now.trie, [0, 3]), None])
     mask = now.trie.mask(torch.zeros(2, dtype=torch.int32), filter=now.restrict(stacked))
     leaves = torch.arange(now.trie.num_nodes).expand(2, -1)
-    found = now.trie.items(leaves, filter=now.restrict(stacked))
-    assert [set(row) - {-1} for row in found.tolist()] == [{3}, set(range(3, 30, 3))]
+    nodes = now.trie.items(leaves, filter=now.restrict(stacked))
+    assert [set(row) - {-1} for row in nodes.tolist()] == [{3}, set(range(3, 30, 3))]
     assert mask[:, :2].tolist() == [[True, False], [True, True]]
 
 
@@ -128,13 +128,13 @@ def test_per_request_filters_combine_with_removals():
         ([[7, 7], [7, 6]], [50, 50], "id 50"),
         ([[0, 1]], [50], r"items 3 and 50 would share the codes \[0, 1\]"),
         ([[7, 7], [7, 7]], [50, 51], "items 50 and 51"),
-        ([[5, 5]], [51], "items 60 and 51"),  # what waits counts as well
+        ([[5, 5]], [51], "items 60 and 51"),  # pending items count too
         ([[7, 6]], [60], "id 60"),
         ([[8, 0]], [50], "code 8"),
         ([[1, 2, 3]], [50], r"codes must be \[1, 2\], got \[1, 3\]"),
     ],
 )
-def test_a_wrong_addition_changes_nothing(held, codes, ids, message):
+def test_an_invalid_addition_changes_nothing(held, codes, ids, message):
     live = make_live()
     live.add([[5, 5]], [60])
     with pytest.raises(ValueError, match=message):
@@ -145,7 +145,7 @@ def test_a_wrong_addition_changes_nothing(held, codes, ids, message):
     assert items_of(live.snapshot()) == set(range(0, 30, 3)) | {60}
 
 
-def test_a_filter_is_narrowed_once_a_snapshot():
+def test_a_filter_is_combined_with_removals_once_per_snapshot():
     live = make_live()
     only = ItemFilter.from_items(live.snapshot().trie, [0, 6, 12])
     live.remove([6])
@@ -157,7 +157,7 @@ def test_a_filter_is_narrowed_once_a_snapshot():
     assert len(live.snapshot().restrict(only)) == 1 and len(now.restrict(only)) == 2
 
 
-def test_a_wrong_removal_changes_nothing():
+def test_an_invalid_removal_changes_nothing():
     live = make_live()
     with pytest.raises(ValueError, match="no item 4 "):
         live.remove([3, 4])
@@ -167,7 +167,7 @@ def test_a_wrong_removal_changes_nothing():
         live.remove([3])
 
 
-def test_a_rebuild_that_fails_is_told_to_who_waits(monkeypatch: pytest.MonkeyPatch):
+def test_wait_and_add_raise_if_the_rebuild_failed(monkeypatch: pytest.MonkeyPatch):
     live = make_live()
 
     def fail(*_: object) -> Trie:
@@ -183,7 +183,7 @@ def test_a_rebuild_that_fails_is_told_to_who_waits(monkeypatch: pytest.MonkeyPat
         live.add([[7, 6]], [101])
 
 
-def test_everything_may_leave_and_come_back(tmp_path: Path):
+def test_all_items_can_be_removed_and_added_again(tmp_path: Path):
     live = make_live()
     live.remove(torch.arange(10) * 3)
     assert len(live) == 0 and items_of(live.snapshot()) == set()
@@ -195,18 +195,18 @@ def test_everything_may_leave_and_come_back(tmp_path: Path):
     assert live.snapshot().trie.num_items == 1
 
 
-def test_what_is_saved_is_what_serves(tmp_path: Path):
+def test_a_saved_catalog_contains_the_current_items(tmp_path: Path):
     live = make_live()
     live.add([[7, 7]], [100])
     live.remove([3])
     live.save(tmp_path / "trie")
-    again = LiveTrie.load(tmp_path / "trie")
-    assert items_of(again.snapshot()) == (set(range(0, 30, 3)) - {3}) | {100}
-    assert again.version == 1
+    reloaded = LiveTrie.load(tmp_path / "trie")
+    assert items_of(reloaded.snapshot()) == (set(range(0, 30, 3)) - {3}) | {100}
+    assert reloaded.version == 1
 
 
-def test_requests_of_many_threads_each_see_one_whole_catalog():
-    """Items come and go in pairs; whoever sees one of a pair sees the other."""
+def test_concurrent_requests_each_see_a_consistent_catalog():
+    """Items are added and removed in pairs, so every request sees both items of a pair or none."""
     live, stop, torn = make_live(8), threading.Event(), []
 
     def read() -> None:

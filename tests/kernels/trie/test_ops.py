@@ -1,4 +1,4 @@
-"""The trie's custom ops: their schemas and fakes, and whole graphs through the methods of Trie."""
+"""The trie's custom ops: their schemas and fakes, and compiled graphs of the methods of Trie."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def operands_of(name: str) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
-def test_the_custom_op_is_sound_and_gives_what_the_operation_gives(backend, trie, name):
+def test_the_custom_op_passes_opcheck_and_equals_the_operation(backend, trie, name):
     arrays = trie.arrays
     for filter in filters_of(trie):
         tensors = trie.filter_tensors(filter, ROWS)
@@ -48,7 +48,7 @@ def test_the_custom_op_is_sound_and_gives_what_the_operation_gives(backend, trie
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_compile_sees_whole_graphs_through_the_methods(backend, trie, which):
+def test_the_methods_compile_without_a_graph_break(backend, trie, which):
     filter = filters_of(trie)[which]
 
     def everything(prefixes: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
@@ -62,15 +62,15 @@ def test_compile_sees_whole_graphs_through_the_methods(backend, trie, which):
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     for operands in ((operands_of("lookup")[0], torch.arange(ROWS) % 5),
                      (torch.tensor([[0, 0]] * 3), torch.tensor([0, 1, 2]))):  # fmt: skip
-        for ours, expected in zip(compiled(*operands), everything(*operands), strict=True):
-            assert torch.equal(ours, expected)
+        for actual, expected in zip(compiled(*operands), everything(*operands), strict=True):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("levels", "size", "num_items"), [(3, 5, 70), (4, 256, 50_000), (3, 4096, 20_000)])
 @pytest.mark.parametrize("fast", [True, False], ids=["native", "reference"])
-def test_a_gpu_gives_what_the_cpu_gives(fast, levels, size, num_items):
-    """Built there and here: equal arrays, and equal answers of every operation under every filter."""
+def test_a_gpu_gives_the_results_of_the_cpu(fast, levels, size, num_items):
+    """The arrays are equal, and so are the results of every operation under every filter."""
     generator = torch.Generator().manual_seed(1)
     codes = torch.unique(torch.randint(size, (2 * num_items, levels), generator=generator), dim=0)
     codes = codes[torch.randperm(len(codes), generator=generator)[:num_items]]
@@ -81,7 +81,7 @@ def test_a_gpu_gives_what_the_cpu_gives(fast, levels, size, num_items):
     rows = 600
     nodes = torch.randint(-1, here.num_nodes + 3, (rows,), generator=generator, dtype=torch.int32)
     code = torch.randint(-1, size + 1, (rows,), generator=generator)
-    known = codes[: num_items // 3 * 3][:300, :2]  # as many rows as three requests divide
+    known = codes[: num_items // 3 * 3][:300, :2]  # a number of rows that three requests divide
     prefixes = torch.cat((known, torch.randint(size, (300, 2), generator=generator)))
     one = ItemFilter.from_mask(here, torch.rand(here.num_items, generator=generator) < 0.1)
     stacked = ItemFilter.stack([one, None, ~one])
@@ -90,9 +90,9 @@ def test_a_gpu_gives_what_the_cpu_gives(fast, levels, size, num_items):
         moved = None if filter is None else filter.to("cuda")
         for name, operands in (("lookup", (prefixes,)), ("advance", (nodes, code)), ("children", (nodes,)),
                                ("mask", (nodes,)), ("items", (nodes,))):  # fmt: skip
-            ours = getattr(there, name)(*(x.cuda() for x in operands), filter=moved)
+            actual = getattr(there, name)(*(x.cuda() for x in operands), filter=moved)
             expected = getattr(here, name)(*operands, filter=filter)
-            pairs = zip(ours, expected, strict=True) if name == "children" else [(ours, expected)]
+            pairs = zip(actual, expected, strict=True) if name == "children" else [(actual, expected)]
             for a, b in pairs:
                 assert torch.equal(a.cpu(), b), (name, filter)
     assert torch.equal(there.interval(nodes.cuda()).cpu(), here.interval(nodes))

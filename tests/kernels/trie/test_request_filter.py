@@ -22,18 +22,18 @@ def make_trie(num_items: int = 1300) -> Trie:
 
 
 def assert_rows_reach(trie: Trie, filter: RequestFilter, allowed: list[set[int]]) -> None:
-    """Every operation leads row r to the items of ``allowed[r]`` and to no others; a row a request."""
+    """Checks that every operation finds exactly the items of ``allowed[r]`` in row r; one row per request."""
     rows = len(allowed)
     leaves = torch.arange(trie.num_nodes - trie.num_items, trie.num_nodes).expand(rows, -1)
     assert [set(row) - {-1} for row in trie.items(leaves, filter=filter).tolist()] == allowed
     roots = torch.zeros(rows, dtype=torch.int32)
     mask = trie.mask(roots, filter=filter)
-    found, child = trie.children(roots, filter=filter)
+    child_codes, child = trie.children(roots, filter=filter)
     of = {int(i): c for i, c in zip(trie.ids_by_rank, _codes(trie), strict=True)}
     for row, ids in enumerate(allowed):
         expected = sorted({of[i][0] for i in ids})
         assert mask[row].nonzero()[:, 0].tolist() == expected
-        assert found[row][found[row] >= 0].tolist() == expected
+        assert child_codes[row][child_codes[row] >= 0].tolist() == expected
         assert (child[row] >= 0).sum() == len(expected)
     every = torch.arange(trie.codebook_size).expand(rows, -1)
     walked = trie.advance(roots[:, None].expand_as(every), every, filter=filter)
@@ -43,7 +43,7 @@ def assert_rows_reach(trie: Trie, filter: RequestFilter, allowed: list[set[int]]
 
 
 def _codes(trie: Trie) -> list[tuple[int, int]]:
-    """The two codes of each rank."""
+    """Returns the two codes of each rank."""
     first, child = trie.children(torch.zeros(1, dtype=torch.int32))
     pairs = []
     for code, node in zip(first[0].tolist(), child[0].tolist(), strict=True):
@@ -57,19 +57,19 @@ def ids_of(trie: Trie) -> set[int]:
     return set(trie.ids_by_rank.tolist())
 
 
-def test_each_request_obeys_its_own_filter(backend):
+def test_each_request_uses_its_own_filter(backend):
     trie = make_trie()
     sets = [{0, 3, 600}, {30}, set()]
     filters = [ItemFilter.from_items(trie, sorted(s)) for s in sets]
     stacked = ItemFilter.stack([filters[0], None, filters[1], filters[2], filters[0]])
     assert stacked.num_requests == 5
-    assert stacked.tensors.open.shape[0] == 3  # a filter given twice is kept once
+    assert stacked.tensors.open.shape[0] == 3  # a filter given twice is stored once
     assert_rows_reach(trie, stacked, [sets[0], ids_of(trie), sets[1], sets[2], sets[0]])
 
 
-def test_each_request_leaves_out_its_own_items(backend):
+def test_each_request_excludes_its_own_items(backend):
     trie = make_trie()
-    excluded = [[0, 3, 3, 0], [-1, -1, -1, -1], [9, 7, 10**9, 12]]  # repeats, padding, ids of no item
+    excluded = [[0, 3, 3, 0], [-1, -1, -1, -1], [9, 7, 10**9, 12]]  # repeats, padding, unknown ids
     chosen = RequestFilter.excluding(trie, torch.tensor(excluded))
     assert_rows_reach(trie, chosen, [ids_of(trie) - set(row) for row in excluded])
 
@@ -81,8 +81,8 @@ def test_lists_of_different_lengths_exclude_as_a_padded_tensor(backend):
     assert_rows_reach(trie, RequestFilter.excluding(trie, [[], []]), [ids_of(trie)] * 2)
 
 
-def test_an_exclusion_counts_only_what_the_filter_allows(backend):
-    """The first request excludes more items than its filter allows; one that is both stays out."""
+def test_an_exclusion_counts_only_items_that_the_filter_allows(backend):
+    """The first request excludes more items than its filter allows; an item in both lists stays excluded."""
     trie = make_trie()
     stacked = ItemFilter.stack([ItemFilter.from_items(trie, [0, 3]), ItemFilter.from_items(trie, [6]), None])
     both = stacked & RequestFilter.excluding(trie, [[3, 6, 9, 12, 15], [6], [0, 6]])
@@ -97,7 +97,7 @@ def test_one_filter_for_all_combines_with_exclusions(backend):
         assert_rows_reach(trie, both, [{3, 6, 9}, {0, 6}])
 
 
-def test_the_rows_of_a_request_stand_together(backend):
+def test_the_rows_of_a_request_are_consecutive(backend):
     trie = make_trie()
     stacked = ItemFilter.stack([ItemFilter.from_items(trie, [0]), None])
     roots = torch.zeros(2, 3, dtype=torch.int32)  # B = 2, W = 3
@@ -109,14 +109,14 @@ def test_the_rows_of_a_request_stand_together(backend):
     assert trie.mask(roots.flatten()[:0], filter=stacked).shape == (0, 64)
 
 
-def test_select_makes_another_batch_of_the_requests(backend):
+def test_select_returns_the_filter_of_another_batch(backend):
     trie = make_trie()
     stacked = ItemFilter.stack([ItemFilter.from_items(trie, [0]), ItemFilter.from_items(trie, [3, 6])])
     chosen = (stacked & RequestFilter.excluding(trie, [[], [6]])).select(torch.tensor([1, 0, 1]))
     assert_rows_reach(trie, chosen, [{3}, {0}, {3}])
 
 
-def test_softmax_and_beam_step_obey_the_request(backend):
+def test_softmax_and_beam_step_use_the_filter_of_the_request(backend):
     trie = make_trie()
     sets = [{0, 3, 600}, {30}]
     chosen = ItemFilter.stack([ItemFilter.from_items(trie, sorted(s)) for s in sets])
@@ -131,7 +131,7 @@ def test_softmax_and_beam_step_obey_the_request(backend):
     assert alive == [set(row.nonzero()[:, 0].tolist()) for row in mask.view(2, 3, -1)[:, 0]]
 
 
-def test_filters_of_different_tries_or_batches_do_not_mix():
+def test_filters_of_different_tries_or_batches_do_not_combine():
     trie, other = make_trie(), make_trie(70)
     stacked = ItemFilter.stack([ItemFilter.from_items(trie, [0])])
     with pytest.raises(ValueError, match="another trie"):
@@ -150,7 +150,7 @@ def test_filters_of_different_tries_or_batches_do_not_mix():
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_random_requests_equal_sets(data):
+def test_random_requests_equal_set_operations(data):
     num_items = data.draw(st.sampled_from([1, 5, 63, 64, 65, 200]))
     trie = make_trie(num_items)
     everything, requests = ids_of(trie), data.draw(st.integers(1, 4))
@@ -183,7 +183,7 @@ def test_random_requests_equal_sets(data):
     cemg_kernels.use_fast_kernels(None)
 
 
-def test_a_filter_keeps_its_meaning_on_its_way_to_a_device():
+def test_moving_a_filter_to_a_device_keeps_its_items():
     trie = make_trie(70)
     stacked = ItemFilter.stack([ItemFilter.from_items(trie, [0])]) & RequestFilter.excluding(trie, [[3]])
     assert_rows_reach(trie, stacked.to("cpu"), [{0}])

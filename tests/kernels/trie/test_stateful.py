@@ -1,6 +1,6 @@
-"""Long random histories of a catalog against a Python dict: build, filter, add, remove, swap, save, load.
+"""Long random sequences of catalog operations (build, filter, add, remove, save, load) against a dict.
 
-The dict maps item ids to codes. After each operation a few questions are asked of both.
+The dict maps item ids to codes. After each operation, queries are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Codes = tuple[int, ...]
 
 
 class History:
-    """One catalog, its dict, and the operations that change or ask them."""
+    """One catalog, its dict, and the operations that change or query them."""
 
     def __init__(self, seed: int, folder: Path, gate: threading.Event) -> None:
         self.draw, self.path, self.gate = random.Random(seed), folder / f"trie{seed}", gate
@@ -33,28 +33,28 @@ class History:
         self.build()
 
     def run(self, count: int) -> None:
-        """``count`` operations, each followed by a question."""
-        weights = {"add": 5, "remove": 5, "swap": 4, "hold": 3, "filter": 5, "stack": 3, "snapshot": 2,
-                   "ask": 8, "refused": 2, "save_load": 1, "build": 1, "backend": 1}  # fmt: skip
+        """Runs ``count`` operations, each followed by a query."""
+        weights = {"add": 5, "remove": 5, "publish": 4, "hold": 3, "filter": 5, "stack": 3, "snapshot": 2,
+                   "query": 8, "invalid": 2, "save_load": 1, "build": 1, "backend": 1}  # fmt: skip
         for name in self.draw.choices(list(weights), list(weights.values()), k=count):
             getattr(self, name)()
             self.counts[name] += 1
-            self.ask()
+            self.query()
 
     def build(self) -> None:
-        """Another catalog altogether: levels, codebook, items."""
+        """Starts a new catalog with other levels, codebook size and items."""
         self.gate.set()
         self.levels, self.size = self.draw.choice([(1, 300), (2, 6), (3, 4), (4, 3), (3, 40)])
         self.items: dict[int, Codes] = {}
         for _ in range(self.draw.choice([1, 2, 10, 60])):
-            self.invent()
+            self.new_item()
         ids, codes = torch.tensor(list(self.items)), torch.tensor(list(self.items.values()))
         self.live = LiveTrie(Trie.from_codes(codes, self.size, ids))
-        self.served = dict(self.items)  # what the current snapshot must show
-        self.swap()
+        self.published = dict(self.items)  # the current snapshot must contain these
+        self.publish()
 
-    def invent(self) -> int | None:
-        """A new item in the dict, if free codes are found; its id, sometimes one that was used before."""
+    def new_item(self) -> int | None:
+        """Adds an item to the dict if its codes are free; returns its id, which may be one used before."""
         codes = tuple(self.draw.randrange(self.size) for _ in range(self.levels))
         if codes in self.items.values():
             return None
@@ -67,7 +67,7 @@ class History:
 
     def add(self) -> None:
         new = [
-            item for item in (self.invent() for _ in range(self.draw.choice([1, 2, 5]))) if item is not None
+            item for item in (self.new_item() for _ in range(self.draw.choice([1, 2, 5]))) if item is not None
         ]
         if new:
             self.live.add([self.items[item] for item in new], new)
@@ -77,36 +77,36 @@ class History:
         self.live.remove(some)
         for item in some:
             del self.items[item]
-            self.served.pop(item, None)
+            self.published.pop(item, None)
 
-    def swap(self) -> None:
-        """Let rebuilds go on, and wait until everything serves."""
+    def publish(self) -> None:
+        """Unblocks rebuilds and waits until all items are published."""
         self.gate.set()
         self.live.wait(30)
-        self.served = dict(self.items)
+        self.published = dict(self.items)
         self.snapshot()
 
     def hold(self) -> None:
-        """From here on rebuilds stop half-way, so that operations fall between their start and their swap."""
+        """Blocks rebuilds half-way, so that operations happen between their start and their end."""
         self.gate.clear()
 
     def snapshot(self) -> None:
-        """A request begins: it must see this catalog until it ends."""
+        """Starts a request, which must see this catalog until it ends."""
         now = self.live.snapshot()
         self.request: tuple[Snapshot, dict[int, Codes]] = now, self.shown(now)
         self.chosen: tuple[ItemFilter, set[int]] | None = None
 
     def shown(self, now: Snapshot) -> dict[int, Codes]:
-        """What a snapshot holds by its items and codes; it must be the dict, give or take what waits."""
+        """Returns the items and codes of a snapshot; they must equal the dict except for pending items."""
         leaves = torch.arange(now.trie.num_nodes - now.trie.num_items, now.trie.num_nodes)
         ids = now.trie.items(leaves, filter=now.allowed).tolist()
         rows = map(tuple, now.trie.codes_by_rank().tolist())
         held = {item: row for item, row in zip(ids, rows, strict=True) if item >= 0}
-        assert held.items() <= self.items.items() and self.served.items() <= held.items()
+        assert held.items() <= self.items.items() and self.published.items() <= held.items()
         return held
 
     def filter(self) -> None:
-        """Combine the request's filter with another, or start one."""
+        """Combines the request's filter with another one, or starts a new one."""
         now, _ = self.request
         known = sorted(set(now.trie.ids_by_rank.tolist()))
         some = set(self.draw.sample(known, self.draw.randrange(len(known) + 1)))
@@ -131,29 +131,29 @@ class History:
         assert len(self.chosen[0]) == len(self.chosen[1])
 
     def stack(self) -> None:
-        """Three requests at once: one with the filter, one with a history, one with neither."""
+        """Runs three requests at once: one with the filter, one with exclusions, one with neither."""
         now, held = self.request
         known = sorted(set(now.trie.ids_by_rank.tolist()))
-        had = self.draw.sample(known, min(len(known), 4))
-        each = RequestFilter.excluding(now.trie, [[], had, [-1, 10**9]])
-        allowed = [set(held), set(held) - set(had), set(held)]
+        seen = self.draw.sample(known, min(len(known), 4))
+        each = RequestFilter.excluding(now.trie, [[], seen, [-1, 10**9]])
+        allowed = [set(held), set(held) - set(seen), set(held)]
         if self.chosen is not None:
             each = each & ItemFilter.stack([self.chosen[0], None, None])
             allowed[0] &= self.chosen[1]
         self.compare(now, now.restrict(each), [{i: held[i] for i in ids} for ids in allowed])
 
-    def ask(self) -> None:
-        """The request in flight, by its filter; then the catalog as it is now."""
+    def query(self) -> None:
+        """Checks the current request with its filter, then the current catalog."""
         now, held = self.request
         if self.chosen is None:
             self.compare(now, now.restrict(), [held])
         else:
-            left = {i: c for i, c in held.items() if i in self.chosen[1]}
-            self.compare(now, now.restrict(self.chosen[0]), [left])
+            remaining = {i: c for i, c in held.items() if i in self.chosen[1]}
+            self.compare(now, now.restrict(self.chosen[0]), [remaining])
         self.shown(self.live.snapshot())
 
     def compare(self, now: Snapshot, filter: object, each: list[dict[int, Codes]]) -> None:
-        """Lookup, mask, children, advance, items and intervals, at a prefix a request, against its dict."""
+        """Compares lookup, mask, children, advance and items with the dict, at one prefix per request."""
         length = self.draw.randrange(self.levels + 1)
         pool = [*each[0].values(), tuple(self.draw.randrange(self.size) for _ in range(self.levels))]
         prefixes = [self.draw.choice(pool)[:length] for _ in each]
@@ -163,12 +163,12 @@ class History:
             {i: c for i, c in held.items() if c[:length] == p} for held, p in zip(each, prefixes, strict=True)
         ]
         assert (nodes >= 0).tolist() == [bool(b) for b in below]
-        mask, (codes, found) = trie.mask(nodes, filter=filter), trie.children(nodes, filter=filter)
+        mask, (codes, child_nodes) = trie.mask(nodes, filter=filter), trie.children(nodes, filter=filter)
         for row, inside in enumerate(below):
             following = sorted({c[length] for c in inside.values()}) if length < self.levels else []
             assert mask[row].nonzero()[:, 0].tolist() == following
             assert codes[row][: len(following)].tolist() == following
-            assert (found[row][len(following) :] == -1).all()
+            assert (child_nodes[row][len(following) :] == -1).all()
         if length == self.levels:
             ids = trie.items(nodes, filter=filter).tolist()
             assert ids == [next(iter(inside), -1) for inside in below]
@@ -179,8 +179,8 @@ class History:
             for k, inside in zip(code.tolist(), below, strict=True)
         ]
 
-    def refused(self) -> None:
-        """What must raise, and change nothing."""
+    def invalid(self) -> None:
+        """Makes calls that must raise and must not change anything."""
         if self.items:
             item, codes = self.draw.choice(sorted(self.items.items()))
             with pytest.raises(ValueError):
@@ -200,16 +200,16 @@ class History:
         self.gate.set()
         self.live.save(self.path)
         self.live = LiveTrie.load(self.path)
-        self.swap()
+        self.publish()
 
     def backend(self) -> None:
-        """From here on the other backend answers."""
+        """Switches to the other backend."""
         cemg_kernels.use_fast_kernels(not cemg_kernels.fast_kernels_enabled())
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch):
-    """Rebuilds wait here, between what they read and their swap, while it is closed."""
+    """Blocks rebuilds after they read the catalog and before they publish it, while the event is not set."""
     gate, build = threading.Event(), live_trie._merged
 
     def merged(*arguments):
@@ -227,14 +227,14 @@ def histories(folder: Path, gate: threading.Event, count: int, length: int) -> C
         for seed in range(count):
             history = History(seed, folder, gate)
             history.run(length)
-            history.swap()
+            history.publish()
             total += history.counts
     finally:
         cemg_kernels.use_fast_kernels(None)
     return total
 
 
-def test_random_histories_equal_a_dict(tmp_path: Path, gate: threading.Event):
+def test_random_operations_equal_a_dict(tmp_path: Path, gate: threading.Event):
     counts = histories(tmp_path, gate, 8, 375)
     assert counts.total() == 3000
     assert len(counts) == 12 and min(counts.values()) > 30

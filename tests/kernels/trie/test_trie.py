@@ -33,7 +33,7 @@ SHAPES = [  # N, L, K
 
 
 class DictTrie:
-    """The brute force: which rows lie below each prefix."""
+    """Brute force: the rows below each prefix."""
 
     def __init__(self, codes: Tensor, allowed: set[int] | None = None) -> None:
         self.below: dict[tuple[int, ...], set[int]] = {}
@@ -59,10 +59,10 @@ def assert_trie_equals_dict(trie: Trie, codes: Tensor, brute: DictTrie, filter: 
             expected = brute.children(prefix, trie.codebook_size)
             assert mask[i].nonzero()[:, 0].tolist() == expected
             assert codes_below[i][codes_below[i] >= 0].tolist() == expected
-            assert codes_below[i][: len(expected)].tolist() == expected  # to the front
-            found = nodes_below[i][: len(expected)]
+            assert codes_below[i][: len(expected)].tolist() == expected  # the valid children come first
+            child_nodes = nodes_below[i][: len(expected)]
             assert torch.equal(
-                found, trie.advance(nodes[i].expand(len(expected)), codes_below[i][: len(expected)])
+                child_nodes, trie.advance(nodes[i].expand(len(expected)), codes_below[i][: len(expected)])
             )
             assert (nodes_below[i][len(expected) :] == -1).all()
             low, high = trie.interval(nodes[i : i + 1])[0].tolist()
@@ -82,22 +82,22 @@ def test_every_operation_equals_a_dict_of_prefixes(backend, num_items, levels, s
 @pytest.mark.parametrize(("num_items", "levels", "size"), SHAPES)
 def test_native_and_reference_build_the_same_arrays(num_items, levels, size):
     codes = draw_codes(num_items, levels, size, seed=1).to(torch.int32)
-    ours, reference = build(codes, size, backend="native"), build_reference(codes, size)
+    actual, reference = build(codes, size, backend="native"), build_reference(codes, size)
     for name in ("code", "first_child", "rows"):
-        assert torch.equal(getattr(ours, name), getattr(reference, name)), name
-        assert getattr(ours, name).dtype == getattr(reference, name).dtype
+        assert torch.equal(getattr(actual, name), getattr(reference, name)), name
+        assert getattr(actual, name).dtype == getattr(reference, name).dtype
 
 
 @pytest.mark.parametrize(("levels", "size"), [(4, 256), (8, 4096)])
-def test_builds_that_all_cores_share_equal_the_reference(levels, size):
-    """Past 65536 items the native builder cuts its work into parts."""
+def test_parallel_builds_equal_the_reference(levels, size):
+    """Above 65,536 items the native builder works in parallel."""
     codes = torch.unique(
         torch.randint(size, (200_000, levels), generator=torch.Generator().manual_seed(4)) // 7, dim=0
     )
     codes = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(5))]
-    ours, reference = build(codes, size, backend="native"), build_reference(codes, size)
+    actual, reference = build(codes, size, backend="native"), build_reference(codes, size)
     for name in ("code", "first_child", "rows"):
-        assert torch.equal(getattr(ours, name), getattr(reference, name)), name
+        assert torch.equal(getattr(actual, name), getattr(reference, name)), name
     twice = torch.cat((codes, codes[[5, 70_000]]))
     for backend in ("native", "reference"):
         with pytest.raises(DuplicateCodes) as error:
@@ -135,7 +135,7 @@ def test_lookup_of_the_empty_prefix_is_the_root(backend):
     assert trie.lookup(torch.zeros(4, 0, dtype=torch.int64)).tolist() == [0, 0, 0, 0]
 
 
-def test_no_rows_in_give_no_rows_out(backend):
+def test_empty_inputs_give_empty_outputs(backend):
     trie = Trie.from_codes(torch.tensor([[1, 2]]), 3)
     none = torch.empty(0, dtype=torch.int32)
     assert trie.mask(none).shape == (0, 3)
@@ -146,22 +146,22 @@ def test_no_rows_in_give_no_rows_out(backend):
     assert trie.lookup(torch.empty(0, 2, dtype=torch.int64)).shape == (0,)
 
 
-def test_codes_outside_the_codebook_lead_nowhere(backend):
+def test_codes_outside_the_codebook_have_no_node(backend):
     trie = Trie.from_codes(torch.tensor([[0, 2], [1, 0], [2, 2]]), 3)
     wrong = torch.tensor([-1, 3, 2**40, -(2**40)])
     assert trie.advance(torch.zeros(4, dtype=torch.int32), wrong).tolist() == [-1] * 4
 
 
-def test_a_number_that_is_no_inner_node_has_no_children(backend):
+def test_a_number_that_is_not_an_inner_node_has_no_children(backend):
     trie = Trie.from_codes(torch.tensor([[0, 2], [1, 0]]), 3)
-    nodes = torch.tensor([-1, -7, 3, 4, 5, 2**31 - 1])  # none, leaves 3 and 4, past the end
+    nodes = torch.tensor([-1, -7, 3, 4, 5, 2**31 - 1])  # none, the leaves 3 and 4, out of range
     assert not trie.mask(nodes).any()
     assert trie.advance(nodes, torch.zeros(6, dtype=torch.int64)).tolist() == [-1] * 6
     assert trie.items(nodes).tolist() == [-1, -1, 0, 1, -1, -1]
     assert trie.interval(nodes).tolist() == [[0, 0], [0, 0], [0, 1], [1, 2], [0, 0], [0, 0]]
 
 
-def test_item_ids_come_back_at_the_leaves(backend):
+def test_leaves_return_the_item_ids(backend):
     codes = draw_codes(30, 3, 4)
     ids = torch.randperm(1000, generator=torch.Generator().manual_seed(2))[:30]
     trie = Trie.from_codes(codes, 4, ids)
@@ -169,19 +169,19 @@ def test_item_ids_come_back_at_the_leaves(backend):
     assert trie.items(torch.tensor([[-1, 0], [1, -1]])).tolist() == [[-1, -1], [-1, -1]]
 
 
-def test_advance_keeps_the_shape_of_its_nodes(backend):
+def test_advance_returns_the_shape_of_its_nodes(backend):
     trie = Trie.from_codes(draw_codes(64, 3, 4), 4)
     codes = torch.arange(4).view(2, 2)
     assert trie.advance(torch.zeros(2, 2, dtype=torch.int32), codes).tolist() == [[1, 2], [3, 4]]
 
 
-def test_operands_may_be_strided_and_of_any_integer_dtype(backend):
+def test_operands_can_be_strided_and_of_any_integer_dtype(backend):
     trie = Trie.from_codes(torch.tensor([[0, 1], [0, 2], [3, 0]]), 4)
     columns = torch.tensor([[0, 9], [3, 9], [2, 9]])
     root = torch.zeros(3, dtype=torch.int32)
     assert trie.advance(root, columns[:, 0]).tolist() == [1, 2, -1]
     assert trie.advance(root, torch.tensor([3]).expand(3)).tolist() == [2, 2, 2]
-    wide = torch.tensor([[0, 9], [2**32, 9], [-1, 9], [2**40 + 1, 9]])[:, 0]  # a root and no nodes
+    wide = torch.tensor([[0, 9], [2**32, 9], [-1, 9], [2**40 + 1, 9]])[:, 0]  # the root, then invalid numbers
     assert trie.mask(wide).any(1).tolist() == [True, False, False, False]
     assert trie.advance(wide, torch.zeros(4, dtype=torch.uint8)).tolist() == [1, -1, -1, -1]
     assert trie.items(torch.tensor([3, 2**32 + 3, -(2**40)])).tolist() == [0, -1, -1]
@@ -191,8 +191,8 @@ def test_operands_may_be_strided_and_of_any_integer_dtype(backend):
     assert step.nodes.tolist() == [[1, 2, -1]]
 
 
-def test_large_batches_run_like_small_ones(backend):
-    """Past 512 rows the native loops share the cores."""
+def test_large_batches_equal_small_batches(backend):
+    """Above 512 rows the native loops run in parallel."""
     codes = draw_codes(2000, 4, 256, seed=3)
     trie = Trie.from_codes(codes, 256)
     nodes = trie.lookup(codes[:, :2])
@@ -203,7 +203,7 @@ def test_large_batches_run_like_small_ones(backend):
 
 
 @pytest.mark.parametrize(("size", "most"), [(256, 2.8), (2048, 6.5)])
-def test_a_trie_of_a_million_random_items_takes_few_bytes_an_item(size, most):
+def test_a_trie_of_a_million_random_items_takes_few_bytes_per_item(size, most):
     codes = torch.randint(size, (1_000_000, 4), generator=torch.Generator().manual_seed(0))
     trie = Trie.from_codes(torch.unique(codes, dim=0), size)
     assert trie.nbytes / trie.num_items <= most  # measured 2.65 and 6.38
@@ -221,12 +221,12 @@ def test_a_trie_of_a_million_random_items_takes_few_bytes_an_item(size, most):
         ([[0]], 40000, "codebook_size"),
     ],
 )
-def test_codes_that_are_none_are_refused(backend, codes, size, message):
+def test_invalid_codes_are_rejected(backend, codes, size, message):
     with pytest.raises(ValueError, match=message):
         Trie.from_codes(torch.tensor(codes), size)
 
 
-def test_equal_codes_are_refused_with_the_items_named(backend):
+def test_equal_codes_are_rejected_with_the_names_of_the_items(backend):
     codes = torch.tensor([[1, 1], [0, 2], [1, 1], [0, 2]])
     with pytest.raises(ValueError, match=r"items 1 and 3 \(\[0, 2\]\), items 0 and 2"):
         Trie.from_codes(codes, 3)
@@ -237,12 +237,12 @@ def test_equal_codes_are_refused_with_the_items_named(backend):
 @pytest.mark.parametrize(
     ("ids", "message"), [([1, 1], "twice"), ([0, -3], "-3"), ([1], r"\[1\]"), ([0.5, 1], "integers")]
 )
-def test_item_ids_that_are_none_are_refused(ids, message):
+def test_invalid_item_ids_are_rejected(ids, message):
     with pytest.raises(ValueError, match=message):
         Trie.from_codes(torch.tensor([[0], [1]]), 2, ids)
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_are_rejected():
     trie = Trie.from_codes(torch.tensor([[0, 1]]), 2)
     with pytest.raises(ValueError, match="m <= 2"):
         trie.lookup(torch.zeros(1, 3, dtype=torch.int64))
