@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from ..runtime.dispatch import native, pick
 from .packed import at, unpack, unpack_any
+
+if TYPE_CHECKING:
+    from .._native import TrieView
 
 MAX_CODEBOOK_SIZE = 32768  # a code fits int16
 MAX_LEVELS = 255
@@ -54,9 +57,9 @@ class TrieArrays:
         return self.num_nodes - self.rows.numel()
 
     @cached_property
-    def view(self) -> Any:
+    def view(self) -> TrieView:
         """The C++ view of the arrays, which borrows their memory."""
-        return native().TrieView(
+        view: TrieView = native().TrieView(
             code=self.code.data_ptr(),
             code_bytes=self.code.element_size(),
             first_child=self.first_child.data_ptr(),
@@ -64,6 +67,7 @@ class TrieArrays:
             num_nodes=self.num_nodes,
             codebook_size=self.codebook_size,
         )
+        return view
 
     @cached_property
     def first_children(self) -> Tensor:
