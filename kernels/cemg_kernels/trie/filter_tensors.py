@@ -151,8 +151,8 @@ def closed_nodes(trie: TrieArrays, open: Tensor, filter_of: Tensor, excluded: Te
             trie_cuda.launch("close", trie, bitmaps.fields(requests), arguments, requests)
             return closed
         longest = trie.view.close_nodes(
-            bitmaps.view(requests), excluded=excluded.data_ptr(), requests=requests, max_excluded=max_excluded,
-            levels=trie.levels, closed=closed.data_ptr(),
+            bitmaps.view(requests), excluded=excluded.data_ptr(), requests=requests,
+            max_excluded=max_excluded, levels=trie.levels, closed=closed.data_ptr(),
         )  # fmt: skip
         return closed[:, :longest].contiguous()
     leaves = torch.where(excluded == NO_NODE, NO_NODE, excluded + trie.num_inner)
