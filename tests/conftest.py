@@ -26,10 +26,11 @@ if not torch.cuda.is_available():  # Triton reads this when it decorates a kerne
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """The models of the tests are so small that more threads only wait for each other."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if not request.node.get_closest_marker("gpu"):  # whose references on the CPU are large
+        torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
