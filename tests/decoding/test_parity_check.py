@@ -24,7 +24,7 @@ from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 
 from .conftest import SIZE, START, VOCABULARY, Bench, random_catalog
-from .models.test_fast_paths import ROTARY, SHAPES, build
+from .models.fast_models import ROTARY, SHAPES, build
 
 OWN = "the model's own forward"
 STATES = {"gpt2": CausalState, "t5 tied": T5State}

@@ -19,7 +19,7 @@ from cemg.errors import UserError
 from cemg.generator import BackboneConfig, build_backbone
 
 from .conftest import START, Bench, random_catalog
-from .models.test_fast_paths import SHAPES, build, with_adapters
+from .models.fast_models import SHAPES, build, with_adapters
 
 BEAMS = 20
 OWN = "the model's own forward"

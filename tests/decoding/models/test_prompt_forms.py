@@ -15,8 +15,8 @@ from cemg.errors import UserError
 
 from ..conftest import START, Bench, random_catalog
 from . import families
+from .fast_models import SHAPES, build
 from .test_families import forward_scores
-from .test_fast_paths import SHAPES, build
 
 pytestmark = pytest.mark.medium
 
