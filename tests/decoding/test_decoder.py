@@ -14,13 +14,11 @@ from cemg.errors import UserError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter
 
-from .conftest import Bench, step_by_step
+from .conftest import FAMILIES, SIZE, START, Bench, step_by_step
 
 pytestmark = pytest.mark.medium
 
-FAMILIES = ("t5", "gpt2", "llama")
 NORMALIZE = ("vocab", "level", "valid")
-LEVELS, SIZE, START = 3, 6, 3  # of the models in conftest.py
 quick = settings(
     max_examples=100,
     deadline=None,

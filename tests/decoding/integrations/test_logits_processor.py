@@ -13,9 +13,8 @@ from cemg.decoding import TransformersDecoder, TrieLogitsProcessor, plain_genera
 from cemg.errors import UserError
 from cemg_kernels import Trie
 
-from ..conftest import VOCABULARY, Bench, random_catalog
+from ..conftest import LEVELS, SIZE, START, VOCABULARY, Bench, random_catalog
 
-START, LEVELS, SIZE = 3, 3, 6  # of the models in conftest.py
 TRIE = Trie.from_codes(torch.tensor([[0, 1, 2], [0, 1, 5], [4, 0, 0]]), SIZE)
 
 

@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 
 from cemg.decoding import TransformersDecoder, dict_trie
 
-START = 3  # first code token of the models in conftest.py
+from ..conftest import START
+
 INHERITED = {
     "do_sample": True, "top_k": 2, "top_p": 0.5, "temperature": 0.3, "repetition_penalty": 1.5,
     "no_repeat_ngram_size": 1, "suppress_tokens": [4, 5, 12, 13], "length_penalty": 2.0,

