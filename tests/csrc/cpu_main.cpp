@@ -159,16 +159,17 @@ void check_attention(std::mt19937& random, int64_t queries, int64_t keys, int64_
       packed_values(static_cast<size_t>(keys * cemg::padded(size)));
   const cemg::PackedHead head{packed_keys.data(), packed_values.data(), keys};
   cemg::pack_head(key.data(), value.data(), size, size, head);
-  std::vector<int32_t> place(static_cast<size_t>(std::max(queries, keys)));
-  for (size_t i = 0; i < place.size(); ++i) place[i] = static_cast<int32_t>(i);
-  const int64_t seen = queries <= keys ? keys - queries : -1;
+  std::vector<int32_t> positions(static_cast<size_t>(std::max(queries, keys)));
+  for (size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<int32_t>(i);
+  const int64_t causal_offset = queries <= keys ? keys - queries : -1;
   const float* const middle = bias.data() + queries + keys;
-  cemg::attend({query.data(), size, queries, size}, head, 0.5f, {seen, middle, place.data(), place.data()},
-               out.data(), size, lse.data(), 1, cemg::AttentionWorkspace::of_thread());
+  cemg::attend({query.data(), size, queries, size}, head, 0.5f,
+               {causal_offset, middle, positions.data(), positions.data()}, out.data(), size, lse.data(), 1,
+               cemg::AttentionWorkspace::of_thread());
   for (int64_t q = 0; q < queries; ++q) {
     std::vector<double> expected(static_cast<size_t>(size));
     double total = 0;
-    for (int64_t k = 0; k < (seen < 0 ? keys : seen + q + 1); ++k) {
+    for (int64_t k = 0; k < (causal_offset < 0 ? keys : causal_offset + q + 1); ++k) {
       double score = middle[k - q];
       for (int64_t d = 0; d < size; ++d) score += 0.5 * query[q * size + d] * key[k * size + d];
       total += std::exp(score);
@@ -219,10 +220,10 @@ void check_propagate(std::mt19937& random, int64_t vertices, int64_t dim, int64_
   for (int64_t v = 3; v + 1 < vertices; v += 3) join(v, 0);
   std::vector<int64_t> row_ptr{0}, neighbours;
   std::vector<float> scale;
-  for (const auto& own : near) {
-    neighbours.insert(neighbours.end(), own.begin(), own.end());
+  for (const auto& adjacent : near) {
+    neighbours.insert(neighbours.end(), adjacent.begin(), adjacent.end());
     row_ptr.push_back(static_cast<int64_t>(neighbours.size()));
-    scale.push_back(own.empty() ? 0.0f : 1.0f / std::sqrt(static_cast<float>(own.size())));
+    scale.push_back(adjacent.empty() ? 0.0f : 1.0f / std::sqrt(static_cast<float>(adjacent.size())));
   }
   const auto x = draw(random, vertices * dim);
   std::vector<float> out(x.size()), scratch(x.size());
@@ -290,7 +291,7 @@ struct StepLogits {
 // first user are active, beams 0 and 2, then those with an active parent: 0, 2 and 3.
 std::vector<StepLogits> run(cemg::BeamSearch& search, const std::vector<int64_t>& tokens,
                             const std::vector<int64_t>& mask, const cemg::PositionTables& prompt_positions,
-                            const cemg::PositionTables& own, const cemg::Linear& columns,
+                            const cemg::PositionTables& step_positions, const cemg::Linear& columns,
                             const cemg::Linear& all, bool some = false) {
   const auto batch = static_cast<int64_t>(tokens.size()) / kLength;
   const cemg::Prompts prompts{tokens.data(), mask.data(), batch, kLength};
@@ -312,14 +313,14 @@ std::vector<StepLogits> run(cemg::BeamSearch& search, const std::vector<int64_t>
     const cemg::BeamInput input{tokens_fed.data(), parents.data(), some ? active.data() : nullptr, beams};
     if (beams == 1) {
       require(search.first_invalid_token(prompts) == -1, "valid tokens are accepted");
-      search.prefill(prompts, prompt_positions, 1, own, request);
+      search.prefill(prompts, prompt_positions, 1, step_positions, request);
     } else {
       require(search.first_invalid_parent(input) == -1, "active parents are accepted");
       if (some && beams == 5) {
         const cemg::BeamInput more{tokens_fed.data(), parents.data(), nullptr, beams};
         require(search.first_invalid_parent(more) == 1, "the first beam with an inactive parent is returned");
       }
-      search.decode_step(input, own, request);
+      search.decode_step(input, step_positions, request);
     }
     before = beams;
   }
@@ -367,7 +368,7 @@ struct Items {
 // Whole searches return as many distinct items as fit the list, best first, each with its codes.
 template <class Code>
 void check_searches(cemg::BeamSearch& search, int64_t start_steps, const cemg::Prompts& prompts,
-                    const cemg::PositionTables& prompt_positions, const cemg::PositionTables& own,
+                    const cemg::PositionTables& prompt_positions, const cemg::PositionTables& step_positions,
                     const cemg::Linear& columns, const cemg::Linear& all) {
   const Items<Code> items;
   for (const auto normalize : {cemg::Normalize::kVocab, cemg::Normalize::kLevel, cemg::Normalize::kValid}) {
@@ -378,7 +379,7 @@ void check_searches(cemg::BeamSearch& search, int64_t start_steps, const cemg::P
                                         4,
                                         1,
                                         prompt_positions,
-                                        {own, own, own},
+                                        {step_positions, step_positions, step_positions},
                                         {columns, columns, columns},
                                         normalize == cemg::Normalize::kVocab ? all : cemg::Linear{}};
       std::vector<float> scores(num_beams), pruned(static_cast<size_t>(prompts.batch));
@@ -395,13 +396,13 @@ void check_searches(cemg::BeamSearch& search, int64_t start_steps, const cemg::P
               "the number of rows of all decode steps");
       for (int64_t user = 0; user < prompts.batch; ++user) {
         std::set<int32_t> distinct;
-        for (int64_t place = user * width; place < (user + 1) * width; ++place) {
-          if (leaves[place] < 0) continue;
+        for (int64_t beam = user * width; beam < (user + 1) * width; ++beam) {
+          if (leaves[beam] < 0) continue;
           int32_t node = cemg::kRoot;
           for (int64_t level = 0; level < 3; ++level)
-            node = items.trie.advance(node, codes[place * 3 + level]);
-          require(node == leaves[place] && node >= items.trie.num_inner, "the codes lead to the leaf");
-          require(place == user * width || scores[place] <= scores[place - 1], "scores descend");
+            node = items.trie.advance(node, codes[beam * 3 + level]);
+          require(node == leaves[beam] && node >= items.trie.num_inner, "the codes lead to the leaf");
+          require(beam == user * width || scores[beam] <= scores[beam - 1], "scores descend");
           distinct.insert(node);
         }
         require(static_cast<int64_t>(distinct.size()) == std::min<int64_t>(width, 30), "the list is full");
@@ -424,26 +425,27 @@ void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotat
   const cemg::Transformer reader =
       make_stack(weights, width, heads, groups, size, gated, biased, normed, false);
   const cemg::Linear columns = weights.linear(width, kCodes), all = weights.linear(width, kVocabulary);
-  cemg::PositionTables prompt_positions, own;
+  cemg::PositionTables prompt_positions, step_positions;
   if (encoder) {
     prompt_positions.bias = weights.some(heads * (2 * kLength - 1));
-    own.bias = weights.some(3 * heads);
+    step_positions.bias = weights.some(3 * heads);
   } else if (rotated) {
     prompt_positions.cosine = weights.some(kPositions * size);
     prompt_positions.sine = weights.some(kPositions * size);
-    own = prompt_positions;
+    step_positions = prompt_positions;
   } else {
     prompt_positions.embedding = weights.some(kPositions * width);
-    own = prompt_positions;
+    step_positions = prompt_positions;
   }
   const std::vector<int64_t> tokens{3, 4, 5, 6, 7, 9, 9, 8, 1, 2}, mask{1, 1, 1, 1, 1, 0, 0, 1, 1, 0};
   cemg::BeamSearch search(encoder ? &reader : nullptr, decoder, threads);
-  const auto both = run(search, tokens, mask, prompt_positions, own, columns, all);
-  check_active_rows(run(search, tokens, mask, prompt_positions, own, columns, all, true), both);
+  const auto both = run(search, tokens, mask, prompt_positions, step_positions, columns, all);
+  check_active_rows(run(search, tokens, mask, prompt_positions, step_positions, columns, all, true), both);
   for (int64_t user = 0; user < 2; ++user) {
     const auto begin = user * kLength, end = begin + kLength;
-    const auto alone = run(search, {tokens.begin() + begin, tokens.begin() + end},
-                           {mask.begin() + begin, mask.begin() + end}, prompt_positions, own, columns, all);
+    const auto alone =
+        run(search, {tokens.begin() + begin, tokens.begin() + end},
+            {mask.begin() + begin, mask.begin() + end}, prompt_positions, step_positions, columns, all);
     for (size_t step = 0; step < alone.size(); ++step) {
       const size_t rows = alone[step].totals.size();
       for (size_t i = 0; i < rows; ++i) {
@@ -458,8 +460,8 @@ void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotat
     }
   }
   const cemg::Prompts prompts{tokens.data(), mask.data(), 2, kLength};
-  check_searches<uint8_t>(search, encoder, prompts, prompt_positions, own, columns, all);
-  check_searches<int16_t>(search, encoder, prompts, prompt_positions, own, columns, all);
+  check_searches<uint8_t>(search, encoder, prompts, prompt_positions, step_positions, columns, all);
+  check_searches<int16_t>(search, encoder, prompts, prompt_positions, step_positions, columns, all);
   const std::vector<int64_t> wrong{3, 4, kVocabulary, 6, 7};
   require(search.first_invalid_token({wrong.data(), mask.data(), 1, kLength}) == 2,
           "the first invalid token is found");
