@@ -176,7 +176,7 @@ def test_any_two_values_of_two_axes_occur_together():
 )
 def test_a_spill_or_too_much_shared_memory_ends_the_command(monkeypatch, capsys, shared, spills, message):
     spilling = aot.Compiled("some_kernel", "sm_80", 255, shared, spills, 16)
-    monkeypatch.setattr(aot, "sweep", lambda names, every: [spilling])
+    monkeypatch.setattr(aot, "sweep", lambda names, architectures, every: [spilling])
     monkeypatch.setattr(sys, "argv", ["aot", "some"])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit, match=message + r" some_kernel \(sm_80\)"):
