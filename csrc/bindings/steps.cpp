@@ -49,10 +49,9 @@ void bind_steps(py::module_& module) {
       .value("LEVEL", Normalize::kLevel)
       .value("VALID", Normalize::kValid)
       .finalize();
-  module.def("trie_softmax", &softmax, ReleaseGil(), py::arg("trie"), py::arg("filter"), py::kw_only(),
-             py::arg("logits"), py::arg("logsumexp"), py::arg("normalize"), py::arg("nodes"), py::arg("rows"),
-             py::arg("out"));
-  module.def("trie_beam_step", &beam_step, ReleaseGil(), py::arg("trie"), py::arg("filter"), py::kw_only(),
+  module.def("trie_softmax", &softmax, ReleaseGil(), py::arg("trie"), py::arg("filter"), py::arg("logits"),
+             py::arg("logsumexp"), py::arg("normalize"), py::arg("nodes"), py::arg("rows"), py::arg("out"));
+  module.def("trie_beam_step", &beam_step, ReleaseGil(), py::arg("trie"), py::arg("filter"),
              py::arg("logits"), py::arg("logsumexp"), py::arg("normalize"), py::arg("scores"),
              py::arg("nodes"), py::arg("users"), py::arg("beams"), py::arg("width"), py::arg("next_scores"),
              py::arg("parents"), py::arg("codes"), py::arg("next_nodes"), py::arg("pruned"));

@@ -32,11 +32,11 @@ def trie_problem(
 ) -> str: ...  # fmt: skip
 def first_invalid_id(ids: int, num_items: int) -> int: ...
 def trie_softmax(
-    trie: TrieView, filter: FilterView | None, *, logits: int, logsumexp: int, normalize: Normalize,
+    trie: TrieView, filter: FilterView | None, logits: int, logsumexp: int, normalize: Normalize,
     nodes: int, rows: int, out: int,
 ) -> None: ...  # fmt: skip
 def trie_beam_step(
-    trie: TrieView, filter: FilterView | None, *, logits: int, logsumexp: int, normalize: Normalize,
+    trie: TrieView, filter: FilterView | None, logits: int, logsumexp: int, normalize: Normalize,
     scores: int, nodes: int, users: int, beams: int, width: int, next_scores: int, parents: int, codes: int,
     next_nodes: int, pruned: int,
 ) -> None: ...  # fmt: skip

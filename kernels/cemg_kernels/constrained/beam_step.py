@@ -154,12 +154,11 @@ def _native(
     total = None if logsumexp is None else as_float32(logsumexp)
     nodes = nodes.resolve_neg()
     step = best, parents, codes, next_nodes, pruned = empty_step(scores, nodes, width)
-    native().trie_beam_step(
-        trie.view, None if filter is None else filter.view(nodes.numel()), logits=logits.data_ptr(),
-        logsumexp=0 if total is None else total.data_ptr(), normalize=native_normalize(normalize),
-        scores=scores.data_ptr(), nodes=nodes.data_ptr(), users=users, beams=beams, width=width,
-        next_scores=best.data_ptr(), parents=parents.data_ptr(), codes=codes.data_ptr(),
-        next_nodes=next_nodes.data_ptr(), pruned=pruned.data_ptr(),
+    native().trie_beam_step(  # by position: keywords take 1 us, a small call 15
+        trie.view, None if filter is None else filter.view(nodes.numel()), logits.data_ptr(),
+        0 if total is None else total.data_ptr(), native_normalize(normalize), scores.data_ptr(),
+        nodes.data_ptr(), users, beams, width, best.data_ptr(), parents.data_ptr(), codes.data_ptr(),
+        next_nodes.data_ptr(), pruned.data_ptr(),
     )  # fmt: skip
     return step
 

@@ -101,10 +101,10 @@ def _native(
     logits, total = as_float32(logits), None if logsumexp is None else as_float32(logsumexp)
     nodes = nodes.resolve_neg()
     out = torch.empty_like(logits)
-    native().trie_softmax(
-        trie.view, None if filter is None else filter.view(nodes.numel()), logits=logits.data_ptr(),
-        logsumexp=0 if total is None else total.data_ptr(), normalize=native_normalize(normalize),
-        nodes=nodes.data_ptr(), rows=nodes.numel(), out=out.data_ptr(),
+    native().trie_softmax(  # by position: keywords take 1 us, a small call 15
+        trie.view, None if filter is None else filter.view(nodes.numel()), logits.data_ptr(),
+        0 if total is None else total.data_ptr(), native_normalize(normalize), nodes.data_ptr(),
+        nodes.numel(), out.data_ptr(),
     )  # fmt: skip
     return out
 
