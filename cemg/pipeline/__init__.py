@@ -1,4 +1,4 @@
-"""All stages of a run: what is built, what is reused, and what a retraining replaces."""
+"""Building the stages of a run: pipeline, checks, dry run and retraining."""
 
 from cemg.pipeline.pipeline import Pipeline
 

@@ -75,7 +75,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class SampleUser:
-    """A user's last items, what is recommended, and the item that the user took next."""
+    """A user's last items, the recommended items, and the item that the user took next."""
 
     user: str
     history: list[Card]

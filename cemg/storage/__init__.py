@@ -1,1 +1,1 @@
-"""The files of a run: durable writes, checked reads, manifests and the run's folder."""
+"""The files of a run: durable writes, checked reads, manifests and the folder itself."""

@@ -41,7 +41,7 @@ def train(model, vocabulary, folder: Path, **values: object) -> list[float]:
     return losses
 
 
-def test_codes_start_as_near_to_each_other_as_their_vectors_are():
+def test_embeddings_of_codes_start_at_distances_like_those_of_their_vectors():
     torch.manual_seed(0)
     model, vocabulary = build_backbone(BackboneConfig(dim=16, heads=2, layers=1), 2, 3, history_items=4)
     weight = model.get_input_embeddings().weight
@@ -60,7 +60,7 @@ def test_codes_start_as_near_to_each_other_as_their_vectors_are():
     assert started[0].std() == pytest.approx(float(started[1].std()), rel=0.5)
 
 
-def test_a_llama_from_scratch_drops_out_while_it_trains_and_only_then():
+def test_a_llama_from_scratch_has_dropout_only_in_training():
     shape = {"architecture": "llama", "layers": 1, "dim": 16, "heads": 2}
     torch.manual_seed(0)
     model, _ = build_backbone(BackboneConfig(**shape, dropout=0.5), 2, 3, history_items=4)
@@ -98,7 +98,7 @@ def test_t5_from_scratch_has_tigers_size():
     assert (shape.num_heads, shape.d_kv, shape.dropout_rate) == (6, 64, 0.1)
 
 
-def test_scratch_has_room_for_the_longest_prompt_and_the_answer():
+def test_scratch_has_enough_positions_for_the_longest_prompt_and_the_codes():
     model, vocabulary = build_backbone(BackboneConfig(layers=1, dim=16), 4, 8, history_items=5)
     prompter = Prompter(vocabulary, torch.zeros(9, 4, dtype=torch.int64), history_items=5, seq2seq=False)
     longest = len(prompter.samples([np.arange(9)])[0]["input_ids"])
@@ -165,7 +165,7 @@ def test_a_lora_model_is_saved_and_loaded_whole(tiny_llama, tmp_path):
     torch.testing.assert_close(theirs.scores, found.scores, rtol=0, atol=1e-4)
 
 
-def test_a_model_that_is_not_there_is_refused_by_its_name(tmp_path):
+def test_a_missing_model_is_refused_by_its_name(tmp_path):
     for name in (str(tmp_path), "no-such-owner/no-such-model"):
         with pytest.raises(UserError, match=r"backbone\.pretrained=") as error:
             build_backbone(BackboneConfig(kind="causal", pretrained=name), 2, 3, history_items=4)

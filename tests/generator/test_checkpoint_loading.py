@@ -75,7 +75,7 @@ def test_a_checkpoint_keeps_its_class_and_every_weight(family, untied, tmp_path)
 
 @pytest.mark.parametrize("untied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_was_loaded_decodes_as_under_generate(family, untied, tmp_path):
+def test_a_loaded_model_decodes_like_generate(family, untied, tmp_path):
     checkpoint(family, tmp_path, untied=untied)
     model, vocabulary = backbone(tmp_path)
     ids = torch.randint(40, 46, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -87,7 +87,7 @@ def test_what_was_loaded_decodes_as_under_generate(family, untied, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["MT5", "UMT5"])
-def test_a_head_apart_survives_saving_and_lora(family, tmp_path):
+def test_an_untied_head_survives_saving_and_lora(family, tmp_path):
     checkpoint(family, tmp_path / "given", untied=True)
     model, _ = backbone(tmp_path / "given")
     model.save_pretrained(tmp_path / "saved")
@@ -163,7 +163,7 @@ def test_a_model_of_the_other_kind_is_refused_with_the_setting_that_takes_it(tin
     assert "backbone.kind=t5" in str(error.value.fix)
 
 
-def test_buffers_of_older_files_are_no_fault():
+def test_computed_buffers_in_older_files_are_accepted():
     report = {
         "missing_keys": set(), "mismatched_keys": set(),
         "unexpected_keys": {

@@ -1,4 +1,4 @@
-"""Histories to prompts and training samples: what is kept, what is trained on, and how often."""
+"""Prompts and training samples built from histories."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_crops_follow_the_seed_and_the_epoch_and_spare_what_is_not_drawn():
     assert 10 < starts(0.5, 1, 2).count(0) < 35
 
 
-def test_where_a_crop_begins_is_no_target_and_a_first_item_is_unless_left_out():
+def test_the_first_item_of_a_crop_is_not_a_target_and_that_of_a_history_is_by_default():
     train = [np.arange(6, dtype=np.int32)]
 
     def targets(**options: object) -> list[int]:
@@ -126,7 +126,7 @@ def test_where_a_crop_begins_is_no_target_and_a_first_item_is_unless_left_out():
     assert items_in(samples[0]["input_ids"])[1:] == cropped == list(range(6 - len(cropped), 6))
 
 
-def test_an_encoders_crop_shortens_what_it_would_have_read():
+def test_a_crop_shortens_the_prompt_of_an_encoder():
     train = [np.arange(30, dtype=np.int32)]
     samples = prompter(history_items=4, seq2seq=True).samples(train, crop=1.0)
     lengths = [len(items_in(samples[index]["input_ids"])) for index in range(len(samples))]
@@ -169,7 +169,7 @@ def test_padding_is_never_a_target(seq2seq):
     batch_size=st.integers(1, 20),
     epoch=st.integers(0, 5),
 )
-def test_batches_hold_each_sample_once_an_epoch(lengths, batch_size, epoch):
+def test_batches_contain_each_sample_once_per_epoch(lengths, batch_size, epoch):
     buckets = Buckets(lengths, batch_size=batch_size, seed=1)
     buckets.set_epoch(epoch)
     batches = list(buckets)

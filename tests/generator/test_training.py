@@ -183,7 +183,7 @@ def test_patience_ends_a_training_that_no_longer_improves(tmp_path):
     assert (progress.epoch, progress.best_epoch) == (4, 2)
 
 
-def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(tmp_path):
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_step(tmp_path):
     trial = Trial(tmp_path)
     with torch.no_grad():
         trial.model.get_input_embeddings().weight[5] = float("nan")
@@ -235,7 +235,7 @@ def test_training_without_a_sample_is_refused(tmp_path):
         )  # fmt: skip
 
 
-def test_memory_that_runs_out_is_told_with_the_batch_size_to_try(tmp_path, monkeypatch):
+def test_an_out_of_memory_error_suggests_a_smaller_batch_size(tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And so on")
 
@@ -296,7 +296,7 @@ def test_a_checkpoint_holds_tensors_and_json_alone(tmp_path):
         assert json.loads(file.metadata()["state"])["epoch"] == 1
 
 
-def test_the_learning_rate_warms_up_then_falls_to_nothing_or_by_the_inverse_root():
+def test_the_learning_rate_warms_up_then_falls_to_zero_or_by_the_inverse_root():
     cosine, root = settings(warmup_share=0.1), settings(warmup_share=0.1, schedule="inverse-sqrt")
     shares = [learning_rate_share(step, 100, cosine) for step in range(100)]
     assert shares[:10] == [pytest.approx((s + 1) / 10) for s in range(10)]

@@ -169,7 +169,7 @@ def test_a_loaded_trie_has_the_same_items_and_is_saved_with_the_same_bytes(name,
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("name", EXPECTED["tries"])
-def test_a_trie_built_anew_is_saved_with_the_same_bytes(name, fast, tmp_path):
+def test_a_rebuilt_trie_is_saved_with_the_same_bytes(name, fast, tmp_path):
     expected = EXPECTED["tries"][name]
     use_fast_kernels(fast)
     try:

@@ -44,7 +44,7 @@ def test_items_without_a_training_interaction_are_absent_and_zero(learned):
     assert learned.values[: 2 * HALF].any(dim=1).all()
 
 
-def test_the_values_are_float32_one_row_an_item(learned):
+def test_the_values_are_float32_with_one_row_per_item(learned):
     assert learned.values.shape == (ITEMS, QUICK.dim) and learned.values.dtype == torch.float32
     assert learned.present.shape == (ITEMS,) and learned.present.dtype == torch.bool
 
@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_values_and_another_seed_others(learned):
     assert not torch.equal(other.values, learned.values)
 
 
-def test_the_global_random_state_neither_matters_nor_moves(learned):
+def test_the_global_random_state_is_neither_used_nor_changed(learned):
     torch.manual_seed(99)
     before = torch.get_rng_state()
     again = train_lightgcn(two_communities(), ITEMS, config=QUICK)
@@ -75,7 +75,7 @@ def test_a_first_step_logs_the_loss_of_the_starting_table():
     assert logged[0]["graph/l2"] == pytest.approx(float(l2), rel=1e-6)
 
 
-def test_every_epoch_is_logged_and_the_ranking_loss_falls_below_that_of_a_coin():
+def test_every_epoch_is_logged_and_the_ranking_loss_falls_below_chance():
     logged: dict[int, dict[str, float]] = {}
     train_lightgcn(
         two_communities(), ITEMS, config=QUICK, log=lambda step, values: logged.update({step: values})

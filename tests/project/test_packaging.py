@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMPILER = """#!/bin/sh
-# Writes an empty file where a compiler would write its output: what is packed is tested here, not compiled.
+# Writes an empty output file in place of a compiler: these tests check packaging, not compilation.
 while [ $# -gt 0 ]; do
   case "$1" in
     -o) shift; : > "$1" ;;

@@ -94,7 +94,7 @@ def test_a_run_without_a_generator_has_no_samples_and_says_why(tiny_run: Path, t
     assert isinstance(block, Text) and block.text.startswith("Left out: ") and "weights" in block.text
 
 
-def test_a_thumbnail_of_a_file_that_is_no_usable_picture_is_none(tmp_path: Path) -> None:
+def test_the_thumbnail_of_an_unreadable_picture_is_none(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "text.png").write_text("not a picture")
     for name in ("pipe.png", "text.png", "missing.png"):

@@ -516,7 +516,7 @@ def test_a_full_disk_while_items_are_added_keeps_the_catalog(
             break
         lines = error_of(capsys, code)
         assert lines[0].startswith("error: disk full: ") and lines[-1].startswith("  fix:   free space")
-        Pipeline.open(copy)  # as any command does; what was published is moved into place
+        Pipeline.open(copy)  # like any command, it moves published stages into place
         assert hidden(copy) == set()
         if state(copy) != before:  # published, and the flush of a folder failed
             assert "n1" in (copy / "catalog" / "catalog.json").read_text()

@@ -54,7 +54,7 @@ def test_a_code_outside_the_codebook_is_refused(codes: torch.Tensor) -> None:
         Catalog.from_codes(codes, 4)
 
 
-def test_ids_must_be_one_an_item_and_different() -> None:
+def test_there_must_be_one_unique_id_per_item() -> None:
     with pytest.raises(UserError, match="3 item ids for 4 rows"):
         Catalog.from_codes(CODES, 4, [1, 2, 3])
     with pytest.raises(UserError, match="item id 2 occurs more than once"):

@@ -1,4 +1,4 @@
-"""A catalog's files: what was saved comes back, and no change to them goes unnoticed."""
+"""Catalog files: a saved catalog loads unchanged, and changes to its files are detected."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_catalog_of_some_items_can_be_saved(tmp_path: Path):
         lambda about: about.update(codebook_size=None),
     ],
 )
-def test_a_catalog_json_that_makes_no_sense_is_refused_with_its_folder(folder: Path, change):
+def test_an_invalid_catalog_json_is_refused_with_its_folder(folder: Path, change):
     rewrite(folder, change)
     with pytest.raises(UserError, match="has no readable catalog") as caught:
         Catalog.load(folder)
@@ -95,7 +95,7 @@ def test_a_catalog_json_of_another_shape_is_refused(folder: Path, text: str):
 
 
 @pytest.mark.parametrize("tensor", [CODES.float(), CODES[:, 0].contiguous(), CODES[:3], CODES - 1, CODES * 0])
-def test_codes_that_make_no_catalog_are_refused_on_loading(folder: Path, tensor: torch.Tensor):
+def test_invalid_codes_are_refused_on_loading(folder: Path, tensor: torch.Tensor):
     save_file({"codes": tensor.contiguous()}, folder / "catalog.safetensors")
     with pytest.raises(UserError, match="has no readable catalog"):
         Catalog.load(folder)
@@ -139,7 +139,7 @@ def test_codes_of_one_catalog_beside_the_ids_of_another_are_refused(folder: Path
         Catalog.load(folder)
 
 
-def test_adding_an_id_or_a_semantic_id_that_is_there_already_is_refused():
+def test_adding_an_existing_id_or_semantic_id_is_refused():
     catalog = Catalog.from_codes(CODES, 4, ["a", "b", "c", "d"])
     with pytest.raises(UserError, match="item id 'b' occurs more than once"):
         catalog.extended(torch.tensor([[1, 1, 1]]), ["b"])
@@ -153,7 +153,7 @@ def test_ids_of_two_kinds_are_refused():
         Catalog.from_codes(CODES, 4, [1, "b", 3, 4])
 
 
-def test_negative_ids_are_refused_for_they_mean_no_item():
+def test_negative_ids_are_refused_because_they_stand_for_no_item():
     with pytest.raises(UserError, match="no catalog can be built from these codes"):
         Catalog.from_codes(CODES, 4, [-1, 0, 1, 2])
 

@@ -87,7 +87,7 @@ def test_a_column_of_lists_has_one_code_per_level(tmp_path: Path) -> None:
         Catalog.read(tmp_path / "y.parquet")
 
 
-def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "x.index.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(INDEX).encode())
     assert len(Catalog.read(tmp_path / "x.index.json")) == 3
 
@@ -215,7 +215,7 @@ def test_a_start_without_a_codebook_size_is_refused_and_the_fix_works(tmp_path: 
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-def test_a_tensor_of_codes_is_read_whichever_way_it_lies(
+def test_a_tensor_of_codes_is_read_in_either_orientation(
     tmp_path: Path, turned: bool, dtype: torch.dtype
 ) -> None:
     codes = torch.tensor([[0, 1], [2, 3], [2, 0]])
@@ -247,7 +247,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
         torch.zeros(2, 3, dtype=torch.complex64), torch.eye(3)[:2].to_sparse(),
     ],
 )  # fmt: skip
-def test_another_tensor_than_codes_is_refused(tmp_path: Path, value: Any) -> None:
+def test_a_tensor_that_does_not_have_codes_is_refused(tmp_path: Path, value: Any) -> None:
     torch.save(value, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt"):
         Catalog.read(tmp_path / "x.pt")

@@ -51,7 +51,7 @@ def test_codes_become_unique_and_stay_in_range(
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 30), st.integers(0, 999))
-def test_assign_leaves_every_item_that_collides_with_none(items: int, seed: int) -> None:
+def test_assign_keeps_the_codes_of_every_item_without_a_collision(items: int, seed: int) -> None:
     codes, z, books = draw(items, 2, 8, seed)
     if max(codes[:, 0].bincount().tolist()) > 8:
         return  # a group above K also moves items to other prefixes
@@ -64,7 +64,7 @@ def test_assign_leaves_every_item_that_collides_with_none(items: int, seed: int)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_assign_costs_what_the_best_of_all_assignments_costs(seed: int) -> None:
+def test_assign_reaches_the_minimum_cost_of_all_assignments(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     books = torch.randn(2, 4, 3, generator=generator)
     z = books[0, 1] + 0.1 * torch.randn(3, 3, generator=generator)  # three items, one group
@@ -114,7 +114,7 @@ def test_an_unknown_method_is_refused() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 999), st.sampled_from(["assign", "suffix"]))
-def test_new_items_take_ids_that_nobody_has(new: int, seed: int, method: str) -> None:
+def test_new_items_get_unused_semantic_ids(new: int, seed: int, method: str) -> None:
     codes, z, books = draw(24, 2, 24, seed)  # as many codes as items: no suffix group can be too large
     taken = make_unique(codes[: 24 - new], z[: 24 - new], books, method=method).codes
     placed = place_new(codes[24 - new :], z[24 - new :], books, taken=taken, method=method)

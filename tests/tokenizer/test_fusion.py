@@ -82,13 +82,13 @@ def test_h_is_content_then_collaborative_then_the_presence_bits(fusion):
     assert not h[~ALL_PATTERNS[:, 2], 6:10].any()
 
 
-def test_an_item_with_nothing_at_all_leaves_every_gradient_finite(fusion):
+def test_an_item_without_any_modality_keeps_every_gradient_finite(fusion):
     h, _ = fusion(items_of(ALL_PATTERNS))
     h.square().sum().backward()
     assert all(bool(p.grad.isfinite().all()) for p in fusion.parameters())
 
 
-def test_without_collab_is_the_path_of_items_that_have_none(fusion):
+def test_without_collab_treats_every_item_like_one_without_an_embedding(fusion):
     raw = items_of(torch.ones(5, 3, dtype=torch.bool)).values
     here, none = torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)
     scaling = {k: Scaling.of(raw[k], here) for k in MODALITIES}
@@ -101,7 +101,7 @@ def test_without_collab_is_the_path_of_items_that_have_none(fusion):
     assert torch.equal(fusion.attention(ablated), torch.full((5, 2), 0.5))
 
 
-def test_scaling_centres_and_brings_the_root_mean_square_norm_to_one():
+def test_scaling_centers_and_gives_a_root_mean_square_norm_of_one():
     values = torch.tensor([[1.0, 0.0], [3.0, 4.0], [99.0, 99.0]])
     scaling = Scaling.of(values, torch.tensor([True, True, False]))
     assert scaling.mean.tolist() == [2.0, 2.0]
@@ -109,7 +109,7 @@ def test_scaling_centres_and_brings_the_root_mean_square_norm_to_one():
     assert scaling(values[:2]).square().sum(1).mean().item() == pytest.approx(1.0)
 
 
-def test_a_modality_that_is_the_same_for_every_item_scales_to_nothing():
+def test_a_modality_with_equal_values_scales_to_zero():
     values = torch.full((1000, 7), 0.1).cumsum(1)  # the float32 mean of equal rows is not exactly the row
     scaling = Scaling.of(values, torch.ones(1000, dtype=torch.bool))
     assert scaling(values).abs().max() < 1e-5
@@ -120,7 +120,7 @@ def test_a_modality_that_no_item_has_scales_without_a_nan():
     assert scaling(torch.zeros(2, 3)).tolist() == [[0.0] * 3] * 2
 
 
-def test_whatever_stands_in_an_absent_row_becomes_zeros():
+def test_absent_rows_become_zeros_whatever_their_values():
     values = {k: torch.randn(2, w, generator=torch.Generator().manual_seed(1)) for k, w in WIDTHS.items()}
     values["image"][1] = float("nan")
     present = {k: torch.tensor([True, k != "image"]) for k in MODALITIES}

@@ -41,7 +41,7 @@ def cost_of(codes: Tensor, z: Tensor, codebooks: Tensor) -> float:
 @given(
     share=st.floats(0.1, 1.0), levels=st.integers(1, 3), size=st.integers(2, 4), seed=st.integers(0, 10_000)
 )
-def test_who_collides_with_none_keeps_all_codes_even_beside_overflowing_groups(share, levels, size, seed):
+def test_items_without_collisions_keep_their_codes_even_beside_overflowing_groups(share, levels, size, seed):
     items = max(1, int(share * size**levels))
     codes, z, codebooks = crowd(items, levels, size, seed)
     made = make_unique(codes, z, codebooks)
@@ -53,7 +53,7 @@ def test_who_collides_with_none_keeps_all_codes_even_beside_overflowing_groups(s
 
 @settings(max_examples=40, deadline=None)
 @given(items=st.integers(1, 4), size=st.integers(4, 5), seed=st.integers(0, 10_000))
-def test_the_colliding_items_of_a_small_group_are_placed_at_the_least_cost_there_is(items, size, seed):
+def test_the_colliding_items_of_a_small_group_are_placed_at_minimum_cost(items, size, seed):
     generator = torch.Generator().manual_seed(seed)
     codebooks = torch.randn(2, size, 2, generator=generator)
     z = codebooks[0, 1] + torch.randn(items, 2, generator=generator)
@@ -79,7 +79,7 @@ def test_items_that_fill_every_semantic_id_get_each_of_them_once(seed, method):
     assert sorted(map(tuple, made.tolist())) == list(itertools.product(range(3), repeat=3))
 
 
-def test_an_item_alone_in_its_codes_outlives_the_overflow_of_its_group():
+def test_an_item_with_unique_codes_stays_when_its_group_overflows():
     codebooks = torch.tensor([[[0.0], [10.0]], [[0.0], [1.0]]])
     z = torch.tensor([[1.4], [0.1], [0.0]])  # the first is the farthest of the three, and alone in (0, 1)
     codes = torch.tensor([[0, 1], [0, 0], [0, 0]])
@@ -87,7 +87,7 @@ def test_an_item_alone_in_its_codes_outlives_the_overflow_of_its_group():
     assert made.codes.tolist() == [[0, 1], [1, 0], [0, 0]] and made.moved_items == 1
 
 
-def test_an_item_alone_in_its_codes_is_not_displaced_by_one_that_moves_in():
+def test_an_item_with_unique_codes_is_not_displaced_by_a_moved_item():
     codebooks = torch.tensor([[[0.0], [2.0]], [[0.0], [0.1]]])
     z = torch.tensor([[0.0], [0.0], [0.01], [2.0]])
     codes = torch.tensor([[0, 0], [0, 0], [0, 0], [1, 0]])  # what moves to prefix 1 would like (1, 0) best
@@ -103,14 +103,14 @@ def test_a_group_that_overflows_loses_its_surplus_and_no_more():
     assert made.codes[:, 0].bincount().tolist() == [3, 2]
 
 
-def test_codes_without_a_collision_come_back_as_they_were():
+def test_codes_without_a_collision_are_returned_unchanged():
     codes = torch.tensor([[0, 1], [1, 0], [1, 1]])
     made = make_unique(codes, torch.randn(3, 2), torch.randn(2, 2, 2))
     assert torch.equal(made.codes, codes)
     assert (made.colliding_before, made.changed_codes, made.moved_items, made.changed_share) == (0, 0, 0, 0.0)
 
 
-def test_the_codes_given_are_not_written_to():
+def test_the_input_codes_are_not_modified():
     codes, z, codebooks = crowd(12, 2, 4, 0)
     before = codes.clone()
     for method in ("assign", "sinkhorn", "suffix"):
@@ -118,7 +118,7 @@ def test_the_codes_given_are_not_written_to():
     assert torch.equal(codes, before)
 
 
-def test_no_item_at_all_is_no_trouble():
+def test_an_empty_set_of_items_is_valid():
     for method, levels in (("assign", 2), ("sinkhorn", 2), ("suffix", 3)):
         made = make_unique(
             torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 3), torch.zeros(2, 4, 3), method=method
@@ -152,7 +152,7 @@ def test_a_new_item_keeps_its_prefix_while_that_has_room_and_takes_the_nearest_f
     assert place_new(codes, z, codebooks, taken=torch.tensor([[1, 1]])).tolist() == [[0, 0], [0, 1], [1, 0]]
 
 
-def test_a_new_suffix_counts_on_from_those_that_are_taken():
+def test_a_new_suffix_continues_after_the_used_ones():
     taken = torch.tensor([[1, 2, 0], [1, 2, 1], [0, 0, 0]])
     codes = torch.tensor([[1, 2], [3, 3], [1, 2]])
     placed = place_new(codes, torch.zeros(3, 1), torch.zeros(2, 4, 1), taken=taken, method="suffix")

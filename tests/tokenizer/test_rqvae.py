@@ -42,7 +42,7 @@ def residuals(z: Tensor, model: RQVAE, codes: Tensor) -> list[tuple[Tensor, Tens
     return pairs
 
 
-def test_codes_are_the_nearest_vectors_of_what_the_levels_before_left():
+def test_codes_are_the_nearest_vectors_to_the_residual_of_the_earlier_levels():
     model, items = model_of(), batch()
     codes, z = model.tokenize(items)
     assert codes.shape == (6, 3) and codes.dtype == torch.int64 and z.shape == (6, 3)
@@ -129,7 +129,7 @@ def test_the_diversity_loss_is_the_sum_over_levels():
     torch.testing.assert_close(losses.diversity, wanted)
 
 
-def test_negative_entropy_is_lowest_where_every_code_is_used_alike():
+def test_negative_entropy_is_lowest_when_all_codes_are_used_equally():
     codebook = 10 * torch.eye(4)
     lowest = -math.log(4)
     uniform = negative_entropy(codebook + 0.1, codebook)
@@ -139,7 +139,7 @@ def test_negative_entropy_is_lowest_where_every_code_is_used_alike():
     assert lowest < skewed.item() < single.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_code_too_far_off_for_any_share_leaves_the_gradient_finite():
+def test_a_very_distant_code_keeps_the_gradient_finite():
     """exp(-distance / temperature) underflows to 0, where the logarithm's gradient is infinite."""
     residual = torch.tensor([[0.0, 0.0], [0.2, 0.0]], requires_grad=True)
     codebook = torch.tensor([[0.1, 0.0], [1e3, 1e3]], requires_grad=True)

@@ -1,4 +1,4 @@
-"""Training of the tokenizer: its start, its dead codes, what it logs, and the file it leaves."""
+"""Training of the tokenizer: initialization, dead codes, logs and saved files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_reseeding_moves_the_dead_codes_alone_and_onto_residuals_of_items():
     assert all(bool((left == after[1, k]).all(1).any()) for k in (0, 6))
 
 
-def test_reseeding_where_every_code_is_in_use_moves_none():
+def test_reseeding_moves_no_code_if_all_are_used():
     model, items = untrained()
     before = model.codebooks.detach().clone()
     used = torch.ones(2, 8)
@@ -119,7 +119,7 @@ def test_training_explains_more_of_every_modality_than_its_first_epoch():
         assert logged[-1][f"rqvae/explained_{name}"] > logged[0][f"rqvae/explained_{name}"] + 0.1
 
 
-def test_perplexity_is_the_number_of_codes_used_alike_and_dead_codes_are_counted():
+def test_perplexity_is_the_number_of_equally_used_codes_and_dead_codes_are_counted():
     use = codebook_use(torch.tensor([[5.0, 5.0, 5.0, 5.0], [7.0, 0.0, 7.0, 0.0], [9.0, 0.0, 0.0, 0.0]]))
     assert [use[f"rqvae/perplexity_{m}"] for m in range(3)] == pytest.approx([4.0, 2.0, 1.0])
     assert [use[f"rqvae/dead_{m}"] for m in range(3)] == [0, 2, 3]
