@@ -288,14 +288,14 @@ def reordered(codes: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return codes.gather(1, order[..., None].expand_as(codes))
 
 
-def latency_plot(report: Report, path: Path) -> None:
+def latency_plot(all_rows: list[dict[str, Any]], path: Path, *, cpu: str, threads: int) -> None:
     """Draws two panels: medians per cell and engine, and our latency by catalog size."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in report.rows if not row["case"].startswith(RQ3) and row["p50_ms"] is not None]
+    rows = [row for row in all_rows if not row["case"].startswith(RQ3) and row["p50_ms"] is not None]
     sized = [row for row in rows if " N1e" in row["case"]]
     cells = list(dict.fromkeys(row["case"] for row in rows if " N1e" not in row["case"]))
     names: dict[str, dict[str, float]] = {"CEMG (constrained)": {}}
@@ -324,8 +324,8 @@ def latency_plot(report: Report, path: Path) -> None:
     right.set(xscale="log", xlabel="items in the catalog", ylabel="CEMG, milliseconds", ylim=(0, None))
     if sized:
         right.legend(fontsize=7)
-    figure.suptitle(f"One batch of recommendations, random weights; {machine(report.device)['cpu']}, "
-                    f"{torch.get_num_threads()} threads", fontsize=10)  # fmt: skip
+    figure.suptitle(f"One batch of recommendations, random weights; {cpu}, "
+                    f"{threads} threads", fontsize=10)  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -363,7 +363,8 @@ def main() -> None:
     print(f"\nOur engine\n{cell_table(report)}")
     if not options.models:
         print(rq3_table(report))
-    latency_plot(report, options.plot)
+    facts = machine(report.device)
+    latency_plot(report.rows, options.plot, cpu=facts["cpu"], threads=facts["threads"])
     print(f"{time.monotonic() - report.begun:.0f} s; rows in {options.json}, plot in {options.plot}")
 
 

@@ -4,6 +4,7 @@ python bench/latency.py --models tiger --profile runs/profile
 python docs/figures/performance.py trace runs/profile/tiger-B1-W50.json docs/figures/trace.png
 python docs/figures/performance.py growth bench/results docs/figures/growth.png
 python docs/figures/performance.py operations bench/results docs/figures/operations.png
+python docs/figures/performance.py latency bench/results docs/figures/latency.png
 """
 
 from __future__ import annotations
@@ -137,7 +138,22 @@ def points_of(rows: dict[str, float], model: str, axis: str, pattern: str) -> li
     return points
 
 
-DRAWINGS = {"trace": draw_trace, "growth": draw_growth, "operations": draw_operations}
+def draw_latency(folder: Path, target: Path) -> None:
+    """Draws the latency of each cell and engine, as ``bench/latency.py`` does after a run."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+    from latency import latency_plot
+
+    result = json.loads((folder / "latency-cpu.json").read_text())
+    machine = result["machine"]
+    latency_plot(result["rows"], target, cpu=machine["cpu"], threads=machine["threads"])
+
+
+DRAWINGS = {
+    "trace": draw_trace,
+    "growth": draw_growth,
+    "operations": draw_operations,
+    "latency": draw_latency,
+}
 
 if __name__ == "__main__":
     DRAWINGS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
