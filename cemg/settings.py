@@ -25,6 +25,11 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def preset_for(items: int) -> str:
+    """The name of the preset for a catalog of this size."""
+    return "small" if items <= 5_000 else "medium" if items < 100_000 else "large"
+
+
 def preset(name: str) -> dict[str, Any]:
     """Read the settings of a preset, as sections of plain values.
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cemg.pipeline import Pipeline
 
 app = command.command_line()
-SYNTHETIC = (  # settings small enough for a few minutes on two CPU cores
+SYNTHETIC = (  # settings small enough for a minute or two on two idle CPU cores
     "pca.dim=64",
     "tokenizer.codebook_size=32", "tokenizer.levels=3", "tokenizer.dim=64", "tokenizer.epochs=200",
     "graph.epochs=60", "graph.batch_size=1024", "backbone.layers=2", "backbone.dim=64", "generator.epochs=30",
@@ -163,7 +163,9 @@ def train(
         "preset": preset,
     }
     file = config_file(config) if config is not None else None
-    chosen = _config(run, str(source or ""), file, list(set or []), rebuild=rebuild, **options)
+    chosen = _config(
+        run, str(source or ""), file, list(set or []), rebuild=rebuild, only_print=print_config, **options
+    )
     if print_config:
         print(explained(chosen), end="")
         return
@@ -182,11 +184,19 @@ def train(
 
 
 def _config(
-    run: Path, data: str, config: Path | None, settings: list[str], *, rebuild: bool, **options: Any
+    run: Path,
+    data: str,
+    config: Path | None,
+    settings: list[str],
+    *,
+    rebuild: bool,
+    only_print: bool,
+    **options: Any,
 ) -> RunConfig:
     """Return the settings that the command names.
 
     If it names neither data nor settings, an existing run keeps its own, and a new run is the synthetic one.
+    ``only_print`` returns the defaults instead of the settings of the synthetic set.
     """
     from cemg.artifacts import settings_file
     from cemg.config import load_config
@@ -202,6 +212,8 @@ def _config(
             console.print(f"delete {run_file} to return to the settings in {run / CONFIG}", highlight=False)
         return load_config(run_file, settings, **options)
     if config is None and not options["preset"] and not any(s.startswith("data.path=") for s in settings):
+        if only_print:
+            return load_config(None, settings, **options)
         _check_spelling(run)
         console.print(f"{run} is new and no --data is given: training on the SYNTHETIC set", highlight=False)
         return load_config(None, [*SYNTHETIC, *settings], **options)

@@ -21,13 +21,14 @@ from cemg.errors import DamagedError, UserError
 from cemg.evaluation import evaluate, seeded_sample
 from cemg.evaluation.ranker import beam_ranker
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
-from cemg.generator import start_from_codebooks, weights_of
+from cemg.generator import BackboneConfig, GeneratorConfig, start_from_codebooks, weights_of
 from cemg.generator.training import train_generator
 from cemg.graph.lightgcn import train_lightgcn
 from cemg.pipeline.changes import IMAGES, content_digest, image_digests
 from cemg.pipeline.preflight import check_before_training
 from cemg.pipeline.transition import Transition
 from cemg.progress import StageLog, console
+from cemg.settings import preset_for
 from cemg.storage import files
 from cemg.storage.manifest import STAGES, read_clock, write_clock
 from cemg.storage.run import Guard, Run
@@ -108,6 +109,11 @@ class Pipeline(RunArtifacts):
                 fix="check the lengths of the histories: cemg-data stats",
             )
         check_before_training(self.config, data, self.run)
+        sized = (self.asked.backbone, self.asked.generator) != (BackboneConfig(), GeneratorConfig())
+        if source.path and not sized:
+            size = preset_for(data.num_items)
+            note = f"note: no sizes are set; for {data.num_items:,} items, --preset {size} is recommended"
+            console.print(note, highlight=False)
         return data
 
     def features(self) -> None:

@@ -217,3 +217,12 @@ def test_an_unusual_data_set_trains_and_recommends(
     assert command(recommend.main, "--run", run, "--history", "i0", "--top", 3, "--beams", 8, "--json") == 0
     items = json.loads(capsys.readouterr().out)["items"]
     assert len(items) == 3 and all(item["score"] > -1e9 for item in items)
+
+
+def test_data_without_sizes_are_noted_with_the_preset_that_fits_them(shop, tmp_path, capsys):
+    config = load_config(None, ["data.min_count=0"], data_path=str(shop()))
+    Pipeline(Run(tmp_path / "run"), config)._read_data()
+    assert "for 6 items, --preset small is recommended" in capsys.readouterr().err
+    sized = load_config(None, ["data.min_count=0"], data_path=str(shop()), preset="small")
+    Pipeline(Run(tmp_path / "run"), sized)._read_data()
+    assert "--preset" not in capsys.readouterr().err

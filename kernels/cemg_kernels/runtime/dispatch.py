@@ -119,7 +119,8 @@ def _choose(op: str, device: str) -> Choice:
         if not problem and device == "cpu":
             problem = ON_REQUEST.get(backend, "")
         if not problem:
-            return Choice(backend, "; ".join(unavailable) or f"the fastest available on {device}")
+            skipped = f"instead of {'; '.join(unavailable)}" if unavailable else ""
+            return Choice(backend, skipped or f"the fastest available on {device}")
         unavailable.append(f"{backend}: {problem}")
     raise RuntimeError(f"{op} has no backend for {device}: {'; '.join(unavailable)}")
 
