@@ -2,11 +2,11 @@
 
 from cemg.decoding.beams import Recommendations
 from cemg.decoding.engine import Decoder
-from cemg.decoding.engines import make_decoder
 from cemg.decoding.exact import score_all
 from cemg.decoding.integrations.logits_processor import TrieLogitsProcessor, plain_generation
 from cemg.decoding.integrations.transformers import TransformersDecoder, dict_trie
 from cemg.decoding.integrations.vllm import VllmDecoder
+from cemg.decoding.make_decoder import make_decoder
 from cemg.decoding.timings import record_timings
 from cemg_kernels.constrained.softmax import Normalize
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from cemg.errors import UserError
-from cemg.generator.checkpoints import add_tokens, load_checkpoint
 from cemg.generator.dropout import DropoutEmbedding, DropoutLinear
+from cemg.generator.pretrained import add_tokens, load_checkpoint
 from cemg.generator.vocabulary import Vocabulary
 
 PAD, BOS, EOS, FIRST_CODE = 0, 1, 2, 3  # token ids of a vocabulary without text

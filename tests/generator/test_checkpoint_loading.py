@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cemg.decoding import Decoder, TransformersDecoder
 from cemg.errors import UserError
 from cemg.generator import BackboneConfig, build_backbone
-from cemg.generator.checkpoints import check_whole, tied
+from cemg.generator.pretrained import check_whole, tied
 from cemg.tokenizer import Catalog
 
 LEVELS, SIZE = 2, 3
