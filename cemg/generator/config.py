@@ -12,8 +12,9 @@ from cemg.errors import UserError
 class GeneratorConfig:
     """Training of the generator.
 
-    The loss of the paper (equation 5) is "vocab". "valid" normalizes only over the codes that the trie
-    admits; it requires ``decoding.normalize=valid``. The first item of a cropped history is not a target.
+    The loss of the paper (equation 5) is "vocab". "valid", which the presets use and the paper does not,
+    normalizes only over the codes that the trie admits; it requires ``decoding.normalize=valid``. The first
+    item of a cropped history is not a target.
     """
 
     history_items: int = 20
@@ -33,7 +34,7 @@ class GeneratorConfig:
     label_smoothing: float = 0.0
     """Label smoothing; only with loss=vocab."""
     loss: Literal["vocab", "valid"] = "vocab"
-    """Tokens in the softmax: vocab (all, as in the paper) or valid (codes that continue a real item)."""
+    """Tokens in the softmax: vocab (all; equation 5 of the paper) or valid (those of real items; ours)."""
     crop: float = 0.0
     """Share of samples whose history starts at a random later item, drawn per epoch."""
     first_item: bool = True

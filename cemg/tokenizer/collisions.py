@@ -1,4 +1,6 @@
-"""Unique semantic IDs: three ways to separate items whose codes collide (docs/method.md, "Unique IDs").
+"""Unique semantic IDs: three ways to separate items whose codes collide.
+
+The methods are described in docs/method.md, "One semantic ID per item".
 
 N items, M learned codebooks of K vectors, Z latent width. A *group* is the items that share their first M − 1
 codes.
