@@ -138,12 +138,17 @@ def check_result(path: Path | None, option: str = "--result") -> None:
 
 
 def _check_environment() -> None:
-    from cemg_kernels import fast_kernels_enabled
-
     try:
+        from cemg_kernels import fast_kernels_enabled
+
         fast_kernels_enabled()
     except ValueError as error:
         raise UserError(str(error)) from None
+    except ImportError as error:
+        message, _, fix = str(error).partition("; ")
+        if not fix.startswith("run pip install"):  # not the error of a stale native module
+            raise
+        raise UserError(message, fix=fix) from None
 
 
 def _lacks_memory(error: Exception) -> bool:

@@ -65,7 +65,9 @@ _current: ContextVar[Timings | None] = ContextVar("cemg_timings", default=None)
 
 @contextmanager
 def record_timings() -> Iterator[Timings]:
-    """Records the searches of this block, in this thread.
+    """Records the searches of this block, in this thread. An outer block includes the inner ones.
+
+    ``score_all`` is not a search and is not recorded.
 
     On a GPU, searches run without their CUDA graphs and wait for the device between stages, so the block
     takes longer than the same searches outside it.
@@ -78,7 +80,7 @@ def record_timings() -> Iterator[Timings]:
         ...     decoder.decode(input_ids, attention_mask, beams=50)
         >>> timings.seconds["selection"] / timings.total
     """
-    timings = Timings()
+    timings, outer = Timings(), _current.get()
     token = _current.set(timings)
     begin = _now()
     try:
@@ -86,6 +88,9 @@ def record_timings() -> Iterator[Timings]:
     finally:
         timings.total = _now() - begin
         _current.reset(token)
+        if outer is not None:
+            add_seconds(timings.seconds)
+            outer.native_events.extend(timings.native_events)
 
 
 def recording() -> bool:

@@ -13,7 +13,7 @@
 #include <omp.h>
 #endif
 
-// setup.py defines it: a hash of _native.pyi, by which Python recognizes a module built from other sources.
+// setup.py defines it: a hash of _native.pyi, by which Python recognizes a module built for another version.
 #if !defined(CEMG_INTERFACE)
 #define CEMG_INTERFACE ""
 #endif

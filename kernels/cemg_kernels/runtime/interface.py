@@ -1,4 +1,4 @@
-"""Detects a C++ module that was built from other sources than this Python code."""
+"""Detects a C++ module whose interface differs from the one that this Python code expects."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def check_interface(module: ModuleType) -> None:
     built = getattr(module, "INTERFACE", None)
     if STUB.exists() and built != interface():
         raise ImportError(
-            f"the native module {module.__file__} was built from other sources than cemg_kernels "
+            f"the native module {module.__file__} was built for another version of cemg_kernels "
             f"(its interface is {built}, expected {interface()}); run pip install -e . again"
         )

@@ -118,9 +118,22 @@ def test_importing_the_package_with_a_stale_module_says_to_build_it_again():
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     last = ran.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: the native module old.so was built from other sources")
+    assert last.startswith(
+        "ImportError: the native module old.so was built for another version of cemg_kernels"
+    )
     assert f"its interface is 0123, expected {interface()}" in last
     assert last.endswith("run pip install -e . again")
+
+
+def test_a_command_with_a_stale_module_prints_the_fix_without_a_traceback():
+    program = (
+        "import sys, types; stale = types.ModuleType('cemg_kernels._native'); stale.__file__ = 'old.so'; "
+        "stale.INTERFACE = '0123'; sys.modules['cemg_kernels._native'] = stale; "
+        "from cemg.commands.doctor import main; main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert ran.stderr.splitlines()[-1] == "  fix:   run pip install -e . again"
 
 
 def test_a_module_without_an_interface_is_stale():
