@@ -1,4 +1,4 @@
-"""Deprecated alias of ``cemg.decoding.integrations.vllm_plugin``, the path of version 0.1."""
+"""Deprecated alias of ``cemg.decoding.integrations.vllm_plugin``, kept for one release."""
 
 import warnings
 
