@@ -56,6 +56,12 @@ def samples_section(run: Path, *, device: str = "cpu") -> list[Block]:
         "the log-probability of the item's semantic ID. A certified result provably has this rank among all "
         "items of the catalog."
     )
+    if not found.certified.any():
+        intro += (
+            " No result here is certified: the search pruned prefixes that could lead to better items. The "
+            "lists may still be the true top. This is usual under decoding.normalize=vocab; more beams "
+            "certify more."
+        )
     return [Text(intro), *album.notes(), SampleUsers(users, album.illustrated)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ CURVES = {  # title of a chart: its stage, and the prefixes of the logged names 
     "Validation": ("generator", ("generator/ndcg@10",)),
 }
 LOG_SCALE = ("LightGCN",)  # its l2 grows to a hundred times its bpr
+TERMS = {  # title of a chart: what it shows, for readers who do not know the term
+    "Explained variance": "Explained variance is the share of the variance of the item features that the "
+    "RQ-VAE reconstructs from the codes.",
+    "Perplexity": "Perplexity is the number of codes of a level that are used, weighted by their frequency; "
+    "at most the size of the codebook.",
+    "Dead codes": "Dead codes are codes that no item uses.",
+}
 
 
 def run_section(run: Path) -> list[Block]:
@@ -80,7 +88,9 @@ def _test_facts(run: Path) -> list[Block]:
         return [left_out(run, "command and hardware, which are part of the result of a test")]
     command, hardware = records[0].get("command", "unknown"), records[0].get("hardware")
     machine = ", ".join(f"{name} {value}" for name, value in hardware.items()) if hardware else "unknown"
-    return [Table("Test", [], [["command", printable(str(command))], ["hardware", printable(machine)]])]
+    return [
+        Table("Evaluation run", [], [["command", printable(str(command))], ["hardware", printable(machine)]])
+    ]
 
 
 def _changed_settings(run: Path) -> list[Block]:
@@ -97,8 +107,21 @@ def results_section(run: Path) -> list[Block]:
     blocks: list[Block] = [left_out(run, reason) for reason in wrong]
     if paths:
         board = result_rows(paths)
-        blocks.insert(0, Table(board.title, board.columns, board.rows))
+        blocks = [Table(board.title, board.columns, board.rows), *_cold_targets(paths), *blocks]
     return blocks or [Text("No test has been run: cemg-eval --run RUN.")]
+
+
+def _cold_targets(paths: Sequence[Path]) -> list[Block]:
+    """What the rows of cold targets count, from the first result that has them."""
+    cold = next((c for c in (read_result(path).get("cold") for path in paths) if c), None)
+    if not cold or not {"targets", "at_most_training_interactions"} <= cold.keys():
+        return []
+    return [
+        Text(
+            f"Cold targets: {cold['targets']:,} test items with at most "
+            f"{cold['at_most_training_interactions']} training interactions."
+        )
+    ]
 
 
 def stages_section(run: Path) -> list[Block]:
@@ -127,14 +150,16 @@ def losses_section(run: Path) -> list[Block]:
         else:
             missing += [] if logs[stage] else [left_out(run, f"{stage}/log.jsonl is missing or empty")]
     epoch_steps = _generator_steps_per_epoch(run, logs["generator"])
-    charts = []
+    charts, terms = [], []
     for title, (stage, prefixes) in CURVES.items():
         steps = epoch_steps if stage == "generator" else 1.0
         curves = curves_of(logs[stage], prefixes, steps_per_epoch=steps or 1.0)
         if curves:
             x_label = "epoch" if steps else "step"
             charts.append(line_chart(title, curves, x_label=x_label, log_scale=title in LOG_SCALE))
-    blocks: list[Block] = [Charts(charts)] if charts else []
+            terms += [TERMS[title]] if title in TERMS else []
+    blocks: list[Block] = [Text(" ".join(terms))] if terms else []
+    blocks += [Charts(charts)] if charts else []
     return [*blocks, *or_left_out(_best_epoch, run), *missing]
 
 
@@ -196,7 +221,11 @@ def _codebook_chart(catalog: Catalog, level: int) -> Chart:
 def _uniqueness(run: Path) -> list[Block]:
     counts = read_json(file_of(run, "catalog", "uniqueness.json"), dict[str, int | float])
     rows = [[name.replace("_", " "), _count_or_share(value)] for name, value in counts.items()]
-    return [Table("Collisions", [], rows)]
+    explained = (
+        "Items with equal codes collide and get other last codes. Moved items are those that got other first "
+        "codes too, since all last codes after their own first codes were taken."
+    )
+    return [Table("Collisions", [], rows), Text(explained)]
 
 
 def _count_or_share(value: float) -> str:
@@ -268,7 +297,8 @@ def fusion_section(run: Path) -> list[Block]:
         y_label="items",
         description=f"Histogram of the fusion weights. Mean: {means}.",
     )
-    said = f"{facts['verdict']} Items with each modality, of {facts['items']:,}: {counts}. Mean α: {means}."
+    said = "α is the weight that the fusion gives to the image or the text of an item. "
+    said += f"{facts['verdict']} Items with each modality, of {facts['items']:,}: {counts}. Mean α: {means}."
     return [Text(said), Charts([chart])]
 
 

@@ -235,6 +235,22 @@ def test_results_the_command_and_stage_seconds_are_in_tables(run: Path) -> None:
     assert "graph 12.34" in text
 
 
+def test_the_terms_of_the_tables_and_charts_are_explained(run: Path) -> None:
+    (run / "results").mkdir()
+    record = {"dataset": "d", "split": {"users": 5, "items": N}, "metrics": {"HR@10": 0.25}}
+    record["metrics_history_removed"] = {"HR@10": 0.5}
+    record["cold"] = {"at_most_training_interactions": 5, "targets": 3, "metrics": {"HR@10": 0.0}}
+    (run / "results" / "d-cemg-test.json").write_text(json.dumps(record))
+    with (run / "tokenizer" / "log.jsonl").open("a") as log:
+        log.write("".join(f'\n{{"step": {step}, "rqvae/dead_0": 1.0}}' for step in range(8, 12)))
+    finish(run / "tokenizer")
+    page = report(run)
+    assert "Cold targets: 3 test items with at most 5 training interactions." in page.text
+    assert "Dead codes are codes that no item uses." in page.section("losses")
+    assert "Moved items are those" in page.section("codebooks")
+    assert "α is the weight" in page.section("fusion")
+
+
 def test_a_report_does_not_open_figures_of_pyplot(run: Path) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     before = pyplot.get_fignums()
