@@ -45,7 +45,8 @@ SYNTHETIC = (  # settings small enough for a minute or two on two idle CPU cores
     epilog=command.examples(
         "cemg-train --run runs/demo",
         "cemg-train --data data/beauty --config beauty --run runs/beauty --set generator.epochs=40",
-        "cemg-train --interactions orders.csv --columns user=uid,item=sku,timestamp=ts --run runs/shop",
+        "cemg-train --interactions orders.csv --columns user=uid,item=sku,timestamp=ts --preset small "
+        "--run runs/shop",
     ),
 )
 def train(
