@@ -83,7 +83,10 @@ class Trial:
         return float((found.items[:, 0] == torch.from_numpy(NEXT[last])).float().mean())
 
 
-@pytest.mark.parametrize("backbone", [SCRATCH, T5], ids=["scratch", "t5"])
+@pytest.mark.parametrize(
+    "backbone",
+    [pytest.param(SCRATCH, id="scratch"), pytest.param(T5, id="t5", marks=pytest.mark.slow)],
+)
 def test_a_tiny_model_learns_the_planted_rule(tmp_path, backbone):
     backbone = replace(backbone, dropout=0.0)
     trial = Trial(tmp_path, backbone, epochs=20, batch_size=8, learning_rate=5e-3, validate_every=5)

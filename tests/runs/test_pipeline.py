@@ -415,6 +415,7 @@ def killed_at(process: subprocess.Popen, *signs: Path) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_repeating_a_command_killed_in_two_stages_gives_the_metrics_of_an_uninterrupted_run(
     tmp_path, tiny_settings, feature_cache, command
 ):
