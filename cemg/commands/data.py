@@ -28,10 +28,10 @@ from cemg.commands.sources import (
 )
 from cemg.data.choices import Duplicates, Format, Ties
 from cemg.errors import UserError
+from cemg.storage import files
 
 if TYPE_CHECKING:
     from cemg.data import Dataset
-from cemg.storage import files
 
 app = command.command_line(
     name="cemg-data",

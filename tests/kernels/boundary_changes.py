@@ -88,7 +88,7 @@ def changed(value: Any, rng: random.Random) -> Any:
         options = list(family(value, rng))
         try:
             return rng.choice(options)() if options else value
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        except (RuntimeError, TypeError, ValueError, IndexError):
             return value
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return rng.choice(JUNK)

@@ -24,20 +24,6 @@ def items_of(now: Snapshot) -> set[int]:
     return set(now.trie.items(leaves, filter=now.allowed).tolist()) - {-1}
 
 
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch):
-    """Blocks rebuilds until the test sets the event."""
-    gate, build = threading.Event(), live_trie._merged
-
-    def merged(*arguments):
-        assert gate.wait(10)
-        return build(*arguments)
-
-    monkeypatch.setattr(live_trie, "_merged", merged)
-    yield gate
-    gate.set()
-
-
 def test_a_removal_takes_effect_with_the_next_snapshot():
     live = make_live()
     before = live.snapshot()
@@ -49,7 +35,7 @@ def test_a_removal_takes_effect_with_the_next_snapshot():
     assert len(live) == 7
 
 
-def test_an_addition_appears_in_the_next_version_and_old_requests_keep_their_trie(held):
+def test_an_addition_appears_in_the_next_version_and_old_requests_keep_their_trie(gate):
     live = make_live()
     live.remove([3])
     old = live.snapshot()
@@ -58,7 +44,7 @@ def test_an_addition_appears_in_the_next_version_and_old_requests_keep_their_tri
     assert items_of(live.snapshot()) == set(range(0, 30, 3)) - {3}
     with pytest.raises(TimeoutError, match="2 items are still pending"):
         live.wait(0.01)
-    held.set()
+    gate.set()
     assert live.wait(10) == 2
     now = live.snapshot()
     assert items_of(now) == (set(range(0, 30, 3)) - {3}) | {100, 101}
@@ -67,13 +53,13 @@ def test_an_addition_appears_in_the_next_version_and_old_requests_keep_their_tri
     assert items_of(old) == set(range(0, 30, 3)) - {3}
 
 
-def test_an_item_removed_during_a_rebuild_stays_removed(held):
+def test_an_item_removed_during_a_rebuild_stays_removed(gate):
     live = make_live()
     live.add([[7, 7], [7, 6]], [100, 101])
     live.remove([0, 100])
     live.remove([101])
     live.add([[6, 6]], [101])  # the same id with other codes
-    held.set()
+    gate.set()
     live.wait(10)
     now = live.snapshot()
     assert items_of(now) == (set(range(0, 30, 3)) - {0}) | {101}
@@ -81,11 +67,11 @@ def test_an_item_removed_during_a_rebuild_stays_removed(held):
     assert now.trie.items(nodes, filter=now.allowed).tolist() == [-1, 101]
 
 
-def test_additions_during_a_rebuild_are_built_next(held):
+def test_additions_during_a_rebuild_are_built_next(gate):
     live = make_live()
     live.add([[7, 7]], [100])
     live.add([[7, 6]], [101])
-    held.set()
+    gate.set()
     assert live.wait(10) in (2, 3)
     assert items_of(live.snapshot()) == set(range(0, 30, 3)) | {100, 101}
 
@@ -134,13 +120,13 @@ def test_per_request_filters_combine_with_removals():
         ([[1, 2, 3]], [50], r"codes must be \[1, 2\], got \[1, 3\]"),
     ],
 )
-def test_an_invalid_addition_changes_nothing(held, codes, ids, message):
+def test_an_invalid_addition_changes_nothing(gate, codes, ids, message):
     live = make_live()
     live.add([[5, 5]], [60])
     with pytest.raises(ValueError, match=message):
         live.add(codes, ids)
     assert len(live) == 11
-    held.set()
+    gate.set()
     live.wait(10)
     assert items_of(live.snapshot()) == set(range(0, 30, 3)) | {60}
 

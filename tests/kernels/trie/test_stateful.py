@@ -15,7 +15,6 @@ import torch
 
 import cemg_kernels
 from cemg_kernels import ItemFilter, LiveTrie, RequestFilter, Trie
-from cemg_kernels.trie import live as live_trie
 from cemg_kernels.trie.live import Snapshot
 
 pytestmark = pytest.mark.medium
@@ -205,20 +204,6 @@ class History:
     def backend(self) -> None:
         """Switches to the other backend."""
         cemg_kernels.use_fast_kernels(not cemg_kernels.fast_kernels_enabled())
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch):
-    """Blocks rebuilds after they read the catalog and before they publish it, while the event is not set."""
-    gate, build = threading.Event(), live_trie._merged
-
-    def merged(*arguments):
-        assert gate.wait(60)
-        return build(*arguments)
-
-    monkeypatch.setattr(live_trie, "_merged", merged)
-    yield gate
-    gate.set()
 
 
 def histories(folder: Path, gate: threading.Event, count: int, length: int) -> Counter[str]:
