@@ -8,23 +8,24 @@ from cemg.evaluation.metrics import (
     gains,
     hr,
     hr_interval,
+    intervals_at,
     metrics_at,
     ndcg,
+    paired_differences,
     ranks_of_targets,
 )
 from cemg.evaluation.paper import PrintedRow, printed_rows
 from cemg.evaluation.popularity import PopularityRanker
 from cemg.evaluation.protocol import COLD, Evaluation, Rank, evaluate, evaluate_lists, seeded_sample
 from cemg.evaluation.results import (
-    ResultRows,
+    differences_of,
     hardware,
+    ranks_of,
     read_result,
-    result_markdown,
-    result_rows,
-    result_table,
     results_of,
     write_result,
 )
+from cemg.evaluation.tables import ResultRows, result_markdown, result_rows, result_table
 
 __all__ = [
     "COLD",
@@ -37,15 +38,19 @@ __all__ = [
     "Rank",
     "ResultRows",
     "bootstrap_interval",
+    "differences_of",
     "evaluate",
     "evaluate_lists",
     "gains",
     "hardware",
     "hr",
     "hr_interval",
+    "intervals_at",
     "metrics_at",
     "ndcg",
+    "paired_differences",
     "printed_rows",
+    "ranks_of",
     "ranks_of_targets",
     "read_result",
     "result_markdown",

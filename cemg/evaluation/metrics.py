@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,14 +78,48 @@ def hr_interval(ranks: Tensor, k: int) -> tuple[float, float]:
 
 
 def bootstrap_interval(values: Tensor, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Compute the 95 % bootstrap interval of the mean of ``values`` [T]; users are resampled."""
-    generator = torch.Generator().manual_seed(seed)
-    count = len(values)
-    means = torch.empty(draws, dtype=torch.float64)
-    for i in range(draws):
-        means[i] = values[torch.randint(count, (count,), generator=generator)].double().mean()
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    """Compute the 95 % bootstrap interval of the mean of ``values`` [T]; users are resampled.
+
+    The values of a metric are few different numbers, so a draw of T users is a draw of their counts.
+    """
+    different, counts = np.unique(values.double().numpy(), return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=draws)
+    low, high = np.quantile(drawn @ different / len(values), (0.025, 0.975)).tolist()
     return low, high
+
+
+def intervals_at(ranks: Tensor, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, tuple[float, float]]:
+    """Compute 95 % intervals of ``metrics_at`` over users: Wilson for HR, bootstrap for NDCG."""
+    shares = {f"HR@{k}": hr_interval(ranks, k) for k in cutoffs}
+    return shares | {f"NDCG@{k}": bootstrap_interval(gains(ranks, k)) for k in cutoffs}
+
+
+def paired_differences(
+    first: Tensor, second: Tensor, cutoffs: Sequence[int] = CUTOFFS
+) -> dict[str, dict[str, float]]:
+    """Compute how much better the first of two models is, with the paired bootstrap over users.
+
+    Args:
+        first: Ranks [T] of the first model.
+        second: Ranks [T] of the second model for the same users in the same order.
+        cutoffs: The k of HR@k and NDCG@k.
+
+    Returns:
+        For each metric the mean difference per user, and ``low`` and ``high``, its 95 % interval. The first
+        model is better beyond chance where ``low`` is above zero.
+
+    Raises:
+        UserError: The models have different numbers of users, or there is no user.
+    """
+    if first.shape != second.shape or len(first) == 0:
+        raise UserError(f"a paired difference needs the same users, got {len(first)} and {len(second)}")
+    differences = {f"HR@{k}": _hits(first, k).double() - _hits(second, k).double() for k in cutoffs}
+    differences |= {f"NDCG@{k}": gains(first, k) - gains(second, k) for k in cutoffs}
+    found = {}
+    for name, values in differences.items():
+        low, high = bootstrap_interval(values)
+        found[name] = {"mean": float(values.mean()), "low": low, "high": high}
+    return found
 
 
 def _hits(ranks: Tensor, k: int) -> Tensor:

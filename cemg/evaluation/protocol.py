@@ -21,9 +21,7 @@ from cemg.evaluation.metrics import (
     CUTOFFS,
     MISS,
     Metrics,
-    bootstrap_interval,
-    gains,
-    hr_interval,
+    intervals_at,
     metrics_at,
     ranks_of_targets,
 )
@@ -84,8 +82,11 @@ class Evaluation:
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Compute 95 % intervals of ``metrics`` over users: Wilson for HR, bootstrap for NDCG."""
-        shares = {f"HR@{k}": hr_interval(self.ranks, k) for k in self.cutoffs}
-        return shares | {f"NDCG@{k}": bootstrap_interval(gains(self.ranks, k)) for k in self.cutoffs}
+        return intervals_at(self.ranks, self.cutoffs)
+
+    def by_user(self, ranks: Tensor) -> Tensor:
+        """Return ``ranks`` [T], which are in the order of ``users``, by ascending position in the split."""
+        return ranks[torch.from_numpy(np.argsort(self.users))]
 
 
 def evaluate(

@@ -1,30 +1,28 @@
-"""Result files, one JSON per evaluation with the fingerprint of its split, and tables of them."""
+"""Result files: one JSON per evaluation, with the fingerprint of its split and the rank of each target."""
 
 from __future__ import annotations
 
+import base64
 import os
 import platform
-import re
-import statistics
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict
-from rich import box
-from rich.table import Table
+from torch import Tensor
 
 from cemg.errors import DamagedError, UserError
-from cemg.evaluation.metrics import Metrics
-from cemg.evaluation.paper import printed_rows
+from cemg.evaluation.metrics import intervals_at, metrics_at, paired_differences
 from cemg.evaluation.protocol import COLD, Evaluation
 from cemg.storage import files
 from cemg.storage.read import check_signature, parse_json, read_bytes, signed
 
-EXCLUDED = "metrics_history_excluded_in_search"  # key of the metrics of exclude_history=True
-SEED = re.compile(r"-seed\d+$")
+KEPT, REMOVED = "metrics", "metrics_history_removed"  # keys of the metrics of each ranking
+EXCLUDED = "metrics_history_excluded_in_search"  # exclude_history=True
 
 
 def hardware(device: str = "cpu") -> dict[str, str | int]:
@@ -52,9 +50,10 @@ def write_result(
     hardware: Mapping[str, str | int],
     seconds: float,
     evaluation: Evaluation,
+    excluded: Evaluation | None = None,
     further: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the metrics of one evaluation as JSON, atomically.
+    """Write the metrics and ranks of one evaluation as JSON, atomically.
 
     Args:
         path: The file to write.
@@ -65,6 +64,7 @@ def write_result(
         hardware: See ``hardware``.
         seconds: Wall-clock time of training and evaluation together.
         evaluation: The evaluation.
+        excluded: The evaluation of the same users with the history excluded in the search, if it was made.
         further: More entries of the file.
 
     Raises:
@@ -77,117 +77,76 @@ def write_result(
         "seed": seed,
         "hardware": dict(hardware),
         "seconds": round(seconds, 1),
-        **_metrics_of(evaluation),
+        **_metrics_of(evaluation, excluded),
         **(further or {}),
     }
     files.write_json(path, signed(record | {"file": path.name}))
 
 
-def result_table(paths: Sequence[Path], *, paper: bool = True) -> Table:
-    """Build a rich table of result files and, with ``paper``, of printed results on the same data set.
+def ranks_of(record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the ranks of all users in a result file, by ranking.
 
-    A file has a row with the history kept, one with it removed, one with it excluded in the search if that
-    was measured, and one over cold targets if there are any. Files whose names differ only in ``-seedN``
-    are one model: the table shows the mean over the seeds with the half width of Student's 95 % interval.
+    Args:
+        record: The content of the file.
 
-    Raises:
-        UserError: There is no file, one is not a result file, or their splits differ: metrics of different
-            targets are not comparable.
+    Returns:
+        For "metrics" and each other key of metrics in the file, the ranks [T] int64 by ascending position of
+        the user in the split; MISS beyond the largest cutoff. Empty for files of earlier versions.
     """
-    contents = result_rows(paths, paper=paper)
-    table = Table(title=contents.title, box=box.SIMPLE, padding=0)
-    for i, name in enumerate(contents.columns):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in contents.rows:
-        table.add_row(*row)
-    return table
+    return {
+        key: torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.int8).long()
+        for key, text in record.get("ranks", {}).items()
+    }
 
 
-def result_markdown(paths: Sequence[Path], *, paper: bool = True) -> str:
-    """Format the table of ``result_table`` as Markdown."""
-    contents = result_rows(paths, paper=paper)
-    rule = ["---"] + ["---:"] * (len(contents.columns) - 1)
-    rows = [contents.columns, rule, *contents.rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+def differences_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare the results of two models for the same users, ranking by ranking: see ``paired_differences``.
+
+    Returns:
+        The differences by key of metrics, for the rankings that both files have ranks of.
+    """
+    one, other = ranks_of(first), ranks_of(second)
+    cutoffs = sorted({int(name.split("@")[1]) for name in first["metrics"]})
+    return {key: paired_differences(one[key], other[key], cutoffs) for key in one if key in other}
 
 
-@dataclass(frozen=True, slots=True)
-class ResultRows:
-    """The cells of a table of results. The first column holds the names of the models."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-
-
-def result_rows(paths: Sequence[Path], *, paper: bool = True) -> ResultRows:
-    """Return the cells of ``result_table``. Raises UserError as it does."""
-    records = [read_result(p) for p in paths]
-    if not records:
-        raise UserError("there is no result to put in a table", fix="name at least one result file")
-    _check_same_split(paths, records)
-    split, dataset = records[0]["split"], records[0]["dataset"]
-    names = list(records[0]["metrics"])
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for path, record in zip(paths, records, strict=True):
-        groups.setdefault(SEED.sub("", path.stem) if _has_siblings(path, paths) else path.stem, []).append(
-            record
-        )
-    rows = [row for name, group in groups.items() for row in _rows(name, group, names)]
-    for printed in printed_rows(dataset) if paper else ():
-        cells = _cells({"HR@10": printed.hr10, "NDCG@10": printed.ndcg10}, names)
-        rows.append([f"{printed.model} ({printed.source})", *cells])
-    users = split["subset"].split(",")[0] if "subset" in split else f"{split['users']:,} users"
-    title = f"{dataset}: {users}, {split['items']:,} items"
-    return ResultRows(title, ["model", *names], rows)
-
-
-def _has_siblings(path: Path, paths: Sequence[Path]) -> bool:
-    return sum(SEED.sub("", p.stem) == SEED.sub("", path.stem) for p in paths) > 1
-
-
-def _rows(name: str, group: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
-    """The rows of one model: history kept, removed, excluded in the search, cold targets (if measured)."""
-    label = name if len(group) == 1 else f"{name} ({len(group)} seeds)"
-    rows = [[label, *_seed_cells([r["metrics"] for r in group], names)]]
-    removed = [r["metrics_history_removed"] for r in group]
-    rows.append(["- history removed from the list", *_seed_cells(removed, names)])
-    excluded = [r.get(EXCLUDED, {}) for r in group]
-    if all(excluded):
-        rows.append(["- history excluded in the search", *_seed_cells(excluded, names)])
-    cold = [r.get("cold", {}).get("metrics", {}) for r in group]
-    return rows + ([["- cold targets", *_seed_cells(cold, names)]] if all(cold) else [])
-
-
-def _seed_cells(seeds: list[Metrics], names: list[str]) -> list[str]:
-    if len(seeds) == 1:
-        return _cells(seeds[0], names)
-    from scipy.stats import t as student  # a slow import that recommendations do not need
-
-    half = float(student.ppf(0.975, len(seeds) - 1)) / len(seeds) ** 0.5
-    columns = [[values[name] for values in seeds] for name in names]
-    return [f"{statistics.mean(c):.4f} ± {half * statistics.stdev(c):.4f}" for c in columns]
-
-
-def _cells(values: Metrics, names: list[str]) -> list[str]:
-    return [f"{values[name]:.4f}" if name in values else "" for name in names]
-
-
-def _metrics_of(evaluation: Evaluation) -> dict[str, Any]:
+def _metrics_of(evaluation: Evaluation, excluded: Evaluation | None) -> dict[str, Any]:
+    rankings = {KEPT: evaluation.ranks, REMOVED: evaluation.ranks_history_removed}
+    if excluded is not None:
+        assert excluded.users.tolist() == evaluation.users.tolist()
+        rankings[EXCLUDED] = excluded.ranks
+    cutoffs, cold = evaluation.cutoffs, evaluation.cold
+    by_ranking = {key: metrics_at(ranks, cutoffs) for key, ranks in rankings.items()}
+    intervals = {intervals_key(key): intervals_at(ranks, cutoffs) for key, ranks in rankings.items()}
+    about_cold: dict[str, Any] = {
+        "at_most_training_interactions": COLD,
+        "targets": int(cold.sum()),
+        **{key: metrics_at(ranks[cold], cutoffs) if cold.any() else {} for key, ranks in rankings.items()},
+    }
+    if cold.any():
+        about_cold |= {
+            intervals_key(key): intervals_at(ranks[cold], cutoffs) for key, ranks in rankings.items()
+        }
     return {
         "split": evaluation.fingerprint,
-        "metrics": evaluation.metrics,
-        "metrics_history_removed": evaluation.metrics_history_removed,
-        "intervals_95": evaluation.intervals(),
-        "cold": {
-            "at_most_training_interactions": COLD,
-            "targets": int(evaluation.cold.sum()),
-            "metrics": evaluation.cold_metrics,
-            "metrics_history_removed": evaluation.cold_metrics_history_removed,
-        },
+        "evaluated_users": len(evaluation.users),
+        **by_ranking,
+        **intervals,
+        "cold": about_cold,
         "targets_in_history": evaluation.targets_in_history,
         "short_lists_history_removed": evaluation.short_lists,
+        "ranks": {key: _packed(evaluation.by_user(ranks)) for key, ranks in rankings.items()},
     }
+
+
+def intervals_key(key: str) -> str:
+    """Return the key of the intervals of the metrics at ``key``."""
+    return key.replace("metrics", "intervals_95")
+
+
+def _packed(ranks: Tensor) -> str:
+    """Ranks as int8, compressed with zlib, as base64 text: a few kilobytes for 20,000 users."""
+    return base64.b64encode(zlib.compress(ranks.to(torch.int8).numpy().tobytes(), 9)).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,18 +235,6 @@ def _missing_partners(folder: Path, records: Mapping[Path, dict[str, Any]]) -> l
         if "file" in record and record["config"].get("model") == "popularity" and path.name not in beside:
             missing.append(f"the result of a model beside {path} is missing")
     return missing
-
-
-def _check_same_split(paths: Sequence[Path], records: list[dict[str, Any]]) -> None:
-    first = records[0]["split"]
-    for path, record in zip(paths, records, strict=True):
-        keys = [k for k in {**first, **record["split"]} if first.get(k) != record["split"].get(k)]
-        if keys:
-            raise UserError(
-                f"{path} and {paths[0]} were measured on different splits",
-                cause=f"{keys[0]}: {record['split'].get(keys[0])} and {first.get(keys[0])}",
-                fix="put them in separate tables, or evaluate both on the same split",
-            )
 
 
 def _cpu_model() -> str:

@@ -28,7 +28,6 @@ from cemg.evaluation import (
 )
 from cemg.evaluation.lists import read_lists
 from cemg.evaluation.ranker import beam_ranker
-from cemg.evaluation.results import EXCLUDED
 from cemg.evaluation.search import Search, certificate_study, engine_study, exact_study
 from cemg.generator import Vocabulary
 from cemg.progress import console
@@ -82,12 +81,12 @@ def score(
     )
     started = time.monotonic()
     evaluation = evaluate(rank, split, part=part, users=rows, max_list=beams)
-    further: dict[str, Any] = {}
+    excluded, further = None, dict[str, Any]()
     if engine == "cemg":
         excluding = beam_ranker(
             artifacts, model, vocabulary, catalog, beams=beams, exclude_history=True, removed=removed
         )
-        further[EXCLUDED] = evaluate(excluding, split, part=part, users=rows, max_list=beams).metrics
+        excluded = evaluate(excluding, split, part=part, users=rows, max_list=beams)
     seconds = {**stage_seconds(artifacts.run), "evaluation": round(time.monotonic() - started, 1)}
     about = {"model": "cemg", "engine": engine, "beams": beams, "stage_seconds": seconds}
     about |= {"notes": [*data.notes, *notes], **config.to_dict()}
@@ -101,7 +100,9 @@ def score(
     name = f"{data.name}-cemg-{scope}" + ("" if default_search else f"-{engine}-{beams}-beams")
     name += _studies_suffix(studies, normalize)
     further["beside"] = first.name
-    second = _write(artifacts, config, name, evaluation, about=about, seconds=seconds, further=further)
+    second = _write(
+        artifacts, config, name, evaluation, about=about, excluded=excluded, seconds=seconds, further=further
+    )
     if copy is not None:
         files.copy_file(second, copy)
     return [first, second]
@@ -201,6 +202,7 @@ def _write(
     evaluation: Evaluation,
     *,
     about: dict[str, Any],
+    excluded: Evaluation | None = None,
     seconds: dict[str, float] | None = None,
     further: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -214,6 +216,7 @@ def _write(
         hardware=hardware(artifacts.device),
         seconds=sum((seconds or {}).values()),
         evaluation=evaluation,
+        excluded=excluded,
         further={**(further or {}), "generator_key": Manifest.read(artifacts.run.path("generator")).key},
     )
     return path
