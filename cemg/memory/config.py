@@ -1,0 +1,58 @@
+"""Settings of the item memory, and the constants that a built memory uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cemg.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    """The item memory. Decays, weights and exponents are not settings: validation users choose them."""
+
+    window: int = 10
+    """Largest distance of two items of a history that counts as a transition."""
+    history_items: int = 20
+    """Number of items of a history, the newest, that a query reads."""
+    transition_items: int = 500
+    """Number of items per history item that a query takes from the transitions."""
+    similar_items: int = 100
+    """Number of items per history item that a query takes from the text similarity."""
+    text: Literal["tfidf", "none"] = "tfidf"
+    """Text similarity: tfidf (weighted words of the item texts), or none."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "history_items", "transition_items", "similar_items"):
+            if getattr(self, name) < 1:
+                raise UserError(f"memory.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """The constants of a memory. They are frozen when it is built, so live events do not change them.
+
+    r is the recency of a history item, 0 for the newest, and n_i the number of training events of item i.
+
+    Attributes:
+        step_decay: Weight of a transition over d positions: ``step_decay ** (d - 1)``.
+        backward: Weight of a transition from the later to the earlier item.
+        exponent: Item i weighs ``max(n_i, 1) ** -exponent``.
+        decay: A transition from history item r weighs ``decay ** r``.
+        text_weight: Weight of the text similarity, in units of ``scale``.
+        text_decay: The text similarity to history item r weighs ``text_decay ** r``.
+        repeat_weight: Score of history item r itself: ``repeat_weight * scale * text_decay ** r``.
+        scale: Median over items of the largest transition score from the item.
+        power: Scores are raised to it before they are normalized to a distribution.
+    """
+
+    step_decay: float = 0.9
+    backward: float = 0.5
+    exponent: float = 0.3
+    decay: float = 0.6
+    text_weight: float = 1.0
+    text_decay: float = 0.8
+    repeat_weight: float = 0.0
+    scale: float = 1.0
+    power: float = 1.6

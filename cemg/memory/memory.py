@@ -1,0 +1,300 @@
+"""The item memory: what the training sequences and the texts say about the next item, in closed form.
+
+N items, B histories, Z items with a score. Rows h_0, h_1, … of a history are counted from its newest item:
+
+    M[j, i] = T[j, i] * (max(n_j, 1) * max(n_i, 1)) ** -exponent
+    score(i) = sum_r decay^r M[h_r, i]
+             + scale * sum_r text_decay^r (text_weight C[h_r, i] + repeat_weight 1{h_r = i})
+
+T are the transitions (`cemg.memory.transitions`), C the text similarity, n the training events of an item.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cemg.errors import DamagedError, UserError
+from cemg.memory.config import Constants, MemoryConfig
+from cemg.memory.rows import Rows, best_positions, largest, sum_by_key
+from cemg.memory.transitions import item_factors
+from cemg.storage import files
+from cemg.storage.read import RESTORE, check_tensors, parse_json, read_tensor_file
+
+FILE = "memory.safetensors"
+FORMAT = 1  # of the file; increased when the meaning of a tensor changes
+BATCH = 64  # histories per pass: bounds the scratch memory
+MASSES = 1000  # items of a prior, by default
+
+
+class Memory:
+    """Scores items from a history. See the module for the formula.
+
+    Args:
+        config: Settings.
+        constants: Decays, weights and exponents.
+        counts: n, [N] int64.
+        transitions: T, N rows; within a row by ``T[j, i] * max(n_i, 1) ** -exponent``, largest first.
+        similar: C, N rows, most similar first; None for a catalog without texts.
+        catalog: Digest of the item ids that the rows stand for (`ids_digest`).
+    """
+
+    def __init__(
+        self, config: MemoryConfig, constants: Constants, counts: np.ndarray, transitions: Rows,
+        similar: Rows | None, catalog: str,
+    ) -> None:  # fmt: skip
+        self.config, self.constants, self.catalog = config, constants, catalog
+        self.counts, self.transitions, self.similar = counts, transitions, similar
+        self.factors = item_factors(counts, constants.exponent)  # [N]
+
+    @property
+    def num_items(self) -> int:
+        """N."""
+        return len(self.counts)
+
+    # ---- scores
+
+    def scores(self, history: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Score the items that the memory connects with a history.
+
+        Args:
+            history: Item rows, oldest first. Rows that the memory does not have are ignored.
+
+        Returns:
+            Item rows, [Z] int64 ascending, and scores above zero, [Z] float64.
+        """
+        return self._scores([history])[0]
+
+    def _scores(self, histories: Sequence[Sequence[int] | np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        rows, recency, request = self._newest(histories)
+        keys, values = self._contributions(rows, recency, request)
+        keys, values = sum_by_key(keys, values, max(len(histories), 1) * self.num_items)
+        if len(histories) == 1:
+            return [(keys, values)]
+        edges = np.searchsorted(keys, np.arange(len(histories) + 1) * self.num_items)
+        parts = [slice(edges[b], edges[b + 1]) for b in range(len(histories))]
+        return [(keys[part] - b * self.num_items, values[part]) for b, part in enumerate(parts)]
+
+    def _newest(
+        self, histories: Sequence[Sequence[int] | np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows that a query reads, the recency of each (0 for the newest), and its request."""
+        size = self.config.history_items
+        newest = [np.asarray(history[-size:], dtype=np.int64)[::-1] for history in histories]
+        rows = np.concatenate([np.zeros(0, np.int64), *newest])
+        lengths = np.array([len(part) for part in newest], dtype=np.int64)
+        request = np.repeat(np.arange(len(newest)), lengths)
+        recency = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        known = (rows >= 0) & (rows < self.num_items)
+        if known.all():
+            return rows, recency, request
+        return rows[known], recency[known], request[known]
+
+    def _contributions(
+        self, rows: np.ndarray, recency: np.ndarray, request: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Keys ``request * N + item`` and values of all terms of the sums."""
+        use, offset = self.constants, request * self.num_items
+        factors = self.factors
+        at, counts = self.transitions.entries(rows, self.config.transition_items)
+        items = self.transitions.items[at]
+        weight = use.decay**recency * factors[rows]
+        keys = [np.repeat(offset, counts) + items]
+        values = [np.repeat(weight, counts) * (self.transitions.values[at] * factors[items])]
+        fading = use.scale * use.text_decay**recency
+        if self.similar is not None and use.text_weight > 0:
+            at, counts = self.similar.entries(rows, self.config.similar_items)
+            keys.append(np.repeat(offset, counts) + self.similar.items[at])
+            values.append(np.repeat(use.text_weight * fading, counts) * self.similar.values[at])
+        if use.repeat_weight > 0:
+            keys.append(offset + rows)
+            values.append(use.repeat_weight * fading)
+        return np.concatenate(keys), np.concatenate(values)
+
+    # ---- distributions and lists
+
+    def knows(self, history: Sequence[int] | np.ndarray) -> bool:
+        """Return whether the memory connects any item with a history; if not, `prior` is popularity."""
+        return len(self.scores(history)[0]) > 0
+
+    def prior(
+        self,
+        histories: Sequence[Sequence[int] | np.ndarray],
+        *,
+        exclude_history: bool = False,
+        power: float | None = None,
+        top: int = MASSES,
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return a distribution over items per history: scores to the power ``power``, normalized.
+
+        A history that the memory connects with no item, such as an empty one, gets the distribution of the
+        training events (popularity); see `knows`.
+
+        Args:
+            histories: B histories of item rows, oldest first.
+            exclude_history: Whether the items of the history have no mass.
+            power: Exponent of the scores; None takes that of the constants.
+            top: Number of items with mass, at most.
+
+        Returns:
+            Item rows, B arrays of int64, ascending, and their masses, B arrays of float64.
+        """
+        exponent = self.constants.power if power is None else power
+        items: list[np.ndarray] = []
+        masses: list[np.ndarray] = []
+        for history, (rows, scores) in self._each(histories):
+            is_known = len(rows) > 0
+            if not is_known:
+                rows = np.flatnonzero(self.counts)
+                scores = self.counts[rows].astype(np.float64)
+            if exclude_history:
+                new = np.isin(rows, history, invert=True)
+                rows, scores = rows[new], scores[new]
+            if top < len(rows):
+                chosen = best_positions(scores, top)
+                rows, scores = rows[chosen], scores[chosen]
+            mass = (scores / scores.max(initial=0.0)) ** (exponent if is_known else 1.0)
+            items.append(rows)
+            masses.append(mass / mass.sum() if len(mass) else mass)
+        return items, masses
+
+    def _each(
+        self, histories: Sequence[Sequence[int] | np.ndarray]
+    ) -> Iterable[tuple[Sequence[int] | np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+        for first in range(0, len(histories), BATCH):
+            batch = histories[first : first + BATCH]
+            yield from zip(batch, self._scores(batch), strict=True)
+
+    def ranker(self) -> Callable[[list[np.ndarray], int], Tensor]:
+        """Return a ranker for `cemg.evaluation.evaluate`: items by score, the lower row wins ties.
+
+        A list ends where the scores do, and is filled with -1. A history that the memory connects with no
+        item gets the items by number of training events.
+        """
+
+        def rank(histories: list[np.ndarray], top: int) -> Tensor:
+            lists = np.full((len(histories), top), -1, dtype=np.int64)
+            popular = largest(self.counts, top)
+            for row, (_, (items, scores)) in enumerate(self._each(histories)):
+                listed = items[largest(scores, top)] if len(items) else popular
+                lists[row, : len(listed)] = listed
+            return torch.from_numpy(lists)
+
+        return rank
+
+    # ---- files
+
+    def save(self, folder: Path) -> None:
+        """Write the memory to ``folder``."""
+        tensors = {"counts": self.counts, **_tensors("transitions", self.transitions)}
+        if self.similar is not None:
+            tensors |= _tensors("similar", self.similar)
+        about = {
+            "format": FORMAT, "catalog": self.catalog, "config": dataclasses.asdict(self.config),
+            "constants": dataclasses.asdict(self.constants),
+        }  # fmt: skip
+        files.save_tensors(
+            {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()},
+            folder / FILE, metadata={"memory": json.dumps(about)},
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, folder: Path, *, fix: str = RESTORE) -> Memory:
+        """Load a memory by memory map: pages are read when a query needs them.
+
+        Args:
+            folder: The folder that `save` wrote.
+            fix: What an error suggests.
+
+        Raises:
+            DamagedError: The file is missing or damaged.
+            UserError: The file has a format that this version does not read.
+        """
+        path = folder / FILE
+        tensors, metadata = read_tensor_file(path, finite=False, fix=fix)
+        record = parse_json(metadata.get("memory", ""), dict[str, Any], name=f"the header of {path}", fix=fix)
+        if record.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {str(record.get('format'))[:80]}; this version reads format {FORMAT}",
+                fix="build the memory again: cemg-train --run RUN",
+            )
+        about = parse_json(json.dumps(record), _About, name=f"the header of {path}", fix=fix)
+        names = ("transitions", "similar") if "similar.items" in tensors else ("transitions",)
+        spec: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {"counts": (torch.int64, ("N",))}
+        for name in names:
+            spec[f"{name}.starts"] = (
+                torch.int64,
+                (len(tensors["counts"]) + 1 if "counts" in tensors else 1,),
+            )
+            spec[f"{name}.items"] = (torch.int32, (name,))
+            spec[f"{name}.values"] = (torch.float32, (name,))
+        check_tensors(path, tensors, spec, fix=fix)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        rows = {
+            name: Rows(*(arrays[f"{name}.{part}"] for part in ("starts", "items", "values")))
+            for name in names
+        }
+        for name, matrix in rows.items():
+            _check_rows(path, name, matrix, fix=fix)
+        return cls(
+            about.config,
+            about.constants,
+            arrays["counts"],
+            rows["transitions"],
+            rows.get("similar"),
+            about.catalog,
+        )
+
+    def check_catalog(self, item_ids: Sequence[str | int], *, run: Path | None = None) -> None:
+        """Raise UserError if the memory was built for other items than the first N of a catalog."""
+        if ids_digest(item_ids[: self.num_items]) != self.catalog:
+            command = f"cemg-train --run {quote(str(run))}" if run is not None else "cemg-train --run RUN"
+            raise UserError(
+                "this memory does not belong to the catalog",
+                cause=f"it was built for {self.num_items} items; the {len(item_ids)} of the catalog have other "
+                "ids",
+                fix=f"build the memory of this catalog: {command} --rebuild",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """The header of the file."""
+
+    format: int
+    catalog: str
+    config: MemoryConfig
+    constants: Constants
+
+
+def ids_digest(item_ids: Sequence[str | int]) -> str:
+    """sha256 of item ids in row order."""
+    return hashlib.sha256("\n".join(map(str, item_ids)).encode()).hexdigest()
+
+
+def _tensors(name: str, rows: Rows) -> dict[str, np.ndarray]:
+    return {f"{name}.{part.name}": getattr(rows, part.name) for part in dataclasses.fields(rows)}
+
+
+def _check_rows(path: Path, name: str, rows: Rows, *, fix: str) -> None:
+    """Raise DamagedError for rows that are not within the file, or name items that do not exist."""
+    starts, items = rows.starts, rows.items
+    problem = None
+    if starts[0] != 0 or starts[-1] != len(items) or bool((np.diff(starts) < 0).any()):
+        problem = f"the rows of {name} are not consecutive"
+    elif len(items) and not (items.min() >= 0 and items.max() < len(rows)):
+        problem = f"{name} refers to an item that does not exist (there are {len(rows)})"
+    elif len(items) and not bool(np.isfinite(rows.values).all()):
+        problem = f"{name} has values that are not finite"
+    if problem is not None:
+        raise DamagedError(f"{path} is damaged", cause=problem, fix=fix)
