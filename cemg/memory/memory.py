@@ -261,8 +261,7 @@ class Memory:
             command = f"cemg-train --run {quote(str(run))}" if run is not None else "cemg-train --run RUN"
             raise UserError(
                 "this memory does not belong to the catalog",
-                cause=f"it was built for {self.num_items} items; the {len(item_ids)} of the catalog have other "
-                "ids",
+                cause=f"the first {self.num_items} items of the catalog have other ids",
                 fix=f"build the memory of this catalog: {command} --rebuild",
             )
 
