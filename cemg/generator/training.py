@@ -17,16 +17,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from pydantic import ConfigDict
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from cemg.errors import DamagedError, UserError
 from cemg.generator.config import GeneratorConfig
-from cemg.generator.prompts import IGNORED, Buckets, Collate, Prompter, Samples
+from cemg.generator.forward import predict
+from cemg.generator.losses import CodeLoss
+from cemg.generator.prompts import Prompter
+from cemg.generator.samples import Batch, Buckets, Samples
 from cemg.generator.vocabulary import Vocabulary
 from cemg.generator.weights import assign, weights_of
 from cemg.progress import Log, bar, console
@@ -89,7 +89,7 @@ def train_generator(
     Raises:
         UserError: There is no training sample, the loss is not finite, or the device is out of memory.
     """
-    samples = prompter.samples(train, crop=config.crop, first_item=config.first_item, seed=config.seed)
+    samples = Samples(prompter, train, crop=config.crop, first_item=config.first_item, seed=config.seed)
     if len(samples) == 0:
         raise UserError(
             "there is no training sample: the training part of every user is empty",
@@ -97,8 +97,7 @@ def train_generator(
         )
     try:
         return _Training(
-            model, vocabulary, samples, trie, prompter.seq2seq, validate, config, folder, device, dtype, log,
-            identity,
+            model, vocabulary, samples, trie, validate, config, folder, device, dtype, log, identity
         ).run()  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -110,30 +109,20 @@ def train_generator(
 
 class _Training:
     def __init__(
-        self, model: PreTrainedModel, vocabulary: Vocabulary, samples: Samples, trie: Trie, seq2seq: bool,
+        self, model: PreTrainedModel, vocabulary: Vocabulary, samples: Samples, trie: Trie,
         validate: Callable[[PreTrainedModel], float], config: GeneratorConfig, folder: Path, device: str,
         dtype: str, log: Log | None, identity: str,
     ) -> None:  # fmt: skip
         self.config, self.folder, self.log, self.validate = config, folder, log, validate
-        self.identity = identity
-        precision = {"float32": "no", "bfloat16": "bf16"}[dtype]
-        AcceleratorState._reset_state(reset_partial_state=True)  # resets the precision of an earlier training
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
-        self.samples = samples
+        self.identity, self.device, self.bfloat16 = identity, device, dtype == "bfloat16"
+        self.samples, self.vocabulary = samples, vocabulary
         self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
-        loader = DataLoader(
-            samples, batch_sampler=self.buckets, collate_fn=Collate(vocabulary, seq2seq=seq2seq)
-        )
+        self.model = model.to(device)
+        self.loss = CodeLoss(samples.prompter.item_tokens, trie.to(device), vocabulary, config)
         self.optimizer = torch.optim.AdamW(
-            _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98)
+            _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=True
         )
-        attached = {name: vars(model)[name] for name in ("forward",) if name in vars(model)}
-        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
-        self.plain: PreTrainedModel = model
-        for name in ("forward", "_original_forward"):  # remove accelerate's autocast wrapper: ``_step`` has
-            vars(model).pop(name, None)  # its own, and validation runs in the precision of the weights
-        vars(model).update(attached)
-        self.vocabulary, self.trie, self.seq2seq = vocabulary, trie.to(self.accelerator.device), seq2seq
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.total = len(self.buckets) * config.epochs
         self.state = Progress()
         self.saved_at = time.monotonic()
@@ -155,14 +144,13 @@ class _Training:
         tensors, about = self._read(path)
         if about["sha256"] != self.state.best_sha256:
             raise DamagedError(f"{path} has the weights of another validation", fix=_restart(self.folder))
-        assign(self.plain, tensors, path)
+        assign(self.model, tensors, path)
 
     def _epoch(self, started: float, advance: Callable[[int], None]) -> None:
         self.samples.epoch = self.state.epoch
-        self.loader.set_epoch(self.state.epoch)  # the loader itself counts from 0, also after a resume
-        first = self.state.step - self.state.epoch * len(self.buckets)
-        loader = self.accelerator.skip_first_batches(self.loader, first) if first else self.loader
-        for batch in loader:
+        done = self.state.step - self.state.epoch * len(self.buckets)
+        for indices in self.buckets.of_epoch(self.state.epoch)[done:]:
+            batch = self.samples.batch(indices).to(self.device)
             self.state.epoch_loss += self._step(batch)
             self.state.epoch_steps += 1
             self.state.step += 1
@@ -171,18 +159,18 @@ class _Training:
                 self.state.seconds = time.monotonic() - started
                 self._checkpoint()
 
-    def _step(self, batch: dict[str, Tensor]) -> float:
+    def _step(self, batch: Batch) -> float:
         self.model.train()
         torch.manual_seed(self.config.seed * 1_000_003 + self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * learning_rate_share(
                 self.state.step, self.total, self.config
             )
-        with self.accelerator.autocast():
-            loss = self._loss(batch)
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
+            loss = self.loss(predict(self.model, batch, self.vocabulary), batch.targets)
         self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)
         self.optimizer.step()
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -192,26 +180,6 @@ class _Training:
         if self.log is not None:
             self.log(self.state.step, {"generator/loss": value})
         return value
-
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy over the target positions. For a decoder, labels are shifted by one."""
-        labels = batch["labels"]
-        if self.seq2seq:
-            logits = self.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                labels=labels,
-                use_cache=False,
-            ).logits
-        else:  # padding is on the right, so the causal mask hides it
-            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-            labels = labels[:, 1:]
-        if self.config.loss == "valid":
-            return valid_cross_entropy(logits, labels, self.trie, self.vocabulary)
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED,
-            label_smoothing=self.config.label_smoothing if self.model.training else 0.0,
-        )  # fmt: skip
 
     def _close_epoch(self) -> None:
         state = self.state
@@ -224,12 +192,12 @@ class _Training:
         self._checkpoint()
 
     def _validate(self) -> float:
-        self.plain.eval()
-        score = self.validate(self.plain)
+        self.model.eval()
+        score = self.validate(self.model)
         state = self.state
         if score > state.best:
             state.best, state.best_epoch, state.stale = score, state.epoch, 0
-            state.best_sha256 = self._write(weights_of(self.plain), self.folder / "best.safetensors")
+            state.best_sha256 = self._write(weights_of(self.model), self.folder / "best.safetensors")
         else:
             state.stale += 1
         if self.log is not None:
@@ -241,7 +209,7 @@ class _Training:
 
     def _checkpoint(self) -> None:
         """Write weights, optimizer state and progress to one file, atomically."""
-        tensors = {f"model.{k}": v for k, v in weights_of(self.plain).items()}
+        tensors = {f"model.{k}": v for k, v in weights_of(self.model).items()}
         for index, slot in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in slot.items()}
         self._write(tensors, self.folder / "checkpoint.safetensors", state=json.dumps(asdict(self.state)))
@@ -294,32 +262,9 @@ class _Training:
                 _, index, name = key.split(".", 2)
                 slots.setdefault(int(index), {})[name] = value
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        assign(self.plain, weights, path)
+        assign(self.model, weights, path)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
         self.state = state
-
-
-def valid_cross_entropy(logits: Tensor, labels: Tensor, trie: Trie, vocabulary: Vocabulary) -> Tensor:
-    """Mean of −log p(code | prefix) over the target codes; the softmax runs over valid continuations.
-
-    Args:
-        logits: [B, S, V].
-        labels: [B, S] int64: IGNORED, or the tokens of complete items, level by level.
-        trie: Trie of the catalog.
-        vocabulary: The tokens of the codes.
-    """
-    chosen = labels != IGNORED
-    levels, size = vocabulary.levels, vocabulary.codebook_size
-    tokens = labels[chosen].view(-1, levels)  # [items, levels]
-    codes = tokens - vocabulary.tokens(torch.zeros(levels, dtype=torch.int64)).to(tokens.device)
-    rows = logits[chosen].view(-1, levels, logits.shape[-1])
-    total = logits.new_zeros((), dtype=torch.float32)
-    for level in range(levels):
-        first = vocabulary.code_token_start + level * size
-        allowed = trie.mask(trie.lookup(codes[:, :level]))  # [items, K]
-        masked = rows[:, level, first : first + size].float().masked_fill(~allowed, float("-inf"))
-        total = total + torch.nn.functional.cross_entropy(masked, codes[:, level])
-    return total / levels
 
 
 def learning_rate_share(step: int, total: int, config: GeneratorConfig) -> float:

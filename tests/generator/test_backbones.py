@@ -20,6 +20,7 @@ from cemg.generator import (
     start_from_codebooks,
     weights_of,
 )
+from cemg.generator.samples import Samples
 from cemg.generator.training import train_generator
 from cemg.tokenizer import Catalog
 
@@ -101,7 +102,7 @@ def test_t5_from_scratch_has_tigers_size():
 def test_scratch_has_enough_positions_for_the_longest_prompt_and_the_codes():
     model, vocabulary = build_backbone(BackboneConfig(layers=1, dim=16), 4, 8, history_items=5)
     prompter = Prompter(vocabulary, torch.zeros(9, 4, dtype=torch.int64), history_items=5, seq2seq=False)
-    longest = len(prompter.samples([np.arange(9)])[0]["input_ids"])
+    longest = len(Samples(prompter, [np.arange(9)]).batch([0]).input_ids[0])
     assert longest == 1 + 6 * 4 <= model.config.n_positions
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemg.generator import Prompter, Vocabulary
-from cemg.generator.prompts import IGNORED, Buckets, Collate
+from cemg.generator.samples import Buckets, Samples
 
 PAD, BOS, EOS, START = 0, 1, 2, 3
 VOCABULARY = Vocabulary(levels=2, codebook_size=50, code_token_start=START, pad=PAD, bos=BOS, eos=EOS)
@@ -31,6 +31,12 @@ def tokens_of(*items: int) -> list[int]:
 def items_in(tokens: torch.Tensor) -> list[int]:
     """The items whose first codes are among these tokens, in order."""
     return [int(t) - START for t in tokens if START <= int(t) < START + 50]
+
+
+def read(samples: Samples, index: int) -> tuple[list[int], list[int]]:
+    """The items that the model reads in a sample, and those that it predicts."""
+    batch = samples.batch([index])
+    return batch.items[0].tolist(), batch.targets.tolist()
 
 
 def test_a_decoder_reads_the_newest_items_oldest_first_after_the_opening():
@@ -62,21 +68,21 @@ def test_prompts_are_padded_on_the_left_for_a_decoder_and_on_the_right_for_an_en
 @given(lengths=st.lists(st.integers(0, 40), max_size=6), history_items=st.integers(1, 9))
 def test_each_training_item_is_a_target_exactly_once(lengths, history_items):
     train = [np.arange(n, dtype=np.int32) for n in lengths]
-    samples = prompter(history_items=history_items).samples(train)
+    samples = Samples(prompter(history_items=history_items), train)
     trained: Counter[tuple[int, int]] = Counter()
     for index in range(len(samples)):
-        sample = samples[index]
-        assert len(items_in(sample["input_ids"])) <= history_items + 1
-        trained.update((samples.spans[index][0], item) for item in items_in(sample["labels"]))
+        items, targets = read(samples, index)
+        assert len(items) <= history_items + 1
+        trained.update((samples.spans[index][0], item) for item in targets)
     assert trained == Counter((user, item) for user, n in enumerate(lengths) for item in range(n))
 
 
 @quick
 @given(length=st.integers(1, 40), history_items=st.integers(2, 9))
 def test_a_target_of_a_later_window_has_half_a_history_before_it(length, history_items):
-    samples = prompter(history_items=history_items).samples([np.arange(length, dtype=np.int32)])
+    samples = Samples(prompter(history_items=history_items), [np.arange(length, dtype=np.int32)])
     for index in range(len(samples)):
-        items, targets = items_in(samples[index]["input_ids"]), items_in(samples[index]["labels"])
+        items, targets = read(samples, index)
         wanted = 0 if index == 0 else history_items // 2
         assert items.index(targets[0]) >= wanted
 
@@ -88,12 +94,11 @@ def test_a_target_of_a_later_window_has_half_a_history_before_it(length, history
 def test_a_cropped_sample_keeps_its_end_and_an_item_before_each_target(lengths, history_items, seq2seq):
     train = [np.arange(n, dtype=np.int32) for n in lengths]
     made = prompter(history_items=history_items, seq2seq=seq2seq)
-    whole, cropped = made.samples(train), made.samples(train, crop=1.0, first_item=False, seed=5)
-    ends = {span[:1] + span[2:]: items_in(whole[i]["labels"]) for i, span in enumerate(whole.spans)}
+    whole, cropped = Samples(made, train), Samples(made, train, crop=1.0, first_item=False, seed=5)
+    ends = {span[:1] + span[2:]: read(whole, i)[1] for i, span in enumerate(whole.spans)}
     for cropped.epoch in range(3):
         for index, span in enumerate(cropped.spans):
-            sample = cropped[index]
-            items, targets = items_in(sample["input_ids"]), items_in(sample["labels"])
+            items, targets = read(cropped, index)
             known = items[: items.index(targets[0])] if not seq2seq else items
             assert known and targets == ends[span[:1] + span[2:]][-len(targets) :]
             assert items == list(range(items[0], items[0] + len(items)))
@@ -104,9 +109,9 @@ def test_crops_follow_the_seed_and_the_epoch_and_spare_what_is_not_drawn():
     train = [np.arange(12, dtype=np.int32)] * 40
 
     def starts(crop: float, seed: int, epoch: int) -> list[int]:
-        samples = prompter(history_items=11).samples(train, crop=crop, seed=seed)
+        samples = Samples(prompter(history_items=11), train, crop=crop, seed=seed)
         samples.epoch = epoch
-        return [items_in(samples[index]["input_ids"])[0] for index in range(len(samples))]
+        return [read(samples, index)[0][0] for index in range(len(samples))]
 
     assert starts(0.5, 1, 2) == starts(0.5, 1, 2)
     assert starts(0.5, 1, 2) != starts(0.5, 1, 3) != starts(0.5, 2, 3)
@@ -118,49 +123,59 @@ def test_the_first_item_of_a_crop_is_not_a_target_and_that_of_a_history_is_by_de
     train = [np.arange(6, dtype=np.int32)]
 
     def targets(**options: object) -> list[int]:
-        return items_in(prompter(history_items=5).samples(train, **options)[0]["labels"])
+        return read(Samples(prompter(history_items=5), train, **options), 0)[1]
 
     assert targets() == [0, 1, 2, 3, 4, 5] and targets(first_item=False) == [1, 2, 3, 4, 5]
     cropped = targets(crop=1.0)
-    samples = prompter(history_items=5).samples(train, crop=1.0)
-    assert items_in(samples[0]["input_ids"])[1:] == cropped == list(range(6 - len(cropped), 6))
+    samples = Samples(prompter(history_items=5), train, crop=1.0)
+    assert read(samples, 0)[0][1:] == cropped == list(range(6 - len(cropped), 6))
 
 
 def test_a_crop_shortens_the_prompt_of_an_encoder():
     train = [np.arange(30, dtype=np.int32)]
-    samples = prompter(history_items=4, seq2seq=True).samples(train, crop=1.0)
-    lengths = [len(items_in(samples[index]["input_ids"])) for index in range(len(samples))]
+    samples = Samples(prompter(history_items=4, seq2seq=True), train, crop=1.0)
+    lengths = [len(read(samples, index)[0]) for index in range(len(samples))]
     assert max(lengths[1:]) < 4 and min(lengths) == 1
 
 
-def test_labels_are_the_targets_codes_in_place_and_ignored_where_context_is():
-    samples = prompter(history_items=4, instruction=(30,)).samples([np.arange(8, dtype=np.int32)])
-    first, second = samples[0], samples[1]
-    assert first["input_ids"].tolist() == [BOS, 30, *tokens_of(0, 1, 2, 3, 4)]
-    assert first["labels"].tolist() == [IGNORED, IGNORED, *tokens_of(0, 1, 2, 3, 4)]
-    assert second["input_ids"].tolist() == [BOS, 30, *tokens_of(2, 3, 4, 5, 6)]
-    assert second["labels"].tolist() == [IGNORED] * 8 + tokens_of(5, 6)
+def test_context_of_a_later_window_is_read_and_is_no_target():
+    samples = Samples(prompter(history_items=4, instruction=(30,)), [np.arange(8, dtype=np.int32)])
+    batch = samples.batch([0, 1])
+    assert batch.input_ids[0].tolist() == [BOS, 30, *tokens_of(0, 1, 2, 3, 4)]
+    assert batch.input_ids[1].tolist() == [BOS, 30, *tokens_of(2, 3, 4, 5, 6)]
+    assert batch.is_target.tolist() == [[True] * 5, [False] * 3 + [True] * 2]
+    assert batch.targets.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert batch.target_tokens.flatten().tolist() == tokens_of(0, 1, 2, 3, 4, 5, 6)
 
 
 def test_an_encoder_decoder_trains_on_every_prefix_with_its_newest_items():
-    samples = prompter(history_items=2, seq2seq=True).samples([np.array([5, 6, 7, 8]), np.array([9])])
-    pairs = [(samples[i]["input_ids"].tolist(), samples[i]["labels"].tolist()) for i in range(len(samples))]
-    assert pairs == [
-        ([*tokens_of(5), EOS], tokens_of(6)),
-        ([*tokens_of(5, 6), EOS], tokens_of(7)),
-        ([*tokens_of(6, 7), EOS], tokens_of(8)),
+    samples = Samples(prompter(history_items=2, seq2seq=True), [np.array([5, 6, 7, 8]), np.array([9])])
+    batch = samples.batch([0, 1, 2])
+    assert batch.input_ids.tolist() == [
+        [*tokens_of(5), EOS, PAD, PAD],
+        [*tokens_of(5, 6), EOS],
+        [*tokens_of(6, 7), EOS],
     ]
+    assert batch.target_tokens.tolist() == [tokens_of(6), tokens_of(7), tokens_of(8)]
+    assert len(samples) == 3 and not batch.is_target.any()
 
 
-@pytest.mark.parametrize("seq2seq", [False, True])
-def test_padding_is_never_a_target(seq2seq):
-    samples = prompter(seq2seq=seq2seq).samples([np.arange(4), np.arange(10, 12)])
-    batch = Collate(VOCABULARY, seq2seq=seq2seq)([samples[i] for i in range(len(samples))])
-    assert bool((batch["labels"] != PAD).all()) and bool((batch["input_ids"] == PAD).any())
-    if seq2seq:
-        assert torch.equal(batch["attention_mask"] == 1, batch["input_ids"] != PAD)
-    else:
-        assert bool((batch["labels"][batch["input_ids"] == PAD] == IGNORED).all())
+@quick
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), seq2seq=st.booleans(), opening=st.booleans()
+)
+def test_training_reads_the_tokens_of_the_prompts_padded_on_the_right(lengths, seq2seq, opening):
+    made = prompter(history_items=12, seq2seq=seq2seq, instruction=(30, 31) if opening else ())
+    samples = Samples(made, [np.arange(n, n + n, dtype=np.int32) for n in lengths])
+    batch = samples.batch(range(len(samples))) if len(samples) else None
+    for row in range(len(samples)):
+        items, targets = read(samples, row)
+        tokens = made.prompt(np.array(items)).tolist()
+        assert batch.input_ids[row].tolist() == tokens + [PAD] * (batch.input_ids.shape[1] - len(tokens))
+        assert batch.attention_mask[row].tolist() == [
+            p < len(tokens) for p in range(batch.input_ids.shape[1])
+        ]
+        assert targets == ([items[-1] + 1] if seq2seq else items)
 
 
 @quick
@@ -171,8 +186,7 @@ def test_padding_is_never_a_target(seq2seq):
 )
 def test_batches_contain_each_sample_once_per_epoch(lengths, batch_size, epoch):
     buckets = Buckets(lengths, batch_size=batch_size, seed=1)
-    buckets.set_epoch(epoch)
-    batches = list(buckets)
+    batches = buckets.of_epoch(epoch)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert len(batches) == len(buckets) and max(map(len, batches)) <= batch_size
 
@@ -180,9 +194,8 @@ def test_batches_contain_each_sample_once_per_epoch(lengths, batch_size, epoch):
 def test_batches_hold_samples_of_like_length_and_differ_between_epochs_and_seeds():
     lengths = torch.randint(1, 100, (640,), generator=torch.Generator().manual_seed(0)).tolist()
     buckets = Buckets(lengths, batch_size=10, seed=0)
-    first, again = list(buckets), list(buckets)
-    buckets.set_epoch(1)
-    assert first == again and list(buckets) != first
-    assert list(Buckets(lengths, batch_size=10, seed=1)) != first
+    first, again = buckets.of_epoch(0), buckets.of_epoch(0)
+    assert first == again and buckets.of_epoch(1) != first
+    assert Buckets(lengths, batch_size=10, seed=1).of_epoch(0) != first
     spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in first]
     assert max(spread) <= 10  # 640 lengths within 1 … 99 in 64 sorted batches: 1.6 apart on average

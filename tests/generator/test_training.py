@@ -22,7 +22,8 @@ from cemg.generator import (
     load_weights,
     weights_of,
 )
-from cemg.generator.training import learning_rate_share, train_generator, valid_cross_entropy
+from cemg.generator.samples import Samples
+from cemg.generator.training import learning_rate_share, train_generator
 from cemg.tokenizer import Catalog
 
 pytestmark = pytest.mark.medium
@@ -146,15 +147,15 @@ def test_a_finished_training_called_again_gives_the_same_weights_at_once(tmp_pat
 
 def test_batches_differ_between_the_epochs(tmp_path):
     trial = Trial(tmp_path, epochs=2, learning_rate=1e-30)
-    seen: list[list[int]] = []
-    original = trial.prompter.samples(histories(26)).__class__.__getitem__
+    seen: list[int] = []
+    original = Samples.batch
 
-    def spy(self, index):
-        seen.append(index)
-        return original(self, index)
+    def spy(self, indices):
+        seen.extend(indices)
+        return original(self, indices)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cemg.generator.prompts.Samples.__getitem__", spy)
+        patch.setattr(Samples, "batch", spy)
         trial.run(noisy)
     assert len(seen) == 52 and sorted(seen[:26]) == sorted(seen[26:]) and seen[:26] != seen[26:]
 
@@ -211,22 +212,6 @@ def test_a_loss_over_valid_codes_learns_the_planted_rule_too(tmp_path, backbone)
     before = trial.hits(trial.model)
     trial.run(trial.hits, users=64)
     assert before < 0.3 and trial.hits(trial.model) >= 12 / 16
-
-
-def test_the_loss_over_valid_codes_is_the_mean_of_each_codes_own_softmax():
-    trial = Trial(Path("unused"))
-    trie = Catalog.from_codes(torch.tensor([[0, 1], [0, 2], [3, 0]]), SIZE).trie
-    tokens = trial.vocabulary.tokens(torch.tensor([[0, 2], [3, 0]]))
-    labels = torch.tensor([[-100, *tokens[0].tolist(), -100], [-100, -100, *tokens[1].tolist()]])
-    logits = torch.randn(2, 4, trial.vocabulary.size)
-    start = trial.vocabulary.code_token_start
-    first, second = logits[0, 1, start:], logits[1, 2, start:]
-    after_zero = logits[
-        0, 2, start + SIZE :
-    ]  # 1 and 2 follow 0; after 3 there is 0 alone, which costs nothing
-    wanted = first[[0, 3]].logsumexp(0) - first[0] + second[[0, 3]].logsumexp(0) - second[3]
-    wanted = (wanted + after_zero[[1, 2]].logsumexp(0) - after_zero[2]) / 4
-    assert float(valid_cross_entropy(logits, labels, trie, trial.vocabulary)) == pytest.approx(float(wanted))
 
 
 def test_training_without_a_sample_is_refused(tmp_path):
