@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cemg.errors import UserError
 from cemg_kernels import ItemFilter, RequestFilter, Trie
-from cemg_kernels.constrained.beam_step import BeamStep
+from cemg_kernels.constrained.beam_step import BeamStep, MixedStep
 
 Filter = ItemFilter | RequestFilter
 MAX_BEAMS = 100_000  # per prompt; every tensor of a search has one row per beam
@@ -26,7 +26,8 @@ class Recommendations:
 
     Attributes:
         items: int64 [B, top], catalog rows or integer item ids; -1 past the last item.
-        scores: float32 [B, top], sums of log-probabilities; -inf past the last item.
+        scores: float32 [B, top], sums of log-probabilities, or scores of the mixture with a prior; -inf past
+            the last item.
         codes: int64 [B, top, M], the semantic IDs; -1 past the last item.
         certified: int64 [B], the number of leading results that are proven to be the true top.
         ids: B lists of ``top`` item ids, None past the last item. Set by ``Recommender``, else empty.
@@ -98,7 +99,8 @@ class Beams:
     """The prefixes that a search keeps, best first.
 
     ``scores`` [B, W]; ``nodes`` [B, W] of the trie, -1 for dead beams; ``codes`` [B, W, m] so
-    far; ``parents`` [B, W], the beams that they extend; ``pruned`` [B], the best score pruned so far.
+    far; ``parents`` [B, W], the beams that they extend; ``pruned`` [B], the best score pruned so far. With a
+    prior these are scores of the mixture, and ``generator_scores`` [B, W] the generator's own.
     """
 
     scores: Tensor
@@ -106,21 +108,25 @@ class Beams:
     codes: Tensor
     parents: Tensor
     pruned: Tensor
+    generator_scores: Tensor
 
     @classmethod
     def at_root(cls, batch: int, device: torch.device) -> Beams:
         """One empty prefix per user."""
+        scores = torch.zeros(batch, 1, device=device)
         return cls(
-            scores=torch.zeros(batch, 1, device=device),
+            scores=scores,
+            generator_scores=scores,
             nodes=torch.zeros(batch, 1, dtype=torch.int32, device=device),  # node 0 is the root
             codes=torch.empty(batch, 1, 0, dtype=torch.int64, device=device),
             parents=torch.zeros(batch, 1, dtype=torch.int64, device=device),
             pruned=torch.full((batch,), float("-inf"), device=device),
         )
 
-    def extend(self, step: BeamStep) -> None:
+    def extend(self, step: BeamStep | MixedStep) -> None:
         """Extend the prefixes by one code."""
-        self.scores, self.parents, codes, self.nodes, pruned = step
+        self.scores, self.parents, codes, self.nodes, pruned = step[:5]
+        self.generator_scores = step.generator_scores if isinstance(step, MixedStep) else step.scores
         parents = self.parents[:, :, None].expand(-1, -1, self.codes.shape[2])
         self.codes = torch.cat((self.codes.gather(1, parents), codes[:, :, None]), dim=2)
         self.pruned = torch.maximum(self.pruned, pruned)
@@ -134,6 +140,7 @@ class Beams:
         self.scores = self.scores.masked_fill(~alive, float("-inf"))[:, :count]
         self.nodes = self.nodes.masked_fill(~alive, -1)[:, :count]
         self.parents, self.codes = self.parents[:, :count], self.codes[:, :count]
+        self.generator_scores = self.generator_scores[:, :count]
 
     def results(self, trie: Trie) -> Recommendations:
         """The items at the leaves that the search reached."""

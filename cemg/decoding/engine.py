@@ -32,12 +32,15 @@ from cemg.decoding.factory import make_plan
 from cemg.decoding.graphs import GraphCache
 from cemg.decoding.parity_check import ParityCheck
 from cemg.decoding.pretrained import load_pretrained, save_pretrained
-from cemg.decoding.protocol import LogitsRequest
+from cemg.decoding.priors import PRIOR_WEIGHT, prior_tensors
+from cemg.decoding.protocol import Logits, LogitsRequest
 from cemg.decoding.shared_ids import expand_shared_ids, leaf_filter
 from cemg.decoding.timings import add_seconds, recording, timed_stage
 from cemg.errors import UserError
 from cemg.tokenizer import Catalog, CodeTokens, SharedFilter, TokenMap
-from cemg_kernels import RequestFilter, trie_beam_step
+from cemg_kernels import ItemPrior, RequestFilter, trie_beam_step
+from cemg_kernels.constrained.beam_step import BeamStep, MixedStep
+from cemg_kernels.constrained.prior import PriorTensors
 from cemg_kernels.constrained.softmax import Normalize
 from cemg_kernels.runtime.dispatch import choose
 from cemg_kernels.runtime.ranges import ranges_enabled
@@ -186,9 +189,13 @@ class Decoder:
     @torch.inference_mode()
     def decode(
         self, input_ids: Array, attention_mask: Array, beams: int, *,
-        filter: Filter | SharedFilter | None = None,
+        filter: Filter | SharedFilter | None = None, prior: ItemPrior | None = None,
+        prior_weight: float | Sequence[float] = PRIOR_WEIGHT,
     ) -> Recommendations:  # fmt: skip
         """The ``beams`` best items that a beam search finds for each prompt.
+
+        With a prior, items rank by (1 - weight) * P(generator) + weight * P(prior). Every step ranks prefixes
+        by the mixture, so items that the generator finds unlikely are found if the prior has them.
 
         Args:
             input_ids: Integers [B, S], as a tensor, an array or lists of equal length.
@@ -197,6 +204,12 @@ class Decoder:
             filter: The items that may be returned, as ``catalog.only`` and ``catalog.excluding`` make it: an
                 ``ItemFilter`` for all prompts, or a ``RequestFilter`` with one request per prompt. Under
                 ``normalize="valid"`` it changes scores, since the softmax runs over the codes that pass.
+            prior: A distribution over items per prompt, its ids as in ``Recommendations.items``. It is
+                renormalised over the items that pass the filter; a prompt of whose prior no item passes is
+                ranked by the generator alone. Items that share a semantic ID count together: the mass of the
+                ID is the sum of theirs.
+            prior_weight: The share of the prior, 0 to 1: one number, or one per prompt. 0 gives the scores
+                without prior, bit for bit; 1 ranks by the prior alone and finds no item without mass.
 
         Returns:
             Results [B, beams], best first. Rows with fewer legal items end with -1. ``certified`` counts the
@@ -204,20 +217,23 @@ class Decoder:
             semantic IDs, a row holds the first ``beams`` items of the best ``beams`` IDs.
 
         Raises:
-            UserError: For fewer beams than one, and for shapes that do not match.
+            UserError: For fewer beams than one, for shapes that do not match, and for a prior with unknown or
+                repeated items or of another number of requests.
         """
         input_ids, attention_mask = torch.as_tensor(input_ids), torch.as_tensor(attention_mask)
         leaves = leaf_filter(filter, self.catalog, self.trie)
         check_prompts(input_ids, attention_mask, beams, leaves)
         if len(input_ids) == 0:
             return Recommendations.empty(beams, self.catalog.levels)
-        results = self._decode_leaves(input_ids, attention_mask, beams, leaves)
+        masses = self._prior_tensors(prior, prior_weight, filter, len(input_ids))
+        results = self._decode_leaves(input_ids, attention_mask, beams, leaves, masses)
         return expand_shared_ids(results, self.catalog, filter, beams)
 
     @torch.inference_mode()
     def decode_exact(
         self, input_ids: Array, attention_mask: Array, top: int, beams: int, *,
-        filter: Filter | SharedFilter | None = None, budget: int = 4096,
+        filter: Filter | SharedFilter | None = None, budget: int = 4096, prior: ItemPrior | None = None,
+        prior_weight: float | Sequence[float] = PRIOR_WEIGHT,
     ) -> Recommendations:  # fmt: skip
         """The true ``top`` items of the whole catalog.
 
@@ -233,6 +249,8 @@ class Decoder:
             filter: As for ``decode``.
             budget: The largest number of prefixes that the second search keeps per level. A row that needs
                 more stays unproven: its ``certified`` is less than ``top``.
+            prior: As for ``decode``.
+            prior_weight: As for ``decode``.
 
         Returns:
             Results [B, top], best first.
@@ -244,8 +262,13 @@ class Decoder:
             raise UserError(f"1 <= top <= beams <= budget must hold, got {top}, {beams} and {budget}")
         check_beams(budget)
         input_ids, attention_mask = torch.as_tensor(input_ids), torch.as_tensor(attention_mask)
-        results = self.decode(input_ids, attention_mask, beams, filter=filter).top(top)
+        results = self.decode(
+            input_ids, attention_mask, beams, filter=filter, prior=prior, prior_weight=prior_weight
+        ).top(top)
         unproven = results.certified < (results.items >= 0).sum(1)
+        masses = None
+        if bool(unproven.any()):
+            masses = self._prior_tensors(prior, prior_weight, filter, len(input_ids))
         for row in unproven.nonzero().flatten().tolist():
             one = slice(row, row + 1)
             allowed = filter
@@ -254,7 +277,8 @@ class Decoder:
             leaves = leaf_filter(allowed, self.catalog, self.trie)
             threshold = results.scores[one, -1].to(self.model.device) - 2 * MARGIN
             prompt = self.trim_padding(input_ids[one], attention_mask[one])
-            better = self._search(*prompt, budget, leaves, threshold)
+            own = None if masses is None else masses.select(one)
+            better = self._search(*prompt, budget, leaves, own, threshold)
             better = expand_shared_ids(better, self.catalog, allowed, budget).top(top)
             for part, new in zip(results.tensors(), better.padded(top).tensors(), strict=True):
                 part[row] = new[0]
@@ -286,14 +310,22 @@ class Decoder:
         requests = [self.logits_request(level) for level in levels]
         return ParityCheck(self.model, requests, [self.tokens.table[level] for level in levels])
 
+    def _prior_tensors(
+        self, prior: ItemPrior | None, weight: float | Sequence[float], filter: Filter | SharedFilter | None,
+        prompts: int,
+    ) -> PriorTensors | None:  # fmt: skip
+        leaves = None if prior is None else leaf_filter(filter, self.catalog, self.trie)
+        return prior_tensors(prior, weight, self.catalog, self.trie, filter, leaves, prompts)
+
     def _decode_leaves(
-        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None
-    ) -> Recommendations:
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
+        prior: PriorTensors | None = None,
+    ) -> Recommendations:  # fmt: skip
         """The results of a search, on the CPU; ``items`` are what the trie's leaves hold."""
         input_ids, attention_mask = self.trim_padding(input_ids, attention_mask)
         self.check_positions(attention_mask)
-        if self.graphs is None or recording():
-            return self._search(input_ids, attention_mask, beams, filter)
+        if self.graphs is None or recording() or prior is not None:
+            return self._search(input_ids, attention_mask, beams, filter, prior)
         self.trie.filter_tensors(filter, len(input_ids))  # checks the filter, which a replay does not
 
         def search(
@@ -306,24 +338,24 @@ class Decoder:
 
     def _search(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
-        threshold: Tensor | None = None,
+        prior: PriorTensors | None = None, threshold: Tensor | None = None,
     ) -> Recommendations:  # fmt: skip
         """``_beam_search`` for prompts on any device, its results on the CPU."""
         device = self.trie.device
         num_tokens = token_count(attention_mask) if self.plan.steps_in_torch else None
         prompts = input_ids.to(device), attention_mask.to(device)
-        return self._beam_search(*prompts, beams, filter, threshold, num_tokens).cpu()
+        return self._beam_search(*prompts, beams, filter, prior, threshold, num_tokens).cpu()
 
     def _beam_search(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
-        threshold: Tensor | None = None, num_tokens: int | None = None,
+        prior: PriorTensors | None = None, threshold: Tensor | None = None, num_tokens: int | None = None,
     ) -> Recommendations:  # fmt: skip
         """A beam search, its results on the device.
 
         With ``threshold`` [B], only prefixes that score at least as much are kept; without it the search
         never synchronizes with a GPU. ``num_tokens``: see ``DecoderState.prefill``.
         """
-        if threshold is None and self._searches_in_one_call(input_ids):
+        if threshold is None and prior is None and self._searches_in_one_call(input_ids):
             return self._search_in_one_call(input_ids, attention_mask, beams, filter)
         state = self.plan.new_state()
         with timed_stage("prefill", "decode: prefill"):
@@ -340,14 +372,22 @@ class Decoder:
                 with timed_stage("decode_steps", f"decode: step {level}"):
                     logits = state.decode_step(tokens, prefixes.parents, request)
             with timed_stage("selection"):
-                step = trie_beam_step(
-                    logits.values, prefixes.scores, prefixes.nodes, self.trie, beams, self.normalize,
-                    logits.logsumexp, filter,
-                )  # fmt: skip
-            prefixes.extend(step)
+                prefixes.extend(self._step(logits, prefixes, beams, filter, prior))
             if threshold is not None:
                 prefixes.prune_below(threshold)
         return prefixes.results(self.trie)
+
+    def _step(
+        self, logits: Logits, prefixes: Beams, beams: int, filter: Filter | None, prior: PriorTensors | None
+    ) -> BeamStep | MixedStep:
+        """The best prefixes that are one code longer."""
+        operands = (
+            logits.values, prefixes.scores, prefixes.nodes, self.trie, beams, self.normalize,
+            logits.logsumexp, filter,
+        )  # fmt: skip
+        if prior is None:
+            return trie_beam_step(*operands)
+        return trie_beam_step(*operands, prior=prior, generator_scores=prefixes.generator_scores)
 
     def _search_in_one_call(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None

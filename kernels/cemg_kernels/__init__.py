@@ -2,6 +2,7 @@
 
 from . import attention as attention  # registers the operations of the decoder
 from .constrained.beam_step import trie_beam_step
+from .constrained.prior import ItemPrior
 from .constrained.softmax import trie_softmax
 from .graph.bipartite import BipartiteGraph
 from .graph.propagate import lightgcn_propagate
@@ -19,6 +20,7 @@ register("decoder", ("native", "torch", "reference"))  # the C++ beam search, wh
 __all__ = [
     "BipartiteGraph",
     "ItemFilter",
+    "ItemPrior",
     "LiveTrie",
     "RequestFilter",
     "Trie",

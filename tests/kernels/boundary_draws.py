@@ -35,6 +35,7 @@ if os.environ.get("CEMG_NATIVE"):  # another build of the module, such as one un
 from cemg_kernels import (
     BipartiteGraph,
     ItemFilter,
+    ItemPrior,
     LiveTrie,
     RequestFilter,
     Trie,
@@ -45,6 +46,7 @@ from cemg_kernels import (
     trie_softmax,
     use_fast_kernels,
 )
+from cemg_kernels.constrained.prior import PriorTensors
 
 REJECTIONS = (ValueError, TypeError)
 Arguments = dict[str, Any]
@@ -253,6 +255,35 @@ def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
         return found if a["normalize"] == "vocab" else (found.scores, found.pruned)
 
     return given, step
+
+
+@call("trie_beam_step, with a prior")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    shape = rng.randrange(4), rng.randrange(5)
+    given = step_operands(rng, *shape) | {
+        "scores": -reals(rng, *shape).abs(), "generator_scores": -reals(rng, *shape).abs(),
+        "width": rng.randrange(1, 9),
+    }  # fmt: skip
+    count, weight = rng.randrange(1, ITEMS), rng.choice((0.0, 0.3, 1.0))
+    items = [rng.sample(range(ITEMS), count) for _ in range(shape[0])]
+    tensors = ItemPrior(items, [[rng.random() + 0.1 for _ in row] for row in items]).on(TRIES[0], weight)
+    given |= tensors._asdict()
+
+    def step(a: Arguments) -> Any:
+        prior = PriorTensors(a["ranks"], a["sums"], a["weight"])
+        others = {name: value for name, value in a.items() if name not in PriorTensors._fields}
+        found = trie_beam_step(**others, prior=prior)
+        return found.scores.shape, found.pruned.shape  # the last bits of exp and log may differ
+
+    return given, step
+
+
+@call("ItemPrior")
+def _(rng: random.Random) -> tuple[Arguments, Callable[[Arguments], Any]]:
+    trie, requests, count = TRIES[0], rng.randrange(1, 4), rng.randrange(1, 9)
+    items = torch.tensor([rng.sample(range(ITEMS), count) for _ in range(requests)])
+    given = {"items": items, "mass": reals(rng, requests, count).abs() + 0.1, "weight": rng.random()}
+    return given, lambda a: tuple(ItemPrior(a["items"], a["mass"]).on(trie, a["weight"]))
 
 
 @call("residual_quantize")

@@ -4,12 +4,15 @@ B users, W beams, K codes per level.
 
     candidate[b, w, k] = scores[b, w] + log_prob[b, w, k]       for each child k of nodes[b, w]
     keep the `width` best candidates of each user
+
+With an item prior (``prior.py``), candidates are ranked by the mixture of generator and prior. ``scores``
+are then the scores of the mixture, and ``generator_scores`` the sums above, which the beams carry along.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from ..trie import ops as trie_ops
 from ..trie.arrays import TrieArrays
 from ..trie.filter_tensors import Filter, FilterTensors
 from ..trie.trie import Trie, as_nodes
+from .prior import PriorTensors, check_prior, child_masses, mixed_scores
 from .softmax import (
     NEG_INF,
     NORMALIZE_INDEX,
@@ -31,6 +35,7 @@ from .softmax import (
     check_logits,
     check_normalize,
     flat_arguments,
+    log_probabilities,
     masked_log_prob,
     native_normalize,
 )
@@ -58,6 +63,36 @@ class BeamStep(NamedTuple):
     pruned: Tensor
 
 
+class MixedStep(NamedTuple):
+    """A ``BeamStep`` under a prior: ``scores`` and ``pruned`` are those of the mixture.
+
+    ``generator_scores`` float32 [B, width] are the generator's own scores of the beams; -inf for dead beams.
+    """
+
+    scores: Tensor
+    parents: Tensor
+    codes: Tensor
+    nodes: Tensor
+    pruned: Tensor
+    generator_scores: Tensor
+
+
+@overload
+def trie_beam_step(
+    logits: Tensor, scores: Tensor, nodes: Tensor, trie: Trie, width: int, normalize: Normalize = "vocab",
+    logsumexp: Tensor | None = None, filter: Filter | None = None, *, backend: str | None = None,
+    prior: None = None, generator_scores: None = None,
+) -> BeamStep: ...  # fmt: skip
+
+
+@overload
+def trie_beam_step(
+    logits: Tensor, scores: Tensor, nodes: Tensor, trie: Trie, width: int, normalize: Normalize = "vocab",
+    logsumexp: Tensor | None = None, filter: Filter | None = None, *, backend: str | None = None,
+    prior: PriorTensors, generator_scores: Tensor,
+) -> MixedStep: ...  # fmt: skip
+
+
 @ranged
 def trie_beam_step(
     logits: Tensor,
@@ -70,7 +105,9 @@ def trie_beam_step(
     filter: Filter | None = None,
     *,
     backend: str | None = None,
-) -> BeamStep:
+    prior: PriorTensors | None = None,
+    generator_scores: Tensor | None = None,
+) -> BeamStep | MixedStep:
     """Selects the ``width`` best continuations of each user's beams.
 
     The selection is exact: every child of every beam is a candidate. Log-probabilities are those of
@@ -78,9 +115,15 @@ def trie_beam_step(
     A beam with score -inf or NaN, or with node -1, is dead and has no candidates. If a user has fewer than
     ``width`` candidates, the remaining beams are dead.
 
+    With a prior, the score of a candidate is log((1 - weight) * exp(g) + weight * mass), where g is its
+    ``generator_scores[b, w] + log_prob[b, w, k]`` (float32) and mass the prior's mass below the child. It is
+    computed in float64 and rounded to float32. Candidates without a finite score are not kept: under a weight
+    of 1, children without mass. A candidate with mass stays if g is -inf. A weight of 0 gives the bits of
+    a step without prior.
+
     Args:
         logits: Floating point [B, W, K].
-        scores: Floating point [B, W], cumulative log-probabilities.
+        scores: Floating point [B, W], cumulative log-probabilities; with a prior, scores of the mixture.
         nodes: Integers [B, W].
         trie: The trie of the valid semantic IDs.
         width: The number of beams to keep per user.
@@ -92,6 +135,11 @@ def trie_beam_step(
             "reference", or None for the dispatcher's choice. For "vocab", all backends return the same bits.
             Otherwise their log-sum-exps may differ in the last bits, and so may the order of candidates whose
             scores differ by no more than that.
+        prior: The masses of the items of each user, from ``ItemPrior.on`` with the same filter.
+        generator_scores: Floating point [B, W], the generator's own scores; required with a prior only.
+
+    Returns:
+        A ``BeamStep``, or a ``MixedStep`` if there is a prior.
 
     Raises:
         ValueError: Shapes, dtypes, devices or arguments do not fit.
@@ -118,6 +166,13 @@ def trie_beam_step(
         logsumexp,
         backend,
     )
+    if prior is not None or generator_scores is not None:
+        prior, own = check_prior(prior, generator_scores, nodes)
+        check_like("generator_scores", own, nodes)
+        if torch.compiler.is_compiling():
+            flat = flat_arguments(trie.arrays, allowed)
+            return MixedStep(*torch.ops.cemg.trie_mixed_beam_step(*flat, *operands, list(prior), own))
+        return _mixed_step(trie.arrays, allowed, *operands, prior, own)
     if torch.compiler.is_compiling():
         return BeamStep(*torch.ops.cemg.trie_beam_step(*flat_arguments(trie.arrays, allowed), *operands))
     return _step(trie.arrays, allowed, *operands)
@@ -143,6 +198,36 @@ def _step(
         candidates = _candidates(log_prob, scores)  # [B, W * K]
         select = _select_reference if chosen == "reference" else _select
         return _advance(*select(candidates, width), nodes, trie, width)
+
+
+@torch.no_grad()
+def _mixed_step(
+    trie: TrieArrays, filter: FilterTensors | None, logits: Tensor, scores: Tensor, nodes: Tensor, width: int,
+    normalize: int, logsumexp: Tensor | None, backend: str | None, prior: PriorTensors,
+    generator_scores: Tensor,
+) -> MixedStep:  # fmt: skip
+    """``_step`` under a prior. Backends without a mixture of their own run the PyTorch code."""
+    chosen = pick("trie_beam_step", logits.device, backend)
+    allowed = trie_ops.mask(trie, filter, nodes.flatten()).view(logits.shape)
+    softmax = chosen if chosen in ("native", "triton") else "reference"  # the same log-sum-exps
+    total = None if logsumexp is None else logsumexp.flatten()
+    rows = logits.flatten(0, 1)
+    log_prob = log_probabilities(trie, filter, rows, nodes.flatten(), normalize, total, softmax)
+    own = _candidates(log_prob.view(logits.shape), generator_scores).view(logits.shape)  # [B, W, K]
+    dead = scores.isnan() | (scores == NEG_INF)
+    mass = child_masses(trie, prior, nodes).masked_fill_(~allowed, 0.0)
+    mixed = mixed_scores(own, mass, prior.weight).masked_fill_(dead[..., None], NEG_INF).flatten(1)
+    select = _select_reference if chosen == "reference" else _select
+    best, position = select(mixed, width)
+    step = _advance(best, position, nodes, trie, width)
+    place = step.parents * trie.codebook_size + step.codes
+    return MixedStep(*step, _gather_alive(own.flatten(1), place, step.nodes))
+
+
+def _gather_alive(candidates: Tensor, place: Tensor, nodes: Tensor) -> Tensor:
+    """Returns ``candidates`` [B, W * K] at ``place`` [B, width]; -inf where ``nodes`` is -1."""
+    padded = torch.nn.functional.pad(candidates, (0, 1), value=NEG_INF)  # place 0 exists even without beams
+    return padded.gather(1, place).masked_fill_(nodes < 0, NEG_INF)
 
 
 def _native(
@@ -242,6 +327,35 @@ def _fake(
     filter: Sequence[Tensor], logits: Tensor, scores: Tensor, nodes: Tensor, width: int, *_: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(empty_step(scores, nodes, width))
+
+
+def _mixed_custom_op(
+    code: Tensor, first_child: Tensor, rows: Tensor, levels: int, codebook_size: int,
+    filter: Sequence[Tensor], logits: Tensor, scores: Tensor, nodes: Tensor, width: int, normalize: int,
+    logsumexp: Tensor | None, backend: str | None, prior: Sequence[Tensor], generator_scores: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    trie = TrieArrays(code, first_child, rows, levels, codebook_size)
+    allowed = FilterTensors(*filter) if filter else None
+    masses = PriorTensors(*prior)
+    return tuple(_mixed_step(trie, allowed, logits, scores, nodes, width, normalize, logsumexp, backend,
+                             masses, generator_scores))  # fmt: skip
+
+
+_mixed_op = torch.library.custom_op(
+    "cemg::trie_mixed_beam_step", _mixed_custom_op, mutates_args=(),
+    schema=f"({trie_ops.ARRAYS_AND_FILTER}, Tensor logits, Tensor scores, Tensor nodes, SymInt width, "
+    "int normalize, Tensor? logsumexp, str? backend, Tensor[] prior, Tensor generator_scores) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_mixed_op.register_fake
+def _mixed_fake(
+    code: Tensor, first_child: Tensor, rows: Tensor, levels: int, codebook_size: int,
+    filter: Sequence[Tensor], logits: Tensor, scores: Tensor, nodes: Tensor, width: int, *_: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    step = empty_step(scores, nodes, width)
+    return (*step, torch.empty_like(step.scores))
 
 
 def _aot_cases(every: bool) -> Sequence[AotCase]:

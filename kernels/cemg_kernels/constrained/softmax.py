@@ -75,11 +75,11 @@ def trie_softmax(
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.cemg.trie_softmax(*flat_arguments(trie.arrays, allowed), *operands)
         return out
-    return _softmax(trie.arrays, allowed, *operands)
+    return log_probabilities(trie.arrays, allowed, *operands)
 
 
 @torch.no_grad()
-def _softmax(
+def log_probabilities(
     trie: TrieArrays, filter: FilterTensors | None, logits: Tensor, nodes: Tensor, normalize: int,
     logsumexp: Tensor | None, backend: str | None,
 ) -> Tensor:  # fmt: skip
@@ -202,7 +202,7 @@ def _custom_op(
 ) -> Tensor:  # fmt: skip
     trie = TrieArrays(code, first_child, rows, levels, codebook_size)
     allowed = FilterTensors(*filter) if filter else None
-    return _softmax(trie, allowed, logits, nodes, normalize, logsumexp, backend)
+    return log_probabilities(trie, allowed, logits, nodes, normalize, logsumexp, backend)
 
 
 _op = torch.library.custom_op(

@@ -1,0 +1,115 @@
+"""Searches under an item prior, by every backend, against brute force over the whole catalog."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cemg.decoding import Decoder, Recommendations
+from cemg.errors import UserError
+from cemg_kernels import ItemPrior, RequestFilter
+
+from .conftest import START, Bench
+
+pytestmark = pytest.mark.medium
+
+NORMALIZE = ("vocab", "level", "valid")
+BACKENDS = ("native", "torch", "reference")
+INF = float("inf")
+
+
+def draw_prior(made: Bench, users: int, seed: int, most: int = 30) -> ItemPrior:
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, most + 1, users)
+    items = [rng.choice(len(made.catalog), n, replace=False) for n in counts]
+    return ItemPrior(items, [10.0 ** -rng.integers(0, 7, n) * rng.random(n) for n in counts])
+
+
+def mixture(
+    scores: Tensor, prior: ItemPrior, weight: float, row: int, allowed: Tensor | None = None
+) -> Tensor:
+    """The scores [N] of all items by the definition, from those of the generator, in float64."""
+    begin = int(prior.counts[:row].sum())
+    own = slice(begin, begin + int(prior.counts[row]))
+    mass = torch.zeros(len(scores), dtype=torch.float64)
+    mass[torch.from_numpy(prior.items[own])] = torch.from_numpy(prior.mass[own])
+    generator = scores.double().exp()
+    if allowed is not None:
+        mass, generator = mass * allowed, generator * allowed
+    weight = weight if mass.sum() > 0 else 0.0
+    return ((1 - weight) * generator + weight * mass / mass.sum().clamp_min(1e-300)).log()
+
+
+def assert_is_brute_force(found: Recommendations, row: int, expected: Tensor) -> None:
+    """Scores within 1e-4, and the true top if no two of the best scores are closer than that."""
+    count = int((expected > -INF).sum().clamp_max(found.items.shape[1]))
+    best = expected.topk(min(found.items.shape[1] + 1, len(expected)))
+    items, scores = found.items[row], found.scores[row]
+    assert (items >= 0).sum() == count and scores[count:].isneginf().all()
+    torch.testing.assert_close(scores[:count].double(), expected[items[:count]], rtol=0, atol=1e-4)
+    for place in range(count):
+        gaps = (best.values - best.values[place]).abs()
+        if bool((gaps > 2e-4).sum() == len(gaps) - 1):
+            assert int(items[place]) == int(best.indices[place])
+    assert int(found.certified[row]) <= count
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.5, 1.0), (1e-3, 0.7, 1 - 1e-9)])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_a_search_as_wide_as_the_catalog_equals_brute_force(bench, normalize, backend, weights):
+    made = bench("t5")
+    ids, mask = made.prompts([7, 2, 4])
+    decoder = Decoder(made.model, made.catalog, START, normalize, backend=backend)
+    prior = draw_prior(made, 3, 1)
+    found = decoder.decode(ids, mask, 60, prior=prior, prior_weight=weights)
+    for row in range(3):
+        own = made.all_scores(ids[row, mask[row].bool()], normalize)
+        assert_is_brute_force(found, row, mixture(own, prior, weights[row], row))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", ["vocab", "level"])
+def test_a_filter_renormalises_the_prior(bench, normalize, backend):
+    """Of the last request's prior, no item is allowed: the generator alone ranks."""
+    made = bench("gpt2")
+    ids, mask = made.prompts([3, 5])
+    decoder = Decoder(made.model, made.catalog, START, normalize, backend=backend)
+    prior = ItemPrior([range(20), [4, 5]], [np.arange(1.0, 21), [0.5, 0.5]])
+    filter = RequestFilter.excluding(decoder.trie, [[0, 1, 19], [5, 4]])
+    found = decoder.decode_exact(ids, mask, 10, 10, filter=filter, prior=prior, prior_weight=0.6)
+    plain = decoder.decode_exact(ids, mask, 10, 10, filter=filter)
+    allowed = torch.ones(2, 60, dtype=torch.bool)
+    allowed[0, [0, 1, 19]], allowed[1, [4, 5]] = False, False
+    for row in range(2):
+        own = made.all_scores(ids[row, mask[row].bool()], normalize)
+        assert_is_brute_force(found, row, mixture(own, prior, 0.6, row, allowed[row]))
+    assert torch.equal(found.scores[1], plain.scores[1]) and torch.equal(found.items[1], plain.items[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prior_of_weight_0_changes_no_bit(bench, backend):
+    made = bench("llama")
+    prompts = made.prompts([3, 5])
+    decoder = Decoder(made.model, made.catalog, START, backend=backend)
+    plain, prior = decoder.decode(*prompts, 7), draw_prior(made, 2, 0)
+    for weights in (0.0, [0.0, 0.5]):
+        found = decoder.decode(*prompts, 7, prior=prior, prior_weight=weights)
+        for part, expected in zip(found.tensors(), plain.tensors(), strict=True):
+            assert torch.equal(part[0], expected[0])
+
+
+def test_a_prior_that_does_not_fit_is_refused(bench):
+    made = bench("t5")
+    prompts = made.prompts([3, 5])
+    decoder = Decoder(made.model, made.catalog, START)
+    with pytest.raises(UserError, match="a prior of 1 requests for 2 prompts"):
+        decoder.decode(*prompts, 3, prior=ItemPrior([1], [1.0]))
+    with pytest.raises(UserError, match="has the item 60, which the trie does not have"):
+        decoder.decode(*prompts, 3, prior=ItemPrior([[1], [60]], [[1.0], [1.0]]))
+    with pytest.raises(UserError, match="must be within 0 to 1, got 2"):
+        decoder.decode(*prompts, 3, prior=draw_prior(made, 2, 0), prior_weight=2)
+    with pytest.raises(UserError, match="prior must be an ItemPrior, got dict"):
+        decoder.decode(*prompts, 3, prior={1: 0.5})
