@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cemg.config import RunConfig, config_text, generator_of, load_config
+from cemg.config import RunConfig, config_text, generator_of, load_config, with_earlier
 from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
 from cemg.generator import Prompter, Vocabulary, build_backbone, load_weights
@@ -284,7 +284,7 @@ def recorded_settings(run: Run) -> RunConfig | None:
         try:
             settings = Manifest.read(run.path(name)).settings
             if settings is not None:
-                return TypeAdapter(RunConfig).validate_python(settings)
+                return TypeAdapter(RunConfig).validate_python(with_earlier(settings))
         except (UserError, ValidationError):
             continue
     return None

@@ -27,6 +27,10 @@ from cemg_kernels.constrained.softmax import Normalize
 
 MAX_YAML = 100_000  # limit for the characters of a configuration file, and for its values
 WITHOUT = ("collab", "image", "text", "llm")
+# What earlier versions did in place of settings that they did not have. Files that they wrote get these
+# values, and the keys of stages leave them out, so that runs of these versions stay valid.
+EARLIER: dict[str, dict[str, Any]] = {"decoding": {"validation_history": "kept"}}
+_ABSENT = object()
 SIGNATURE = re.compile(
     r"# cemg-train wrote these settings: sha256 ([0-9a-f]{64}), generator ([0-9a-f]{64}|none)"
 )
@@ -101,8 +105,10 @@ class DecodingConfig:
     """Number of beams in the test."""
     validation_beams: int = 20
     """Number of beams in validations."""
-    validation_users: int = 2000
-    """Number of users in a validation, drawn with the seed."""
+    validation_users: int = 5000
+    """Number of users in a validation, drawn with the seed; at most half of them."""
+    validation_history: Literal["auto", "kept", "removed", "excluded"] = "auto"
+    """History in the ranking that selects a checkpoint; auto: kept if users return to items, or excluded."""
     batch_size: int = 64
     """Number of histories decoded at once."""
     normalize: Normalize = "vocab"
@@ -287,7 +293,25 @@ def _read(path: Path, *, of_run: bool) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise DamagedError(f"{path} must contain sections such as `generator:`, got {type(tree).__name__}")
     _check_signature(path, text, tree, of_run=of_run)
+    if of_run or SIGNATURE.match(text):
+        tree = with_earlier(tree)
     return {name: part for name, part in tree.items() if part is not None}  # empty sections keep defaults
+
+
+def with_earlier(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings with the values of EARLIER for those that the file does not have."""
+    filled = dict(tree)
+    for section, values in EARLIER.items():
+        if isinstance(filled.get(section), dict):
+            filled[section] = values | filled[section]
+    return filled
+
+
+def keyed(config: RunConfig, section: str) -> dict[str, Any]:
+    """Return the settings of a section that identify a stage: all that differ from EARLIER."""
+    earlier = EARLIER.get(section, {})
+    values = dataclasses.asdict(getattr(config, section))
+    return {name: value for name, value in values.items() if earlier.get(name, _ABSENT) != value}
 
 
 def _check_signature(path: Path, text: str, tree: dict[str, Any], *, of_run: bool) -> None:

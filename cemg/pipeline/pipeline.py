@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.artifacts import RunArtifacts
-from cemg.config import DataConfig, RunConfig
+from cemg.config import DataConfig, RunConfig, keyed
 from cemg.data import Dataset, read_dataset, synthetic_dataset
 from cemg.data.readers import ColumnNames
 from cemg.errors import DamagedError, UserError
-from cemg.evaluation import evaluate, seeded_sample
+from cemg.evaluation import evaluate
 from cemg.evaluation.ranker import beam_ranker
+from cemg.evaluation.selection import checkpoint_selection
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
 from cemg.generator import BackboneConfig, GeneratorConfig, start_from_codebooks, weights_of
 from cemg.generator.training import train_generator
@@ -118,15 +118,15 @@ class Pipeline(RunArtifacts):
 
     def features(self) -> None:
         config = self.config
-        parts = {"text": asdict(config.text), "image": asdict(config.image), "pca": asdict(config.pca)}
+        parts = {name: keyed(config, name) for name in ("text", "image", "pca")}
         parts["pca"]["seed"] = config.seed
         self._stage("features", parts, self._build_features, inputs=("data",))
 
     def graph(self) -> None:
-        self._stage("graph", asdict(self.config.graph), self._build_graph, inputs=("data",))
+        self._stage("graph", keyed(self.config, "graph"), self._build_graph, inputs=("data",))
 
     def tokenizer(self) -> None:
-        config = asdict(self.config.tokenizer) | {
+        config = keyed(self.config, "tokenizer") | {
             "without": [k for k in self.config.without if k in MODALITIES]
         }
         self._stage("tokenizer", config, self._build_tokenizer, inputs=("features", "graph"))
@@ -136,7 +136,7 @@ class Pipeline(RunArtifacts):
         self._stage("catalog", config, self._build_catalog, inputs=("data", "tokenizer"))
 
     def generator(self) -> None:
-        parts = {name: asdict(getattr(self.config, name)) for name in ("backbone", "generator", "decoding")}
+        parts = {name: keyed(self.config, name) for name in ("backbone", "generator", "decoding")}
         for part, name in (
             ("generator", "checkpoint_seconds"),
             ("decoding", "beams"),
@@ -263,17 +263,19 @@ class Pipeline(RunArtifacts):
             start_from_codebooks(model, vocabulary, codebooks)
         prompter = self.prompter(model, vocabulary, catalog)
         split = data.split()
-        sample = seeded_sample(split, self.config.decoding.validation_users, seed=self.config.seed)
+        selection = checkpoint_selection(split, self.config)
+        beams = self.config.decoding.validation_beams
 
         def validate(trained: PreTrainedModel) -> float:
             rank = beam_ranker(
-                self, trained, vocabulary, catalog, beams=self.config.decoding.validation_beams
-            )
-            beams = self.config.decoding.validation_beams
+                self, trained, vocabulary, catalog, beams=beams,
+                exclude_history=selection.history == "excluded",
+            )  # fmt: skip
             done = evaluate(
-                rank, split, part="valid", users=sample, max_list=beams, progress=False, batch_size=128
-            )
-            return done.metrics["NDCG@10"]
+                rank, split, part="valid", users=selection.users, max_list=beams, progress=False,
+                batch_size=128,
+            )  # fmt: skip
+            return selection.metrics(done)["NDCG@10"]
 
         beam_ranker(
             self, model, vocabulary, catalog, beams=1

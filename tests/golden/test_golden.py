@@ -25,7 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cemg import Recommender
+from cemg.artifacts import settings_file
+from cemg.config import load_config
 from cemg.decoding import Decoder, Recommendations
+from cemg.pipeline.dry_run import plan
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, make_unique, read_items
 from cemg_kernels import Trie, residual_quantize, use_fast_kernels
 
@@ -74,6 +77,13 @@ def test_the_run_opens_as_it_is_and_gives_the_same_lists(run: Path):
             found = recommender.recommend(histories, top=8, beams=20, **arguments)
             same_as_expected(found, EXPECTED["run"]["lists"][f"{normalize}/{option}"])
     assert hashes(run) == before
+
+
+def test_a_training_reuses_every_stage_of_the_run(run: Path):
+    """Settings that the version of the run did not have keep the values that it used."""
+    config = load_config(settings_file(run))
+    assert config.decoding.validation_history == "kept"
+    assert set(plan(run, config).values()) == {"reused"}
 
 
 def test_pytorch_and_reference_backends_give_the_same_lists(run: Path):

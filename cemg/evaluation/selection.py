@@ -1,0 +1,57 @@
+"""The validation that selects a checkpoint: which users, and which ranking.
+
+At most half of the validation users select the checkpoint. The others are left for the weights of a mixture,
+which are fitted afterwards, so that both are not fitted on the same users.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cemg.config import RunConfig
+from cemg.data.dataset import Split
+from cemg.evaluation.metrics import Metrics
+from cemg.evaluation.protocol import Evaluation, seeded_sample
+
+RETURNS = 0.01  # users return to items if this share of the training interactions repeats an earlier one
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """How checkpoints are compared.
+
+    Attributes:
+        users: [S] positions in ``split.users`` that select the checkpoint.
+        others: [T - S] positions of the other users.
+        history: "kept", "removed" from the list, or "excluded" in the search.
+    """
+
+    users: np.ndarray
+    others: np.ndarray
+    history: str
+
+    def metrics(self, evaluation: Evaluation) -> Metrics:
+        """Return the metrics that are compared; the search itself excludes the history for "excluded"."""
+        return evaluation.metrics_history_removed if self.history == "removed" else evaluation.metrics
+
+
+def checkpoint_selection(split: Split, config: RunConfig) -> Selection:
+    """Return the users and the ranking that select the checkpoint of a run."""
+    decoding, total = config.decoding, len(split.users)
+    count = decoding.validation_users
+    if decoding.validation_history != "kept":  # which earlier versions did, on up to all users
+        count = min(count, max(total // 2, 1))
+    users = seeded_sample(split, count, seed=config.seed)
+    history: str = decoding.validation_history
+    if history == "auto":
+        history = "kept" if users_return(split) else "excluded"
+    return Selection(users, np.setdiff1d(np.arange(total), users), history)
+
+
+def users_return(split: Split) -> bool:
+    """Whether users return to items: a share of RETURNS of the training interactions or more are repeats."""
+    total = sum(map(len, split.train))
+    repeats = total - sum(len(np.unique(items)) for items in split.train)
+    return repeats >= RETURNS * max(total, 1)
