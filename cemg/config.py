@@ -169,7 +169,7 @@ class RunConfig:
             raise UserError(
                 f"generator.loss=valid needs decoding.normalize=valid, not {self.decoding.normalize}",
                 cause="the logits of codes that continue no item are never trained",
-                fix="--set decoding.normalize=valid",
+                fix="--set decoding.normalize=valid, or --set generator.loss=vocab",
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -28,6 +29,7 @@ from cemg.progress import console, printable
 
 if TYPE_CHECKING:
     from cemg.config import RunConfig
+    from cemg.data import Dataset
     from cemg.pipeline import Pipeline
 
 app = command.command_line()
@@ -72,7 +74,8 @@ def train(
         str,
         typer.Option(
             metavar="NAME",
-            help="Settings for a catalog size: small, medium or large; or paper, for the paper's encoders.",
+            help="Settings for a catalog size: small, medium or large; or paper, for the paper's encoders. "
+            "Default without --config: chosen by the number of items.",
         ),
     ] = "",
     config: Annotated[
@@ -138,6 +141,7 @@ def train(
     After an interruption, the same command continues. An existing run keeps its own settings unless --data,
     --config or --preset is given. A finished run is replaced only with --force, or after you confirm.
     """
+    from cemg.artifacts import settings_file
     from cemg.pipeline import Pipeline
     from cemg.settings import config_file, explained
     from cemg.storage.run import Run
@@ -164,14 +168,18 @@ def train(
         "preset": preset,
     }
     file = config_file(config) if config is not None else None
+    overrides = list(set or [])
     chosen = _config(
-        run, str(source or ""), file, list(set or []), rebuild=rebuild, only_print=print_config, **options
+        run, str(source or ""), file, overrides, rebuild=rebuild, only_print=print_config, **options
     )
     if print_config:
         print(explained(chosen), end="")
         return
+    known = None
+    if file is None and not preset and chosen.data.path and (source or settings_file(run) is None):
+        chosen, known = _sized(run, chosen, str(source or ""), overrides, **options)
     if dry_run:
-        _print_plan(run, chosen, device=device)
+        _print_plan(run, chosen, device=device, data=known)
         return
     console.print(_kernels(device))
     folder = Run(run)
@@ -179,7 +187,7 @@ def train(
         command.set_interrupt_message(
             f"finished stages and the last checkpoint are kept; cemg-train --run {quote(str(run))} continues"
         )
-        pipeline = Pipeline(folder, chosen, device=device, cache=cache)
+        pipeline = Pipeline(folder, chosen, device=device, cache=cache, data=known)
         pipeline.train(agree=None if force else partial(_agree, run), rebuild=rebuild)
         _test(pipeline, chosen, copy=result)
 
@@ -224,6 +232,29 @@ def _config(
     return chosen
 
 
+def _sized(
+    run: Path, config: RunConfig, data: str, settings: list[str], **options: Any
+) -> tuple[RunConfig, Dataset]:
+    """Return the settings with the preset for the number of items, and the data set, which is read for it.
+
+    A run that was trained with exactly these settings before keeps them.
+    """
+    from cemg.artifacts import settings_file
+    from cemg.config import load_config
+    from cemg.pipeline.changes import settings_changed
+    from cemg.pipeline.pipeline import read_source
+    from cemg.settings import preset_for
+
+    dataset = read_source(config.data)
+    with suppress(UserError):
+        own = settings_file(run)
+        if own is not None and not settings_changed(load_config(own, of_run=True), config):
+            return config, dataset
+    name = preset_for(dataset.num_items)
+    console.print(f"{dataset.num_items:,} items: --preset {name}", highlight=False)
+    return load_config(None, settings, data_path=data, **(options | {"preset": name})), dataset
+
+
 def _check_spelling(run: Path) -> None:
     """Raise UserError if a new run without data is named almost like an existing one, probably by a typo."""
     from cemg.storage.run import nearest_run
@@ -238,11 +269,11 @@ def _check_spelling(run: Path) -> None:
         )
 
 
-def _print_plan(run: Path, config: RunConfig, *, device: str) -> None:
+def _print_plan(run: Path, config: RunConfig, *, device: str, data: Dataset | None) -> None:
     from cemg.pipeline.dry_run import REUSED, plan
     from cemg.storage.run import Run
 
-    verdicts = plan(run, config, device=device)
+    verdicts = plan(run, config, device=device, data=data)
     for stage, verdict in verdicts.items():
         print(f"{stage:<10} {printable(verdict)}")
     if Run(run).finished() and {*verdicts.values()} != {REUSED}:

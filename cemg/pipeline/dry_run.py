@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cemg.config import RunConfig
+from cemg.data import Dataset
 from cemg.errors import DamagedError
 from cemg.pipeline import Pipeline
 from cemg.settings import flat
@@ -17,7 +18,9 @@ from cemg.storage.run import Run
 REUSED = "reused"
 
 
-def plan(folder: Path, config: RunConfig, *, device: str = "cpu") -> dict[str, str]:
+def plan(
+    folder: Path, config: RunConfig, *, device: str = "cpu", data: Dataset | None = None
+) -> dict[str, str]:
     """Each stage, in order, with "reused" or "built: …" and the reason.
 
     Works on a temporary folder with links to the stages of ``folder``.
@@ -32,7 +35,7 @@ def plan(folder: Path, config: RunConfig, *, device: str = "cpu") -> dict[str, s
             if (folder / stage).is_dir():
                 (shadow / stage).symlink_to((folder / stage).resolve(), target_is_directory=True)
         run = _Plan(shadow)
-        pipeline = Pipeline(run, config, device=device)
+        pipeline = Pipeline(run, config, device=device, data=data)
         for stage in STAGES:
             if stage == "generator" and {run.verdicts["data"], run.verdicts["catalog"]} != {REUSED}:
                 run.stage(stage, {}, lambda _: None, inputs=("data", "catalog"))  # its key depends on both

@@ -21,14 +21,13 @@ from cemg.evaluation import evaluate
 from cemg.evaluation.ranker import beam_ranker
 from cemg.evaluation.selection import checkpoint_selection
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
-from cemg.generator import BackboneConfig, GeneratorConfig, start_from_codebooks, weights_of
+from cemg.generator import start_from_codebooks, weights_of
 from cemg.generator.training import train_generator
 from cemg.graph.lightgcn import train_lightgcn
 from cemg.pipeline.changes import IMAGES, content_digest, image_digests
 from cemg.pipeline.preflight import check_before_training
 from cemg.pipeline.transition import Transition
 from cemg.progress import StageLog, console
-from cemg.settings import preset_for
 from cemg.storage import files
 from cemg.storage.manifest import STAGES, read_clock, write_clock
 from cemg.storage.run import Guard, Run
@@ -41,10 +40,11 @@ class Pipeline(RunArtifacts):
 
     def __init__(
         self, run: Run, config: RunConfig, *, device: str = "cpu", cache: Path | None = None,
-        verify: bool = True,
+        verify: bool = True, data: Dataset | None = None,
     ) -> None:  # fmt: skip
         super().__init__(run, config, device=device, verify=verify)
         self.asked = config
+        self.given = data  # the data set that the configuration names, if it was read before
         self.transition: Transition | None = None  # of a training
         self.images: list[Path | None] | None = (
             None  # current paths of the pictures; the data may name others
@@ -95,8 +95,10 @@ class Pipeline(RunArtifacts):
 
     def _read_data(self) -> Dataset:
         source = self.config.data
-        if source.path:
-            data = _read_source(source)
+        if self.given is not None:
+            data = self.given
+        elif source.path:
+            data = read_source(source)
         else:
             console.print("no --data was given: this run uses the SYNTHETIC data set", highlight=False)
             world = self.run.folder / "synthetic"
@@ -109,11 +111,6 @@ class Pipeline(RunArtifacts):
                 fix="check the lengths of the histories: cemg-data stats",
             )
         check_before_training(self.config, data, self.run)
-        sized = (self.asked.backbone, self.asked.generator) != (BackboneConfig(), GeneratorConfig())
-        if source.path and not sized:
-            size = preset_for(data.num_items)
-            note = f"note: no sizes are set; for {data.num_items:,} items, --preset {size} is recommended"
-            console.print(note, highlight=False)
         return data
 
     def features(self) -> None:
@@ -298,7 +295,7 @@ class Pipeline(RunArtifacts):
         write_clock(folder, progress.seconds)
 
 
-def _read_source(source: DataConfig) -> Dataset:
+def read_source(source: DataConfig) -> Dataset:
     """The data set that the configuration names. Notes of the reader are printed."""
     data = read_dataset(
         Path(source.path),

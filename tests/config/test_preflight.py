@@ -219,10 +219,27 @@ def test_an_unusual_data_set_trains_and_recommends(
     assert len(items) == 3 and all(item["score"] > -1e9 for item in items)
 
 
-def test_data_without_sizes_are_noted_with_the_preset_that_fits_them(shop, tmp_path, capsys):
-    config = load_config(None, ["data.min_count=0"], data_path=str(shop()))
-    Pipeline(Run(tmp_path / "run"), config)._read_data()
-    assert "for 6 items, --preset small is recommended" in capsys.readouterr().err
-    sized = load_config(None, ["data.min_count=0"], data_path=str(shop()), preset="small")
-    Pipeline(Run(tmp_path / "run"), sized)._read_data()
+def test_without_sizes_the_number_of_items_chooses_a_preset(shop, tmp_path, command, capsys):
+    run, orders = tmp_path / "run", shop()
+    words = ["--run", run, "--interactions", orders, "--set", "data.min_count=0", "--dry-run"]
+    assert command(train.main, *words) == 0
+    assert "6 items: --preset small" in capsys.readouterr().err
+    assert command(train.main, *words, "--preset", "medium") == 0
     assert "--preset" not in capsys.readouterr().err
+
+
+def test_a_setting_overrides_the_chosen_preset_and_a_run_of_the_plain_defaults_keeps_them(
+    shop, tmp_path, tiny_settings, feature_cache, command, capsys
+):
+    run, orders = tmp_path / "run", shop()
+    own = [s for s in tiny_settings if not s.startswith(("data.", "generator.epochs"))]
+    overrides = [*own, "data.min_count=0", "generator.epochs=1", "generator.validate_every=1"]
+    plain = load_config(None, overrides, data_path=str(orders))
+    Pipeline(Run(run), plain, cache=feature_cache).train()
+    words = [part for setting in overrides for part in ("--set", setting)]
+    words += ["--interactions", orders, "--cache", feature_cache]
+    assert command(train.main, "--run", run, *words, "--dry-run") == 0
+    assert {line.split()[1] for line in capsys.readouterr().out.splitlines()} == {"reused"}
+    assert command(train.main, "--run", tmp_path / "new", *words) == 0
+    sized = load_config(tmp_path / "new" / "config.yaml", of_run=True)
+    assert sized == load_config(None, overrides, data_path=str(orders), preset="small") != plain
