@@ -1,35 +1,58 @@
-"""The forward pass of a training step through the Hugging Face model."""
+"""The forward pass of a training step: that of the Hugging Face model, or a faster one with equal results."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cemg.generator.llama import LlamaForward
 from cemg.generator.losses import FullPredictions, Predictions
 from cemg.generator.samples import Batch
 from cemg.generator.vocabulary import Vocabulary
 
 
-def predict(model: PreTrainedModel, batch: Batch, vocabulary: Vocabulary) -> Predictions:
-    """Predictions at the positions of the targets' codes."""
-    if model.config.is_encoder_decoder:
-        return _predict_seq2seq(model, batch, vocabulary)
-    out = model(input_ids=batch.input_ids, use_cache=False, output_hidden_states=True)  # causal: no mask
-    first = len(vocabulary.instruction)  # position of the last token before the codes
+def forward_of(model: PreTrainedModel, vocabulary: Vocabulary, dtype: str) -> Callable[[Batch], Predictions]:
+    """Returns the fastest forward pass for a model on its device.
 
-    def targets(rows: Tensor) -> Tensor:
-        by_item = rows[:, first:-1].unflatten(1, (-1, vocabulary.levels))  # [B, T, L, ·]
-        return by_item[batch.is_target]
+    Args:
+        model: The model, on its device.
+        vocabulary: The tokens of the codes.
+        dtype: "float32" or "bfloat16" (mixed precision).
+    """
+    if LlamaForward.supports(model):
+        return LlamaForward(model, vocabulary, getattr(torch, dtype))
+    return PlainForward(model, vocabulary, dtype)
 
-    return FullPredictions(targets(out.logits), targets(out.hidden_states[-1]), vocabulary)
 
+class PlainForward:
+    """Predictions of any Hugging Face model, with autocast for bfloat16."""
 
-def _predict_seq2seq(model: PreTrainedModel, batch: Batch, vocabulary: Vocabulary) -> Predictions:
-    inputs = torch.roll(batch.target_tokens, 1, 1)  # the start token, then all but the last code
-    inputs[:, 0] = model.config.decoder_start_token_id
-    out = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=inputs,
-        use_cache=False, output_hidden_states=True,
-    )  # fmt: skip
-    return FullPredictions(out.logits, out.decoder_hidden_states[-1], vocabulary)
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, dtype: str) -> None:
+        self.model, self.vocabulary, self.bfloat16 = model, vocabulary, dtype == "bfloat16"
+
+    def __call__(self, batch: Batch) -> Predictions:
+        run = self._seq2seq if self.model.config.is_encoder_decoder else self._causal
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return run(batch)
+
+    def _causal(self, batch: Batch) -> Predictions:
+        ids = batch.input_ids[:, :-1]  # the last token predicts nothing; the causal mask hides the padding
+        out = self.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        first = len(self.vocabulary.instruction)  # position of the last token before the codes
+
+        def targets(rows: Tensor) -> Tensor:
+            return rows[:, first:].unflatten(1, (-1, self.vocabulary.levels))[batch.is_target]  # [n, L, ·]
+
+        return FullPredictions(targets(out.logits), targets(out.hidden_states[-1]), self.vocabulary)
+
+    def _seq2seq(self, batch: Batch) -> Predictions:
+        inputs = torch.roll(batch.target_tokens, 1, 1)  # the start token, then all but the last code
+        inputs[:, 0] = self.model.config.decoder_start_token_id
+        out = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=inputs,
+            use_cache=False, output_hidden_states=True,
+        )  # fmt: skip
+        return FullPredictions(out.logits, out.decoder_hidden_states[-1], self.vocabulary)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from cemg.errors import DamagedError, UserError
 from cemg.generator.config import GeneratorConfig
-from cemg.generator.forward import predict
+from cemg.generator.forward import forward_of
 from cemg.generator.losses import CodeLoss
 from cemg.generator.prompts import Prompter
 from cemg.generator.samples import Batch, Buckets, Samples
@@ -114,10 +114,11 @@ class _Training:
         dtype: str, log: Log | None, identity: str,
     ) -> None:  # fmt: skip
         self.config, self.folder, self.log, self.validate = config, folder, log, validate
-        self.identity, self.device, self.bfloat16 = identity, device, dtype == "bfloat16"
+        self.identity, self.device = identity, device
         self.samples, self.vocabulary = samples, vocabulary
         self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
         self.model = model.to(device)
+        self.predict = forward_of(model, vocabulary, dtype)
         self.loss = CodeLoss(samples.prompter.item_tokens, trie.to(device), vocabulary, config)
         self.optimizer = torch.optim.AdamW(
             _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=True
@@ -166,8 +167,7 @@ class _Training:
             group["lr"] = self.config.learning_rate * learning_rate_share(
                 self.state.step, self.total, self.config
             )
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
-            loss = self.loss(predict(self.model, batch, self.vocabulary), batch.targets)
+        loss = self.loss(self.predict(batch), batch.targets)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)

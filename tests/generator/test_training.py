@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,7 +105,15 @@ def noisy(model: PreTrainedModel) -> float:
 
 @pytest.mark.parametrize(
     "backbone, users, die_at",  # of 7 steps an epoch, 9 for T5
-    [(SCRATCH, 26, 2), (SCRATCH, 26, 7), (SCRATCH, 26, 12), (SCRATCH, 26, 17), (T5, 6, 3), (T5, 6, 21)],
+    [
+        (SCRATCH, 26, 2),
+        (SCRATCH, 26, 7),
+        (SCRATCH, 26, 12),
+        (SCRATCH, 26, 17),
+        (LLAMA, 26, 12),
+        (T5, 6, 3),
+        (T5, 6, 21),
+    ],
 )
 def test_a_training_that_died_resumes_with_the_losses_and_weights_of_one_that_did_not(
     tmp_path, backbone, users, die_at
@@ -239,11 +248,13 @@ def test_an_out_of_memory_error_suggests_a_smaller_batch_size(tmp_path, monkeypa
 
 
 def test_two_trainings_of_one_process_may_differ_in_precision(tmp_path):
-    for dtype in ("float32", "bfloat16", "float32"):
-        trial = Trial(tmp_path / dtype, epochs=1)
+    for number, (backbone, dtype) in enumerate(
+        itertools.product((SCRATCH, LLAMA), ("float32", "bfloat16", "float32"))
+    ):
+        trial = Trial(tmp_path / str(number), backbone, epochs=1)
         progress = train_generator(
             trial.model, trial.vocabulary, trial.prompter, histories(8), CATALOG.trie, validate=noisy,
-            config=trial.config, folder=tmp_path / dtype, dtype=dtype,
+            config=trial.config, folder=trial.folder, dtype=dtype,
         )  # fmt: skip
         assert progress.epoch == 1
         decoder = Decoder(trial.model, CATALOG, trial.vocabulary.code_token_start)

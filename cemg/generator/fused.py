@@ -1,0 +1,152 @@
+"""Differentiable operations of a decoder layer with hand-written gradients: few kernel calls on a CPU.
+
+The residual stream, the norms and the softmax are float32. Matrix products have the dtype of the training,
+float32 or bfloat16.
+
+B sequences, S tokens, H heads, E = D / H width of a head, F width of the feed-forward layer, n = B · S rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+LANES = 16  # torch's softmax is several times slower if its rows are shorter than a vector of floats
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / rms(x) · weight over the last dimension: float32 [n, D] to ``dtype`` [n, D]."""
+    out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up of [n, 2F]: [n, F]."""
+    out: Tensor = _SwiGLU.apply(gate_up)
+    return out
+
+
+def add_with_dropout(x: Tensor, y: Tensor, rate: float) -> Tensor:
+    """x + dropout(y), float32 [n, D]. The mask is drawn from torch's generator."""
+    out: Tensor = _AddWithDropout.apply(x, y, rate)
+    return out
+
+
+def attention(qkv: Tensor, rotations: Tensor) -> Tensor:
+    """Causal self-attention with rotary positions.
+
+    Args:
+        qkv: [B, S, 3, H, E]; the two coordinates of each rotated pair of queries and keys are neighbours.
+        rotations: [S, 2, 1, E / 2] complex64, for queries (with the scale of the scores) and keys.
+
+    Returns:
+        [B, S, H · E].
+    """
+    out: Tensor = _Attention.apply(qkv, rotations)
+    return out
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        scale = scale.div_(x.shape[-1]).add_(eps).rsqrt_()  # [n, 1]
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        grad = grad.float()
+        weight_grad = (grad * normed).sum(0)
+        grad = grad * weight
+        along = (grad * normed).mean(-1, keepdim=True)
+        return grad.sub_(normed.mul_(along)).mul_(scale), weight_grad, None, None
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        out = torch.empty_like(gate_up)
+        out_gate, out_up = out.chunk(2, -1)
+        torch.mul(F.silu(gate), grad, out=out_up)
+        out_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return out
+
+
+class _AddWithDropout(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, rate: float) -> Tensor:
+        if rate == 0:
+            ctx.save_for_backward(None)
+            return x + y
+        keep = _keep(y, rate)
+        ctx.save_for_backward(keep)
+        ctx.scale = 1 / (1 - rate)
+        return torch.add(x, y * keep, alpha=ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (keep,) = ctx.saved_tensors
+        if keep is None:
+            return grad, grad, None
+        return grad, grad.mul(ctx.scale).to(keep.dtype).mul_(keep), None
+
+
+def _keep(like: Tensor, rate: float) -> Tensor:
+    """1 with probability 1 - rate, in steps of 2 ** -16, else 0."""
+    bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    threshold = round(rate * 2**16) - 2**15
+    return (bits.view(torch.int16)[: like.numel()] >= threshold).to(like.dtype).view(like.shape)
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, rotations: Tensor) -> Tensor:
+        B, S, _, H, E = qkv.shape
+        padded = -(-S // LANES) * LANES
+        heads = qkv.new_zeros(3, B, H, padded, E)
+        rotated = torch.view_as_real(_pairs(qkv[:, :, :2]) * rotations).flatten(-2)  # [B, S, 2, H, E]
+        heads[:2, :, :, :S] = rotated.permute(2, 0, 3, 1, 4)
+        heads[2, :, :, :S] = qkv[:, :, 2].transpose(1, 2)
+        q, k, v = heads.flatten(1, 2)
+        q = q[:, :S]  # [B · H, S, E]
+        mask = torch.full((S, padded), float("-inf"), dtype=qkv.dtype).triu_(1)
+        shares = torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2)), -1, dtype=torch.float32)
+        products = shares.to(qkv.dtype)
+        ctx.save_for_backward(q, k, v, shares, products, rotations)
+        return torch.bmm(products, v).view(B, H, S, E).transpose(1, 2).reshape(B, S, H * E)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, shares, products, rotations = ctx.saved_tensors
+        B, S, H, E = len(grad), q.shape[1], grad.shape[2] // q.shape[2], q.shape[2]
+        grad = grad.view(B, S, H, E).transpose(1, 2).reshape(B * H, S, E)
+        wide = torch.bmm(grad, v.transpose(1, 2)).float()
+        scores = torch._softmax_backward_data(wide, shares, -1, torch.float32).to(grad.dtype)  # [B · H, S, ·]
+        out = grad.new_empty(B, S, 3, H, E)
+
+        def by_head(x: Tensor) -> Tensor:
+            return x.view(B, H, -1, E)[:, :, :S].transpose(1, 2)
+
+        turned = torch.stack((by_head(scores @ k), by_head(scores.transpose(1, 2) @ q)), 2)  # [B, S, 2, H, E]
+        out[:, :, :2] = torch.view_as_real(_pairs(turned) * rotations.conj()).flatten(-2)
+        out[:, :, 2] = by_head(products.transpose(1, 2) @ grad)
+        return out, None
+
+
+def _pairs(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
