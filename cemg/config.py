@@ -50,6 +50,10 @@ class DataConfig:
     """Name of the dataset in result files."""
     items: str = ""
     """Items file; empty: the one found next to the interactions."""
+    times: str = ""
+    """File of times for the sequence format: its lines with a number in place of each item."""
+    texts: Literal["all", "titles"] = "all"
+    """Text of an item: all that the source has, or its title alone."""
     columns: str = ""
     """Column names of csv and parquet files: user=uid,item=sku,timestamp=ts,text=title+description."""
     separator: str = ""
@@ -72,7 +76,7 @@ class DataConfig:
     """Number of items of the synthetic set."""
 
     def __post_init__(self) -> None:
-        for name in ("format", "images", "items", "columns", "separator", "encoding"):
+        for name in ("format", "images", "items", "times", "columns", "separator", "encoding"):
             if not self.path and getattr(self, name) not in ("", "auto"):
                 raise UserError(
                     f"data.{name}={getattr(self, name)} has no effect on the synthetic set",

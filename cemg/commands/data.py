@@ -152,6 +152,13 @@ def prepare(
     ] = None,
     min_count: MinCountOption = None,
     min_rating: MinRatingOption = None,
+    times: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File of times for the sequence format: its lines with a number in place of each item.",
+        ),
+    ] = None,
     ties: TiesOption = "source",
     duplicates: DuplicatesOption = "keep",
     drop_duplicates: DropDuplicatesOption = False,
@@ -177,6 +184,7 @@ def prepare(
         encoding=encoding,
         min_count=min_count,
         min_rating=min_rating,
+        times=times,
         ties=ties,
         duplicates=duplicates,
         drop_duplicates=drop_duplicates,

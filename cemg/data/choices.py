@@ -22,7 +22,9 @@ Format = Literal[
     "parquet",
 ]
 Ties = Literal["source", "shuffle"]
+Texts = Literal["all", "titles"]
 Duplicates = Literal["keep", "first", "last"]
 FORMATS: tuple[str, ...] = get_args(Format)
 TIES: tuple[str, ...] = get_args(Ties)
+TEXTS: tuple[str, ...] = get_args(Texts)
 DUPLICATES: tuple[str, ...] = get_args(Duplicates)

@@ -303,6 +303,8 @@ def read_source(source: DataConfig) -> Dataset:
         name=source.name or None,
         items=Path(source.items) if source.items else None,
         images=Path(source.images) if source.images else None,
+        times=Path(source.times) if source.times else None,
+        texts=source.texts,
         columns=ColumnNames.parse(source.columns) if source.columns else None,
         separator=source.separator,
         encoding=source.encoding,

@@ -80,6 +80,57 @@ def test_s3rec_files_are_read_as_items_without_text(tmp_path):
     assert read_dataset(tmp_path / "Beauty.txt").name == "Beauty"
 
 
+def test_a_file_of_times_orders_the_items_and_lets_equal_times_be_shuffled(tmp_path):
+    write(tmp_path, "7 1 2 10 2\n3 2 1 10\n")
+    times = tmp_path / "days.txt"
+    times.write_text("7 100 100 90 200\n3 5 5 5\n")
+    data = read_dataset(tmp_path, times=times)
+    assert [s.tolist() for s in data.sequences] == [[2, 0, 1, 1], [1, 0, 2]]  # by day, then as in the file
+    assert data.tie_rule == "equal times in order of the source file"
+    orders = set()
+    for seed in range(20):
+        shuffled = read_dataset(tmp_path, times=times, ties="shuffle", seed=seed)
+        first, second = (s.tolist() for s in shuffled.sequences)
+        assert (first[0], sorted(first[1:3]), first[3]) == (2, [0, 1], 1)  # only the day 100 is shuffled
+        assert shuffled.tie_rule == f"equal times shuffled, seed {seed}"
+        orders.add(tuple(second))
+    assert len(orders) > 3
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("7 100 100 90\n3 5 5\n", "user 7 has 4 items and 3 times"),
+        ("7 1 2 3 4\n", "user 3 has 2 items and 0 times"),
+        ("7 1 2 3 4\n3 5 5\n9 1\n", "user 9 has 0 items and 1 times"),
+        ("7 1 2 3 4\n3 5 99999999999999999999\n", "does not fit into 64 bits"),
+        ("7 1 2 x 4\n3 5 5\n", "expected integers"),
+    ],
+)
+def test_a_file_of_times_that_does_not_fit_is_refused(tmp_path, lines, message):
+    write(tmp_path, "7 1 2 10 2\n3 2 1\n")
+    (tmp_path / "days.txt").write_text(lines)
+    with pytest.raises(UserError) as caught:
+        read_dataset(tmp_path, times=tmp_path / "days.txt")
+    assert message in f"{caught.value.message} {caught.value.cause}"
+
+
+def test_times_are_refused_for_a_format_that_has_its_own(tmp_path):
+    (tmp_path / "a.csv").write_text("user,item,timestamp\nu,i,1\n")
+    (tmp_path / "days.txt").write_text("1 1\n")
+    with pytest.raises(UserError, match="times has no effect on"):
+        read_dataset(tmp_path / "a.csv", times=tmp_path / "days.txt")
+
+
+def test_titles_alone_can_be_the_texts(tmp_path):
+    data = read_dataset(write(tmp_path, "1 1 2 10\n"), texts="titles")
+    assert data.texts == ["Tea & toast", None, "A film"] and data.notes[-1] == "texts: the titles alone"
+    with pytest.raises(UserError, match="texts must be one of all, titles"):
+        read_dataset(tmp_path, texts="keywords")
+    data.save(tmp_path / "prepared")
+    assert read_dataset(tmp_path / "prepared", texts="titles").texts == data.texts
+
+
 def test_spaces_tabs_blank_lines_and_windows_line_ends_are_accepted(tmp_path):
     folder = write(tmp_path, "1  1\t2 \r\n\r\n2 2\r\n", {"1": {}, "2": {}})
     assert [s.tolist() for s in read_dataset(folder).sequences] == [[0, 1], [1]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from cemg.data.choices import FORMATS, Format
+from cemg.data.choices import FORMATS, TEXTS, Format
 from cemg.data.dataset import Dataset
 from cemg.data.readers.amazon import read_amazon
 from cemg.data.readers.columns import ColumnNames
@@ -32,6 +32,8 @@ def read_dataset(
     items: Path | None = None,
     images: Path | None = None,
     min_count: int | None = None,
+    times: Path | None = None,
+    texts: str = "all",
     columns: ColumnNames | None = None,
     separator: str = "",
     encoding: str = "",
@@ -53,6 +55,8 @@ def read_dataset(
         images: Folder of images, named by item id or as in the ``image`` column of the items.
         min_count: Fewest interactions of a user or item that is kept (k-core). None is 5, or 0 (off) for
             "sequence" and "inter-json", which are already filtered.
+        times: File of times for the format "sequence", which has none itself.
+        texts: Text of an item: "all" that the source has, or "titles", the title alone.
         columns: Names of the columns of csv and parquet; None takes the usual names.
         separator: Field separator of csv; "" takes the most frequent one in the first line.
         encoding: Encoding of text files; "" is the one of the byte order mark, or UTF-8.
@@ -71,19 +75,22 @@ def read_dataset(
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}", fix=f"use one of {', '.join(FORMATS)}")
-    for source in (path, *([items] if items else [])):
+    if texts not in TEXTS:
+        raise UserError(f"texts must be one of {', '.join(TEXTS)}, got {texts!r}")
+    for source in (path, *(file for file in (items, times) if file)):
         check_source(source)
     check_encoding(encoding)
     detected = detect_format(path) if format == "auto" else format
     if detected == "prepared":
         given = {
             "min_count": min_count, "min_rating": min_rating, "columns": columns, "images": images,
-            "items": items, "separator": separator or None, "encoding": encoding or None,
+            "items": items, "times": times, "separator": separator or None, "encoding": encoding or None,
             "drop_duplicates": drop_duplicates or None,
             "ties": None if ties == "source" else ties,
             "duplicates": None if duplicates == "keep" else duplicates,
         }  # fmt: skip
-        return _load_prepared(path, name, [option for option, value in given.items() if value is not None])
+        options = [option for option, value in given.items() if value is not None]
+        return _with_texts(_load_prepared(path, name, options), texts)
     if detected not in ("csv", "parquet"):
         for option, value in (("columns", columns), ("separator", separator)):
             if value:
@@ -91,7 +98,11 @@ def read_dataset(
                     f"{option} has no effect on {path}, which has the format {detected}",
                     fix=f"leave out {option}",
                 )
-    raw = _read(path, detected, columns, items=items, separator=separator, encoding=encoding)
+    if times is not None and detected != "sequence":
+        raise UserError(
+            f"times has no effect on {path}, which has the format {detected}", fix="leave out times"
+        )
+    raw = _read(path, detected, columns, items=items, times=times, separator=separator, encoding=encoding)
     if min_count is None:
         min_count = 0 if detected in ("sequence", "inter-json") else 5
     filters = Filters(
@@ -102,18 +113,30 @@ def read_dataset(
         drop_duplicates=drop_duplicates,
         seed=seed,
     )
-    return assemble(dataclasses.replace(raw, name=name or raw.name), filters, images=images)
+    data = assemble(dataclasses.replace(raw, name=name or raw.name), filters, images=images)
+    return _with_texts(data, texts)
+
+
+def _with_texts(data: Dataset, texts: str) -> Dataset:
+    """Replace the texts by the titles if ``texts`` is "titles"."""
+    if texts == "all":
+        return data
+    note = "texts: the titles alone"
+    return dataclasses.replace(
+        data, texts=[title or None for title in data.titles], notes=[*data.notes, note]
+    )
 
 
 def _read(
-    path: Path, format: str, columns: ColumnNames | None, *, items: Path | None, separator: str, encoding: str
-) -> Raw:
-    for file in (path, *([items] if items else [])):
+    path: Path, format: str, columns: ColumnNames | None, *, items: Path | None, times: Path | None,
+    separator: str, encoding: str,
+) -> Raw:  # fmt: skip
+    for file in (path, *(file for file in (items, times) if file)):
         if not file.exists():
             raise UserError(f"{file} does not exist")
     match format:
         case "sequence":
-            return read_sequence(path, items=items, encoding=encoding)
+            return read_sequence(path, items=items, times=times, encoding=encoding)
         case "amazon-2014" | "amazon-2018" | "amazon-2023":
             return read_amazon(path, edition=format, items=items, encoding=encoding)
         case "yelp":
