@@ -1,6 +1,7 @@
 """Reading a finished run: its settings and stages, verified. No trainer is imported here.
 
-A run is a folder of stages (data, features, graph, tokenizer, catalog, generator), written by ``cemg-train``.
+A run is a folder of stages (data, features, graph, memory, tokenizer, catalog, generator), written by
+``cemg-train``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cemg.config import RunConfig, config_text, generator_of, load_config, with_
 from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
 from cemg.generator import Prompter, Vocabulary, build_backbone, load_weights
+from cemg.memory import MEMORY_FILE, Memory
 from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.manifest import CONFIG, STAGES, Manifest, check_origin, remedy, stages_of, verify
@@ -119,6 +121,33 @@ class RunArtifacts:
                 spec |= {name: (torch.float32, ("N", name)), f"{name}_present": (torch.bool, ("N",))}
             tensors |= read_tensors(self.file(stage, f"{stage}.safetensors"), spec)
         return {k: tensors[k] for k in MODALITIES}, {k: tensors[f"{k}_present"] for k in MODALITIES}
+
+    def has_memory(self) -> bool:
+        """Whether the run has an item memory. Runs that earlier versions trained have none."""
+        return self.run.path("memory").is_dir()
+
+    def load_memory(self, catalog: Catalog | None = None) -> Memory:
+        """The item memory of the run, by memory map.
+
+        Args:
+            catalog: The catalog of the run, if it is loaded already.
+
+        Raises:
+            UserError: The run has no memory, or it was built for another catalog.
+            DamagedError: The file of the memory is damaged.
+        """
+        folder = self.run.path("memory")
+        if not self.has_memory():
+            raise UserError(
+                f"{self.run.folder} has no item memory", cause="an earlier version trained it",
+                fix=f"build it, and keep all other stages: cemg-train --run {quote(str(self.run.folder))}",
+            )  # fmt: skip
+        self.file("memory", MEMORY_FILE)
+        memory = Memory.load(folder, fix=remedy(folder))
+        ids = (self.load_catalog() if catalog is None else catalog).item_ids
+        memory.check_catalog(ids, run=self.run.folder)
+        self.check_unchanged()
+        return memory
 
     def load_catalog(self) -> Catalog:
         for name in Catalog.FILES:

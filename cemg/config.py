@@ -21,6 +21,7 @@ from cemg.errors import DamagedError, UserError
 from cemg.features import ImageConfig, TextConfig
 from cemg.generator import BackboneConfig, GeneratorConfig
 from cemg.graph import GraphConfig
+from cemg.memory import MemoryConfig
 from cemg.storage.read import check_file, digest, read_text
 from cemg.tokenizer import TokenizerConfig
 from cemg_kernels.constrained.softmax import Normalize
@@ -31,6 +32,7 @@ WITHOUT = ("collab", "image", "text", "llm")
 # values, and the keys of stages leave them out, so that runs of these versions stay valid.
 EARLIER: dict[str, dict[str, Any]] = {"decoding": {"validation_history": "kept"}}
 _ABSENT = object()
+ADDED_SECTIONS = ("memory",)  # the settings of runs that earlier versions trained do not have them
 SIGNATURE = re.compile(
     r"# cemg-train wrote these settings: sha256 ([0-9a-f]{64}), generator ([0-9a-f]{64}|none)"
 )
@@ -142,6 +144,8 @@ class RunConfig:
     """PCA of text and image features."""
     graph: GraphConfig = field(default_factory=GraphConfig)
     """Collaborative embeddings, by LightGCN."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """The item memory: transitions between items, and text similarity."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Fusion and RQ-VAE, which turn features into semantic IDs."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -327,7 +331,8 @@ def _check_signature(path: Path, text: str, tree: dict[str, Any], *, of_run: boo
             cause="the sha256 in its first line does not match its settings",
             fix="restore it from a copy; or, if you made the change, delete the first line",
         )
-    missing = [field.name for field in dataclasses.fields(RunConfig) if field.name not in tree]
+    required = [part.name for part in dataclasses.fields(RunConfig) if part.name not in ADDED_SECTIONS]
+    missing = [name for name in required if name not in tree]
     if of_run and not match and missing:
         raise DamagedError(f"{path} is damaged", cause=f"the section {missing[0]} is missing",
                            fix="restore it from a copy")  # fmt: skip

@@ -270,13 +270,13 @@ def _check_spelling(run: Path) -> None:
 
 
 def _print_plan(run: Path, config: RunConfig, *, device: str, data: Dataset | None) -> None:
-    from cemg.pipeline.dry_run import REUSED, plan
+    from cemg.pipeline.dry_run import MISSING, REUSED, plan
     from cemg.storage.run import Run
 
     verdicts = plan(run, config, device=device, data=data)
     for stage, verdict in verdicts.items():
         print(f"{stage:<10} {printable(verdict)}")
-    if Run(run).finished() and {*verdicts.values()} != {REUSED}:
+    if Run(run).finished() and not {*verdicts.values()} <= {REUSED, MISSING}:
         console.print(f"{run} is already trained: --force is needed to retrain it")
 
 

@@ -1,7 +1,9 @@
-"""The item memory: transitions of training sequences and text similarity, as scores and distributions."""
+"""The item memory: transitions of training sequences and text similarity, as scores and distributions.
 
-from cemg.memory.build import build_memory
+Building is in ``cemg.memory.build``, which inference does not import.
+"""
+
 from cemg.memory.config import Constants, MemoryConfig
-from cemg.memory.memory import Memory
+from cemg.memory.memory import MEMORY_FILE, Memory
 
-__all__ = ["Constants", "Memory", "MemoryConfig", "build_memory"]
+__all__ = ["MEMORY_FILE", "Constants", "Memory", "MemoryConfig"]

@@ -10,9 +10,9 @@ import numpy as np
 from cemg.errors import UserError
 from cemg.memory.config import Constants, MemoryConfig
 from cemg.memory.memory import Memory, ids_digest
-from cemg.memory.rows import Rows
+from cemg.memory.rows import Rows, item_factors
 from cemg.memory.similarity import most_similar, text_vectors
-from cemg.memory.transitions import count_transitions, flatten, item_factors
+from cemg.memory.transitions import count_transitions, flatten
 
 
 def build_memory(

@@ -26,12 +26,11 @@ from torch import Tensor
 
 from cemg.errors import DamagedError, UserError
 from cemg.memory.config import Constants, MemoryConfig
-from cemg.memory.rows import Rows, best_positions, largest, sum_by_key
-from cemg.memory.transitions import item_factors
+from cemg.memory.rows import Rows, best_positions, item_factors, largest, sum_by_key
 from cemg.storage import files
 from cemg.storage.read import RESTORE, check_tensors, parse_json, read_tensor_file
 
-FILE = "memory.safetensors"
+MEMORY_FILE = "memory.safetensors"
 FORMAT = 1  # of the file; increased when the meaning of a tensor changes
 BATCH = 64  # histories per pass: bounds the scratch memory
 MASSES = 1000  # items of a prior, by default
@@ -205,7 +204,7 @@ class Memory:
         }  # fmt: skip
         files.save_tensors(
             {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()},
-            folder / FILE, metadata={"memory": json.dumps(about)},
+            folder / MEMORY_FILE, metadata={"memory": json.dumps(about)},
         )  # fmt: skip
 
     @classmethod
@@ -220,7 +219,7 @@ class Memory:
             DamagedError: The file is missing or damaged.
             UserError: The file has a format that this version does not read.
         """
-        path = folder / FILE
+        path = folder / MEMORY_FILE
         tensors, metadata = read_tensor_file(path, finite=False, fix=fix)
         record = parse_json(metadata.get("memory", ""), dict[str, Any], name=f"the header of {path}", fix=fix)
         if record.get("format") != FORMAT:

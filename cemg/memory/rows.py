@@ -54,6 +54,12 @@ class Rows:
         return cls(starts, items.astype(np.int32), values.astype(np.float32))
 
 
+def item_factors(counts: np.ndarray, exponent: float) -> np.ndarray:
+    """Return ``max(n_i, 1) ** -exponent``, [N] float64."""
+    factors: np.ndarray = np.maximum(counts, 1).astype(np.float64) ** -exponent
+    return factors
+
+
 def best_positions(values: np.ndarray, top: int) -> np.ndarray:
     """Return the positions of the ``top`` largest values, ascending; the lower position wins ties."""
     if top >= len(values):

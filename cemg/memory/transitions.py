@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy import sparse
 
-from cemg.memory.rows import Rows
+from cemg.memory.rows import Rows, item_factors
 
 BLOCK_PAIRS = 4_000_000  # pairs per block of rows: bounds the scratch memory of a build to some 300 MB
 
@@ -60,12 +60,6 @@ def flatten(train: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0, np.int32), np.zeros(0, np.int32)
     users = np.repeat(np.arange(len(train), dtype=np.int32), [len(sequence) for sequence in train])
     return np.concatenate(train).astype(np.int32, copy=False), users
-
-
-def item_factors(counts: np.ndarray, exponent: float) -> np.ndarray:
-    """Return ``max(n_i, 1) ** -exponent``, [N] float64."""
-    factors: np.ndarray = np.maximum(counts, 1).astype(np.float64) ** -exponent
-    return factors
 
 
 def _blocks(

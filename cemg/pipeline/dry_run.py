@@ -15,7 +15,7 @@ from cemg.settings import flat
 from cemg.storage.manifest import MANIFEST, STAGES, Manifest, verify
 from cemg.storage.run import Run
 
-REUSED = "reused"
+REUSED, MISSING = "reused", "built: it does not exist yet"
 
 
 def plan(
@@ -68,7 +68,7 @@ class _Plan(Run):
     def _verdict(self, name: str, key: str, config: Mapping[str, Any], inputs: tuple[str, ...]) -> str:
         folder = self.path(name)
         if not (folder / MANIFEST).exists():
-            return "built: it does not exist yet"
+            return MISSING
         changed = next((i for i in inputs if self.verdicts[i] != REUSED), None)
         if changed is not None:
             return f"built: {changed} is built again"

@@ -24,6 +24,7 @@ from cemg.features import PCA, FeatureCache, Features, encode_images, encode_tex
 from cemg.generator import start_from_codebooks, weights_of
 from cemg.generator.training import train_generator
 from cemg.graph.lightgcn import train_lightgcn
+from cemg.memory.build import build_memory
 from cemg.pipeline.changes import IMAGES, content_digest, image_digests
 from cemg.pipeline.preflight import check_before_training
 from cemg.pipeline.transition import Transition
@@ -52,7 +53,7 @@ class Pipeline(RunArtifacts):
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
 
     def train(self, *, agree: Callable[[list[str], bool], None] | None = None, rebuild: bool = False) -> None:
-        """Build or reuse data, features, graph, tokenizer, catalog and generator, in this order.
+        """Build or reuse data, features, graph, memory, tokenizer, catalog and generator, in this order.
 
         An interrupted training continues with the next call. A finished run keeps its stages and its
         configuration until all new stages are complete. ``agree`` and ``rebuild``: see `Transition`.
@@ -121,6 +122,9 @@ class Pipeline(RunArtifacts):
 
     def graph(self) -> None:
         self._stage("graph", keyed(self.config, "graph"), self._build_graph, inputs=("data",))
+
+    def memory(self) -> None:
+        self._stage("memory", keyed(self.config, "memory"), self._build_memory, inputs=("data",))
 
     def tokenizer(self) -> None:
         config = keyed(self.config, "tokenizer") | {
@@ -207,6 +211,12 @@ class Pipeline(RunArtifacts):
         files.save_tensors(
             {"collab": made.values, "collab_present": made.present}, folder / "graph.safetensors"
         )
+
+    def _build_memory(self, folder: Path) -> None:
+        data = self.load_data()
+        train = data.split().train
+        made = build_memory(train, data.texts, item_ids=data.item_ids, config=self.config.memory)
+        made.save(folder)
 
     def _build_tokenizer(self, folder: Path) -> None:
         values, present = self.load_features()

@@ -20,6 +20,7 @@ from cemg.storage.run import PENDING, Run
 
 DISCARDED = "the interrupted retraining"
 REMOVED = "that cemg-catalog added are removed"  # wording of a question
+BESIDE = ("memory", "generator")  # stages that the catalog is not built from
 
 
 class Transition:
@@ -74,7 +75,7 @@ class Transition:
         foreign = self._foreign(name, manifest)
         if loses or (self._valuable() and not (foreign and self.rebuild)):
             changes = [foreign] if foreign else self._changes(name, old, manifest, config)
-            self._ask(changes, damaged=bool(foreign), catalog=loses if foreign else name != "generator")
+            self._ask(changes, damaged=bool(foreign), catalog=loses if foreign else name not in BESIDE)
 
     def _foreign(self, name: str, manifest: Manifest) -> str | None:
         """Why a stage seems to be copied from another run; None if it is not.
@@ -173,7 +174,7 @@ def _alike(one: RunConfig, other: RunConfig) -> bool:
 
 def _remakes_catalog(old: RunConfig, new: RunConfig) -> bool:
     """Whether changed settings change a stage before the generator, and so rebuild the catalog."""
-    parts = ["backbone", "generator", "decoding", "dtype", "without"]
+    parts = ["memory", "backbone", "generator", "decoding", "dtype", "without"]
     parts += ["data"] if old.data.path and new.data.path else []  # their contents are compared later
     one, other = ({k: v for k, v in c.to_dict().items() if k not in parts} for c in (old, new))
     return one != other or {*old.without} - {"llm"} != {*new.without} - {"llm"}

@@ -21,7 +21,15 @@ from cemg.storage.read import STRICT, check_file, check_signature, digest, file_
 from cemg.version import __version__
 
 MANIFEST, KEY, CLOCK, CONFIG = "manifest.json", "key.json", "seconds.json", "config.yaml"
-STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")  # in the order of training
+STAGES = (
+    "data",
+    "features",
+    "graph",
+    "memory",
+    "tokenizer",
+    "catalog",
+    "generator",
+)  # in the order of training
 READY = ".ready"  # published stages, with their configuration, that are not yet moved into place
 OLD_KEYS = {
     "key",

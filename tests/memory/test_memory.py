@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation import evaluate
-from cemg.memory import Constants, Memory, MemoryConfig, build_memory
+from cemg.memory import MEMORY_FILE, Constants, Memory, MemoryConfig
 from cemg.memory import transitions as transition_module
-from cemg.memory.memory import FILE, ids_digest
+from cemg.memory.build import build_memory
+from cemg.memory.memory import ids_digest
 from cemg.memory.rows import best_positions, largest, sum_by_key
 
 WORDS = ["red", "lip", "nail", "cream", "soap", "brush", "mint", "oil", "a", "5"]
@@ -189,15 +190,15 @@ def test_a_saved_memory_is_the_same(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DamagedError, match=f"{FILE} is missing"):
+    with pytest.raises(DamagedError, match=f"{MEMORY_FILE} is missing"):
         Memory.load(tmp_path)
     train, texts = draw()
     memory = build_memory(train, texts)
     memory.save(tmp_path)
-    content = (tmp_path / FILE).read_bytes()
+    content = (tmp_path / MEMORY_FILE).read_bytes()
     for damaged in (b"", content[:100], content[:-50], content.replace(b'"catalog', b'"catalig', 1)):
-        (tmp_path / FILE).write_bytes(damaged)
-        with pytest.raises(DamagedError, match=FILE):
+        (tmp_path / MEMORY_FILE).write_bytes(damaged)
+        with pytest.raises(DamagedError, match=MEMORY_FILE):
             Memory.load(tmp_path)
     memory.transitions.items[3] = len(texts)
     memory.save(tmp_path)
@@ -209,7 +210,7 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     train, texts = draw()
     build_memory(train, texts).save(tmp_path)
-    path = tmp_path / FILE
+    path = tmp_path / MEMORY_FILE
     path.write_bytes(path.read_bytes().replace(b'\\"format\\": 1', b'\\"format\\": 9'))
     with pytest.raises(UserError, match="has format 9; this version reads format 1"):
         Memory.load(tmp_path)

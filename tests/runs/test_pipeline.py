@@ -31,7 +31,7 @@ from cemg.storage.run import Run
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter, use_fast_kernels
 
-STAGES = ("data", "features", "graph", "tokenizer", "catalog", "generator")
+STAGES = ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator")
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
 
 
@@ -99,6 +99,7 @@ def test_repeating_a_command_reuses_every_stage(copy, pipeline):
         ("generator.checkpoint_seconds=100", set()),
         ("graph.epochs=1", {"graph", "tokenizer", "catalog", "generator"}),
         ("without=[text]", {"tokenizer", "catalog", "generator"}),
+        ("memory.window=3", {"memory"}),
     ],
 )
 def test_a_changed_setting_rebuilds_its_stage_and_the_stages_after_it(copy, pipeline, override, anew):
@@ -450,7 +451,7 @@ def test_repeating_a_command_killed_in_every_stage_gives_the_metrics_of_an_unint
     output, _ = process.communicate()
     assert process.returncode == 0, output.decode()
     inside = set()
-    for stage in ("data", "features", "graph", "tokenizer", "catalog", "generator"):
+    for stage in ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator"):
         part, done = torn / f".{stage}.part", torn / stage
         assert killed_at(start(torn, feature_cache, settings), part, done), stage
         inside |= {stage} if part.exists() and not done.exists() else set()

@@ -80,7 +80,7 @@ def shop(shop_run: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 def state(run: Path) -> dict[str, bytes]:
     """The contents of the settings and stage files of a run."""
-    names = ("config.yaml", "data", "features", "graph", "tokenizer", "catalog", "generator", "synthetic")
+    names = ("config.yaml", "data", "features", "graph", "memory", "tokenizer", "catalog", "generator", "synthetic")
     paths = [path for name in names for path in [run / name, *(run / name).rglob("*")] if path.is_file()]
     kept = [path for path in paths if path.parent.name != "tensorboard"]
     return {str(path.relative_to(run)): path.read_bytes() for path in kept}
@@ -365,7 +365,7 @@ def test_settings_that_no_stage_records_must_be_given_by_the_user(copy, training
     before = state(copy)
     shutil.copy(copy / "config.yaml", tmp_path / "c.yaml")
     (copy / "config.yaml").unlink()
-    for name in ("data", "features", "graph", "tokenizer", "catalog", "generator"):
+    for name in ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator"):
         path = copy / name / "manifest.json"
         about = json.loads(path.read_text())
         about["settings"] = None
@@ -406,7 +406,7 @@ def other_run(tiny_run: Path, tmp_path_factory, feature_cache, command) -> Path:
     return run
 
 
-@pytest.mark.parametrize("name", ["data", "features", "graph", "tokenizer", "catalog", "generator"])
+@pytest.mark.parametrize("name", ["data", "features", "graph", "memory", "tokenizer", "catalog", "generator"])
 def test_the_printed_fix_rebuilds_a_stage_copied_from_another_run(
     copy, other_run, command, training, capsys, name
 ):
