@@ -14,14 +14,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from cemg.baselines import SasrecConfig, train_sasrec
+from cemg.baselines.training import train_dense
 from cemg.commands import console as command
 from cemg.data import Dataset, read_dataset
+from cemg.dense import DenseConfig
 from cemg.errors import UserError
 from cemg.evaluation import PopularityRanker, Rank, evaluate, hardware, result_table, write_result
 from cemg.progress import console
 
-OWN_OPTIONS = ("loss", "seed", "epochs")  # fields of SasrecConfig with an option of their own: not for --set
+OWN_OPTIONS = ("model", "loss", "seed", "epochs", "folds", "fold")  # options of their own: not for --set
 
 
 class Model(StrEnum):
@@ -29,10 +30,11 @@ class Model(StrEnum):
 
     popularity = "popularity"
     sasrec = "sasrec"
+    bsarec = "bsarec"
 
 
 class Loss(StrEnum):
-    """The losses of SASRec."""
+    """The losses of SASRec and BSARec."""
 
     ce = "ce"
     bce = "bce"
@@ -45,17 +47,20 @@ def run(
     model: Annotated[Model, typer.Option(help="The baseline.")],
     out: Annotated[Path, typer.Option(help="Result file to write, JSON.")],
     folder: Annotated[
-        Path | None, typer.Option("--run", help="Folder for the checkpoints and the log of SASRec.")
+        Path | None, typer.Option("--run", help="Folder for the checkpoints, the log and the model.")
     ] = None,
     loss: Annotated[
         Loss,
-        typer.Option(help="Softmax cross-entropy over all items (ce), or binary with one negative (bce)."),
+        typer.Option(help="Softmax cross-entropy (ce), or binary with one negative (bce)."),
     ] = Loss.ce,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="One setting of SASRec, e.g. --set dim=128; repeatable."),
+        typer.Option("--set", help="One setting of the model, e.g. --set dim=128; repeatable."),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Largest number of epochs.")] = None,
+    users_fold: Annotated[
+        str | None, typer.Option(help="Fold/folds, e.g. 0/2: leaves the users of this fold out of training.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batch order, dropout and negatives.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: the choice of torch.")] = None,
@@ -74,8 +79,9 @@ def run(
     if model is Model.popularity:
         ranker, config = _fit_popularity(dataset)
     else:
-        changes = _parse_settings(settings or []) | {"loss": loss.value, "seed": seed}
-        ranker, config = _train(dataset, changes, epochs=epochs, folder=folder, device=device)
+        changes = _parse_settings(settings or []) | {"model": model.value, "loss": loss.value, "seed": seed}
+        changes |= _parse_fold(users_fold) | ({} if epochs is None else {"epochs": epochs})
+        ranker, config = _train(dataset, changes, folder=folder, device=device)
     _write(out, dataset, ranker=ranker, config=config | {"seed": seed}, device=device, started=started)
 
 
@@ -101,26 +107,34 @@ def _fit_popularity(data: Dataset) -> tuple[Rank, dict[str, Any]]:
 
 
 def _train(
-    data: Dataset, changes: dict[str, Any], *, epochs: int | None, folder: Path | None, device: str
+    data: Dataset, changes: dict[str, Any], *, folder: Path | None, device: str
 ) -> tuple[Rank, dict[str, Any]]:
+    config = DenseConfig(**changes)
     if folder is None:
-        raise UserError("SASRec needs a folder for its checkpoints", fix="add --run runs/sasrec")
-    config = SasrecConfig(**changes | ({} if epochs is None else {"epochs": epochs}))
-    ranker = train_sasrec(data, config, folder=folder, device=device)
+        fix = f"add --run runs/{config.model}"
+        raise UserError(f"{config.model} needs a folder for its checkpoints", fix=fix)
+    ranker = train_dense(data, config, folder=folder, device=device)
     log = json.loads((folder / "log.json").read_text())
-    best = max(log, key=lambda row: row["valid_NDCG@10"])
-    early_stopping = {
-        "best_epoch": best["epoch"],
-        "epochs_run": len(log),
-        "valid_NDCG@10": best["valid_NDCG@10"],
-    }
+    best = max(log, key=lambda row: row[f"valid_{config.select}"])
+    early_stopping = {"best_epoch": best["epoch"], "epochs_run": len(log)}
+    early_stopping |= {name: best[name] for name in ("valid_HR@10", "valid_NDCG@10")}
     cost = {"train_seconds": round(sum(row["train_seconds"] for row in log), 1)}
-    return ranker, {"model": "sasrec", **dataclasses.asdict(config), **early_stopping, **cost}
+    return ranker, {**dataclasses.asdict(config), **early_stopping, **cost}
+
+
+def _parse_fold(text: str | None) -> dict[str, int]:
+    """Parse ``"0/2"`` to ``{"fold": 0, "folds": 2}``."""
+    if text is None:
+        return {}
+    fold, _, folds = text.partition("/")
+    if not (fold.isdecimal() and folds.isdecimal()):
+        raise UserError(f"--users-fold {text}: not fold/folds", fix="for example --users-fold 0/2")
+    return {"fold": int(fold), "folds": int(folds)}
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:
     """Parse ``["dim=128"]`` to ``{"dim": 128}``. Raises UserError for an unknown name."""
-    defaults = {k: v for k, v in dataclasses.asdict(SasrecConfig()).items() if k not in OWN_OPTIONS}
+    defaults = {k: v for k, v in dataclasses.asdict(DenseConfig()).items() if k not in OWN_OPTIONS}
     changes: dict[str, Any] = {}
     for setting in settings:
         name, _, text = setting.partition("=")

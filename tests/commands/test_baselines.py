@@ -41,33 +41,26 @@ def test_popularity_writes_its_result(
     assert 0 <= record["metrics"]["NDCG@20"] <= record["metrics"]["HR@20"] <= 1
 
 
-def test_sasrec_trains_evaluates_and_records_its_command_line(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("model", ["sasrec", "bsarec"])
+def test_a_model_trains_is_evaluated_and_records_its_command_line(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    out, folder = tmp_path / "sasrec.json", tmp_path / "run"
-    words = ["--data", prepared, "--model", "sasrec", "--loss", "bce", "--out", out, "--run", folder]
-    chosen = [
-        "--epochs",
-        2,
-        "--seed",
-        5,
-        "--set",
-        "dim=8",
-        "--set",
-        "dropout=0.1",
-        "--set",
-        "norm_first=true",
-    ]
+    out, folder = tmp_path / "result.json", tmp_path / "run"
+    words = ["--data", prepared, "--model", model, "--loss", "bce", "--out", out, "--run", folder]
+    settings = ["dim=8", "dropout=0.1", "norm_first=true", "schedule=constant"]
+    chosen = ["--epochs", 2, "--seed", 5, "--users-fold", "1/3"]
+    chosen += [word for setting in settings for word in ("--set", setting)]
     assert call(monkeypatch, *words, *chosen) == 0
     record = json.loads(out.read_text())
     config = record["config"]
-    assert (config["loss"], config["dim"], config["dropout"], config["seed"]) == ("bce", 8, 0.1, 5)
-    assert config["norm_first"] is True and config["epochs_run"] == 2 and "--set dim=8" in record["command"]
+    assert (config["model"], config["loss"], config["dim"], config["dropout"]) == (model, "bce", 8, 0.1)
+    assert (config["seed"], config["fold"], config["folds"], config["epochs_run"]) == (5, 1, 3, 2)
+    assert config["norm_first"] is True and "--set dim=8" in record["command"]
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoint.safetensors",
+        "dense.json",
+        "dense.safetensors",
         "log.json",
-        "sasrec.json",
-        "sasrec.safetensors",
     ]
 
 
@@ -77,6 +70,8 @@ def test_sasrec_trains_evaluates_and_records_its_command_line(
         (["--run", "r", "--set", "width=3"], "unknown setting"),
         (["--run", "r", "--set", "dim=wide"], "'wide' is not a valid int"),
         (["--run", "r", "--set", "loss=ce"], "unknown setting"),
+        (["--run", "r", "--users-fold", "2"], "not fold/folds"),
+        (["--run", "r", "--users-fold", "2/2"], "fold must be in 0 … 1"),
         ([], "needs a folder"),
     ],
 )

@@ -23,7 +23,7 @@ class Places:
     other: Path  # of another seed
     torn: Path  # killed in the training of its generator
     data: Path  # what cemg-data synthetic wrote
-    baseline: Path  # a SASRec
+    baseline: Path  # a SASRec model
     cache: Path
     shelves: Path  # a copy of the cache
 
@@ -143,9 +143,9 @@ def stats(folder: Path, places: Places) -> Any:
 def rank(folder: Path, places: Places) -> Any:
     import numpy as np
 
-    from cemg.baselines import SasrecRanker
+    from cemg.dense import DenseRanker
 
-    ranker = SasrecRanker.load(folder)
+    ranker = DenseRanker.load(folder)
     return ranker([np.array([3, 4, 5]), np.array([7])], 10).tolist()
 
 

@@ -1,7 +1,7 @@
-"""Training of SASRec, with early stopping and checkpoints.
+"""Training of SASRec and BSARec, with early stopping and checkpoints.
 
-B users, L positions, D embedding, N items, P valid positions. A resumed training gives the same weights as an
-uninterrupted one. No state of a random generator is stored: the order of an epoch is drawn from
+B samples per batch, L positions, D embedding, N items, P targets. A resumed training gives the same weights
+as an uninterrupted one. No state of a random generator is stored: the order of an epoch is drawn from
 (seed, epoch), dropout and negatives from (seed, step).
 """
 
@@ -18,28 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cemg.baselines.cross_entropy import linear_cross_entropy
-from cemg.baselines.sasrec import PRODUCTS, Sasrec, SasrecConfig, SasrecRanker
-from cemg.baselines.sequences import Batch, num_batches, training_batches
+from cemg.baselines.samples import Batch, Samples
+from cemg.baselines.validation import validate
 from cemg.data.dataset import Dataset, Split
+from cemg.dense import PRODUCTS, DenseConfig, DenseRanker, SequenceEncoder, linear_cross_entropy
 from cemg.errors import DamagedError, UserError
-from cemg.evaluation import evaluate, seeded_sample
 from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.read import parse_json, read_tensor_file, tensors_digest
 
-BETAS = (0.9, 0.98)  # of Adam, as in the code of the SASRec paper
 REDRAWS = 8  # of a negative that is in the user's own sequence, before it is kept
-MAY_CHANGE = ("epochs", "patience")  # settings that may differ when a training is resumed
+MAY_CHANGE = ("epochs", "patience")  # settings that may differ when a training at a constant rate is resumed
 
 
-def train_sasrec(
-    data: Dataset, config: SasrecConfig, *, folder: Path, device: str = "cpu", progress: bool = True
-) -> SasrecRanker:
+def train_dense(
+    data: Dataset, config: DenseConfig, *, folder: Path, device: str = "cpu", progress: bool = True
+) -> DenseRanker:
     """Train on the training part of the leave-one-out split.
 
-    Writes ``checkpoint.safetensors`` after every epoch, and ``sasrec.safetensors`` and ``log.json`` at the
-    end. The same call resumes at the checkpoint.
+    Writes ``checkpoint.safetensors`` after every epoch, and ``dense.safetensors``, ``dense.json`` and
+    ``log.json`` at the end. The same call resumes at the checkpoint. With ``folds`` > 1 the training leaves
+    out the users of ``held_out_users``; validation is over all users.
 
     Returns:
         The ranker with the weights of the best epoch.
@@ -49,12 +48,13 @@ def train_sasrec(
             training items, or the loss is not finite.
     """
     split = data.split()
-    if num_batches(split.train, config.batch_size) == 0:
+    samples = training_samples(split, config)
+    if len(samples.starts) == 0:
         raise UserError(f"{data.name}: no user has two training items", fix="use data with longer histories")
     training = _Training.start(data.num_items, config, split, torch.device(device))
     training.resume(folder)
     while training.epoch < config.epochs and training.stale < config.patience:
-        training.train_epoch(split)
+        training.train_epoch(samples)
         training.validate(split)
         training.checkpoint(folder)
         if progress:
@@ -65,26 +65,57 @@ def train_sasrec(
     return ranker
 
 
-def loss_of(model: Sasrec, batch: Batch, *, config: SasrecConfig, generator: torch.Generator) -> Tensor:
-    """Compute the loss, averaged over the P valid positions. ``generator`` (CPU) draws the negatives."""
-    states = model(batch.inputs)[batch.valid]  # [P, D]
-    targets = batch.targets[batch.valid]  # [P]
-    table = model.items.weight
+def held_out_users(split: Split, config: DenseConfig) -> np.ndarray:
+    """Return the users that a training leaves out, as positions in ``split.users``.
+
+    The folds are drawn by the seed 0, so the models of all folds, whatever their seed, cover each user once.
+    """
+    if config.folds == 1:
+        return np.empty(0, dtype=np.int64)
+    order = np.random.default_rng(0).permutation(len(split.users))
+    return np.sort(order[config.fold :: config.folds])
+
+
+def training_samples(split: Split, config: DenseConfig) -> Samples:
+    """Collect the training samples of the users that are not left out."""
+    sequences = list(split.train)
+    for position in held_out_users(split, config):
+        sequences[split.users[position]] = np.empty(0, dtype=np.int32)
+    make = Samples.positions if config.samples == "positions" else Samples.prefixes
+    return make(sequences, config.max_length)
+
+
+def loss_of(
+    model: SequenceEncoder, batch: Batch, *, config: DenseConfig, generator: torch.Generator
+) -> Tensor:
+    """Compute the mean loss over the P targets. ``generator`` (CPU) draws the negatives."""
+    if batch.every_position:
+        states = model(batch.inputs, batch.lengths)[batch.present]  # [P, D]
+    else:
+        states = model(batch.inputs, batch.lengths, newest=True)  # [P, D]
+    targets, table = batch.targets, model.items.weight
     if config.loss == "ce":
-        return linear_cross_entropy(states, table, targets=targets, dtype=PRODUCTS[config.products])
+        drawn = None
+        if 0 < config.negatives < len(table):
+            drawn = torch.randperm(len(table), generator=generator)[: config.negatives].to(targets.device)
+        dtype = PRODUCTS[config.products]
+        return linear_cross_entropy(states, table, targets=targets, negatives=drawn, dtype=dtype)
     negatives = draw_negatives(batch, len(table), generator=generator)  # [P]
     positive, negative = (states * table[targets]).sum(1), (states * table[negatives]).sum(1)  # [P] logits
     return (F.softplus(-positive) + F.softplus(negative)).mean()
 
 
 def draw_negatives(batch: Batch, num_items: int, *, generator: torch.Generator) -> Tensor:
-    """Draw an item that is not in the user's sequence for each valid position, uniformly; [P] int64.
+    """Draw an item that is not in the sample for each target, uniformly; [P] int64.
 
-    An item that is still in the sequence after REDRAWS draws is kept: a user may have almost all items.
+    An item that is still in the sample after REDRAWS draws is kept: a user may have almost all items.
     """
-    rows = batch.valid.nonzero()[:, 0]  # [P] the user of each position
-    oldest = batch.inputs[:, :1]
-    sequences = torch.cat([oldest, torch.where(batch.valid, batch.targets, oldest)], dim=1)  # [B, L + 1]
+    rows = torch.arange(len(batch.inputs), device=batch.inputs.device)  # [P] the sample of each target
+    newest = batch.targets
+    if batch.every_position:
+        rows, newest = batch.present.nonzero()[:, 0], batch.targets[batch.lengths.cumsum(0) - 1]
+    inputs = torch.where(batch.present, batch.inputs, batch.inputs[:, :1])
+    sequences = torch.cat([inputs, newest[:, None]], dim=1)  # [B, L + 1]
     negatives = torch.randint(num_items, (len(rows),), generator=generator).to(rows.device)
     for _ in range(REDRAWS):
         in_sequence = (negatives[:, None] == sequences[rows]).any(1)
@@ -97,9 +128,9 @@ def draw_negatives(batch: Batch, num_items: int, *, generator: torch.Generator) 
 class _Training:
     """The state of a training, which a checkpoint stores."""
 
-    model: Sasrec
+    model: SequenceEncoder
     optimizer: torch.optim.Optimizer
-    config: SasrecConfig
+    config: DenseConfig
     identity: dict[str, object]  # settings and split, which a checkpoint must have in common
     epoch: int = 0
     stale: int = 0  # epochs since the best one
@@ -108,35 +139,37 @@ class _Training:
     log: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, num_items: int, config: SasrecConfig, split: Split, device: torch.device) -> _Training:
+    def start(cls, num_items: int, config: DenseConfig, split: Split, device: torch.device) -> _Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = Sasrec(num_items, config).to(device)
+            model = SequenceEncoder(num_items, config).to(device)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
-            betas=BETAS,
+            betas=(0.9, config.beta2),
             fused=True,
         )
-        settings = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}
+        may_change = MAY_CHANGE if config.schedule == "constant" else ()
+        settings = {k: v for k, v in asdict(config).items() if k not in may_change}
         return cls(model, optimizer, config, {"config": settings, "split": split.fingerprint})
 
-    def train_epoch(self, split: Split) -> None:
-        """Train on every user once. Appends the mean loss over positions and the seconds to the log."""
-        started, total, positions = time.perf_counter(), 0.0, 0
+    def train_epoch(self, samples: Samples) -> None:
+        """Train on every sample once. Appends the mean loss over targets and the seconds to the log."""
+        started, total, targets = time.perf_counter(), 0.0, 0
         config, device = self.config, self.model.items.weight.device
-        step = self.epoch * num_batches(split.train, config.batch_size)
-        rng = np.random.default_rng((config.seed, self.epoch))
+        step = self.epoch * samples.num_batches(config.batch_size)
+        batches = samples.batches(config.batch_size, np.random.default_rng((config.seed, self.epoch)))
         self.model.train()
-        batches = training_batches(split.train, config.batch_size, max_length=config.max_length, rng=rng)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for number, batch in enumerate(batches, start=step):
-                loss = self._step(batch.to(device), number)
-                count = int(batch.valid.sum())
-                total, positions = total + loss * count, positions + count
+                if config.schedule == "linear":
+                    done = number / (config.epochs * samples.num_batches(config.batch_size))
+                    self.optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - done)
+                total += self._step(batch.to(device), number) * len(batch.targets)
+                targets += len(batch.targets)
         self.epoch += 1
-        record = {"loss": total / positions, "train_seconds": time.perf_counter() - started}
+        record = {"loss": total / targets, "train_seconds": time.perf_counter() - started}
         self.log.append({"epoch": self.epoch, **record})
 
     def _step(self, batch: Batch, number: int) -> float:
@@ -152,22 +185,20 @@ class _Training:
         return float(loss.detach())
 
     def validate(self, split: Split) -> None:
-        """Evaluate the sampled validation users, and keep the weights if NDCG@10 is the best so far."""
+        """Evaluate all validation users, and keep the weights if the selected metric is the best so far."""
+        started = time.perf_counter()
         self.model.eval()
-        users = seeded_sample(split, self.config.valid_users, self.config.seed)
-        ranker = SasrecRanker(self.model, self.config)
-        metrics = evaluate(
-            ranker, split, part="valid", cutoffs=(10,), users=users, max_list=10, progress=False
-        ).metrics
+        metrics = validate(DenseRanker(self.model, self.config), split)
         self.log[-1] |= {f"valid_{k}": v for k, v in metrics.items()}
+        self.log[-1]["valid_seconds"] = time.perf_counter() - started
         self.stale += 1
-        if metrics["NDCG@10"] > self.best_score:
-            self.best_score, self.stale = metrics["NDCG@10"], 0
+        if metrics[self.config.select] > self.best_score:
+            self.best_score, self.stale = metrics[self.config.select], 0
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
-    def best_ranker(self) -> SasrecRanker:
+    def best_ranker(self) -> DenseRanker:
         self.model.load_state_dict(self.best)
-        return SasrecRanker(self.model.eval(), self.config)
+        return DenseRanker(self.model.eval(), self.config)
 
     def checkpoint(self, folder: Path) -> None:
         """Write the state to one safetensors file, atomically. Its header has the counters as JSON."""
