@@ -19,12 +19,17 @@ STUDY_USERS = 1000  # default number of users of a study
     cls=command.Command,
     epilog=command.examples(
         "cemg-eval --run runs/beauty",
+        "cemg-eval --run runs/beauty --model memory",
         "cemg-eval --run runs/beauty --exact --certified --compare --users 500",
         "cemg-eval --run runs/beauty --recommendations lists.parquet",
     ),
 )
 def run_evaluation(
     run: command.RunOption,
+    model: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Ranker: cemg (the generator), or memory (the item memory alone)."),
+    ] = "cemg",
     part: Annotated[
         str, typer.Option(metavar="PART", help="Held-out items to predict: test or valid.")
     ] = "test",
@@ -87,7 +92,7 @@ def run_evaluation(
     """
     from cemg.artifacts import RunArtifacts
     from cemg.evaluation import CUTOFFS, read_result, result_table
-    from cemg.evaluation.runs import score, score_file
+    from cemg.evaluation.runs import score, score_file, score_memory
     from cemg.evaluation.search_tables import search_tables
 
     requested = {"exact": exact, "certificate": certified, "engines": compare}
@@ -96,12 +101,16 @@ def run_evaluation(
         part=part, everyone=everyone, users=users, beams=beams, normalize=normalize,
         recommendations=recommendations, studies=studies,
     )  # fmt: skip
+    _check_model(model, engine=engine, beams=beams, recommendations=recommendations, studies=studies)
     command.check_result(result)
     command.check_device(device)
     artifacts = RunArtifacts.open(run, device=device, verify=not no_verify)
     config, out = artifacts.config, progress.plain_console()
     if recommendations is not None:
         out.print(result_table(score_file(artifacts, config, recommendations, part=part, copy=result)))
+        return
+    if model == "memory":
+        out.print(result_table(score_memory(artifacts, config, part=part, users=users, copy=result)))
         return
     command.warn_of_normalize(config, normalize)
     width = config.decoding.beams if beams is None else beams
@@ -147,6 +156,20 @@ def _check_options(
             "--recommendations cannot be combined with --users, --exact, --certified or --compare",
             fix="leave these options out",
         )
+
+
+def _check_model(
+    model: str, *, engine: str, beams: int | None, recommendations: Path | None, studies: list[str]
+) -> None:
+    """Raise UserError for an unknown ranker, and for options of the search beside another ranker."""
+    if model not in ("cemg", "memory"):
+        raise UserError(f"unknown model {model!r}", fix="use --model cemg or --model memory")
+    if model == "memory" and (engine != "cemg" or beams is not None or recommendations or studies):
+        raise UserError(
+            "--model memory cannot be combined with --engine, --beams, --recommendations, --exact, "
+            "--certified or --compare",
+            cause="the memory ranks without a search", fix="leave these options out",
+        )  # fmt: skip
 
 
 def main() -> None:

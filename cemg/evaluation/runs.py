@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.artifacts import RunArtifacts
@@ -103,6 +106,56 @@ def score(
     second = _write(
         artifacts, config, name, evaluation, about=about, excluded=excluded, seconds=seconds, further=further
     )
+    if copy is not None:
+        files.copy_file(second, copy)
+    return [first, second]
+
+
+def score_memory(
+    artifacts: RunArtifacts,
+    config: RunConfig,
+    *,
+    part: str,
+    users: int | None = None,
+    copy: Path | None = None,
+) -> list[Path]:
+    """Evaluate popularity and the item memory of a run, alone; the arguments are those of ``score``.
+
+    Returns:
+        The paths of the result files, that of popularity first.
+
+    Raises:
+        UserError: The run has no memory.
+    """
+    data = artifacts.load_data()
+    catalog = artifacts.load_catalog()
+    split = data.split()
+    rows = (
+        None if users is None or users >= len(split.users) else seeded_sample(split, users, seed=config.seed)
+    )
+    memory = artifacts.load_memory(catalog)
+    removed, notes = _removed(artifacts, catalog.first(data.num_items), ())
+    rank, hidden = memory.ranker(), torch.tensor(removed, dtype=torch.int64)
+
+    def rank_present(histories: list[np.ndarray], top: int) -> Tensor:
+        lists = rank(histories, top)
+        return lists.masked_fill(torch.isin(lists, hidden), -1)
+
+    scope = part if rows is None else f"{part}-{len(rows)}-users"
+    popular = evaluate(PopularityRanker.fit(split), split, part=part, users=rows)
+    first = _write(
+        artifacts, config, f"{data.name}-popularity-{scope}", popular, about={"model": "popularity"}
+    )
+    started = time.monotonic()
+    evaluation = evaluate(rank_present, split, part=part, users=rows)
+    seconds = {"memory": Manifest.read(artifacts.run.path("memory")).seconds}
+    seconds["evaluation"] = round(time.monotonic() - started, 1)
+    about = {"model": "memory", "constants": dataclasses.asdict(memory.constants), "stage_seconds": seconds}
+    about |= {"notes": [*data.notes, *notes], **config.to_dict()}
+    second = _write(
+        artifacts, config, f"{data.name}-memory-{scope}", evaluation, about=about, seconds=seconds,
+        further={"beside": first.name},
+    )  # fmt: skip
     if copy is not None:
         files.copy_file(second, copy)
     return [first, second]

@@ -17,6 +17,7 @@ from cemg import progress
 from cemg.artifacts import RunArtifacts
 from cemg.commands import catalog, console, evaluate, recommend, train
 from cemg.data import Dataset
+from cemg.evaluation import evaluate as evaluate_ranker
 from cemg.evaluation.ranker import beam_ranker
 from cemg.recommender import Recommender
 
@@ -210,3 +211,38 @@ def test_a_ranker_never_lists_a_removed_item(tiny_run, engine):
         assert not any(
             {*gone, *own.tolist()} & set(row) for own, row in zip(histories, excluded, strict=True)
         )
+
+
+def test_the_memory_alone_is_evaluated_like_the_generator(tiny_run, tmp_path, command, capsys):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    assert command(evaluate.main, "--run", run, "--model", "memory", "--result", tmp_path / "r.json") == 0
+    assert "synthetic-memory-test" in capsys.readouterr().out
+    found = json.loads((tmp_path / "r.json").read_text())
+    artifacts = RunArtifacts.open(run)
+    split, memory = artifacts.load_data().split(), artifacts.load_memory()
+    alone = evaluate_ranker(memory.ranker(), split, progress=False)
+    assert found["metrics"] == alone.metrics
+    assert found["metrics_history_removed"] == alone.metrics_history_removed
+    assert found["config"]["model"] == "memory" and "decay" in found["config"]["constants"]
+    shutil.rmtree(run / "memory")
+    assert command(evaluate.main, "--run", run, "--model", "memory") == 2
+    assert "has no item memory" in capsys.readouterr().err
+
+
+def test_items_that_were_removed_are_not_in_the_lists_of_the_memory(tiny_run, tmp_path, command, said):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    data = RunArtifacts.open(run).load_data()
+    targets = {data.item_ids[row] for row in data.split().test}
+    assert command(catalog.main, "remove", "--run", run, "--items", " ".join(sorted(targets))) == 0
+    arguments = ("--run", run, "--model", "memory", "--result", tmp_path / "r.json")
+    assert command(evaluate.main, *arguments) == 0
+    assert f"{len(targets)} of 50 items are removed" in said.getvalue()
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"]["HR@20"] == 0
+
+
+@pytest.mark.parametrize("option", [("--beams", 5), ("--engine", "transformers"), ("--exact",)])
+def test_options_of_the_search_do_not_combine_with_the_memory(tiny_run, command, capsys, option):
+    assert command(evaluate.main, "--run", tiny_run, "--model", "memory", *option) == 2
+    assert "--model memory cannot be combined with" in capsys.readouterr().err
+    assert command(evaluate.main, "--run", tiny_run, "--model", "memroy") == 2
+    assert "unknown model 'memroy'" in capsys.readouterr().err
