@@ -22,6 +22,7 @@ from cemg.errors import UserError
 from cemg.evaluation import PopularityRanker, Rank, evaluate, hardware, result_table, write_result
 from cemg.progress import console
 
+Trained = tuple[Rank, dict[str, Any], dict[str, Any]]  # ranker, settings, further entries of the result file
 OWN_OPTIONS = ("model", "loss", "seed", "epochs", "folds", "fold")  # options of their own: not for --set
 
 
@@ -77,38 +78,30 @@ def run(
     started = time.perf_counter()
     dataset = Dataset.load(data) if (data / "dataset.json").is_file() else read_dataset(data)
     if model is Model.popularity:
-        ranker, config = _fit_popularity(dataset)
+        ranker, config, further = _fit_popularity(dataset)
     else:
         changes = _parse_settings(settings or []) | {"model": model.value, "loss": loss.value, "seed": seed}
         changes |= _parse_fold(users_fold) | ({} if epochs is None else {"epochs": epochs})
-        ranker, config = _train(dataset, changes, folder=folder, device=device)
-    _write(out, dataset, ranker=ranker, config=config | {"seed": seed}, device=device, started=started)
-
-
-def _write(
-    out: Path, data: Dataset, *, ranker: Rank, config: dict[str, Any], device: str, started: float
-) -> None:
-    evaluation = evaluate(ranker, data.split())
+        ranker, config, further = _train(dataset, changes, folder=folder, device=device)
     write_result(
         out,
-        dataset=data.name,
+        dataset=dataset.name,
         command=shlex.join(["python", "-m", "cemg.baselines", *sys.argv[1:]]),
-        config=config,
-        seed=config["seed"],
+        config=config | {"seed": seed},
+        seed=seed,
         hardware=hardware(device),
+        evaluation=evaluate(ranker, dataset.split()),
         seconds=time.perf_counter() - started,
-        evaluation=evaluation,
+        further=further,
     )
     console.print(result_table([out]))
 
 
-def _fit_popularity(data: Dataset) -> tuple[Rank, dict[str, Any]]:
-    return PopularityRanker.fit(data.split()), {"model": "popularity"}
+def _fit_popularity(data: Dataset) -> Trained:
+    return PopularityRanker.fit(data.split()), {"model": "popularity"}, {}
 
 
-def _train(
-    data: Dataset, changes: dict[str, Any], *, folder: Path | None, device: str
-) -> tuple[Rank, dict[str, Any]]:
+def _train(data: Dataset, changes: dict[str, Any], *, folder: Path | None, device: str) -> Trained:
     config = DenseConfig(**changes)
     if folder is None:
         fix = f"add --run runs/{config.model}"
@@ -119,7 +112,8 @@ def _train(
     early_stopping = {"best_epoch": best["epoch"], "epochs_run": len(log)}
     early_stopping |= {name: best[name] for name in ("valid_HR@10", "valid_NDCG@10")}
     cost = {"train_seconds": round(sum(row["train_seconds"] for row in log), 1)}
-    return ranker, {**dataclasses.asdict(config), **early_stopping, **cost}
+    measured = {"training": [{name: round(value, 5) for name, value in row.items()} for row in log]}
+    return ranker, {**dataclasses.asdict(config), **early_stopping, **cost}, measured
 
 
 def _parse_fold(text: str | None) -> dict[str, int]:

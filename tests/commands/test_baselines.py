@@ -55,6 +55,8 @@ def test_a_model_trains_is_evaluated_and_records_its_command_line(
     config = record["config"]
     assert (config["model"], config["loss"], config["dim"], config["dropout"]) == (model, "bce", 8, 0.1)
     assert (config["seed"], config["fold"], config["folds"], config["epochs_run"]) == (5, 1, 3, 2)
+    assert [row["epoch"] for row in record["training"]] == [1, 2]
+    assert max(row["valid_NDCG@10"] for row in record["training"]) == round(config["valid_NDCG@10"], 5)
     assert config["norm_first"] is True and "--set dim=8" in record["command"]
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoint.safetensors",
