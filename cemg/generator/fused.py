@@ -24,9 +24,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return out
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of [n, 2F]: [n, F]."""
-    out: Tensor = _SwiGLU.apply(gate_up)
+def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The SwiGLU layer (silu(x · gateᵀ) · (x · upᵀ)) · downᵀ: [n, D]; gate and up are [F, D], down [D, F]."""
+    out: Tensor = _FeedForward.apply(x, gate, up, down)
     return out
 
 
@@ -41,7 +41,7 @@ def attention(qkv: Tensor, rotations: Tensor) -> Tensor:
 
     Args:
         qkv: [B, S, 3, H, E]; the two coordinates of each rotated pair of queries and keys are neighbours.
-        rotations: [S, 2, 1, E / 2] complex64, for queries (with the scale of the scores) and keys.
+        rotations: [S, 2, H, E / 2] complex64, for queries (with the scale of the scores) and keys.
 
     Returns:
         [B, S, H · E].
@@ -69,22 +69,24 @@ class _RMSNorm(Function):
         return grad.sub_(normed.mul_(along)).mul_(scale), weight_grad, None, None
 
 
-class _SwiGLU(Function):
+class _FeedForward(Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        before, factor = x @ gate.t(), x @ up.t()  # [n, F]
+        active = F.silu(before)
+        hidden = active * factor
+        ctx.save_for_backward(x, gate, up, down, before, factor, active, hidden)
+        return hidden @ down.t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        out = torch.empty_like(gate_up)
-        out_gate, out_up = out.chunk(2, -1)
-        torch.mul(F.silu(gate), grad, out=out_up)
-        out_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return out
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, gate, up, down, before, factor, active, hidden = ctx.saved_tensors
+        down_grad = grad.t() @ hidden
+        wide = grad @ down  # [n, F]
+        factor_grad = wide * active
+        before_grad = torch.ops.aten.silu_backward(wide.mul_(factor), before)
+        x_grad = torch.addmm(before_grad @ gate, factor_grad, up)
+        return x_grad, before_grad.t() @ x, factor_grad.t() @ x, down_grad
 
 
 class _AddWithDropout(Function):
@@ -110,7 +112,9 @@ def _keep(like: Tensor, rate: float) -> Tensor:
     """1 with probability 1 - rate, in steps of 2 ** -16, else 0."""
     bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     threshold = round(rate * 2**16) - 2**15
-    return (bits.view(torch.int16)[: like.numel()] >= threshold).to(like.dtype).view(like.shape)
+    keep = torch.empty_like(like)
+    # written as 0 and 1 at once: a conversion from bool takes ten times as long
+    return torch.ge(bits.view(torch.int16)[: like.numel()].view(like.shape), threshold, out=keep)
 
 
 class _Attention(Function):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from cemg.generator.dropout import DropoutEmbedding, DropoutLinear
-from cemg.generator.fused import add_with_dropout, attention, rms_norm, swiglu
+from cemg.generator.fused import add_with_dropout, attention, feed_forward, rms_norm
 from cemg.generator.losses import Predictions
 from cemg.generator.samples import Batch
 from cemg.generator.vocabulary import Vocabulary
@@ -51,7 +51,7 @@ class LlamaForward:
         frequencies = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2) / width)
         angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
         turn = torch.polar(torch.ones_like(angles), angles)  # [positions, E / 2]
-        self.rotations = torch.stack((turn * width**-0.5, turn), 1)[:, :, None]
+        self.rotations = torch.stack((turn * width**-0.5, turn), 1)[:, :, None].repeat(1, 1, self.heads, 1)
 
     def __call__(self, batch: Batch) -> Predictions:
         ids = batch.input_ids[:, :-1]  # the last token predicts nothing
@@ -74,9 +74,8 @@ class LlamaForward:
         mixed = attention(qkv.view(*shape, 3, self.heads, -1), rotations).flatten(0, 1)
         x = add_with_dropout(x, self._product(mixed, own.o_proj.weight), self._rate(own.o_proj))
         normed = rms_norm(x, layer.post_attention_layernorm.weight, self.eps, self.dtype)
-        gate_up = self._product(normed, torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)))
-        down = self._product(swiglu(gate_up), mlp.down_proj.weight)
-        return add_with_dropout(x, down, self._rate(mlp.down_proj))
+        weights = (part.weight.to(self.dtype) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        return add_with_dropout(x, feed_forward(normed, *weights), self._rate(mlp.down_proj))
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight.to(self.dtype).t()
