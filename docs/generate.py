@@ -235,6 +235,7 @@ BEAUTY = {
     "popularity": ["beauty-popularity"],
     "SASRec, binary cross-entropy": ["beauty-sasrec-bce"],
     "SASRec, full cross-entropy": ["beauty-sasrec-ce"],
+    "BSARec": ["beauty-bsarec"],
     "CEMG, GPT-2-shaped decoder, loss over the vocabulary, 30 epochs": ["beauty-cemg-gpt2"],
     "CEMG, loss over valid codes, dropout 0.2, 30 epochs": ["beauty-cemg-30-epochs"],
     "– half of the samples cropped, no target without a history": ["beauty-cemg-30-epochs-crop"],
