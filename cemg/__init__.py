@@ -8,8 +8,9 @@ from cemg.version import __version__
 
 if TYPE_CHECKING:
     from cemg.recommender import Recommender as Recommender
+    from cemg_kernels import ItemPrior as ItemPrior
 
-__all__ = ["Recommender", "__version__"]
+__all__ = ["ItemPrior", "Recommender", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -17,8 +18,12 @@ def __getattr__(name: str) -> object:
         from cemg.recommender import Recommender
 
         return Recommender
+    if name == "ItemPrior":
+        from cemg_kernels import ItemPrior
+
+        return ItemPrior
     raise AttributeError(f"module 'cemg' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "Recommender"]
+    return [*globals(), "ItemPrior", "Recommender"]

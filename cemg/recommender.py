@@ -16,10 +16,11 @@ from cemg.artifacts import RunArtifacts
 from cemg.decoding import Decoder, Normalize, Recommendations, TransformersDecoder, make_decoder
 from cemg.decoding.beams import check_beams
 from cemg.decoding.pretrained import save_pretrained
+from cemg.decoding.priors import PRIOR_WEIGHT, prior_of_rows
 from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
-from cemg_kernels import ItemFilter, RequestFilter, Trie
+from cemg_kernels import ItemFilter, ItemPrior, RequestFilter, Trie
 
 
 class Recommender:
@@ -92,6 +93,8 @@ class Recommender:
         filter: ItemFilter | Sequence[ItemFilter | None] | None = None,
         exclude_history: bool = False,
         exact: bool = False,
+        prior: ItemPrior | None = None,
+        prior_weight: float | Sequence[float] = PRIOR_WEIGHT,
     ) -> Recommendations:
         """Recommend the next items for one history or for B histories.
 
@@ -107,6 +110,10 @@ class Recommender:
                 engine "transformers" drops them from its results instead.
             exact: Whether the search continues until the results are proven to be the true top of the
                 admitted items. If its budget runs out, ``certified`` says how many are proven.
+            prior: A distribution over items per history, with ids of the catalog, such as the scores of your
+                own retriever. Items rank by the mixture (1 - weight) * P(generator) + weight * P(prior), and
+                the search is exact in it. It is renormalised over the admitted items.
+            prior_weight: The share of the prior, 0 to 1: one number, or one per history.
 
         Returns:
             ``ids``, ``titles``, ``scores`` and ``codes`` per history; ``items`` are catalog rows. With
@@ -114,8 +121,9 @@ class Recommender:
             over the admitted codes.
 
         Raises:
-            UserError: ``histories`` is a string or has an unknown item id, ``top`` exceeds ``beams``, or the
-                number of filters differs from the number of histories.
+            UserError: ``histories`` is a string or has an unknown item id, ``top`` exceeds ``beams``, the
+                number of filters or of the prior's requests differs from the number of histories, the prior
+                has an unknown or repeated item, or the engine has no filters, priors or exact search.
         """
         if not 1 <= top <= beams:
             fix = f"beams={top}" if top > beams else None
@@ -124,13 +132,15 @@ class Recommender:
         many = as_histories(histories)
         if not many:
             return Recommendations.empty(top, self.catalog.levels)
-        if (filter is not None or exact) and not isinstance(self.decoder, Decoder):
-            option = "filter" if filter is not None else "exact=True"
+        options = {"filter": filter is not None, "exact=True": exact, "a prior": prior is not None}
+        if any(options.values()) and not isinstance(self.decoder, Decoder):
+            option = next(name for name, given in options.items() if given)
             raise UserError(f"engine={self.engine} does not support {option}", fix="use engine=cemg")
         rows = [self._rows_of(history) for history in many]
         found = self._search(
-            rows, many, top=top, beams=beams, filter=filter, exclude=exclude_history, exact=exact
-        )
+            rows, many, top=top, beams=beams, filter=filter, exclude=exclude_history, exact=exact,
+            prior=prior_of_rows(prior, self.catalog), prior_weight=prior_weight,
+        )  # fmt: skip
         ids = self.catalog.ids_of(found.items)
         titles = [[None if item is None else self._titles.get(item) for item in row] for row in ids]
         return dataclasses.replace(found, ids=ids, titles=titles)
@@ -145,6 +155,8 @@ class Recommender:
         filter: ItemFilter | Sequence[ItemFilter | None] | None,
         exclude: bool,
         exact: bool,
+        prior: ItemPrior | None,
+        prior_weight: float | Sequence[float],
     ) -> Recommendations:
         ids, mask = self.prompter.batch([np.asarray(r, dtype=np.int64) for r in rows])
         width = min(beams, len(self.catalog))
@@ -155,9 +167,13 @@ class Recommender:
             return (without_history(found, gone) if any(gone) else found).top(top).padded(top)
         allowed = allowed_items(self.decoder.trie, self._offered(filter), known, exclude=exclude)
         if exact:
-            found = self.decoder.decode_exact(ids, mask, min(top, width), width, filter=allowed)
+            found = self.decoder.decode_exact(
+                ids, mask, min(top, width), width, filter=allowed, prior=prior, prior_weight=prior_weight
+            )
         else:
-            found = self.decoder.decode(ids, mask, width, filter=allowed)
+            found = self.decoder.decode(
+                ids, mask, width, filter=allowed, prior=prior, prior_weight=prior_weight
+            )
         return found.top(top).padded(top)
 
     def _offered(

@@ -225,7 +225,7 @@ class Decoder:
         check_prompts(input_ids, attention_mask, beams, leaves)
         if len(input_ids) == 0:
             return Recommendations.empty(beams, self.catalog.levels)
-        masses = self._prior_tensors(prior, prior_weight, filter, len(input_ids))
+        masses = self.prior_tensors(prior, prior_weight, filter, len(input_ids))
         results = self._decode_leaves(input_ids, attention_mask, beams, leaves, masses)
         return expand_shared_ids(results, self.catalog, filter, beams)
 
@@ -265,10 +265,10 @@ class Decoder:
         results = self.decode(
             input_ids, attention_mask, beams, filter=filter, prior=prior, prior_weight=prior_weight
         ).top(top)
-        unproven = results.certified < (results.items >= 0).sum(1)
+        unproven = results.certified < min(top, len(self.catalog))  # also if prefixes led to too few items
         masses = None
         if bool(unproven.any()):
-            masses = self._prior_tensors(prior, prior_weight, filter, len(input_ids))
+            masses = self.prior_tensors(prior, prior_weight, filter, len(input_ids))
         for row in unproven.nonzero().flatten().tolist():
             one = slice(row, row + 1)
             allowed = filter
@@ -310,12 +310,12 @@ class Decoder:
         requests = [self.logits_request(level) for level in levels]
         return ParityCheck(self.model, requests, [self.tokens.table[level] for level in levels])
 
-    def _prior_tensors(
+    def prior_tensors(
         self, prior: ItemPrior | None, weight: float | Sequence[float], filter: Filter | SharedFilter | None,
         prompts: int,
     ) -> PriorTensors | None:  # fmt: skip
-        leaves = None if prior is None else leaf_filter(filter, self.catalog, self.trie)
-        return prior_tensors(prior, weight, self.catalog, self.trie, filter, leaves, prompts)
+        """A checked prior as the search reads it; None without a prior, or if its weight is 0."""
+        return prior_tensors(prior, weight, self.catalog, self.trie, filter, prompts)
 
     def _decode_leaves(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,

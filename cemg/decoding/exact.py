@@ -16,11 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cemg.decoding.beams import check_prompts, token_count
+from cemg.decoding.beams import Filter, check_prompts, token_count
 from cemg.decoding.engine import Decoder
+from cemg.decoding.priors import PRIOR_WEIGHT
 from cemg.decoding.protocol import DecoderState, Logits
+from cemg.decoding.shared_ids import leaf_filter
 from cemg.errors import UserError
-from cemg_kernels import trie_softmax
+from cemg.tokenizer import SharedFilter
+from cemg.tokenizer.shared import SharedIds
+from cemg_kernels import ItemPrior, RequestFilter, Trie, trie_softmax
+from cemg_kernels.constrained.prior import mixed_scores
 
 ROWS = 4096  # prefixes times users held at once
 MODEL_FORWARD_ROWS = 512  # for the model's own forward, where masks and caches take more memory per row
@@ -43,8 +48,10 @@ class Prefixes(NamedTuple):
 
 @torch.inference_mode()
 def score_all(
-    decoder: Decoder, input_ids: Tensor, attention_mask: Tensor, *, rows: int | None = None
-) -> Tensor:
+    decoder: Decoder, input_ids: Tensor, attention_mask: Tensor, *, rows: int | None = None,
+    filter: Filter | SharedFilter | None = None, prior: ItemPrior | None = None,
+    prior_weight: float | Sequence[float] = PRIOR_WEIGHT,
+) -> Tensor:  # fmt: skip
     """The scores of all items after each prompt: the exact ranking.
 
     Equal, up to rounding, to the scores that ``decoder.decode`` returns with one beam per item. Under
@@ -57,21 +64,26 @@ def score_all(
         attention_mask: [B, S], 0 at padding.
         rows: The largest number of prefixes times users held at once. None: 4096, or 512 for a model that
             runs its own forward.
+        filter: As for ``decode``; items that do not pass have the score -inf.
+        prior: As for ``decode``; the scores are then those of the mixture.
+        prior_weight: As for ``decode``.
 
     Returns:
         float32 [B, N], by catalog row.
 
     Raises:
-        UserError: For fewer than one row, and for prompts as ``decode`` does.
+        UserError: For fewer than one row, and for prompts, filters and priors as ``decode`` does.
     """
     if rows is None:
         rows = MODEL_FORWARD_ROWS if decoder.plan.uses_model_forward else ROWS
     if rows < 1:
         raise UserError(f"rows must be at least 1, got {rows}")
-    check_prompts(input_ids, attention_mask, 1)
+    trie = decoder.trie
+    leaves = leaf_filter(filter, decoder.catalog, trie)
+    check_prompts(input_ids, attention_mask, 1, leaves)
     if len(input_ids):
         decoder.check_positions(attention_mask)
-    trie = decoder.trie
+    masses = decoder.prior_tensors(prior, prior_weight, filter, len(input_ids))
     users = max(1, rows // trie.num_items)
     codes = trie.codes_by_rank().long()  # [N, levels]
     by_row = torch.empty(len(input_ids), len(codes), device=trie.device)
@@ -80,25 +92,50 @@ def score_all(
         ids, mask = decoder.trim_padding(input_ids[group], attention_mask[group])
         prompts = ids.to(trie.device), mask.to(trie.device)
         chunks = codes.split(max(1, rows // len(group)))
-        scores = torch.cat(list(_score_chunks(decoder, prompts, token_count(mask), chunks)), dim=1)
-        by_row[group[:, None].to(trie.device), trie.rows.long()] = scores
-    scores, shared = by_row.cpu(), decoder.catalog.shared
-    return scores if shared is None else scores[:, shared.leaf_of]
+        on_device = group.to(trie.device)
+        own = leaves.select(on_device) if isinstance(leaves, RequestFilter) else leaves
+        scores = torch.cat(list(_score_chunks(decoder, prompts, token_count(mask), chunks, own)), dim=1)
+        if own is not None:
+            scores = scores.masked_fill(~_allowed_ranks(trie, own, len(group)), float("-inf"))
+        if masses is not None:
+            share = masses.select(on_device)
+            scores = mixed_scores(scores, share.by_rank(trie.num_items), share.weight)
+        by_row[on_device[:, None], trie.rows.long()] = scores
+    return _of_items(by_row.cpu(), decoder.catalog.shared, filter)
+
+
+def _allowed_ranks(trie: Trie, filter: Filter, users: int) -> Tensor:
+    """Which items pass a filter, by rank: bool [B, N]."""
+    leaves = torch.arange(trie.arrays.num_inner, trie.num_nodes, device=trie.device)
+    tensors = trie.filter_tensors(filter, users)
+    assert tensors is not None
+    return tensors.allows(leaves.repeat(users, 1))
+
+
+def _of_items(scores: Tensor, shared: SharedIds | None, filter: Filter | SharedFilter | None) -> Tensor:
+    """The scores [B, N] of the items that share the semantic IDs with ``scores`` [B, U]."""
+    if shared is None:
+        return scores
+    scores = scores[:, shared.leaf_of]
+    return scores.masked_fill(~filter.allowed, float("-inf")) if isinstance(filter, SharedFilter) else scores
 
 
 def _score_chunks(
-    decoder: Decoder, prompts: tuple[Tensor, Tensor], num_tokens: int | None, chunks: Sequence[Tensor]
-) -> Iterator[Tensor]:
+    decoder: Decoder, prompts: tuple[Tensor, Tensor], num_tokens: int | None, chunks: Sequence[Tensor],
+    filter: Filter | None,
+) -> Iterator[Tensor]:  # fmt: skip
     """Scores [B, n] of each chunk, given its codes [n, levels], after one prefill."""
     state = decoder.plan.new_state()
     logits = state.prefill(*prompts, decoder.logits_request(0), num_tokens)
     for number, codes in enumerate(chunks):
         if number > 0:
             state.reset_to_prefill()
-        yield _score_chunk(decoder, state, logits, codes)
+        yield _score_chunk(decoder, state, logits, codes, filter)
 
 
-def _score_chunk(decoder: Decoder, state: DecoderState, first_logits: Logits, codes: Tensor) -> Tensor:
+def _score_chunk(
+    decoder: Decoder, state: DecoderState, first_logits: Logits, codes: Tensor, filter: Filter | None
+) -> Tensor:
     """Scores [B, n] of consecutive ranks with ``codes`` [n, levels]."""
     logits: Logits | None = first_logits
     prefixes = _prefixes(decoder, codes, 0, None)
@@ -109,7 +146,8 @@ def _score_chunk(decoder: Decoder, state: DecoderState, first_logits: Logits, co
         scores = scores[:, longer.parents]
         if logits is not None:
             nodes = prefixes.nodes[row >= 0]
-            scores = scores + _log_probs(decoder, logits, nodes, row[longer.parents], longer.codes)
+            places = row[longer.parents], longer.codes
+            scores = scores + _log_probs(decoder, logits, nodes, *places, filter)
         computed = longer.computed.nonzero()[:, 0]  # [F]
         parents = row[longer.parents[computed]]
         row = torch.where(longer.computed, longer.computed.cumsum(0) - 1, -1)
@@ -123,7 +161,9 @@ def _score_chunk(decoder: Decoder, state: DecoderState, first_logits: Logits, co
     return scores
 
 
-def _log_probs(decoder: Decoder, logits: Logits, nodes: Tensor, row: Tensor, codes: Tensor) -> Tensor:
+def _log_probs(
+    decoder: Decoder, logits: Logits, nodes: Tensor, row: Tensor, codes: Tensor, filter: Filter | None
+) -> Tensor:
     """Log-probabilities [B, P] of ``codes`` [P] after the rows ``row`` [P] of the logits; 0 where it is -1.
 
     ``nodes`` [F]: the trie nodes of the logits' rows.
@@ -131,7 +171,7 @@ def _log_probs(decoder: Decoder, logits: Logits, nodes: Tensor, row: Tensor, cod
     users, total = len(logits.values), logits.logsumexp
     log_prob = trie_softmax(
         logits.values.flatten(0, 1), nodes.repeat(users), decoder.trie, decoder.normalize,
-        None if total is None else total.flatten(),
+        None if total is None else total.flatten(), filter,
     ).view_as(logits.values)  # fmt: skip
     return log_prob[:, row.clamp_min(0), codes].masked_fill(row < 0, 0.0)
 

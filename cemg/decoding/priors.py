@@ -22,7 +22,7 @@ PRIOR_WEIGHT = 0.5  # the share of a prior in the mixture, if the caller does no
 
 def prior_tensors(
     prior: ItemPrior | None, weight: float | Sequence[float], catalog: Catalog, trie: Trie,
-    filter: Filter | SharedFilter | None, leaves: Filter | None, prompts: int,
+    filter: Filter | SharedFilter | None, prompts: int,
 ) -> PriorTensors | None:  # fmt: skip
     """The tensors of a prior for a search; None if there is no prior, or if its weight is 0.
 
@@ -32,7 +32,6 @@ def prior_tensors(
         catalog: The catalog of the search.
         trie: Its trie, on the device of the search.
         filter: The items that may be returned.
-        leaves: The same filter over the leaves of the trie.
         prompts: B.
 
     Raises:
@@ -53,13 +52,39 @@ def prior_tensors(
         weights = checked_weights(weight, prompts)
         if not bool(weights.any()):
             return None
-        if catalog.shared is None:
-            return prior.on(trie, weights, leaves)
-        return _shared_tensors(prior, weights, catalog, trie, filter)
+        if isinstance(filter, SharedFilter) or catalog.shared is not None:
+            return _shared_tensors(prior, weights, catalog, trie, filter)
+        return prior.on(trie, weights, filter)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def prior_of_rows(prior: ItemPrior | None, catalog: Catalog) -> ItemPrior | None:
+    """The prior with its item ids as ``Recommendations.items``: the rows of a catalog of named items.
+
+    Raises:
+        UserError: The catalog does not have an item, or a request has one twice.
+    """
+    if not isinstance(prior, ItemPrior) or not catalog.named:
+        return prior
+    names = [str(item) for item in prior.items.tolist()]
+    rows = catalog.rows_of(names)
+    begin = 0
+    for request, count in enumerate(prior.counts.tolist()):
+        own = names[begin : begin + count]
+        if len(set(own)) < count:
+            raise _repeated(request, next(item for item in own if own.count(item) > 1))
+        begin += count
+    return prior.renamed(rows)
+
+
+def _repeated(request: int, item: int | str) -> UserError:
+    return UserError(
+        f"request {request} of the prior has the item {item!r} twice",
+        fix="pass each item once, with its mass",
+    )
 
 
 def _shared_tensors(
@@ -68,7 +93,7 @@ def _shared_tensors(
     """The tensors over semantic IDs; the mass of an ID is the sum of its allowed items' masses."""
     assert catalog.shared is not None
     items, mass = prior.padded()
-    used = items.ne(-1) & (torch.arange(items.shape[1]) < torch.from_numpy(prior.counts)[:, None])
+    used = torch.arange(items.shape[1]) < torch.from_numpy(prior.counts)[:, None]
     rows = torch.full_like(items, -1)
     rows[used] = torch.from_numpy(_rows_of(catalog, items[used].numpy()))
     ordered = rows.sort(dim=1).values
@@ -76,7 +101,7 @@ def _shared_tensors(
     if bool(repeated.any()):
         request, column = repeated.nonzero()[0].tolist()
         item = int(items[request, rows[request] == ordered[request, column]][0])
-        raise UserError(f"request {request} of the prior has the item {item} twice", fix="pass it once")
+        raise _repeated(request, catalog.item_ids[item] if catalog.named else item)
     if isinstance(filter, SharedFilter):
         allowed = filter.allowed.expand(len(rows), -1).gather(1, rows.clamp_min(0))
         mass = mass * allowed

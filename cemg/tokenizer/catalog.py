@@ -270,13 +270,14 @@ class Catalog:
 
     def rows_of(self, item_ids: Sequence[int | str]) -> list[int]:
         """Rows of item ids. Raises UserError with the first id that is not in the catalog."""
-        for item in item_ids:
-            if item not in self._row_of:
-                raise UserError(
-                    f"item {item!r} is not in the catalog of {len(self)} items",
-                    fix=f"use ids as the catalog has them, such as {self.item_ids[0]!r}",
-                )
-        return [self._row_of[item] for item in item_ids]
+        row_of = self._row_of
+        try:
+            return [row_of[item] for item in item_ids]
+        except KeyError as error:
+            raise UserError(
+                f"item {error.args[0]!r} is not in the catalog of {len(self)} items",
+                fix=f"use ids as the catalog has them, such as {self.item_ids[0]!r}",
+            ) from None
 
     def only(self, item_ids: Sequence[int | str]) -> ItemFilter | SharedFilter:
         """A filter that admits only these items. Combine filters with ``~``, ``&`` and ``|``.

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cemg.decoding import Decoder, Recommendations
+from cemg.decoding import Decoder, Recommendations, score_all
 from cemg.errors import UserError
+from cemg.tokenizer import Catalog, SharedFilter
 from cemg_kernels import ItemPrior, RequestFilter
 
-from .conftest import START, Bench
+from . import mixture_searches
+from .conftest import SIZE, START, Bench
 
 pytestmark = pytest.mark.medium
 
@@ -113,3 +115,52 @@ def test_a_prior_that_does_not_fit_is_refused(bench):
         decoder.decode(*prompts, 3, prior=draw_prior(made, 2, 0), prior_weight=2)
     with pytest.raises(UserError, match="prior must be an ItemPrior, got dict"):
         decoder.decode(*prompts, 3, prior={1: 0.5})
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference", "model"])
+def test_random_searches_agree_with_brute_force(backend):
+    """Of 1 to 4 levels, 1 to 8 beams, all normalisations, filters, and weights from 0 to 1."""
+    counts = mixture_searches.run(320, backend, seed=7)
+    assert not any(counts[name] for name in mixture_searches.WRONG)
+    assert counts["certified"] > counts["searches"] and counts["proven"] == counts["searches"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["native", "torch", "model"])
+def test_100_000_random_searches_agree_with_brute_force(backend):
+    counts = mixture_searches.run(100_000, backend, seed=10_000)
+    assert not any(counts[name] for name in mixture_searches.WRONG)
+    assert counts["proven"] == counts["searches"]
+
+
+def test_items_that_share_a_semantic_id_count_with_the_sum_of_their_masses(bench):
+    """Rows 0 and 1 share an ID, rows 2 and 3 too; of the second request's pair, one item is not allowed."""
+    made = bench("t5", 12)
+    codes = made.catalog.codes
+    catalog = Catalog.from_codes(torch.cat((codes[:1], codes[:1], codes[1:2], codes[1:])), SIZE, shared=True)
+    ids, mask = made.prompts([3, 5])
+    decoder = Decoder(made.model, catalog, START)
+    prior = ItemPrior([[0, 1, 5], [2, 3, 5]], [[1.0, 2.0, 1.0], [3.0, 1.0, 1.0]])
+    filter = catalog.excluding([[], [2]])
+    assert isinstance(filter, SharedFilter)
+    own = score_all(decoder, ids, mask).double().exp()
+    expected = 0.5 * own
+    expected[0, [0, 1]] += 0.5 * 0.75
+    expected[0, 5] += 0.5 * 0.25
+    expected[1, 3] += 0.5 * 0.5
+    expected[1, 5] += 0.5 * 0.5
+    expected[1, 2] = 0.0
+    options = {"filter": filter, "prior": prior, "prior_weight": 0.5}
+    scores = score_all(decoder, ids, mask, **options).double()
+    torch.testing.assert_close(scores, expected.log(), rtol=0, atol=1e-5)
+    found = decoder.decode_exact(ids, mask, 14, 14, **options)
+    for row, count in ((0, 14), (1, 13)):
+        items = found.items[row, :count]
+        assert sorted(items.tolist()) == [i for i in range(14) if not (row == 1 and i == 2)]
+        torch.testing.assert_close(
+            found.scores[row, :count].double(), expected[row, items].log(), rtol=0, atol=1e-5
+        )
+    with pytest.raises(UserError, match="request 0 of the prior has the item 5 twice"):
+        decoder.decode(ids[:1], mask[:1], 3, prior=ItemPrior([5, 5], [1.0, 1.0]))
+    with pytest.raises(UserError, match="item 14 is not in the catalog"):
+        decoder.decode(ids[:1], mask[:1], 3, prior=ItemPrior([5, 14], [1.0, 1.0]))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import cemg
+import cemg_kernels
 from cemg.data import Dataset
 from cemg.decoding import Decoder
 from cemg.errors import UserError
@@ -30,7 +31,8 @@ def recommender(tiny_run: Path) -> Recommender:
 
 
 def test_the_package_exports_the_recommender():
-    assert {"Recommender", "__version__"} <= set(dir(cemg)) and "Recommender" in cemg.__all__
+    assert {"ItemPrior", "Recommender", "__version__"} <= set(dir(cemg)) and "Recommender" in cemg.__all__
+    assert cemg.ItemPrior is cemg_kernels.ItemPrior
 
 
 def test_a_result_has_ids_titles_and_scores(recommender, tiny_run):

@@ -59,10 +59,11 @@ class PriorTensors(NamedTuple):
             weight: float64 [B], 0 to 1.
             num_items: N.
         """
-        ordered, order = torch.where(ranks < 0, num_items, ranks).to(torch.int32).sort(dim=1)
-        total = mass.sum(1, keepdim=True)
+        ordered, order = _sorted(ranks, num_items)
+        units = mass.gather(1, order)
+        total = units.sum(1, keepdim=True)
         empty = total == 0
-        units = mass.gather(1, order).div_(total.masked_fill(empty, 1.0)).mul_(1 / UNIT).ceil_()
+        units.div_(total.masked_fill_(empty, 1.0)).mul_(1 / UNIT).ceil_()
         sums = torch.zeros(len(mass), mass.shape[1] + 1, dtype=torch.float64, device=mass.device)
         torch.cumsum(units, 1, out=sums[:, 1:])
         return cls(ordered, sums.mul_(UNIT), weight.masked_fill(empty[:, 0], 0.0))
@@ -80,6 +81,11 @@ class PriorTensors(NamedTuple):
         flat = ranks.reshape(len(ranks), ranks.shape[1] * 2).contiguous()
         sums = self.sums.gather(1, torch.searchsorted(self.ranks, flat)).view(ranks.shape)
         return sums[..., 1] - sums[..., 0]
+
+    def by_rank(self, num_items: int) -> Tensor:
+        """Returns the mass of the item at each rank: float64 [B, N]."""
+        mass = self.sums.new_zeros(len(self.sums), num_items + 1)  # the last one is of the padding
+        return mass.scatter_add_(1, self.ranks.long(), self.sums.diff(dim=1))[:, :num_items]
 
 
 class ItemPrior:
@@ -181,6 +187,17 @@ class ItemPrior:
             raise ValueError(
                 f"request {row} of the prior has the item {item} twice; pass each item once, with its mass"
             )
+
+
+def _sorted(ranks: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """Returns the sorted ranks of each request, ``num_items`` for negative ones, and their columns.
+
+    Sorts keys that hold both. On a CPU, NumPy's vectorised sort is ten times faster than torch's.
+    """
+    columns = torch.arange(ranks.shape[1], device=ranks.device)
+    keys = (torch.where(ranks < 0, num_items, ranks.long()) << 32) | columns
+    keys = keys.sort(dim=1).values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy(), axis=1))
+    return (keys >> 32).to(torch.int32), keys & 0xFFFFFFFF
 
 
 def checked_weights(weight: float | Sequence[float] | Tensor, requests: int) -> Tensor:
@@ -287,7 +304,11 @@ def _rows(values: Any) -> list[Any]:
 
 
 def _row(values: Any) -> np.ndarray:
-    row = tensor_of("a prior", values).cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    row = (
+        tensor_of("a prior", values).detach().cpu().numpy()
+        if isinstance(values, Tensor)
+        else np.asarray(values)
+    )
     if row.ndim != 1:
         raise ValueError(f"a request must be one-dimensional, got {list(row.shape)}")
     return row
