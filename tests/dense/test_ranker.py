@@ -10,6 +10,7 @@ import torch
 
 from cemg.dense import DenseConfig, DenseRanker, SequenceEncoder
 from cemg.errors import UserError
+from cemg_kernels import ItemPrior
 
 ITEMS = 30
 SMALL = DenseConfig(dim=16, inner=32, blocks=1, max_length=12)
@@ -50,6 +51,12 @@ def test_a_prior_has_the_softmax_of_the_best_items(ranker: DenseRanker) -> None:
     whole = ranker.prior(histories)[1]
     assert whole.shape == (2, ITEMS)
     torch.testing.assert_close(whole.sum(1), torch.ones(2).double(), rtol=1e-12, atol=0)
+
+
+def test_a_prior_is_accepted_by_the_search(ranker: DenseRanker) -> None:
+    items, mass = ranker.prior([np.arange(3), np.array([7])], top=4)
+    of_prior = ItemPrior(items, mass).padded()
+    assert torch.equal(of_prior[0], items) and torch.equal(of_prior[1], mass)
 
 
 def test_a_temperature_flattens_a_prior_and_must_be_positive(ranker: DenseRanker) -> None:
