@@ -324,17 +324,19 @@ class Decoder:
         """The results of a search, on the CPU; ``items`` are what the trie's leaves hold."""
         input_ids, attention_mask = self.trim_padding(input_ids, attention_mask)
         self.check_positions(attention_mask)
-        if self.graphs is None or recording() or prior is not None:
+        if self.graphs is None or recording():
             return self._search(input_ids, attention_mask, beams, filter, prior)
         self.trie.filter_tensors(filter, len(input_ids))  # checks the filter, which a replay does not
 
         def search(
-            ids: Tensor, mask: Tensor, allowed: Filter | None, num_tokens: int | None
-        ) -> tuple[Tensor, ...]:
-            return self._beam_search(ids, mask, beams, allowed, num_tokens=num_tokens).tensors()
+            ids: Tensor, mask: Tensor, allowed: Filter | None, own: PriorTensors | None,
+            num_tokens: int | None,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            return self._beam_search(ids, mask, beams, allowed, own, num_tokens=num_tokens).tensors()
 
         with self.graphs.lock:  # until the results are copied
-            return Recommendations(*self.graphs.run(search, beams, input_ids, attention_mask, filter)).cpu()
+            found = self.graphs.run(search, beams, input_ids, attention_mask, filter, prior)
+            return Recommendations(*found).cpu()
 
     def _search(
         self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,

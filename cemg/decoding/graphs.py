@@ -1,8 +1,9 @@
 """CUDA graphs: one launch per search.
 
-One graph is recorded per bucket of prompts, and per number of tokens, beams and kind of filter.
+One graph is recorded per bucket of prompts, and per number of tokens and beams, kind of filter and size of
+prior.
 
-B users, S prompt tokens. A bucket holds prompts of at most its own B and S.
+B users, S prompt tokens, Z items of a prior. A bucket holds prompts of at most its own B, S and Z.
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ from torch import Tensor
 
 from cemg.decoding.beams import Filter, token_count
 from cemg_kernels import RequestFilter
+from cemg_kernels.constrained.prior import PriorTensors
 from cemg_kernels.trie.filter_tensors import NO_NODE, FilterTensors
 
 Outputs = tuple[Tensor, ...]  # each [B, ...], on the device
-# Of prompts, mask, filter, and an upper bound on the number of tokens; never synchronizes with the device.
-Search = Callable[[Tensor, Tensor, Filter | None, int | None], Outputs]
+# Of prompts, mask, filter, prior, and an upper bound on the number of tokens; never synchronizes.
+Search = Callable[[Tensor, Tensor, Filter | None, PriorTensors | None, int | None], Outputs]
 Replay = Callable[[], Outputs]
 Capture = Callable[[Callable[[], Outputs], torch.device], Replay]
 LENGTH_STEP = 16  # prompts are padded to the next multiple
 TOKEN_STEPS = 4  # the token count of a bucket is rounded up to a multiple of a quarter of its size
 MIN_CLOSED_NODES = 32  # entries for closed nodes, if a filter has any
+MIN_PRIOR_ITEMS = 256
 MAX_GRAPHS = 32  # the least recently used graph is dropped beyond this
 UNUSED = (0, -1, NO_NODE)  # the value of unused entries in each of a filter's tensors
+UNUSED_PRIOR = (NO_NODE, 0.0, 0.0)  # and of a prior's: above every rank, no mass, no weight
 
 
 def power_of_two(count: int) -> int:
@@ -61,6 +65,11 @@ def filter_shapes(filter: Filter | None, users: int) -> tuple[tuple[int, ...], .
     most = power_of_two(closed.shape[1])
     closed_shape = (users if len(closed) else 0, max(most, MIN_CLOSED_NODES) if most else 0)
     return (power_of_two(len(open_)), open_.shape[1]), (users if len(filter_of) else 0,), closed_shape
+
+
+def prior_items(prior: PriorTensors | None) -> int | None:
+    """The number of items per request in the bucket of a prior; None without a prior."""
+    return None if prior is None else max(MIN_PRIOR_ITEMS, power_of_two(prior.ranks.shape[1]))
 
 
 class CudaCapture:
@@ -99,7 +108,7 @@ class CudaCapture:
 
 @dataclass(slots=True)
 class StaticInputs:
-    """The tensors that a recording reads: prompts and mask [B, S], and perhaps a filter.
+    """The tensors that a recording reads: prompts and mask [B, S], and perhaps a filter and a prior.
 
     ``written_filter`` was written last. Filters never change, so the same one is not written again.
     """
@@ -107,11 +116,19 @@ class StaticInputs:
     input_ids: Tensor
     attention_mask: Tensor
     filter: RequestFilter | None
+    prior: PriorTensors | None
     written_filter: Filter | None = None
 
     @classmethod
-    def like(cls, ids: Tensor, mask: Tensor, filter: Filter | None, device: torch.device) -> StaticInputs:
-        """Uninitialized inputs on ``device``, with the shapes of these and of ``filter_shapes``."""
+    def like(
+        cls,
+        ids: Tensor,
+        mask: Tensor,
+        filter: Filter | None,
+        prior: PriorTensors | None,
+        device: torch.device,
+    ) -> StaticInputs:
+        """Uninitialized inputs on ``device``, with the shapes of these and of their buckets."""
         static_filter = None
         if filter is not None:
             pairs = zip(filter.tensors, filter_shapes(filter, len(ids)), strict=True)
@@ -119,12 +136,25 @@ class StaticInputs:
             requests = max(1, tensors.num_requests)
             none = tensors.closed.new_empty(requests, 0)
             static_filter = RequestFilter(filter.trie, filter.fingerprint, [None] * requests, none, tensors)
-        return cls(torch.empty_like(ids, device=device), torch.empty_like(mask, device=device), static_filter)
+        static_prior = None
+        items = prior_items(prior)
+        if prior is not None and items is not None:
+            users = len(ids)
+            shapes = ((users, items), (users, items + 1), (users,))
+            static_prior = PriorTensors(
+                *(tensor.new_empty(shape) for tensor, shape in zip(prior, shapes, strict=True))
+            )
+        prompts = torch.empty_like(ids, device=device), torch.empty_like(mask, device=device)
+        return cls(*prompts, static_filter, static_prior)
 
-    def write(self, ids: Tensor, mask: Tensor, filter: Filter | None) -> None:
-        """Copy prompts of the same shape and a filter of the same kind into the static tensors."""
+    def write(self, ids: Tensor, mask: Tensor, filter: Filter | None, prior: PriorTensors | None) -> None:
+        """Copy prompts of the same shape, a filter and a prior of the same kind into the static tensors."""
         self.input_ids.copy_(ids, non_blocking=True)
         self.attention_mask.copy_(mask, non_blocking=True)
+        if prior is not None and self.prior is not None:
+            for static, tensor, unused in zip(self.prior, prior, UNUSED_PRIOR, strict=True):
+                static.fill_(unused)
+                static[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
         if filter is None or self.filter is None or filter is self.written_filter:
             return
         for static, tensor, unused in zip(self.filter.tensors, filter.tensors, UNUSED, strict=True):
@@ -155,34 +185,36 @@ class GraphCache:
 
     def run(
         self, search: Search, key: Hashable, input_ids: Tensor, attention_mask: Tensor,
-        filter: Filter | None = None,
+        filter: Filter | None = None, prior: PriorTensors | None = None,
     ) -> Outputs:  # fmt: skip
         """``search`` over prompts [B, S]: the first B rows of its outputs, which the next call overwrites.
 
         ``key`` is what the recording depends on besides its inputs: the number of beams. ``filter`` is on the
-        device and belongs to the trie of ``search``; one recording serves all filters of a kind.
+        device and belongs to the trie of ``search``; one recording serves all filters of a kind. ``prior`` is
+        on the device; one recording serves all priors of up to a power of two of items per request.
         """
         batch, length = input_ids.shape
         bucket = bucket_of(batch, length)
         ids, mask = self._padded(input_ids, attention_mask, bucket)
         tokens = rounded_tokens(mask)
-        full_key = key, bucket, tokens, filter_shapes(filter, len(ids))
+        full_key = key, bucket, tokens, filter_shapes(filter, len(ids)), prior_items(prior)
         recording = self.recordings.pop(full_key, None)
         if recording is None:
-            recording = self._record(search, ids, mask, filter, tokens)
+            recording = self._record(search, ids, mask, filter, prior, tokens)
         else:
-            recording.inputs.write(ids, mask, filter)
+            recording.inputs.write(ids, mask, filter, prior)
         self.recordings[full_key] = recording  # now the most recently used
         return tuple(out[:batch] for out in recording.replay())
 
     def _record(
-        self, search: Search, ids: Tensor, mask: Tensor, filter: Filter | None, tokens: int | None
-    ) -> Recording:
-        inputs = StaticInputs.like(ids, mask, filter, self.device)
-        inputs.write(ids, mask, filter)
+        self, search: Search, ids: Tensor, mask: Tensor, filter: Filter | None, prior: PriorTensors | None,
+        tokens: int | None,
+    ) -> Recording:  # fmt: skip
+        inputs = StaticInputs.like(ids, mask, filter, prior, self.device)
+        inputs.write(ids, mask, filter, prior)
 
         def search_inputs() -> Outputs:
-            return search(inputs.input_ids, inputs.attention_mask, inputs.filter, tokens)
+            return search(inputs.input_ids, inputs.attention_mask, inputs.filter, inputs.prior, tokens)
 
         recording = Recording(search, inputs, self.capture(search_inputs, self.device))
         while len(self.recordings) >= MAX_GRAPHS:

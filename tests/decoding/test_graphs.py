@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 from cemg.decoding import Decoder, Normalize, graphs
 from cemg.decoding.graphs import GraphCache, Outputs, bucket_of
-from cemg_kernels import ItemFilter, RequestFilter
+from cemg_kernels import ItemFilter, ItemPrior, RequestFilter
 
 from .conftest import FAMILIES, START, Bench
 
@@ -62,7 +63,7 @@ def test_a_replayed_search_returns_the_results_of_the_search(family, normalize, 
     same_lists(recorded.decode(*full, 4), plain.decode(*full, 4))
     assert recorder.times == 3 * 2 + 1
     recorded.graphs.recordings.popitem()
-    buckets = sorted((bucket, tokens) for _, bucket, tokens, _ in recorded.graphs.recordings)
+    buckets = sorted((bucket, tokens) for _, bucket, tokens, *_ in recorded.graphs.recordings)
     assert buckets == sorted(
         2 * [((1, 16), 4), ((2, 16), 16), ((4, 16), 16)]
     )  # token counts are quarters of the cells
@@ -95,6 +96,35 @@ def test_a_recording_serves_every_filter_of_its_kind(normalize, bench, same_list
     assert recorder.times == 5  # one per kind
     recorded.decode(*made.prompts([1, 1, 1]), 6, filter=left_out(3, 60))
     assert recorder.times == 6  # a longer list is another kind
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "valid"])
+def test_a_recording_serves_every_prior_of_its_bucket(normalize, bench, same_lists, monkeypatch):
+    """With and without a filter; the items of a prior are padded to 4, 8, 16, ..."""
+    monkeypatch.setattr(graphs, "MIN_PRIOR_ITEMS", 4)
+    made = bench("t5")
+    recorded, plain, recorder = decoders(made, normalize)
+    drawn = np.random.default_rng(0)
+
+    def some(users: int, most: int) -> ItemPrior:
+        items = [drawn.choice(60, most - user, replace=False) for user in range(users)]
+        return ItemPrior(items, [drawn.random(len(one)) for one in items])
+
+    for users, most in ((3, 7), (4, 5), (3, 8), (4, 6)):
+        prompts = made.prompts([4, 7, 1, 3][:users], seed=most)
+        left_out = RequestFilter.excluding(plain.trie, torch.arange(users * 5).view(users, 5))
+        for filter in (None, left_out):
+            options = {
+                "filter": filter, "prior": some(users, most), "prior_weight": [0.5, 1.0, 0.0, 0.9][:users]
+            }  # fmt: skip
+            found, expected = recorded.decode(*prompts, 6, **options), plain.decode(*prompts, 6, **options)
+            same_lists(found, expected)
+            assert torch.equal(found.certified, expected.certified)
+    assert recorder.times == 2  # with a filter, and without
+    recorded.decode(*made.prompts([1, 1, 1]), 6, prior=some(3, 9))
+    assert recorder.times == 3  # more than 8 items
+    recorded.decode(*made.prompts([4, 7, 1], seed=7), 6)
+    assert recorder.times == 4  # no prior
 
 
 @pytest.mark.parametrize("family", FAMILIES)
