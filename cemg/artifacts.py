@@ -39,7 +39,7 @@ class RunArtifacts:
         self.run, self.config, self.device, self.verify = run, config.seeded(), device, verify
         self.opened: dict[str, tuple[str, str | None]] = {}  # key and contents of each stage when opened
         if torch.device(device).type == "cuda" and torch.device(device).index is not None:
-            torch.cuda.set_device(device)  # kernels, and accelerate, take the current one
+            torch.cuda.set_device(device)  # kernels take the current one
 
     @classmethod
     def open(cls, folder: Path, *, device: str = "cpu", verify: bool = True) -> Self:

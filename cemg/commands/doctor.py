@@ -90,7 +90,7 @@ def _describe_device(device: torch.device) -> dict[str, str]:
 
     about = {
         "type": device.type,
-        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {_bfloat16()}",
         "cuda": f"built for {torch.version.cuda or 'none'}, {torch.cuda.device_count()} visible",
     }
     if device.type == "cuda" and torch.cuda.is_available():
@@ -98,6 +98,14 @@ def _describe_device(device: torch.device) -> dict[str, str]:
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
         about["gpu"] = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, {memory:.0f} GiB"
     return about
+
+
+def _bfloat16() -> str:
+    import torch
+
+    features = torch.cpu.get_capabilities()
+    fast = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16 products" if fast else "no bfloat16 products: --dtype bfloat16 is slow"
 
 
 def _describe_native() -> dict[str, str]:

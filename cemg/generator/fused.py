@@ -19,7 +19,7 @@ LANES = 16  # torch's softmax is several times slower if its rows are shorter th
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x / rms(x) · weight over the last dimension: float32 [n, D] to ``dtype`` [n, D]."""
+    """x / rms(x) · weight over the last dimension: float32 to ``dtype``, same shape."""
     out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
     return out
 
@@ -63,10 +63,10 @@ class _RMSNorm(Function):
         x, weight, scale = ctx.saved_tensors
         normed = x * scale
         grad = grad.float()
-        weight_grad = (grad * normed).sum(0)
-        grad = grad * weight
-        along = (grad * normed).mean(-1, keepdim=True)
-        return grad.sub_(normed.mul_(along)).mul_(scale), weight_grad, None, None
+        by_column = grad * normed
+        along = (by_column @ weight).div_(-x.shape[-1])
+        x_grad = (grad * weight).addcmul_(normed, along.unsqueeze(-1)).mul_(scale)
+        return x_grad, by_column.flatten(0, -2).sum(0), None, None
 
 
 class _FeedForward(Function):
