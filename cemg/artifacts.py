@@ -20,7 +20,7 @@ from cemg.config import RunConfig, config_text, generator_of, load_config, with_
 from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
 from cemg.generator import Prompter, Vocabulary, build_backbone, load_weights
-from cemg.memory import MEMORY_FILE, Memory
+from cemg.memory import MEMORY_FILE, TEXTS_FILE, Memory
 from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.manifest import CONFIG, STAGES, Manifest, check_origin, remedy, stages_of, verify
@@ -143,6 +143,7 @@ class RunArtifacts:
                 fix=f"build it, and keep all other stages: cemg-train --run {quote(str(self.run.folder))}",
             )  # fmt: skip
         self.file("memory", MEMORY_FILE)
+        self.has_file("memory", TEXTS_FILE)  # verified; it is read when the first item is added
         memory = Memory.load(folder, fix=remedy(folder))
         ids = (self.load_catalog() if catalog is None else catalog).item_ids
         memory.check_catalog(ids, run=self.run.folder)

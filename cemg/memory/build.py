@@ -7,12 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cemg.data.dataset import Dataset, Split
 from cemg.errors import UserError
 from cemg.memory.config import Constants, MemoryConfig
+from cemg.memory.counting import count_transitions, flatten, transition_scale
+from cemg.memory.fit import fit_constants
 from cemg.memory.memory import Memory, ids_digest
-from cemg.memory.rows import Rows, item_factors
-from cemg.memory.similarity import most_similar, text_vectors
-from cemg.memory.transitions import count_transitions, flatten
+from cemg.memory.rows import Rows
+from cemg.memory.similarity import Similarity, TextIndex
+from cemg.progress import Log
 
 
 def build_memory(
@@ -22,6 +25,7 @@ def build_memory(
     item_ids: Sequence[str | int] | None = None,
     config: MemoryConfig | None = None,
     constants: Constants | None = None,
+    index: TextIndex | None = None,
 ) -> Memory:
     """Build a memory with given constants.
 
@@ -30,34 +34,64 @@ def build_memory(
         texts: Texts of the N items; without any, the memory has no text similarity.
         item_ids: Ids of the items, by default their rows.
         config: Settings.
-        constants: Constants; ``scale`` is computed. None takes the default ones.
+        constants: Constants; a ``scale`` of 0 is computed. None takes the default ones.
+        index: Words and vectors of the texts; None fits them.
 
     Raises:
         UserError: There is no training interaction.
     """
     config, constants = config or MemoryConfig(), constants or Constants()
+    counts = _counts(train, len(texts))
+    transitions = count_transitions(train, len(texts), window=config.window, constants=constants)
+    similar = None
+    if config.text == "tfidf" and (index := index or TextIndex.fit(texts)) is not None:
+        similar = index.most_similar(config.similar_items)
+    if constants.scale == 0:
+        scale = transition_scale(transitions, counts, constants.exponent)
+        constants = dataclasses.replace(constants, scale=scale)
+    return _assembled(config, constants, counts, transitions, similar, index, item_ids)
+
+
+def fit_memory(data: Dataset, split: Split, *, config: MemoryConfig, log: Log | None = None) -> Memory:
+    """Build the memory of a data set from its training part, with constants chosen on its validation users.
+
+    Args:
+        data: The data set.
+        split: Its split. The test items are not read.
+        config: Settings.
+        log: Receives the search of `fit_constants`.
+
+    Raises:
+        UserError: There is no training interaction.
+    """
+    counts = _counts(split.train, data.num_items)
+    index = TextIndex.fit(data.texts) if config.text == "tfidf" else None
+    similar = None if index is None else index.most_similar(config.similar_items)
+    default = Constants()
+    transitions = count_transitions(split.train, data.num_items, window=config.window, constants=default)
+    constants = fit_constants(split, transitions, similar, config=config, log=log)
+    if constants.exponent != default.exponent:  # it orders the rows
+        transitions = count_transitions(
+            split.train, data.num_items, window=config.window, constants=constants
+        )
+    return _assembled(config, constants, counts, transitions, similar, index, data.item_ids)
+
+
+def _counts(train: Sequence[np.ndarray], num_items: int) -> np.ndarray:
     items, _ = flatten(train)
     if not len(items):
         raise UserError(
             "there is no training interaction for the memory", fix="check the data: cemg-data stats"
         )
-    counts = np.bincount(items, minlength=len(texts)).astype(np.int64)
-    transitions = count_transitions(
-        train, len(texts), window=config.window, step_decay=constants.step_decay, backward=constants.backward,
-        exponent=constants.exponent,
-    )  # fmt: skip
-    vectors = text_vectors(texts) if config.text == "tfidf" else None
-    similar = None if vectors is None else most_similar(vectors, config.similar_items)
-    scale = transition_scale(transitions, counts, constants.exponent)
-    catalog = ids_digest(range(len(texts)) if item_ids is None else item_ids)
-    return Memory(config, dataclasses.replace(constants, scale=scale), counts, transitions, similar, catalog)
+    return np.bincount(items, minlength=num_items).astype(np.int64)
 
 
-def transition_scale(transitions: Rows, counts: np.ndarray, exponent: float) -> float:
-    """Return the median over items of the largest transition score from the item."""
-    factors = item_factors(counts, exponent)
-    best = np.zeros(len(transitions))
-    filled = np.flatnonzero(np.diff(transitions.starts))
-    first = transitions.starts[filled]  # rows are sorted by it
-    best[filled] = factors[filled] * transitions.values[first] * factors[transitions.items[first]]
-    return float(np.median(best))
+def _assembled(
+    config: MemoryConfig, constants: Constants, counts: np.ndarray, transitions: Rows, similar: Rows | None,
+    index: TextIndex | None, item_ids: Sequence[str | int] | None,
+) -> Memory:  # fmt: skip
+    similarity = None
+    if similar is not None and index is not None:
+        similarity = Similarity(similar, top=config.similar_items, index=index)
+    catalog = ids_digest(range(len(counts)) if item_ids is None else item_ids)
+    return Memory(config, constants, counts, transitions, similarity, catalog, len(counts))

@@ -54,5 +54,5 @@ class Constants:
     text_weight: float = 1.0
     text_decay: float = 0.8
     repeat_weight: float = 0.0
-    scale: float = 1.0
+    scale: float = 0.0
     power: float = 1.6

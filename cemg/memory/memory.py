@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -26,13 +26,14 @@ from torch import Tensor
 
 from cemg.errors import DamagedError, UserError
 from cemg.memory.config import Constants, MemoryConfig
-from cemg.memory.rows import Rows, best_positions, item_factors, largest, sum_by_key
+from cemg.memory.rows import Rows, best_positions, joined, largest, sum_by_key
+from cemg.memory.similarity import Similarity, TextIndex
+from cemg.memory.transitions import Transitions
 from cemg.storage import files
 from cemg.storage.read import RESTORE, check_tensors, parse_json, read_tensor_file
 
 MEMORY_FILE = "memory.safetensors"
 FORMAT = 1  # of the file; increased when the meaning of a tensor changes
-BATCH = 64  # histories per pass: bounds the scratch memory
 MASSES = 1000  # items of a prior, by default
 
 
@@ -42,24 +43,31 @@ class Memory:
     Args:
         config: Settings.
         constants: Decays, weights and exponents.
-        counts: n, [N] int64.
-        transitions: T, N rows; within a row by ``T[j, i] * max(n_i, 1) ** -exponent``, largest first.
-        similar: C, N rows, most similar first; None for a catalog without texts.
-        catalog: Digest of the item ids that the rows stand for (`ids_digest`).
+        counts: n when T was built, [N] int64.
+        transitions: T when it was built, N rows; see `Transitions` for the order within a row.
+        similar: C; None for a catalog without texts.
+        catalog: Digest of the item ids that the first rows stand for (`ids_digest`).
+        catalog_items: Number of these items.
     """
 
     def __init__(
         self, config: MemoryConfig, constants: Constants, counts: np.ndarray, transitions: Rows,
-        similar: Rows | None, catalog: str,
+        similar: Similarity | None, catalog: str, catalog_items: int,
     ) -> None:  # fmt: skip
-        self.config, self.constants, self.catalog = config, constants, catalog
-        self.counts, self.transitions, self.similar = counts, transitions, similar
-        self.factors = item_factors(counts, constants.exponent)  # [N]
+        self.config, self.constants = config, constants
+        self.catalog, self.catalog_items = catalog, catalog_items
+        self.transitions = Transitions(transitions, counts, window=config.window, constants=constants)
+        self.similar = similar
 
     @property
     def num_items(self) -> int:
         """N."""
-        return len(self.counts)
+        return len(self.transitions.counts)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """n, the number of events per item, [N] int64."""
+        return self.transitions.counts
 
     # ---- scores
 
@@ -70,55 +78,97 @@ class Memory:
             history: Item rows, oldest first. Rows that the memory does not have are ignored.
 
         Returns:
-            Item rows, [Z] int64 ascending, and scores above zero, [Z] float64.
+            Item rows, [Z] ascending, and scores above zero, [Z] float64.
         """
-        return self._scores([history])[0]
+        rows, recency = self._newest(history)
+        keys, values = self._contributions(rows, recency)
+        return sum_by_key(keys, values, self.num_items)
 
-    def _scores(self, histories: Sequence[Sequence[int] | np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        rows, recency, request = self._newest(histories)
-        keys, values = self._contributions(rows, recency, request)
-        keys, values = sum_by_key(keys, values, max(len(histories), 1) * self.num_items)
-        if len(histories) == 1:
-            return [(keys, values)]
-        edges = np.searchsorted(keys, np.arange(len(histories) + 1) * self.num_items)
-        parts = [slice(edges[b], edges[b + 1]) for b in range(len(histories))]
-        return [(keys[part] - b * self.num_items, values[part]) for b, part in enumerate(parts)]
-
-    def _newest(
-        self, histories: Sequence[Sequence[int] | np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The rows that a query reads, the recency of each (0 for the newest), and its request."""
-        size = self.config.history_items
-        newest = [np.asarray(history[-size:], dtype=np.int64)[::-1] for history in histories]
-        rows = np.concatenate([np.zeros(0, np.int64), *newest])
-        lengths = np.array([len(part) for part in newest], dtype=np.int64)
-        request = np.repeat(np.arange(len(newest)), lengths)
-        recency = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    def _newest(self, history: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that a query reads, newest first, and the recency of each (0 for the newest)."""
+        rows = np.asarray(history[-self.config.history_items :], dtype=np.int64)[::-1]
+        recency = np.arange(len(rows))
         known = (rows >= 0) & (rows < self.num_items)
-        if known.all():
-            return rows, recency, request
-        return rows[known], recency[known], request[known]
+        return (rows, recency) if known.all() else (rows[known], recency[known])
 
-    def _contributions(
-        self, rows: np.ndarray, recency: np.ndarray, request: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Keys ``request * N + item`` and values of all terms of the sums."""
-        use, offset = self.constants, request * self.num_items
-        factors = self.factors
-        at, counts = self.transitions.entries(rows, self.config.transition_items)
-        items = self.transitions.items[at]
-        weight = use.decay**recency * factors[rows]
-        keys = [np.repeat(offset, counts) + items]
-        values = [np.repeat(weight, counts) * (self.transitions.values[at] * factors[items])]
+    def _contributions(self, rows: np.ndarray, recency: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Items and values of all terms of the sums."""
+        use, factors = self.constants, self.transitions.factors
+        top = self.config.transition_items
+        chosen = rows.tolist()
+        items, values, lengths = joined([self.transitions.row(row, top) for row in chosen])
+        terms = np.repeat(use.decay**recency * factors[rows], lengths)
+        terms *= values
+        terms *= factors[items]
         fading = use.scale * use.text_decay**recency
+        all_items, all_terms = [items], [terms]
         if self.similar is not None and use.text_weight > 0:
-            at, counts = self.similar.entries(rows, self.config.similar_items)
-            keys.append(np.repeat(offset, counts) + self.similar.items[at])
-            values.append(np.repeat(use.text_weight * fading, counts) * self.similar.values[at])
+            top = self.config.similar_items
+            items, values, lengths = joined([self.similar.row(row, top) for row in chosen])
+            all_items.append(items)
+            all_terms.append(np.repeat(use.text_weight * fading, lengths) * values)
         if use.repeat_weight > 0:
-            keys.append(offset + rows)
-            values.append(use.repeat_weight * fading)
-        return np.concatenate(keys), np.concatenate(values)
+            all_items.append(rows.astype(np.int32))
+            all_terms.append(use.repeat_weight * fading)
+        return np.concatenate(all_items), np.concatenate(all_terms)
+
+    # ---- live changes
+
+    def observe(self, history: Sequence[int] | np.ndarray, item: int, *, position: int | None = None) -> None:
+        """Add an event. The result equals a memory that was built with it, under the same constants.
+
+        Not safe while another thread reads or writes the memory.
+
+        Args:
+            history: All items of the user before this call, oldest first; at least the newest ``window`` of
+                them for an event that comes last.
+            item: The item of the event. A repeated item counts again.
+            position: Number of items of ``history`` that are older than the event; None: all. For an event
+                that arrives late, the transitions between older and newer items get longer.
+
+        Raises:
+            UserError: An item does not exist, or the position is outside the history.
+        """
+        known = self._checked(history)
+        (new,) = self._checked([item])
+        if position is None or position == len(known):
+            self.transitions.append(known, new)
+            return
+        if not 0 <= position < len(known):
+            raise UserError(f"position must be within 0 … {len(known)}, got {position}")
+        low, high = max(0, position - self.config.window), position + self.config.window
+        older, newer = known[low:position], known[position:high]
+        self.transitions.change([*older, *newer], [*older, new, *newer])
+
+    def forget(self, history: Sequence[int] | np.ndarray) -> None:
+        """Remove a user's events. The result equals a memory that never had them.
+
+        Args:
+            history: All items of the user that the memory has learned, oldest first.
+        """
+        self.transitions.change(self._checked(history), [])
+
+    def add_items(self, texts: Sequence[str | None]) -> range:
+        """Append an item per text, with the words and weights of the index. Returns their rows.
+
+        An item gets its own row of the text similarity and enters the rows of its neighbors. Without a text,
+        it is known from its first event on.
+        """
+        rows = range(self.num_items, self.num_items + len(texts))
+        self.transitions.extend(len(texts))
+        if self.similar is not None:
+            self.similar.extend(texts)
+        return rows
+
+    def _checked(self, history: Sequence[int] | np.ndarray) -> list[int]:
+        rows = [int(row) for row in history]
+        if rows and not (min(rows) >= 0 and max(rows) < self.num_items):
+            wrong = next(row for row in rows if not 0 <= row < self.num_items)
+            raise UserError(
+                f"the memory has no item {wrong}", cause=f"it has the items 0 … {self.num_items - 1}",
+                fix="add new items with Memory.add_items first",
+            )  # fmt: skip
+        return rows
 
     # ---- distributions and lists
 
@@ -146,12 +196,13 @@ class Memory:
             top: Number of items with mass, at most.
 
         Returns:
-            Item rows, B arrays of int64, ascending, and their masses, B arrays of float64.
+            Item rows, B arrays, ascending, and their masses, B arrays of float64.
         """
         exponent = self.constants.power if power is None else power
         items: list[np.ndarray] = []
         masses: list[np.ndarray] = []
-        for history, (rows, scores) in self._each(histories):
+        for history in histories:
+            rows, scores = self.scores(history)
             is_known = len(rows) > 0
             if not is_known:
                 rows = np.flatnonzero(self.counts)
@@ -167,13 +218,6 @@ class Memory:
             masses.append(mass / mass.sum() if len(mass) else mass)
         return items, masses
 
-    def _each(
-        self, histories: Sequence[Sequence[int] | np.ndarray]
-    ) -> Iterable[tuple[Sequence[int] | np.ndarray, tuple[np.ndarray, np.ndarray]]]:
-        for first in range(0, len(histories), BATCH):
-            batch = histories[first : first + BATCH]
-            yield from zip(batch, self._scores(batch), strict=True)
-
     def ranker(self) -> Callable[[list[np.ndarray], int], Tensor]:
         """Return a ranker for `cemg.evaluation.evaluate`: items by score, the lower row wins ties.
 
@@ -184,7 +228,8 @@ class Memory:
         def rank(histories: list[np.ndarray], top: int) -> Tensor:
             lists = np.full((len(histories), top), -1, dtype=np.int64)
             popular = largest(self.counts, top)
-            for row, (_, (items, scores)) in enumerate(self._each(histories)):
+            for row, history in enumerate(histories):
+                items, scores = self.scores(history)
                 listed = items[largest(scores, top)] if len(items) else popular
                 lists[row, : len(listed)] = listed
             return torch.from_numpy(lists)
@@ -195,12 +240,13 @@ class Memory:
 
     def save(self, folder: Path) -> None:
         """Write the memory to ``folder``."""
-        tensors = {"counts": self.counts, **_tensors("transitions", self.transitions)}
+        tensors = {"counts": self.counts, **_tensors("transitions", self.transitions.merged())}
         if self.similar is not None:
-            tensors |= _tensors("similar", self.similar)
+            tensors |= _tensors("similar", self.similar.merged())
+            self.similar.index.save(folder)
         about = {
-            "format": FORMAT, "catalog": self.catalog, "config": dataclasses.asdict(self.config),
-            "constants": dataclasses.asdict(self.constants),
+            "format": FORMAT, "catalog": self.catalog, "catalog_items": self.catalog_items,
+            "config": dataclasses.asdict(self.config), "constants": dataclasses.asdict(self.constants),
         }  # fmt: skip
         files.save_tensors(
             {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()},
@@ -245,18 +291,19 @@ class Memory:
         }
         for name, matrix in rows.items():
             _check_rows(path, name, matrix, fix=fix)
+        similar = None
+        if "similar" in rows:
+            similar = Similarity(
+                rows["similar"], top=about.config.similar_items, index=lambda: TextIndex.load(folder, fix=fix)
+            )
         return cls(
-            about.config,
-            about.constants,
-            arrays["counts"],
-            rows["transitions"],
-            rows.get("similar"),
-            about.catalog,
-        )
+            about.config, about.constants, arrays["counts"], rows["transitions"], similar, about.catalog,
+            about.catalog_items,
+        )  # fmt: skip
 
     def check_catalog(self, item_ids: Sequence[str | int], *, run: Path | None = None) -> None:
         """Raise UserError if the memory was built for other items than the first N of a catalog."""
-        if ids_digest(item_ids[: self.num_items]) != self.catalog:
+        if ids_digest(item_ids[: self.catalog_items]) != self.catalog:
             command = f"cemg-train --run {quote(str(run))}" if run is not None else "cemg-train --run RUN"
             raise UserError(
                 "this memory does not belong to the catalog",
@@ -271,6 +318,7 @@ class _About:
 
     format: int
     catalog: str
+    catalog_items: int
     config: MemoryConfig
     constants: Constants
 

@@ -1,4 +1,4 @@
-"""Sparse rows: for each of R rows, items and values. Rows of N items per row index, n entries in total."""
+"""Sparse rows that are read from a file by memory map, and their changes since then."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 DIGIT = 16  # bits per pass of the radix sort that NumPy uses for 16-bit keys
+Row = tuple[np.ndarray, np.ndarray]  # items, int32, and values, float32
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A sparse matrix in compressed rows. The order within a row is that of its meaning, best first.
+    """A sparse matrix in compressed rows, n entries in R rows. The entries of a row are in order, best first.
 
     Attributes:
         starts: [R + 1] int64; row r has the entries ``starts[r] : starts[r + 1]``.
@@ -27,31 +28,31 @@ class Rows:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return items and values of one row."""
-        part = slice(self.starts[index], self.starts[index + 1])
-        return self.items[part], self.values[part]
-
-    def entries(self, rows: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """Find the first ``top`` entries of each of Q rows.
-
-        Returns:
-            Positions in ``items``, row after row, and the number of them per row, [Q].
-        """
-        first = self.starts[rows]
-        counts = np.minimum(self.starts[rows + 1] - first, top)
-        ends = np.cumsum(counts)
-        offsets = np.repeat(first - (ends - counts), counts)
-        return offsets + np.arange(len(offsets)), counts
+    def row(self, index: int, top: int | None = None) -> Row:
+        """Return the first ``top`` entries of a row, by default all. A row beyond the last one is empty."""
+        if index >= len(self.starts) - 1:
+            return self.items[:0], self.values[:0]
+        first, last = int(self.starts[index]), int(self.starts[index + 1])
+        if top is not None:
+            last = min(last, first + top)
+        return self.items[first:last], self.values[first:last]
 
     @classmethod
-    def stacked(cls, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rows:
-        """Build the matrix from items and values per row."""
-        starts = np.zeros(len(parts) + 1, dtype=np.int64)
-        np.cumsum([len(items) for items, _ in parts], out=starts[1:])
-        items = np.concatenate([np.zeros(0, np.int32), *(items for items, _ in parts)])
-        values = np.concatenate([np.zeros(0, np.float32), *(values for _, values in parts)])
-        return cls(starts, items.astype(np.int32), values.astype(np.float32))
+    def stacked(cls, rows: Sequence[Row]) -> Rows:
+        """Build the matrix from its rows."""
+        starts = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(items) for items, _ in rows], out=starts[1:])
+        items = np.concatenate([np.zeros(0, np.int32), *(items for items, _ in rows)])
+        values = np.concatenate([np.zeros(0, np.float32), *(values for _, values in rows)])
+        return cls(starts, items.astype(np.int32, copy=False), values.astype(np.float32, copy=False))
+
+
+def joined(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Return the items of several rows, row after row, their values, and the number of entries per row."""
+    if not rows:
+        return np.zeros(0, np.int32), np.zeros(0, np.float32), []
+    items, values = zip(*rows, strict=True)
+    return np.concatenate(items), np.concatenate(values), [len(row) for row in items]
 
 
 def item_factors(counts: np.ndarray, exponent: float) -> np.ndarray:
@@ -77,10 +78,10 @@ def largest(values: np.ndarray, top: int) -> np.ndarray:
 
 
 def sum_by_key(keys: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum the values with equal keys.
+    """Sum the values with equal keys, in their order.
 
     Args:
-        keys: [n] int64, from 0 to ``limit - 1``.
+        keys: [n] integers, from 0 to ``limit - 1``.
         values: [n] float64.
         limit: Bound of the keys.
 
@@ -89,10 +90,13 @@ def sum_by_key(keys: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.nda
     """
     if not len(keys):
         return keys, values
-    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
-    for shift in range(DIGIT, max(int(limit - 1).bit_length(), 1), DIGIT):
+    order = np.argsort(keys.astype(np.uint16), kind="stable")  # the lower 16 bits
+    for shift in range(DIGIT, int(limit - 1).bit_length(), DIGIT):
         digit = (keys[order] >> shift).astype(np.uint16)
         order = order[np.argsort(digit, kind="stable")]
     keys = keys[order]
-    first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
+    is_first = np.empty(len(keys), dtype=bool)
+    is_first[0] = True
+    np.not_equal(keys[1:], keys[:-1], out=is_first[1:])
+    first = np.flatnonzero(is_first)
     return keys[first], np.add.reduceat(values[order], first)

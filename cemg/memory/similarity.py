@@ -1,57 +1,199 @@
 """Text similarity of items: cosine of binary words weighted by log(N / df), the most similar items of each.
 
-N items, V words, df the number of items with a word.
+N items, V words, df the number of items with a word. Words and weights are frozen when the index is built, so
+a later item is compared by the words that it shares with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from scipy import sparse
 
-from cemg.memory.rows import Rows, largest
+from cemg.memory.rows import Row, Rows, largest
+from cemg.storage import files
+from cemg.storage.read import RESTORE, read_tensors
+
+TEXTS_FILE = "texts.safetensors"
 
 MAX_SHARE = 0.2  # words in more than this share of the items are left out
 BLOCK = 512  # items per block of the product
+MAX_PRODUCTS = 4_000_000_000  # of an exact search; beyond it, common words find no neighbors
+CANDIDATES = 300  # per item of an inexact search, compared exactly
+TOKENS = r"(?u)\b\w+\b"
 
 
-def text_vectors(texts: Sequence[str | None]) -> sparse.csr_matrix | None:
-    """Return the word vectors of the items, rows of unit length, [N, V] float32; None without any text."""
-    from sklearn.feature_extraction.text import CountVectorizer  # a slow import, needed only for building
+@dataclass(frozen=True, slots=True)
+class TextIndex:
+    """Word vectors of the items.
 
-    if not any(text and text.strip() for text in texts):
-        return None
-    vectorizer = CountVectorizer(
-        binary=True, max_df=MAX_SHARE, token_pattern=r"(?u)\b\w+\b", dtype=np.float32
-    )
-    try:
-        words = vectorizer.fit_transform([text or "" for text in texts])
-    except ValueError:  # every word is in more than MAX_SHARE of the items
-        return None
-    df = np.bincount(words.indices, minlength=words.shape[1])
-    words = words @ sparse.diags(np.log(len(texts) / df).astype(np.float32))
+    Attributes:
+        words: V words.
+        weights: log(N / df) of each, [V] float32.
+        vectors: [N, V] float32, rows of unit length, or zero without words.
+    """
+
+    words: list[str]
+    weights: np.ndarray
+    vectors: sparse.csr_matrix
+
+    @classmethod
+    def fit(cls, texts: Sequence[str | None]) -> TextIndex | None:
+        """Build the index; None if no item has a text, or no word is rare enough to tell items apart."""
+        from sklearn.feature_extraction.text import CountVectorizer  # a slow import, needed only for building
+
+        if not any(text and text.strip() for text in texts):
+            return None
+        vectorizer = CountVectorizer(binary=True, max_df=MAX_SHARE, token_pattern=TOKENS, dtype=np.float32)
+        try:
+            counts = vectorizer.fit_transform([text or "" for text in texts])
+        except ValueError:  # every word is in more than MAX_SHARE of the items
+            return None
+        df = np.bincount(counts.indices, minlength=counts.shape[1])
+        weights = np.log(len(texts) / df).astype(np.float32)
+        return cls(vectorizer.get_feature_names_out().tolist(), weights, _unit(counts, weights))
+
+    def vectors_of(self, texts: Sequence[str | None]) -> sparse.csr_matrix:
+        """Return the vectors of further texts, [B, V]."""
+        from sklearn.feature_extraction.text import CountVectorizer
+
+        vectorizer = CountVectorizer(
+            binary=True, vocabulary=self.words, token_pattern=TOKENS, dtype=np.float32
+        )
+        return _unit(vectorizer.transform([text or "" for text in texts]), self.weights)
+
+    def most_similar(self, top: int) -> Rows:
+        """Return the ``top`` most similar other items of each item, most similar first.
+
+        Above MAX_PRODUCTS multiplications, the most common words do not find neighbors: the CANDIDATES items
+        that share the heaviest rarer words are compared by all words.
+        """
+        finding, is_exact = self._finding()
+        transposed = finding.T.tocsr()
+        rows: list[Row] = []
+        for low in range(0, self.vectors.shape[0], BLOCK):
+            block = (finding[low : low + BLOCK] @ transposed).tocsr()
+            for row in range(block.shape[0]):
+                part = slice(block.indptr[row], block.indptr[row + 1])
+                items, values = block.indices[part], block.data[part]
+                other = items != low + row
+                items, values = items[other], values[other]
+                if not is_exact:
+                    items, _ = best(items, values, CANDIDATES)
+                    values = (self.vectors[items] @ self.vectors[low + row].T).toarray().ravel()
+                rows.append(best(items, values, top))
+        return Rows.stacked(rows)
+
+    def save(self, folder: Path) -> None:
+        """Write the index to ``folder``."""
+        tensors = {
+            "words": np.frombuffer("\n".join(self.words).encode(), dtype=np.uint8).copy(),
+            "weights": self.weights, "starts": self.vectors.indptr.astype(np.int64),
+            "items": self.vectors.indices.astype(np.int32), "values": self.vectors.data,
+        }  # fmt: skip
+        files.save_tensors({k: torch.from_numpy(v) for k, v in tensors.items()}, folder / TEXTS_FILE)
+
+    @classmethod
+    def load(cls, folder: Path, *, fix: str = RESTORE) -> TextIndex:
+        """Read what `save` wrote. Raises DamagedError."""
+        spec: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
+            "words": (torch.uint8, ("letters",)), "weights": (torch.float32, ("words",)),
+            "starts": (torch.int64, ("rows",)), "items": (torch.int32, ("entries",)),
+            "values": (torch.float32, ("entries",)),
+        }  # fmt: skip
+        found = {k: v.numpy() for k, v in read_tensors(folder / TEXTS_FILE, spec, fix=fix).items()}
+        shape = (len(found["starts"]) - 1, len(found["weights"]))
+        vectors = sparse.csr_matrix((found["values"], found["items"], found["starts"]), shape=shape)
+        return cls(found["words"].tobytes().decode().split("\n"), found["weights"], vectors)
+
+    def _finding(self) -> tuple[sparse.csr_matrix, bool]:
+        """The vectors, without the most common words if the product with all of them is too large."""
+        df = np.sort(np.bincount(self.vectors.indices, minlength=len(self.words)))
+        products = np.cumsum(df.astype(np.float64) ** 2)
+        if products[-1] <= MAX_PRODUCTS:
+            return self.vectors, True
+        limit = df[np.searchsorted(products, MAX_PRODUCTS)]
+        counts = np.bincount(self.vectors.indices, minlength=len(self.words))
+        kept = sparse.diags((counts < limit).astype(np.float32))
+        finding = sparse.csr_matrix(self.vectors @ kept)
+        finding.eliminate_zeros()
+        return finding, False
+
+
+class Similarity:
+    """C as it was built, and the items since then.
+
+    Args:
+        base: C at the time of building, most similar first.
+        top: Number of entries of a full row.
+        index: The index of the texts, or a function that reads it, called when it is needed.
+    """
+
+    def __init__(self, base: Rows, *, top: int, index: TextIndex | Callable[[], TextIndex]) -> None:
+        self.base, self.top = base, top
+        self._index = index
+        self._rows: dict[int, Row] = {}  # rows that differ from those of ``base``
+        self.num_items = len(base)
+
+    @property
+    def index(self) -> TextIndex:
+        """The index of the texts."""
+        if not isinstance(self._index, TextIndex):
+            self._index = self._index()
+        return self._index
+
+    def row(self, item: int, top: int) -> Row:
+        """Return the ``top`` most similar items of an item."""
+        if self._rows and item in self._rows:
+            items, values = self._rows[item]
+            return items[:top], values[:top]
+        return self.base.row(item, top)
+
+    def extend(self, texts: Sequence[str | None]) -> None:
+        """Append an item per text: its own row, and an entry in the rows of its neighbors."""
+        for vector in self.index.vectors_of(texts):
+            known = self.index.vectors
+            similar = (known @ vector.T).tocoo()
+            items, values = similar.row.astype(np.int32), similar.data
+            row = self.num_items
+            self._rows[row] = best(items, values, self.top)
+            for other, value in zip(items.tolist(), values.tolist(), strict=True):
+                self._insert(other, row, value)
+            self._index = TextIndex(
+                self.index.words, self.index.weights, sparse.vstack((known, vector), format="csr")
+            )
+            self.num_items += 1
+
+    def _insert(self, row: int, item: int, value: float) -> None:
+        items, values = self.row(row, self.top)
+        if len(items) == self.top and value <= values[-1]:
+            return
+        items, values = np.append(items, np.int32(item)), np.append(values, np.float32(value))
+        self._rows[row] = best(items, values, self.top)
+
+    def merged(self) -> Rows:
+        """Return C with all items, sorted as ``base``."""
+        if not self._rows:
+            return self.base
+        return Rows.stacked([self.row(item, self.top) for item in range(self.num_items)])
+
+
+def _unit(counts: sparse.csr_matrix, weights: np.ndarray) -> sparse.csr_matrix:
+    """Weight the words and scale each row to unit length, float32."""
+    words = sparse.csr_matrix(counts @ sparse.diags(weights))
     norms = np.sqrt(np.asarray(words.multiply(words).sum(axis=1)).ravel())
-    return sparse.csr_matrix(sparse.diags(1 / np.maximum(norms, 1e-12)) @ words, dtype=np.float32)
+    scaled = sparse.csr_matrix(sparse.diags((1 / np.maximum(norms, 1e-12)).astype(np.float32)) @ words)
+    scaled.sort_indices()
+    return scaled
 
 
-def most_similar(vectors: sparse.csr_matrix, top: int) -> Rows:
-    """Return the ``top`` most similar other items of each item, most similar first."""
-    transposed = vectors.T.tocsr()
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
-    for low in range(0, vectors.shape[0], BLOCK):
-        block = (vectors[low : low + BLOCK] @ transposed).tocsr()
-        for row in range(block.shape[0]):
-            part = slice(block.indptr[row], block.indptr[row + 1])
-            items, values = block.indices[part], block.data[part]
-            other = items != low + row
-            parts.append(best(items[other], values[other], top))
-    return Rows.stacked(parts)
-
-
-def best(items: np.ndarray, values: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+def best(items: np.ndarray, values: np.ndarray, top: int) -> Row:
     """Return the ``top`` items with the largest values, best first; the lower item wins ties."""
     order = np.argsort(items, kind="stable")
     items, values = items[order], values[order]
     chosen = largest(values, top)
-    return items[chosen], values[chosen]
+    return items[chosen].astype(np.int32), values[chosen].astype(np.float32)

@@ -1,107 +1,150 @@
-"""Transitions between the items of training sequences.
+"""Transitions between the items of sequences, counted in bulk or event by event.
 
-T[j, i] sums step_decay^(d-1) over all pairs of positions of a user in which j comes d positions before i, d
-up to the window, and ``backward`` times the same over the pairs in which i comes before j. An item has no
-transition to itself.
+T[j, i] sums w(d) over all pairs of positions of a user in which j comes d positions before i, d up to the
+window, and backward * w(d) over the pairs in which i comes before j. An item has no transition to itself.
+w(d) is step_decay^(d-1), rounded to a multiple of 2^-12: sums up to 4096 are exact in float32, so their order
+does not matter, and an event that is removed leaves nothing behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from scipy import sparse
 
-from cemg.memory.rows import Rows, item_factors
+from cemg.memory.config import Constants
+from cemg.memory.rows import Row, Rows, best_positions, item_factors, largest, sum_by_key
 
-BLOCK_PAIRS = 4_000_000  # pairs per block of rows: bounds the scratch memory of a build to some 300 MB
+UNIT = 2.0**-12
 
 
-def count_transitions(
-    train: Sequence[np.ndarray], num_items: int, *, window: int, step_decay: float, backward: float,
-    exponent: float,
-) -> Rows:  # fmt: skip
-    """Count the transitions T of training sequences.
+def step_weights(window: int, constants: Constants) -> tuple[list[float], list[float]]:
+    """Return the weights of a pair at the distances 1 … ``window``: with time, and against it."""
+    forward = [round(constants.step_decay**d / UNIT) * UNIT for d in range(window)]
+    return forward, [round(constants.backward * weight / UNIT) * UNIT for weight in forward]
+
+
+class Transitions:
+    """T as it was built, and the events since then.
 
     Args:
-        train: Item rows of each user, oldest first.
-        num_items: N.
-        window: Largest distance.
-        step_decay: Decay per further position.
-        backward: Weight of the direction against time.
-        exponent: Orders the entries of a row, by ``T[j, i] * max(n_i, 1) ** -exponent``, largest first.
-
-    Returns:
-        T with N rows.
+        base: T at the time of building, N rows; within a row by ``T[j, i] * max(n_i, 1) ** -exponent``,
+            largest first.
+        counts: n, the number of events per item when T was built, [N] int64.
+        window: Largest distance of a pair.
+        constants: Weights and exponent.
     """
-    items, users = flatten(train)
-    factors = item_factors(np.bincount(items, minlength=num_items), exponent)
-    blocks = list(_blocks(items, users, num_items, window))
-    starts = np.zeros(num_items + 1, dtype=np.int64)
-    size = sum(pairs for _, _, pairs in blocks)
-    columns, weights = (
-        np.empty(size, np.int32),
-        np.empty(size, np.float32),
-    )  # pages beyond the end stay unused
-    end = 0
-    for low, high, _ in blocks:
-        block = _count_block(items, users, low, high, num_items, window, step_decay, backward)
-        order = _best_first(block, factors)
-        stop = end + block.nnz
-        columns[end:stop], weights[end:stop] = block.indices[order], block.data[order]
-        starts[low + 1 : high + 1] = end + block.indptr[1:]
-        end = stop
-    return Rows(starts, columns[:end], weights[:end])
 
+    def __init__(self, base: Rows, counts: np.ndarray, *, window: int, constants: Constants) -> None:
+        self.base, self.counts, self.window, self.exponent = base, counts, window, constants.exponent
+        self.factors = item_factors(counts, constants.exponent)  # [N] float64
+        self.forward, self.backward = step_weights(window, constants)
+        self._built: np.ndarray | None = None  # factors when T was built; None before the first event
+        self._raised: set[int] = set()  # items with fewer events than when T was built
+        self._added: dict[int, dict[int, float]] = {}  # row -> item -> what events added to T
+        self._rows: dict[int, Row] = {}  # rows with what was added
 
-def flatten(train: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return all items, int32, user after user, and the user of each."""
-    if not len(train):
-        return np.zeros(0, np.int32), np.zeros(0, np.int32)
-    users = np.repeat(np.arange(len(train), dtype=np.int32), [len(sequence) for sequence in train])
-    return np.concatenate(train).astype(np.int32, copy=False), users
+    # ---- reading
 
+    def row(self, item: int, top: int) -> Row:
+        """Return the ``top`` entries of a row with the largest ``T[j, i] * factors[i]``, in any order."""
+        if self._built is None:
+            return self.base.row(item, top)
+        if item not in self._added and not self._reordered(item, top):
+            return self.base.row(item, top)
+        items, values = self.whole_row(item)
+        if len(items) <= top:
+            return items, values
+        chosen = best_positions(values * self.factors[items], top)
+        return items[chosen], values[chosen]
 
-def _blocks(
-    items: np.ndarray, users: np.ndarray, num_items: int, window: int
-) -> Iterator[tuple[int, int, int]]:
-    """Split the rows into ranges (low, high) of about BLOCK_PAIRS pairs, and yield the pairs of each too."""
-    per_item = np.zeros(num_items, dtype=np.int64)
-    for distance in range(1, window + 1):
-        same = users[distance:] == users[:-distance]
-        per_item += np.bincount(items[:-distance][same], minlength=num_items)
-        per_item += np.bincount(items[distance:][same], minlength=num_items)
-    total = np.concatenate(([0], np.cumsum(per_item)))
-    low = 0
-    while low < num_items:
-        high = int(np.searchsorted(total, total[low] + BLOCK_PAIRS, side="right")) - 1
-        high = min(max(high, low + 1), num_items)
-        yield low, high, int(total[high] - total[low])
-        low = high
+    def whole_row(self, item: int) -> Row:
+        """Return all entries of a row. Rows that were not sorted again are sorted by item."""
+        if item not in self._rows:
+            items, values = self.base.row(item)
+            added = self._added.get(item, {})
+            items = np.concatenate((items, np.fromiter(added.keys(), np.int32, len(added))))
+            values = np.concatenate((values, np.fromiter(added.values(), np.float64, len(added))))
+            items, values = sum_by_key(items, values.astype(np.float64), len(self.counts))
+            present = values > UNIT / 2
+            row = items[present], values[present].astype(np.float32)
+            if not added:
+                return row
+            self._rows[item] = row
+        return self._rows[item]
 
+    def _reordered(self, item: int, top: int) -> bool:
+        """Whether changed counts may have changed the first ``top`` entries of a row of ``base``.
 
-def _count_block(
-    items: np.ndarray, users: np.ndarray, low: int, high: int, num_items: int, window: int, step_decay: float,
-    backward: float,
-) -> sparse.csr_matrix:  # fmt: skip
-    """Rows ``low`` to ``high`` of T, float64."""
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    inside = (items >= low) & (items < high)
-    for distance in range(1, window + 1):
-        earlier, later = items[:-distance], items[distance:]
-        other = (users[distance:] == users[:-distance]) & (earlier != later)
-        weight = step_decay ** (distance - 1)
-        for mask, source, target, value in (
-            (inside[:-distance] & other, earlier, later, weight),
-            (inside[distance:] & other, later, earlier, weight * backward),
+        The score of an item falls with its count. So if no item has fewer events than before, and none of the
+        first ones has more, they are still the first.
+        """
+        if item >= len(self.base) or self.base.starts[item + 1] - self.base.starts[item] <= top:
+            return False
+        assert self._built is not None
+        items, _ = self.base.row(item, top)
+        return bool(self._raised) or not np.array_equal(self.factors[items], self._built[items])
+
+    # ---- writing
+
+    def extend(self, count: int) -> None:
+        """Append ``count`` items without events."""
+        self._start()
+        assert self._built is not None
+        self.counts = np.append(self.counts, np.zeros(count, np.int64))
+        self.factors = np.append(self.factors, np.ones(count))
+        self._built = np.append(self._built, np.ones(count))
+
+    def append(self, history: Sequence[int], item: int) -> None:
+        """Add the event ``item`` at the end of ``history``."""
+        self._start()
+        self._count(item, 1)
+        for distance, earlier in enumerate(reversed(history[-self.window :])):
+            self._add(earlier, item, distance, 1)
+
+    def change(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Replace the sequence ``before`` by ``after``."""
+        self._start()
+        for sequence, sign in ((before, -1), (after, 1)):
+            for position, item in enumerate(sequence):
+                self._count(item, sign)
+                earlier = sequence[max(0, position - self.window) : position]
+                for distance, other in enumerate(reversed(earlier)):
+                    self._add(other, item, distance, sign)
+
+    def _start(self) -> None:
+        if self._built is None:  # the arrays of a file are not written to
+            self.counts, self._built = self.counts.copy(), self.factors
+            self.factors = self.factors.copy()
+
+    def _count(self, item: int, sign: int) -> None:
+        assert self._built is not None
+        self.counts[item] += sign
+        # the vector function of NumPy rounds differently than that of Python, and ties depend on it
+        self.factors[item] = item_factors(self.counts[item : item + 1], self.exponent)[0]
+        if self.factors[item] > self._built[item]:
+            self._raised.add(item)
+        else:
+            self._raised.discard(item)
+
+    def _add(self, earlier: int, later: int, distance: int, sign: int) -> None:
+        if earlier == later:
+            return
+        for row, item, weight in (
+            (earlier, later, self.forward[distance]),
+            (later, earlier, self.backward[distance]),
         ):
-            chosen = source[mask]
-            parts.append((chosen - np.int32(low), target[mask], np.full(len(chosen), value)))
-    rows, columns, values = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return sparse.coo_matrix((values, (rows, columns)), shape=(high - low, num_items)).tocsr()
+            added = self._added.setdefault(row, {})
+            added[item] = added.get(item, 0.0) + sign * weight
+            self._rows.pop(row, None)
 
-
-def _best_first(block: sparse.csr_matrix, factors: np.ndarray) -> np.ndarray:
-    """The order of the entries by row, and by value times factor within a row; the lower item wins ties."""
-    rows = np.repeat(np.arange(block.shape[0], dtype=np.int32), np.diff(block.indptr))
-    return np.lexsort((block.indices, -block.data * factors[block.indices], rows))
+    def merged(self) -> Rows:
+        """Return T with all events, sorted as ``base``."""
+        if self._built is None:
+            return self.base
+        rows = []
+        for item in range(len(self.counts)):
+            items, values = self.whole_row(item)
+            order = largest(values * self.factors[items], len(items))
+            rows.append((items[order], values[order]))
+        return Rows.stacked(rows)

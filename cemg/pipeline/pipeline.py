@@ -24,7 +24,7 @@ from cemg.features import PCA, FeatureCache, Features, encode_images, encode_tex
 from cemg.generator import start_from_codebooks, weights_of
 from cemg.generator.training import train_generator
 from cemg.graph.lightgcn import train_lightgcn
-from cemg.memory.build import build_memory
+from cemg.memory.build import fit_memory
 from cemg.pipeline.changes import IMAGES, content_digest, image_digests
 from cemg.pipeline.preflight import check_before_training
 from cemg.pipeline.transition import Transition
@@ -214,8 +214,8 @@ class Pipeline(RunArtifacts):
 
     def _build_memory(self, folder: Path) -> None:
         data = self.load_data()
-        train = data.split().train
-        made = build_memory(train, data.texts, item_ids=data.item_ids, config=self.config.memory)
+        with StageLog(folder) as log:
+            made = fit_memory(data, data.split(), config=self.config.memory, log=log)
         made.save(folder)
 
     def _build_tokenizer(self, folder: Path) -> None:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation import evaluate
-from cemg.memory import MEMORY_FILE, Constants, Memory, MemoryConfig
-from cemg.memory import transitions as transition_module
+from cemg.memory import MEMORY_FILE, Constants, Memory, MemoryConfig, counting
 from cemg.memory.build import build_memory
 from cemg.memory.memory import ids_digest
 from cemg.memory.rows import best_positions, largest, sum_by_key
@@ -38,13 +37,18 @@ def draw(users: int = 40, items: int = 30, seed: int = 0) -> tuple[list[np.ndarr
     return train, texts
 
 
+def rounded(weight: float) -> float:
+    return round(weight * 4096) / 4096
+
+
 def transitions_by_loops(train: list[np.ndarray], num_items: int, use: Constants, window: int) -> np.ndarray:
-    forward = np.zeros((num_items, num_items))
+    total = np.zeros((num_items, num_items))
     for sequence in train:
         for at, later in enumerate(sequence):
             for distance in range(1, min(window, at) + 1):
-                forward[sequence[at - distance], later] += use.step_decay ** (distance - 1)
-    total = forward + use.backward * forward.T
+                weight, earlier = rounded(use.step_decay ** (distance - 1)), sequence[at - distance]
+                total[earlier, later] += weight
+                total[later, earlier] += rounded(use.backward * weight)
     np.fill_diagonal(total, 0)
     return total
 
@@ -105,9 +109,9 @@ def test_histories_of_a_batch_get_the_scores_that_each_gets_alone() -> None:
 
 def test_building_in_blocks_of_rows_gives_the_same_transitions(monkeypatch: pytest.MonkeyPatch) -> None:
     train, texts = draw(users=200)
-    whole = build_memory(train, texts).transitions
-    monkeypatch.setattr(transition_module, "BLOCK_PAIRS", 50)
-    parts = build_memory(train, texts).transitions
+    whole = build_memory(train, texts).transitions.base
+    monkeypatch.setattr(counting, "BLOCK_PAIRS", 50)
+    parts = build_memory(train, texts).transitions.base
     assert parts.starts.tolist() == whole.starts.tolist()
     assert parts.items.tolist() == whole.items.tolist() and parts.values.tolist() == whole.values.tolist()
 
@@ -200,7 +204,7 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / MEMORY_FILE).write_bytes(damaged)
         with pytest.raises(DamagedError, match=MEMORY_FILE):
             Memory.load(tmp_path)
-    memory.transitions.items[3] = len(texts)
+    memory.transitions.base.items[3] = len(texts)
     memory.save(tmp_path)
     with pytest.raises(DamagedError, match="is damaged") as caught:
         Memory.load(tmp_path)

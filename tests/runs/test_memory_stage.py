@@ -12,7 +12,7 @@ from cemg.artifacts import RunArtifacts
 from cemg.commands import train
 from cemg.config import generator_of
 from cemg.errors import DamagedError, UserError
-from cemg.memory import MEMORY_FILE
+from cemg.memory import MEMORY_FILE, TEXTS_FILE
 from cemg.storage.read import digest
 from cemg.tokenizer import Catalog
 
@@ -66,13 +66,13 @@ def test_a_run_without_a_memory_opens_and_the_printed_command_builds_only_the_me
     assert built.scores([1, 2])[1].tolist() == before.scores([1, 2])[1].tolist()
 
 
-@pytest.mark.parametrize("damage", [b"torn", None])
-def test_a_damaged_memory_is_refused_by_name_and_rebuilt_alone(run: Path, command, damage) -> None:
-    path = run / "memory" / MEMORY_FILE
+@pytest.mark.parametrize(("name", "damage"), [(MEMORY_FILE, b"torn"), (TEXTS_FILE, None)])
+def test_a_damaged_memory_is_refused_by_name_and_rebuilt_alone(run: Path, command, name, damage) -> None:
+    path = run / "memory" / name
     path.unlink()
     if damage is not None:
         path.write_bytes(damage)
-    with pytest.raises(DamagedError, match=MEMORY_FILE) as caught:
+    with pytest.raises(DamagedError, match=name) as caught:
         RunArtifacts.open(run).load_memory()
     assert caught.value.fix == f"cemg-train --run {run} --rebuild"
     weights = (run / "generator" / "weights.safetensors").stat().st_mtime_ns

@@ -1,0 +1,163 @@
+"""Events and items that are added to a memory give what building it with them gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cemg.errors import UserError
+from cemg.memory import Constants, Memory, MemoryConfig
+from cemg.memory.build import build_memory
+from cemg.memory.similarity import TextIndex
+
+ITEMS = 12
+TEXTS: list[str | None] = [f"word{i % 5} word{i % 7} kind{i}" for i in range(ITEMS)]
+CONFIG = MemoryConfig(window=3, transition_items=4, similar_items=3)  # rows are cut, so their order counts
+CONSTANTS = Constants(exponent=0.3, text_weight=0.5, repeat_weight=0.3, scale=0.7)
+sequences = st.lists(st.lists(st.integers(0, ITEMS - 1), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+def built(users: Sequence[Sequence[int]], texts: Sequence[str | None] = TEXTS, **others: object) -> Memory:
+    train = [np.array(user, dtype=np.int32) for user in users]
+    return build_memory(train, texts, config=CONFIG, constants=CONSTANTS, **others)  # type: ignore[arg-type]
+
+
+def assert_equal(live: Memory, rebuilt: Memory) -> None:
+    """The same items and scores for the history of each single item, and of all together."""
+    assert live.counts.tolist() == rebuilt.counts.tolist()
+    everything = range(live.num_items)
+    for history in (*([item] for item in everything), list(everything)):
+        (items, scores), (expected_items, expected) = live.scores(history), rebuilt.scores(history)
+        assert items.tolist() == expected_items.tolist()
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(sequences, st.lists(st.tuples(st.integers(0, 5), st.integers(0, ITEMS - 1)), max_size=15))
+def test_observed_events_equal_a_rebuild(users: list[list[int]], events: list[tuple[int, int]]) -> None:
+    live = built(users)
+    histories = [list(user) for user in users]
+    for user, item in events:
+        history = histories[user % len(histories)]
+        live.observe(history, item)  # a repeated item among them
+        history.append(item)
+        live.scores(history)  # rows that a query has cached follow later events
+    assert_equal(live, built(histories))
+
+
+@settings(deadline=None, max_examples=25)
+@given(sequences, st.data())
+def test_a_late_event_equals_a_rebuild_with_it_in_its_place(
+    users: list[list[int]], data: st.DataObject
+) -> None:
+    live = built(users)
+    histories = [list(user) for user in users]
+    for _ in range(3):
+        history = histories[data.draw(st.integers(0, len(histories) - 1))]
+        position = data.draw(st.integers(0, len(history)))
+        item = data.draw(st.integers(0, ITEMS - 1))
+        live.observe(history, item, position=position)
+        history.insert(position, item)
+    assert_equal(live, built(histories))
+
+
+@settings(deadline=None, max_examples=25)
+@given(sequences, sequences)
+def test_a_deleted_user_leaves_nothing_behind(users: list[list[int]], others: list[list[int]]) -> None:
+    live = built([*users, *others])
+    for user in others:
+        live.forget(user)
+    assert_equal(live, built(users))
+
+
+def test_the_order_of_a_cut_row_follows_the_counts_of_other_users() -> None:
+    users = [[0, item] for item in (1, 1, 2, 2, 3, 3, 4, 4, 5)]  # row 0 has five items, and is cut to four
+    live = built(users)
+    assert 5 not in live.scores([0])[0]
+    for _ in range(200):
+        live.observe([], 4)  # so common now that its transition from item 0 is worth less than that of item 5
+    assert_equal(live, built([*users, *[[4]] * 200]))
+    assert 5 in live.scores([0])[0] and 4 not in live.transitions.row(0, 4)[0]
+
+
+@settings(deadline=None, max_examples=15)
+@given(sequences, st.lists(st.sampled_from([*TEXTS, "word1 word2", "unknown", None]), min_size=1, max_size=5))
+def test_new_items_equal_a_rebuild_with_the_same_words(
+    users: list[list[int]], texts: list[str | None]
+) -> None:
+    live = built(users)
+    first = TextIndex.fit(TEXTS)
+    assert first is not None
+    assert live.add_items(texts) == range(ITEMS, ITEMS + len(texts))
+    new = ITEMS + len(texts) - 1
+    live.observe(users[0], new)
+    everything = [*TEXTS, *texts]
+    index = TextIndex(first.words, first.weights, first.vectors_of(everything))
+    rebuilt = built([[*users[0], new], *users[1:]], everything, index=index)
+    assert_equal(live, rebuilt)
+
+
+def test_a_new_item_is_reached_from_its_neighbors_without_any_event() -> None:
+    live = built([[0, 1], [1, 2]])
+    (row,) = live.add_items([TEXTS[9]])
+    assert row in live.scores([9])[0] and 9 in live.scores([row])[0]
+    assert row not in live.scores([10])[0] or TEXTS[10] == TEXTS[9]
+
+
+def test_a_changed_memory_can_be_saved_and_continues(tmp_path: Path) -> None:
+    users = [[0, 1, 2], [2, 3, 4, 5]]
+    built(users, item_ids=range(ITEMS)).save(tmp_path)
+    live = Memory.load(tmp_path)
+    live.observe(users[0], 7)
+    live.add_items(["word1 kind3"])
+    live.observe([*users[0], 7], ITEMS)
+    live.save(tmp_path / "again")
+    loaded = Memory.load(tmp_path / "again")
+    assert_equal(loaded, live)
+    loaded.check_catalog(range(ITEMS + 1))
+    for memory in (live, loaded):
+        memory.observe(users[1], 7)
+        memory.add_items(["word2"])
+    assert_equal(loaded, live)
+    assert Memory.load(tmp_path).num_items == ITEMS  # the file that was loaded is unchanged
+    assert_equal(Memory.load(tmp_path), built(users))
+
+
+def test_a_memory_without_texts_takes_new_items() -> None:
+    live = built([[0, 1]], [None] * 3)
+    (row,) = live.add_items(["a text"])
+    assert live.scores([row])[0].tolist() == [row]  # by the repeat term
+    live.observe([0, 1], row)
+    assert row in live.scores([1])[0] and 1 in live.scores([row])[0]
+
+
+def test_unknown_items_and_positions_are_refused() -> None:
+    live = built([[0, 1, 2]])
+    with pytest.raises(UserError, match=f"the memory has no item {ITEMS}"):
+        live.observe([0], ITEMS)
+    with pytest.raises(UserError, match="the memory has no item -1"):
+        live.forget([0, -1])
+    with pytest.raises(UserError, match=r"position must be within 0 … 2, got 3"):
+        live.observe([0, 1], 2, position=3)
+    assert_equal(live, built([[0, 1, 2]]))
+
+
+def test_scores_do_not_depend_on_when_a_memory_was_built() -> None:
+    """Sums of weights are exact, so 3,000 events in any order give the same transitions."""
+    rng = np.random.default_rng(0)
+    users = [rng.integers(0, 4, 30).tolist() for _ in range(100)]
+    live = built([users[0][:1]])
+    live.forget(users[0][:1])
+    for user in users[::-1]:
+        for at, item in enumerate(user):
+            live.observe(user[:at], item)
+    rebuilt = built(users)
+    merged, base = live.transitions.merged(), rebuilt.transitions.base
+    assert merged.items.tolist() == base.items.tolist() and merged.values.tolist() == base.values.tolist()
+    assert dataclasses.asdict(live.constants) == dataclasses.asdict(rebuilt.constants)
