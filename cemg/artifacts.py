@@ -1,6 +1,6 @@
 """Reading a finished run: its settings and stages, verified. No trainer is imported here.
 
-A run is a folder of stages (data, features, graph, memory, tokenizer, catalog, generator), written by
+A run is a folder of stages (data, features, graph, memory, tokenizer, catalog, generator, gate), written by
 ``cemg-train``.
 """
 
@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 
 from cemg.config import RunConfig, config_text, generator_of, load_config, with_earlier
 from cemg.data import Dataset
+from cemg.dense import DENSE_FILES, DenseRanker
 from cemg.errors import DamagedError, UserError
 from cemg.generator import Prompter, Vocabulary, build_backbone, load_weights
 from cemg.memory import MEMORY_FILE, TEXTS_FILE, Memory
+from cemg.mixture import GATE_FILE, DenseSource, Gate, MemorySource, Source
 from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.manifest import CONFIG, STAGES, Manifest, check_origin, remedy, stages_of, verify
@@ -149,6 +151,44 @@ class RunArtifacts:
         memory.check_catalog(ids, run=self.run.folder)
         self.check_unchanged()
         return memory
+
+    def has_gate(self) -> bool:
+        """Whether the run has a gate. Runs that earlier versions trained have none."""
+        return self.run.path("gate").is_dir()
+
+    def load_gate(self) -> Gate:
+        """The weights of the generator and the other experts.
+
+        Raises:
+            UserError: The run has no gate, or no memory, or the gate was fitted with another memory.
+            DamagedError: The file of the gate is damaged.
+        """
+        folder, name = self.run.path("gate"), quote(str(self.run.folder))
+        if not self.has_gate():
+            raise UserError(
+                f"{self.run.folder} has no gate", cause="an earlier version trained it",
+                fix=f"fit it, and keep all other stages: cemg-train --run {name}",
+            )  # fmt: skip
+        if not self.has_memory():
+            raise UserError(
+                f"the gate of {self.run.folder} needs the item memory, which is missing",
+                fix=f"build it, and keep all other stages: cemg-train --run {name}",
+            )
+        gate = Gate.load(self.file("gate", GATE_FILE), fix=remedy(folder))
+        if gate.memory != Manifest.read(self.run.path("memory")).contents:
+            raise UserError(
+                f"the gate of {self.run.folder} was fitted with another item memory", fix=remedy(folder)
+            )
+        return gate
+
+    def sources(self, gate: Gate, memory: Memory) -> list[Source]:
+        """The experts beside the generator, in the order of the gate."""
+        sources: list[Source] = [MemorySource(memory)]
+        if DenseSource.name in gate.sources:
+            for name in DENSE_FILES:
+                self.file("gate", name)
+            sources.append(DenseSource(DenseRanker.load(self.run.path("gate"))))
+        return sources
 
     def load_catalog(self) -> Catalog:
         for name in Catalog.FILES:

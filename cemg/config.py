@@ -22,6 +22,7 @@ from cemg.features import ImageConfig, TextConfig
 from cemg.generator import BackboneConfig, GeneratorConfig
 from cemg.graph import GraphConfig
 from cemg.memory import MemoryConfig
+from cemg.mixture.config import GateConfig
 from cemg.storage.read import check_file, digest, read_text
 from cemg.tokenizer import TokenizerConfig
 from cemg_kernels.constrained.softmax import Normalize
@@ -32,7 +33,7 @@ WITHOUT = ("collab", "image", "text", "llm")
 # values, and the keys of stages leave them out, so that runs of these versions stay valid.
 EARLIER: dict[str, dict[str, Any]] = {"decoding": {"validation_history": "kept"}}
 _ABSENT = object()
-ADDED_SECTIONS = ("memory",)  # the settings of runs that earlier versions trained do not have them
+ADDED_SECTIONS = ("memory", "gate")  # the settings of runs that earlier versions trained do not have them
 SIGNATURE = re.compile(
     r"# cemg-train wrote these settings: sha256 ([0-9a-f]{64}), generator ([0-9a-f]{64}|none)"
 )
@@ -154,6 +155,8 @@ class RunConfig:
     """Training of the generator."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     """Beam search."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """The mixture of the generator with the item memory and other experts."""
     without: tuple[str, ...] = ()
     """Parts left out for an ablation: any of collab, image, text and llm."""
     seed: int = 0

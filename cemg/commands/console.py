@@ -120,6 +120,12 @@ def check_normalize(name: str | None) -> None:
         raise UserError(f"--normalize must be one of {', '.join(get_args(Normalize))}, got {name!r}")
 
 
+def check_memory(name: str | None) -> None:
+    """Raise UserError for a value of --memory that does not exist."""
+    if name not in (None, "off", "constant", "gate"):
+        raise UserError(f"--memory must be off, constant or gate, got {name!r}")
+
+
 def warn_of_normalize(config: RunConfig, name: str | None) -> None:
     """Print a warning if a model trained with loss "valid" is searched under another normalization."""
     if config.generator.loss == "valid" and name not in (None, "valid"):

@@ -20,6 +20,7 @@ STUDY_USERS = 1000  # default number of users of a study
     epilog=command.examples(
         "cemg-eval --run runs/beauty",
         "cemg-eval --run runs/beauty --model memory",
+        "cemg-eval --run runs/beauty --memory constant",
         "cemg-eval --run runs/beauty --exact --certified --compare --users 500",
         "cemg-eval --run runs/beauty --recommendations lists.parquet",
     ),
@@ -33,6 +34,14 @@ def run_evaluation(
     part: Annotated[
         str, typer.Option(metavar="PART", help="Held-out items to predict: test or valid.")
     ] = "test",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WEIGHTS",
+            help="Mix the item memory into the search: off, constant (one weight), or gate (a weight per "
+            "history). Default: off, and gate if the run has one.",
+        ),
+    ] = None,
     engine: Annotated[
         str, typer.Option(metavar="NAME", help="Decoder: cemg, vllm, or transformers (slow, for comparison).")
     ] = "cemg",
@@ -92,7 +101,7 @@ def run_evaluation(
     """
     from cemg.artifacts import RunArtifacts
     from cemg.evaluation import CUTOFFS, read_result, result_table
-    from cemg.evaluation.runs import score, score_file, score_memory
+    from cemg.evaluation.runs import score, score_file, score_memory, score_mixture
     from cemg.evaluation.search_tables import search_tables
 
     requested = {"exact": exact, "certificate": certified, "engines": compare}
@@ -102,6 +111,7 @@ def run_evaluation(
         recommendations=recommendations, studies=studies,
     )  # fmt: skip
     _check_model(model, engine=engine, beams=beams, recommendations=recommendations, studies=studies)
+    _check_memory(memory, model=model, engine=engine, recommendations=recommendations, studies=studies)
     command.check_result(result)
     command.check_device(device)
     artifacts = RunArtifacts.open(run, device=device, verify=not no_verify)
@@ -114,22 +124,31 @@ def run_evaluation(
         return
     command.warn_of_normalize(config, normalize)
     width = config.decoding.beams if beams is None else beams
-    paths = score(
-        artifacts,
-        config,
-        part=part,
-        engine=engine,
-        beams=width,
-        users=STUDY_USERS if studies and users is None and not everyone else users,
-        copy=result,
-        studies=studies,
-        normalize=normalize,
-    )
+    mixes = memory in ("constant", "gate")
+    paths = []
+    if not mixes:
+        paths = score(
+            artifacts,
+            config,
+            part=part,
+            engine=engine,
+            beams=width,
+            users=STUDY_USERS if studies and users is None and not everyone else users,
+            copy=result,
+            studies=studies,
+            normalize=normalize,
+        )
+    alone = bool(paths)
+    if mixes or (memory is None and engine == "cemg" and not studies and artifacts.has_gate()):
+        more = score_mixture(
+            artifacts, config, part=part, beams=width, weights=memory or "gate", users=users, copy=result
+        )
+        paths += more[alone:]  # popularity once
     if width < max(CUTOFFS):
         progress.console.print(
             f"each list has {width} items, so HR@k and NDCG@k with a larger k count only these"
         )
-    for table in (result_table(paths), *search_tables(read_result(paths[-1]))):
+    for table in (result_table(paths), *(search_tables(read_result(paths[-1])) if studies else ())):
         out.print(table)
 
 
@@ -154,6 +173,21 @@ def _check_options(
     if recommendations is not None and (studies or users is not None):
         raise UserError(
             "--recommendations cannot be combined with --users, --exact, --certified or --compare",
+            fix="leave these options out",
+        )
+
+
+def _check_memory(
+    memory: str | None, *, model: str, engine: str, recommendations: Path | None, studies: list[str]
+) -> None:
+    """Raise UserError for unknown weights of the memory, and for options without a mixture."""
+    command.check_memory(memory)
+    if memory in ("constant", "gate") and (
+        engine != "cemg" or model != "cemg" or recommendations is not None or studies
+    ):
+        raise UserError(
+            f"--memory {memory} cannot be combined with --engine, --model, --recommendations, --exact, "
+            "--certified or --compare",
             fix="leave these options out",
         )
 

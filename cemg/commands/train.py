@@ -326,12 +326,15 @@ def _kernels(device: str) -> str:
 
 def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
     from cemg.commands.summary import print_summary
-    from cemg.evaluation.runs import score
+    from cemg.evaluation.runs import score, score_mixture
     from cemg.report import write_report
     from cemg_kernels.runtime.ranges import named_range
 
     with named_range("stage: test"):
-        paths = score(pipeline, config, part="test", engine="cemg", beams=config.decoding.beams, copy=copy)
+        beams = config.decoding.beams
+        paths = score(pipeline, config, part="test", engine="cemg", beams=beams)
+        mixed = score_mixture(pipeline, config, part="test", beams=beams, weights="gate", copy=copy)
+        paths += mixed[1:]  # popularity once
     with named_range("stage: report"):
         page = write_report(pipeline.run.folder, device=pipeline.device)
     print_summary(pipeline, paths, page)

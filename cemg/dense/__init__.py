@@ -7,9 +7,10 @@ from cemg.dense.config import PRODUCTS, DenseConfig
 from cemg.dense.cross_entropy import linear_cross_entropy
 from cemg.dense.encoder import SequenceEncoder
 from cemg.dense.histories import pad_histories
-from cemg.dense.ranker import DenseRanker
+from cemg.dense.ranker import DENSE_FILES, DenseRanker
 
 __all__ = [
+    "DENSE_FILES",
     "PRODUCTS",
     "DenseConfig",
     "DenseRanker",

@@ -23,6 +23,7 @@ from cemg.storage import files
 from cemg.storage.read import STRICT, check_signature, file_digest, read_json, read_tensors, signed
 
 ABOUT, WEIGHTS = "dense.json", "dense.safetensors"
+DENSE_FILES = (ABOUT, WEIGHTS)
 EARLIER = "sasrec.json"  # of versions that counted positions from the oldest item
 TRAIN = "python -m cemg.baselines --help"
 

@@ -26,11 +26,16 @@ from cemg.evaluation import (
     evaluate,
     evaluate_lists,
     hardware,
+    paired_differences,
+    ranks_of,
+    read_result,
     seeded_sample,
     write_result,
 )
 from cemg.evaluation.lists import read_lists
+from cemg.evaluation.mixture import mixture_ranker, open_mixture
 from cemg.evaluation.ranker import beam_ranker
+from cemg.evaluation.results import EXCLUDED, KEPT, REMOVED
 from cemg.evaluation.search import Search, certificate_study, engine_study, exact_study
 from cemg.generator import Vocabulary
 from cemg.progress import console
@@ -167,9 +172,9 @@ def _studies_suffix(studies: Sequence[str], normalize: str | None) -> str:
 
 
 def _removed(
-    artifacts: RunArtifacts, catalog: Catalog, studies: Sequence[str]
+    artifacts: RunArtifacts, catalog: Catalog, studies: Sequence[str], *, quiet: bool = False
 ) -> tuple[list[int], list[str]]:
-    """Return the rows of removed items, and notes on them, which are printed too."""
+    """Return the rows of removed items, and notes on them, which are printed unless ``quiet``."""
     item_ids: list[int | str] = [*catalog.item_ids]
     row_of = {item: row for row, item in enumerate(item_ids)}
     rows = [row_of[item] for item in artifacts.removed_items() if item in row_of]
@@ -178,9 +183,92 @@ def _removed(
     notes = [f"{len(rows)} of {len(catalog)} items are removed: they are not listed and count as misses"]
     if studies:
         notes.append("the studies include the removed items")
-    for note in notes:
+    for note in () if quiet else notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     return rows, notes
+
+
+def score_mixture(
+    artifacts: RunArtifacts,
+    config: RunConfig,
+    *,
+    part: str,
+    beams: int,
+    weights: str,
+    users: int | None = None,
+    copy: Path | None = None,
+) -> list[Path]:
+    """Evaluate popularity, the item memory alone, and the search by the mixture of a run.
+
+    The result file of the mixture also has the metrics of the memory alone, and the paired difference.
+
+    Args:
+        artifacts: The run.
+        config: Its settings, which the result files record.
+        part: "valid" or "test".
+        beams: Beams per user.
+        weights: "gate" for weights per history, or "constant".
+        users: Evaluate a sample of this size; None means all users.
+        copy: Copy the result file of the mixture there as well.
+
+    Returns:
+        The paths of the result files: popularity, memory, mixture.
+
+    Raises:
+        UserError: The run has no memory or no gate.
+    """
+    gate = artifacts.load_gate()
+    paths = score_memory(artifacts, config, part=part, users=users)
+    alone = read_result(paths[-1])
+    data = artifacts.load_data()
+    catalog = artifacts.load_catalog().first(data.num_items)
+    split = data.split()
+    rows = (
+        None if users is None or users >= len(split.users) else seeded_sample(split, users, seed=config.seed)
+    )
+    removed, notes = _removed(artifacts, catalog, (), quiet=True)
+    sources = artifacts.sources(gate, artifacts.load_memory())
+    mixture = open_mixture(artifacts, *artifacts.load_generator(), catalog, sources, split)
+    started = time.monotonic()
+    kept, excluded = (
+        evaluate(
+            mixture_ranker(
+                mixture, gate, beams=beams, constant=weights == "constant", exclude_history=exclude,
+                removed=removed,
+            ),
+            split, part=part, users=rows, max_list=beams,
+        )
+        for exclude in (False, True)
+    )  # fmt: skip
+    seconds = {**stage_seconds(artifacts.run), "evaluation": round(time.monotonic() - started, 1)}
+    about = {"model": "cemg", "memory": weights, "engine": "cemg", "beams": beams, "stage_seconds": seconds}
+    about |= {"gate_fit": gate.fit, "notes": [*data.notes, *notes], **config.to_dict()}
+    scope = part if rows is None else f"{part}-{len(rows)}-users"
+    name = f"{data.name}-cemg-{weights}-{scope}"
+    name += "" if beams == config.decoding.beams else f"-{beams}-beams"
+    path = _write(
+        artifacts, config, name, kept, about=about, excluded=excluded, seconds=seconds,
+        further={"beside": paths[0].name, "compared": _compared(kept, excluded, alone, paths[-1].name)},
+    )  # fmt: skip
+    if copy is not None:
+        files.copy_file(path, copy)
+    return [*paths, path]
+
+
+def _compared(kept: Evaluation, excluded: Evaluation, memory: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """The metrics of the memory alone, and the paired differences of the mixture to it.
+
+    The memory ranks the same with the history excluded as with it removed from the list.
+    """
+    ranks = ranks_of(memory)
+    pairs = {
+        KEPT: (kept.by_user(kept.ranks), ranks[KEPT]),
+        REMOVED: (kept.by_user(kept.ranks_history_removed), ranks[REMOVED]),
+        EXCLUDED: (excluded.by_user(excluded.ranks), ranks[REMOVED]),
+    }
+    differences = {key: paired_differences(*pair) for key, pair in pairs.items()}
+    metrics = {key: memory[key] for key in (KEPT, REMOVED)}
+    return {"model": "memory", "file": file, **metrics, "differences": differences}
 
 
 def score_file(

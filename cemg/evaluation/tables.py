@@ -149,9 +149,14 @@ def _difference_rows(record: Mapping[str, Any], names: list[str]) -> list[list[s
     for key, label in ((KEPT, ""), (REMOVED, ", history removed")):
         found = compared.get("differences", {}).get(key)
         if found:
-            rows.append([f"- minus {compared['model']}{label}", *(f"{found[n]['mean']:+.4f}" for n in names)])
-            rows.append(["  95 % lower bound", *(f"{found[n]['low']:+.4f}" for n in names)])
+            rows.append([f"- minus {compared['model']}{label}", *(_signed(found[n]["mean"]) for n in names)])
+            rows.append(["  95 % lower bound", *(_signed(found[n]["low"]) for n in names)])
     return rows
+
+
+def _signed(value: float) -> str:
+    """A difference without the zero before its point, so that it is not wider than a metric."""
+    return f"{value:+.4f}".replace("0.", ".", 1)
 
 
 def _seed_cells(seeds: Sequence[Metrics], names: list[str]) -> list[str]:

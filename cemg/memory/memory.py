@@ -183,6 +183,7 @@ class Memory:
         exclude_history: bool = False,
         power: float | None = None,
         top: int = MASSES,
+        popularity: bool = True,
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return a distribution over items per history: scores to the power ``power``, normalized.
 
@@ -194,6 +195,7 @@ class Memory:
             exclude_history: Whether the items of the history have no mass.
             power: Exponent of the scores; None takes that of the constants.
             top: Number of items with mass, at most.
+            popularity: Whether such a history gets popularity; if not, it gets no item.
 
         Returns:
             Item rows, B arrays, ascending, and their masses, B arrays of float64.
@@ -204,7 +206,7 @@ class Memory:
         for history in histories:
             rows, scores = self.scores(history)
             is_known = len(rows) > 0
-            if not is_known:
+            if not is_known and popularity:
                 rows = np.flatnonzero(self.counts)
                 scores = self.counts[rows].astype(np.float64)
             if exclude_history:

@@ -26,6 +26,7 @@ from cemg.generator.training import train_generator
 from cemg.graph.lightgcn import train_lightgcn
 from cemg.memory.build import fit_memory
 from cemg.pipeline.changes import IMAGES, content_digest, image_digests
+from cemg.pipeline.gate import dense_digest, fit_run
 from cemg.pipeline.preflight import check_before_training
 from cemg.pipeline.transition import Transition
 from cemg.progress import StageLog, console
@@ -53,7 +54,7 @@ class Pipeline(RunArtifacts):
         self.cache = FeatureCache(cache if cache is not None else run.folder / "cache")
 
     def train(self, *, agree: Callable[[list[str], bool], None] | None = None, rebuild: bool = False) -> None:
-        """Build or reuse data, features, graph, memory, tokenizer, catalog and generator, in this order.
+        """Build or reuse all stages, in the order of STAGES.
 
         An interrupted training continues with the next call. A finished run keeps its stages and its
         configuration until all new stages are complete. ``agree`` and ``rebuild``: see `Transition`.
@@ -152,6 +153,11 @@ class Pipeline(RunArtifacts):
         }
         self._stage("generator", config, self._build_generator, inputs=("data", "catalog"))
 
+    def gate(self) -> None:
+        dense = self.config.gate.dense
+        config = keyed(self.config, "gate") | {"seed": self.config.seed, "dense": dense_digest(dense)}
+        self._stage("gate", config, self._build_gate, inputs=("data", "memory", "generator"))
+
     # ---- how each is built
 
     def _build_features(self, folder: Path) -> None:
@@ -217,6 +223,9 @@ class Pipeline(RunArtifacts):
         with StageLog(folder) as log:
             made = fit_memory(data, data.split(), config=self.config.memory, log=log)
         made.save(folder)
+
+    def _build_gate(self, folder: Path) -> None:
+        fit_run(self, folder)
 
     def _build_tokenizer(self, folder: Path) -> None:
         values, present = self.load_features()

@@ -20,7 +20,7 @@ from cemg.storage.run import PENDING, Run
 
 DISCARDED = "the interrupted retraining"
 REMOVED = "that cemg-catalog added are removed"  # wording of a question
-BESIDE = ("memory", "generator")  # stages that the catalog is not built from
+BESIDE = ("memory", "generator", "gate")  # stages that the catalog is not built from
 
 
 class Transition:
@@ -174,7 +174,7 @@ def _alike(one: RunConfig, other: RunConfig) -> bool:
 
 def _remakes_catalog(old: RunConfig, new: RunConfig) -> bool:
     """Whether changed settings change a stage before the generator, and so rebuild the catalog."""
-    parts = ["memory", "backbone", "generator", "decoding", "dtype", "without"]
+    parts = ["memory", "backbone", "generator", "decoding", "gate", "dtype", "without"]
     parts += ["data"] if old.data.path and new.data.path else []  # their contents are compared later
     one, other = ({k: v for k, v in c.to_dict().items() if k not in parts} for c in (old, new))
     return one != other or {*old.without} - {"llm"} != {*new.without} - {"llm"}

@@ -29,6 +29,7 @@ STAGES = (
     "tokenizer",
     "catalog",
     "generator",
+    "gate",
 )  # in the order of training
 READY = ".ready"  # published stages, with their configuration, that are not yet moved into place
 OLD_KEYS = {

@@ -23,12 +23,16 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
     ("options", "built", "why"),
     [
         ((), set(), ""),
-        (("--set", "memory.window=3"), {"memory"}, "window: 10 → 3"),
-        (("--set", "generator.epochs=2"), {"generator"}, "generator.epochs: 6 → 2"),
-        (("--set", "graph.epochs=2"), {"graph", "tokenizer", "catalog", "generator"}, "epochs: 3 → 2"),
+        (("--set", "memory.window=3"), {"memory", "gate"}, "window: 10 → 3"),
+        (("--set", "generator.epochs=2"), {"generator", "gate"}, "generator.epochs: 6 → 2"),
+        (
+            ("--set", "graph.epochs=2"),
+            {"graph", "tokenizer", "catalog", "generator", "gate"},
+            "epochs: 3 → 2",
+        ),
         (
             ("--set", "data.synthetic_users=41"),
-            {"data", "features", "graph", "memory", "tokenizer", "catalog", "generator"},
+            {"data", "features", "graph", "memory", "tokenizer", "catalog", "generator", "gate"},
             "the data have changed",
         ),
     ],
@@ -40,7 +44,7 @@ def test_every_stage_that_a_change_affects_is_listed_with_the_reason(
     before = files_of(run)
     assert command(train.main, "--run", run, *options, "--dry-run") == 0
     said = verdicts(capsys.readouterr().out)
-    assert list(said) == ["data", "features", "graph", "memory", "tokenizer", "catalog", "generator"]
+    assert list(said) == ["data", "features", "graph", "memory", "tokenizer", "catalog", "generator", "gate"]
     assert {stage for stage, text in said.items() if text.startswith("built")} == built
     assert all(text == "reused" for stage, text in said.items() if stage not in built)
     assert not built or why in next(text for stage, text in said.items() if stage in built)

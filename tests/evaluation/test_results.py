@@ -142,7 +142,7 @@ def test_a_table_shows_the_difference_to_the_model_that_a_file_is_compared_with(
     (tmp_path / "a.json").write_text(json.dumps(signed(record)))
     rows = result_markdown([tmp_path / "a.json"], paper=False).splitlines()
     assert rows[-4:] == [
-        f"| {label} |" + " +0.0000 |" * 6
+        f"| {label} |" + " +.0000 |" * 6
         for label in (
             "- minus memory",
             "  95 % lower bound",

@@ -36,7 +36,7 @@ SETTINGS = [
     "backbone.heads=2", "generator.epochs=6", "generator.batch_size=8", "generator.history_items=6",
     "decoding.beams=10", "decoding.validation_beams=5",
 ]  # fmt: skip
-STAGES = ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator")
+STAGES = ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator", "gate")
 
 
 def make() -> None:

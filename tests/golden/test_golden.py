@@ -28,7 +28,7 @@ from cemg import Recommender
 from cemg.artifacts import settings_file
 from cemg.config import load_config
 from cemg.decoding import Decoder, Recommendations
-from cemg.pipeline.dry_run import plan
+from cemg.pipeline.dry_run import MISSING, REUSED, plan
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, make_unique, read_items
 from cemg_kernels import Trie, residual_quantize, use_fast_kernels
 
@@ -79,11 +79,13 @@ def test_the_run_opens_as_it_is_and_gives_the_same_lists(run: Path):
     assert hashes(run) == before
 
 
-def test_a_training_reuses_every_stage_of_the_run(run: Path):
+def test_a_training_reuses_every_stage_of_the_run_and_adds_those_that_it_did_not_have(run: Path):
     """Settings that the version of the run did not have keep the values that it used."""
     config = load_config(settings_file(run))
     assert config.decoding.validation_history == "kept"
-    assert set(plan(run, config).values()) == {"reused"}
+    planned = plan(run, config)
+    assert {name for name, verdict in planned.items() if verdict != REUSED} == {"memory", "gate"}
+    assert {planned["memory"], planned["gate"]} == {MISSING}
 
 
 def test_pytorch_and_reference_backends_give_the_same_lists(run: Path):

@@ -23,12 +23,13 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
 
 
 def made_by_an_earlier_version(run: Path) -> None:
-    """Removes the memory and its settings, and signs the settings as they were."""
-    shutil.rmtree(run / "memory")
+    """Removes the memory, the gate and their settings, and signs the settings as they were."""
+    for stage in ("memory", "gate"):
+        shutil.rmtree(run / stage)
     path = run / "config.yaml"
     generator = generator_of(path)
     tree = yaml.safe_load(path.read_text())
-    del tree["memory"]
+    del tree["memory"], tree["gate"]
     head = f"# cemg-train wrote these settings: sha256 {digest([tree, generator])}, generator {generator}\n"
     path.write_text(head + yaml.safe_dump(tree, sort_keys=False))
 
@@ -42,7 +43,7 @@ def test_the_memory_of_a_run_knows_its_items_and_its_training_histories(tiny_run
     assert all(memory.knows(history) for history in train if len(history))
 
 
-def test_a_run_without_a_memory_opens_and_the_printed_command_builds_only_the_memory(
+def test_a_run_without_a_memory_opens_and_the_printed_command_builds_only_memory_and_gate(
     run: Path, command, capsys
 ) -> None:
     before = RunArtifacts.open(run).load_memory()
@@ -101,7 +102,8 @@ def test_a_memory_copied_from_a_run_of_other_data_is_refused(
     other = Pipeline(Run(tmp_path / "other"), config, cache=feature_cache)
     other.data()
     other.memory()
-    shutil.rmtree(run / "memory")
+    for stage in ("memory", "gate"):
+        shutil.rmtree(run / stage)
     shutil.copytree(tmp_path / "other" / "memory", run / "memory")
     with pytest.raises(UserError, match="is between two trainings") as caught:
         RunArtifacts.open(run)

@@ -31,7 +31,7 @@ from cemg.storage.run import Run
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter, use_fast_kernels
 
-STAGES = ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator")
+STAGES = ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator", "gate")
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
 
 
@@ -93,13 +93,14 @@ def test_repeating_a_command_reuses_every_stage(copy, pipeline):
 @pytest.mark.parametrize(
     "override, anew",
     [
-        ("generator.epochs=1", {"generator"}),
+        ("generator.epochs=1", {"generator", "gate"}),
         ("decoding.beams=7", set()),  # of the test, not of the training
         ("decoding.batch_size=9", set()),
         ("generator.checkpoint_seconds=100", set()),
-        ("graph.epochs=1", {"graph", "tokenizer", "catalog", "generator"}),
-        ("without=[text]", {"tokenizer", "catalog", "generator"}),
-        ("memory.window=3", {"memory"}),
+        ("graph.epochs=1", {"graph", "tokenizer", "catalog", "generator", "gate"}),
+        ("without=[text]", {"tokenizer", "catalog", "generator", "gate"}),
+        ("memory.window=3", {"memory", "gate"}),
+        ("gate.users=7", {"gate"}),
     ],
 )
 def test_a_changed_setting_rebuilds_its_stage_and_the_stages_after_it(copy, pipeline, override, anew):
@@ -148,7 +149,7 @@ def test_a_generator_training_that_died_resumes_and_ends_with_the_same_weights(
 
 
 def test_the_reference_backends_train_to_the_same_codes_and_losses(tiny_run, copy, pipeline):
-    for stage in ("tokenizer", "catalog", "generator"):
+    for stage in ("tokenizer", "catalog", "generator", "gate"):
         shutil.rmtree(copy / stage)
     use_fast_kernels(False)
     try:
@@ -451,7 +452,7 @@ def test_repeating_a_command_killed_in_every_stage_gives_the_metrics_of_an_unint
     output, _ = process.communicate()
     assert process.returncode == 0, output.decode()
     inside = set()
-    for stage in ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator"):
+    for stage in ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator", "gate"):
         part, done = torn / f".{stage}.part", torn / stage
         assert killed_at(start(torn, feature_cache, settings), part, done), stage
         inside |= {stage} if part.exists() and not done.exists() else set()

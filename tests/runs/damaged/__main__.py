@@ -47,7 +47,7 @@ from damaged.cases import (
 from damaged.kinds import Damage, another_stage, copy_run, kinds_for, stage_deleted, table_changed
 
 LIMIT = 120  # seconds of one case
-STAGES = ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator")
+STAGES = ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator", "gate")
 BAD = ("silent", "traceback", "crash")
 SAID = ("built anew", "trained again", "from the beginning", "computed again", "damaged")
 

@@ -1,0 +1,197 @@
+"""The gate: the weights of the experts of a mixture, from how confident each source is about a history.
+
+B histories, S sources, E = 1 + S experts (the generator first), F features. With features x, standardized:
+
+    w = softmax(bias + x A),  P = w_0 P_generator + sum_s w_s P_s^(power_s) / Z_s
+
+A source that says nothing about a history has weight 0 there, and the other weights are scaled to sum to 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import ConfigDict
+
+from cemg.errors import DamagedError
+from cemg.mixture.sources import Masses, Source
+from cemg.storage import files
+from cemg.storage.read import RESTORE, STRICT, check_signature, read_json, signed
+
+GATE_FILE = "gate.json"
+FORMAT = 1  # of the file
+PER_SOURCE = ("largest", "entropy", "items")  # features of each source
+COMMON = ("length", "rare", "newest")  # features of the history
+RARE = 5  # a history item is rare if it has at most this many training events
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """The prior of a search, before it meets a trie: per history item rows, masses, and the weight."""
+
+    items: list[np.ndarray]
+    mass: list[np.ndarray]
+    weight: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Fitted weights of the experts.
+
+    Attributes:
+        sources: Names of the sources, S.
+        powers: Power of each source's masses, S.
+        constant: Weights of the experts if they are the same for every history, E.
+        constant_powers: The powers that were fitted with ``constant``, S.
+        bias: Logits of the experts for average features, E.
+        slopes: A, F x E: one row per feature (see ``feature_names``).
+        means: Means of the features, F.
+        scales: Standard deviations of the features, F.
+        memory: Digest of the memory that the gate was fitted with.
+        fit: Facts about the fit, for reports.
+        format: Format of the file.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    sources: list[str]
+    powers: list[float]
+    constant: list[float]
+    bias: list[float]
+    slopes: list[list[float]]
+    means: list[float]
+    scales: list[float]
+    memory: str
+    fit: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+    sha256: str | None = None
+
+    def weights(self, features: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """Return the weights of the experts, [B, E] float64.
+
+        Args:
+            features: [B, F], see ``features_of``.
+            present: [B, S] bool, whether each source says something about the history.
+        """
+        logits = np.asarray(self.bias) + ((features - self.means) / self.scales) @ np.asarray(self.slopes)
+        return normalized(np.exp(logits - logits.max(1, keepdims=True)), present)
+
+    def constant_weights(self, present: np.ndarray) -> np.ndarray:
+        """Return the same weights for every history, [B, E], but 0 for sources that say nothing."""
+        return normalized(np.tile(np.asarray(self.constant), (len(present), 1)), present)
+
+    def mix(
+        self, histories: Sequence[np.ndarray], sources: Sequence[Source], counts: np.ndarray, *,
+        exclude_history: bool = False, constant: bool = False,
+    ) -> Mixed:  # fmt: skip
+        """Average the sources to one prior per history.
+
+        Args:
+            histories: B histories of item rows, oldest first.
+            sources: The sources, in the order of ``self.sources``.
+            counts: Training events of each item, [N].
+            exclude_history: Whether the items of the history have no mass.
+            constant: Whether every history has the same weights.
+        """
+        found = [source(histories, exclude_history=exclude_history) for source in sources]
+        present = np.array([[len(part.items) > 0 for part in row] for row in found], dtype=bool).T
+        if constant:
+            weights = self.constant_weights(present)
+        else:
+            weights = self.weights(features_of(histories, found, counts), present)
+        items, mass = [], []
+        for row in range(len(histories)):
+            parts = [own[row] for own in found]
+            rows, values = averaged(parts, self.powers, weights[row, 1:])
+            items.append(rows)
+            mass.append(values)
+        return Mixed(items, mass, 1 - weights[:, 0])
+
+    def save(self, folder: Path) -> None:
+        """Write ``gate.json``, signed."""
+        record = {name: value for name, value in dataclasses.asdict(self).items() if name != "sha256"}
+        files.write_json(folder / GATE_FILE, signed(record))
+
+    @classmethod
+    def load(cls, path: Path, *, fix: str = RESTORE) -> Gate:
+        """Read what ``save`` wrote. Raises DamagedError if it is missing, altered or incomplete."""
+        record = read_json(path, dict[str, Any], fix=fix)
+        check_signature(record, name=str(path), fix=fix)
+        gate = read_json(path, cls, fix=fix)
+        experts, width = 1 + len(gate.sources), len(feature_names(gate.sources))
+        sizes = (len(gate.constant), len(gate.bias), *{len(row) for row in gate.slopes})
+        if set(sizes) != {experts} or {len(gate.slopes), len(gate.means), len(gate.scales)} != {width}:
+            raise DamagedError(f"{path} is damaged", cause="its numbers do not fit its sources", fix=fix)
+        return gate
+
+
+def normalized(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Return weights [B, E] that are 0 for sources without items and sum to 1."""
+    allowed = np.concatenate([np.ones((len(present), 1)), present], axis=1) * weights
+    total = allowed.sum(1, keepdims=True)
+    generator = np.zeros_like(allowed)
+    generator[:, 0] = 1.0  # where nothing else has a weight
+    return np.where(total > 0, allowed / np.where(total > 0, total, 1.0), generator)
+
+
+def averaged(
+    parts: Sequence[Masses], powers: Sequence[float], weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return item rows, each once, and the average of the sources' masses; the weights need not sum to 1."""
+    used = [
+        (part.items, weight * part.sharpened(power))
+        for part, power, weight in zip(parts, powers, weights, strict=True)
+        if len(part.items) and weight > 0
+    ]
+    if len(used) == 1:
+        return used[0][0], used[0][1]
+    if not used:
+        return np.zeros(0, np.int64), np.zeros(0)
+    items, position = np.unique(np.concatenate([rows for rows, _ in used]), return_inverse=True)
+    return items, np.bincount(position, np.concatenate([mass for _, mass in used]), len(items))
+
+
+def feature_names(sources: Sequence[str]) -> list[str]:
+    """Return the names of the features, F."""
+    return [f"{source}.{name}" for source in sources for name in PER_SOURCE] + list(COMMON)
+
+
+def features_of(
+    histories: Sequence[np.ndarray], found: Sequence[Sequence[Masses]], counts: np.ndarray
+) -> np.ndarray:
+    """Return the features of histories, [B, F] float64. Nothing of a target is in them.
+
+    Per source: the logarithm of the largest mass, the entropy, and the logarithm of the number of items. Of
+    the history: the logarithm of its length, the share of rare items, and the logarithm of the number of
+    training events of its newest item.
+
+    Args:
+        histories: B histories of item rows, oldest first.
+        found: The masses of each source, S lists of B.
+        counts: Training events of each item, [N].
+    """
+    columns = [[_confidence(part) for part in own] for own in found]
+    common = [_about(history, counts) for history in histories]
+    return np.concatenate([np.asarray(part, dtype=np.float64) for part in (*columns, common)], axis=1)
+
+
+def _confidence(part: Masses) -> tuple[float, float, float]:
+    if not len(part.mass):
+        return 0.0, 0.0, 0.0
+    mass = part.mass / part.mass.sum()
+    log = np.log(mass)
+    return float(log.max()), float(-(mass @ log)), float(np.log(len(mass)))
+
+
+def _about(history: np.ndarray, counts: np.ndarray) -> tuple[float, float, float]:
+    if not len(history):
+        return 0.0, 1.0, 0.0
+    known = counts[history[history < len(counts)]]
+    if not len(known):
+        return float(np.log1p(len(history))), 1.0, 0.0
+    return float(np.log1p(len(history))), float((known <= RARE).mean()), float(np.log1p(known[-1]))
