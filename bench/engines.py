@@ -50,9 +50,9 @@ class Workload:
         self.model = model.to(cell.device, getattr(torch, cell.dtype))
         self.catalog = random_catalog(cell.items, cell.levels, cell.codes)
         generator = torch.Generator().manual_seed(1)
-        rows = torch.randint(0, cell.items, (cell.batch, cell.history), generator=generator)
+        self.rows = torch.randint(0, cell.items, (cell.batch, cell.history), generator=generator)
         offsets = torch.arange(cell.levels) * cell.codes + self.first_token
-        self.ids = (self.catalog.codes[rows] + offsets).flatten(1).to(cell.device)  # [B, S]
+        self.ids = (self.catalog.codes[self.rows] + offsets).flatten(1).to(cell.device)  # [B, S]
         self.mask = torch.ones_like(self.ids)
 
     def generate(self, **options: Any) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@
     python bench/latency.py --full             # the whole grid: about two hours on two CPU cores
     python bench/latency.py --full --resume    # the rest of an interrupted run
     python bench/latency.py --profile runs/profile --models tiger
+    python bench/latency.py --memory           # what an item memory costs a search: a minute or two
 
 Weights are random (seed 0). Their beams are nearly uniform; a search with trained weights costs the same. An
 engine that is not installed, cannot serve a cell or is left out gets a row with the reason; so does ours.
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -41,6 +42,7 @@ from harness import (
     make_parser,
     separated,
 )
+from memory_cost import memory_grid, run_memory
 
 SEARCH_TIMEOUT_S = 120.0  # an engine whose search takes longer is stopped and skips the cell
 PREPARE_TIMEOUT_S = 300.0  # for imports, the model and the catalog
@@ -335,10 +337,13 @@ def main() -> None:
     options = parse_options()
     device = apply_options(options)
     models = models_of(options, device.type == "cuda")
+    if options.memory:
+        cells = memory_grid(options.models or ["tiger"])
+        run_memory(Report("memory", options, device), chosen_cells(cells, options))
+        return
     grid = full_grid(models, device.type == "cuda") if options.full else default_grid(models)
     grid = chain(grid, () if options.models else rq3_grid())
-    cells = [replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
-             for cell in grid if re.search(options.cells, cell.name())]  # fmt: skip
+    cells = chosen_cells(grid, options)
     report = Report("latency", options, device)
     done = report.resume(RESUME_OPTIONS) if options.resume else set()
     names = ["cemg", *(name for name in options.engines or ENGINES if name != "cemg")]
@@ -368,9 +373,18 @@ def main() -> None:
     print(f"{time.monotonic() - report.begun:.0f} s; rows in {options.json}, plot in {options.plot}")
 
 
+def chosen_cells(grid: Iterable[Cell], options: argparse.Namespace) -> list[Cell]:
+    """The cells of a grid that the options choose, as they are to run."""
+    return [replace(cell, normalize=options.normalize, device=options.device, dtype=options.dtype)
+            for cell in grid if re.search(options.cells, cell.name())]  # fmt: skip
+
+
 def parse_options() -> argparse.Namespace:
     parser = make_parser(__doc__, rounds=100, seconds=0.7)
-    parser.set_defaults(json=Path("runs/latency.json"), plot=Path("runs/latency.png"))
+    parser.set_defaults(plot=Path("runs/latency.png"))
+    parser.add_argument(
+        "--memory", action="store_true", help="compare searches with an item memory with searches alone"
+    )
     parser.add_argument("--full", action="store_true", help="run the whole grid, including T5-base")
     parser.add_argument(
         "--resume", action="store_true", help="keep the cells in the --json file and measure the rest"
@@ -383,7 +397,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--normalize", choices=("vocab", "level", "valid"), default="vocab")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--profile", type=Path, help="folder to write one Chrome trace per cell to")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.json = options.json or Path(f"runs/latency{'-memory' if options.memory else ''}.json")
+    return options
 
 
 def one_cell(cell: Cell, workers: dict[str, Worker], report: Report, floor: float, nbytes: int) -> None:

@@ -30,6 +30,7 @@ SCRIPTS = {
     "latency": (
         "--models", "mmgrec", "--cells", "B1 W10$", "--full", "--engines", "transformers + our processor"
     ),
+    "latency --memory": ("--models", "mmgrec", "--cells", "B1 W50$"),
     "fast_kernels": (),
 }  # fmt: skip
 
@@ -62,12 +63,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cemg-bench-") as temporary:
         folder = Path(temporary)
         for name, options in SCRIPTS.items():
-            begun, rows = time.monotonic(), folder / f"{name}.json"
-            files = ("--json", str(rows), "--plot", str(folder / f"{name}.png"))
+            script, *flags = name.split()
+            begun, rows = time.monotonic(), folder / f"{name.replace(' --', '-')}.json"
+            files = ("--json", str(rows), "--plot", str(rows.with_suffix(".png")))
             if name == "fast_kernels":
                 train_tiny_run(folder / "run")
                 options = ("--run", str(folder / "run"))
-            run(str(HERE / f"{name}.py"), *options, *files, "--rounds", "2", "--seconds", "0.1")
+            run(str(HERE / f"{script}.py"), *flags, *options, *files, "--rounds", "2", "--seconds", "0.1")
             print(f"{name}: {check_rows(rows)} rows, {time.monotonic() - begun:.0f} s", flush=True)
         run(str(HERE / "targets.py"), *map(str, sorted(folder.glob("*.json"))))
     if find_spec("pytest_benchmark"):

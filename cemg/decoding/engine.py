@@ -357,8 +357,8 @@ class Decoder:
         With ``threshold`` [B], only prefixes that score at least as much are kept; without it the search
         never synchronizes with a GPU. ``num_tokens``: see ``DecoderState.prefill``.
         """
-        if threshold is None and prior is None and self._searches_in_one_call(input_ids):
-            return self._search_in_one_call(input_ids, attention_mask, beams, filter)
+        if threshold is None and self._searches_in_one_call(input_ids):
+            return self._search_in_one_call(input_ids, attention_mask, beams, filter, prior)
         state = self.plan.new_state()
         with timed_stage("prefill", "decode: prefill"):
             logits = state.prefill(input_ids, attention_mask, self.logits_request(0), num_tokens)
@@ -392,13 +392,14 @@ class Decoder:
         return trie_beam_step(*operands, prior=prior, generator_scores=prefixes.generator_scores)
 
     def _search_in_one_call(
-        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None
-    ) -> Recommendations:
+        self, input_ids: Tensor, attention_mask: Tensor, beams: int, filter: Filter | None,
+        prior: PriorTensors | None,
+    ) -> Recommendations:  # fmt: skip
         scores, leaves, codes, pruned, timings = self.plan.beam_search(
             input_ids, attention_mask, beams=beams, trie=self.trie.arrays,
             filter=self.trie.filter_tensors(filter, len(input_ids)), normalize=self.normalize,
             requests=[self.logits_request(level) for level in range(self.catalog.levels)],
-            code_tokens=self.tokens.input_table if self.tokens.start is None else None,
+            code_tokens=self.tokens.input_table if self.tokens.start is None else None, prior=prior,
         )  # fmt: skip
         add_seconds(timings.by_stage())
         return Recommendations.of_leaves(self.trie, scores, leaves, codes, pruned)

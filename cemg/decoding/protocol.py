@@ -13,6 +13,7 @@ from torch import Tensor
 from cemg.decoding.timings import Stage
 from cemg.errors import UserError
 from cemg_kernels.attention.logsumexp import row_logsumexp
+from cemg_kernels.constrained.prior import PriorTensors
 from cemg_kernels.constrained.softmax import Normalize
 from cemg_kernels.trie.arrays import TrieArrays
 from cemg_kernels.trie.filter_tensors import FilterTensors
@@ -147,7 +148,7 @@ class DecoderPlan(Protocol):
     def beam_search(
         self, input_ids: Tensor, attention_mask: Tensor, *, beams: int, trie: TrieArrays,
         filter: FilterTensors | None, normalize: Normalize, requests: Sequence[LogitsRequest],
-        code_tokens: Tensor | None = None,
+        code_tokens: Tensor | None = None, prior: PriorTensors | None = None,
     ) -> SearchOutput:  # fmt: skip
         """A whole search over prompts [B, S] in one call, where ``searches_in_one_call``.
 

@@ -12,6 +12,7 @@
 #include <string>
 #include <variant>
 
+#include "cemg/trie_prior.h"
 #include "cemg/trie_view.h"
 
 namespace cemg::bindings {
@@ -32,6 +33,8 @@ struct AnyTrieView {
 };
 
 using OptionalFilter = std::optional<FilterView>;  // None: every item is allowed
+
+using OptionalPrior = std::optional<PriorView>;
 
 inline FilterView filter_or_all(const OptionalFilter& filter) {
   return filter.value_or(FilterView{});

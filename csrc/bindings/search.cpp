@@ -89,7 +89,8 @@ SearchTimings run_search(BeamSearch& search, const Prompts& prompts, const AnyTr
 
 SearchRequest make_request(Normalize normalize, int64_t beam_width, int64_t first_token, int64_t start_token,
                            const PositionTables& prompt_positions, std::vector<PositionTables> step_positions,
-                           std::vector<Linear> level_columns, const Linear& vocabulary, Address code_tokens) {
+                           std::vector<Linear> level_columns, const Linear& vocabulary, Address code_tokens,
+                           const OptionalPrior& prior) {
   return {normalize,
           beam_width,
           first_token,
@@ -98,7 +99,8 @@ SearchRequest make_request(Normalize normalize, int64_t beam_width, int64_t firs
           std::move(step_positions),
           std::move(level_columns),
           vocabulary,
-          at<const int64_t>(code_tokens)};
+          at<const int64_t>(code_tokens),
+          prior};
 }
 
 void bind_request(py::module_& module) {
@@ -106,7 +108,7 @@ void bind_request(py::module_& module) {
       .def(py::init(&make_request), py::kw_only(), py::arg("normalize"), py::arg("beam_width"),
            py::arg("first_token"), py::arg("start_token"), py::arg("prompt_positions"),
            py::arg("step_positions"), py::arg("level_columns"), py::arg_v("vocabulary", Linear{}, "Linear()"),
-           py::arg("code_tokens") = 0);
+           py::arg("code_tokens") = 0, py::arg("prior") = py::none());
   py::class_<SearchResult>(module, "SearchResult")
       .def(py::init([](Address scores, Address leaves, Address codes, Address pruned) {
              return SearchResult{at<float>(scores), at<int32_t>(leaves), at<int64_t>(codes),

@@ -22,15 +22,17 @@ void softmax(const AnyTrieView& trie, const OptionalFilter& filter, Address logi
 void beam_step(const AnyTrieView& trie, const OptionalFilter& filter, Address logits, Address logsumexp,
                Normalize normalize, Address scores, Address nodes, int64_t users, int64_t beams,
                int64_t width, Address next_scores, Address parents, Address codes, Address next_nodes,
-               Address pruned) {
+               Address pruned, const OptionalPrior& prior, Address generator, Address next_generator) {
   const StepLogits step = step_logits(logits, logsumexp, normalize);
   const NextBeams next = {at<float>(next_scores), at<int64_t>(parents), at<int64_t>(codes),
                           at<int32_t>(next_nodes), at<float>(pruned)};
+  BeamPrior mixed{};
+  if (prior) mixed = {*prior, at<const float>(generator), at<float>(next_generator)};
   std::visit(
       [&](auto view) {
         check_beams(beams, view.codebook_size);
         cemg::beam_step(view, filter_or_all(filter), step, at<const float>(scores), at<const int32_t>(nodes),
-                        users, beams, width, next);
+                        users, beams, width, next, prior ? &mixed : nullptr);
       },
       trie.view);
 }
@@ -54,7 +56,8 @@ void bind_steps(py::module_& module) {
   module.def("trie_beam_step", &beam_step, ReleaseGil(), py::arg("trie"), py::arg("filter"),
              py::arg("logits"), py::arg("logsumexp"), py::arg("normalize"), py::arg("scores"),
              py::arg("nodes"), py::arg("users"), py::arg("beams"), py::arg("width"), py::arg("next_scores"),
-             py::arg("parents"), py::arg("codes"), py::arg("next_nodes"), py::arg("pruned"));
+             py::arg("parents"), py::arg("codes"), py::arg("next_nodes"), py::arg("pruned"),
+             py::arg("prior") = py::none(), py::arg("generator") = 0, py::arg("next_generator") = 0);
 }
 
 }  // namespace cemg::bindings

@@ -39,6 +39,24 @@ FilterView make_filter(Address open, Address filter_of, Address closed, int64_t 
       rows_per_request};
 }
 
+PriorView make_prior(Address ranks, Address sums, Address weight, int64_t size) {
+  return {at<const int32_t>(ranks), at<const double>(sums), at<const double>(weight), size};
+}
+
+bool build_prior(Address items, Address mass, Address counts, Address known, Address rank_of,
+                 int64_t num_items, int32_t num_inner, const OptionalFilter& filter, int64_t requests,
+                 int64_t size, Address ranks, Address sums, Address weight) {
+  const PriorSource source = {at<const int64_t>(items),
+                              at<const double>(mass),
+                              at<const int64_t>(counts),
+                              at<const int64_t>(known),
+                              at<const int32_t>(rank_of),
+                              num_items,
+                              num_inner};
+  return cemg::build_prior(source, filter_or_all(filter), requests, size, at<int32_t>(ranks),
+                           at<double>(sums), at<double>(weight));
+}
+
 [[noreturn]] void throw_build_error(const BuildError& error) {
   using Kind = BuildError::Kind;
   const std::string value = std::to_string(error.value);
@@ -203,6 +221,13 @@ void bind_view(py::module_& module) {
       .def(py::init(&make_filter), py::kw_only(), py::arg("open") = 0, py::arg("filter_of") = 0,
            py::arg("closed") = 0, py::arg("words") = 0, py::arg("max_closed") = 0,
            py::arg("rows_per_request") = 1);
+  py::class_<PriorView>(module, "PriorView")
+      .def(py::init(&make_prior), py::kw_only(), py::arg("ranks"), py::arg("sums"), py::arg("weight"),
+           py::arg("size"));
+  module.def("build_prior", &build_prior, ReleaseGil(), py::kw_only(), py::arg("items"), py::arg("mass"),
+             py::arg("counts"), py::arg("known"), py::arg("rank_of"), py::arg("num_items"),
+             py::arg("num_inner"), py::arg("filter"), py::arg("requests"), py::arg("size"), py::arg("ranks"),
+             py::arg("sums"), py::arg("weight"));
   py::class_<AnyTrieView>(module, "TrieView")
       .def(py::init(&make_view), py::kw_only(), py::arg("code"), py::arg("code_bytes"),
            py::arg("first_child"), py::arg("num_inner"), py::arg("num_nodes"), py::arg("codebook_size"))

@@ -94,6 +94,8 @@ void BeamSearch::begin_search(int64_t users, int64_t beam_width, int64_t codeboo
   pruned_.resize(static_cast<size_t>(users));
   codes_.clear();
   scores_.assign(static_cast<size_t>(users), 0.0f);
+  generator_.assign(static_cast<size_t>(users), 0.0f);
+  next_generator_.resize(static_cast<size_t>(beams));
   nodes_.assign(static_cast<size_t>(users), kRoot);
   std::fill(result.pruned, result.pruned + users, kNegInf);
 }
@@ -128,9 +130,13 @@ SearchTimings BeamSearch::search(const Prompts& prompts, TrieView<Code> trie, Fi
     const double selection_begin = elapsed_seconds();
     const int64_t beams = level == 0 ? 1 : width;
     filter.rows_per_request = beams;
+    BeamPrior prior{};
+    if (request.prior) prior = {*request.prior, generator_.data(), next_generator_.data()};
     beam_step(trie, filter, {logits_.data(), logsumexp, request.normalize}, scores_.data(), nodes_.data(),
               users, beams, width,
-              {result.scores, parents_.data(), step_codes_.data(), result.leaves, pruned_.data()});
+              {result.scores, parents_.data(), step_codes_.data(), result.leaves, pruned_.data()},
+              request.prior ? &prior : nullptr);
+    if (request.prior) generator_ = next_generator_;
     append_codes(users, width, level, result);
     timings.selection += elapsed_seconds() - selection_begin;
   }

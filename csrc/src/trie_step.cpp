@@ -1,9 +1,8 @@
 #include "cemg/trie_step.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <limits>
+#include <optional>
 #include <vector>
 
 #include "cemg/row_math.h"
@@ -17,7 +16,6 @@ namespace {
 
 constexpr int64_t kParallelWork = 1 << 14;   // logits that are worth waking threads for
 constexpr int64_t kParallelBeams = 1 << 14;  // children of a user's beams that are worth splitting them
-constexpr uint64_t kMaxIndex = kMaxCandidates - 1;
 
 // log(sum(exp(x))) of the sanitized values of x [count], given the highest of these; -inf if all are -inf.
 // Copies the values to `scratch` only if x has others.
@@ -103,67 +101,6 @@ bool prepass_dense(const TrieView<Code>& trie, const FilterView& filter, const S
   return !std::isnan(total);
 }
 
-// A score and an index, parent * K + code, in one number. Higher is better; of equal scores, the lower index
-// is.
-uint64_t key_of(float score, int64_t index) noexcept {
-  const auto bits = std::bit_cast<int32_t>(score + 0.0f);  // turns -0 into 0
-  const auto ordered = static_cast<uint32_t>(bits < 0 ? bits ^ 0x7fffffff : bits) ^ 0x80000000u;
-  return uint64_t{ordered} << 32 | (kMaxIndex - static_cast<uint64_t>(index));
-}
-
-struct Candidate {
-  uint64_t key;
-  int32_t node;
-
-  int64_t index() const noexcept { return static_cast<int64_t>(kMaxIndex - (key & kMaxIndex)); }
-  float score() const noexcept {
-    const auto ordered = static_cast<int32_t>(static_cast<uint32_t>(key >> 32) ^ 0x80000000u);
-    return std::bit_cast<float>(ordered < 0 ? ordered ^ 0x7fffffff : ordered);
-  }
-};
-
-// Keeps the best `limit` of the candidates that are added.
-class TopCandidates {
- public:
-  void clear(size_t limit, float threshold) {
-    limit_ = limit;
-    threshold_ = threshold;
-    kept_.clear();
-  }
-
-  // Candidates with a lower score are not among the best.
-  float threshold() const noexcept { return threshold_; }
-
-  size_t size() const noexcept { return kept_.size(); }
-
-  void add(float score, int64_t index, int32_t node) {
-    if (score < threshold_) return;
-    kept_.push_back({key_of(score, index), node});
-    if (kept_.size() >= 4 * limit_) trim();
-  }
-
-  // Best first.
-  const std::vector<Candidate>& sorted() {
-    if (kept_.size() > limit_) trim();
-    std::sort(kept_.begin(), kept_.end(), better);
-    return kept_;
-  }
-
- private:
-  static bool better(const Candidate& a, const Candidate& b) noexcept { return a.key > b.key; }
-
-  void trim() {
-    const auto worst = kept_.begin() + static_cast<std::ptrdiff_t>(limit_) - 1;
-    std::nth_element(kept_.begin(), worst, kept_.end(), better);
-    threshold_ = worst->score();
-    kept_.resize(limit_);
-  }
-
-  size_t limit_ = 0;
-  float threshold_ = kNegInf;
-  std::vector<Candidate> kept_;
-};
-
 // Scratch memory of a thread. It lives as long as the thread, so a step allocates only when it grows.
 template <class Code>
 struct Workspace {
@@ -177,6 +114,9 @@ struct Workspace {
   std::vector<float> total;    // [beams] the log-sum-exp subtracted from the logits; -inf: no candidates
   std::vector<char> unmasked;  // [beams] whether the groups cover all codes, not only children
   TopCandidates kept;
+  // under a prior:
+  std::vector<float> generator;  // [beams] the generator's sum; -inf for a dead beam
+  MassedChildren massed;
 
   static Workspace& of_thread() {
     thread_local Workspace workspace;
@@ -189,11 +129,15 @@ struct Workspace {
 // are read again. The prepass of a dense node may be unmasked: it reads the row of all codes without picking
 // the children. Its groups then bound the children's scores from above, so fewer than `limit` candidates may
 // reach the threshold; in that case the threshold is lowered.
+//
+// Under a prior, the rows and groups hold the generator's sums, whose order is that of the scores of children
+// without mass. The few children with mass are candidates of their own; their groups bound their scores from
+// below.
 template <class Code>
 class UserStep {
  public:
   UserStep(const TrieView<Code>& trie, const FilterView& filter, const StepLogits& step, const float* scores,
-           const int32_t* nodes, int64_t user, int64_t beams, int64_t limit)
+           const int32_t* nodes, int64_t user, int64_t beams, int64_t limit, const BeamPrior* prior)
       : trie_(trie),
         filter_(filter),
         step_(step),
@@ -224,6 +168,7 @@ class UserStep {
       while (parts < end) workspace_.beam_of_part[static_cast<size_t>(parts++)] = static_cast<int32_t>(beam);
     }
     workspace_.first_part[static_cast<size_t>(beams)] = parts;
+    if (prior != nullptr) mix(*prior, user);
   }
 
   const std::vector<Candidate>& run(bool parallel) {
@@ -232,11 +177,72 @@ class UserStep {
     } else {
       prepass(0, beams_);
     }
+    if (mixture_) score_massed();
     collect();
     return workspace_.kept.sorted();
   }
 
+  // The generator's sum of a candidate.
+  float generator_of(const Candidate& candidate) const noexcept {
+    if (!mixture_) return candidate.score();
+    return generator_of(candidate.index() / trie_.codebook_size, candidate.index() % trie_.codebook_size);
+  }
+
  private:
+  // Finds the children with mass, unless the prior has no weight. From here on, scores_ are the generator's.
+  void mix(const BeamPrior& prior, int64_t user) {
+    const RequestPrior request = prior.prior.of(user);
+    if (request.weight > 0) mixture_.emplace(request.weight);
+    workspace_.generator.resize(static_cast<size_t>(beams_));
+    workspace_.massed.clear();
+    for (int64_t beam = 0; beam < beams_; ++beam) {
+      const bool alive = sanitize(scores_[beam]) > kNegInf;
+      const Range children = workspace_.children_of[static_cast<size_t>(beam)];
+      workspace_.generator[static_cast<size_t>(beam)] = alive ? prior.generator[first_row_ + beam] : kNegInf;
+      if (mixture_) workspace_.massed.add_beam(trie_, request, alive ? children : Range{0, 0});
+    }
+    scores_ = workspace_.generator.data();
+  }
+
+  bool has_mass(int64_t beam) const noexcept { return mixture_ && !workspace_.massed.of(beam).empty(); }
+
+  bool has_mass(int64_t beam, int32_t child) const noexcept {
+    return mixture_ && workspace_.massed.contains(beam, child);
+  }
+
+  void score_massed() const {
+    for (int64_t beam = 0; beam < beams_; ++beam) {
+      const RowFilter row_filter = filter_.of(first_row_ + beam);
+      for (MassedChild& child : workspace_.massed.of(beam)) {
+        const float generator = generator_of(beam, trie_.code[child.node - 1]);
+        if (row_filter.allows(child.node)) child.score = mixture_->score(generator, child.mass);
+      }
+    }
+  }
+
+  void add_massed() const {
+    for (int64_t beam = 0; beam < beams_; ++beam) {
+      for (const MassedChild& child : workspace_.massed.of(beam)) {
+        workspace_.kept.add(child.score, beam * trie_.codebook_size + trie_.code[child.node - 1], child.node);
+      }
+    }
+  }
+
+  // The generator's sum of a child; -inf if the row has no log-probabilities.
+  float generator_of(int64_t beam, int64_t code) const noexcept {
+    const float total = workspace_.total[static_cast<size_t>(beam)];
+    if (total == kNegInf) return kNegInf;
+    return sanitize(sanitize(scores_[beam]) + smaller(logits(beam)[code] - total, 0.0f));
+  }
+
+  // A score, from a child's sum in rows and groups. Children with mass score more.
+  float score_of(float sum) const noexcept { return mixture_ ? mixture_->score(sum) : sum; }
+
+  // The sum below which children without mass do not reach a score.
+  float lowest_sum(float score) const noexcept {
+    return mixture_ ? mixture_->lowest_generator(score) : score;
+  }
+
   // Whether a beam's prepass may read all codes: most codes are children, no bitmap excludes any, and the
   // log-sum-exp does not depend on which codes are children.
   bool can_be_unmasked(int64_t beam, int64_t count) const noexcept {
@@ -275,14 +281,14 @@ class UserStep {
       const int64_t done = beam - begin;
       const bool power_of_two = done >= 4 && (done & (done - 1)) == 0;
       if (!unmasked && power_of_two && sanitize(scores_[beam]) < highest)
-        threshold = threshold_of(begin, beam, limit_);
+        threshold = lowest_sum(score_of(threshold_of(begin, beam, limit_)));
       highest = larger(highest, prepass_beam(beam, threshold));
       unmasked = unmasked || workspace_.unmasked[static_cast<size_t>(beam)];
     }
   }
 
   // Writes the total and the groups' best scores of a beam. Returns the best score. A log-probability is at
-  // most 0, so a beam whose score is below the threshold has no candidates.
+  // most 0, so a beam whose score is below the threshold has no candidates, except children with mass.
   float prepass_beam(int64_t beam, float threshold) const {
     const int64_t part = workspace_.first_part[static_cast<size_t>(beam)];
     const int64_t parts = workspace_.first_part[static_cast<size_t>(beam) + 1] - part;
@@ -290,8 +296,8 @@ class UserStep {
     float* const coarse_max = workspace_.coarse_max.data() + part * kCoarse;
     float& total = workspace_.total[static_cast<size_t>(beam)] = kNegInf;
     const float score = sanitize(scores_[beam]);
-    const float highest =
-        score == kNegInf || score < threshold ? kNegInf : prepass_logits(beam, group_max, total);
+    const bool skipped = score == kNegInf || (score < threshold && !has_mass(beam));
+    const float highest = skipped ? kNegInf : prepass_logits(beam, group_max, total);
     if (highest == kNegInf || total == kNegInf) {
       std::fill(group_max, group_max + parts * kLanes, kNegInf);
       std::fill(coarse_max, coarse_max + parts * kCoarse, kNegInf);
@@ -333,9 +339,10 @@ class UserStep {
     const bool unmasked = std::find(workspace_.unmasked.begin(), end, 1) != end;
     for (int64_t needed = unmasked ? limit_ + limit_ / 4 : limit_;; needed *= 2) {
       const float threshold = threshold_of(0, beams_, needed);
-      kept.clear(limit, larger(threshold, -kMaxFloat));
-      for (int64_t group = find_at_least(group_max, 0, groups, kept.threshold()); group < groups;
-           group = find_at_least(group_max, group + 1, groups, kept.threshold())) {
+      kept.clear(limit, larger(score_of(threshold), -kMaxFloat));
+      if (mixture_) add_massed();
+      for (int64_t group = find_at_least(group_max, 0, groups, lowest_sum(kept.threshold())); group < groups;
+           group = find_at_least(group_max, group + 1, groups, lowest_sum(kept.threshold()))) {
         collect_group(group / kLanes, group % kLanes);
       }
       if (!unmasked || kept.size() >= limit || threshold == kNegInf) return;
@@ -358,16 +365,16 @@ class UserStep {
     }
   }
 
-  // Adds a child if its score is high enough and the filter allows it. `child` is kNone if it is not known,
-  // and is then looked up.
+  // Adds a child without mass if its score is high enough and the filter allows it. `child` is kNone if it is
+  // not known, and is then looked up.
   void add_candidate(int64_t beam, int64_t code, int32_t child) const {
     const float score = sanitize(scores_[beam]), total = workspace_.total[static_cast<size_t>(beam)];
-    const float sum = score + smaller(logits(beam)[code] - total, 0.0f);
+    const float sum = score_of(score + smaller(logits(beam)[code] - total, 0.0f));
     if (!(sum >= workspace_.kept.threshold())) return;  // also false for NaN
     if (child == kNone) child = trie_.advance(nodes_[beam], code);
     if (child == kNone) return;
     const RowFilter row_filter = filter_.of(first_row_ + beam);
-    if (!row_filter.allows(child)) return;
+    if (!row_filter.allows(child) || has_mass(beam, child)) return;
     workspace_.kept.add(sum, beam * trie_.codebook_size + code, child);
   }
 
@@ -382,6 +389,7 @@ class UserStep {
   const int32_t* nodes_;
   int64_t first_row_, beams_, limit_;
   Workspace<Code>& workspace_;
+  std::optional<Mixture> mixture_;  // unless the prior has no weight
 };
 
 void write(const std::vector<Candidate>& best, int64_t user, int64_t width, int64_t size,
@@ -446,15 +454,23 @@ void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, con
 
 template <class Code>
 void beam_step(TrieView<Code> trie, FilterView filter, const StepLogits& step, const float* scores,
-               const int32_t* nodes, int64_t users, int64_t beams, int64_t width, const NextBeams& next) {
+               const int32_t* nodes, int64_t users, int64_t beams, int64_t width, const NextBeams& next,
+               const BeamPrior* prior) {
   const int64_t size = trie.codebook_size;
   const int64_t limit = std::min(width, beams * size) + 1;  // one more, for `pruned`
   const int64_t work = users * beams * size;
   const bool parallel =
       users == 1 && work >= kParallelBeams && count_children(trie, nodes, beams) >= kParallelBeams;
   const auto run = [&](int64_t user) {
-    UserStep<Code> user_step(trie, filter, step, scores, nodes, user, beams, limit);
-    write(user_step.run(parallel), user, width, size, next);
+    UserStep<Code> user_step(trie, filter, step, scores, nodes, user, beams, limit, prior);
+    const std::vector<Candidate>& best = user_step.run(parallel);
+    write(best, user, width, size, next);
+    if (prior == nullptr) return;
+    for (int64_t i = 0; i < width; ++i) {
+      const bool exists = i < static_cast<int64_t>(best.size());
+      prior->next_generator[user * width + i] =
+          exists ? user_step.generator_of(best[static_cast<size_t>(i)]) : kNegInf;
+    }
   };
   if (users == 1) return run(0);  // entering a parallel region takes a microsecond
 #pragma omp parallel for if (work >= kParallelWork)
@@ -464,7 +480,7 @@ void beam_step(TrieView<Code> trie, FilterView filter, const StepLogits& step, c
 #define CEMG_INSTANTIATE(Code)                                                                           \
   template void softmax(TrieView<Code>, FilterView, const StepLogits&, const int32_t*, int64_t, float*); \
   template void beam_step(TrieView<Code>, FilterView, const StepLogits&, const float*, const int32_t*,   \
-                          int64_t, int64_t, int64_t, const NextBeams&);
+                          int64_t, int64_t, int64_t, const NextBeams&, const BeamPrior*);
 CEMG_INSTANTIATE(uint8_t)
 CEMG_INSTANTIATE(int16_t)
 #undef CEMG_INSTANTIATE

@@ -38,8 +38,12 @@ def trie_softmax(
 def trie_beam_step(
     trie: TrieView, filter: FilterView | None, logits: int, logsumexp: int, normalize: Normalize,
     scores: int, nodes: int, users: int, beams: int, width: int, next_scores: int, parents: int, codes: int,
-    next_nodes: int, pruned: int,
+    next_nodes: int, pruned: int, prior: PriorView | None = None, generator: int = 0, next_generator: int = 0,
 ) -> None: ...  # fmt: skip
+def build_prior(
+    *, items: int, mass: int, counts: int, known: int, rank_of: int, num_items: int, num_inner: int,
+    filter: FilterView | None, requests: int, size: int, ranks: int, sums: int, weight: int,
+) -> bool: ...  # fmt: skip
 
 class TrieBuilder:
     def __init__(
@@ -63,6 +67,9 @@ class FilterView:
         self, *, open: int = 0, filter_of: int = 0, closed: int = 0, words: int = 0, max_closed: int = 0,
         rows_per_request: int = 1,
     ) -> None: ...  # fmt: skip
+
+class PriorView:
+    def __init__(self, *, ranks: int, sums: int, weight: int, size: int) -> None: ...
 
 class TrieView:
     def __init__(
@@ -144,6 +151,7 @@ class SearchRequest:
         self, *, normalize: Normalize, beam_width: int, first_token: int, start_token: int,
         prompt_positions: PositionTables, step_positions: Sequence[PositionTables],
         level_columns: Sequence[Linear], vocabulary: Linear = ..., code_tokens: int = 0,
+        prior: PriorView | None = None,
     ) -> None: ...  # fmt: skip
 
 class SearchResult:

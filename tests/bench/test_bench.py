@@ -14,6 +14,7 @@ import cells
 import engines
 import harness
 import latency
+import memory_cost
 import propagate
 import pytest
 import quantize
@@ -318,6 +319,37 @@ def test_a_target_is_judged_by_the_best_median_and_omitted_without_rows(
         "TIGER's size, B 1, W 50": {"goal": 0.4, "measured": 0.3, "met": True},
         "selection, flat from 1e+04 to 1e+08 items": {"goal": 1.2, "measured": 2.0, "met": False},
     }
+
+
+@pytest.mark.medium
+def test_a_search_with_a_memory_is_compared_and_timed_beside_one_without(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(memory_cost, "EVENTS", 900)
+    report = make_report(tmp_path)
+    memory_cost.run_memory(report, [Cell("mmgrec", 2, 4, items=60), Cell("mmgrec", 1, 4, items=500)])
+    small, large = json.loads(report.options.json.read_text())["rows"]
+    for row in (small, large):
+        assert row["equal_to"].startswith("a search in PyTorch") and row["peer"] == memory_cost.SEARCH
+        assert min(row["p50_ms"], row["peer_p50_ms"], row["query_ms"], row["tensors_ms"]) > 0
+        assert row["cost"] > -1 and row["entries"] > 10
+
+
+def test_a_memory_in_a_larger_catalog_has_the_same_scores_at_its_rows(monkeypatch) -> None:
+    monkeypatch.setattr(memory_cost, "EVENTS", 900)
+    memory, rows = memory_cost.synthetic_memory(40), torch.arange(5, 125, 3).numpy()
+    history = [3, 17, 8]
+    items, scores = memory.scores(history)
+    spread = memory_cost.spread(memory, rows, 200)
+    assert spread.num_items == 200 and len(items) > 10
+    placed, same = spread.scores(rows[history])
+    assert (placed == rows[items]).all() and (same == scores).all()
+
+
+def test_the_cost_of_a_memory_is_the_median_over_the_rounds() -> None:
+    times = {
+        memory_cost.SEARCH: Times((10.0, 20.0, 40.0)),
+        memory_cost.WITH_MEMORY: Times((11.0, 24.0, 42.0)),
+    }
+    assert memory_cost.memory_cost(times) == pytest.approx(0.1)
 
 
 def test_the_smoke_run_rejects_a_case_without_a_time_or_a_comparison(tmp_path: Path) -> None:

@@ -413,6 +413,50 @@ void check_searches(cemg::BeamSearch& search, int64_t start_steps, const cemg::P
   }
 }
 
+// In searches under a prior, one without weight changes nothing, and the weight of 1 ranks the prior's items.
+template <class Code>
+void check_prior_searches(cemg::BeamSearch& search, const cemg::Prompts& prompts,
+                          const cemg::PositionTables& prompt_positions,
+                          const cemg::PositionTables& step_positions, const cemg::Linear& columns) {
+  constexpr int64_t kWidth = 7;
+  const Items<Code> items;
+  const std::vector<int32_t> ranks{2, 5, 9, 2, 5, 9};
+  const std::vector<double> sums{0, 0.25, 0.375, 1, 0, 0.25, 0.375, 1}, weight{0, 1};
+  const auto run = [&](const std::optional<cemg::PriorView>& prior, std::vector<float>& scores) {
+    const cemg::SearchRequest request{cemg::Normalize::kLevel,
+                                      kWidth,
+                                      4,
+                                      1,
+                                      prompt_positions,
+                                      {step_positions, step_positions, step_positions},
+                                      {columns, columns, columns},
+                                      {},
+                                      nullptr,
+                                      prior};
+    std::vector<float> pruned(2);
+    std::vector<int64_t> codes(2 * kWidth * 3);
+    std::vector<int32_t> leaves(2 * kWidth);
+    scores.resize(2 * kWidth);
+    search.search(prompts, items.trie, {}, request,
+                  {scores.data(), leaves.data(), codes.data(), pruned.data()});
+    return leaves;
+  };
+  std::vector<float> alone_scores, scores;
+  const std::vector<int32_t> alone = run({}, alone_scores);
+  const std::vector<int32_t> leaves = run({{ranks.data(), sums.data(), weight.data(), 3}}, scores);
+  require(std::equal(alone.begin(), alone.begin() + kWidth, leaves.begin()) &&
+              std::equal(alone_scores.begin(), alone_scores.begin() + kWidth, scores.begin()),
+          "a prior without weight changes nothing");
+  const std::vector<int32_t> expected{9, 2, 5};
+  for (size_t i = 0; i < kWidth; ++i) {
+    const bool exists = i < expected.size();
+    require(leaves[kWidth + i] == (exists ? items.trie.num_inner + expected[i] : cemg::kNone),
+            "a weight of 1 ranks the items of the prior");
+    require(exists || std::isinf(scores[kWidth + i]), "the list ends with the prior");
+  }
+  require(scores[kWidth] == std::log(0.625f), "the score of a prior alone");
+}
+
 void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotated, int64_t width,
                   int64_t heads, int64_t groups, int64_t size, int64_t threads) {
   Weights weights;
@@ -462,6 +506,7 @@ void check_search(bool encoder, bool gated, bool biased, bool normed, bool rotat
   const cemg::Prompts prompts{tokens.data(), mask.data(), 2, kLength};
   check_searches<uint8_t>(search, encoder, prompts, prompt_positions, step_positions, columns, all);
   check_searches<int16_t>(search, encoder, prompts, prompt_positions, step_positions, columns, all);
+  check_prior_searches<uint8_t>(search, prompts, prompt_positions, step_positions, columns);
   const std::vector<int64_t> wrong{3, 4, kVocabulary, 6, 7};
   require(search.first_invalid_token({wrong.data(), mask.data(), 1, kLength}) == 2,
           "the first invalid token is found");

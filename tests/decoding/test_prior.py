@@ -13,7 +13,7 @@ from cemg.tokenizer import Catalog, SharedFilter
 from cemg_kernels import ItemPrior, RequestFilter
 
 from . import mixture_searches
-from .conftest import SIZE, START, Bench
+from .conftest import SIZE, START, Bench, step_by_step
 
 pytestmark = pytest.mark.medium
 
@@ -101,6 +101,25 @@ def test_a_prior_of_weight_0_changes_no_bit(bench, backend):
         found = decoder.decode(*prompts, 7, prior=prior, prior_weight=weights)
         for part, expected in zip(found.tensors(), plain.tensors(), strict=True):
             assert torch.equal(part[0], expected[0])
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_a_search_in_one_call_returns_the_bits_of_a_search_step_by_step(bench, family, normalize):
+    """One prompt's prior is empty, one has no weight, and one alone ranks."""
+    made = bench(family)
+    prompts = made.prompts([3, 5, 4, 6])
+    decoder = Decoder(made.model, made.catalog, START, normalize)
+    prior = draw_prior(made, 4, 7)
+    filter = RequestFilter.excluding(decoder.trie, [[], prior.items[prior.counts[0] :].tolist(), [3], [4, 5]])
+    arguments = {"filter": filter, "prior": prior, "prior_weight": [0.5, 0.6, 0.0, 1.0]}
+    assert decoder._searches_in_one_call(prompts[0])
+    together = decoder.decode(*prompts, 9, **arguments)
+    with step_by_step():
+        assert not decoder._searches_in_one_call(prompts[0])
+        stepped = decoder.decode(*prompts, 9, **arguments)
+    for part, expected in zip(together.tensors(), stepped.tensors(), strict=True):
+        assert torch.equal(part, expected)
 
 
 def test_a_prior_that_does_not_fit_is_refused(bench):

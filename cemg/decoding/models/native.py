@@ -28,6 +28,7 @@ from cemg.decoding.protocol import (
 )
 from cemg.decoding.timings import add_native_events
 from cemg.errors import UserError
+from cemg_kernels.constrained.prior import PriorTensors
 from cemg_kernels.constrained.softmax import NORMALIZE_INDEX, Normalize, native_normalize
 from cemg_kernels.runtime.dispatch import native
 from cemg_kernels.runtime.ranges import ranges_enabled
@@ -162,7 +163,7 @@ class NativePlan(DecoderPlan):
     def beam_search(
         self, input_ids: Tensor, attention_mask: Tensor, *, beams: int, trie: TrieArrays,
         filter: FilterTensors | None, normalize: Normalize, requests: Sequence[LogitsRequest],
-        code_tokens: Tensor | None = None,
+        code_tokens: Tensor | None = None, prior: PriorTensors | None = None,
     ) -> SearchOutput:  # fmt: skip
         """A whole search in one call; see ``DecoderPlan.beam_search``."""
         tokens, mask = prompt_fields(input_ids, attention_mask)
@@ -191,6 +192,7 @@ class NativePlan(DecoderPlan):
                     level_columns=[columns for columns, _ in linears],
                     vocabulary=linears[0][1],
                     code_tokens=0 if code_tokens is None else code_tokens.data_ptr(),
+                    prior=None if prior is None else prior.view(),
                 ),
                 native().SearchResult(
                     scores=scores.data_ptr(), leaves=leaves.data_ptr(), codes=codes.data_ptr(),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cemg/transformer_cpu.h"
@@ -18,11 +19,13 @@ struct SearchRequest {
   std::vector<Linear> level_columns;           // [levels] the columns of the head for each level's codes
   Linear vocabulary;                           // the whole head for Normalize::kVocab, else absent
   const int64_t* code_tokens = nullptr;        // [levels, K], all in the model's vocabulary
+  std::optional<PriorView> prior{};            // one request per user
 
   int64_t levels() const noexcept { return static_cast<int64_t>(level_columns.size()); }
 };
 
-// Best first. A list with fewer items than beams ends with score -inf, leaf -1 and arbitrary codes.
+// Best first; under a prior the scores are those of the mixture. A list with fewer items than beams ends with
+// score -inf, leaf -1 and arbitrary codes.
 struct SearchResult {
   float* scores;    // [B, width]
   int32_t* leaves;  // [B, width]
@@ -59,6 +62,7 @@ class BeamSearch : public BeamDecoder {
 
   Buffer logits_, logsumexp_;
   std::vector<float> scores_, pruned_;
+  std::vector<float> generator_, next_generator_;  // [B, W] the generator's own sums, under a prior
   std::vector<int64_t> parents_, codes_, previous_codes_;
   std::vector<int64_t> step_codes_;  // the codes that a step chose, later their tokens
   std::vector<int32_t> nodes_;

@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
+#include "cemg/top_candidates.h"
+#include "cemg/trie_prior.h"
 #include "cemg/trie_view.h"
 
 namespace cemg {
-
-inline constexpr int64_t kMaxCandidates = int64_t{1} << 32;  // of a user: beams times K
 
 // What the softmax normalizes over: the whole vocabulary, whose log-sum-exp the caller passes; the K codes of
 // the level; or the codes that continue the node.
@@ -29,6 +29,13 @@ struct NextBeams {
   float* pruned;     // [B] the best score that was cut, -inf if nothing was cut
 };
 
+// The prior of a step. The beams' scores are those of the mixture, and their order is.
+struct BeamPrior {
+  PriorView prior;         // one request per user
+  const float* generator;  // [B, W] the generator's sum of log-probabilities of each beam
+  float* next_generator;   // [B, width] of each next beam; -inf where there is none
+};
+
 // Log-probabilities [rows, K] of the codes after `nodes` [rows]; -inf for codes that do not continue the
 // node.
 template <class Code>
@@ -36,9 +43,11 @@ void softmax(TrieView<Code> trie, FilterView filter, const StepLogits& step, con
              int64_t rows, float* out);
 
 // The `width` best continuations of each user's beams, given scores and nodes [users, beams]. beams * K is at
-// most kMaxCandidates.
+// most kMaxCandidates. With a prior, a continuation scores log((1 - weight) e^generator + weight mass). A
+// weight of 0 gives the results without a prior.
 template <class Code>
 void beam_step(TrieView<Code> trie, FilterView filter, const StepLogits& step, const float* scores,
-               const int32_t* nodes, int64_t users, int64_t beams, int64_t width, const NextBeams& next);
+               const int32_t* nodes, int64_t users, int64_t beams, int64_t width, const NextBeams& next,
+               const BeamPrior* prior = nullptr);
 
 }  // namespace cemg

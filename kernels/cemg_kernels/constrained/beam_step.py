@@ -12,7 +12,7 @@ are then the scores of the mixture, and ``generator_scores`` the sums above, whi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -208,8 +208,14 @@ def _mixed_step(
 ) -> MixedStep:  # fmt: skip
     """``_step`` under a prior. Backends without a mixture of their own run the PyTorch code."""
     chosen = pick("trie_beam_step", logits.device, backend)
+    if chosen == "native":
+        own = as_float32(generator_scores)
+        grown = own.new_empty(len(own), width)
+        mixed = prior.view(), own.data_ptr(), grown.data_ptr()
+        step = _native(trie, filter, logits, scores, nodes, width, normalize, logsumexp, *mixed)
+        return MixedStep(*step, grown)
     allowed = trie_ops.mask(trie, filter, nodes.flatten()).view(logits.shape)
-    softmax = chosen if chosen in ("native", "triton") else "reference"  # the same log-sum-exps
+    softmax = "triton" if chosen == "triton" else "reference"  # the same log-sum-exps
     total = None if logsumexp is None else logsumexp.flatten()
     rows = logits.flatten(0, 1)
     log_prob = log_probabilities(trie, filter, rows, nodes.flatten(), normalize, total, softmax)
@@ -232,8 +238,9 @@ def _gather_alive(candidates: Tensor, place: Tensor, nodes: Tensor) -> Tensor:
 
 def _native(
     trie: TrieArrays, filter: FilterTensors | None, logits: Tensor, scores: Tensor, nodes: Tensor, width: int,
-    normalize: int, logsumexp: Tensor | None,
+    normalize: int, logsumexp: Tensor | None, *mixed: Any,
 ) -> BeamStep:  # fmt: skip
+    """``mixed``: the view of a prior, and the addresses of the generator's scores before and after."""
     users, beams = nodes.shape
     logits, scores = as_float32(logits), as_float32(scores)
     total = None if logsumexp is None else as_float32(logsumexp)
@@ -243,7 +250,7 @@ def _native(
         trie.view, None if filter is None else filter.view(nodes.numel()), logits.data_ptr(),
         0 if total is None else total.data_ptr(), native_normalize(normalize), scores.data_ptr(),
         nodes.data_ptr(), users, beams, width, best.data_ptr(), parents.data_ptr(), codes.data_ptr(),
-        next_nodes.data_ptr(), pruned.data_ptr(),
+        next_nodes.data_ptr(), pruned.data_ptr(), *mixed,
     )  # fmt: skip
     return step
 

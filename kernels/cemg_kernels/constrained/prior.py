@@ -18,17 +18,21 @@ Source: interpolation with a distribution from memory, Khandelwal et al. 2020
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.dispatch import native, pick
 from ..runtime.operands import tensor_of
 from ..trie import ops as trie_ops
 from ..trie.arrays import TrieArrays
-from ..trie.filter_tensors import Filter
+from ..trie.filter_tensors import Filter, FilterTensors
 from ..trie.trie import Trie
+
+if TYPE_CHECKING:
+    from .. import _native
 
 UNIT = 2.0**-52  # of the masses: the spacing of float64 between 1 and 2
 NO_ITEM = -1
@@ -75,6 +79,14 @@ class PriorTensors(NamedTuple):
     def to(self, device: str | torch.device) -> PriorTensors:
         """Returns the tensors on another device."""
         return PriorTensors(*(tensor.to(device) for tensor in self))
+
+    def view(self) -> _native.PriorView:
+        """Returns the contiguous tensors for C++, which does not keep them alive."""
+        ranks, sums, weight = (tensor.data_ptr() for tensor in self)
+        view: _native.PriorView = native().PriorView(
+            ranks=ranks, sums=sums, weight=weight, size=self.ranks.shape[1]
+        )
+        return view
 
     def masses_of(self, ranks: Tensor) -> Tensor:
         """Returns the masses below rank intervals int32 [B, Y, 2], half open: float64 [B, Y]."""
@@ -159,6 +171,10 @@ class ItemPrior:
         """
         weights = checked_weights(weight, len(self))
         allowed = trie.filter_tensors(filter, len(self))
+        if pick("trie_beam_step", trie.device) == "native":
+            built = self._built_natively(trie, weights, allowed)
+            if built is not None:
+                return built
         items, mass = (part.to(trie.device) for part in self.padded())
         ranks = trie.ranks_of(items)
         self._check_known(items, ranks)
@@ -167,6 +183,26 @@ class ItemPrior:
         tensors = PriorTensors.of(ranks, mass, weights.to(trie.device), trie.num_items)
         self._check_distinct(items, ranks, tensors.ranks, trie.num_items)
         return tensors
+
+    def _built_natively(
+        self, trie: Trie, weights: Tensor, filter: FilterTensors | None
+    ) -> PriorTensors | None:
+        """Returns the same from one call of C++; None if ``on`` has to name what is wrong."""
+        if self.items.dtype != np.int64:
+            return None
+        known, rank_of = trie.by_id
+        requests, size = len(self), max(1, int(self.counts.max(initial=0)))
+        ranks = torch.empty(requests, size, dtype=torch.int32)
+        sums = torch.empty(requests, size + 1, dtype=torch.float64)
+        items, mass, weights = np.ascontiguousarray(self.items), self.mass, weights.clone()
+        valid = native().build_prior(
+            items=items.ctypes.data, mass=mass.ctypes.data, counts=self.counts.ctypes.data,
+            known=0 if known is None else known.data_ptr(), rank_of=rank_of.data_ptr(),
+            num_items=trie.num_items, num_inner=trie.arrays.num_inner,
+            filter=None if filter is None else filter.view(requests), requests=requests, size=size,
+            ranks=ranks.data_ptr(), sums=sums.data_ptr(), weight=weights.data_ptr(),
+        )  # fmt: skip
+        return PriorTensors(ranks, sums, weights) if valid else None
 
     def _check_known(self, items: Tensor, ranks: Tensor) -> None:
         """Raises ValueError if one of ``items`` [B, Z] has no rank; the message names it."""

@@ -253,7 +253,7 @@ class Trie:
             int64 of the same shape; -1 if the trie has no item with this id.
         """
         ids = self._on_device("ids", ids).long()
-        known, order = self._by_id
+        known, order = self.by_id
         position = ids if known is None else torch.searchsorted(known, ids)
         safe = position.clamp(0, self.num_items - 1)
         exists = safe == ids if known is None else known[safe] == ids
@@ -308,7 +308,7 @@ class Trie:
         return filter.tensors
 
     @cached_property
-    def _by_id(self) -> tuple[Tensor | None, Tensor]:
+    def by_id(self) -> tuple[Tensor | None, Tensor]:
         """The ids in ascending order (None for 0 ... N - 1) and the rank of each, int32."""
         if self._ids is not None:
             known, rank = self._ids.sort()

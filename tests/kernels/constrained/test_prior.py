@@ -12,6 +12,7 @@ from torch import Tensor
 from cemg_kernels import ItemFilter, ItemPrior, RequestFilter, Trie, trie_beam_step, trie_softmax
 from cemg_kernels.constrained.prior import UNIT, PriorTensors, child_masses, mixed_scores
 from cemg_kernels.constrained.softmax import flat_arguments
+from cemg_kernels.runtime.dispatch import use_fast_kernels
 
 INF = float("inf")
 BACKENDS = ["reference", "torch", "native", "triton"]
@@ -88,6 +89,64 @@ def test_the_masses_of_the_children_sum_to_that_of_their_node_in_every_bit(seed)
     below = child_masses(trie.arrays, tensors, nodes)
     ranks = trie.interval(nodes[0]).expand(2, -1, -1)
     assert torch.equal(below.sum(2), tensors.masses_of(ranks))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("given_ids", [False, True])
+def test_one_call_of_cpp_builds_the_tensors_of_the_definition(seed, given_ids):
+    rows = torch.randperm(343, generator=torch.Generator().manual_seed(seed))[:150]
+    codes = torch.stack((rows // 49, rows // 7 % 7, rows % 7), dim=1)
+    trie = Trie.from_codes(codes, 7, rows * 5 + 3 if given_ids else None)
+    prior = draw_prior(trie, 4, seed)
+    prior.mass[::3] = 0.0
+    if given_ids:
+        prior = prior.renamed(rows.numpy()[prior.items] * 5 + 3)
+    some = prior.items[[0, -1]].tolist()
+    filters = (
+        None,
+        ItemFilter.from_mask(trie, torch.arange(150) % 3 > 0),
+        RequestFilter.excluding(trie, [prior.items[: prior.counts[0]].tolist(), [], some, some]),
+    )
+    for filter in filters:
+        built = prior.on(trie, [0.1, 0.2, 0.0, 1.0], filter)
+        use_fast_kernels(False)
+        try:
+            expected = prior.on(trie, [0.1, 0.2, 0.0, 1.0], filter)
+        finally:
+            use_fast_kernels(None)
+        assert torch.equal(built.ranks, expected.ranks) and torch.equal(built.weight, expected.weight)
+        apart = (built.sums - expected.sums).abs().amax()
+        assert float(apart) <= 2 * UNIT * built.ranks.shape[1]
+        assert [part.dtype for part in built] == [part.dtype for part in expected]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("normalize", ["vocab", "level", "valid"])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_native_search_equals_one_by_the_definition(seed, normalize, filtered):
+    """Scores within the last bits of two log-sum-exps; the same beams where scores are farther apart."""
+    size, users, width = (9, 300, 40)[seed % 3], 3, 12
+    trie = make_trie(size, 3, 400, seed)
+    filter = RequestFilter.excluding(trie, [[5, 6, 7], [], [1]]) if filtered else None
+    tensors = draw_prior(trie, users, seed).on(trie, (0.0, 0.6, 1.0), filter)
+    generator = torch.Generator().manual_seed(seed)
+    beams = torch.zeros(users, 1), torch.zeros(users, 1, dtype=torch.int32), torch.zeros(users, 1)
+    for _ in range(3):
+        scores, nodes, own = beams
+        logits = torch.randn(*nodes.shape, size, generator=generator) * 4
+        total = logits.logsumexp(2) + 0.1 if normalize == "vocab" else None
+        operands = logits, scores, nodes, trie, width, normalize, total, filter
+        found, expected = (
+            trie_beam_step(*operands, backend=backend, prior=tensors, generator_scores=own)
+            for backend in ("native", "reference")
+        )
+        for part in ("scores", "generator_scores", "pruned"):
+            mine, other = getattr(found, part), getattr(expected, part)
+            torch.testing.assert_close(mine, other, rtol=0, atol=0 if normalize == "vocab" else 2**-18)
+        apart = (expected.scores.diff(dim=1).abs() > 2**-16) | expected.scores[:, 1:].isneginf()
+        clear = torch.nn.functional.pad(apart, (1, 0), value=True) & torch.nn.functional.pad(apart, (0, 1))
+        assert clear.any() and torch.equal(found.nodes[clear], expected.nodes[clear])
+        beams = expected.scores, expected.nodes, expected.generator_scores
 
 
 @pytest.mark.parametrize(
