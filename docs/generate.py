@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -244,6 +244,9 @@ BEAUTY = {
     "– dropout 0.2, 12 epochs": ["beauty-cemg-dropout"],
     "– T5 at TIGER's size, one epoch, history of 5 items": ["beauty-t5-one-epoch"],
 }
+SPORTS = {
+    "BSARec": ["sports-bsarec"],
+}
 README_ROWS = {
     "Beauty": {
         "popularity": BEAUTY["popularity"],
@@ -266,9 +269,9 @@ def movielens_table() -> str:
     return results_table(MOVIELENS, columns)
 
 
-def beauty_table() -> str:
+def amazon_table(models: dict[str, list[str]]) -> str:
     columns = [(KEPT, "HR@10"), (KEPT, "NDCG@10"), (REMOVED, "HR@10"), (REMOVED, "NDCG@10"), (COLD, "HR@10")]
-    return results_table(BEAUTY, columns)
+    return results_table(models, columns)
 
 
 def results_table(models: dict[str, list[str]], columns: list[tuple[str, str]]) -> str:
@@ -395,7 +398,11 @@ def with_tables(path: Path, tables: dict[str, Callable[[], str]]) -> str:
 def pages() -> dict[Path, str]:
     """Each generated file with the text that it must have."""
     docs = ROOT / "docs"
-    results = {"movielens": movielens_table, "beauty": beauty_table}
+    results = {
+        "movielens": movielens_table,
+        "beauty": partial(amazon_table, BEAUTY),
+        "sports": partial(amazon_table, SPORTS),
+    }
     cpu = {"vocab": vocab_speed, "valid": valid_speed, "parts": parts_of_a_search}
     return {
         docs / "settings.md": settings_page(),
