@@ -7,6 +7,7 @@ A run is a folder of stages (data, features, graph, memory, tokenizer, catalog, 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Self
@@ -21,6 +22,7 @@ from cemg.data import Dataset
 from cemg.dense import DENSE_FILES, DenseRanker
 from cemg.errors import DamagedError, UserError
 from cemg.generator import Prompter, Vocabulary, build_backbone, load_weights
+from cemg.generator.item_tokens import add_item_embedding, with_item_tokens
 from cemg.memory import MEMORY_FILE, TEXTS_FILE, Memory
 from cemg.mixture import GATE_FILE, DenseSource, Gate, MemorySource, Source
 from cemg.progress import console
@@ -30,6 +32,7 @@ from cemg.storage.read import read_json, read_tensors
 from cemg.storage.removed import read_removed
 from cemg.storage.run import PENDING, Run
 from cemg.tokenizer import CONTENT, MODALITIES, Catalog, Tokenizer
+from cemg_kernels.constrained.softmax import Normalize
 
 ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
 
@@ -233,16 +236,40 @@ class RunArtifacts:
             )
         path = self.file("generator", "weights.safetensors")
         catalog = self.load_catalog()
-        self._check_catalog(catalog)
+        trained = self._check_catalog(catalog)
         torch.manual_seed(self.config.seed)
-        model, vocabulary = self._backbone(catalog)
+        model, vocabulary = self._backbone(catalog.first(trained.items or len(catalog)))
         self._check_vocabulary(vocabulary)
         load_weights(model, path)
         self.check_unchanged()
+        model, vocabulary = self.served(model, vocabulary, catalog)
         model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps Module.to
         return model.eval(), vocabulary
 
-    def _check_catalog(self, catalog: Catalog) -> None:
+    def served(
+        self, model: PreTrainedModel, vocabulary: Vocabulary, catalog: Catalog
+    ) -> tuple[PreTrainedModel, Vocabulary]:
+        """A model as searches use it: with a token of each item of ``catalog``, if the run has such tokens."""
+        if not vocabulary.items:
+            return model, vocabulary
+        with_tokens = with_item_tokens(model, vocabulary.tokens(catalog.codes))
+        return with_tokens, replace(vocabulary, items=len(catalog))
+
+    def normalize(self, asked: Normalize | None = None) -> Normalize:
+        """``asked``, or the normalization of the run.
+
+        Raises UserError for "vocab" if items have tokens, whose logits are never trained.
+        """
+        if asked == "vocab" and self.config.generator.item_tokens:
+            raise UserError(
+                "normalize=vocab has no meaning in this run",
+                cause="it has generator.item_tokens: the softmax would run over tokens of items",
+                fix="normalize=valid",
+            )
+        return asked or self.config.decoding.normalize
+
+    def _check_catalog(self, catalog: Catalog) -> Vocabulary:
+        """The vocabulary of the training. Raises UserError if the catalog does not fit it."""
         trained = read_json(self.file("generator", "vocabulary.json"), Vocabulary)
         shape = trained.levels, trained.codebook_size
         if shape != (catalog.levels, catalog.codebook_size):
@@ -259,6 +286,7 @@ class RunArtifacts:
                 cause="it has shared semantic IDs, a token map, or levels of different sizes",
                 fix="use it with cemg.decoding.Decoder",
             )
+        return trained
 
     def _check_vocabulary(self, vocabulary: Vocabulary) -> None:
         path = self.file("generator", "vocabulary.json")
@@ -270,10 +298,14 @@ class RunArtifacts:
             )  # fmt: skip
 
     def _backbone(self, catalog: Catalog) -> tuple[PreTrainedModel, Vocabulary]:
-        history = self.config.generator.history_items
-        return build_backbone(
-            self.config.backbone, catalog.levels, catalog.codebook_size, history_items=history
+        config = self.config.generator
+        model, vocabulary = build_backbone(
+            self.config.backbone, catalog.levels, catalog.codebook_size, history_items=config.history_items
         )
+        if not config.item_tokens:
+            return model, vocabulary
+        add_item_embedding(model, len(catalog))
+        return model, replace(vocabulary, items=len(catalog))
 
     def prompter(self, model: PreTrainedModel, vocabulary: Vocabulary, catalog: Catalog) -> Prompter:
         """The prompt builder of this run."""

@@ -31,7 +31,10 @@ MAX_YAML = 100_000  # limit for the characters of a configuration file, and for 
 WITHOUT = ("collab", "image", "text", "llm")
 # What earlier versions did in place of settings that they did not have. Files that they wrote get these
 # values, and the keys of stages leave them out, so that runs of these versions stay valid.
-EARLIER: dict[str, dict[str, Any]] = {"decoding": {"validation_history": "kept"}}
+EARLIER: dict[str, dict[str, Any]] = {
+    "decoding": {"validation_history": "kept"},
+    "generator": {"item_tokens": False, "item_loss": 0.0},
+}
 _ABSENT = object()
 ADDED_SECTIONS = ("memory", "gate")  # the settings of runs that earlier versions trained do not have them
 SIGNATURE = re.compile(
@@ -181,6 +184,19 @@ class RunConfig:
                 f"generator.loss=valid needs decoding.normalize=valid, not {self.decoding.normalize}",
                 cause="the logits of codes that continue no item are never trained",
                 fix="--set decoding.normalize=valid, or --set generator.loss=vocab",
+            )
+
+        if self.generator.item_tokens and self.decoding.normalize == "vocab":
+            raise UserError(
+                "generator.item_tokens cannot be combined with decoding.normalize=vocab",
+                cause="the softmax would run over the tokens of items, whose logits are never trained",
+                fix="--set decoding.normalize=valid --set generator.loss=valid",
+            )
+        if self.generator.item_tokens and self.backbone.pretrained and self.backbone.kind != "scratch":
+            raise UserError(
+                "generator.item_tokens needs a model with random weights",
+                cause=f"backbone.pretrained={self.backbone.pretrained}",
+                fix="--set generator.item_tokens=false, or --set backbone.kind=scratch",
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from cemg.decoding.pretrained import save_pretrained
 from cemg.decoding.priors import PRIOR_WEIGHT, prior_of_rows
 from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
+from cemg.generator.item_tokens import keep_items
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
 from cemg_kernels import ItemFilter, ItemPrior, RequestFilter, Trie
 
@@ -40,7 +41,7 @@ class Recommender:
         self.removed = [item for item in artifacts.removed_items() if item in known]
         model, vocabulary = artifacts.load_generator()
         self.prompter = artifacts.prompter(model, vocabulary, self.catalog)
-        normalize = normalize or artifacts.config.decoding.normalize
+        normalize = artifacts.normalize(normalize)
         self.decoder = make_decoder(engine, model, self.catalog, vocabulary.code_token_start, normalize)
 
     @classmethod
@@ -79,9 +80,13 @@ class Recommender:
             raise UserError(f"engine={self.engine} has no model to save", fix="use engine=cemg")
         gone = set(self.catalog.rows_of([self._id(item) for item in self.removed]))
         kept = [row for row in range(len(self.catalog)) if row not in gone]
-        prompts = {**self.prompter.vocabulary.to_dict(), "history_items": self.prompter.history_items}
+        model, vocabulary = self.decoder.model, self.prompter.vocabulary
+        if gone and vocabulary.items:
+            model = keep_items(model, vocabulary.item_token_start, kept)
+            vocabulary = dataclasses.replace(vocabulary, items=len(kept))
+        prompts = {**vocabulary.to_dict(), "history_items": self.prompter.history_items}
         save_pretrained(
-            folder, self.decoder.model, self.catalog.take(kept) if gone else self.catalog,
+            folder, model, self.catalog.take(kept) if gone else self.catalog,
             tokens=self.decoder.tokens.to("cpu"), normalize=self.decoder.normalize, prompts=prompts,
         )  # fmt: skip
 

@@ -99,7 +99,7 @@ def score(
     about = {"model": "cemg", "engine": engine, "beams": beams, "stage_seconds": seconds}
     about |= {"notes": [*data.notes, *notes], **config.to_dict()}
     if studies:
-        studied = normalize or config.decoding.normalize
+        studied = artifacts.normalize(cast(Normalize | None, normalize))
         search = _search(
             artifacts, model, vocabulary, catalog, split, part=part, rows=rows, beams=beams, normalize=studied
         )

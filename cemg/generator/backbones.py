@@ -154,7 +154,7 @@ def start_from_codebooks(model: PreTrainedModel, vocabulary: Vocabulary, codeboo
     weight = cast(Tensor, model.get_input_embeddings().weight)  # [V, dim]
     rotation = torch.nn.init.orthogonal_(torch.empty(weight.shape[1], codebooks.shape[2]))  # [dim, d]
     vectors = codebooks.float().cpu() @ rotation.T  # [levels, K, dim]
-    codes = weight[vocabulary.code_token_start : vocabulary.size]
+    codes = weight[vocabulary.code_token_start : vocabulary.item_token_start]
     scale = codes.std() / vectors.std(dim=(1, 2), keepdim=True).clamp_min(1e-8)
     codes += (vectors * scale).flatten(0, 1).to(codes)
 

@@ -32,7 +32,11 @@ class GeneratorConfig:
     schedule: Literal["cosine", "inverse-sqrt"] = "cosine"
     """Learning-rate schedule after warm-up: cosine or inverse-sqrt."""
     label_smoothing: float = 0.0
-    """Label smoothing; only with loss=vocab."""
+    """Label smoothing, over the tokens in the softmax."""
+    item_tokens: bool = False
+    """Whether an item in the history is one token, its codes and an embedding of its own; else its codes."""
+    item_loss: float = 0.0
+    """Weight of a second loss, the softmax over items from the states that predict the first code."""
     loss: Literal["vocab", "valid"] = "vocab"
     """Tokens in the softmax: vocab (all; equation 5 of the paper) or valid (those of real items; ours)."""
     crop: float = 0.0
@@ -57,12 +61,14 @@ class GeneratorConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"generator.{name} must be above 0, got {getattr(self, name)}")
-        if self.loss == "valid" and self.label_smoothing:
-            raise UserError(
-                "generator.label_smoothing cannot be combined with generator.loss=valid",
-                fix="set only one of them",
-            )
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"generator.label_smoothing must be within 0 … 1, got {self.label_smoothing}")
+        if self.item_loss < 0:
+            raise UserError(f"generator.item_loss must not be negative, got {self.item_loss}")
+        if self.item_loss and not self.item_tokens:
+            raise UserError(
+                f"generator.item_loss={self.item_loss} needs embeddings of items",
+                fix="--set generator.item_tokens=true",
+            )
         if not 0 <= self.crop <= 1:
             raise UserError(f"generator.crop must be within 0 … 1, got {self.crop}")

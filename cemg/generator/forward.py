@@ -6,35 +6,45 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from cemg.generator.branches import ItemInputs
 from cemg.generator.llama import LlamaForward
 from cemg.generator.losses import FullPredictions, Predictions
 from cemg.generator.samples import Batch
 from cemg.generator.vocabulary import Vocabulary
 
 
-def forward_of(model: PreTrainedModel, vocabulary: Vocabulary, dtype: str) -> Callable[[Batch], Predictions]:
+def forward_of(
+    model: PreTrainedModel, vocabulary: Vocabulary, dtype: str, inputs: ItemInputs | None = None
+) -> Callable[[Batch], Predictions]:
     """Returns the fastest forward pass for a model on its device.
 
     Args:
         model: The model, on its device.
         vocabulary: The tokens of the codes.
         dtype: "float32" or "bfloat16" (mixed precision).
+        inputs: Makes the inputs of histories with one token per item; None for tokens of codes.
     """
     if LlamaForward.supports(model):
-        return LlamaForward(model, vocabulary, getattr(torch, dtype))
-    return PlainForward(model, vocabulary, dtype)
+        return LlamaForward(model, vocabulary, getattr(torch, dtype), inputs)
+    return PlainForward(model, vocabulary, dtype, inputs)
 
 
 class PlainForward:
     """Predictions of any Hugging Face model, with autocast for bfloat16."""
 
-    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, dtype: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: Vocabulary, dtype: str, inputs: ItemInputs | None = None
+    ) -> None:
         self.model, self.vocabulary, self.bfloat16 = model, vocabulary, dtype == "bfloat16"
+        self.inputs = inputs
 
     def __call__(self, batch: Batch) -> Predictions:
         run = self._seq2seq if self.model.config.is_encoder_decoder else self._causal
+        if self.inputs is not None and run == self._causal:
+            run = self._branches
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
             return run(batch)
 
@@ -48,11 +58,24 @@ class PlainForward:
 
         return FullPredictions(targets(out.logits), targets(out.hidden_states[-1]), self.vocabulary)
 
+    def _branches(self, batch: Batch) -> Predictions:
+        assert self.inputs is not None
+        x, branches = self.inputs(batch)
+        rate = getattr(self.model.get_input_embeddings(), "share", 0.0)  # of a layer that is not called
+        out = self.model(
+            inputs_embeds=F.dropout(x, rate, self.model.training), position_ids=branches.positions,
+            attention_mask=torch.where(branches.reads, 0.0, torch.finfo(x.dtype).min)[:, None],
+            use_cache=False, output_hidden_states=True,
+        )  # fmt: skip
+        rows, hidden = (part.flatten(0, 1)[branches.states] for part in (out.logits, out.hidden_states[-1]))
+        return FullPredictions(rows, hidden, self.vocabulary)
+
     def _seq2seq(self, batch: Batch) -> Predictions:
         inputs = torch.roll(batch.target_tokens, 1, 1)  # the start token, then all but the last code
         inputs[:, 0] = self.model.config.decoder_start_token_id
-        out = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=inputs,
-            use_cache=False, output_hidden_states=True,
-        )  # fmt: skip
+        read: dict[str, Tensor] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if self.inputs is not None:
+            x, mask = self.inputs.of_encoder(batch, self.vocabulary.eos)
+            read = {"inputs_embeds": x, "attention_mask": mask}
+        out = self.model(**read, decoder_input_ids=inputs, use_cache=False, output_hidden_states=True)
         return FullPredictions(out.logits, out.decoder_hidden_states[-1], self.vocabulary)

@@ -36,17 +36,20 @@ def add_with_dropout(x: Tensor, y: Tensor, rate: float) -> Tensor:
     return out
 
 
-def attention(qkv: Tensor, rotations: Tensor) -> Tensor:
-    """Causal self-attention with rotary positions.
+def attention(qkv: Tensor, rotations: Tensor, reads: Tensor | None = None) -> Tensor:
+    """Self-attention with rotary positions.
 
     Args:
         qkv: [B, S, 3, H, E]; the two coordinates of each rotated pair of queries and keys are neighbours.
-        rotations: [S, 2, H, E / 2] complex64, for queries (with the scale of the scores) and keys.
+        rotations: [S, 2, H, E / 2] complex64, for queries (with the scale of the scores) and keys; or
+            [B, S, 2, H, E / 2].
+        reads: [B, S, S] bool: whether the first of two positions reads the second; None if each position
+            reads itself and those before.
 
     Returns:
         [B, S, H · E].
     """
-    out: Tensor = _Attention.apply(qkv, rotations)
+    out: Tensor = _Attention.apply(qkv, rotations, reads)
     return out
 
 
@@ -119,7 +122,7 @@ def _keep(like: Tensor, rate: float) -> Tensor:
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, rotations: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, rotations: Tensor, reads: Tensor | None) -> Tensor:
         B, S, _, H, E = qkv.shape
         padded = -(-S // LANES) * LANES
         heads = qkv.new_zeros(3, B, H, padded, E)
@@ -128,7 +131,13 @@ class _Attention(Function):
         heads[2, :, :, :S] = qkv[:, :, 2].transpose(1, 2)
         q, k, v = heads.flatten(1, 2)
         q = q[:, :S]  # [B · H, S, E]
-        mask = torch.full((S, padded), float("-inf"), dtype=qkv.dtype).triu_(1)
+        mask = torch.full((S, padded), float("-inf"), dtype=qkv.dtype)
+        if reads is None:
+            mask = mask.triu_(1)
+        else:
+            mask = mask.repeat(B, 1, 1)
+            mask[:, :, :S].masked_fill_(reads, 0)
+            mask = mask.repeat_interleave(H, 0)
         shares = torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2)), -1, dtype=torch.float32)
         products = shares.to(qkv.dtype)
         ctx.save_for_backward(q, k, v, shares, products, rotations)
@@ -149,7 +158,7 @@ class _Attention(Function):
         turned = torch.stack((by_head(scores @ k), by_head(scores.transpose(1, 2) @ q)), 2)  # [B, S, 2, H, E]
         out[:, :, :2] = torch.view_as_real(_pairs(turned) * rotations.conj()).flatten(-2)
         out[:, :, 2] = by_head(products.transpose(1, 2) @ grad)
-        return out, None
+        return out, None, None
 
 
 def _pairs(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from cemg.generator.branches import ItemInputs
 from cemg.generator.dropout import DropoutEmbedding, DropoutLinear
 from cemg.generator.fused import add_with_dropout, attention, feed_forward, rms_norm
 from cemg.generator.losses import Predictions
@@ -42,8 +43,12 @@ class LlamaForward:
             and not (config.attention_bias or config.mlp_bias or config.attention_dropout)
         )
 
-    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
-        self.model, self.vocabulary, self.dtype = model, vocabulary, dtype
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: Vocabulary, dtype: torch.dtype,
+        inputs: ItemInputs | None = None,
+    ) -> None:  # fmt: skip
+        """``inputs`` makes the inputs of histories with one token per item; None for tokens of codes."""
+        self.model, self.vocabulary, self.dtype, self.inputs = model, vocabulary, dtype, inputs
         config = model.config
         self.heads, self.eps = config.num_attention_heads, config.rms_norm_eps
         width = config.hidden_size // self.heads
@@ -54,24 +59,36 @@ class LlamaForward:
         self.rotations = torch.stack((turn * width**-0.5, turn), 1)[:, :, None].repeat(1, 1, self.heads, 1)
 
     def __call__(self, batch: Batch) -> Predictions:
-        ids = batch.input_ids[:, :-1]  # the last token predicts nothing
         body: Any = self.model.model
-        embedding = body.embed_tokens
-        x = F.embedding(ids.flatten(), embedding.weight)
-        x = add_with_dropout(torch.zeros(()), x, self._rate(embedding))
-        rotations = self.rotations[: ids.shape[1]]
-        for layer in body.layers:
-            x = self._layer(layer, x, ids.shape, rotations)
-        first = len(self.vocabulary.instruction)
-        by_item = x.view(*ids.shape, -1)[:, first:].unflatten(1, (-1, self.vocabulary.levels))
-        states = rms_norm(by_item[batch.is_target], body.norm.weight, self.eps, self.dtype)
-        return TiedPredictions(states, embedding.weight.to(self.dtype), self.vocabulary)
+        table = body.embed_tokens.weight
+        if self.inputs is None:
+            ids = batch.input_ids[:, :-1]  # the last token predicts nothing
+            x = self._hidden(F.embedding(ids, table), self.rotations[: ids.shape[1]], None)
+            first = len(self.vocabulary.instruction)
+            by_item = x.view(*ids.shape, -1)[:, first:].unflatten(1, (-1, self.vocabulary.levels))
+            states = by_item[batch.is_target]
+        else:
+            x, branches = self.inputs(batch)
+            states = self._hidden(x, self.rotations[branches.positions], branches.reads)[branches.states]
+        states = rms_norm(states, body.norm.weight, self.eps, self.dtype)
+        return TiedPredictions(states, table.to(self.dtype), self.vocabulary)
 
-    def _layer(self, layer: Any, x: Tensor, shape: torch.Size, rotations: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor, rotations: Tensor, reads: Tensor | None) -> Tensor:
+        """States after the last layer [n, D], from embeddings [B, S, D]."""
+        body: Any = self.model.model
+        shape = x.shape[:2]
+        x = add_with_dropout(torch.zeros(()), x.flatten(0, 1), self._rate(body.embed_tokens))
+        for layer in body.layers:
+            x = self._layer(layer, x, shape, rotations, reads)
+        return x
+
+    def _layer(
+        self, layer: Any, x: Tensor, shape: torch.Size, rotations: Tensor, reads: Tensor | None
+    ) -> Tensor:
         own, mlp = layer.self_attn, layer.mlp
         heads = (own.q_proj.weight[self.pairs], own.k_proj.weight[self.pairs], own.v_proj.weight)
         qkv = self._product(rms_norm(x, layer.input_layernorm.weight, self.eps, self.dtype), torch.cat(heads))
-        mixed = attention(qkv.view(*shape, 3, self.heads, -1), rotations).flatten(0, 1)
+        mixed = attention(qkv.view(*shape, 3, self.heads, -1), rotations, reads).flatten(0, 1)
         x = add_with_dropout(x, self._product(mixed, own.o_proj.weight), self._rate(own.o_proj))
         normed = rms_norm(x, layer.post_attention_layernorm.weight, self.eps, self.dtype)
         weights = (part.weight.to(self.dtype) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))

@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cemg.generator.config import GeneratorConfig
+from cemg.generator.item_tokens import ItemVectors
 from cemg.generator.vocabulary import Vocabulary
 from cemg_kernels import Trie
+
+NEGATIVES = 2048  # items drawn per step for the item loss
 
 
 class Predictions(ABC):
@@ -81,6 +84,13 @@ class CodeLoss:
         self.nodes = torch.stack(nodes[:-1], 1)  # [N, L]: the prefix of each code
         self.branches = below[:, :-1] > below[:, 1:]  # [N, L]: another code continues the prefix, too
 
+    @property
+    def depths(self) -> Tensor:
+        """Number of codes of each item that the loss reads, from the first on: [N], at least 1."""
+        levels = torch.arange(1, self.codes.shape[1] + 1, device=self.codes.device)
+        last = (self.branches if self.config.loss == "valid" else torch.ones_like(self.branches)) * levels
+        return last.amax(1).clamp_min(1)
+
     def __call__(self, predictions: Predictions, items: Tensor) -> Tensor:
         """The loss of the target items [n], catalog rows."""
         if self.config.loss == "valid":
@@ -97,6 +107,34 @@ class CodeLoss:
         for level in range(codes.shape[1]):
             chosen = branches[:, level].nonzero().flatten()
             logits = predictions.code_logits(level, chosen).float()  # [c, K]
-            masked = logits.masked_fill(~self.trie.mask(nodes[chosen, level]), float("-inf"))
-            total = total + F.cross_entropy(masked, codes[chosen, level], reduction="sum")
+            valid = self.trie.mask(nodes[chosen, level])
+            log_probs = logits.masked_fill(~valid, float("-inf")).log_softmax(-1)
+            own = log_probs.gather(1, codes[chosen, level, None])[:, 0]
+            if self.config.label_smoothing:
+                mean = log_probs.masked_fill(~valid, 0).sum(1) / valid.sum(1)
+                own = torch.lerp(own, mean, self.config.label_smoothing)
+            total = total - own.sum()
         return total / codes.numel()
+
+
+class ItemLoss:
+    """Mean cross-entropy of the target items in a softmax over all items, whose sum is estimated.
+
+    The logit of an item is the product of its vector (see ``ItemVectors``) and the state that predicts the
+    first code. Each step draws NEGATIVES items, which stand for all items other than the target.
+    """
+
+    def __init__(self, vectors: ItemVectors) -> None:
+        self.vectors = vectors
+
+    def __call__(self, predictions: Predictions, items: Tensor) -> Tensor:
+        """The loss of the target items [n], catalog rows."""
+        total = self.vectors.count
+        drawn = torch.randperm(total, device=items.device)[:NEGATIVES]
+        states = predictions.states[:, 0].float()  # [n, D]
+        own = (states * self.vectors(items)).sum(1, keepdim=True)  # [n, 1]
+        is_own = items[:, None] == drawn  # [n, NEGATIVES]
+        counted = (len(drawn) - is_own.sum(1, keepdim=True)).clamp_min(1)
+        others = states @ self.vectors(drawn).t() + ((total - 1) / counted).clamp_min(1).log()
+        others = others.masked_fill(is_own, float("-inf"))
+        return (torch.cat((own, others), 1).logsumexp(1) - own[:, 0]).mean()

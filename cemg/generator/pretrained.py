@@ -74,8 +74,10 @@ def _not_loaded(kind: str, name: str, error: Exception) -> UserError:
     )
 
 
-def add_tokens(model: PreTrainedModel, size: int) -> None:
-    """Extend embeddings and head to ``size`` tokens. An untied head stays untied.
+def add_tokens(model: PreTrainedModel, size: int, *, similar: bool = True) -> None:
+    """Set the number of tokens of embeddings and head to ``size``. An untied head stays untied.
+
+    New embeddings are drawn; ``similar`` gives them the mean and covariance of the others.
 
     When transformers resizes, it ties the separate heads of Flan-T5, T5 1.1, mT5 and UMT5, because the
     configuration of every T5 says ``tie_word_embeddings``.
@@ -85,7 +87,7 @@ def add_tokens(model: PreTrainedModel, size: int) -> None:
     if not tied(model):
         config.tie_word_embeddings = False
     try:
-        model.resize_token_embeddings(size)
+        model.resize_token_embeddings(size, mean_resizing=similar)
     finally:
         config.tie_word_embeddings = configured
 

@@ -15,11 +15,17 @@ from cemg.generator.vocabulary import Vocabulary
 
 
 class Prompter:
-    """Builds prompts. ``item_tokens`` [N, levels] are the catalog's codes as tokens."""
+    """Builds prompts. ``item_tokens`` [N, levels] are the catalog's codes as tokens.
+
+    In a vocabulary with tokens of items, each item of a prompt is its own token.
+    """
 
     def __init__(self, vocabulary: Vocabulary, codes: Tensor, *, history_items: int, seq2seq: bool) -> None:
         self.vocabulary = vocabulary
         self.item_tokens = vocabulary.tokens(codes)
+        self.read_tokens = self.item_tokens  # [N, tokens per item]
+        if vocabulary.items:
+            self.read_tokens = (torch.arange(len(codes)) + vocabulary.item_token_start)[:, None]
         self.history_items = history_items
         self.seq2seq = seq2seq
 
@@ -32,7 +38,7 @@ class Prompter:
         """Tokens of one history of catalog rows, int64 [S]."""
         newest = torch.from_numpy(np.asarray(history[-self.history_items :], dtype=np.int64))
         closing = [self.vocabulary.eos] if self.seq2seq else []
-        parts = (torch.tensor(self.opening, dtype=torch.int64), self.item_tokens[newest].flatten())
+        parts = (torch.tensor(self.opening, dtype=torch.int64), self.read_tokens[newest].flatten())
         return torch.cat((*parts, torch.tensor(closing, dtype=torch.int64)))
 
     def batch(self, histories: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

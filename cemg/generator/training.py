@@ -22,9 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cemg.errors import DamagedError, UserError
+from cemg.generator.branches import ItemInputs
 from cemg.generator.config import GeneratorConfig
 from cemg.generator.forward import forward_of
-from cemg.generator.losses import CodeLoss
+from cemg.generator.item_tokens import ItemVectors
+from cemg.generator.losses import CodeLoss, ItemLoss
 from cemg.generator.prompts import Prompter
 from cemg.generator.samples import Batch, Buckets, Samples
 from cemg.generator.vocabulary import Vocabulary
@@ -118,8 +120,15 @@ class _Training:
         self.samples, self.vocabulary = samples, vocabulary
         self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
         self.model = model.to(device)
-        self.predict = forward_of(model, vocabulary, dtype)
-        self.loss = CodeLoss(samples.prompter.item_tokens, trie.to(device), vocabulary, config)
+        prompter = samples.prompter
+        self.code_loss = CodeLoss(prompter.item_tokens, trie.to(device), vocabulary, config)
+        self.item_loss: ItemLoss | None = None
+        inputs = None
+        if config.item_tokens:
+            vectors = ItemVectors(model, prompter.item_tokens)
+            inputs = ItemInputs(vectors, self.code_loss.depths, prompter.opening)
+            self.item_loss = ItemLoss(vectors) if config.item_loss else None
+        self.predict = forward_of(model, vocabulary, dtype, inputs)
         self.optimizer = torch.optim.AdamW(
             _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=True
         )
@@ -167,7 +176,7 @@ class _Training:
             group["lr"] = self.config.learning_rate * learning_rate_share(
                 self.state.step, self.total, self.config
             )
-        loss = self.loss(self.predict(batch), batch.targets)
+        loss = self._loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)
@@ -180,6 +189,13 @@ class _Training:
         if self.log is not None:
             self.log(self.state.step, {"generator/loss": value})
         return value
+
+    def _loss(self, batch: Batch) -> Tensor:
+        predictions = self.predict(batch)
+        loss = self.code_loss(predictions, batch.targets)
+        if self.item_loss is not None:
+            loss = loss + self.config.item_loss * self.item_loss(predictions, batch.targets)
+        return loss
 
     def _close_epoch(self) -> None:
         state = self.state

@@ -1,4 +1,7 @@
-"""One token per code: code c of level m is token ``code_token_start + m·K + c`` (CEMG paper §3.4.1)."""
+"""One token per code: code c of level m is token ``code_token_start + m·K + c`` (CEMG paper §3.4.1).
+
+With ``generator.item_tokens``, a token per item follows the codes' tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ class Vocabulary:
     Attributes:
         code_token_start: Token of code 0 of level 0.
         instruction: Text tokens at the start of each prompt of a pre-trained decoder.
+        items: Number of items with a token of their own, which stands for the item in histories.
         size: Number of tokens, text tokens included.
     """
 
@@ -32,10 +36,15 @@ class Vocabulary:
     bos: int
     eos: int
     instruction: tuple[int, ...] = ()
+    items: int = 0
+
+    @property
+    def item_token_start(self) -> int:
+        return self.code_token_start + self.levels * self.codebook_size
 
     @property
     def size(self) -> int:
-        return self.code_token_start + self.levels * self.codebook_size
+        return self.item_token_start + self.items
 
     def symbols(self) -> list[str]:
         """Names of the tokens from ``code_token_start`` on: <a_0> … <d_255>."""
@@ -47,4 +56,5 @@ class Vocabulary:
         return codes.to(torch.int64) + offset
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        """The fields, without ``items`` if no item has a token: earlier versions read such a file."""
+        return {name: value for name, value in asdict(self).items() if name != "items" or value}

@@ -284,7 +284,7 @@ class Pipeline(RunArtifacts):
 
         def validate(trained: PreTrainedModel) -> float:
             rank = beam_ranker(
-                self, trained, vocabulary, catalog, beams=beams,
+                self, *self.served(trained, vocabulary, catalog), catalog, beams=beams,
                 exclude_history=selection.history == "excluded",
             )  # fmt: skip
             done = evaluate(
@@ -294,7 +294,7 @@ class Pipeline(RunArtifacts):
             return selection.metrics(done)["NDCG@10"]
 
         beam_ranker(
-            self, model, vocabulary, catalog, beams=1
+            self, *self.served(model, vocabulary, catalog), catalog, beams=1
         )  # refuses what cannot be decoded before it trains
         resumes = (folder / "checkpoints" / "checkpoint.safetensors").is_file()
         with StageLog(folder, resumes=resumes) as log:
