@@ -249,7 +249,7 @@ class RunArtifacts:
     def served(
         self, model: PreTrainedModel, vocabulary: Vocabulary, catalog: Catalog
     ) -> tuple[PreTrainedModel, Vocabulary]:
-        """A model as searches use it: with a token of each item of ``catalog``, if the run has such tokens."""
+        """A model as searches use it: with a token of each item of ``catalog``, if the run has them."""
         if not vocabulary.items:
             return model, vocabulary
         with_tokens = with_item_tokens(model, vocabulary.tokens(catalog.codes))

@@ -49,9 +49,7 @@ class Branches:
         """
         B, T = batch.items.shape
         levels, device = batch.target_tokens.shape[1], batch.items.device
-        below = torch.zeros(
-            B, T, levels, dtype=torch.bool, device=device
-        )  # one level too many, so L = 1 works
+        below = torch.zeros(B, T, levels, dtype=torch.bool, device=device)  # the last code is never read
         below[batch.is_target] = torch.arange(levels, device=device) < depths[:, None] - 1
         flat = below.flatten(1)  # [B, T * L]
         counts = flat.sum(1)
@@ -60,9 +58,7 @@ class Branches:
         codes = torch.zeros(B, T, levels, dtype=torch.int64, device=device)
         codes[batch.is_target] = batch.target_tokens
         spine = torch.arange(opening + T - 1, device=device).expand(B, -1)
-        last = torch.cat(
-            (spine, target + opening - 1), 1
-        )  # [B, S] the last position of the spine that is read
+        last = torch.cat((spine, target + opening - 1), 1)  # [B, S] last position of the spine that it reads
         depth = F.pad(level + 1, (spine.shape[1], 0))  # [B, S] 0 in the spine
         real = torch.arange(order.shape[1], device=device) < counts[:, None]
         return cls(
@@ -100,7 +96,7 @@ class ItemInputs:
 
 
 def _reads(last: Tensor, depth: Tensor, real: Tensor) -> Tensor:
-    """[B, S, S]: the spine up to ``last``, and the same branch up to the own depth. Padding reads the spine."""
+    """[B, S, S]: the spine up to ``last``, and the own branch up to ``depth``. Padding reads the spine."""
     query, key = last[:, :, None], last[:, None, :]
     branch = F.pad(real, (depth.shape[1] - real.shape[1], 0))
     own = branch[:, :, None] & branch[:, None, :] & (query == key)

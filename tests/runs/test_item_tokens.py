@@ -1,0 +1,125 @@
+"""A run whose histories have one token per item: training, engines, added and removed items, exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cemg import Recommender
+from cemg.artifacts import RunArtifacts
+from cemg.commands import catalog, train
+from cemg.config import RunConfig, keyed, load_config
+from cemg.decoding import Decoder
+from cemg.errors import UserError
+from cemg.generator import Prompter, Vocabulary
+from cemg.generator.dense_head import dense_ranking
+from cemg.storage.manifest import Manifest
+
+SETTINGS = [
+    "generator.item_tokens=true", "generator.item_loss=1.0", "generator.loss=valid", "generator.epochs=2",
+    "decoding.normalize=valid", "backbone.architecture=llama",
+]  # fmt: skip
+HISTORY = ["item-0003", "item-0001", "item-0007"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run: Path, make_once: Callable[..., Path], command: Callable[..., int]) -> Path:
+    def make(folder: Path) -> None:
+        run = shutil.copytree(tiny_run, folder / "run")
+        settings = [part for setting in SETTINGS for part in ("--set", setting)]
+        assert command(train.main, "--run", run, "--force", *settings) == 0
+
+    return make_once("item-tokens", make) / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_only_the_generator_is_trained_again_and_its_weights_have_an_embedding_per_item(trained, tiny_run):
+    for stage in ("data", "features", "tokenizer", "catalog"):
+        assert Manifest.read(trained / stage).key == Manifest.read(tiny_run / stage).key
+    vocabulary = json.loads((trained / "generator" / "vocabulary.json").read_text())
+    assert vocabulary["items"] == 50
+    assert "items" not in json.loads((tiny_run / "generator" / "vocabulary.json").read_text())
+
+
+def test_settings_of_earlier_versions_have_the_keys_that_they_had():
+    assert {"item_tokens", "item_loss"}.isdisjoint(keyed(RunConfig(), "generator"))
+    assert "item_tokens" in keyed(load_config(None, SETTINGS), "generator")
+
+
+def test_the_engines_recommend_the_same(trained: Path):
+    found = [
+        Recommender.from_run(trained, engine=engine).recommend(HISTORY, top=8)
+        for engine in ("cemg", "transformers")
+    ]
+    assert found[0].ids == found[1].ids
+    torch.testing.assert_close(found[0].scores, found[1].scores, atol=1e-4, rtol=0)
+
+
+def test_an_added_item_is_recommended_and_may_be_in_a_history(run: Path, tmp_path: Path, command):
+    before = Recommender.from_run(run).recommend(HISTORY, top=50).scores
+    (tmp_path / "new.csv").write_text("item,title,text\nn1,First,a plain rudder\n")
+    assert command(catalog.main, "add", "--run", run, "--items", tmp_path / "new.csv") == 0
+    recommender = Recommender.from_run(run)
+    found = recommender.recommend([HISTORY, ["item-0003", "n1"]], top=51, beams=60)
+    assert all("n1" in row and None not in row for row in found.ids)
+    assert not torch.equal(found.scores[0, :50], before[0])  # a softmax has one more code
+    assert not torch.equal(found.scores[0], found.scores[1])
+
+
+def test_a_removed_item_is_not_in_an_export_and_the_others_keep_their_tokens(run: Path, tmp_path, command):
+    assert command(catalog.main, "remove", "--run", run, "--items", "item-0002 item-0004") == 0
+    recommender = Recommender.from_run(run)
+    found = recommender.recommend(HISTORY, top=8)
+    recommender.save_pretrained(tmp_path / "checkpoint")
+    saved = Decoder.from_pretrained(tmp_path / "checkpoint")
+    about = json.loads((tmp_path / "checkpoint" / "cemg_catalog" / "cemg_decoder.json").read_text())
+    prompts = about["prompts"]
+    items = prompts.pop("history_items")
+    assert prompts["items"] == len(saved.catalog) == 48
+    prompter = Prompter(Vocabulary(**prompts), saved.catalog.codes, history_items=items, seq2seq=False)
+    again = saved.decode(*prompter.batch([np.array(saved.catalog.rows_of(HISTORY))]), 50).top(8)
+    # without the removed items, the softmax runs over fewer codes in both
+    assert saved.catalog.ids_of(again.items) == found.ids
+    torch.testing.assert_close(again.scores, found.scores, atol=1e-5, rtol=0)
+
+
+def test_a_softmax_over_tokens_of_items_is_refused(trained: Path):
+    with pytest.raises(UserError, match="normalize=vocab has no meaning in this run") as caught:
+        Recommender.from_run(trained, normalize="vocab")
+    assert caught.value.fix == "normalize=valid"
+    Recommender.from_run(trained, normalize="valid")
+    with pytest.raises(UserError, match=r"cannot be combined with decoding\.normalize=vocab") as caught:
+        load_config(None, ["generator.item_tokens=true"])
+    fix = [part for part in str(caught.value.fix).split() if "=" in part]
+    load_config(None, ["generator.item_tokens=true", *fix])
+    with pytest.raises(UserError, match="needs embeddings of items") as caught:
+        load_config(None, ["generator.item_loss=1"])
+    load_config(None, ["generator.item_loss=1", str(caught.value.fix).removeprefix("--set "), *fix])
+
+
+def test_the_item_softmax_ranks_the_whole_catalog(trained: Path):
+    artifacts = RunArtifacts.open(trained)
+    model, vocabulary = artifacts.load_generator()
+    codes = artifacts.load_catalog().codes
+    prompter = artifacts.prompter(model, vocabulary, artifacts.load_catalog())
+    histories = [np.array([3, 1, 7]), np.array([5]), np.array([], dtype=np.int64)]
+    items, mass = dense_ranking(model, vocabulary, prompter, histories, top=50)
+    assert items.shape == mass.shape == (3, 50) and all(sorted(row) == list(range(50)) for row in items.tolist())
+    torch.testing.assert_close(mass.sum(1), torch.ones(3))
+    table = model.get_input_embeddings().weight[vocabulary.item_token_start :]
+    state = model.model(input_ids=prompter.prompt(histories[0])[None]).last_hidden_state[0, -1]
+    wanted = (table @ state).softmax(0).detach()
+    torch.testing.assert_close(mass[0], wanted[items[0]], atol=1e-6, rtol=1e-4)
+    few, part = dense_ranking(model, vocabulary, prompter, histories, top=5, exclude=True)
+    assert len(codes) == 50 and few.shape == (3, 5) and not {3, 1, 7} & set(few[0].tolist())
+    assert torch.equal(few[2], items[2, :5]) and bool((part[:, :-1] >= part[:, 1:]).all())
