@@ -2,8 +2,8 @@
 
 A search with a memory asks it for a prior, sorts and sums the prior's masses over the trie, and mixes them
 into every step. The search alone and the search with the memory take turns, as do the two parts before the
-search. The memory has synthetic transitions and texts of up to 12,101 items, which include the history's; in
-a larger catalog they are spread over the rows.
+search. The memory is synthetic: transitions between some 12,000 items, among them those of the histories, and
+texts in the catalog of 12,101 items. Catalogs of other sizes have no texts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from engines import Workload
 from harness import Report, Times, format_columns, measure
 
 from cemg.decoding import Decoder, Recommendations
-from cemg.memory import Memory
+from cemg.memory import Memory, MemoryConfig
 from cemg.memory.build import build_memory
-from cemg.memory.rows import Rows
 from cemg_kernels import ItemPrior
 
 WEIGHT = 0.6  # of the prior
@@ -41,29 +40,19 @@ def memory_grid(models: list[str]) -> list[Cell]:
     ]
 
 
-def synthetic_memory(items: int, seed: int = 0) -> Memory:
-    """A memory of items that are popular by Zipf's law, and of texts whose words are."""
+def synthetic_memory(rows: np.ndarray, items: int, *, texts: bool, seed: int = 0) -> Memory:
+    """A memory of a catalog of ``items`` items, of which ``rows`` occur in sequences, by Zipf's law.
+
+    With ``texts``, so do the words of its texts.
+    """
     rng = np.random.default_rng(seed)
-    events = rng.permutation(items)[rng.zipf(1.3, EVENTS) % items]
-    events[:items] = np.arange(items)  # every item occurs
+    events = rng.permutation(rows)[rng.zipf(1.3, EVENTS) % len(rows)]
+    events[: len(rows)] = rows  # each occurs
+    train = np.split(events, range(LENGTH, EVENTS, LENGTH))
+    if not texts:
+        return build_memory(train, [None] * items, config=MemoryConfig(text="none"))
     words = np.minimum(rng.zipf(1.2, (items, TEXT)), WORDS)
-    texts = [" ".join(f"w{word}" for word in row) for row in words]
-    return build_memory(np.split(events, range(LENGTH, EVENTS, LENGTH)), texts)
-
-
-def spread(memory: Memory, rows: np.ndarray, items: int) -> Memory:
-    """The same memory in a catalog of ``items`` items, at the ascending ``rows``."""
-
-    def place(matrix: Rows) -> Rows:
-        counts = np.zeros(items, dtype=np.int64)
-        counts[rows] = np.diff(matrix.starts)
-        starts = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(counts)))
-        return Rows(starts, rows[matrix.items].astype(np.int32), matrix.values)
-
-    counts = np.zeros(items, dtype=np.int64)
-    counts[rows] = memory.counts
-    similar = None if memory.similar is None else place(memory.similar)
-    return Memory(memory.config, memory.constants, counts, place(memory.transitions), similar, memory.catalog)
+    return build_memory(train, [" ".join(f"w{word}" for word in row) for row in words])
 
 
 class MemoryCase:
@@ -73,12 +62,9 @@ class MemoryCase:
         self.cell, self.workload = cell, Workload(cell)
         self.decoder = self.decoder_of(None)
         self.histories = list(self.workload.rows.numpy())
-        size = min(cell.items, ITEMS)
-        rng = np.random.default_rng(0)
-        others = np.setdiff1d(rng.choice(cell.items, min(2 * size, cell.items), False), self.histories)
-        known = np.unique(self.histories)
-        rows = np.sort(np.concatenate((known, rng.permutation(others)[: size - len(known)])))
-        self.memory = spread(synthetic_memory(len(rows)), rows, cell.items)
+        others = torch.randint(0, cell.items, (ITEMS,), generator=torch.Generator().manual_seed(2))
+        rows = torch.cat((self.workload.rows.flatten(), others)).unique().numpy()
+        self.memory = synthetic_memory(rows, cell.items, texts=cell.items == ITEMS)
 
     def decoder_of(self, backend: str | None) -> Decoder:
         work = self.workload
