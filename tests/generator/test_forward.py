@@ -26,7 +26,7 @@ Trained = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]  # logits, states, lo
 def llama(dropout: float = 0.0, **values: object) -> tuple[torch.nn.Module, Vocabulary]:
     torch.manual_seed(0)
     shape: dict[str, object] = {"layers": 2, "dim": 48, "heads": 3, "dropout": dropout} | values
-    config = BackboneConfig(kind="scratch", architecture="llama", **shape)  # type: ignore[arg-type]
+    config = BackboneConfig(kind="scratch", **{"architecture": "llama"} | shape)  # type: ignore[arg-type]
     model, vocabulary = build_backbone(config, LEVELS, SIZE, history_items=6)
     return model.train(), vocabulary
 
@@ -68,13 +68,14 @@ def test_the_fast_forward_of_a_llama_equals_the_modules(shape, loss):
         torch.testing.assert_close(gradient, theirs[3][name], atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_bfloat16_rounds_the_loss_and_gradients_of_float32():
-    model, vocabulary = llama()
-    exact = trained(model, vocabulary, LlamaForward(model, vocabulary, torch.float32), "valid")
-    rounded = trained(model, vocabulary, LlamaForward(model, vocabulary, torch.bfloat16), "valid")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_bfloat16_rounds_the_loss_and_gradients_of_float32(architecture):
+    model, vocabulary = llama(architecture=architecture)
+    exact = trained(model, vocabulary, forward_of(model, vocabulary, "float32"), "valid")
+    rounded = trained(model, vocabulary, forward_of(model, vocabulary, "bfloat16"), "valid")
     assert rounded[2].item() == pytest.approx(exact[2].item(), rel=1e-3)
     assert not torch.equal(rounded[2], exact[2])
-    for name, gradient in exact[3].items():  # a few roundings of 2 ** -9 along the way
+    for name, gradient in exact[3].items():  # a few roundings of 2 ** -9 on the way
         assert rounded[3][name].dtype == torch.float32
         assert (rounded[3][name] - gradient).norm() < 0.04 * gradient.norm(), name
 
