@@ -61,7 +61,8 @@ class PlainForward:
         first = len(self.vocabulary.instruction)  # position of the last token before the codes
 
         def targets(rows: Tensor) -> Tensor:
-            return rows[:, first:].unflatten(1, (-1, self.vocabulary.levels))[batch.is_target]  # [n, L, ·]
+            by_item: Tensor = rows[:, first:].unflatten(1, (-1, self.vocabulary.levels))
+            return by_item[batch.is_target]  # [n, L, ·]
 
         return FullPredictions(targets(out.logits), targets(out.hidden_states[-1]), self.vocabulary)
 

@@ -59,7 +59,8 @@ class _RMSNorm(Function):
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         scale = scale.div_(x.shape[-1]).add_(eps).rsqrt_()  # [n, 1]
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(dtype)
+        out: Tensor = (x * scale).mul_(weight).to(dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

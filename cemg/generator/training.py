@@ -119,7 +119,8 @@ class _Training:
         self.identity, self.device = identity, device
         self.samples, self.vocabulary = samples, vocabulary
         self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
-        self.model = model.to(device)
+        self.model = model
+        torch.nn.Module.to(model, device)
         prompter = samples.prompter
         self.code_loss = CodeLoss(prompter.item_tokens, trie.to(device), vocabulary, config)
         self.item_loss: ItemLoss | None = None
