@@ -5,7 +5,7 @@ It reads the module's parameters. Only the positions that the loss reads pass th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class LlamaForward:
             x, branches = self.inputs(batch)
             states = self._hidden(x, self.rotations[branches.positions], branches.reads)[branches.states]
         states = rms_norm(states, body.norm.weight, self.eps, self.dtype)
-        return TiedPredictions(states, table.to(self.dtype), self.vocabulary)
+        return TiedPredictions(states, table, self.vocabulary)
 
     def _hidden(self, x: Tensor, rotations: Tensor, reads: Tensor | None) -> Tensor:
         """States after the last layer [n, D], from embeddings [B, S, D]."""
@@ -101,25 +101,29 @@ class LlamaForward:
         return float(getattr(module, "share", 0.0)) if self.model.training else 0.0
 
 
-@dataclass(frozen=True, slots=True)
 class TiedPredictions(Predictions):
-    """Predictions from hidden states [n, L, D] and the table of embeddings [V, D]."""
+    """Predictions from hidden states [n, L, D] and the table of embeddings [V, D], which is the head, too."""
 
-    hidden: Tensor
-    table: Tensor
-    vocabulary: Vocabulary
+    def __init__(self, hidden: Tensor, table: Tensor, vocabulary: Vocabulary) -> None:
+        self.hidden, self.table, self.vocabulary = hidden, table, vocabulary
 
     @property
     def states(self) -> Tensor:
         return self.hidden
 
     def logits(self) -> Tensor:
-        return self.hidden @ self.table.t()
+        return self.hidden @ self.table.to(self.hidden.dtype).t()
 
     def code_logits(self, level: int, chosen: Tensor) -> Tensor:
+        return self.hidden[chosen, level] @ self._codes[level].t()
+
+    @cached_property
+    def _codes(self) -> tuple[Tensor, ...]:
+        """Embeddings of the codes, [K, D] per level: one slice of the table, so one gradient of its size."""
+        first, levels = self.vocabulary.code_token_start, self.vocabulary.levels
         size = self.vocabulary.codebook_size
-        first = self.vocabulary.code_token_start + level * size
-        return self.hidden[chosen, level] @ self.table[first : first + size].t()
+        codes = self.table[first : first + levels * size].to(self.hidden.dtype)
+        return codes.split(size)
 
 
 def _is_plain(module: nn.Module) -> bool:
