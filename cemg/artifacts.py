@@ -22,9 +22,10 @@ from cemg.data import Dataset
 from cemg.dense import DENSE_FILES, DenseRanker
 from cemg.errors import DamagedError, UserError
 from cemg.generator import Prompter, Vocabulary, build_backbone, load_weights
+from cemg.generator.item_softmax import ItemSoftmax
 from cemg.generator.item_tokens import add_item_embedding, with_item_tokens
 from cemg.memory import MEMORY_FILE, TEXTS_FILE, Memory
-from cemg.mixture import GATE_FILE, DenseSource, Gate, MemorySource, Source
+from cemg.mixture import DENSE, GATE_FILE, SOFTMAX, DenseSource, Gate, MemorySource, Source
 from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.manifest import CONFIG, STAGES, Manifest, check_origin, remedy, stages_of, verify
@@ -187,11 +188,19 @@ class RunArtifacts:
     def sources(self, gate: Gate, memory: Memory) -> list[Source]:
         """The experts beside the generator, in the order of the gate."""
         sources: list[Source] = [MemorySource(memory)]
-        if DenseSource.name in gate.sources:
+        if DENSE in gate.sources:
             for name in DENSE_FILES:
                 self.file("gate", name)
             sources.append(DenseSource(DenseRanker.load(self.run.path("gate"))))
+        if SOFTMAX in gate.sources:
+            sources.append(self.item_softmax())
         return sources
+
+    def item_softmax(self) -> DenseSource:
+        """The item softmax of the generator, for a run with ``generator.item_loss``."""
+        model, vocabulary = self.load_generator()
+        prompter = self.prompter(model, vocabulary, self.load_catalog())
+        return DenseSource(ItemSoftmax(model, prompter), name=SOFTMAX)
 
     def load_catalog(self) -> Catalog:
         for name in Catalog.FILES:

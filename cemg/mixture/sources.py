@@ -70,12 +70,15 @@ class PriorModel(Protocol):
         ...
 
 
+DENSE, SOFTMAX = "dense", "softmax"  # names of sources: a dense model, and the generator's item softmax
+
+
 @dataclass(frozen=True, slots=True)
 class DenseSource:
     """A model that scores every item, such as SASRec or BSARec, as a source: its most probable items."""
 
     model: PriorModel
-    name: str = "dense"
+    name: str = DENSE
 
     def __call__(self, histories: Sequence[np.ndarray], *, exclude_history: bool) -> list[Masses]:
         """Return the probabilities of the MASSES most probable items."""

@@ -29,13 +29,15 @@ def dense_digest(dense: str) -> str:
 
 
 def fit_run(artifacts: RunArtifacts, folder: Path) -> None:
-    """Fit the weights of the generator, the memory and the dense model of a run, and write them.
+    """Fit the weights of the generator, the memory and the dense models of a run, and write them.
 
     Prints their validation metrics. The files of the dense model are copied, so that the run is complete.
     """
     sources: list[Source] = [MemorySource(artifacts.load_memory())]
     if artifacts.config.gate.dense:
         sources.append(_dense_source(artifacts, folder))
+    if artifacts.config.generator.item_loss:
+        sources.append(artifacts.item_softmax())
     _fit(artifacts, sources).save(folder)
 
 

@@ -13,12 +13,12 @@ import torch
 
 from cemg import Recommender
 from cemg.artifacts import RunArtifacts
-from cemg.commands import catalog, train
+from cemg.commands import catalog, evaluate, train
 from cemg.config import RunConfig, keyed, load_config
 from cemg.decoding import Decoder
 from cemg.errors import UserError
 from cemg.generator import Prompter, Vocabulary
-from cemg.generator.dense_head import dense_ranking
+from cemg.mixture import SOFTMAX
 from cemg.storage.manifest import Manifest
 
 SETTINGS = [
@@ -109,17 +109,28 @@ def test_a_softmax_over_tokens_of_items_is_refused(trained: Path):
 
 def test_the_item_softmax_ranks_the_whole_catalog(trained: Path):
     artifacts = RunArtifacts.open(trained)
-    model, vocabulary = artifacts.load_generator()
-    codes = artifacts.load_catalog().codes
-    prompter = artifacts.prompter(model, vocabulary, artifacts.load_catalog())
+    softmax = artifacts.item_softmax().model
     histories = [np.array([3, 1, 7]), np.array([5]), np.array([], dtype=np.int64)]
-    items, mass = dense_ranking(model, vocabulary, prompter, histories, top=50)
-    assert items.shape == mass.shape == (3, 50) and all(sorted(row) == list(range(50)) for row in items.tolist())
-    torch.testing.assert_close(mass.sum(1), torch.ones(3))
+    items, mass = softmax.prior(histories, top=60)
+    assert all(sorted(row) == list(range(50)) for row in items.tolist())
+    torch.testing.assert_close(mass.sum(1), torch.ones(3, dtype=torch.float64))
+    model, vocabulary = artifacts.load_generator()
+    prompter = artifacts.prompter(model, vocabulary, artifacts.load_catalog())
     table = model.get_input_embeddings().weight[vocabulary.item_token_start :]
-    state = model.model(input_ids=prompter.prompt(histories[0])[None]).last_hidden_state[0, -1]
-    wanted = (table @ state).softmax(0).detach()
-    torch.testing.assert_close(mass[0], wanted[items[0]], atol=1e-6, rtol=1e-4)
-    few, part = dense_ranking(model, vocabulary, prompter, histories, top=5, exclude=True)
-    assert len(codes) == 50 and few.shape == (3, 5) and not {3, 1, 7} & set(few[0].tolist())
-    assert torch.equal(few[2], items[2, :5]) and bool((part[:, :-1] >= part[:, 1:]).all())
+    for row, history in enumerate(histories):
+        state = model.model(input_ids=prompter.prompt(history)[None]).last_hidden_state[0, -1]
+        wanted = (table @ state).softmax(0)
+        torch.testing.assert_close(mass[row].float(), wanted[items[row]].detach(), atol=1e-6, rtol=1e-4)
+    few, part = softmax.prior(histories, top=5)
+    assert torch.equal(few, items[:, :5]) and bool((part[:, :-1] >= part[:, 1:]).all())
+
+
+def test_the_item_softmax_is_an_expert_of_the_gate(trained: Path, tmp_path: Path, command):
+    artifacts = RunArtifacts.open(trained)
+    gate = artifacts.load_gate()
+    assert gate.sources == ["memory", SOFTMAX] and len(gate.constant) == 3
+    names = [source.name for source in artifacts.sources(gate, artifacts.load_memory())]
+    assert names == gate.sources
+    out = tmp_path / "result.json"
+    assert command(evaluate.main, "--run", trained, "--memory", "gate", "--result", out) == 0
+    assert json.loads(out.read_text())["metrics"]["HR@10"] > 0
