@@ -209,11 +209,19 @@ def _mixed_step(
     """``_step`` under a prior. Backends without a mixture of their own run the PyTorch code."""
     chosen = pick("trie_beam_step", logits.device, backend)
     if chosen == "native":
-        own = as_float32(generator_scores)
-        grown = own.new_empty(len(own), width)
-        mixed = prior.view(), own.data_ptr(), grown.data_ptr()
-        step = _native(trie, filter, logits, scores, nodes, width, normalize, logsumexp, *mixed)
-        return MixedStep(*step, grown)
+        before = as_float32(generator_scores)
+        after = before.new_empty(len(before), width)
+        own_operands = prior.view(), before.data_ptr(), after.data_ptr()
+        step = _native(trie, filter, logits, scores, nodes, width, normalize, logsumexp, *own_operands)
+        return MixedStep(*step, after)
+    if chosen == "triton":
+        from . import beam_step_triton as kernels
+        from . import mixture_triton
+
+        if backend is not None or not kernels.problem(nodes.shape[1], trie.codebook_size, width):
+            operands = logits, scores, nodes, trie, width, normalize, logsumexp, filter, prior
+            parts, candidates = mixture_triton.mixed_beam_step(*operands, generator_scores)
+            return _with_own(BeamStep(*parts), candidates, trie.codebook_size)
     allowed = trie_ops.mask(trie, filter, nodes.flatten()).view(logits.shape)
     softmax = "triton" if chosen == "triton" else "reference"  # the same log-sum-exps
     total = None if logsumexp is None else logsumexp.flatten()
@@ -226,14 +234,15 @@ def _mixed_step(
     select = _select_reference if chosen == "reference" else _select
     best, position = select(mixed, width)
     step = _advance(best, position, nodes, trie, width)
-    place = step.parents * trie.codebook_size + step.codes
-    return MixedStep(*step, _gather_alive(own.flatten(1), place, step.nodes))
+    return _with_own(step, own, trie.codebook_size)
 
 
-def _gather_alive(candidates: Tensor, place: Tensor, nodes: Tensor) -> Tensor:
-    """Returns ``candidates`` [B, W * K] at ``place`` [B, width]; -inf where ``nodes`` is -1."""
-    padded = torch.nn.functional.pad(candidates, (0, 1), value=NEG_INF)  # place 0 exists even without beams
-    return padded.gather(1, place).masked_fill_(nodes < 0, NEG_INF)
+def _with_own(step: BeamStep, own: Tensor, codebook_size: int) -> MixedStep:
+    """Adds the generator's scores of the beams, from those of all candidates [B, W, K]."""
+    place = step.parents * codebook_size + step.codes
+    # place 0 must exist even if there are no beams
+    padded = torch.nn.functional.pad(own.flatten(1), (0, 1), value=NEG_INF)
+    return MixedStep(*step, padded.gather(1, place).masked_fill_(step.nodes < 0, NEG_INF))
 
 
 def _native(

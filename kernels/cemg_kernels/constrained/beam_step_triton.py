@@ -75,6 +75,18 @@ def _logsumexp(x):
 
 
 @triton.jit
+def row_total(x, start, logsumexp_ptr, row, j, degree, K, NORMALIZE: tl.constexpr):
+    """Returns the log-sum-exp of a beam: the caller's, over its K logits at ``start``, or over ``x``."""
+    if NORMALIZE == 0:
+        total = sanitize(tl.load(logsumexp_ptr + row))
+    elif NORMALIZE == 1:
+        total = _logsumexp(sanitize(tl.load(start + j, mask=(degree > 0) & (j < K), other=float("-inf"))))
+    else:
+        total = _logsumexp(x)
+    return total
+
+
+@triton.jit
 def _element(x, index):
     """Returns element ``index`` of ``x`` [N] as a scalar. Uses a maximum, because a sum in Triton 3.6 adds an
     element twice if two threads hold it.
@@ -132,12 +144,7 @@ def beam_step_kernel(
                    rows_per_request, BITMAPS, CLOSED)  # fmt: skip
     start = logits_ptr + (row_64 // W) * stride_user + (row_64 % W) * stride_beam
     x = sanitize(tl.load(start + code, mask=live, other=float("-inf")))
-    if NORMALIZE == 0:
-        total = sanitize(tl.load(logsumexp_ptr + row))
-    elif NORMALIZE == 1:
-        total = _logsumexp(sanitize(tl.load(start + j, mask=(degree > 0) & (j < K), other=float("-inf"))))
-    else:
-        total = _logsumexp(x)
+    total = row_total(x, start, logsumexp_ptr, row, j, degree, K, NORMALIZE)
     sums = score + tl.minimum(x - zero_if_neg_inf(total), 0.0)
     ordered = _ordered(tl.where(live, tl.where(total == float("-inf"), total, sums), float("-inf")))
     inverted = LOW_BITS - ((row % W) * BLOCK_K + j)
@@ -289,14 +296,19 @@ def beam_step(
 
 def aot_cases(every: bool = False) -> list[AotCase]:
     """Returns cases in which any two of shape, normalisation, dtype and filter occur together, or all."""
+    from .mixture_triton import mixture_case, tile_of
+
     axes = NORMALIZATIONS, tuple(DTYPES.values()), BITMAP_KINDS, CLOSED_KINDS
     sizes, beams = powers_of_two(MAX_CODES), powers_of_two(MAX_BEAMS)
     shapes = list(product(beams, sizes, (*(size - 1 for size in LIST_SIZES[:-1]), MAX_WIDTH)))
     if every:
         distinct = {(*plan_of(*shape).constants.values(),): shape for shape in shapes}
         cases = [_beam_step_case(*choice) for choice in product(distinct.values(), *axes)]
+        mixed = {(plan.block_k, tile_of(plan)): shape for shape in shapes for plan in (plan_of(*shape),)}
+        cases += [mixture_case(*choice) for choice in product(mixed.values(), *axes)]
         return cases + [_merge_case(*shape) for shape in _distinct_merges(shapes)]
-    cases = [_beam_step_case(*choice) for choice in pairwise(_largest_plans(shapes), *axes)]
+    choices = pairwise(_largest_plans(shapes), *axes)
+    cases = [case(*choice) for case in (_beam_step_case, mixture_case) for choice in choices]
     return [*cases, _merge_case(MAX_BEAMS, MAX_CODES, MAX_WIDTH)]
 
 

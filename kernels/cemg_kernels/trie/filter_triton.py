@@ -32,6 +32,13 @@ def child_range(packed_ptr, node, live):
 
 
 @triton.jit
+def first_child(packed_ptr, node, live):
+    """Returns the first child of each ``live`` node, or of the first node of the next level; 0 for others."""
+    head = tl.load(packed_ptr + (node >> 6), mask=live, other=0)
+    return _unpacked(packed_ptr, head, node, live)
+
+
+@triton.jit
 def _unpacked(packed_ptr, head, node, live):
     """Returns the first child of each ``live`` node in the block of ``head``; 0 for the others."""
     begin, offset, i = (head & 0xFFFFFFFF).to(tl.int32), (head >> 32).to(tl.int32), node & 63
@@ -58,14 +65,21 @@ def _unpacked(packed_ptr, head, node, live):
 
 
 @triton.jit
-def _is_closed(closed_ptr, start, node, max_closed, steps, live):
-    """Returns whether the sorted list at ``start`` contains each node."""
-    low, high = tl.zeros_like(node), tl.zeros_like(node) + max_closed
+def lower_bound(sorted_ptr, value, count, steps, live):
+    """Returns how many of ``count`` sorted numbers are below each value; ``steps`` is count.bit_length()."""
+    low, high = tl.zeros_like(value), tl.zeros_like(value) + count
     for _ in range(steps):
         middle = (low + high) // 2
         searching = live & (low < high)
-        below = searching & (tl.load(closed_ptr + start + middle, mask=searching, other=0) < node)
+        below = searching & (tl.load(sorted_ptr + middle, mask=searching, other=0) < value)
         low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def _is_closed(closed_ptr, start, node, max_closed, steps, live):
+    """Returns whether the sorted list at ``start`` contains each node."""
+    low = lower_bound(closed_ptr + start, node, max_closed, steps, live)
     in_range = live & (low < max_closed)
     return tl.load(closed_ptr + start + low, mask=in_range, other=-1) == node
 

@@ -15,7 +15,7 @@ from cemg_kernels.constrained.softmax import flat_arguments
 from cemg_kernels.runtime.dispatch import use_fast_kernels
 
 INF = float("inf")
-BACKENDS = ["reference", "torch", "native", "triton"]
+BACKENDS = ["reference", "torch", "native"]  # test_mixture_triton.py tests the Triton kernel
 TRIE = Trie.from_codes([[0, 0], [0, 1], [1, 0], [3, 2]], 4, [10, 11, 12, 13])  # in rank order
 
 
@@ -270,12 +270,7 @@ def test_a_weight_of_0_gives_the_bits_of_a_step_without_prior(backend, normalize
         *operands, backend=backend, prior=draw_prior(trie, 2, 0).on(trie, [0.0, 0.4]), generator_scores=scores
     )
     for part, expected in zip(mixed[:5], plain, strict=True):
-        if backend == "triton" and normalize != "vocab":  # its softmax sums in another order than its step
-            torch.testing.assert_close(part[0], expected[0], rtol=0, atol=2**-20)
-        else:
-            assert torch.equal(part[0], expected[0])
-    if backend == "triton" and normalize != "vocab":
-        return
+        assert torch.equal(part[0], expected[0])
     assert torch.equal(mixed.generator_scores[0], plain.scores[0])
     assert not torch.equal(mixed.scores[1], plain.scores[1])
 
