@@ -398,7 +398,7 @@ def with_tables(path: Path, tables: dict[str, Callable[[], str]]) -> str:
 def pages() -> dict[Path, str]:
     """Each generated file with the text that it must have."""
     docs = ROOT / "docs"
-    results = {
+    results: dict[str, Callable[[], str]] = {
         "movielens": movielens_table,
         "beauty": partial(amazon_table, BEAUTY),
         "sports": partial(amazon_table, SPORTS),
