@@ -233,9 +233,10 @@ MOVIELENS = {
 }
 BEAUTY = {
     "popularity": ["beauty-popularity"],
-    "SASRec, binary cross-entropy": ["beauty-sasrec-bce"],
-    "SASRec, full cross-entropy": ["beauty-sasrec-ce"],
-    "BSARec": ["beauty-bsarec"],
+    "SASRec of an earlier version, binary cross-entropy": ["beauty-sasrec-bce"],
+    "SASRec of an earlier version, full cross-entropy": ["beauty-sasrec-ce"],
+    "SASRec, 18 epochs": ["beauty-sasrec"],
+    "BSARec, 30 epochs": ["beauty-bsarec"],
     "CEMG, GPT-2-shaped decoder, loss over the vocabulary, 30 epochs": ["beauty-cemg-gpt2"],
     "CEMG, loss over valid codes, dropout 0.2, 30 epochs": ["beauty-cemg-30-epochs"],
     "– half of the samples cropped, no target without a history": ["beauty-cemg-30-epochs-crop"],
@@ -245,13 +246,13 @@ BEAUTY = {
     "– T5 at TIGER's size, one epoch, history of 5 items": ["beauty-t5-one-epoch"],
 }
 SPORTS = {
-    "BSARec": ["sports-bsarec"],
+    "BSARec, 18 epochs": ["sports-bsarec"],
 }
 README_ROWS = {
     "Beauty": {
         "popularity": BEAUTY["popularity"],
-        "SASRec, binary cross-entropy": BEAUTY["SASRec, binary cross-entropy"],
-        "SASRec, full cross-entropy": BEAUTY["SASRec, full cross-entropy"],
+        "SASRec, binary cross-entropy": ["beauty-sasrec-bce"],
+        "SASRec, full cross-entropy": ["beauty-sasrec-ce"],
         "CEMG": BEAUTY["CEMG, loss over valid codes, dropout 0.2, 30 epochs"],
     },
     "MovieLens 100K": {
