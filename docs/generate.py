@@ -2,7 +2,7 @@
 
 docs/settings.md   every setting of a run, from the configuration classes and the presets
 docs/commands.md   every command and option, from the command line itself
-docs/results.md, docs/performance-*.md, README.md
+docs/results.md, docs/training.md, docs/performance-*.md, README.md
                    the tables between the ``generated`` and ``end`` marks, from results/ and bench/results/
 """
 
@@ -281,6 +281,16 @@ def results_table(models: dict[str, list[str]], columns: list[tuple[str, str]]) 
     return table(["model", *(where[part] + metric for part, metric in columns)], rows)
 
 
+def levers_table() -> str:
+    """The levers of the generator that were compared on validation users."""
+    rows = [
+        (arm["lever"], *(short(arm["validation"][name]) for name in ("HR@10", "NDCG@10")),
+         f"{arm['cpu_seconds']:.0f} s", "yes" if arm["kept"] else "no")
+        for arm in record("beauty-levers")["arms"]
+    ]  # fmt: skip
+    return table(("lever", "HR@10", "NDCG@10", "CPU time", "a setting"), rows)
+
+
 def readme_table() -> str:
     """At most eight rows: HR@10 and NDCG@10, history kept."""
     rows = [
@@ -409,6 +419,7 @@ def pages() -> dict[Path, str]:
         docs / "settings.md": settings_page(),
         docs / "commands.md": commands_page(),
         docs / "results.md": with_tables(docs / "results.md", results),
+        docs / "training.md": with_tables(docs / "training.md", {"levers": levers_table}),
         docs / "performance-cpu.md": with_tables(docs / "performance-cpu.md", cpu),
         docs / "performance-gpu.md": with_tables(docs / "performance-gpu.md", {"speed": gpu_speed}),
         ROOT / "README.md": with_tables(ROOT / "README.md", {"speed": readme_speed, "results": readme_table}),

@@ -45,6 +45,23 @@ def test_the_loss_over_valid_codes_is_the_mean_of_each_codes_own_softmax():
     torch.testing.assert_close(torch.autograd.grad(found, made.rows)[0], expected)
 
 
+def test_label_smoothing_spreads_over_the_valid_codes():
+    items, share = [1, 3, 0], 0.3
+    made = predictions(len(items))
+    wanted = 0.0
+    for row, item in enumerate(items):
+        for level in range(LEVELS):
+            prefix = CODES[item, :level]
+            valid = sorted({int(codes[level]) for codes in CODES if torch.equal(codes[:level], prefix)})
+            logits = made.rows[row, level, START + level * SIZE :][:SIZE][valid].detach()
+            label = torch.tensor(valid.index(int(CODES[item, level])))
+            wanted += F.cross_entropy(logits[None], label[None], label_smoothing=share).item()
+    found = loss(made, items, replace(CONFIG, label_smoothing=share))
+    assert found.item() == pytest.approx(wanted / (len(items) * LEVELS))
+    found.backward()
+    assert bool(made.rows.grad.isfinite().all())
+
+
 def test_items_without_an_alternative_at_any_level_cost_nothing():
     one = CODES[3:]
     made = predictions(2)
