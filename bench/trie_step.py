@@ -8,7 +8,8 @@ for the softmax of its result, at the measured copy bandwidth; from a cache they
 
 Cases: "over the level" normalizes as flashrec does, whose fused step is the peer. "over the vocabulary" gets
 its log-sum-exp from the model's head. "under a filter" allows half of the items and excludes twenty more per
-user; the peers build a trie of each user's items, our filter needs none. On a GPU, our step is also timed in
+user; the peers build a trie of each user's items, our filter needs none. "under a prior" mixes in the masses
+of 1,350 random items per user; the peer is the step without a prior. On a GPU, our step is also timed in
 a CUDA graph, the way the decoder runs it.
 """
 
@@ -38,14 +39,16 @@ from harness import (
 )
 from torch import Tensor
 
-from cemg_kernels import ItemFilter, RequestFilter, Trie, trie_beam_step, trie_softmax
-from cemg_kernels.constrained.beam_step import BeamStep
+from cemg_kernels import ItemFilter, ItemPrior, RequestFilter, Trie, trie_beam_step, trie_softmax
+from cemg_kernels.constrained.beam_step import BeamStep, MixedStep
+from cemg_kernels.constrained.prior import PriorTensors
 from cemg_kernels.constrained.softmax import Normalize
 from cemg_kernels.runtime import dispatch
 
 WIDTH, LEVELS = 50, 4
 SIZES, ITEMS, USERS = (256, 2048), (10**4, 10**5, 10**6, 10**7), (1, 8)  # K, N and B of the cases
 ALLOWED_SHARE, EXCLUDED = 0.5, 20  # of a filter: the share it allows, and the items it excludes per user
+ENTRIES, PRIOR_WEIGHT = 1350, 0.6  # of a prior: items with mass per user, and its share in the mixture
 TOLERANCE = 1e-5  # of a score
 STEPS_PER_GRAPH = 20  # in one CUDA graph, so the launch of the graph hardly counts
 MAX_DICT_ITEMS = 10**6
@@ -74,6 +77,20 @@ class StepCase:
         logsumexp = self.logsumexp if normalize == "vocab" else None
         operands = self.logits, self.scores, self.nodes, self.trie, WIDTH, normalize, logsumexp, filter
         return trie_beam_step(*operands, backend=backend)
+
+    def run_mixed(self, backend: str | None) -> MixedStep:
+        """The step under a prior."""
+        operands = self.logits, self.scores, self.nodes, self.trie, WIDTH, "valid"
+        return trie_beam_step(*operands, prior=self.prior, generator_scores=self.scores, backend=backend)
+
+    @cached_property
+    def prior(self) -> PriorTensors:
+        """Masses of some items per user."""
+        generator = torch.Generator().manual_seed(3)
+        drawn = torch.randint(len(self.codes), (self.users, ENTRIES), generator=generator)
+        items = [row.unique() for row in drawn]
+        masses = [torch.rand(len(row), generator=generator, dtype=torch.float64) ** 8 for row in items]
+        return ItemPrior(items, masses).on(self.trie, PRIOR_WEIGHT)
 
     @cached_property
     def logsumexp(self) -> Tensor:
@@ -325,7 +342,7 @@ def flashrec_name(part: str) -> str:
     return f"flashrec's {part}" + ("" if try_load_beam_trie() else ", PyTorch")
 
 
-def check(result: Sequence[Tensor], expected: BeamStep) -> None:
+def check(result: Sequence[Tensor], expected: BeamStep | MixedStep) -> None:
     """AssertionError if scores differ, or if parents or codes differ at a score that is not a tie."""
     scores, parents, codes = (part.to(expected.scores.device) for part in result[:3])
     torch.testing.assert_close(scores, expected.scores, rtol=0, atol=TOLERANCE)
@@ -402,6 +419,17 @@ def under_a_filter(report: Report, case: StepCase, label: str, bandwidth: float)
     time_step(report, case, f"{label}, under a filter", peers, bandwidth, filter=case.filter)
 
 
+def under_a_prior(report: Report, case: StepCase, label: str, bandwidth: float) -> None:
+    """The step under "valid" that mixes in a prior, against the step without one."""
+    backend = dispatch.choose("trie_beam_step", report.device).backend
+    check(case.run_mixed(backend), case.run_mixed("reference"))
+    peers: dict[str, Work | str] = {"the step without a prior": lambda: case.run(backend)}
+    moved = case.needed_bytes()
+    report.case(f"{label}, under a prior", {backend: lambda: case.run_mixed(backend)}, peers,
+                f"reference: scores within {TOLERANCE:.0e}, parents, codes", moved / bandwidth * 1e3,
+                nbytes=moved)  # fmt: skip
+
+
 def softmax(report: Report, case: StepCase, label: str, bandwidth: float) -> None:
     """The log-probabilities alone, against torch with a mask."""
     backend, nodes = dispatch.choose("trie_softmax", report.device).backend, case.nodes.flatten()
@@ -427,6 +455,9 @@ def softmax(report: Report, case: StepCase, label: str, bandwidth: float) -> Non
                 op="trie_softmax")  # fmt: skip
 
 
+STEPS = (one_step, over_the_level, over_the_vocabulary, under_a_filter, under_a_prior, softmax)
+
+
 def main() -> None:
     parser = make_parser(__doc__, rounds=15, seconds=6.0)
     parser.add_argument("--items", type=int, nargs="+", default=ITEMS, help="catalog sizes, N")
@@ -443,7 +474,7 @@ def main() -> None:
             for users in options.users:
                 case = StepCase(codes, size, device, users)
                 label = f"K {size} N {items:.0e}" + (f" B {users}" if users > 1 else "")
-                for run in (one_step, over_the_level, over_the_vocabulary, under_a_filter, softmax):
+                for run in STEPS:
                     run(report, case, label, bandwidth)
     report.finish()
 

@@ -280,6 +280,7 @@ def test_a_step_with_another_parent_or_code_is_rejected() -> None:
     step = trie_step.StepCase(cells.random_codes(500, 4, 8), 8, torch.device("cpu"), users=2)
     expected = step.run("reference")
     trie_step.check(step.run("reference"), expected)
+    trie_step.check(step.run_mixed("native"), step.run_mixed("reference"))
     for name in ("parents", "codes"):
         other = expected._replace(**{name: getattr(expected, name) + 1})
         with pytest.raises(AssertionError, match=f"{name} differ"):
