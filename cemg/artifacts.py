@@ -185,15 +185,18 @@ class RunArtifacts:
             )
         return gate
 
-    def sources(self, gate: Gate, memory: Memory) -> list[Source]:
-        """The experts beside the generator, in the order of the gate."""
-        sources: list[Source] = [MemorySource(memory)]
+    def sources(self, gate: Gate, memory: Memory, *, items: int | None = None) -> list[Source]:
+        """The experts beside the generator, in the order of the gate.
+
+        With ``items``, they know only that many rows, for a search without the items that were added later.
+        """
+        sources: list[Source] = [MemorySource(memory, limit=items)]
         if DENSE in gate.sources:
             for name in DENSE_FILES:
                 self.file("gate", name)
             sources.append(DenseSource(DenseRanker.load(self.run.path("gate"))))
         if SOFTMAX in gate.sources:
-            sources.append(self.item_softmax())
+            sources.append(replace(self.item_softmax(), limit=items))
         return sources
 
     def item_softmax(self) -> DenseSource:

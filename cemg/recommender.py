@@ -20,6 +20,7 @@ from cemg.decoding.priors import PRIOR_WEIGHT, prior_of_rows
 from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
 from cemg.generator.item_tokens import keep_items
+from cemg.mixture import Experts
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
 from cemg_kernels import ItemFilter, ItemPrior, RequestFilter, Trie
 
@@ -100,6 +101,7 @@ class Recommender:
         exact: bool = False,
         prior: ItemPrior | None = None,
         prior_weight: float | Sequence[float] = PRIOR_WEIGHT,
+        memory: str = "off",
     ) -> Recommendations:
         """Recommend the next items for one history or for B histories.
 
@@ -119,6 +121,9 @@ class Recommender:
                 own retriever. Items rank by the mixture (1 - weight) * P(generator) + weight * P(prior), and
                 the search is exact in it. It is renormalised over the admitted items.
             prior_weight: The share of the prior, 0 to 1: one number, or one per history.
+            memory: Whether the run's item memory is mixed into the search: "off", "constant" (the same
+                weights for every history) or "gate" (weights per history). An empty history is then ranked
+                by popularity, and ``ranked_by`` says so.
 
         Returns:
             ``ids``, ``titles``, ``scores`` and ``codes`` per history; ``items`` are catalog rows. With
@@ -128,7 +133,8 @@ class Recommender:
         Raises:
             UserError: ``histories`` is a string or has an unknown item id, ``top`` exceeds ``beams``, the
                 number of filters or of the prior's requests differs from the number of histories, the prior
-                has an unknown or repeated item, or the engine has no filters, priors or exact search.
+                has an unknown or repeated item, the engine has no filters, priors or exact search, or the run
+                has no memory or no gate.
         """
         if not 1 <= top <= beams:
             fix = f"beams={top}" if top > beams else None
@@ -137,18 +143,36 @@ class Recommender:
         many = as_histories(histories)
         if not many:
             return Recommendations.empty(top, self.catalog.levels)
-        options = {"filter": filter is not None, "exact=True": exact, "a prior": prior is not None}
+        mixes = _check_memory(memory, prior)
+        options = {
+            "filter": filter is not None, "exact=True": exact, "a prior": prior is not None,
+            f"memory={memory}": mixes,
+        }  # fmt: skip
         if any(options.values()) and not isinstance(self.decoder, Decoder):
             option = next(name for name, given in options.items() if given)
             raise UserError(f"engine={self.engine} does not support {option}", fix="use engine=cemg")
         rows = [self._rows_of(history) for history in many]
+        own = prior_of_rows(prior, self.catalog)
+        ranked_by = ["generator" if prior is None else "mixture"] * len(many)
+        if mixes:
+            mixed = self._mixture.prior(rows, constant=memory == "constant", exclude_history=exclude_history)
+            own, prior_weight = (
+                _named(ItemPrior(mixed.items, mixed.mass), self.catalog),
+                mixed.weight.tolist(),
+            )
+            ranked_by = ["mixture" if history else "popularity" for history in rows]
         found = self._search(
             rows, many, top=top, beams=beams, filter=filter, exclude=exclude_history, exact=exact,
-            prior=prior_of_rows(prior, self.catalog), prior_weight=prior_weight,
+            prior=own, prior_weight=prior_weight,
         )  # fmt: skip
         ids = self.catalog.ids_of(found.items)
         titles = [[None if item is None else self._titles.get(item) for item in row] for row in ids]
-        return dataclasses.replace(found, ids=ids, titles=titles)
+        return dataclasses.replace(found, ids=ids, titles=titles, ranked_by=ranked_by)
+
+    @cached_property
+    def _mixture(self) -> Experts:
+        gate, memory = self.artifacts.load_gate(), self.artifacts.load_memory(self.catalog)
+        return Experts(gate, self.artifacts.sources(gate, memory), memory.counts)
 
     def _search(
         self,
@@ -291,6 +315,22 @@ class Recommender:
                         fix=f"pass each history as a list of ids: [{parts}]",
                     ) from None
             raise
+
+
+def _check_memory(memory: str, prior: ItemPrior | None) -> bool:
+    """Return whether the memory is mixed in. Raises UserError for another value, or beside a prior."""
+    if memory not in ("off", "constant", "gate"):
+        raise UserError(f"memory must be off, constant or gate, got {memory!r}")
+    if memory != "off" and prior is not None:
+        raise UserError(f"memory={memory} and a prior exclude each other", fix="leave one of them out")
+    return memory != "off"
+
+
+def _named(prior: ItemPrior, catalog: Catalog) -> ItemPrior:
+    """A prior over catalog rows with the items named as in ``Recommendations.items``."""
+    if catalog.named:
+        return prior
+    return prior.renamed(np.array(catalog.item_ids, dtype=np.int64)[prior.items])
 
 
 def as_histories(given: Any) -> list[list[Any]]:

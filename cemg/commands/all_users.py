@@ -42,7 +42,8 @@ def write_all(recommender: Recommender, path: Path, *, part: str, options: dict[
     Returns:
         The number of users.
     """
-    users, histories = _users_and_histories(recommender, part)
+    popularity = options.get("memory", "off") != "off"
+    users, histories = _users_and_histories(recommender, part, popularity=popularity)
     with (
         files.durable(path) as unfinished,
         pq.ParquetWriter(unfinished, SCHEMA) as writer,
@@ -59,8 +60,13 @@ def write_all(recommender: Recommender, path: Path, *, part: str, options: dict[
     return len(users)
 
 
-def _users_and_histories(recommender: Recommender, part: str) -> tuple[list[str], list[list[str]]]:
-    """Return the ids of the users that have a history, and the item ids of their histories."""
+def _users_and_histories(
+    recommender: Recommender, part: str, *, popularity: bool
+) -> tuple[list[str], list[list[str]]]:
+    """Return the ids of users and the item ids of their histories.
+
+    Users without a history are left out unless ``popularity`` ranks for them.
+    """
     data = recommender.artifacts.load_data()
     rows: Iterable[int]
     sequences: Iterable[np.ndarray]
@@ -69,7 +75,11 @@ def _users_and_histories(recommender: Recommender, part: str) -> tuple[list[str]
     else:
         split = data.split()
         rows, sequences = split.users, split.histories(part)
-    nonempty = [(data.user_ids[row], items) for row, items in zip(rows, sequences, strict=True) if len(items)]
+    nonempty = [
+        (data.user_ids[row], items)
+        for row, items in zip(rows, sequences, strict=True)
+        if len(items) or popularity
+    ]
     return [user for user, _ in nonempty], [[data.item_ids[item] for item in items] for _, items in nonempty]
 
 

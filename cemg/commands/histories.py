@@ -2,9 +2,10 @@
 
 An input line is a JSON list of item ids, oldest first, or an object: ``{"history": [...]}``, ``{"user": ID}``
 for the history of that user in the run's data, or both, in which case ``history`` is used. The output line
-has the keys ``history``, ``certified`` and ``items``, ``user`` if the input has one, and ``unknown`` if the
-history has items that are not in the catalog; these are left out. A line that cannot be served (blank, empty,
-not valid JSON, an unknown user, only unknown items) gets ``{"line": N, "error": REASON, "items": []}``.
+has the keys ``history``, ``certified`` and ``items``, ``user`` if the input has one, ``unknown`` if the
+history has items that are not in the catalog (these are left out), and ``ranked_by`` if popularity ranked an
+empty history, as with ``--memory``. A line that cannot be served (blank, empty, not valid JSON, an unknown
+user, only unknown items) gets ``{"line": N, "error": REASON, "items": []}``.
 """
 
 from __future__ import annotations
@@ -65,7 +66,11 @@ def parse_history(text: str) -> list[str]:
 
 
 def read_requests(
-    path: Path, known: Set[str], history_of: Callable[[str], list[str] | None]
+    path: Path,
+    known: Set[str],
+    history_of: Callable[[str], list[str] | None],
+    *,
+    popularity: bool = False,
 ) -> Iterator[Request | None]:
     """Yield one request per line.
 
@@ -73,6 +78,7 @@ def read_requests(
         path: File, plain or gzip; "-" is stdin.
         known: Item ids of the catalog.
         history_of: Returns the history of a user; None for an unknown user.
+        popularity: Whether an empty history is a request, which popularity ranks, instead of an error.
 
     Returns:
         The requests. None is yielded when the next line of stdin is not written yet, because the caller may
@@ -85,7 +91,7 @@ def read_requests(
     try:
         for raw in _lines(path):
             number += raw is not None
-            yield None if raw is None else _request(number, raw, known, history_of)
+            yield None if raw is None else _request(number, raw, known, history_of, popularity)
     except (OSError, EOFError, zlib.error) as error:
         location = f"{path}, line {number + 1}" if number else f"{path}"
         raise UserError(f"{location}: the file cannot be read", cause=str(error)) from error
@@ -143,7 +149,11 @@ def _lines_as_written(stream: int) -> Iterator[bytes | None]:
 
 
 def _request(
-    number: int, raw: bytes, known: Set[str], history_of: Callable[[str], list[str] | None]
+    number: int,
+    raw: bytes,
+    known: Set[str],
+    history_of: Callable[[str], list[str] | None],
+    popularity: bool,
 ) -> Request:
     try:
         line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -155,11 +165,12 @@ def _request(
         history = history_of(user)
         if history is None:
             return Request(number, user=user, error=f"user {user!r} is not in the data of this run")
-    if not history:
+    if not history and (not popularity or value is None):
         return Request(number, user=user, error="the history is empty")
+    history = history or []
     unknown = [item for item in history if item not in known]
     items = [item for item in history if item in known]
-    if not items:
+    if unknown and not items:
         return Request(number, user=user, unknown=unknown, error="no item of the history is in the catalog")
     return Request(number, items, user, unknown)
 

@@ -42,6 +42,7 @@ app = command.command_line()
         'cemg-recommend --run runs/beauty --history "12 7 105" --top 10',
         "cemg-recommend --run runs/beauty --histories requests.jsonl > answers.jsonl",
         "cemg-recommend --run runs/beauty --all all.parquet --exclude-history",
+        'cemg-recommend --run runs/beauty --history "12 7 105" --memory gate',
     ),
 )
 def recommend(
@@ -80,6 +81,14 @@ def recommend(
     engine: Annotated[
         str, typer.Option(metavar="NAME", help="Decoder: cemg, vllm, or transformers (slow, for comparison).")
     ] = "cemg",
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="WEIGHTS",
+            help="Mix the item memory into the search: off, constant (one weight), or gate (a weight per "
+            "history).",
+        ),
+    ] = "off",
     normalize: Annotated[
         str | None,
         typer.Option(
@@ -121,6 +130,7 @@ def recommend(
 
     command.check_device(device)
     command.check_normalize(normalize)
+    command.check_memory(memory)
     for name, count in (("top", top), ("beams", beams)):
         if count < 1:
             raise UserError(f"--{name} must be at least 1, got {count}")
@@ -143,6 +153,7 @@ def recommend(
         "beams": max(beams, top),
         "exclude_history": exclude_history,
         "exact": exact,
+        "memory": memory,
     }
     if only or exclude:
         allowed = read_ids(only, option="--only") if only else []
@@ -195,7 +206,8 @@ def _serve(recommender: Recommender, path: Path, options: dict[str, Any]) -> Non
     """Print one JSON line per line of ``path``. Exits with code 3 if some could not be served."""
     failed = lines = 0
     known = set(map(str, recommender.catalog.item_ids))
-    requests = read_requests(path, known, _known_histories(recommender))
+    popularity = options["memory"] != "off"
+    requests = read_requests(path, known, _known_histories(recommender), popularity=popularity)
     for batch in in_batches(requests, recommender.artifacts.config.decoding.batch_size):
         histories = [request.history for request in batch if request.error is None]
         answers = _recommendations(recommender, histories, options)
@@ -255,7 +267,8 @@ def _recommendations(
                 for item, score, codes in ranked
                 if item is not None
             ]
-            yield {"history": history, "certified": int(result.certified[row]), "items": items}
+            popular = {"ranked_by": "popularity"} if result.ranked_by[row] == "popularity" else {}
+            yield {"history": history, "certified": int(result.certified[row]), **popular, "items": items}
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

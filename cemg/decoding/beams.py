@@ -32,6 +32,8 @@ class Recommendations:
         certified: int64 [B], the number of leading results that are proven to be the true top.
         ids: B lists of ``top`` item ids, None past the last item. Set by ``Recommender``, else empty.
         titles: B lists of ``top`` titles, None where there is none. Set by ``Recommender``, else empty.
+        ranked_by: What ranked each list: B of "generator", "mixture" and "popularity". Set by
+            ``Recommender``, else empty.
     """
 
     items: Tensor
@@ -40,6 +42,7 @@ class Recommendations:
     certified: Tensor
     ids: list[list[int | str | None]] = field(default_factory=list, kw_only=True)
     titles: list[list[str | None]] = field(default_factory=list, kw_only=True)
+    ranked_by: list[str] = field(default_factory=list, kw_only=True)
 
     @classmethod
     def empty(cls, top: int, levels: int) -> Recommendations:

@@ -18,7 +18,7 @@ from cemg.data.dataset import Split
 from cemg.decoding import Decoder, Recommendations
 from cemg.evaluation.protocol import Rank
 from cemg.generator import Prompter, Vocabulary
-from cemg.mixture import Gate, Masses, Source
+from cemg.mixture import Experts, Gate, Masses, Source
 from cemg.mixture.fitting import POWERS, Candidates
 from cemg.mixture.gate import averaged, features_of
 from cemg.progress import track
@@ -69,13 +69,12 @@ def open_mixture(
     sources: Sequence[Source], split: Split,
 ) -> Mixture:  # fmt: skip
     """Prepare searches of a run's generator with other experts."""
-    config = artifacts.config.decoding
     return Mixture(
-        decoder=Decoder(model, catalog, vocabulary.code_token_start, config.normalize),
+        decoder=Decoder(model, catalog, vocabulary.code_token_start, artifacts.normalize()),
         prompter=artifacts.prompter(model, vocabulary, catalog),
         sources=sources,
         counts=split.train_counts(len(catalog)),
-        batch_size=config.batch_size,
+        batch_size=artifacts.config.decoding.batch_size,
     )
 
 
@@ -93,7 +92,7 @@ def mixture_ranker(
         exclude_history: Whether the search excludes the items of each history.
         removed: Catalog rows that are never listed.
     """
-    allowed = None
+    experts, allowed = Experts(gate, mixture.sources, mixture.counts), None
     if removed:
         mask = torch.ones(len(mixture.decoder.catalog), dtype=torch.bool)
         mask[list(removed)] = False
@@ -103,9 +102,7 @@ def mixture_ranker(
         lists = []
         for start in range(0, len(histories), mixture.batch_size):
             batch = histories[start : start + mixture.batch_size]
-            mixed = gate.mix(
-                batch, mixture.sources, mixture.counts, exclude_history=exclude_history, constant=constant
-            )
+            mixed = experts.prior(batch, exclude_history=exclude_history, constant=constant)
             prior = ItemPrior(mixed.items, mixed.mass)
             found = mixture.search(
                 batch, prior, mixed.weight, beams=beams, exclude_history=exclude_history, allowed=allowed

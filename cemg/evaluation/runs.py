@@ -227,7 +227,7 @@ def score_mixture(
         None if users is None or users >= len(split.users) else seeded_sample(split, users, seed=config.seed)
     )
     removed, notes = _removed(artifacts, catalog, (), quiet=True)
-    sources = artifacts.sources(gate, artifacts.load_memory())
+    sources = artifacts.sources(gate, artifacts.load_memory(), items=data.num_items)
     mixture = open_mixture(artifacts, *artifacts.load_generator(), catalog, sources, split)
     started = time.monotonic()
     kept, excluded = (
@@ -241,7 +241,7 @@ def score_mixture(
         for exclude in (False, True)
     )  # fmt: skip
     seconds = {**stage_seconds(artifacts.run), "evaluation": round(time.monotonic() - started, 1)}
-    about = {"model": "cemg", "memory": weights, "engine": "cemg", "beams": beams, "stage_seconds": seconds}
+    about = {"model": "cemg", "mixture": weights, "engine": "cemg", "beams": beams, "stage_seconds": seconds}
     about |= {"gate_fit": gate.fit, "notes": [*data.notes, *notes], **config.to_dict()}
     scope = part if rows is None else f"{part}-{len(rows)}-users"
     name = f"{data.name}-cemg-{weights}-{scope}"

@@ -5,7 +5,7 @@ give sparse distributions over items; averaged by their weights they are the ite
 """
 
 from cemg.mixture.config import GateConfig
-from cemg.mixture.gate import GATE_FILE, Gate, Mixed
+from cemg.mixture.gate import GATE_FILE, Experts, Gate, Mixed
 from cemg.mixture.sources import DENSE, SOFTMAX, DenseSource, Masses, MemorySource, Source
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "GATE_FILE",
     "SOFTMAX",
     "DenseSource",
+    "Experts",
     "Gate",
     "GateConfig",
     "Masses",

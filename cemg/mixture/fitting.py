@@ -18,7 +18,7 @@ from torch import Tensor
 from cemg.mixture.gate import Gate, feature_names
 
 DEPTH = 10  # of the NDCG that is maximized
-POWERS = (1.0, 1.3, 1.6, 2.0, 2.5)
+POWERS = (1.0, 1.3, 1.6, 2.0, 2.5, 3.2)
 STEP = {2: 0.05, 3: 0.1}  # of the weights that are tried, by number of experts
 PENALTIES = (3e-4, 1e-3, 4e-3)  # on the squares of the slopes
 FOLDS = 5
@@ -102,7 +102,7 @@ def fit_gate(found: Candidates, sources: Sequence[str], *, memory: str, log: Any
     held_out = {penalty: 0.0 for penalty in PENALTIES}
     constant = 0.0
     for train, test in folds(len(found.target)):
-        own, _ = best_constant(found.take(train), powers=[powers])
+        own, _ = best_constant(found.take(train), powers)
         constant += total_gain(experts, found.target, test, masked(torch.tensor(own), present))
         for penalty in PENALTIES:
             bias, slopes = fit_slopes(
@@ -143,20 +143,41 @@ def default_gate(sources: Sequence[str], *, memory: str) -> Gate:
 
 
 def best_constant(
-    found: Candidates, powers: Sequence[tuple[float, ...]] | None = None
+    found: Candidates, powers: tuple[float, ...] | None = None
 ) -> tuple[list[float], tuple[float, ...]]:
-    """Return the weights [E] and powers [S] with the best NDCG@10 on a grid; the first wins ties."""
+    """Return the weights [E] and powers [S] with the best NDCG@10; the first wins ties.
+
+    Args:
+        found: The candidates.
+        powers: The powers; None tries one power for all sources, then others for one source at a time.
+    """
     sources = found.masses.shape[2]
-    best: tuple[float, list[float], tuple[float, ...]] = (-1.0, [], ())
-    present = torch.from_numpy(found.present)
-    for tried in powers or itertools.product(POWERS, repeat=sources):
-        experts = found.experts(tried)
-        for weights in simplex(1 + sources):
-            own = masked(torch.tensor(weights), present)
-            gain = float(gains_of(experts, own, found.target).sum())
-            if gain > best[0]:
-                best = gain, weights, tuple(tried)
-    return best[1], best[2]
+    if powers is not None:
+        return _best_weights(found, powers)[1], powers
+    gain, weights, powers = max(
+        (_best_weights(found, (power,) * sources) for power in POWERS), key=lambda tried: tried[0]
+    )
+    for source in range(sources if sources > 1 else 0):
+        for power in POWERS:
+            tried = (*powers[:source], power, *powers[source + 1 :])
+            own = _best_weights(found, tried)
+            if own[0] > gain:
+                gain, weights, powers = own
+    return weights, powers
+
+
+def _best_weights(
+    found: Candidates, powers: tuple[float, ...]
+) -> tuple[float, list[float], tuple[float, ...]]:
+    """Return the best NDCG@10 on the grid of weights, summed over users, its weights, and the powers."""
+    experts, present = found.experts(powers), torch.from_numpy(found.present)
+    tried = list(simplex(experts.shape[2]))
+    gains = [
+        float(gains_of(experts, masked(torch.tensor(weights), present), found.target).sum())
+        for weights in tried
+    ]
+    best = max(range(len(tried)), key=gains.__getitem__)
+    return gains[best], tried[best], powers
 
 
 def simplex(experts: int) -> Iterator[list[float]]:

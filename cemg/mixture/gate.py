@@ -85,33 +85,6 @@ class Gate:
         """Return the same weights for every history, [B, E], but 0 for sources that say nothing."""
         return normalized(np.tile(np.asarray(self.constant), (len(present), 1)), present)
 
-    def mix(
-        self, histories: Sequence[np.ndarray], sources: Sequence[Source], counts: np.ndarray, *,
-        exclude_history: bool = False, constant: bool = False,
-    ) -> Mixed:  # fmt: skip
-        """Average the sources to one prior per history.
-
-        Args:
-            histories: B histories of item rows, oldest first.
-            sources: The sources, in the order of ``self.sources``.
-            counts: Training events of each item, [N].
-            exclude_history: Whether the items of the history have no mass.
-            constant: Whether every history has the same weights.
-        """
-        found = [source(histories, exclude_history=exclude_history) for source in sources]
-        present = np.array([[len(part.items) > 0 for part in row] for row in found], dtype=bool).T
-        if constant:
-            weights = self.constant_weights(present)
-        else:
-            weights = self.weights(features_of(histories, found, counts), present)
-        items, mass = [], []
-        for row in range(len(histories)):
-            parts = [own[row] for own in found]
-            rows, values = averaged(parts, self.powers, weights[row, 1:])
-            items.append(rows)
-            mass.append(values)
-        return Mixed(items, mass, 1 - weights[:, 0])
-
     def save(self, folder: Path) -> None:
         """Write ``gate.json``, signed."""
         record = {name: value for name, value in dataclasses.asdict(self).items() if name != "sha256"}
@@ -128,6 +101,51 @@ class Gate:
         if set(sizes) != {experts} or {len(gate.slopes), len(gate.means), len(gate.scales)} != {width}:
             raise DamagedError(f"{path} is damaged", cause="its numbers do not fit its sources", fix=fix)
         return gate
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A gate with its sources.
+
+    Attributes:
+        gate: The weights.
+        sources: The sources, in the order of ``gate.sources``.
+        counts: Training events of each item, [N].
+    """
+
+    gate: Gate
+    sources: Sequence[Source]
+    counts: np.ndarray
+
+    def prior(
+        self, histories: Sequence[Sequence[int] | np.ndarray], *, constant: bool = False,
+        exclude_history: bool = False,
+    ) -> Mixed:  # fmt: skip
+        """Average the sources to one prior per history. An empty history gets popularity, of weight 1.
+
+        Args:
+            histories: B histories of item rows, oldest first.
+            constant: Whether every history has the same weights.
+            exclude_history: Whether the items of the history have no mass.
+        """
+        rows = [np.asarray(history, dtype=np.int64) for history in histories]
+        found = [source(rows, exclude_history=exclude_history) for source in self.sources]
+        present = np.array([[len(part.items) > 0 for part in own] for own in found], dtype=bool).T
+        if constant:
+            weights = self.gate.constant_weights(present)
+        else:
+            weights = self.gate.weights(features_of(rows, found, self.counts), present)
+        mixed = [
+            averaged([own[row] for own in found], self.gate.powers, weights[row, 1:])
+            for row in range(len(rows))
+        ]
+        items, mass = [part for part, _ in mixed], [part for _, part in mixed]
+        share = 1 - weights[:, 0]
+        for row, history in enumerate(rows):
+            if not len(history):
+                items[row] = np.flatnonzero(self.counts)
+                mass[row], share[row] = self.counts[items[row]].astype(np.float64), 1.0
+        return Mixed(items, mass, share)
 
 
 def normalized(weights: np.ndarray, present: np.ndarray) -> np.ndarray:

@@ -52,6 +52,7 @@ class MemorySource:
     """The item memory as a source. It says nothing about a history that it connects with no item."""
 
     memory: Memory
+    limit: int | None = None  # rows from here on are items that the search does not have
     name: str = "memory"
 
     def __call__(self, histories: Sequence[np.ndarray], *, exclude_history: bool) -> list[Masses]:
@@ -59,7 +60,7 @@ class MemorySource:
         items, masses = self.memory.prior(
             histories, exclude_history=exclude_history, power=1.0, top=MASSES, popularity=False
         )
-        return [Masses(rows, mass) for rows, mass in zip(items, masses, strict=True)]
+        return [_within(rows, mass, self.limit) for rows, mass in zip(items, masses, strict=True)]
 
 
 class PriorModel(Protocol):
@@ -79,6 +80,7 @@ class DenseSource:
 
     model: PriorModel
     name: str = DENSE
+    limit: int | None = None  # as in MemorySource
 
     def __call__(self, histories: Sequence[np.ndarray], *, exclude_history: bool) -> list[Masses]:
         """Return the probabilities of the MASSES most probable items."""
@@ -91,5 +93,11 @@ class DenseSource:
             new = mass > 0
             if exclude_history:
                 new &= np.isin(rows, histories[row], invert=True)
-            found[row] = Masses(rows[new].astype(np.int64), mass[new].astype(np.float64))
+            found[row] = _within(rows[new].astype(np.int64), mass[new].astype(np.float64), self.limit)
         return found
+
+
+def _within(rows: np.ndarray, mass: np.ndarray, limit: int | None) -> Masses:
+    if limit is None or not len(rows) or rows.max() < limit:
+        return Masses(rows, mass)
+    return Masses(rows[rows < limit], mass[rows < limit])

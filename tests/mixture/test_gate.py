@@ -1,0 +1,111 @@
+"""The gate: weights of the experts, the averaged prior, popularity for empty histories, and its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cemg.errors import DamagedError
+from cemg.mixture import GATE_FILE, Experts, Gate, Masses
+from cemg.mixture.fitting import default_gate
+from cemg.mixture.gate import averaged, feature_names, features_of
+
+COUNTS = np.array([9, 0, 3, 1, 6])
+
+
+@dataclasses.dataclass
+class Fixed:
+    """A source with the same items for every history but empty ones."""
+
+    name: str
+    items: list[int]
+    mass: list[float]
+
+    def __call__(self, histories: Sequence[np.ndarray], *, exclude_history: bool) -> list[Masses]:
+        whole = Masses(np.array(self.items, dtype=np.int64), np.array(self.mass))
+        nothing = Masses(np.zeros(0, np.int64), np.zeros(0))
+        return [whole if len(history) else nothing for history in histories]
+
+
+ONE, TWO = Fixed("memory", [0, 2], [0.75, 0.25]), Fixed("dense", [2, 4], [0.5, 0.5])
+
+
+def gate_of(constant: list[float], powers: list[float]) -> Gate:
+    gate = default_gate(["memory", "dense"][: len(powers)], memory="digest")
+    bias = np.log(np.maximum(constant, 1e-30)).tolist()
+    return dataclasses.replace(gate, constant=constant, bias=bias, powers=powers)
+
+
+def test_the_prior_is_the_average_of_the_sources_and_its_weight_is_that_of_all_of_them():
+    gate = gate_of([0.5, 0.3, 0.2], [1.0, 2.0])
+    mixed = Experts(gate, [ONE, TWO], COUNTS).prior([[3, 1]], constant=True)
+    assert mixed.items[0].tolist() == [0, 2, 4]
+    np.testing.assert_allclose(mixed.mass[0], [0.3 * 0.75, 0.3 * 0.25 + 0.2 * 0.5, 0.2 * 0.5])
+    np.testing.assert_allclose(mixed.weight, [0.5])
+    by_gate = Experts(gate, [ONE, TWO], COUNTS).prior([[3, 1]])  # its slopes are 0
+    np.testing.assert_allclose(by_gate.mass[0], mixed.mass[0])
+    np.testing.assert_allclose(by_gate.weight, mixed.weight)
+
+
+def test_a_power_sharpens_the_masses_and_keeps_their_sum():
+    masses = Masses(np.array([1, 2]), np.array([0.6, 0.2]))
+    np.testing.assert_allclose(masses.sharpened(2.0), [0.9, 0.1])
+    np.testing.assert_allclose(masses.sharpened(1.0), [0.75, 0.25])
+    items, mass = averaged([masses], [2.0], [0.5])
+    assert items.tolist() == [1, 2] and mass.sum() == pytest.approx(0.5)
+
+
+def test_a_source_that_says_nothing_has_no_weight_and_the_others_share_it():
+    gate = gate_of([0.5, 0.3, 0.2], [1.0, 1.0])
+    present = np.array([[True, True], [False, True], [False, False]])
+    weights = gate.constant_weights(present)
+    np.testing.assert_allclose(weights, [[0.5, 0.3, 0.2], [5 / 7, 0, 2 / 7], [1, 0, 0]])
+    features = np.zeros((3, len(feature_names(gate.sources))))
+    np.testing.assert_allclose(gate.weights(features, present), weights)
+    only = dataclasses.replace(gate, constant=[0.0, 1.0, 0.0]).constant_weights(present)
+    assert only.tolist() == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]
+
+
+def test_an_empty_history_gets_popularity_with_the_whole_weight():
+    mixed = Experts(gate_of([0.5, 0.5], [1.0]), [ONE], COUNTS).prior([[], [3]])
+    assert mixed.items[0].tolist() == [0, 2, 3, 4] and mixed.mass[0].tolist() == [9, 3, 1, 6]
+    assert mixed.weight[0] == 1 and mixed.weight[1] == pytest.approx(0.5)
+
+
+def test_features_follow_the_confidence_of_a_source_and_the_history_and_need_no_target():
+    sure = Masses(np.array([0, 1]), np.array([0.99, 0.01]))
+    unsure = Masses(np.arange(4), np.full(4, 0.25))
+    histories = [np.array([0, 4]), np.array([1, 2, 3])]
+    features = features_of(histories, [[sure, unsure]], COUNTS)
+    assert features.shape == (2, 6) and np.isfinite(features).all()
+    largest, entropy, items, length, rare, newest = features.T
+    assert largest[0] > largest[1] and entropy[0] < entropy[1] and items[0] < items[1]
+    np.testing.assert_allclose(length, np.log([3, 4]))
+    np.testing.assert_allclose(rare, [0, 1])  # items 1, 2 and 3 have five training events or fewer
+    np.testing.assert_allclose(newest, np.log([7, 2]))
+
+
+def test_a_gate_is_read_as_it_was_written(tmp_path: Path):
+    gate = dataclasses.replace(gate_of([0.4, 0.6], [1.6]), fit={"users": 3})
+    gate.save(tmp_path)
+    loaded = Gate.load(tmp_path / GATE_FILE)
+    assert dataclasses.replace(loaded, sha256=None) == gate
+
+
+def test_a_damaged_gate_is_refused_by_name(tmp_path: Path):
+    gate_of([0.4, 0.6], [1.6]).save(tmp_path)
+    path = tmp_path / GATE_FILE
+    record = json.loads(path.read_text())
+    for content in ("", "{}", json.dumps(record | {"constant": [0.9, 0.1]})):
+        path.write_text(content)
+        with pytest.raises(DamagedError, match=GATE_FILE):
+            Gate.load(path)
+    dataclasses.replace(gate_of([0.4, 0.6], [1.6]), bias=[0.0]).save(tmp_path)
+    with pytest.raises(DamagedError, match=GATE_FILE) as caught:
+        Gate.load(path)
+    assert caught.value.cause == "its numbers do not fit its sources"
