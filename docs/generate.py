@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import typer
 import typer.models
 import yaml
@@ -25,6 +26,7 @@ import yaml
 from cemg import settings
 from cemg.commands import catalog, data, doctor, evaluate, recommend, train
 from cemg.config import RunConfig
+from cemg.evaluation import MISS, hr_interval
 
 ROOT = Path(__file__).parents[1]
 Cells = dict[tuple[str, str], dict[str, Any]]  # rows of a latency file by case and peer
@@ -199,14 +201,33 @@ def record(name: str) -> dict[str, Any]:
 
 
 def figure(names: Sequence[str], part: str, metric: str) -> str:
-    """A metric of one result file, or its mean over seeds with the half width of Student's 95 % interval."""
+    """A metric of result files: its mean over seeds with the half width of Student's 95 % interval.
+
+    Of one file, HR has the half width of Wilson's interval over users. Earlier files have none of NDCG.
+    """
     values = [float(pick(record(name), part)[metric]) for name in names]
     if len(values) == 1:
-        return short(values[0])
+        users = users_of(record(names[0]), part)
+        return (
+            f"{short(values[0])} ± {short(wilson(values[0], users))}" if "HR" in metric else short(values[0])
+        )
     from scipy.stats import t as student
 
     half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return f"{short(statistics.mean(values))} ± {short(half)}"
+
+
+def users_of(result: dict[str, Any], part: str) -> int:
+    """The number of users that the metrics in a part of a result file are over."""
+    return int(result["cold"]["targets"] if part.startswith("cold") else result["split"]["users"])
+
+
+def wilson(share: float, users: int) -> float:
+    """Half the width of the 95 % Wilson interval of a share."""
+    ranks = torch.full((users,), MISS)
+    ranks[: round(share * users)] = 0
+    low, high = hr_interval(ranks, 1)
+    return (high - low) / 2
 
 
 def pick(tree: dict[str, Any], path: str) -> dict[str, Any]:
@@ -261,7 +282,8 @@ README_ROWS = {
         "CEMG without collaborative signal": MOVIELENS["without collaborative signal"],
     },
 }
-KEPT, REMOVED, COLD = "metrics", "metrics_history_removed", "cold.metrics"
+KEPT, REMOVED = "metrics", "metrics_history_removed"
+COLD, COLD_REMOVED = "cold.metrics", "cold.metrics_history_removed"
 
 
 def movielens_table() -> str:
@@ -271,14 +293,24 @@ def movielens_table() -> str:
 
 
 def amazon_table(models: dict[str, list[str]]) -> str:
-    columns = [(KEPT, "HR@10"), (KEPT, "NDCG@10"), (REMOVED, "HR@10"), (REMOVED, "NDCG@10"), (COLD, "HR@10")]
+    columns = [(KEPT, "HR@10"), (KEPT, "NDCG@10"), (REMOVED, "HR@10"), (REMOVED, "NDCG@10"), (COLD, "HR@10"),
+               (COLD_REMOVED, "HR@10")]  # fmt: skip
     return results_table(models, columns)
 
 
 def results_table(models: dict[str, list[str]], columns: list[tuple[str, str]]) -> str:
-    where = {KEPT: "", REMOVED: "history removed: ", COLD: "cold items: "}
-    rows = [(model, *(figure(names, *column) for column in columns)) for model, names in models.items()]
-    return table(["model", *(where[part] + metric for part, metric in columns)], rows)
+    """One row per model: the number of seeds, then ``columns``."""
+    where = {
+        KEPT: "",
+        REMOVED: "history removed: ",
+        COLD: "cold items: ",
+        COLD_REMOVED: "cold items, history removed: ",
+    }
+    rows = [
+        (model, str(len(names)), *(figure(names, *column) for column in columns))
+        for model, names in models.items()
+    ]
+    return table(["model", "seeds", *(where[part] + metric for part, metric in columns)], rows)
 
 
 def levers_table() -> str:
@@ -292,13 +324,16 @@ def levers_table() -> str:
 
 
 def readme_table() -> str:
-    """At most eight rows: HR@10 and NDCG@10, history kept."""
+    """At most eight rows: HR@10 and NDCG@10, history kept and removed."""
+    columns = [(part, metric) for part in (KEPT, REMOVED) for metric in ("HR@10", "NDCG@10")]
     rows = [
-        (dataset, model, figure(names, KEPT, "HR@10"), figure(names, KEPT, "NDCG@10"))
+        (dataset, model, *(figure(names, *column) for column in columns))
         for dataset, models in README_ROWS.items()
         for model, names in models.items()
     ]
-    return table(("data set", "model", "HR@10", "NDCG@10"), rows)
+    assert len(rows) <= 8
+    head = ("data set", "model", "HR@10", "NDCG@10", "history removed: HR@10", "history removed: NDCG@10")
+    return table(head, rows)
 
 
 # ---- speed
