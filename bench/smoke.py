@@ -25,6 +25,7 @@ RUN_SETTINGS = (  # of the run that fast_kernels.py trains again
 SCRIPTS = {
     "quantize": ("--items", "2000", "--sizes", "16"),
     "propagate": ("--scale", "0.01"),
+    "generator_step": ("--items", "500", "--batch", "4", "--lengths", "3"),
     "trie_build": ("--items", "1000", "--codes", "16"),
     "trie_step": ("--items", "1000", "--sizes", "16", "--users", "1", "2"),
     "latency": (
