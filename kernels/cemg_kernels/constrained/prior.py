@@ -18,7 +18,7 @@ Source: interpolation with a distribution from memory, Khandelwal et al. 2020
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +30,6 @@ from ..trie import ops as trie_ops
 from ..trie.arrays import TrieArrays
 from ..trie.filter_tensors import Filter, FilterTensors
 from ..trie.trie import Trie
-
-if TYPE_CHECKING:
-    from .. import _native
 
 UNIT = 2.0**-52  # of the masses: the spacing of float64 between 1 and 2
 NO_ITEM = -1
@@ -80,13 +77,10 @@ class PriorTensors(NamedTuple):
         """Returns the tensors on another device."""
         return PriorTensors(*(tensor.to(device) for tensor in self))
 
-    def view(self) -> _native.PriorView:
-        """Returns the contiguous tensors for C++, which does not keep them alive."""
+    def view(self) -> Any:
+        """Returns the C++ PriorView of the tensors, which must be contiguous; it does not keep them alive."""
         ranks, sums, weight = (tensor.data_ptr() for tensor in self)
-        view: _native.PriorView = native().PriorView(
-            ranks=ranks, sums=sums, weight=weight, size=self.ranks.shape[1]
-        )
-        return view
+        return native().PriorView(ranks=ranks, sums=sums, weight=weight, size=self.ranks.shape[1])
 
     def masses_of(self, ranks: Tensor) -> Tensor:
         """Returns the masses below rank intervals int32 [B, Y, 2], half open: float64 [B, Y]."""
