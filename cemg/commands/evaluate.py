@@ -19,8 +19,6 @@ STUDY_USERS = 1000  # default number of users of a study
     cls=command.Command,
     epilog=command.examples(
         "cemg-eval --run runs/beauty",
-        "cemg-eval --run runs/beauty --model memory",
-        "cemg-eval --run runs/beauty --memory constant",
         "cemg-eval --run runs/beauty --exact --certified --compare --users 500",
         "cemg-eval --run runs/beauty --recommendations lists.parquet",
     ),

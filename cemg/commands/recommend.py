@@ -39,10 +39,9 @@ app = command.command_line()
 @app.command(
     cls=command.Command,
     epilog=command.examples(
-        'cemg-recommend --run runs/beauty --history "12 7 105" --top 10',
+        'cemg-recommend --run runs/beauty --history "12 7 105" --memory gate',
         "cemg-recommend --run runs/beauty --histories requests.jsonl > answers.jsonl",
         "cemg-recommend --run runs/beauty --all all.parquet --exclude-history",
-        'cemg-recommend --run runs/beauty --history "12 7 105" --memory gate',
     ),
 )
 def recommend(

@@ -154,11 +154,12 @@ def normalized(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
     total = allowed.sum(1, keepdims=True)
     generator = np.zeros_like(allowed)
     generator[:, 0] = 1.0  # where nothing else has a weight
-    return np.where(total > 0, allowed / np.where(total > 0, total, 1.0), generator)
+    shares: np.ndarray = np.where(total > 0, allowed / np.where(total > 0, total, 1.0), generator)
+    return shares
 
 
 def averaged(
-    parts: Sequence[Masses], powers: Sequence[float], weights: np.ndarray
+    parts: Sequence[Masses], powers: Sequence[float], weights: Sequence[float] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return item rows, each once, and the average of the sources' masses; the weights need not sum to 1."""
     used = [

@@ -31,7 +31,8 @@ class Masses:
         if not len(self.mass):
             return self.mass
         raised = (self.mass / self.mass.max()) ** power
-        return raised / raised.sum()
+        normalized: np.ndarray = raised / raised.sum()
+        return normalized
 
 
 NOTHING = Masses(np.zeros(0, np.int64), np.zeros(0))
@@ -40,7 +41,10 @@ NOTHING = Masses(np.zeros(0, np.int64), np.zeros(0))
 class Source(Protocol):
     """An expert other than the generator."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its name in the gate."""
+        ...
 
     def __call__(self, histories: Sequence[np.ndarray], *, exclude_history: bool) -> list[Masses]:
         """Return a distribution per history of item rows, oldest first."""
