@@ -16,7 +16,7 @@ class MemoryConfig:
     """Largest distance of two items of a history that counts as a transition."""
     history_items: int = 20
     """Number of items of a history, the newest, that a query reads."""
-    transition_items: int = 500
+    transition_items: int = 200
     """Number of items per history item that a query takes from the transitions."""
     similar_items: int = 100
     """Number of items per history item that a query takes from the text similarity."""

@@ -25,7 +25,7 @@ REPEATS = 0.01  # people come back, if at least this share of the training event
 CUTOFF = 10
 GRID: dict[str, tuple[float, ...]] = {  # in the order of the search
     "decay": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-    "text_weight": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+    "text_weight": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
     "exponent": (0.1, 0.2, 0.3, 0.4, 0.5),
     "text_decay": (0.5, 0.65, 0.8, 0.9),
 }
