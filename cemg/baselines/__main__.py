@@ -20,6 +20,8 @@ from cemg.data import Dataset, read_dataset
 from cemg.dense import DenseConfig
 from cemg.errors import UserError
 from cemg.evaluation import PopularityRanker, Rank, evaluate, hardware, result_table, write_result
+from cemg.memory import MemoryConfig
+from cemg.memory.build import fit_memory
 from cemg.progress import console
 
 Trained = tuple[Rank, dict[str, Any], dict[str, Any]]  # ranker, settings, further entries of the result file
@@ -30,6 +32,7 @@ class Model(StrEnum):
     """The baselines that this command trains."""
 
     popularity = "popularity"
+    memory = "memory"
     sasrec = "sasrec"
     bsarec = "bsarec"
 
@@ -79,6 +82,8 @@ def run(
     dataset = Dataset.load(data) if (data / "dataset.json").is_file() else read_dataset(data)
     if model is Model.popularity:
         ranker, config, further = _fit_popularity(dataset)
+    elif model is Model.memory:
+        ranker, config, further = _fit_memory(dataset)
     else:
         changes = _parse_settings(settings or []) | {"model": model.value, "loss": loss.value, "seed": seed}
         changes |= _parse_fold(users_fold) | ({} if epochs is None else {"epochs": epochs})
@@ -99,6 +104,17 @@ def run(
 
 def _fit_popularity(data: Dataset) -> Trained:
     return PopularityRanker.fit(data.split()), {"model": "popularity"}, {}
+
+
+def _fit_memory(data: Dataset) -> Trained:
+    """The item memory with the default settings, and its validation metrics."""
+    split = data.split()
+    memory = fit_memory(data, split, config=MemoryConfig())
+    found = evaluate(memory.ranker(), split, part="valid")
+    valid = {"metrics": found.metrics, "metrics_history_removed": found.metrics_history_removed}
+    config = {"model": "memory", **dataclasses.asdict(memory.config)}
+    constants = dataclasses.asdict(memory.constants)
+    return memory.ranker(), config, {"constants": constants, "validation": valid}
 
 
 def _train(data: Dataset, changes: dict[str, Any], *, folder: Path | None, device: str) -> Trained:

@@ -29,9 +29,10 @@ GRID: dict[str, tuple[float, ...]] = {  # in the order of the search
     "exponent": (0.1, 0.2, 0.3, 0.4, 0.5),
     "text_decay": (0.5, 0.65, 0.8, 0.9),
 }
-REPEAT_GRID = (0.0, 0.25, 0.5, 1.0, 2.0)
+REPEAT_GRID = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 ROUNDS = 2
 POWERS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5)
+User = tuple[np.ndarray, int, np.ndarray]  # items that a query reads, newest first; target; whole history
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,15 @@ class Validation:
         self._text: tuple[float, np.ndarray] | None = None
         histories, targets = split.histories("valid"), split.targets("valid")
         chosen = np.unique(np.linspace(0, len(targets) - 1, min(USERS, len(targets))).astype(np.int64))
-        users = [(histories[user][-config.history_items :][::-1], int(targets[user])) for user in chosen]
+        users = [
+            (histories[user][-config.history_items :][::-1], int(targets[user]), histories[user])
+            for user in chosen
+        ]
         users = _within(users, transitions, similar, config)
         sources = [(transitions, config.transition_items)]
         sources += [] if similar is None else [(similar, config.similar_items)]
         raw = [_entries_of(users, rows, top) for rows, top in sources]
-        own = [np.stack((np.full(len(h), u), h)) for u, (h, _) in enumerate(users)]
+        own = [np.stack((np.full(len(h), u), h)) for u, (h, _, _) in enumerate(users)]
         own_keys = _keys(np.concatenate(own, axis=1), num_items)
         keys = np.unique(np.concatenate([own_keys, *(_keys(pairs, num_items) for pairs, _ in raw)]))
         self.items, self.users = (keys % num_items).astype(np.int32), (keys // num_items).astype(np.int32)
@@ -93,13 +97,16 @@ class Validation:
             for pairs, others in raw
         ]
         self.own = np.searchsorted(keys, own_keys)
-        self.own_recency = np.concatenate([np.arange(len(h)) for h, _ in users])
-        goals = np.array([user * num_items + target for user, (_, target) in enumerate(users)])
+        self.own_recency = np.concatenate([np.arange(len(h)) for h, _, _ in users])
+        goals = np.array([user * num_items + target for user, (_, target, _) in enumerate(users)])
         self.target = np.minimum(np.searchsorted(keys, goals), len(keys) - 1)
         self.is_reachable = keys[self.target] == goals
         self.ranked = np.ones(len(keys), dtype=bool)
-        if not keeps_history:
-            self.ranked[self.own] = False
+        if not keeps_history:  # the whole history, beyond the items that a query reads
+            whole = [
+                user * num_items + history.astype(np.int64) for user, (_, _, history) in enumerate(users)
+            ]
+            self.ranked = np.isin(keys, np.concatenate(whole), invert=True)
 
     def scores(self, constants: Constants) -> np.ndarray:
         """Return the score of every cell, float64; ``constants.scale`` is used as it is."""
@@ -201,28 +208,26 @@ def _rounds(grid: dict[str, tuple[float, ...]]) -> Iterator[tuple[str, tuple[flo
         yield from grid.items()
 
 
-def _within(
-    users: list[tuple[np.ndarray, int]], transitions: Rows, similar: Rows | None, config: MemoryConfig
-) -> list[tuple[np.ndarray, int]]:
+def _within(users: list[User], transitions: Rows, similar: Rows | None, config: MemoryConfig) -> list[User]:
     """Every second user, as often as needed to stay below the limit of entries."""
 
     def entries(history: np.ndarray) -> int:
         count = int(np.minimum(np.diff(transitions.starts)[history], config.transition_items).sum())
         return count + (0 if similar is None else len(history) * config.similar_items)
 
-    sizes = np.array([entries(history) for history, _ in users])
+    sizes = np.array([entries(history) for history, _, _ in users])
     while len(users) > 1 and sizes.sum() > CELLS:
         users, sizes = users[::2], sizes[::2]
     return users
 
 
 def _entries_of(
-    users: list[tuple[np.ndarray, int]], rows: Rows, top: int
+    users: list[User], rows: Rows, top: int
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(user, item) pairs [2, E] of all entries, and the recency, source and value of each."""
-    history = np.concatenate([items for items, _ in users])
-    user = np.repeat(np.arange(len(users)), [len(items) for items, _ in users])
-    recency = np.concatenate([np.arange(len(items), dtype=np.int8) for items, _ in users])
+    history = np.concatenate([items for items, _, _ in users])
+    user = np.repeat(np.arange(len(users)), [len(items) for items, _, _ in users])
+    recency = np.concatenate([np.arange(len(items), dtype=np.int8) for items, _, _ in users])
     items, values, lengths = joined([rows.row(item, top) for item in history.tolist()])
     pairs = np.stack((np.repeat(user, lengths), items))
     return pairs, (np.repeat(recency, lengths), np.repeat(history, lengths), values)

@@ -90,3 +90,14 @@ def test_a_user_error_names_the_mistake_and_exits_with_code_2(
     assert not (tmp_path / "x.json").exists()
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said
+
+
+def test_the_memory_needs_no_training_and_records_its_constants_and_its_validation(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "toy-memory.json"
+    assert call(monkeypatch, "--data", prepared, "--model", "memory", "--out", out) == 0
+    record = json.loads(out.read_text())
+    assert record["config"]["model"] == "memory" and record["constants"]["text_weight"] == 0
+    assert record["metrics"]["HR@5"] == 1  # item i + 1 follows item i
+    assert record["validation"]["metrics"].keys() == record["metrics"].keys()

@@ -40,10 +40,10 @@ def draw(seed: int = 0, users: int = 60) -> Dataset:
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_the_ndcg_of_the_search_is_that_of_the_evaluation(keeps: bool) -> None:
-    data = draw()
-    split, config = data.split(), MemoryConfig()
+    data, config = draw(), MemoryConfig(history_items=4)  # histories are longer
+    split = data.split()
     constants = Constants(decay=0.7, exponent=0.2, text_weight=0.5, text_decay=0.65, repeat_weight=0.1)
-    memory = build_memory(split.train, data.texts, constants=constants)
+    memory = build_memory(split.train, data.texts, config=config, constants=constants)
     index = TextIndex.fit(data.texts)
     assert index is not None
     transitions = count_transitions(split.train, ITEMS, window=config.window, constants=constants)
