@@ -267,6 +267,7 @@ BEAUTY = {
     "– T5 at TIGER's size, one epoch, history of 5 items": ["beauty-t5-one-epoch"],
 }
 SPORTS = {
+    "SASRec, 16 epochs": ["sports-sasrec"],
     "BSARec, 18 epochs": ["sports-bsarec"],
 }
 README_ROWS = {
