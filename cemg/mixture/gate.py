@@ -53,6 +53,7 @@ class Gate:
         means: Means of the features, F.
         scales: Standard deviations of the features, F.
         memory: Digest of the memory that the gate was fitted with.
+        repeats: Whether sources give mass to items of the history; not where users do not return to items.
         fit: Facts about the fit, for reports.
         format: Format of the file.
     """
@@ -67,6 +68,7 @@ class Gate:
     means: list[float]
     scales: list[float]
     memory: str
+    repeats: bool = True
     fit: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     sha256: str | None = None
@@ -126,10 +128,11 @@ class Experts:
         Args:
             histories: B histories of item rows, oldest first.
             constant: Whether every history has the same weights.
-            exclude_history: Whether the items of the history have no mass.
+            exclude_history: Whether the items of the history have no mass, also where the gate has repeats.
         """
         rows = [np.asarray(history, dtype=np.int64) for history in histories]
-        found = [source(rows, exclude_history=exclude_history) for source in self.sources]
+        exclude = exclude_history or not self.gate.repeats
+        found = [source(rows, exclude_history=exclude) for source in self.sources]
         present = np.array([[len(part.items) > 0 for part in own] for own in found], dtype=bool).T
         if constant:
             weights = self.gate.constant_weights(present)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
@@ -67,6 +68,7 @@ def _fit(artifacts: RunArtifacts, sources: Sequence[Source]) -> Gate:
     names = [source.name for source in sources]
     memory = Manifest.read(artifacts.run.path("memory")).contents or ""
     selection = checkpoint_selection(split, config)
+    repeats = selection.history == "kept"
     users = gate_users(selection, config.gate.users, seed=config.seed)
     histories, targets = split.histories("valid"), split.targets("valid")
     found = find_candidates(
@@ -74,7 +76,7 @@ def _fit(artifacts: RunArtifacts, sources: Sequence[Source]) -> Gate:
         [histories[user] for user in users],
         targets[users],
         beams=config.gate.beams,
-        exclude_history=selection.history != "kept",
+        exclude_history=not repeats,
     )
     if found is None or len(found.target) < FEWEST:
         few = 0 if found is None else len(found.target)
@@ -82,8 +84,8 @@ def _fit(artifacts: RunArtifacts, sources: Sequence[Source]) -> Gate:
             f"gate: {few} validation targets were found, too few for a fit: all experts weigh the same",
             highlight=False,
         )
-        return default_gate(names, memory=memory)
-    gate = fit_gate(found, names, memory=memory)
+        return replace(default_gate(names, memory=memory), repeats=repeats)
+    gate = replace(fit_gate(found, names, memory=memory), repeats=repeats)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in gate.fit["ndcg10"].items())
     console.print(f"gate: NDCG@10 of {len(users):,} validation users: {figures}", highlight=False)
     return gate

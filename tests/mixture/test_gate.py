@@ -27,9 +27,13 @@ class Fixed:
     mass: list[float]
 
     def __call__(self, histories: Sequence[np.ndarray], *, exclude_history: bool) -> list[Masses]:
-        whole = Masses(np.array(self.items, dtype=np.int64), np.array(self.mass))
+        items, mass = np.array(self.items, dtype=np.int64), np.array(self.mass)
         nothing = Masses(np.zeros(0, np.int64), np.zeros(0))
-        return [whole if len(history) else nothing for history in histories]
+        found = []
+        for history in histories:
+            new = np.isin(items, history, invert=True) if exclude_history else np.ones(len(items), dtype=bool)
+            found.append(Masses(items[new], mass[new]) if len(history) else nothing)
+        return found
 
 
 ONE, TWO = Fixed("memory", [0, 2], [0.75, 0.25]), Fixed("dense", [2, 4], [0.5, 0.5])
@@ -75,6 +79,13 @@ def test_an_empty_history_gets_popularity_with_the_whole_weight():
     mixed = Experts(gate_of([0.5, 0.5], [1.0]), [ONE], COUNTS).prior([[], [3]])
     assert mixed.items[0].tolist() == [0, 2, 3, 4] and mixed.mass[0].tolist() == [9, 3, 1, 6]
     assert mixed.weight[0] == 1 and mixed.weight[1] == pytest.approx(0.5)
+
+
+def test_items_of_the_history_have_mass_only_where_users_return_to_items():
+    gate = gate_of([0.5, 0.5], [1.0])
+    for repeats, exclude, items in ((True, False, [0, 2]), (True, True, [2]), (False, False, [2])):
+        experts = Experts(dataclasses.replace(gate, repeats=repeats), [ONE], COUNTS)
+        assert experts.prior([[0]], exclude_history=exclude).items[0].tolist() == items
 
 
 def test_features_follow_the_confidence_of_a_source_and_the_history_and_need_no_target():
