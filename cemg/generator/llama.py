@@ -123,7 +123,8 @@ class TiedPredictions(Predictions):
         first, levels = self.vocabulary.code_token_start, self.vocabulary.levels
         size = self.vocabulary.codebook_size
         codes = self.table[first : first + levels * size].to(self.hidden.dtype)
-        return codes.split(size)
+        split: tuple[Tensor, ...] = codes.split(size)
+        return split
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -376,8 +376,9 @@ def _mixed_fake(
 
 def _aot_cases(every: bool) -> Sequence[AotCase]:
     from .beam_step_triton import aot_cases
+    from .mixture_triton import mixture_aot_cases
 
-    return aot_cases(every)
+    return aot_cases(every) + mixture_aot_cases(every)
 
 
 register("trie_beam_step", ("triton", "native", "torch", "reference"), aot_cases=_aot_cases)

@@ -294,22 +294,24 @@ def beam_step(
     return out
 
 
+AXES = NORMALIZATIONS, tuple(DTYPES.values()), BITMAP_KINDS, CLOSED_KINDS
+
+
 def aot_cases(every: bool = False) -> list[AotCase]:
     """Returns cases in which any two of shape, normalisation, dtype and filter occur together, or all."""
-    from .mixture_triton import mixture_case, tile_of
-
-    axes = NORMALIZATIONS, tuple(DTYPES.values()), BITMAP_KINDS, CLOSED_KINDS
-    sizes, beams = powers_of_two(MAX_CODES), powers_of_two(MAX_BEAMS)
-    shapes = list(product(beams, sizes, (*(size - 1 for size in LIST_SIZES[:-1]), MAX_WIDTH)))
+    shapes = aot_shapes()
     if every:
         distinct = {(*plan_of(*shape).constants.values(),): shape for shape in shapes}
-        cases = [_beam_step_case(*choice) for choice in product(distinct.values(), *axes)]
-        mixed = {(plan.block_k, tile_of(plan)): shape for shape in shapes for plan in (plan_of(*shape),)}
-        cases += [mixture_case(*choice) for choice in product(mixed.values(), *axes)]
+        cases = [_beam_step_case(*choice) for choice in product(distinct.values(), *AXES)]
         return cases + [_merge_case(*shape) for shape in _distinct_merges(shapes)]
-    choices = pairwise(_largest_plans(shapes), *axes)
-    cases = [case(*choice) for case in (_beam_step_case, mixture_case) for choice in choices]
+    cases = [_beam_step_case(*choice) for choice in pairwise(largest_plans(shapes), *AXES)]
     return [*cases, _merge_case(MAX_BEAMS, MAX_CODES, MAX_WIDTH)]
+
+
+def aot_shapes() -> list[Shape]:
+    """Returns the shapes whose plans cover all."""
+    sizes, beams = powers_of_two(MAX_CODES), powers_of_two(MAX_BEAMS)
+    return list(product(beams, sizes, (*(size - 1 for size in LIST_SIZES[:-1]), MAX_WIDTH)))
 
 
 def _distinct_merges(shapes: Iterable[Shape]) -> list[Shape]:
@@ -317,7 +319,7 @@ def _distinct_merges(shapes: Iterable[Shape]) -> list[Shape]:
     return list({(*plan_of(*shape).merge.values(),)[1:]: shape for shape in shapes}.values())
 
 
-def _largest_plans(shapes: Iterable[Shape]) -> list[Shape]:
+def largest_plans(shapes: Iterable[Shape]) -> list[Shape]:
     """Returns, for each number of warps, the shape with the most candidates per thread."""
     largest: dict[int, tuple[int, Shape]] = {}
     for shape in shapes:

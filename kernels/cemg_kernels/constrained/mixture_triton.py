@@ -8,12 +8,14 @@ B users, W beams, K codes per level, Z items per prior.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.aot_case import AotCase
+from ..runtime.aot_case import AotCase, pairwise
 from ..runtime.dispatch import on_its_gpu
 from ..runtime.triton_math import sanitize, zero_if_neg_inf
 from ..trie.arrays import TrieArrays
@@ -27,7 +29,17 @@ from ..trie.filter_triton import (
     first_child,
     lower_bound,
 )
-from .beam_step_triton import Plan, Shape, beam_step, plan_of, problem, row_total
+from .beam_step_triton import (
+    AXES,
+    Plan,
+    Shape,
+    aot_shapes,
+    beam_step,
+    largest_plans,
+    plan_of,
+    problem,
+    row_total,
+)
 from .prior import PriorTensors
 from .softmax_triton import case_name, code_type, kernel_case, logsumexp_pointer, readable_logits
 
@@ -140,7 +152,16 @@ def mixed_beam_step(
     return beam_step(mixed, zero, nodes, trie, width, 0, zero, None), all_own
 
 
-def mixture_case(shape: Shape, normalize: int, dtype: str, bitmaps: int, closed: bool) -> AotCase:
+def mixture_aot_cases(every: bool = False) -> list[AotCase]:
+    """Returns cases in which any two of shape, normalisation, dtype and filter occur together, or all."""
+    shapes = aot_shapes()
+    if not every:
+        return [_mixture_case(*choice) for choice in pairwise(largest_plans(shapes), *AXES)]
+    distinct = {(plan.block_k, tile_of(plan)): shape for shape in shapes for plan in (plan_of(*shape),)}
+    return [_mixture_case(*choice) for choice in product(distinct.values(), *AXES)]
+
+
+def _mixture_case(shape: Shape, normalize: int, dtype: str, bitmaps: int, closed: bool) -> AotCase:
     """Returns one configuration for ahead-of-time compilation."""
     beams, size, _ = shape
     plan = plan_of(*shape)
