@@ -54,7 +54,8 @@ def test_both_engines_give_the_same_metrics_when_a_run_is_evaluated_again(tiny_r
     expected = json.loads((run / "results" / "synthetic-cemg-test.json").read_text())
     for engine in ("cemg", "transformers"):
         copy = tmp_path / f"{engine}.json"
-        assert command(evaluate.main, "--run", run, "--engine", engine, "--result", copy) == 0
+        words = ("--run", run, "--engine", engine, "--memory", "off", "--result", copy)
+        assert command(evaluate.main, *words) == 0
         found = json.loads(copy.read_text())
         assert found["metrics"] == expected["metrics"] and found["config"]["engine"] == engine
 
@@ -62,7 +63,7 @@ def test_both_engines_give_the_same_metrics_when_a_run_is_evaluated_again(tiny_r
 def test_search_studies_are_printed_and_saved(tiny_run, tmp_path, command, capsys):
     """With one beam per item (50), the search is exact, so its metrics equal those of the exact study."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    arguments = ("--run", run, "--users", 30)
+    arguments = ("--run", run, "--users", 30, "--memory", "off")
     assert command(evaluate.main, *arguments, "--beams", 50, "--result", tmp_path / "whole.json") == 0
     whole = json.loads((tmp_path / "whole.json").read_text())
     assert not {"exact", "certificate", "engines"} & whole.keys()
@@ -108,7 +109,7 @@ def test_another_search_or_a_study_keeps_the_results_of_the_runs_own_search(tiny
     run = shutil.copytree(tiny_run, tmp_path / "run")
     whole = (run / "results" / "synthetic-cemg-test.json").read_text()
     for arguments in (("--beams", 5), ("--engine", "transformers"), ("--all", "--certified")):
-        assert command(evaluate.main, "--run", run, *arguments) == 0
+        assert command(evaluate.main, "--run", run, "--memory", "off", *arguments) == 0
     assert (run / "results" / "synthetic-cemg-test.json").read_text() == whole
     assert {path.name.removeprefix("synthetic-cemg-test-") for path in (run / "results").glob("*test-*")} == {
         "cemg-5-beams.json", "transformers-10-beams.json", "certificate.json",
@@ -242,7 +243,8 @@ def test_added_items_get_codes_and_titles_and_existing_items_keep_theirs(tiny_ru
     assert command(recommend.main, "--run", run, "--history", "n1", "--top", 52, "--beams", 60, "--json") == 0
     titles = {i["item"]: i["title"] for i in json.loads(capsys.readouterr().out)["items"]}
     assert len(titles) == 52 and (titles["n1"], titles["n2"]) == ("First", "Second")
-    assert command(evaluate.main, "--run", run, "--result", tmp_path / "r.json") == 0  # the old items alone
+    words = ("--run", run, "--memory", "off", "--result", tmp_path / "r.json")
+    assert command(evaluate.main, *words) == 0  # the old items alone
     whole = json.loads((tiny_run / "results" / "synthetic-cemg-test.json").read_text())
     assert json.loads((tmp_path / "r.json").read_text())["metrics"] == whole["metrics"]
     (tmp_path / "more.csv").write_text("item,text\nn3,a rudder\n")

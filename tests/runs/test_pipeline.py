@@ -238,7 +238,7 @@ def test_a_rebuilt_catalog_with_other_codes_retrains_the_generator(copy, pipelin
     catalog = Catalog.load(copy / "catalog")
     Catalog.from_codes(catalog.codes.flip(0), catalog.codebook_size, catalog.item_ids).save(copy / "catalog")
     finish_again(copy / "catalog")
-    assert made_anew(copy, pipeline(copy)) == {"generator"}
+    assert made_anew(copy, pipeline(copy)) == {"generator", "gate"}
 
 
 def test_an_invalid_configuration_is_not_resumed(copy, pipeline):

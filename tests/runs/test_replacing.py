@@ -21,6 +21,7 @@ from cemg.data import Dataset
 from cemg.pipeline import Pipeline
 from cemg.recommender import Recommender
 from cemg.storage import files
+from cemg.storage.manifest import STAGES
 from cemg.storage.read import signed
 from cemg.storage.run import Run
 
@@ -365,7 +366,7 @@ def test_settings_that_no_stage_records_must_be_given_by_the_user(copy, training
     before = state(copy)
     shutil.copy(copy / "config.yaml", tmp_path / "c.yaml")
     (copy / "config.yaml").unlink()
-    for name in ("data", "features", "graph", "memory", "tokenizer", "catalog", "generator"):
+    for name in STAGES:
         path = copy / name / "manifest.json"
         about = json.loads(path.read_text())
         about["settings"] = None
