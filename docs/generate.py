@@ -246,6 +246,7 @@ def seeds(name: str) -> list[str]:
 
 MOVIELENS = {
     "popularity": ["ml-100k-popularity"],
+    "item memory alone": ["ml-100k-memory"],
     "CEMG": seeds("cemg"),
     "without collaborative signal": seeds("without-collab"),
     "without images": seeds("without-image"),
@@ -258,6 +259,7 @@ BEAUTY = {
     "SASRec of an earlier version, full cross-entropy": ["beauty-sasrec-ce"],
     "SASRec, 18 epochs": ["beauty-sasrec"],
     "BSARec, 30 epochs": ["beauty-bsarec"],
+    "item memory alone": ["beauty-memory"],
     "CEMG, GPT-2-shaped decoder, loss over the vocabulary, 30 epochs": ["beauty-cemg-gpt2"],
     "CEMG, loss over valid codes, dropout 0.2, 30 epochs": ["beauty-cemg-30-epochs"],
     "– half of the samples cropped, no target without a history": ["beauty-cemg-30-epochs-crop"],
@@ -269,18 +271,20 @@ BEAUTY = {
 SPORTS = {
     "SASRec, 16 epochs": ["sports-sasrec"],
     "BSARec, 18 epochs": ["sports-bsarec"],
+    "item memory alone": ["sports-memory"],
 }
+YELP = {"item memory alone": ["yelp-memory"]}
 README_ROWS = {
     "Beauty": {
-        "popularity": BEAUTY["popularity"],
-        "SASRec, binary cross-entropy": ["beauty-sasrec-bce"],
-        "SASRec, full cross-entropy": ["beauty-sasrec-ce"],
-        "CEMG": BEAUTY["CEMG, loss over valid codes, dropout 0.2, 30 epochs"],
+        "SASRec": BEAUTY["SASRec, 18 epochs"],
+        "BSARec": BEAUTY["BSARec, 30 epochs"],
+        "item memory alone": BEAUTY["item memory alone"],
+        "CEMG, generator alone": BEAUTY["CEMG, loss over valid codes, dropout 0.2, 30 epochs"],
     },
     "MovieLens 100K": {
         "popularity": MOVIELENS["popularity"],
-        "CEMG": MOVIELENS["CEMG"],
-        "CEMG without collaborative signal": MOVIELENS["without collaborative signal"],
+        "item memory alone": MOVIELENS["item memory alone"],
+        "CEMG, generator alone": MOVIELENS["CEMG"],
     },
 }
 KEPT, REMOVED = "metrics", "metrics_history_removed"
@@ -449,6 +453,7 @@ def pages() -> dict[Path, str]:
         "movielens": movielens_table,
         "beauty": partial(amazon_table, BEAUTY),
         "sports": partial(amazon_table, SPORTS),
+        "yelp": partial(amazon_table, YELP),
     }
     cpu = {"vocab": vocab_speed, "valid": valid_speed, "parts": parts_of_a_search}
     return {
