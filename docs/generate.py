@@ -257,7 +257,7 @@ BEAUTY = {
     "popularity": ["beauty-popularity"],
     "SASRec of an earlier version, binary cross-entropy": ["beauty-sasrec-bce"],
     "SASRec of an earlier version, full cross-entropy": ["beauty-sasrec-ce"],
-    "SASRec, 18 epochs": ["beauty-sasrec"],
+    "SASRec, 30 epochs": ["beauty-sasrec"],
     "BSARec, 30 epochs": ["beauty-bsarec"],
     "item memory alone": ["beauty-memory"],
     "CEMG, GPT-2-shaped decoder, loss over the vocabulary, 30 epochs": ["beauty-cemg-gpt2"],
@@ -276,7 +276,7 @@ SPORTS = {
 YELP = {"item memory alone": ["yelp-memory"]}
 README_ROWS = {
     "Beauty": {
-        "SASRec": BEAUTY["SASRec, 18 epochs"],
+        "SASRec": BEAUTY["SASRec, 30 epochs"],
         "BSARec": BEAUTY["BSARec, 30 epochs"],
         "item memory alone": BEAUTY["item memory alone"],
         "CEMG, generator alone": BEAUTY["CEMG, loss over valid codes, dropout 0.2, 30 epochs"],

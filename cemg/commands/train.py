@@ -241,7 +241,7 @@ def _sized(
 ) -> tuple[RunConfig, Dataset]:
     """Return the settings with the preset for the number of items, and the data set, which is read for it.
 
-    A run that was trained with exactly these settings before keeps them.
+    A run that was trained with exactly these settings before keeps them. A pre-trained model has a size.
     """
     from cemg.artifacts import settings_file
     from cemg.config import load_config
@@ -254,6 +254,8 @@ def _sized(
         own = settings_file(run)
         if own is not None and not settings_changed(load_config(own, of_run=True), config):
             return config, dataset
+    if config.backbone.pretrained:
+        return config, dataset
     name = preset_for(dataset.num_items)
     console.print(f"{dataset.num_items:,} items: --preset {name}", highlight=False)
     return load_config(None, settings, data_path=data, **(options | {"preset": name})), dataset
