@@ -194,7 +194,8 @@ class RunArtifacts:
         if DENSE in gate.sources:
             for name in DENSE_FILES:
                 self.file("gate", name)
-            sources.append(DenseSource(DenseRanker.load(self.run.path("gate"))))
+            dense = DenseRanker.load(self.run.path("gate"))
+            sources.append(DenseSource(dense, items=dense.model.items.num_embeddings))
         if SOFTMAX in gate.sources:
             sources.append(replace(self.item_softmax(), limit=items))
         return sources

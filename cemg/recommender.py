@@ -100,7 +100,7 @@ class Recommender:
         exclude_history: bool = False,
         exact: bool = False,
         prior: ItemPrior | None = None,
-        prior_weight: float | Sequence[float] = PRIOR_WEIGHT,
+        prior_weight: float | Sequence[float] | None = None,
         memory: str = "off",
     ) -> Recommendations:
         """Recommend the next items for one history or for B histories.
@@ -120,7 +120,7 @@ class Recommender:
             prior: A distribution over items per history, with ids of the catalog, such as the scores of your
                 own retriever. Items rank by the mixture (1 - weight) * P(generator) + weight * P(prior), and
                 the search is exact in it. It is renormalised over the admitted items.
-            prior_weight: The share of the prior, 0 to 1: one number, or one per history.
+            prior_weight: The share of the prior, 0 to 1: one number, or one per history. None: 0.5.
             memory: Whether the run's item memory is mixed into the search: "off", "constant" (the same
                 weights for every history) or "gate" (weights per history). An empty history is then ranked
                 by popularity, and ``ranked_by`` says so.
@@ -144,6 +144,10 @@ class Recommender:
         if not many:
             return Recommendations.empty(top, self.catalog.levels)
         mixes = _check_memory(memory, prior)
+        if prior is None and prior_weight is not None:
+            raise UserError(
+                "prior_weight has no effect without a prior", fix="pass prior=ItemPrior(items, mass)"
+            )
         options = {
             "filter": filter is not None, "exact=True": exact, "a prior": prior is not None,
             f"memory={memory}": mixes,
@@ -156,14 +160,12 @@ class Recommender:
         ranked_by = ["generator" if prior is None else "mixture"] * len(many)
         if mixes:
             mixed = self._mixture.prior(rows, constant=memory == "constant", exclude_history=exclude_history)
-            own, prior_weight = (
-                _named(ItemPrior(mixed.items, mixed.mass), self.catalog),
-                mixed.weight.tolist(),
-            )
+            own = _named(ItemPrior(mixed.items, mixed.mass), self.catalog)
+            prior_weight = mixed.weight.tolist()
             ranked_by = ["mixture" if history else "popularity" for history in rows]
         found = self._search(
             rows, many, top=top, beams=beams, filter=filter, exclude=exclude_history, exact=exact,
-            prior=own, prior_weight=prior_weight,
+            prior=own, prior_weight=PRIOR_WEIGHT if prior_weight is None else prior_weight,
         )  # fmt: skip
         ids = self.catalog.ids_of(found.items)
         titles = [[None if item is None else self._titles.get(item) for item in row] for row in ids]

@@ -144,9 +144,21 @@ class Memory:
         """Remove a user's events. The result equals a memory that never had them.
 
         Args:
-            history: All items of the user that the memory has learned, oldest first.
+            history: All items of the user that the memory has learned, oldest first. Only the number of
+                events of each item is checked.
+
+        Raises:
+            UserError: The memory has learned fewer events of an item; nothing is changed.
         """
-        self.transitions.change(self._checked(history), [])
+        rows = self._checked(history)
+        for item in set(rows):
+            if rows.count(item) > self.counts[item]:
+                raise UserError(
+                    f"{rows.count(item)} events of item {item} cannot be forgotten",
+                    cause=f"the memory has learned {self.counts[item]}",
+                    fix="pass exactly the events that were observed, or those of the training sequences",
+                )
+        self.transitions.change(rows, [])
 
     def add_items(self, texts: Sequence[str | None]) -> range:
         """Append an item per text, with the words and weights of the index. Returns their rows.

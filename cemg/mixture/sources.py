@@ -85,14 +85,21 @@ class DenseSource:
     model: PriorModel
     name: str = DENSE
     limit: int | None = None  # as in MemorySource
+    items: int | None = (
+        None  # the model has no embedding of rows from here on: they are left out of histories
+    )
 
     def __call__(self, histories: Sequence[np.ndarray], *, exclude_history: bool) -> list[Masses]:
         """Return the probabilities of the MASSES most probable items."""
-        known = [row for row, history in enumerate(histories) if len(history)]
+        if self.items is None:
+            read = list(histories)
+        else:
+            read = [history[np.asarray(history) < self.items] for history in histories]
+        known = [row for row, history in enumerate(read) if len(history)]
         found = [NOTHING] * len(histories)
         if not known:
             return found
-        items, masses = self.model.prior([histories[row] for row in known], MASSES)
+        items, masses = self.model.prior([read[row] for row in known], MASSES)
         for row, rows, mass in zip(known, items.cpu().numpy(), masses.cpu().numpy(), strict=True):
             new = mass > 0
             if exclude_history:

@@ -161,3 +161,12 @@ def test_scores_do_not_depend_on_when_a_memory_was_built() -> None:
     merged, base = live.transitions.merged(), rebuilt.transitions.base
     assert merged.items.tolist() == base.items.tolist() and merged.values.tolist() == base.values.tolist()
     assert dataclasses.asdict(live.constants) == dataclasses.asdict(rebuilt.constants)
+
+
+def test_events_that_were_not_learned_cannot_be_forgotten():
+    memory = built([[0, 1, 2], [0, 4]])
+    memory.forget([0, 1, 2])
+    for never in ([0, 1, 2], [0, 0], [7]):
+        with pytest.raises(UserError, match="cannot be forgotten"):
+            memory.forget(never)
+    assert_equal(memory, built([[0, 4]]))

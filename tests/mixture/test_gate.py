@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cemg.dense import DenseConfig, DenseRanker, SequenceEncoder
 from cemg.errors import DamagedError
-from cemg.mixture import GATE_FILE, Experts, Gate, Masses
+from cemg.mixture import GATE_FILE, DenseSource, Experts, Gate, Masses
 from cemg.mixture.fitting import default_gate
 from cemg.mixture.gate import averaged, feature_names, features_of
 
@@ -120,3 +121,13 @@ def test_a_damaged_gate_is_refused_by_name(tmp_path: Path):
     with pytest.raises(DamagedError, match=GATE_FILE) as caught:
         Gate.load(path)
     assert caught.value.cause == "its numbers do not fit its sources"
+
+
+def test_a_dense_model_leaves_out_items_that_it_was_not_trained_on():
+    config = DenseConfig()
+    source = DenseSource(DenseRanker(SequenceEncoder(6, config).eval(), config), items=6)
+    known, added, only_added = source(
+        [np.array([3, 1]), np.array([3, 6, 1]), np.array([6, 7])], exclude_history=False
+    )
+    assert known.items.tolist() == added.items.tolist() and np.array_equal(known.mass, added.mass)
+    assert len(only_added.items) == 0

@@ -94,3 +94,9 @@ def test_other_engines_refuse_a_prior_and_name_the_engine_that_has_it(tiny_run):
     with pytest.raises(UserError, match="engine=transformers does not support a prior") as error:
         other.recommend(HISTORIES, prior=PRIOR)
     assert error.value.fix == "use engine=cemg"
+
+
+@pytest.mark.parametrize("memory", ["off", "gate"])
+def test_a_weight_without_a_prior_is_refused(recommender, memory):
+    with pytest.raises(UserError, match="prior_weight has no effect without a prior"):
+        recommender.recommend(HISTORIES, top=1, memory=memory, prior_weight=0.5)
