@@ -9,6 +9,7 @@ import numpy as np
 
 from cemg.data.dataset import Dataset, Split
 from cemg.errors import UserError
+from cemg.memory.checks import check_sequences, check_texts
 from cemg.memory.config import Constants, MemoryConfig
 from cemg.memory.counting import count_transitions, flatten, transition_scale
 from cemg.memory.fit import fit_constants
@@ -38,8 +39,13 @@ def build_memory(
         index: Words and vectors of the texts; None fits them.
 
     Raises:
-        UserError: There is no training interaction.
+        UserError: There is no training interaction, a sequence has an item without a row, or ``item_ids`` has
+            another length than ``texts``.
     """
+    check_texts(texts)
+    check_sequences(train, len(texts))
+    if item_ids is not None and len(item_ids) != len(texts):
+        raise UserError(f"there are {len(item_ids)} item ids but texts of {len(texts)} items")
     config, constants = config or MemoryConfig(), constants or Constants()
     counts = _counts(train, len(texts))
     transitions = count_transitions(train, len(texts), window=config.window, constants=constants)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cemg.errors import UserError
+from cemg.memory.checks import check_count, check_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,9 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         for name in ("window", "history_items", "transition_items", "similar_items"):
-            if getattr(self, name) < 1:
-                raise UserError(f"memory.{name} must be at least 1, got {getattr(self, name)}")
+            check_count(f"memory.{name}", getattr(self, name))
+        if self.text not in ("tfidf", "none"):
+            raise UserError(f"memory.text must be tfidf or none, got {self.text!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,9 @@ class Constants:
         repeat_weight: Score of history item r itself: ``repeat_weight * scale * text_decay ** r``.
         scale: Median over items of the largest transition score from the item.
         power: Scores are raised to it before they are normalized to a distribution.
+
+    Raises:
+        UserError: A value is not finite or outside RANGES.
     """
 
     step_decay: float = 0.9
@@ -56,3 +61,21 @@ class Constants:
     repeat_weight: float = 0.0
     scale: float = 0.0
     power: float = 1.6
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            check_number(f"the constant {name}", getattr(self, name), low, high, above=name in POSITIVE)
+
+
+RANGES = {
+    "step_decay": (0.0, 1.0),
+    "backward": (0.0, 1.0),
+    "exponent": (0.0, 4.0),
+    "decay": (0.0, 1.0),
+    "text_weight": (0.0, 1e6),
+    "text_decay": (0.0, 1.0),
+    "repeat_weight": (0.0, 1e6),
+    "scale": (0.0, 1e6),
+    "power": (0.0, 100.0),
+}  # of the constants
+POSITIVE = ("step_decay", "decay", "text_decay", "power")  # constants that are not 0

@@ -29,6 +29,7 @@ def count_transitions(
         T with N rows.
     """
     items, users = flatten(train)
+    window = min(window, max(map(len, train), default=1))
     factors = item_factors(np.bincount(items, minlength=num_items), constants.exponent)
     weights_of = step_weights(window, constants)
     blocks = list(_blocks(items, users, num_items, window))

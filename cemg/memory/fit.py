@@ -41,7 +41,7 @@ class Entries:
 
     Attributes:
         cells: [E] int32, cell of the entry.
-        recency: [E] int8, of the history item.
+        recency: [E] int32, of the history item.
         sources: [E] int32, the history item.
         values: [E] float32, T or C.
     """
@@ -85,6 +85,7 @@ class Validation:
             for user in chosen
         ]
         users = _within(users, transitions, similar, config)
+        self.ages = np.arange(max(len(items) for items, _, _ in users))  # recencies of history items
         sources = [(transitions, config.transition_items)]
         sources += [] if similar is None else [(similar, config.similar_items)]
         raw = [_entries_of(users, rows, top) for rows, top in sources]
@@ -125,7 +126,7 @@ class Validation:
         if self._transitions is None or self._transitions[0] != (decay, exponent):
             factors = item_factors(self.counts, exponent)
             part = self.parts[0]
-            weights = (decay ** np.arange(128))[part.recency] * factors[part.sources] * part.values
+            weights = (decay**self.ages)[part.recency] * factors[part.sources] * part.values
             total = np.bincount(part.cells, weights, len(self.items)) * factors[self.items]
             self._transitions = ((decay, exponent), total)
         return self._transitions[1]
@@ -134,7 +135,7 @@ class Validation:
         """The sum over similar items per cell; the last one is kept."""
         if self._text is None or self._text[0] != decay:
             part = self.parts[1]
-            weights = (decay ** np.arange(128))[part.recency] * part.values
+            weights = (decay**self.ages)[part.recency] * part.values
             self._text = (decay, np.bincount(part.cells, weights, len(self.items)))
         return self._text[1]
 
@@ -227,7 +228,7 @@ def _entries_of(
     """(user, item) pairs [2, E] of all entries, and the recency, source and value of each."""
     history = np.concatenate([items for items, _, _ in users])
     user = np.repeat(np.arange(len(users)), [len(items) for items, _, _ in users])
-    recency = np.concatenate([np.arange(len(items), dtype=np.int8) for items, _, _ in users])
+    recency = np.concatenate([np.arange(len(items), dtype=np.int32) for items, _, _ in users])
     items, values, lengths = joined([rows.row(item, top) for item in history.tolist()])
     pairs = np.stack((np.repeat(user, lengths), items))
     return pairs, (np.repeat(recency, lengths), np.repeat(history, lengths), values)

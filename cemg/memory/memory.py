@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 
 from cemg.errors import DamagedError, UserError
-from cemg.memory.config import Constants, MemoryConfig
+from cemg.memory.checks import (
+    check_count,
+    check_histories,
+    check_number,
+    check_texts,
+    integer,
+    item_rows,
+    newest_rows,
+)
+from cemg.memory.config import RANGES, Constants, MemoryConfig
 from cemg.memory.rows import Rows, best_positions, joined, largest, sum_by_key
 from cemg.memory.similarity import Similarity, TextIndex
 from cemg.memory.transitions import Transitions
@@ -79,14 +88,19 @@ class Memory:
 
         Returns:
             Item rows, [Z] ascending, and scores above zero, [Z] float64.
+
+        Raises:
+            UserError: The history is not a sequence of integers.
         """
         rows, recency = self._newest(history)
         keys, values = self._contributions(rows, recency)
-        return sum_by_key(keys, values, self.num_items)
+        items, scores = sum_by_key(keys, values, self.num_items)
+        positive = scores > 0  # a small factor may have rounded a score to 0
+        return (items, scores) if positive.all() else (items[positive], scores[positive])
 
     def _newest(self, history: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows that a query reads, newest first, and the recency of each (0 for the newest)."""
-        rows = np.asarray(history[-self.config.history_items :], dtype=np.int64)[::-1]
+        rows = newest_rows(history, self.config.history_items)[::-1]
         recency = np.arange(len(rows))
         known = (rows >= 0) & (rows < self.num_items)
         return (rows, recency) if known.all() else (rows[known], recency[known])
@@ -127,10 +141,13 @@ class Memory:
                 that arrives late, the transitions between older and newer items get longer.
 
         Raises:
-            UserError: An item does not exist, or the position is outside the history.
+            UserError: An item does not exist, the history is not a sequence of integers, or the position is
+                outside of it.
         """
         known = self._checked(history)
-        (new,) = self._checked([item])
+        (new,) = self._checked([integer("the item of an event", item)])
+        if position is not None:
+            position = integer("position", position)
         if position is None or position == len(known):
             self.transitions.append(known, new)
             return
@@ -166,6 +183,7 @@ class Memory:
         An item gets its own row of the text similarity and enters the rows of its neighbors. Without a text,
         it is known from its first event on.
         """
+        check_texts(texts)
         rows = range(self.num_items, self.num_items + len(texts))
         self.transitions.extend(len(texts))
         if self.similar is not None:
@@ -173,7 +191,7 @@ class Memory:
         return rows
 
     def _checked(self, history: Sequence[int] | np.ndarray) -> list[int]:
-        rows = [int(row) for row in history]
+        rows = item_rows(history)
         if rows and not (min(rows) >= 0 and max(rows) < self.num_items):
             wrong = next(row for row in rows if not 0 <= row < self.num_items)
             raise UserError(
@@ -205,13 +223,20 @@ class Memory:
         Args:
             histories: B histories of item rows, oldest first.
             exclude_history: Whether the items of the history have no mass.
-            power: Exponent of the scores; None takes that of the constants.
-            top: Number of items with mass, at most.
+            power: Exponent of the scores, 0 or larger; None takes that of the constants.
+            top: Number of items with mass, at most; 1 or larger.
             popularity: Whether such a history gets popularity; if not, it gets no item.
 
         Returns:
             Item rows, B arrays, ascending, and their masses, B arrays of float64.
+
+        Raises:
+            UserError: ``histories`` is one history, ``top`` is below 1, or ``power`` is out of range.
         """
+        check_histories(histories)
+        check_count("top", top)
+        if power is not None:
+            check_number("power", power, *RANGES["power"])
         exponent = self.constants.power if power is None else power
         items: list[np.ndarray] = []
         masses: list[np.ndarray] = []
@@ -240,6 +265,8 @@ class Memory:
         """
 
         def rank(histories: list[np.ndarray], top: int) -> Tensor:
+            check_histories(histories)
+            check_count("top", top)
             lists = np.full((len(histories), top), -1, dtype=np.int64)
             popular = largest(self.counts, top)
             for row, history in enumerate(histories):
@@ -252,8 +279,9 @@ class Memory:
 
     # ---- files
 
-    def save(self, folder: Path) -> None:
-        """Write the memory to ``folder``."""
+    def save(self, folder: Path | str) -> None:
+        """Write the memory to ``folder``, which is created if it does not exist."""
+        folder = Path(folder)
         tensors = {"counts": self.counts, **_tensors("transitions", self.transitions.merged())}
         if self.similar is not None:
             tensors |= _tensors("similar", self.similar.merged())
@@ -268,7 +296,7 @@ class Memory:
         )  # fmt: skip
 
     @classmethod
-    def load(cls, folder: Path, *, fix: str = RESTORE) -> Memory:
+    def load(cls, folder: Path | str, *, fix: str = RESTORE) -> Memory:
         """Load a memory by memory map: pages are read when a query needs them.
 
         Args:
@@ -279,6 +307,7 @@ class Memory:
             DamagedError: The file is missing or damaged.
             UserError: The file has a format that this version does not read.
         """
+        folder = Path(folder)
         path = folder / MEMORY_FILE
         tensors, metadata = read_tensor_file(path, finite=False, fix=fix)
         record = parse_json(metadata.get("memory", ""), dict[str, Any], name=f"the header of {path}", fix=fix)

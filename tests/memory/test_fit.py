@@ -57,6 +57,21 @@ def test_the_ndcg_of_the_search_is_that_of_the_evaluation(keeps: bool) -> None:
     assert validation.scaled(constants).scale == memory.constants.scale
 
 
+def test_the_search_scores_histories_of_more_than_128_items_as_the_memory_does() -> None:
+    rng = np.random.default_rng(0)
+    data = data_of([rng.integers(ITEMS, size=200).tolist() for _ in range(4)])
+    split, config = data.split(), MemoryConfig(history_items=180)
+    constants = Constants(decay=0.99, text_weight=0.0)
+    memory = build_memory(split.train, data.texts, config=config, constants=constants)
+    validation = Validation(split, memory.transitions.base, None, config=config, keeps_history=True)
+    scores = validation.scores(validation.scaled(constants))
+    for user, history in enumerate(split.histories("valid")):
+        items, expected = memory.scores(history)
+        cells = validation.users == user
+        assert validation.items[cells].tolist() == items.tolist()
+        np.testing.assert_allclose(scores[cells], expected, rtol=1e-6)
+
+
 def test_fitted_constants_are_at_least_as_good_as_the_default_ones() -> None:
     data = draw()
     split = data.split()
