@@ -32,7 +32,7 @@ WITHOUT = ("collab", "image", "text", "llm")
 # What earlier versions did in place of settings that they did not have. Files that they wrote get these
 # values, and the keys of stages leave them out, so that runs of these versions stay valid.
 EARLIER: dict[str, dict[str, Any]] = {
-    "decoding": {"validation_history": "kept"},
+    "decoding": {"validation_history": "earlier"},
     "generator": {"item_tokens": False, "item_loss": 0.0},
 }
 _ABSENT = object()
@@ -117,8 +117,8 @@ class DecodingConfig:
     """Number of beams in validations."""
     validation_users: int = 5000
     """Number of users in a validation, drawn with the seed; at most half of them."""
-    validation_history: Literal["auto", "kept", "removed", "excluded"] = "auto"
-    """History in the ranking that selects a checkpoint; auto: kept if users return to items, or excluded."""
+    validation_history: Literal["auto", "kept", "removed", "excluded", "earlier"] = "auto"
+    """History when checkpoints are compared; auto: kept if users return, or excluded; earlier: all users."""
     batch_size: int = 64
     """Number of histories decoded at once."""
     normalize: Normalize = "vocab"

@@ -37,7 +37,7 @@ def run_evaluation(
         typer.Option(
             metavar="WEIGHTS",
             help="Mix the item memory into the search: off, constant (one weight), or gate (a weight per "
-            "history). Default: off, and gate if the run has one.",
+            "history). Default: the generator alone and, if the run has one, the gate.",
         ),
     ] = None,
     engine: Annotated[
@@ -136,12 +136,12 @@ def run_evaluation(
             studies=studies,
             normalize=normalize,
         )
-    alone = bool(paths)
     if mixes or (memory is None and engine == "cemg" and not studies and artifacts.has_gate()):
-        more = score_mixture(
-            artifacts, config, part=part, beams=width, weights=memory or "gate", users=users, copy=result
-        )
-        paths += more[alone:]  # popularity once
+        mixed = score_mixture(
+            artifacts, config, part=part, beams=width, weights=memory or "gate", users=users, copy=result,
+            popularity=paths[0] if paths else None,
+        )  # fmt: skip
+        paths = [*paths, *mixed[1:]] if paths else mixed
     if width < max(CUTOFFS):
         progress.console.print(
             f"each list has {width} items, so HR@k and NDCG@k with a larger k count only these"

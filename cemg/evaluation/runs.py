@@ -76,17 +76,11 @@ def score(
     data = artifacts.load_data()
     catalog = artifacts.load_catalog().first(data.num_items)  # without items that were added later
     split = data.split()
-    if users is not None and users >= len(split.users):
-        users = None  # these are all users
-    rows = None if users is None else seeded_sample(split, users, seed=config.seed)
+    rows, scope = _sample(split, part, users, config)
     model, vocabulary = artifacts.load_generator()
     removed, notes = _removed(artifacts, catalog, studies)
     rank = beam_ranker(artifacts, model, vocabulary, catalog, beams=beams, engine=engine, removed=removed)
-    scope = part if rows is None else f"{part}-{len(rows)}-users"  # a sample does not replace the file of all
-    popular = evaluate(PopularityRanker.fit(split), split, part=part, users=rows)
-    first = _write(
-        artifacts, config, f"{data.name}-popularity-{scope}", popular, about={"model": "popularity"}
-    )
+    first = _popularity(artifacts, config, split, part=part, rows=rows, scope=scope)
     started = time.monotonic()
     evaluation = evaluate(rank, split, part=part, users=rows, max_list=beams)
     excluded, further = None, dict[str, Any]()
@@ -109,10 +103,9 @@ def score(
     name += _studies_suffix(studies, normalize)
     further["beside"] = first.name
     second = _write(
-        artifacts, config, name, evaluation, about=about, excluded=excluded, seconds=seconds, further=further
-    )
-    if copy is not None:
-        files.copy_file(second, copy)
+        artifacts, config, name, evaluation, about=about, excluded=excluded, seconds=seconds, further=further,
+        copy=copy,
+    )  # fmt: skip
     return [first, second]
 
 
@@ -123,8 +116,11 @@ def score_memory(
     part: str,
     users: int | None = None,
     copy: Path | None = None,
+    popularity: Path | None = None,
 ) -> list[Path]:
     """Evaluate popularity and the item memory of a run, alone; the arguments are those of ``score``.
+
+    ``popularity`` is the result file of popularity, if it was written before.
 
     Returns:
         The paths of the result files, that of popularity first.
@@ -135,9 +131,7 @@ def score_memory(
     data = artifacts.load_data()
     catalog = artifacts.load_catalog()
     split = data.split()
-    rows = (
-        None if users is None or users >= len(split.users) else seeded_sample(split, users, seed=config.seed)
-    )
+    rows, scope = _sample(split, part, users, config)
     memory = artifacts.load_memory(catalog)
     removed, notes = _removed(artifacts, catalog.first(data.num_items), ())
     rank, hidden = memory.ranker(), torch.tensor(removed, dtype=torch.int64)
@@ -146,11 +140,7 @@ def score_memory(
         lists = rank(histories, top)
         return lists.masked_fill(torch.isin(lists, hidden), -1)
 
-    scope = part if rows is None else f"{part}-{len(rows)}-users"
-    popular = evaluate(PopularityRanker.fit(split), split, part=part, users=rows)
-    first = _write(
-        artifacts, config, f"{data.name}-popularity-{scope}", popular, about={"model": "popularity"}
-    )
+    first = popularity or _popularity(artifacts, config, split, part=part, rows=rows, scope=scope)
     started = time.monotonic()
     evaluation = evaluate(rank_present, split, part=part, users=rows)
     seconds = {"memory": Manifest.read(artifacts.run.path("memory")).seconds}
@@ -159,11 +149,32 @@ def score_memory(
     about |= {"notes": [*data.notes, *notes], **config.to_dict()}
     second = _write(
         artifacts, config, f"{data.name}-memory-{scope}", evaluation, about=about, seconds=seconds,
-        further={"beside": first.name},
+        further={"beside": first.name}, copy=copy,
     )  # fmt: skip
-    if copy is not None:
-        files.copy_file(second, copy)
     return [first, second]
+
+
+def _sample(split: Split, part: str, users: int | None, config: RunConfig) -> tuple[np.ndarray | None, str]:
+    """The users to evaluate, None for all, and the end of file names, which differs for a sample."""
+    if users is None or users >= len(split.users):
+        return None, part
+    rows = seeded_sample(split, users, seed=config.seed)
+    return rows, f"{part}-{len(rows)}-users"
+
+
+def _popularity(
+    artifacts: RunArtifacts,
+    config: RunConfig,
+    split: Split,
+    *,
+    part: str,
+    rows: np.ndarray | None,
+    scope: str,
+) -> Path:
+    """Evaluate popularity."""
+    found = evaluate(PopularityRanker.fit(split), split, part=part, users=rows)
+    name = f"{artifacts.load_data().name}-popularity-{scope}"
+    return _write(artifacts, config, name, found, about={"model": "popularity"})
 
 
 def _studies_suffix(studies: Sequence[str], normalize: str | None) -> str:
@@ -197,6 +208,7 @@ def score_mixture(
     weights: str,
     users: int | None = None,
     copy: Path | None = None,
+    popularity: Path | None = None,
 ) -> list[Path]:
     """Evaluate popularity, the item memory alone, and the search by the mixture of a run.
 
@@ -210,6 +222,7 @@ def score_mixture(
         weights: "gate" for weights per history, or "constant".
         users: Evaluate a sample of this size; None means all users.
         copy: Copy the result file of the mixture there as well.
+        popularity: The result file of popularity, if it was written before.
 
     Returns:
         The paths of the result files: popularity, memory, mixture.
@@ -218,14 +231,12 @@ def score_mixture(
         UserError: The run has no memory or no gate.
     """
     gate = artifacts.load_gate()
-    paths = score_memory(artifacts, config, part=part, users=users)
+    paths = score_memory(artifacts, config, part=part, users=users, popularity=popularity)
     alone = read_result(paths[-1])
     data = artifacts.load_data()
     catalog = artifacts.load_catalog().first(data.num_items)
     split = data.split()
-    rows = (
-        None if users is None or users >= len(split.users) else seeded_sample(split, users, seed=config.seed)
-    )
+    rows, scope = _sample(split, part, users, config)
     removed, notes = _removed(artifacts, catalog, (), quiet=True)
     sources = artifacts.sources(gate, artifacts.load_memory(), items=data.num_items)
     mixture = open_mixture(artifacts, *artifacts.load_generator(), catalog, sources, split)
@@ -243,32 +254,37 @@ def score_mixture(
     seconds = {**stage_seconds(artifacts.run), "evaluation": round(time.monotonic() - started, 1)}
     about = {"model": "cemg", "mixture": weights, "engine": "cemg", "beams": beams, "stage_seconds": seconds}
     about |= {"gate_fit": gate.fit, "notes": [*data.notes, *notes], **config.to_dict()}
-    scope = part if rows is None else f"{part}-{len(rows)}-users"
     name = f"{data.name}-cemg-{weights}-{scope}"
     name += "" if beams == config.decoding.beams else f"-{beams}-beams"
     path = _write(
         artifacts, config, name, kept, about=about, excluded=excluded, seconds=seconds,
-        further={"beside": paths[0].name, "compared": _compared(kept, excluded, alone, paths[-1].name)},
+        copy=copy, further={
+            "beside": paths[0].name,
+            "compared": _compared(kept, excluded, alone, paths[-1].name, repeats=gate.repeats),
+        },
     )  # fmt: skip
-    if copy is not None:
-        files.copy_file(path, copy)
     return [*paths, path]
 
 
-def _compared(kept: Evaluation, excluded: Evaluation, memory: Mapping[str, Any], file: str) -> dict[str, Any]:
+def _compared(
+    kept: Evaluation, excluded: Evaluation, memory: Mapping[str, Any], file: str, *, repeats: bool
+) -> dict[str, Any]:
     """The metrics of the memory alone, and the paired differences of the mixture to it.
 
-    The memory ranks the same with the history excluded as with it removed from the list.
+    The memory ranks the same with the history excluded as with it removed from the list. Where users do not
+    return to items (``repeats``), it lists no item of the history in the mixture, so it is compared without
+    them: else the differences would flatter the mixture.
     """
     ranks = ranks_of(memory)
     pairs = {
-        KEPT: (kept.by_user(kept.ranks), ranks[KEPT]),
+        KEPT: (kept.by_user(kept.ranks), ranks[KEPT if repeats else REMOVED]),
         REMOVED: (kept.by_user(kept.ranks_history_removed), ranks[REMOVED]),
         EXCLUDED: (excluded.by_user(excluded.ranks), ranks[REMOVED]),
     }
     differences = {key: paired_differences(*pair) for key, pair in pairs.items()}
     metrics = {key: memory[key] for key in (KEPT, REMOVED)}
-    return {"model": "memory", "file": file, **metrics, "differences": differences}
+    model = "memory" if repeats else "memory without history"
+    return {"model": model, "file": file, **metrics, "differences": differences}
 
 
 def score_file(
@@ -284,10 +300,7 @@ def score_file(
     catalog = artifacts.load_catalog()
     lists, notes = read_lists(file, data, split, catalog=catalog.item_ids)
     evaluation = evaluate_lists(lists, split, part=part, others=len(catalog))
-    popular = evaluate(PopularityRanker.fit(split), split, part=part)
-    first = _write(
-        artifacts, config, f"{data.name}-popularity-{part}", popular, about={"model": "popularity"}
-    )
+    first = _popularity(artifacts, config, split, part=part, rows=None, scope=part)
     about = {"model": "recommendations", "file": file.name, "notes": notes}
     if lists.shape[1] < max(CUTOFFS):
         notes = [*notes, f"lists of {lists.shape[1]} items: HR@k and NDCG@k of a larger k cover only these"]
@@ -295,9 +308,8 @@ def score_file(
         console.print(f"note: {note}")
     stem = file.stem.removesuffix(f"-{part}")
     name = f"{data.name}-recommendations{'' if stem == part else f'-{stem}'}-{part}"
-    second = _write(artifacts, config, name, evaluation, about=about, further={"beside": first.name})
-    if copy is not None:
-        files.copy_file(second, copy)
+    further = {"beside": first.name}
+    second = _write(artifacts, config, name, evaluation, about=about, further=further, copy=copy)
     return [first, second]
 
 
@@ -346,7 +358,9 @@ def _write(
     excluded: Evaluation | None = None,
     seconds: dict[str, float] | None = None,
     further: Mapping[str, Any] | None = None,
+    copy: Path | None = None,
 ) -> Path:
+    """Write a result file, and a copy of it to ``copy``."""
     path = artifacts.run.folder / "results" / f"{name}.json"
     write_result(
         path,
@@ -360,6 +374,8 @@ def _write(
         excluded=excluded,
         further={**(further or {}), "generator_key": Manifest.read(artifacts.run.path("generator")).key},
     )
+    if copy is not None:
+        files.copy_file(path, copy)
     return path
 
 

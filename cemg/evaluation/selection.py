@@ -40,12 +40,12 @@ class Selection:
 def checkpoint_selection(split: Split, config: RunConfig) -> Selection:
     """Return the users and the ranking that select the checkpoint of a run."""
     decoding, total = config.decoding, len(split.users)
-    count = decoding.validation_users
-    if decoding.validation_history != "kept":  # which earlier versions did, on up to all users
-        count = min(count, max(total // 2, 1))
-    users = seeded_sample(split, count, seed=config.seed)
     history: str = decoding.validation_history
-    if history == "auto":
+    most = total if history == "earlier" else max(total // 2, 1)
+    users = seeded_sample(split, min(decoding.validation_users, most), seed=config.seed)
+    if history == "earlier":
+        history = "kept"
+    elif history == "auto":
         history = "kept" if users_return(split) else "excluded"
     return Selection(users, np.setdiff1d(np.arange(total), users), history)
 

@@ -146,10 +146,10 @@ def _difference_rows(record: Mapping[str, Any], names: list[str]) -> list[list[s
     """The difference to the model that the file is compared with, and the lower bound of its interval."""
     compared = record.get("compared", {})
     rows = []
-    for key, label in ((KEPT, ""), (REMOVED, ", history removed")):
+    for key, label in ((KEPT, compared.get("model")), (REMOVED, "memory, history removed")):
         found = compared.get("differences", {}).get(key)
         if found:
-            rows.append([f"- minus {compared['model']}{label}", *(_signed(found[n]["mean"]) for n in names)])
+            rows.append([f"- minus {label}", *(_signed(found[n]["mean"]) for n in names)])
             rows.append(["  95 % lower bound", *(_signed(found[n]["low"]) for n in names)])
     return rows
 

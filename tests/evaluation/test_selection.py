@@ -30,7 +30,7 @@ def split_of(sequences: list[list[int]], items: int = 30) -> Split:
 
 
 def config(
-    users: int, history: Literal["auto", "kept", "removed", "excluded"] = "auto", seed: int = 0
+    users: int, history: Literal["auto", "kept", "removed", "excluded", "earlier"] = "auto", seed: int = 0
 ) -> RunConfig:
     decoding = DecodingConfig(validation_users=users, validation_history=history)
     return dataclasses.replace(RunConfig(), decoding=decoding, seed=seed)
@@ -47,8 +47,14 @@ def test_half_of_the_users_at_most_select_and_the_others_are_left():
 
 
 def test_runs_of_earlier_versions_use_the_users_and_the_ranking_that_they_used():
-    chosen = checkpoint_selection(split_of([[0, 1, 2]] * 21), config(500, "kept"))
+    chosen = checkpoint_selection(split_of([[0, 1, 2]] * 21), config(500, "earlier"))
     assert len(chosen.users) == 21 and len(chosen.others) == 0 and chosen.history == "kept"
+
+
+@pytest.mark.parametrize("history", ["kept", "removed", "excluded"])
+def test_a_ranking_that_is_chosen_leaves_half_of_the_users_too(history):
+    chosen = checkpoint_selection(split_of([[0, 1, 2]] * 21), config(500, history))
+    assert (len(chosen.users), len(chosen.others), chosen.history) == (10, 11, history)
 
 
 def test_the_history_stays_only_where_users_return_to_items():

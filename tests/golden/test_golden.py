@@ -82,7 +82,7 @@ def test_the_run_opens_as_it_is_and_gives_the_same_lists(run: Path):
 def test_a_training_reuses_every_stage_of_the_run_and_adds_those_that_it_did_not_have(run: Path):
     """Settings that the version of the run did not have keep the values that it used."""
     config = load_config(settings_file(run))
-    assert config.decoding.validation_history == "kept"
+    assert config.decoding.validation_history == "earlier"
     planned = plan(run, config)
     assert {name for name, verdict in planned.items() if verdict != REUSED} == {"memory", "gate"}
     assert {planned["memory"], planned["gate"]} == {MISSING}
