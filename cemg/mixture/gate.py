@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ConfigDict
 
 from cemg.errors import DamagedError
-from cemg.mixture.sources import Masses, Source
+from cemg.mixture.sources import DENSE, MEMORY, SOFTMAX, Masses, Source
 from cemg.storage import files
 from cemg.storage.read import RESTORE, STRICT, check_signature, read_json, signed
 
@@ -102,7 +102,26 @@ class Gate:
         sizes = (len(gate.constant), len(gate.bias), *{len(row) for row in gate.slopes})
         if set(sizes) != {experts} or {len(gate.slopes), len(gate.means), len(gate.scales)} != {width}:
             raise DamagedError(f"{path} is damaged", cause="its numbers do not fit its sources", fix=fix)
+        problem = gate._problem()
+        if problem is not None:
+            raise DamagedError(f"{path} cannot be used", cause=problem, fix=fix)
         return gate
+
+    def _problem(self) -> str | None:
+        """Why the gate cannot weigh experts; None if it can."""
+        if self.format != FORMAT:
+            return f"it has format {self.format}; this version reads format {FORMAT}"
+        if self.sources[:1] != [MEMORY] or not {*self.sources[1:]} <= {DENSE, SOFTMAX}:
+            return f"its sources are {self.sources}, not {MEMORY}, and then {DENSE} or {SOFTMAX}"
+        numbers = np.array([*self.constant, *self.bias, *self.means, *self.scales, *self.powers])
+        if (
+            len(self.powers) != len(self.sources)
+            or not np.isfinite([*numbers, *sum(self.slopes, list[float]())]).all()
+        ):
+            return "it has too few powers, or numbers that are not finite"
+        if min(self.constant) < 0 or not sum(self.constant) > 0 or min(*self.powers, *self.scales) <= 0:
+            return "a weight is negative, or a power or scale is not positive"
+        return None
 
 
 @dataclass(frozen=True, slots=True)

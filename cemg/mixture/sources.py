@@ -12,6 +12,8 @@ from torch import Tensor
 from cemg.memory import Memory
 
 MASSES = 1000  # items per source and history, at most
+# names of sources: the item memory, a dense model, and the generator's item softmax
+MEMORY, DENSE, SOFTMAX = "memory", "dense", "softmax"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class MemorySource:
 
     memory: Memory
     limit: int | None = None  # rows from here on are items that the search does not have
-    name: str = "memory"
+    name: str = MEMORY
 
     def __call__(self, histories: Sequence[np.ndarray], *, exclude_history: bool) -> list[Masses]:
         """Return the scores of the memory as masses."""
@@ -73,9 +75,6 @@ class PriorModel(Protocol):
     def prior(self, histories: Sequence[np.ndarray], top: int = ...) -> tuple[Tensor, Tensor]:
         """Return item rows and masses, [B, Z]."""
         ...
-
-
-DENSE, SOFTMAX = "dense", "softmax"  # names of sources: a dense model, and the generator's item softmax
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,24 @@ def test_a_damaged_gate_is_refused_by_name(tmp_path: Path):
     assert caught.value.cause == "its numbers do not fit its sources"
 
 
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"sources": ["other"]}, "its sources are"),
+        ({"powers": []}, "too few powers"),
+        ({"powers": [-3.0]}, "not positive"),
+        ({"constant": [-1.0, 2.0]}, "a weight is negative"),
+        ({"scales": [0.0] * len(feature_names(["memory"]))}, "not positive"),
+    ],
+)
+def test_a_signed_gate_that_cannot_weigh_experts_is_refused(tmp_path: Path, change, cause):
+    dataclasses.replace(default_gate(["memory"], memory="digest"), **change).save(tmp_path)
+    with pytest.raises(DamagedError, match="cannot be used") as caught:
+        Gate.load(tmp_path / GATE_FILE)
+    assert caught.value.cause is not None and cause in caught.value.cause
+
+
 def test_a_dense_model_leaves_out_items_that_it_was_not_trained_on():
     config = DenseConfig()
     source = DenseSource(DenseRanker(SequenceEncoder(6, config).eval(), config), items=6)
