@@ -19,6 +19,7 @@ from cemg.storage import files
 from cemg.storage.read import digest, read_json
 
 UNTRAINED = ("generator.checkpoint_seconds", "decoding.beams", "decoding.batch_size")  # no effect on training
+GATE = "gate."  # settings of the gate, which is fitted again in a minute and keeps the generator
 IMAGES = "images.json"  # in the data stage: sha256 of each item's picture, or null
 HASHES = ".image-hashes.json"  # in a run's folder: path to size, time, inode and sha256
 
@@ -30,6 +31,7 @@ def settings_changed(old: RunConfig, new: RunConfig) -> list[str]:
     """
     before, after = flat(old.to_dict()), flat(new.to_dict())
     names = [n for n in before | after if before.get(n) != after.get(n) and n not in UNTRAINED]
+    names = [n for n in names if not n.startswith(GATE)]
     if old.data.path or new.data.path:
         names = [n for n in names if not n.startswith("data.")]
     changes = [f"{n}: {_shown(before.get(n))} → {_shown(after.get(n))}" for n in names]

@@ -73,6 +73,8 @@ class Transition:
                 self._ask([reason], damaged=True, catalog=loses)
             return
         foreign = self._foreign(name, manifest)
+        if name == "gate" and not foreign:
+            return  # it is fitted again in a minute, and the generator stays
         if loses or (self._valuable() and not (foreign and self.rebuild)):
             changes = [foreign] if foreign else self._changes(name, old, manifest, config)
             self._ask(changes, damaged=bool(foreign), catalog=loses if foreign else name not in BESIDE)

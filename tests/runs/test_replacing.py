@@ -21,7 +21,7 @@ from cemg.data import Dataset
 from cemg.pipeline import Pipeline
 from cemg.recommender import Recommender
 from cemg.storage import files
-from cemg.storage.manifest import STAGES
+from cemg.storage.manifest import STAGES, Manifest
 from cemg.storage.read import signed
 from cemg.storage.run import Run
 
@@ -240,6 +240,14 @@ def test_an_interrupted_retraining_is_not_discarded_without_permission(shop, tra
     assert training(run, *original, "--force") == 0
     assert hidden(run) == set() and state(run).keys() == before.keys()
     assert load(run).seed == 0
+
+
+def test_changed_settings_of_the_gate_need_no_consent_and_keep_the_generator(copy, training):
+    before, key = state(copy), Manifest.read(copy / "gate").key
+    assert training(copy, "--set", "gate.users=7") == 0
+    changed = {name for name, value in state(copy).items() if before.get(name) != value}
+    assert changed == {"config.yaml"} and Manifest.read(copy / "gate").key != key
+    assert load(copy).gate.users == 7
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
