@@ -101,7 +101,7 @@ class Recommender:
         exact: bool = False,
         prior: ItemPrior | None = None,
         prior_weight: float | Sequence[float] | None = None,
-        memory: str = "off",
+        memory: str | None = None,
     ) -> Recommendations:
         """Recommend the next items for one history or for B histories.
 
@@ -121,9 +121,9 @@ class Recommender:
                 own retriever. Items rank by the mixture (1 - weight) * P(generator) + weight * P(prior), and
                 the search is exact in it. It is renormalised over the admitted items.
             prior_weight: The share of the prior, 0 to 1: one number, or one per history. None: 0.5.
-            memory: Whether the run's item memory is mixed into the search: "off", "constant" (the same
-                weights for every history) or "gate" (weights per history). An empty history is then ranked
-                by popularity, and ``ranked_by`` says so.
+            memory: How the run's item memory is mixed into the search: "off", "constant" (the same weights
+                for every history) or "gate" (weights per history). An empty history is then ranked by
+                popularity, and ``ranked_by`` says so. None: see `default_memory`; "off" beside a prior.
 
         Returns:
             ``ids``, ``titles``, ``scores`` and ``codes`` per history; ``items`` are catalog rows. With
@@ -143,6 +143,8 @@ class Recommender:
         many = as_histories(histories)
         if not many:
             return Recommendations.empty(top, self.catalog.levels)
+        if memory is None:
+            memory = self.default_memory if prior is None else "off"
         mixes = _check_memory(memory, prior)
         if prior is None and prior_weight is not None:
             raise UserError(
@@ -157,19 +159,35 @@ class Recommender:
             raise UserError(f"engine={self.engine} does not support {option}", fix="use engine=cemg")
         rows = [self._rows_of(history) for history in many]
         own = prior_of_rows(prior, self.catalog)
-        ranked_by = ["generator" if prior is None else "mixture"] * len(many)
+        weight = PRIOR_WEIGHT if prior_weight is None else prior_weight
         if mixes:
             mixed = self._mixture.prior(rows, constant=memory == "constant", exclude_history=exclude_history)
             own = _named(ItemPrior(mixed.items, mixed.mass), self.catalog)
-            prior_weight = mixed.weight.tolist()
-            ranked_by = ["mixture" if history else "popularity" for history in rows]
+            weight = mixed.weight.tolist()
         found = self._search(
             rows, many, top=top, beams=beams, filter=filter, exclude=exclude_history, exact=exact,
-            prior=own, prior_weight=PRIOR_WEIGHT if prior_weight is None else prior_weight,
+            prior=own, prior_weight=weight,
         )  # fmt: skip
         ids = self.catalog.ids_of(found.items)
         titles = [[None if item is None else self._titles.get(item) for item in row] for row in ids]
+        ranked_by = _ranked_by(own, weight, len(many))
+        if mixes:
+            ranked_by = [
+                way if history else "popularity" for way, history in zip(ranked_by, rows, strict=True)
+            ]
         return dataclasses.replace(found, ids=ids, titles=titles, ranked_by=ranked_by)
+
+    @cached_property
+    def default_memory(self) -> str:
+        """The value of ``memory`` that a call without one takes: "gate", or "off" where there is none.
+
+        It is "off" for a run without a gate, for another engine than "cemg", and for another ``normalize``
+        than that of the run, which the weights were fitted with.
+        """
+        fitted = isinstance(self.decoder, Decoder) and self.decoder.normalize == self.artifacts.normalize(
+            None
+        )
+        return "gate" if fitted and self.artifacts.has_gate() else "off"
 
     @cached_property
     def _mixture(self) -> Experts:
@@ -317,6 +335,14 @@ class Recommender:
                         fix=f"pass each history as a list of ids: [{parts}]",
                     ) from None
             raise
+
+
+def _ranked_by(prior: ItemPrior | None, weight: float | Sequence[float], requests: int) -> list[str]:
+    """What ranks each request: the generator, or its mixture with a prior."""
+    if prior is None:
+        return ["generator"] * requests
+    mixed = (np.broadcast_to(weight, requests) > 0) & (prior.counts > 0)
+    return ["mixture" if own else "generator" for own in mixed]
 
 
 def _check_memory(memory: str, prior: ItemPrior | None) -> bool:

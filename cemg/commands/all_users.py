@@ -42,7 +42,7 @@ def write_all(recommender: Recommender, path: Path, *, part: str, options: dict[
     Returns:
         The number of users.
     """
-    popularity = options.get("memory", "off") != "off"
+    popularity = (options.get("memory") or recommender.default_memory) != "off"
     users, histories = _users_and_histories(recommender, part, popularity=popularity)
     with (
         files.durable(path) as unfinished,

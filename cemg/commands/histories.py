@@ -2,9 +2,9 @@
 
 An input line is a JSON list of item ids, oldest first, or an object: ``{"history": [...]}``, ``{"user": ID}``
 for the history of that user in the run's data, or both, in which case ``history`` is used. The output line
-has the keys ``history``, ``certified`` and ``items``, ``user`` if the input has one, ``unknown`` if the
-history has items that are not in the catalog (these are left out), and ``ranked_by`` if popularity ranked an
-empty history, as with ``--memory``. A line that cannot be served (blank, empty, not valid JSON, an unknown
+has the keys ``history``, ``ranked_by`` (generator, mixture or popularity), ``certified`` and ``items``,
+``user`` if the input has one, and ``unknown`` if the history has items that are not in the catalog (these are
+left out). A line that cannot be served (blank, empty, not valid JSON, an unknown
 user, only unknown items) gets ``{"line": N, "error": REASON, "items": []}``.
 """
 

@@ -81,13 +81,13 @@ def recommend(
         str, typer.Option(metavar="NAME", help="Decoder: cemg, vllm, or transformers (slow, for comparison).")
     ] = "cemg",
     memory: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="WEIGHTS",
             help="Mix the item memory into the search: off, constant (one weight), or gate (a weight per "
-            "history).",
+            "history). Default: gate if the run has one.",
         ),
-    ] = "off",
+    ] = None,
     normalize: Annotated[
         str | None,
         typer.Option(
@@ -152,7 +152,7 @@ def recommend(
         "beams": max(beams, top),
         "exclude_history": exclude_history,
         "exact": exact,
-        "memory": memory,
+        "memory": recommender.default_memory if memory is None else memory,
     }
     if only or exclude:
         allowed = read_ids(only, option="--only") if only else []
@@ -266,8 +266,8 @@ def _recommendations(
                 for item, score, codes in ranked
                 if item is not None
             ]
-            popular = {"ranked_by": "popularity"} if result.ranked_by[row] == "popularity" else {}
-            yield {"history": history, "certified": int(result.certified[row]), **popular, "items": items}
+            about = {"ranked_by": result.ranked_by[row], "certified": int(result.certified[row])}
+            yield {"history": history, **about, "items": items}
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -39,7 +39,7 @@ def write_served(run: Path, path: Path) -> pl.DataFrame:
     split, rows = data.split(), []
     for user, history in zip(split.users, split.histories("test"), strict=True):
         own = [data.item_ids[row] for row in history]
-        found = recommender.recommend(own, top=10, beams=10, exclude_history=True)
+        found = recommender.recommend(own, top=10, beams=10, exclude_history=True, memory="off")
         rows += [(data.user_ids[user], rank, item) for rank, item in enumerate(found.ids[0], start=1)]
     table = pl.DataFrame(rows, schema=["user", "rank", "item"], orient="row").drop_nulls()
     table.sample(fraction=1, shuffle=True, seed=0).write_parquet(path)

@@ -51,7 +51,7 @@ def test_another_format_is_refused(tiny_run: Path, tmp_path: Path, command, caps
 def test_a_saved_recommender_decodes_without_its_run(tiny_run: Path, tmp_path: Path):
     recommender = Recommender.from_run(tiny_run)
     history = recommender.catalog.item_ids[:3]
-    found = recommender.recommend([history], top=8)
+    found = recommender.recommend([history], top=8, memory="off")
     recommender.save_pretrained(tmp_path / "checkpoint")
     decoder = Decoder.from_pretrained(tmp_path / "checkpoint")
     about = json.loads((tmp_path / "checkpoint" / "cemg_catalog" / "cemg_decoder.json").read_text())[
@@ -80,7 +80,7 @@ def test_removed_items_are_not_in_what_a_recommender_saves(tiny_run: Path, tmp_p
     assert best not in saved.catalog.item_ids and len(saved.catalog) == len(recommender.catalog) - 1
     own = recommender.catalog.rows_of(history)
     prompt = recommender.prompter.batch([np.array(own)])
-    found = recommender.recommend([history], top=8)
+    found = recommender.recommend([history], top=8, memory="off")
     again = saved.decode(*prompt, 50).top(8)
     assert saved.catalog.ids_of(again.items) == found.ids
     torch.testing.assert_close(again.scores, found.scores, rtol=0, atol=1e-5)

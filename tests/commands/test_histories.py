@@ -108,7 +108,7 @@ def test_every_line_gets_an_answer_and_the_exit_code_reports_failures(tiny_run, 
     printed = capsys.readouterr()
     answers = [json.loads(line) for line in printed.out.splitlines()]
     assert [len(answer["items"]) for answer in answers] == [3, 0, 3, 0, 0]
-    assert answers[0].keys() == {"history", "certified", "items"}
+    assert answers[0].keys() == {"history", "certified", "ranked_by", "items"}
     assert answers[1] == {"line": 2, "error": "the history is empty", "items": []}
     assert (answers[2]["history"], answers[2]["unknown"]) == (["item-0003"], ["gone"])
     assert (answers[3]["user"], answers[3]["line"]) == ("nobody", 4)

@@ -32,7 +32,7 @@ def test_each_user_gets_the_same_list_in_a_batch_of_all_users_as_alone(tiny_run,
 
 def test_the_lists_before_the_test_item_give_the_reported_metrics(tiny_run, tmp_path, command):
     run, out = Path(shutil.copytree(tiny_run, tmp_path / "run")), tmp_path / "test.parquet"
-    options = ("--top", 10, "--beams", 10, "--exclude-history")
+    options = ("--top", 10, "--beams", 10, "--exclude-history", "--memory", "off")
     assert command(recommend.main, "--run", run, "--all", out, "--part", "test", *options) == 0
     result = tmp_path / "r.json"
     assert command(evaluate.main, "--run", run, "--recommendations", out, "--result", result) == 0

@@ -58,7 +58,7 @@ def test_settings_of_earlier_versions_have_the_keys_that_they_had():
 
 def test_the_engines_recommend_the_same(trained: Path):
     found = [
-        Recommender.from_run(trained, engine=engine).recommend(HISTORY, top=8)
+        Recommender.from_run(trained, engine=engine).recommend(HISTORY, top=8, memory="off")
         for engine in ("cemg", "transformers")
     ]
     assert found[0].ids == found[1].ids
@@ -79,7 +79,7 @@ def test_an_added_item_is_recommended_and_may_be_in_a_history(run: Path, tmp_pat
 def test_a_removed_item_is_not_in_an_export_and_the_others_keep_their_tokens(run: Path, tmp_path, command):
     assert command(catalog.main, "remove", "--run", run, "--items", "item-0002 item-0004") == 0
     recommender = Recommender.from_run(run)
-    found = recommender.recommend(HISTORY, top=8)
+    found = recommender.recommend(HISTORY, top=8, memory="off")
     recommender.save_pretrained(tmp_path / "checkpoint")
     saved = Decoder.from_pretrained(tmp_path / "checkpoint")
     about = json.loads((tmp_path / "checkpoint" / "cemg_catalog" / "cemg_decoder.json").read_text())
