@@ -25,7 +25,7 @@ from cemg.generator import Prompter, Vocabulary, build_backbone, load_weights
 from cemg.generator.item_softmax import ItemSoftmax
 from cemg.generator.item_tokens import add_item_embedding, with_item_tokens
 from cemg.memory import MEMORY_FILE, TEXTS_FILE, Memory
-from cemg.mixture import DENSE, GATE_FILE, SOFTMAX, DenseSource, Gate, MemorySource, Source
+from cemg.mixture import DENSE, GATE_FILE, MEMORY, SOFTMAX, DenseSource, Gate, MemorySource, Source
 from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.manifest import CONFIG, STAGES, Manifest, check_origin, remedy, stages_of, verify
@@ -190,7 +190,9 @@ class RunArtifacts:
 
         With ``items``, they know only that many rows, for a search without the items that were added later.
         """
-        sources: list[Source] = [MemorySource(memory, limit=items)]
+        sources: list[Source] = []
+        if MEMORY in gate.sources:
+            sources.append(MemorySource(memory, limit=items))
         if DENSE in gate.sources:
             for name in DENSE_FILES:
                 self.file("gate", name)

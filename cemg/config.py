@@ -34,6 +34,7 @@ WITHOUT = ("collab", "image", "text", "llm")
 EARLIER: dict[str, dict[str, Any]] = {
     "decoding": {"validation_history": "earlier"},
     "generator": {"item_tokens": False, "item_loss": 0.0},
+    "gate": {"memory": True},
 }
 _ABSENT = object()
 ADDED_SECTIONS = ("memory", "gate")  # the settings of runs that earlier versions trained do not have them
@@ -197,6 +198,11 @@ class RunConfig:
                 "generator.item_tokens needs a model with random weights",
                 cause=f"backbone.pretrained={self.backbone.pretrained}",
                 fix="--set generator.item_tokens=false, or --set backbone.kind=scratch",
+            )
+        if not (self.gate.memory or self.gate.dense or self.generator.item_loss):
+            raise UserError(
+                "gate.memory=false leaves the generator without another expert",
+                fix="--set gate.memory=true, or a model in gate.dense, or generator.item_loss=0.25",
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from cemg.evaluation.ranker import beam_ranker
 from cemg.evaluation.results import EXCLUDED, KEPT, REMOVED
 from cemg.evaluation.search import Search, certificate_study, engine_study, exact_study
 from cemg.generator import Vocabulary
+from cemg.mixture import MEMORY
 from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.manifest import Manifest, stages_of
@@ -253,8 +254,14 @@ def score_mixture(
     )  # fmt: skip
     seconds = {**stage_seconds(artifacts.run), "evaluation": round(time.monotonic() - started, 1)}
     about = {"model": "cemg", "mixture": weights, "engine": "cemg", "beams": beams, "stage_seconds": seconds}
-    about |= {"gate_fit": gate.fit, "notes": [*data.notes, *notes], **config.to_dict()}
-    name = f"{data.name}-cemg-{weights}-{scope}"
+    about |= {
+        "experts": ["generator", *gate.sources],
+        "gate_fit": gate.fit,
+        "notes": [*data.notes, *notes],
+        **config.to_dict(),
+    }
+    experts = "" if MEMORY in gate.sources else "-without-memory"
+    name = f"{data.name}-cemg-{weights}{experts}-{scope}"
     name += "" if beams == config.decoding.beams else f"-{beams}-beams"
     path = _write(
         artifacts, config, name, kept, about=about, excluded=excluded, seconds=seconds,

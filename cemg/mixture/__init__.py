@@ -6,11 +6,12 @@ give sparse distributions over items; averaged by their weights they are the ite
 
 from cemg.mixture.config import GateConfig
 from cemg.mixture.gate import GATE_FILE, Experts, Gate, Mixed
-from cemg.mixture.sources import DENSE, SOFTMAX, DenseSource, Masses, MemorySource, Source
+from cemg.mixture.sources import DENSE, MEMORY, SOFTMAX, DenseSource, Masses, MemorySource, Source
 
 __all__ = [
     "DENSE",
     "GATE_FILE",
+    "MEMORY",
     "SOFTMAX",
     "DenseSource",
     "Experts",

@@ -15,6 +15,8 @@ class GateConfig:
     """Number of validation users that fit the gate; none of them selects the checkpoint."""
     beams: int = 100
     """Number of beams in the searches that the gate is fitted on."""
+    memory: bool = True
+    """Whether the item memory is mixed in; without it, an item softmax or a dense model must be."""
     dense: str = ""
     """Folder of a SASRec or BSARec, trained by python -m cemg.baselines, that is mixed in; empty: none."""
 

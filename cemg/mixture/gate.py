@@ -111,8 +111,9 @@ class Gate:
         """Why the gate cannot weigh experts; None if it can."""
         if self.format != FORMAT:
             return f"it has format {self.format}; this version reads format {FORMAT}"
-        if self.sources[:1] != [MEMORY] or not {*self.sources[1:]} <= {DENSE, SOFTMAX}:
-            return f"its sources are {self.sources}, not {MEMORY}, and then {DENSE} or {SOFTMAX}"
+        known = (MEMORY, DENSE, SOFTMAX)
+        if not self.sources or self.sources != [name for name in known if name in self.sources]:
+            return f"its sources are {self.sources}, not some of {', '.join(known)}, in this order"
         numbers = np.array([*self.constant, *self.bias, *self.means, *self.scales, *self.powers])
         if (
             len(self.powers) != len(self.sources)

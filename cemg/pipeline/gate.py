@@ -30,11 +30,13 @@ def dense_digest(dense: str) -> str:
 
 
 def fit_run(artifacts: RunArtifacts, folder: Path) -> None:
-    """Fit the weights of the generator, the memory and the dense models of a run, and write them.
+    """Fit the weights of the generator and of the other experts of a run, and write them.
 
     Prints their validation metrics. The files of the dense model are copied, so that the run is complete.
     """
-    sources: list[Source] = [MemorySource(artifacts.load_memory())]
+    sources: list[Source] = []
+    if artifacts.config.gate.memory:
+        sources.append(MemorySource(artifacts.load_memory()))
     if artifacts.config.gate.dense:
         sources.append(_dense_source(artifacts, folder))
     if artifacts.config.generator.item_loss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -134,3 +135,22 @@ def test_the_item_softmax_is_an_expert_of_the_gate(trained: Path, tmp_path: Path
     out = tmp_path / "result.json"
     assert command(evaluate.main, "--run", trained, "--memory", "gate", "--result", out) == 0
     assert json.loads(out.read_text())["metrics"]["HR@10"] > 0
+
+
+def test_a_gate_without_the_memory_keeps_the_generator_and_its_result_has_another_name(run: Path, command):
+    key = Manifest.read(run / "generator").key
+    assert command(train.main, "--run", run, "--set", "gate.memory=false") == 0
+    assert RunArtifacts.open(run).load_gate().sources == [SOFTMAX]
+    assert Manifest.read(run / "generator").key == key
+    record = json.loads((run / "results" / "synthetic-cemg-gate-without-memory-test.json").read_text())
+    assert record["config"]["experts"] == ["generator", SOFTMAX]
+    found = Recommender.from_run(run).recommend([HISTORY, []], top=5, memory="gate")
+    assert found.ranked_by == ["mixture", "popularity"] and None not in found.ids[0]
+
+
+def test_a_gate_with_no_expert_beside_the_generator_is_refused():
+    with pytest.raises(UserError, match=r"gate\.memory=false leaves the generator without") as caught:
+        load_config(None, ["gate.memory=false"])
+    first, *_, last = re.findall(r"[a-z_]+\.[a-z_]+=[\w.]+", str(caught.value.fix))
+    load_config(None, [first])
+    load_config(None, ["gate.memory=false", last, *SETTINGS[:1], *SETTINGS[2:3], SETTINGS[4]])
