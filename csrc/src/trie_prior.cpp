@@ -43,7 +43,9 @@ bool build_request(const PriorSource& source, const RowFilter& filter, int64_t f
     const uint64_t key = keys[static_cast<size_t>(i)];
     ranks[i] = static_cast<int32_t>(key >> 32);
     if (i > 0 && ranks[i] == ranks[i - 1]) return false;
-    units += std::ceil(mass[static_cast<size_t>(key & 0xffffffff)] / divisor * (1 / kUnit));
+    const double own = mass[static_cast<size_t>(key & 0xffffffff)];
+    // the quotient of a tiny mass may be 0
+    units += std::max(std::ceil(own / divisor * (1 / kUnit)), own > 0 ? 1.0 : 0.0);
     sums[i + 1] = units * kUnit;
   }
   std::fill(ranks + count, ranks + size, static_cast<int32_t>(source.num_items));

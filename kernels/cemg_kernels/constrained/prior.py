@@ -32,6 +32,7 @@ from ..trie.filter_tensors import Filter, FilterTensors
 from ..trie.trie import Trie
 
 UNIT = 2.0**-52  # of the masses: the spacing of float64 between 1 and 2
+LARGE = 2.0**960  # masses up to it have finite sums
 NO_ITEM = -1
 NEG_INF = float("-inf")
 
@@ -63,8 +64,9 @@ class PriorTensors(NamedTuple):
         ordered, order = _sorted(ranks, num_items)
         units = mass.gather(1, order)
         total = units.sum(1, keepdim=True)
-        empty = total == 0
+        empty, positive = total == 0, units > 0
         units.div_(total.masked_fill_(empty, 1.0)).mul_(1 / UNIT).ceil_()
+        units = torch.maximum(units, positive.double())  # the quotient of a tiny mass may be 0
         sums = torch.zeros(len(mass), mass.shape[1] + 1, dtype=torch.float64, device=mass.device)
         torch.cumsum(units, 1, out=sums[:, 1:])
         return cls(ordered, sums.mul_(UNIT), weight.masked_fill(empty[:, 0], 0.0))
@@ -366,8 +368,9 @@ def _checked_mass(mass: np.ndarray, counts: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"the masses of request {row} of the prior sum to 0; pass a positive mass, or no items"
         )
-    if highest.max() > 1e290 or highest.min() < 1e-290:  # so that no sum overflows and no quotient is lost
-        mass /= np.repeat(highest, counts[filled])
+    if highest.max() > LARGE:  # so that no sum overflows; a power of two keeps the digits
+        scaled = mass * np.repeat(np.where(highest > LARGE, 2.0**-64, 1.0), counts[filled])
+        mass = np.where((scaled == 0) & (mass > 0), np.finfo(np.float64).smallest_subnormal, scaled)
     return mass
 
 

@@ -59,6 +59,25 @@ def test_requests_of_different_lengths_are_padded_with_the_number_of_items():
     assert tensors.weight.tolist() == [0.5, 0.0, 1.0]  # the second has no prior
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("scale", [1e308, 1e290, 1.0, 1e-290])
+def test_small_masses_beside_huge_ones_stay_and_count_once_those_are_filtered_out(scale, fast):
+    """Whatever the ratio, a positive mass is at least one unit, and exact after a renormalisation."""
+    small = max(1e-315, scale * 1e-200 * 1e-130)
+    prior = ItemPrior([[10, 11, 12, 13], [10, 12]], [[small * 3, scale, small, 0.0], [1.0, 3.0]])
+    everything = torch.tensor([[[i, i + 1] for i in range(4)]] * 2, dtype=torch.int32)
+    use_fast_kernels(fast)
+    try:
+        whole = prior.on(TRIE, 0.5)
+        rest = prior.on(TRIE, 0.5, ItemFilter.from_items(TRIE, [10, 12, 13]))
+    finally:
+        use_fast_kernels(None)
+    assert whole.masses_of(everything).tolist() == [[UNIT, 1, UNIT, 0], [0.25, 0, 0.75, 0]]
+    left = rest.masses_of(everything)[0]
+    torch.testing.assert_close(left, torch.tensor([0.75, 0, 0.25, 0], dtype=torch.float64), rtol=1e-3, atol=0)
+    assert rest.weight.tolist() == [0.5, 0.5]
+
+
 def test_masses_are_renormalised_over_the_allowed_items():
     prior = ItemPrior([[10, 12, 13], [11, 12]], [[1, 1, 3], [1, 3]])
     seen = RequestFilter.excluding(TRIE, [[13], [12, 11]])
