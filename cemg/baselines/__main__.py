@@ -79,7 +79,7 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     started = time.perf_counter()
-    dataset = Dataset.load(data) if (data / "dataset.json").is_file() else read_dataset(data)
+    dataset = _read(data)
     if model is Model.popularity:
         ranker, config, further = _fit_popularity(dataset)
     elif model is Model.memory:
@@ -100,6 +100,23 @@ def run(
         further=further,
     )
     console.print(result_table([out]))
+
+
+def _read(source: Path) -> Dataset:
+    """A prepared folder, or a source in its usual form.
+
+    Raises UserError. If the source needs options, which only cemg-data has, the fix prepares it.
+    """
+    if (source / "dataset.json").is_file():
+        return Dataset.load(source)
+    try:
+        return read_dataset(source)
+    except UserError as error:
+        if "--" not in (error.fix or ""):
+            raise
+        prepare = f"cemg-data prepare {shlex.quote(str(source))} OUT"
+        fix = f"{prepare}, with an option as below, and then --data OUT. {error.fix}"
+        raise UserError(error.message, cause=error.cause, fix=fix) from error
 
 
 def _fit_popularity(data: Dataset) -> Trained:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from cemg.baselines.__main__ import main
+from cemg.commands import data
 from cemg.data.dataset import Dataset
 
 
@@ -19,8 +22,8 @@ def prepared(tmp_path: Path) -> Path:
     sequences = [((s + np.arange(6)) % 30).astype(np.int32) for s in rng.integers(30, size=60)]
     blank: list[None] = [None] * 30
     ids = [str(i) for i in range(60)]
-    data = Dataset("toy", ids, ids[:30], sequences, [""] * 30, list(blank), list(blank), "as written")
-    data.save(tmp_path / "toy")
+    toy = Dataset("toy", ids, ids[:30], sequences, [""] * 30, list(blank), list(blank), "as written")
+    toy.save(tmp_path / "toy")
     return tmp_path / "toy"
 
 
@@ -101,3 +104,42 @@ def test_the_memory_needs_no_training_and_records_its_constants_and_its_validati
     assert record["config"]["model"] == "memory" and record["constants"]["text_weight"] == 0
     assert record["metrics"]["HR@5"] == 1  # item i + 1 follows item i
     assert record["validation"]["metrics"].keys() == record["metrics"].keys()
+
+
+SOURCES = {  # content of a file that needs an option, and that option
+    "other columns": (b"uid,sku,ts\n", b"%d,%d,%d\n", ["--columns", "user=uid,item=sku,timestamp=ts"]),
+    "another encoding": (b"user,item,timestamp\n", b"%d,\xe9%d,%d\n", ["--encoding", "latin-1"]),
+    "few interactions": (b"user,item,timestamp\n", b"%d,%d,%d\n", ["--min-count", "0"]),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_that_needs_options_is_prepared_as_the_fix_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    head, row, options = SOURCES[name]
+    users = 3 if name == "few interactions" else 6
+    rows = [row % (user, item, item) for user in range(users) for item in range(users)]
+    source, out = tmp_path / "my log.csv", tmp_path / "result.json"
+    source.write_bytes(head + b"".join(rows))
+    words = ["--model", "popularity", "--out", out]
+    assert call(monkeypatch, "--data", source, *words) == 2
+    (fix,) = re.findall("fix: +(.*)", capsys.readouterr().err)
+    command, _, advice = fix.partition(", with an option as below")
+    assert options[0] in advice
+    prepare = [str(tmp_path / "prepared") if word == "OUT" else word for word in shlex.split(command)]
+    assert prepare[:2] == ["cemg-data", "prepare"]
+    monkeypatch.setattr(sys, "argv", [*prepare, *options])
+    with pytest.raises(SystemExit) as caught:
+        data.main()
+    assert not caught.value.code, capsys.readouterr().err
+    assert call(monkeypatch, "--data", tmp_path / "prepared", *words) == 0 and out.is_file()
+
+
+def test_an_error_that_no_option_solves_keeps_its_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.csv").touch()
+    words = ["--data", tmp_path / "log.csv", "--model", "popularity", "--out", tmp_path / "result.json"]
+    assert call(monkeypatch, *words) == 2
+    assert "cemg-data" not in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_a_user_error_is_three_short_lines_and_exit_code_2(command, shop):
     assert err == (
         "error: shop: none of 4 interactions is left after filtering\n"
         "  cause: the filters keep all ratings and the 5-core\n"
-        "  fix:   lower min_count: cemg-data --min-count N, or cemg-train --set data.min_count=N\n"
+        "  fix:   lower min_count: cemg-data prepare … --min-count N, or cemg-train --set data.min_count=N\n"
     )
 
 

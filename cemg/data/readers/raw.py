@@ -138,7 +138,7 @@ def _filtered(raw: Raw, filters: Filters) -> tuple[pl.DataFrame, list[str]]:
         raise UserError(
             f"{raw.name}: none of {raw.interactions.height:,} interactions is left after filtering",
             cause=f"the filters keep {ratings} and the {filters.min_count}-core",
-            fix=f"lower {setting}: cemg-data --min-count N, or cemg-train --set data.min_count=N",
+            fix=f"lower {setting}: cemg-data prepare … --min-count N, or cemg-train --set data.min_count=N",
         )
     if filters.min_count > 1:
         notes.append(_core_note(deduplicated, rows, filters.min_count))
