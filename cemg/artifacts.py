@@ -145,7 +145,8 @@ class RunArtifacts:
         folder = self.run.path("memory")
         if not self.has_memory():
             raise UserError(
-                f"{self.run.folder} has no item memory", cause="an earlier version trained it",
+                f"{self.run.folder} has no item memory",
+                cause="an earlier version trained it, or its folder was deleted",
                 fix=f"build it, and keep all other stages: cemg-train --run {quote(str(self.run.folder))}",
             )  # fmt: skip
         self.file("memory", MEMORY_FILE)
@@ -170,7 +171,8 @@ class RunArtifacts:
         folder, name = self.run.path("gate"), quote(str(self.run.folder))
         if not self.has_gate():
             raise UserError(
-                f"{self.run.folder} has no gate", cause="an earlier version trained it",
+                f"{self.run.folder} has no gate",
+                cause="an earlier version trained it, or its folder was deleted",
                 fix=f"fit it, and keep all other stages: cemg-train --run {name}",
             )  # fmt: skip
         if not self.has_memory():

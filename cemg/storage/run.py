@@ -248,9 +248,15 @@ class Run:
                 pass
 
     def check_whole(self) -> None:
-        """Raise UserError if a stage was built from another version of its input."""
+        """Raise UserError if an input of a stage is missing, or is another one than it was built from."""
         for stage, manifest in stages_of(self.folder).items():
             name = check_origin(self.path, manifest)
+            if name is not None and not self.path(name).exists():
+                raise UserError(
+                    f"the {name} of {self.folder} is missing",
+                    cause=f"its {stage} was built from it, but there is no {self.path(name)}",
+                    fix=f"restore it from a copy, or build it again: {remedy(self.path(name))}",
+                )
             if name is not None:
                 raise UserError(
                     f"{self.folder} is between two trainings",

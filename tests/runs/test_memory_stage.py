@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -80,6 +81,24 @@ def test_a_damaged_memory_is_refused_by_name_and_rebuilt_alone(run: Path, comman
     assert command(train.main, "--run", run, "--rebuild") == 0
     assert RunArtifacts.open(run).load_memory().num_items == 50
     assert (run / "generator" / "weights.safetensors").stat().st_mtime_ns == weights
+
+
+@pytest.mark.parametrize("stage", ["memory", "graph"])
+def test_a_deleted_stage_is_named_and_the_printed_command_builds_it_alone(
+    run: Path, command, stage: str
+) -> None:
+    files = [path for path in run.glob("*/*") if path.parent.name != stage and path.suffix == ".safetensors"]
+    before = [path.stat().st_mtime_ns for path in files]
+    shutil.rmtree(run / stage)
+    with pytest.raises(UserError, match=f"the {stage} of {run} is missing") as caught:
+        RunArtifacts.open(run)
+    assert caught.value.fix is not None and "between two trainings" not in str(caught.value)
+    prefix, _, words = caught.value.fix.partition(": ")
+    assert prefix == "restore it from a copy, or build it again"
+    name, *rest = shlex.split(words)
+    assert name == "cemg-train" and command(train.main, *rest) == 0
+    assert RunArtifacts.open(run).load_memory().num_items == 50
+    assert [path.stat().st_mtime_ns for path in files] == before
 
 
 def test_a_memory_of_another_catalog_is_refused(run: Path) -> None:
