@@ -19,9 +19,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cemg.errors import UserError
+
+if TYPE_CHECKING:
+    from cemg.artifacts import RunArtifacts
 
 SOME_FAILED = 3  # exit code if a line got an error
 STDIN = Path("-")
@@ -50,19 +53,30 @@ class Request:
 def parse_history(text: str) -> list[str]:
     """Parse the value of ``--history``: a JSON list, or item ids separated by spaces or commas.
 
+    An empty text or list is the empty history.
+
     Raises:
-        UserError: The text is not valid JSON, or contains no item.
+        UserError: The text is not valid JSON, or is not empty but contains no item.
     """
     if not text.lstrip().startswith("["):
         items = text.replace(",", " ").split()
-    else:
-        try:
-            items = _ids(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"--history is not a valid JSON list of item ids: {error}") from None
-    if not items:
-        raise UserError("--history names no item", fix=HISTORY_FIX)
-    return items
+        if text.strip() and not items:
+            raise UserError("--history names no item", fix=HISTORY_FIX)
+        return items
+    try:
+        return _ids(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--history is not a valid JSON list of item ids: {error}") from None
+
+
+def no_history(artifacts: RunArtifacts) -> UserError:
+    """The error for an empty ``--history`` of a search without the memory, which ranks by popularity."""
+    popular = "--memory gate ranks by popularity"
+    return UserError(
+        "the history is empty",
+        cause="the generator alone has no list for an empty history",
+        fix=f"{HISTORY_FIX}; {popular}" if artifacts.has_gate() else HISTORY_FIX,
+    )
 
 
 def read_requests(

@@ -17,6 +17,7 @@ from cemg.commands.histories import (
     SOME_FAILED,
     STDIN,
     in_batches,
+    no_history,
     output_line,
     parse_history,
     read_requests,
@@ -47,12 +48,13 @@ app = command.command_line()
 def recommend(
     run: command.RunOption,
     history: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="IDS",
-            help="Item ids, oldest first, separated by spaces or commas; or a JSON list of ids.",
+            help="Item ids, oldest first, separated by spaces or commas; or a JSON list of ids. With the "
+            'memory, "" lists the most popular items.',
         ),
-    ] = "",
+    ] = None,
     user: Annotated[
         str, typer.Option(metavar="ID", help="Use the whole history of this user of the run's data.")
     ] = "",
@@ -133,13 +135,13 @@ def recommend(
     for name, count in (("top", top), ("beams", beams)):
         if count < 1:
             raise UserError(f"--{name} must be at least 1, got {count}")
-    if sum(map(bool, (history, user, histories, everyone))) != 1:
+    if sum((history is not None, bool(user), bool(histories), bool(everyone))) != 1:
         raise UserError(
             "give exactly one of --history, --user, --histories and --all",
             fix='for example --history "12 7 105"',
         )
     _check_all(everyone, part)
-    items = parse_history(history) if history else []
+    items = parse_history(history) if history is not None else []
     if histories and histories != STDIN and not histories.exists():
         raise UserError(f"{histories} does not exist")
     recommender = Recommender.from_run(
@@ -154,6 +156,8 @@ def recommend(
         "exact": exact,
         "memory": recommender.default_memory if memory is None else memory,
     }
+    if history is not None and not items and options["memory"] == "off":
+        raise no_history(recommender.artifacts)
     if only or exclude:
         allowed = read_ids(only, option="--only") if only else []
         forbidden = read_ids(exclude, option="--exclude") if exclude else []
@@ -174,7 +178,9 @@ def recommend(
         return
     rows = answer["items"]
     table = _table(rows)
-    if engine != "transformers":  # which computes no certificate
+    if answer["ranked_by"] == "popularity":
+        table.caption = "there is no history: ranked by popularity"
+    elif engine != "transformers":  # which computes no certificate
         proven = answer["certified"]
         table.caption = f"the first {proven} of {len(rows)} are proven to be the best"
         table.caption += "; --exact proves all" if proven < len(rows) and not exact else ""

@@ -88,13 +88,16 @@ def test_a_truncated_file_is_refused_with_the_line_number(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "items"),
-    [("12 7", ["12", "7"]), ("12,7", ["12", "7"]), ('["a b", "x, y"]', ["a b", "x, y"]), (" [12]", ["12"])],
-)
+    [
+        ("12 7", ["12", "7"]), ("12,7", ["12", "7"]), ('["a b", "x, y"]', ["a b", "x, y"]), (" [12]", ["12"]),
+        ("", []), (" ", []), ("[]", []),
+    ],
+)  # fmt: skip
 def test_a_history_on_the_command_line_can_be_ids_or_a_json_list(text, items):
     assert parse_history(text) == items
 
 
-@pytest.mark.parametrize("text", [" , ", "[]", "[1,", "[null]", "[" * 100_000])
+@pytest.mark.parametrize("text", [" , ", "[1,", "[null]", "[" * 100_000])
 def test_a_history_without_ids_is_refused(text):
     with pytest.raises(UserError, match="--history"):
         parse_history(text)

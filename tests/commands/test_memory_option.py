@@ -112,6 +112,24 @@ def test_an_empty_history_is_ranked_by_popularity_and_labelled(
     ] * 2
 
 
+@pytest.mark.parametrize("empty", ["", "[]"])
+def test_an_empty_history_on_the_command_line_lists_popular_items_or_says_what_does(
+    tiny_run, command, capsys, empty
+):
+    words = ["--run", tiny_run, "--history", empty, "--top", 5]
+    assert command(recommend.main, *words, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    counts = RunArtifacts.open(tiny_run).load_memory().counts
+    rows = RunArtifacts.open(tiny_run).load_catalog().rows_of([row["item"] for row in answer["items"]])
+    assert answer["history"] == [] and answer["ranked_by"] == "popularity"
+    assert [counts[row] for row in rows] == sorted(counts, reverse=True)[:5]
+    assert command(recommend.main, *words) == 0
+    assert "there is no history: ranked by popularity" in capsys.readouterr().out
+    assert command(recommend.main, *words, "--memory", "off") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the history is empty") and "; --memory gate ranks by popularity" in said
+
+
 def test_a_run_without_a_gate_or_a_memory_is_refused_and_the_printed_command_adds_them(
     tiny_run, tmp_path, command, capsys
 ):
