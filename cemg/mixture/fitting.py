@@ -25,8 +25,8 @@ FOLDS = 5
 STEPS, RATE = 100, 0.05  # of the optimizer of the slopes
 COMPARED = 64  # candidates per user, the best of the average of all experts, that the slopes are fitted on
 SMOOTH = 0.15  # score difference that the smooth rank counts as a half
-LOWEST = -1e4  # in place of the logarithm of 0, whose gradient is not a number
-LEAST = 0.02  # weight that the constant mixture starts from at least, so that a gradient exists
+LOWEST = -1e4  # in place of the logarithm of 0, whose gradient is not a number; its exponential is 0
+LEAST = 0.02  # weight that the slopes start from at least, so that a gradient exists
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,10 @@ def gains_of(experts: Tensor, weights: Tensor, target: Tensor) -> Tensor:
         target: [U].
     """
     scores = mixed(experts, weights)
-    ranks = (scores > scores.gather(1, target[:, None])).sum(1)
-    return (ranks < DEPTH) / torch.log2(ranks.double() + 2)
+    own = scores.gather(1, target[:, None])
+    ranks = (scores > own).sum(1)
+    listed = (ranks < DEPTH) & ~own[:, 0].isneginf()  # a list has no items of probability 0
+    return listed / torch.log2(ranks.double() + 2)
 
 
 def mixed(experts: Tensor, weights: Tensor) -> Tensor:
@@ -90,41 +92,44 @@ def mixed(experts: Tensor, weights: Tensor) -> Tensor:
 def fit_gate(found: Candidates, sources: Sequence[str], *, memory: str, log: Any = None) -> Gate:
     """Fit the constant mixture and the gate.
 
-    The slopes of the gate are penalized. Cross-validation over users chooses the penalty, and keeps the
-    constant mixture where no gate is better.
+    The slopes of the gate are penalized. Cross-validation over users chooses the penalty, and whether the
+    gate weighs experts without a weight in the constant mixture. It keeps the constant mixture, with its
+    weights of 0 and 1, where no gate is better.
     """
     weights, powers = best_constant(found)
     experts = found.experts(powers)
     means, scales = found.features.mean(0), np.maximum(found.features.std(0), 1e-6)
     features = torch.from_numpy((found.features - means) / scales).float()
     present = torch.from_numpy(found.present)
-    start = starting_logits(weights)
-    held_out = {penalty: 0.0 for penalty in PENALTIES}
+    used = sum(weight > 0 for weight in weights)
+    tried = list(itertools.product(PENALTIES, (True, False) if 1 < used < len(weights) else (False,)))
+    held_out = dict.fromkeys(tried, 0.0)  # of ties, the first is kept: with fewer experts
     constant = 0.0
     for train, test in folds(len(found.target)):
         own, _ = best_constant(found.take(train), powers)
         constant += total_gain(experts, found.target, test, masked(torch.tensor(own), present))
-        for penalty in PENALTIES:
+        for penalty, narrow in tried:
             bias, slopes = fit_slopes(
-                experts[train], found.target[train], features[train], present[train], starting_logits(own),
-                penalty,
+                experts[train], found.target[train], features[train], present[train], own, penalty,
+                narrow=narrow,
             )  # fmt: skip
-            tried = masked(torch.softmax(bias + features @ slopes, 1), present)
-            held_out[penalty] += total_gain(experts, found.target, test, tried)
-    penalty = max(PENALTIES, key=lambda value: held_out[value])
-    gated = held_out[penalty] > constant
+            gates = masked(torch.softmax(bias + features @ slopes, 1), present)
+            held_out[penalty, narrow] += total_gain(experts, found.target, test, gates)
+    best = max(tried, key=lambda one: held_out[one])
+    gated = held_out[best] > constant
     bias, slopes = (
-        fit_slopes(experts, found.target, features, present, start, penalty)
+        fit_slopes(experts, found.target, features, present, weights, best[0], narrow=best[1])
         if gated
-        else (start, torch.zeros(features.shape[1], len(weights)))
+        else (exact_logits(weights), torch.zeros(features.shape[1], len(weights)))
     )
     alone = {
         name: float(gains_of(experts, masked(one, present), found.target).sum()) / found.users
         for name, one in zip(("generator", *sources), torch.eye(len(weights)), strict=True)
     }
+    reached = held_out[best] if gated else constant
     fit = {
-        "users": found.users, "users_with_target": len(found.target), "penalty": penalty if gated else None,
-        "ndcg10": {**alone, "constant": constant / found.users, "gate": held_out[penalty] / found.users},
+        "users": found.users, "users_with_target": len(found.target), "penalty": best[0] if gated else None,
+        "ndcg10": {**alone, "constant": constant / found.users, "gate": reached / found.users},
     }  # fmt: skip
     return Gate(
         sources=list(sources), powers=list(powers), constant=weights, bias=bias.tolist(),
@@ -202,21 +207,33 @@ def starting_logits(weights: Sequence[float]) -> Tensor:
     return logits - logits.mean()
 
 
+def exact_logits(weights: Sequence[float]) -> Tensor:
+    """Return logits [E] whose softmax is the weights, those of 0 among them."""
+    logits = torch.tensor(weights, dtype=torch.float64).log()
+    return logits.clamp_min(LOWEST)
+
+
 def fit_slopes(
-    experts: Tensor, target: Tensor, features: Tensor, present: Tensor, start: Tensor, penalty: float
-) -> tuple[Tensor, Tensor]:
-    """Maximize a smooth NDCG@10 by Adam. Returns the bias [E] and the slopes [F, E]."""
+    experts: Tensor, target: Tensor, features: Tensor, present: Tensor, start: Sequence[float],
+    penalty: float, *, narrow: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Maximize a smooth NDCG@10 by Adam, from the constant weights ``start``.
+
+    With ``narrow``, experts of weight 0 keep it. Returns the bias [E] and the slopes [F, E].
+    """
     experts, target = narrowed(experts, target)
-    bias = start.clone().requires_grad_()
+    unused = torch.tensor([narrow and weight == 0 for weight in start])
+    bias = starting_logits(start).requires_grad_()
     slopes = torch.zeros(features.shape[1], len(start), requires_grad=True)
     optimizer = torch.optim.Adam([bias, slopes], lr=RATE)
     for _ in range(STEPS):
-        weights = masked(torch.softmax(bias + features @ slopes, dim=1), present)
+        logits = (bias + features @ slopes).masked_fill(unused, LOWEST)
+        weights = masked(torch.softmax(logits, dim=1), present)
         loss = penalty * slopes.square().sum() - smooth_gain(experts, weights, target).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return bias.detach(), slopes.detach()
+    return bias.detach().masked_fill(unused, LOWEST), slopes.detach()
 
 
 def narrowed(experts: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
