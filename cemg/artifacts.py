@@ -48,7 +48,7 @@ class RunArtifacts:
             torch.cuda.set_device(device)  # kernels take the current one
 
     @classmethod
-    def open(cls, folder: Path, *, device: str = "cpu", verify: bool = True) -> Self:
+    def open(cls, folder: Path | str, *, device: str = "cpu", verify: bool = True) -> Self:
         """Open a finished run.
 
         Args:
@@ -60,6 +60,7 @@ class RunArtifacts:
             UserError: The run is not finished.
             DamagedError: A part of it is damaged or belongs to another run.
         """
+        folder = Path(folder)
         run = Run.existing(folder)
         if not run.finished():
             settings_file(folder)  # raises DamagedError if the settings are damaged
