@@ -137,7 +137,8 @@ class RunArtifacts:
         """The item memory of the run, by memory map.
 
         Args:
-            catalog: The catalog of the run, if it is loaded already.
+            catalog: A catalog of the run, if it is loaded already. The memory has its items, and not those
+                that were added to the run after it.
 
         Raises:
             UserError: The run has no memory, or it was built for another catalog.
@@ -156,7 +157,7 @@ class RunArtifacts:
         ids = (self.load_catalog() if catalog is None else catalog).item_ids
         memory.check_catalog(ids, run=self.run.folder)
         self.check_unchanged()
-        return memory
+        return memory.first(len(ids))
 
     def has_gate(self) -> bool:
         """Whether the run has a gate. Runs that earlier versions trained have none."""
@@ -191,11 +192,12 @@ class RunArtifacts:
     def sources(self, gate: Gate, memory: Memory, *, items: int | None = None) -> list[Source]:
         """The experts beside the generator, in the order of the gate.
 
-        With ``items``, they know only that many rows, for a search without the items that were added later.
+        With ``items``, the item softmax knows only that many rows, for a search without the items that were
+        added later. The memory has the items of the catalog that it was loaded for.
         """
         sources: list[Source] = []
         if MEMORY in gate.sources:
-            sources.append(MemorySource(memory, limit=items))
+            sources.append(MemorySource(memory))
         if DENSE in gate.sources:
             for name in DENSE_FILES:
                 self.file("gate", name)

@@ -18,6 +18,10 @@ from cemg.storage import files
 if TYPE_CHECKING:
     import polars as pl
 
+    from cemg.memory import Memory
+    from cemg.recommender import Recommender
+    from cemg.tokenizer import Catalog
+
 
 app = command.command_line(
     help="Inspect and change the catalog of a run: its items and their semantic IDs.",
@@ -81,7 +85,8 @@ def add(
 ) -> None:
     """Add new items to the catalog, without retraining.
 
-    The encoders and the tokenizer of the run compute their semantic IDs. Existing ones do not change.
+    The encoders and the tokenizer of the run compute their semantic IDs. Existing ones do not change. The
+    item memory connects new items with those of similar texts.
     """
     from cemg.artifacts import ADDED_TITLES, RunArtifacts
     from cemg.data.readers.pictures import image_paths
@@ -104,9 +109,13 @@ def add(
         titles = recommender.artifacts.added_titles()
         titles |= {i: t for i, t in zip(table["item"], table["title"], strict=True) if t}
         extended = recommender.catalog.extended(codes, table["item"].to_list())
-        with Run(run).revised("catalog") as folder:  # with the same stage key: later stages stay valid
-            extended.save(folder)
-            files.write_json(folder / ADDED_TITLES, titles)
+        memory = _extended_memory(recommender, table["text"].to_list(), extended)
+        stages = ("catalog",) if memory is None else ("catalog", "memory")
+        with Run(run).revised(*stages) as folder:  # with the same stage keys: later stages stay valid
+            extended.save(folder / "catalog")
+            files.write_json(folder / "catalog" / ADDED_TITLES, titles)
+            if memory is not None:
+                memory.save(folder / "memory")
     for item, item_codes in zip(table["item"], codes.tolist(), strict=True):
         print(item, " ".join(symbol(level, code) for level, code in enumerate(item_codes)))
     console.print(f"{len(table)} items added, {len(known) + len(table)} in the catalog", highlight=False)
@@ -133,6 +142,21 @@ def export(
     catalog = RunArtifacts.open(run, verify=not no_verify).load_catalog()
     catalog.write_codes(out)
     console.print(f"{len(catalog)} items in {out}", highlight=False, markup=False)
+
+
+def _extended_memory(recommender: Recommender, texts: list[str | None], extended: Catalog) -> Memory | None:
+    """The memory of the run with items for all of the extended catalog; None if the run has no memory.
+
+    Items that were added before the memory followed the catalog have their title in place of a text.
+    """
+    artifacts = recommender.artifacts
+    if not artifacts.has_memory():
+        return None
+    memory, titles = artifacts.load_memory(recommender.catalog), artifacts.added_titles()
+    earlier = recommender.catalog.item_ids[memory.num_items :]
+    memory.add_items([*(titles.get(str(item)) for item in earlier), *texts])
+    memory.record_ids(extended.item_ids)
+    return memory
 
 
 def _read(path: Path, columns: str, *, separator: str, encoding: str, pictures: bool) -> pl.DataFrame:

@@ -130,11 +130,11 @@ def score_memory(
         UserError: The run has no memory.
     """
     data = artifacts.load_data()
-    catalog = artifacts.load_catalog()
+    catalog = artifacts.load_catalog().first(data.num_items)
     split = data.split()
     rows, scope = _sample(split, part, users, config)
     memory = artifacts.load_memory(catalog)
-    removed, notes = _removed(artifacts, catalog.first(data.num_items), ())
+    removed, notes = _removed(artifacts, catalog, ())
     rank, hidden = memory.ranker(), torch.tensor(removed, dtype=torch.int64)
 
     def rank_present(histories: list[np.ndarray], top: int) -> Tensor:
@@ -239,7 +239,7 @@ def score_mixture(
     split = data.split()
     rows, scope = _sample(split, part, users, config)
     removed, notes = _removed(artifacts, catalog, (), quiet=True)
-    sources = artifacts.sources(gate, artifacts.load_memory(), items=data.num_items)
+    sources = artifacts.sources(gate, artifacts.load_memory(catalog), items=data.num_items)
     mixture = open_mixture(artifacts, *artifacts.load_generator(), catalog, sources, split)
     started = time.monotonic()
     kept, excluded = (

@@ -57,14 +57,15 @@ class Memory:
         similar: C; None for a catalog without texts.
         catalog: Digest of the item ids that the first rows stand for (`ids_digest`).
         catalog_items: Number of these items.
+        added: Digest of the ids of the items after them; None if it is not known, or there are none.
     """
 
     def __init__(
         self, config: MemoryConfig, constants: Constants, counts: np.ndarray, transitions: Rows,
-        similar: Similarity | None, catalog: str, catalog_items: int,
+        similar: Similarity | None, catalog: str, catalog_items: int, added: str | None = None,
     ) -> None:  # fmt: skip
         self.config, self.constants = config, constants
-        self.catalog, self.catalog_items = catalog, catalog_items
+        self.catalog, self.catalog_items, self.added = catalog, catalog_items, added
         self.transitions = Transitions(transitions, counts, window=config.window, constants=constants)
         self.similar = similar
 
@@ -185,10 +186,36 @@ class Memory:
         """
         check_texts(texts)
         rows = range(self.num_items, self.num_items + len(texts))
+        if not len(texts):
+            return rows
         self.transitions.extend(len(texts))
         if self.similar is not None:
             self.similar.extend(texts)
+        self.added = None
         return rows
+
+    def record_ids(self, item_ids: Sequence[str | int]) -> None:
+        """Record the ids of the items that were added, for `check_catalog`.
+
+        Args:
+            item_ids: Ids of all items, in row order.
+        """
+        if len(item_ids) != self.num_items:
+            raise UserError(f"there are {len(item_ids)} item ids, but the memory has {self.num_items} items")
+        added = item_ids[self.catalog_items :]
+        self.added = ids_digest(added) if len(added) else None
+
+    def first(self, count: int) -> Memory:
+        """Return a memory of the first ``count`` items: what it was before the others were added.
+
+        Events of the others are left out, too.
+        """
+        if count >= self.num_items:
+            return self
+        return Memory(
+            self.config, self.constants, self.counts[:count], self.transitions.merged().first(count),
+            None if self.similar is None else self.similar.first(count), self.catalog, self.catalog_items,
+        )  # fmt: skip
 
     def _checked(self, history: Sequence[int] | np.ndarray) -> list[int]:
         rows = item_rows(history)
@@ -280,16 +307,21 @@ class Memory:
     # ---- files
 
     def save(self, folder: Path | str) -> None:
-        """Write the memory to ``folder``, which is created if it does not exist."""
+        """Write the memory to ``folder``, which is created if it does not exist.
+
+        A killed process leaves the memory that was there before, or this one.
+        """
         folder = Path(folder)
         tensors = {"counts": self.counts, **_tensors("transitions", self.transitions.merged())}
         if self.similar is not None:
             tensors |= _tensors("similar", self.similar.merged())
             self.similar.index.save(folder)
-        about = {
+        about: dict[str, Any] = {
             "format": FORMAT, "catalog": self.catalog, "catalog_items": self.catalog_items,
             "config": dataclasses.asdict(self.config), "constants": dataclasses.asdict(self.constants),
         }  # fmt: skip
+        if self.added is not None:
+            about["added"] = self.added
         files.save_tensors(
             {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()},
             folder / MEMORY_FILE, metadata={"memory": json.dumps(about)},
@@ -337,16 +369,24 @@ class Memory:
         similar = None
         if "similar" in rows:
             similar = Similarity(
-                rows["similar"], top=about.config.similar_items, index=lambda: TextIndex.load(folder, fix=fix)
-            )
+                rows["similar"], top=about.config.similar_items,
+                index=lambda: TextIndex.load(folder, len(arrays["counts"]), fix=fix),
+            )  # fmt: skip
         return cls(
             about.config, about.constants, arrays["counts"], rows["transitions"], similar, about.catalog,
-            about.catalog_items,
+            about.catalog_items, about.added,
         )  # fmt: skip
 
     def check_catalog(self, item_ids: Sequence[str | int], *, run: Path | None = None) -> None:
-        """Raise UserError if the memory was built for other items than the first N of a catalog."""
-        if ids_digest(item_ids[: self.catalog_items]) != self.catalog:
+        """Raise UserError if the memory was built for other items than the first N of a catalog.
+
+        Items that were added to the memory after those of the catalog are not compared.
+        """
+        added = item_ids[self.catalog_items : self.num_items]
+        is_compared = self.added is not None and len(item_ids) >= self.num_items
+        if ids_digest(item_ids[: self.catalog_items]) != self.catalog or (
+            is_compared and ids_digest(added) != self.added
+        ):
             command = f"cemg-train --run {quote(str(run))}" if run is not None else "cemg-train --run RUN"
             raise UserError(
                 "this memory does not belong to the catalog",
@@ -364,6 +404,7 @@ class _About:
     catalog_items: int
     config: MemoryConfig
     constants: Constants
+    added: str | None = None
 
 
 def ids_digest(item_ids: Sequence[str | int]) -> str:

@@ -37,6 +37,16 @@ class Rows:
             last = min(last, first + top)
         return self.items[first:last], self.values[first:last]
 
+    def first(self, count: int) -> Rows:
+        """Return the first ``count`` rows, without entries of items from ``count`` on."""
+        starts = self.starts[: count + 1]
+        items, values = self.items[: starts[-1]], self.values[: starts[-1]]
+        left_out = np.flatnonzero(items >= count)
+        if not len(left_out):
+            return Rows(starts, items, values)
+        before = np.searchsorted(left_out, starts)
+        return Rows(starts - before, np.delete(items, left_out), np.delete(values, left_out))
+
     @classmethod
     def stacked(cls, rows: Sequence[Row]) -> Rows:
         """Build the matrix from its rows."""

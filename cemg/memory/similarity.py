@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from cemg.errors import DamagedError
 from cemg.memory.rows import Row, Rows, largest
 from cemg.storage import files
 from cemg.storage.read import RESTORE, read_tensors
@@ -88,6 +89,12 @@ class TextIndex:
                 rows.append(best(items, values, top))
         return Rows.stacked(rows)
 
+    def first(self, count: int) -> TextIndex:
+        """Return the index of the first ``count`` items. Words and weights do not depend on later ones."""
+        if count == self.vectors.shape[0]:
+            return self
+        return TextIndex(self.words, self.weights, self.vectors[:count])
+
     def save(self, folder: Path) -> None:
         """Write the index to ``folder``."""
         tensors = {
@@ -98,8 +105,15 @@ class TextIndex:
         files.save_tensors({k: torch.from_numpy(v) for k, v in tensors.items()}, folder / TEXTS_FILE)
 
     @classmethod
-    def load(cls, folder: Path, *, fix: str = RESTORE) -> TextIndex:
-        """Read what `save` wrote. Raises DamagedError."""
+    def load(cls, folder: Path, num_items: int, *, fix: str = RESTORE) -> TextIndex:
+        """Read the index of the first ``num_items`` items from what `save` wrote.
+
+        The file may have more: `Memory.save` writes it first, so a process that was killed there has added
+        items to this file alone.
+
+        Raises:
+            DamagedError: The file is missing or damaged, or has fewer items.
+        """
         spec: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
             "words": (torch.uint8, ("letters",)), "weights": (torch.float32, ("words",)),
             "starts": (torch.int64, ("rows",)), "items": (torch.int32, ("entries",)),
@@ -107,8 +121,12 @@ class TextIndex:
         }  # fmt: skip
         found = {k: v.numpy() for k, v in read_tensors(folder / TEXTS_FILE, spec, fix=fix).items()}
         shape = (len(found["starts"]) - 1, len(found["weights"]))
+        if shape[0] < num_items:
+            cause = f"it has the texts of {shape[0]} items; the memory has {num_items}"
+            raise DamagedError(f"{folder / TEXTS_FILE} is damaged", cause=cause, fix=fix)
         vectors = sparse.csr_matrix((found["values"], found["items"], found["starts"]), shape=shape)
-        return cls(found["words"].tobytes().decode().split("\n"), found["weights"], vectors)
+        words = found["words"].tobytes().decode().split("\n")
+        return cls(words, found["weights"], vectors).first(num_items)
 
     def _finding(self) -> tuple[sparse.csr_matrix, bool]:
         """The vectors, without the most common words if the product with all of them is too large."""
@@ -155,31 +173,59 @@ class Similarity:
 
     def extend(self, texts: Sequence[str | None]) -> None:
         """Append an item per text: its own row, and an entry in the rows of its neighbors."""
-        for vector in self.index.vectors_of(texts):
-            known = self.index.vectors
-            similar = (known @ vector.T).tocoo()
-            items, values = similar.row.astype(np.int32), similar.data
-            row = self.num_items
-            self._rows[row] = best(items, values, self.top)
-            for other, value in zip(items.tolist(), values.tolist(), strict=True):
-                self._insert(other, row, value)
-            self._index = TextIndex(
-                self.index.words, self.index.weights, sparse.vstack((known, vector), format="csr")
-            )
-            self.num_items += 1
+        new = self.index.vectors_of(texts)
+        known = sparse.csr_matrix(sparse.vstack((self.index.vectors, new), format="csr"))
+        lowest = np.concatenate((self._lowest_values(), np.full(len(texts), -np.inf)))
+        for low in range(0, len(texts), BLOCK):
+            block = (known @ new[low : low + BLOCK].T).tocsc()
+            for column in range(block.shape[1]):
+                part = slice(block.indptr[column], block.indptr[column + 1])
+                items, values = block.indices[part], block.data[part]
+                row = self.num_items
+                older = items < row
+                items, values = items[older], values[older]
+                self._rows[row] = best(items, values, self.top)
+                lowest[row] = self._lowest(row)
+                enters = values > lowest[items]
+                for other, value in zip(items[enters].tolist(), values[enters].tolist(), strict=True):
+                    self._insert(other, row, value)
+                    lowest[other] = self._lowest(other)
+                self.num_items += 1
+        self._index = TextIndex(self.index.words, self.index.weights, known)
+
+    def first(self, count: int) -> Similarity:
+        """Return C of the first ``count`` items, as it was before later ones were added."""
+        index = self._index
+        return Similarity(
+            self.merged().first(count), top=self.top,
+            index=lambda: (index if isinstance(index, TextIndex) else index()).first(count),
+        )  # fmt: skip
 
     def _insert(self, row: int, item: int, value: float) -> None:
-        items, values = self.row(row, self.top)
-        if len(items) == self.top and value <= values[-1]:
-            return
+        """Add an entry to a row. Entries beyond the best ``top`` stay, for `first`."""
+        items, values = self._rows.get(row) or self.base.row(row)
         items, values = np.append(items, np.int32(item)), np.append(values, np.float32(value))
-        self._rows[row] = best(items, values, self.top)
+        self._rows[row] = best(items, values, len(items))
+
+    def _lowest(self, row: int) -> float:
+        """The value that an entry must exceed to be among the best ``top`` of a row."""
+        values = self._rows[row][1]
+        return float(values[self.top - 1]) if len(values) >= self.top else float("-inf")
+
+    def _lowest_values(self) -> np.ndarray:
+        """`_lowest` of all rows, [N] float64."""
+        lowest = np.full(self.num_items, -np.inf)
+        full = np.flatnonzero(np.diff(self.base.starts) >= self.top)
+        lowest[full] = self.base.values[self.base.starts[full] + self.top - 1]
+        for row in self._rows:
+            lowest[row] = self._lowest(row)
+        return lowest
 
     def merged(self) -> Rows:
-        """Return C with all items, sorted as ``base``."""
+        """Return C with all items, sorted as ``base``. A row may have more than ``top`` entries."""
         if not self._rows:
             return self.base
-        return Rows.stacked([self.row(item, self.top) for item in range(self.num_items)])
+        return Rows.stacked([self._rows.get(item) or self.base.row(item) for item in range(self.num_items)])
 
 
 def _unit(counts: sparse.csr_matrix, weights: np.ndarray) -> sparse.csr_matrix:

@@ -142,6 +142,11 @@ class Transitions:
         """Return T with all events, sorted as ``base``."""
         if self._built is None:
             return self.base
+        if not self._added and np.array_equal(self.factors, self._built):  # there are only new items
+            starts = np.append(
+                self.base.starts, np.full(len(self.counts) - len(self.base), self.base.starts[-1])
+            )
+            return Rows(starts, self.base.items, self.base.values)
         rows = []
         for item in range(len(self.counts)):
             items, values = self.whole_row(item)

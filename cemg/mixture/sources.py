@@ -58,7 +58,6 @@ class MemorySource:
     """The item memory as a source. It says nothing about a history that it connects with no item."""
 
     memory: Memory
-    limit: int | None = None  # rows from here on are items that the search does not have
     name: str = MEMORY
 
     def __call__(self, histories: Sequence[np.ndarray], *, exclude_history: bool) -> list[Masses]:
@@ -66,7 +65,7 @@ class MemorySource:
         items, masses = self.memory.prior(
             histories, exclude_history=exclude_history, power=1.0, top=MASSES, popularity=False
         )
-        return [_within(rows, mass, self.limit) for rows, mass in zip(items, masses, strict=True)]
+        return [Masses(rows, mass) for rows, mass in zip(items, masses, strict=True)]
 
 
 class PriorModel(Protocol):
@@ -83,7 +82,7 @@ class DenseSource:
 
     model: PriorModel
     name: str = DENSE
-    limit: int | None = None  # as in MemorySource
+    limit: int | None = None  # rows from here on are items that the search does not have
     items: int | None = (
         None  # the model has no embedding of rows from here on: they are left out of histories
     )

@@ -35,12 +35,13 @@ def fit_run(artifacts: RunArtifacts, folder: Path) -> None:
     Prints their validation metrics. The files of the dense model are copied, so that the run is complete.
     """
     sources: list[Source] = []
+    items = artifacts.load_data().num_items  # without those that were added later
     if artifacts.config.gate.memory:
-        sources.append(MemorySource(artifacts.load_memory()))
+        sources.append(MemorySource(artifacts.load_memory(artifacts.load_catalog().first(items))))
     if artifacts.config.gate.dense:
         sources.append(_dense_source(artifacts, folder))
     if artifacts.config.generator.item_loss:
-        sources.append(artifacts.item_softmax())
+        sources.append(replace(artifacts.item_softmax(), limit=items))
     _fit(artifacts, sources).save(folder)
 
 

@@ -44,7 +44,7 @@ from cemg_kernels.runtime.ranges import named_range
 
 PENDING, NEXT = ".config.next.yaml", ".next"  # configuration and stages of a training in progress
 CHECKPOINT = Path(".generator.part") / "checkpoints" / "checkpoint.safetensors"
-ADDING = ".adding"  # holds the copy of a stage that a command changes
+ADDING = ".adding"  # holds the copies of stages that a command changes
 Guard = Callable[[str, Path, Mapping[str, Any]], None]
 
 
@@ -201,17 +201,19 @@ class Run:
         self.settle()
 
     @contextmanager
-    def revised(self, name: str) -> Iterator[Path]:
-        """A copy of a finished stage to be changed in a ``with`` block.
+    def revised(self, *names: str) -> Iterator[Path]:
+        """A folder with copies of finished stages to be changed in a ``with`` block.
 
-        It replaces the stage, under the same key, unless the block raises.
+        They replace the stages, together and under the same keys, unless the block raises.
         """
         adding = self.folder / ADDING
         try:
             files.make_folder(adding)
-            shutil.copytree(self.path(name), adding / name)
-            yield adding / name
-            renew(adding / name)
+            for name in names:
+                shutil.copytree(self.path(name), adding / name)
+            yield adding
+            for name in names:
+                renew(adding / name)
             self.publish(adding)
         finally:
             shutil.rmtree(adding, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cemg.errors import UserError
-from cemg.memory import Constants, Memory, MemoryConfig
+from cemg.errors import DamagedError, UserError
+from cemg.memory import TEXTS_FILE, Constants, Memory, MemoryConfig, similarity
 from cemg.memory.build import build_memory
 from cemg.memory.similarity import TextIndex
+from cemg.storage import files
 
 ITEMS = 12
 TEXTS: list[str | None] = [f"word{i % 5} word{i % 7} kind{i}" for i in range(ITEMS)]
@@ -101,6 +102,89 @@ def test_new_items_equal_a_rebuild_with_the_same_words(
     index = TextIndex(first.words, first.weights, first.vectors_of(everything))
     rebuilt = built([[*users[0], new], *users[1:]], everything, index=index)
     assert_equal(live, rebuilt)
+
+
+@settings(deadline=None, max_examples=15)
+@given(sequences, st.lists(st.sampled_from([*TEXTS, "word1 word2", None]), min_size=1, max_size=6), st.data())
+def test_the_first_items_of_an_extended_memory_are_the_memory_before(
+    users: list[list[int]], texts: list[str | None], data: st.DataObject
+) -> None:
+    """Rows are cut to three items, so new items displace others."""
+    count = data.draw(st.integers(0, len(texts)))
+    before, live = built(users), built(users)
+    before.add_items(texts[:count])
+    live.add_items(texts)
+    first = live.first(ITEMS + count)
+    assert_equal(first, before)
+    first.add_items(texts[count:])
+    assert_equal(first, live)
+
+
+def test_items_that_are_added_in_blocks_equal_items_that_are_added_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = [f"word{i % 5} kind{i % 12}" for i in range(40)]
+    together, blocks, alone = (built([[0, 1], [1, 2]]) for _ in range(3))
+    together.add_items(texts)
+    monkeypatch.setattr(similarity, "BLOCK", 7)
+    blocks.add_items(texts)
+    for text in texts:
+        alone.add_items([text])
+    assert_equal(blocks, alone)
+    assert_equal(together, alone)
+
+
+def test_the_ids_of_added_items_are_compared_with_those_of_a_catalog(tmp_path: Path) -> None:
+    live = built([[0, 1]], item_ids=range(ITEMS))
+    live.add_items(["word1", "word2"])
+    with pytest.raises(UserError, match="there are 13 item ids, but the memory has 14 items"):
+        live.record_ids(range(ITEMS + 1))
+    live.check_catalog([*range(ITEMS), "a", "b"])  # not known yet
+    live.record_ids([*range(ITEMS), "a", "b"])
+    live.save(tmp_path)
+    loaded = Memory.load(tmp_path)
+    loaded.check_catalog([*range(ITEMS), "a", "b", "later"])
+    loaded.check_catalog([*range(ITEMS), "other"])  # a catalog from before
+    with pytest.raises(UserError, match="does not belong to the catalog"):
+        loaded.check_catalog([*range(ITEMS), "b", "a"])
+    loaded.add_items(["word3"])
+    loaded.check_catalog([*range(ITEMS), "b", "a", "c"])  # not known again
+
+
+@pytest.mark.parametrize("killed", ["before the memory", "after the memory"])
+def test_a_process_that_is_killed_while_it_saves_leaves_one_whole_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    before, after = built([[0, 1, 2]]), built([[0, 1, 2]])
+    before.save(tmp_path)
+    after.add_items(["word1 kind3", "word2"])
+    if killed == "before the memory":
+        monkeypatch.setattr(files, "save_tensors", keep_first(files.save_tensors))
+    after.save(tmp_path)
+    monkeypatch.undo()
+    loaded, expected = Memory.load(tmp_path), before if killed == "before the memory" else after
+    assert_equal(loaded, expected)
+    for memory in (loaded, expected):
+        memory.add_items(["word3 kind3"])
+    assert_equal(loaded, expected)
+
+
+def keep_first(save: Callable[..., None]) -> Callable[..., None]:
+    """The first call saves, later ones are lost with the process."""
+    calls = iter([save])
+    return lambda *arguments, **options: next(calls, lambda *_, **__: None)(*arguments, **options)
+
+
+def test_texts_of_too_few_items_are_refused_by_name(tmp_path: Path) -> None:
+    built([[0, 1]]).save(tmp_path)
+    texts = (tmp_path / TEXTS_FILE).read_bytes()
+    more = built([[0, 1]])
+    more.add_items(["word1"])
+    more.save(tmp_path)
+    (tmp_path / TEXTS_FILE).write_bytes(texts)
+    with pytest.raises(DamagedError, match=TEXTS_FILE) as caught:
+        Memory.load(tmp_path).add_items(["word2"])
+    assert caught.value.cause == "it has the texts of 12 items; the memory has 13"
 
 
 def test_a_new_item_is_reached_from_its_neighbors_without_any_event() -> None:
