@@ -1,10 +1,11 @@
 """Kills a training, a retraining and `cemg-catalog add` at many moments and checks that nothing is lost.
 
-``python tests/runs/kills.py FOLDER ABOUT COUNT`` prints how many kills each command survived. ABOUT is a
-JSON file with the ``settings`` of a tiny run and its ``cache`` (see test_kills.py). A command gets SIGKILL at
-a random disk operation or after a random share of its time. Then the run is opened: a finished run must
-recommend as before the command or as after it. Then the next command must end with the settings, codes and
-weights of a run that was never killed.
+``python tests/runs/kills.py stage NAME RUN FOLDER`` kills a training inside one stage of copies of a finished
+tiny run, see CASES. ``python tests/runs/kills.py FOLDER ABOUT COUNT`` prints how many kills each command
+survived. ABOUT is a JSON file with the ``settings`` of a tiny run and its ``cache`` (see test_kills.py). A
+command gets SIGKILL at a random disk operation or after a random share of its time. Then the run is opened: a
+finished run must recommend as before the command or as after it. Then the next command must end with the
+settings, codes and weights of a run that was never killed.
 
 Each command runs in a fork of one process that has imported everything and started no thread.
 """
@@ -27,8 +28,11 @@ from pathlib import Path
 
 import torch
 
+from cemg.artifacts import RunArtifacts
 from cemg.commands import catalog, recommend, train
+from cemg.pipeline import Pipeline
 from cemg.storage import files
+from cemg.storage.manifest import LOGS, Manifest
 
 STEPS = ((files, "_open"), (files, "_fsync"), (files, "_replace"), (files, "_mkdir"), (shutil, "rmtree"),
          (Path, "unlink"), (Path, "rmdir"), (os, "unlink"), (os, "rmdir"))  # fmt: skip
@@ -46,13 +50,17 @@ class Ended:
 
 
 def forked(
-    command: Callable[[], None], *arguments: object, log: Path, at_step: int = 0, after: float = 0.0
-) -> Ended:
-    """Runs a command in a fork and kills it before step ``at_step`` or after ``after`` seconds, unless they are 0."""
+    command: Callable[[], object], *arguments: object, log: Path, at_step: int = 0, after: float = 0.0,
+    stage: str = "",
+) -> Ended:  # fmt: skip
+    """Runs a command in a fork, and kills it before a step or after some seconds, unless they are 0.
+
+    With ``stage``, only steps of this stage of a training count.
+    """
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _run(command, arguments, log, at_step)
+        _run(command, arguments, log, at_step, stage)
     if after:
         while time.monotonic() - started < after and os.waitpid(child, os.WNOHANG) == (0, 0):
             time.sleep(0.002)
@@ -67,7 +75,9 @@ def forked(
     return Ended(about.get("code", -signal.SIGKILL), text, about.get("steps", 0), seconds)
 
 
-def _run(command: Callable[[], None], arguments: tuple[object, ...], log: Path, at_step: int) -> None:
+def _run(
+    command: Callable[[], object], arguments: tuple[object, ...], log: Path, at_step: int, stage: str
+) -> None:
     """Runs in the child and never returns."""
     torch.set_num_threads(1)
     log.unlink(missing_ok=True)
@@ -75,12 +85,12 @@ def _run(command: Callable[[], None], arguments: tuple[object, ...], log: Path, 
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.argv = ["cemg", *map(str, arguments)]
-    count = [0]
+    count, counts = [0], [not stage]
 
     def counting(step: Callable[..., object]) -> Callable[..., object]:
         def wrapped(*values: object, **options: object) -> object:
-            count[0] += 1
-            if count[0] == at_step:
+            count[0] += counts[0]
+            if counts[0] and count[0] == at_step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(*values, **options)
 
@@ -88,6 +98,15 @@ def _run(command: Callable[[], None], arguments: tuple[object, ...], log: Path, 
 
     for owner, name in STEPS:
         setattr(owner, name, counting(getattr(owner, name)))
+    if stage:
+        build = getattr(Pipeline, stage)
+
+        def counted(pipeline: Pipeline) -> None:
+            counts[0] = True
+            build(pipeline)
+            counts[0] = False
+
+        setattr(Pipeline, stage, counted)
     code = 0
     try:
         command()
@@ -146,7 +165,8 @@ class Kills:
 
     def assert_is(self, run: Path, whole: Path) -> None:
         """Settings, codes and weights of two runs are equal, and nothing unfinished lies about."""
-        for name in ("config.yaml", "catalog/catalog.json", "generator/weights.safetensors"):
+        for name in ("config.yaml", "catalog/catalog.json", "memory/memory.safetensors",
+                     "generator/weights.safetensors", "gate/gate.json"):  # fmt: skip
             assert (run / name).read_bytes() == (whole / name).read_bytes(), name
         assert (run / "report" / "report.html").is_file()
         left = {path.name for path in run.rglob(".*")} - {".lock", ".image-hashes.json"}
@@ -197,7 +217,65 @@ class Kills:
         return self.kills
 
 
+CASES = {  # stages that are missing, the stage in which the training is killed, its options
+    "the first memory": (("memory", "gate"), "memory", ()),
+    "the first gate": (("gate",), "gate", ()),
+    "another memory": ((), "memory", ("--set", "memory.window=3", "--force")),
+    "another gate": ((), "gate", ("--set", "gate.users=30")),
+}
+
+
+def kill_in_stage(name: str, run: Path, folder: Path) -> None:
+    """Kills trainings of a finished run inside a stage, and continues them."""
+    folder.mkdir(parents=True)
+    missing, stage, options = CASES[name]
+    whole, copy, log = folder / "whole", folder / "copy", folder / "log"
+    _copied(run, whole, missing)
+    ended = forked(train.main, "--run", whole, *options, log=log, stage=stage)
+    assert ended.code == 0 and ended.steps > 8, ended.text
+    expected = _contents(whole)
+    for step in (ended.steps // 2, ended.steps):
+        _copied(run, copy, missing)
+        before = _contents(copy)
+        killed = forked(train.main, "--run", copy, *options, log=log, at_step=step, stage=stage)
+        assert killed.code == -signal.SIGKILL, killed.text
+        opened = forked(lambda: _opens(copy), log=log)
+        assert opened.code == 0, opened.text
+        assert all(files == before.get(part, expected[part]) for part, files in _contents(copy).items())
+        continued = forked(train.main, "--run", copy, *options, log=log)
+        assert continued.code == 0 and _contents(copy) == expected, continued.text
+        left = {path.name for path in copy.rglob(".*")} - {".lock", ".image-hashes.json"}
+        assert left == set(), left
+        print(f"killed at step {step} of {ended.steps}", flush=True)
+
+
+def _copied(run: Path, copy: Path, missing: tuple[str, ...]) -> None:
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    for stage in missing:
+        shutil.rmtree(copy / stage)
+
+
+def _contents(run: Path) -> dict[str, dict[str, str]]:
+    """sha256 per file of each finished stage, without logs."""
+    stages = {path.parent.name: Manifest.read(path.parent).files for path in run.glob("[!.]*/manifest.json")}
+    return {
+        stage: {name: sha for name, sha in files.items() if name.split("/")[0] not in LOGS}
+        for stage, files in stages.items()
+    }
+
+
+def _opens(run: Path) -> None:
+    """The run opens, and its memory and gate are there as a whole or not at all."""
+    artifacts = RunArtifacts.open(run)
+    assert not artifacts.has_memory() or artifacts.load_memory().num_items == 50
+    assert not artifacts.has_gate() or artifacts.load_gate().constant
+
+
 def main() -> None:
+    if sys.argv[1] == "stage":
+        kill_in_stage(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+        return
     folder, about, kills = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), int(sys.argv[3])
     Kills(folder, about["settings"], cache=about["cache"]).count(kills)
 

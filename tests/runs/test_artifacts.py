@@ -127,7 +127,9 @@ def test_tensors_are_read_with_their_dtypes_and_shapes(tmp_path: Path) -> None:
         ({"mean": torch.tensor([float("inf"), 1.0])}, "mean has values that are not finite"),
     ],
 )
-def test_tensors_with_a_wrong_name_dtype_or_shape_are_refused(tmp_path: Path, changed: Any, said: str) -> None:
+def test_tensors_with_a_wrong_name_dtype_or_shape_are_refused(
+    tmp_path: Path, changed: Any, said: str
+) -> None:
     save_file(TENSORS | changed, tmp_path / "a.safetensors")
     with pytest.raises(DamagedError, match=said):
         read_tensors(tmp_path / "a.safetensors", SPEC)

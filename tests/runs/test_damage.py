@@ -12,7 +12,7 @@ import pytest
 
 
 def count(tmp_path: Path, settings: list[str], *options: object) -> dict[str, int]:
-    """The counts of the script, which runs in a new process because it forks and threads do not survive that."""
+    """The counts of the script, in a new process: it forks, and threads do not survive that."""
     done = subprocess.run(
         [sys.executable, "-m", "damaged", "--settings", json.dumps(settings), *map(str, options)],
         cwd=Path(__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
@@ -23,7 +23,9 @@ def count(tmp_path: Path, settings: list[str], *options: object) -> dict[str, in
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_sample_of_damaged_files_of_a_finished_run_is_refused_or_harmless(tiny_run, tiny_settings, tmp_path):
+def test_a_sample_of_damaged_files_of_a_finished_run_is_refused_or_harmless(
+    tiny_run, tiny_settings, tmp_path
+):
     found = count(tmp_path, tiny_settings, "--cases", 16, "--seed", 7, "--whole", tiny_run)
     assert found["cases"] == 16 and found["refused"] > 3
     assert not {"silent", "traceback", "crash"} & found.keys()

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +107,9 @@ def test_a_changed_setting_rebuilds_its_stage_and_the_stages_after_it(copy, pipe
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_died_in_a_stage_ends_with_the_results_of_an_uninterrupted_one(tiny_run, copy, pipeline, monkeypatch, stage):
+def test_a_run_that_died_in_a_stage_ends_with_the_results_of_an_uninterrupted_one(
+    tiny_run, copy, pipeline, monkeypatch, stage
+):
     for name in STAGES[STAGES.index(stage) :]:
         shutil.rmtree(copy / name)
     build = getattr(Pipeline, f"_build_{stage}", None)

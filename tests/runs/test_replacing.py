@@ -7,12 +7,11 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image
 
 from cemg.commands import catalog, evaluate, recommend, train
@@ -81,7 +80,7 @@ def shop(shop_run: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 def state(run: Path) -> dict[str, bytes]:
     """The contents of the settings and stage files of a run."""
-    names = ("config.yaml", "data", "features", "graph", "memory", "tokenizer", "catalog", "generator", "synthetic")
+    names = ("config.yaml", *(stage for stage in STAGES if stage != "gate"), "synthetic")
     paths = [path for name in names for path in [run / name, *(run / name).rglob("*")] if path.is_file()]
     kept = [path for path in paths if path.parent.name != "tensorboard"]
     return {str(path.relative_to(run)): path.read_bytes() for path in kept}
@@ -135,7 +134,9 @@ def test_settings_that_retrain_nothing_change_without_a_question(copy, training)
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_on_a_terminal_the_user_is_asked_and_the_answer_is_followed(copy, training, capsys, monkeypatch, answer):
+def test_on_a_terminal_the_user_is_asked_and_the_answer_is_followed(
+    copy, training, capsys, monkeypatch, answer
+):
     questions = []
     monkeypatch.setattr(train.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(train.sys.stderr, "isatty", lambda: True, raising=False)
@@ -355,7 +356,9 @@ def test_different_data_are_refused_with_the_count_of_shared_items(copy, data, t
 
 
 @pytest.mark.parametrize("damage", ["", "{", None])
-def test_missing_settings_are_reported_as_damage_and_the_printed_fix_restores_them(copy, training, capsys, damage):
+def test_missing_settings_are_reported_as_damage_and_the_printed_fix_restores_them(
+    copy, training, capsys, damage
+):
     before = state(copy)
     path = copy / "config.yaml"
     if damage is None:
