@@ -94,16 +94,18 @@ class DenseRanker:
         logits: Tensor = states @ table.T
         return logits
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write ``dense.safetensors`` and ``dense.json``."""
+        folder = Path(folder)
         files.save_tensors(self.model.state_dict(), folder / WEIGHTS)
         about = {"num_items": self.model.items.num_embeddings, "config": asdict(self.config)}
         about["weights_sha256"] = file_digest(folder / WEIGHTS)
         files.write_json(folder / ABOUT, signed(about))
 
     @classmethod
-    def load(cls, folder: Path) -> DenseRanker:
+    def load(cls, folder: Path | str) -> DenseRanker:
         """Read what ``save`` wrote. Raises UserError where it is missing, damaged or too old."""
+        folder = Path(folder)
         path, weights = folder / ABOUT, folder / WEIGHTS
         if not path.exists():
             if (folder / EARLIER).exists():

@@ -87,14 +87,15 @@ class Gate:
         """Return the same weights for every history, [B, E], but 0 for sources that say nothing."""
         return normalized(np.tile(np.asarray(self.constant), (len(present), 1)), present)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write ``gate.json``, signed."""
         record = {name: value for name, value in dataclasses.asdict(self).items() if name != "sha256"}
-        files.write_json(folder / GATE_FILE, signed(record))
+        files.write_json(Path(folder) / GATE_FILE, signed(record))
 
     @classmethod
-    def load(cls, path: Path, *, fix: str = RESTORE) -> Gate:
+    def load(cls, path: Path | str, *, fix: str = RESTORE) -> Gate:
         """Read what ``save`` wrote. Raises DamagedError if it is missing, altered or incomplete."""
+        path = Path(path)
         record = read_json(path, dict[str, Any], fix=fix)
         check_signature(record, name=str(path), fix=fix)
         gate = read_json(path, cls, fix=fix)

@@ -67,8 +67,8 @@ def test_a_temperature_flattens_a_prior_and_must_be_positive(ranker: DenseRanker
 
 
 def test_a_saved_ranker_gives_the_same_lists(ranker: DenseRanker, tmp_path: Path) -> None:
-    ranker.save(tmp_path)
-    loaded = DenseRanker.load(tmp_path)
+    ranker.save(str(tmp_path))
+    loaded = DenseRanker.load(str(tmp_path))
     assert loaded.config == ranker.config
     assert torch.equal(loaded([np.arange(5)], 9), ranker([np.arange(5)], 9))
 

@@ -104,8 +104,8 @@ def test_features_follow_the_confidence_of_a_source_and_the_history_and_need_no_
 
 def test_a_gate_is_read_as_it_was_written(tmp_path: Path):
     gate = dataclasses.replace(gate_of([0.4, 0.6], [1.6]), fit={"users": 3})
-    gate.save(tmp_path)
-    loaded = Gate.load(tmp_path / GATE_FILE)
+    gate.save(str(tmp_path))
+    loaded = Gate.load(str(tmp_path / GATE_FILE))
     assert dataclasses.replace(loaded, sha256=None) == gate
 
 
