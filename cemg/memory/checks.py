@@ -12,7 +12,7 @@ import numpy as np
 from cemg.errors import UserError
 
 BATCH = "pass a list of histories, for one user [[3, 1, 4]]"
-LARGEST = 1_000_000  # of a number of items
+LARGEST = 2**31 - 1  # of a number of items
 
 
 def newest_rows(history: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
@@ -99,13 +99,13 @@ def check_texts(texts: Sequence[str | None]) -> None:
         raise UserError(f"{_shown(wrong)} is not a text", fix="pass None for an item without a text")
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise UserError unless ``value`` is an integer from 1 to LARGEST."""
+def check_count(name: str, value: object, *, most: int = LARGEST) -> None:
+    """Raise UserError unless ``value`` is an integer from 1 to ``most``."""
     count = integer(name, None if isinstance(value, bool) else value)
     if count < 1:
         raise UserError(f"{name} must be at least 1, got {count}")
-    if count > LARGEST:
-        raise UserError(f"{name} must be at most {LARGEST:,}, got {count}")
+    if count > most:
+        raise UserError(f"{name} must be at most {most:,}, got {count}")
 
 
 def check_number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:

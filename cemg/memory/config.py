@@ -8,6 +8,8 @@ from typing import Literal
 from cemg.errors import UserError
 from cemg.memory.checks import check_count, check_number
 
+FARTHEST = 10_000  # largest window
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryConfig:
@@ -25,7 +27,8 @@ class MemoryConfig:
     """Text similarity: tfidf (weighted words of the item texts), or none."""
 
     def __post_init__(self) -> None:
-        for name in ("window", "history_items", "transition_items", "similar_items"):
+        check_count("memory.window", self.window, most=FARTHEST)
+        for name in ("history_items", "transition_items", "similar_items"):
             check_count(f"memory.{name}", getattr(self, name))
         if self.text not in ("tfidf", "none"):
             raise UserError(f"memory.text must be tfidf or none, got {self.text!r}")

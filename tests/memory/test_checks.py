@@ -115,6 +115,17 @@ def test_settings_out_of_range_are_refused_by_name(name: str, value: Any) -> Non
         MemoryConfig(**{name: value})
 
 
+def test_the_window_has_a_limit_and_the_number_of_items_of_a_prior_may_exceed_the_catalog(
+    memory: Memory,
+) -> None:
+    with pytest.raises(UserError, match=r"memory\.window must be at most 10,000, got 10001"):
+        MemoryConfig(window=10_001)
+    assert build_memory(TRAIN, TEXTS, config=MemoryConfig(window=10_000)).scores([0, 1])[1].tolist() == (
+        memory.scores([0, 1])[1].tolist()
+    )
+    assert memory.prior([[0, 1]], top=10**7)[0][0].tolist() == memory.scores([0, 1])[0].tolist()
+
+
 def test_another_kind_of_text_similarity_is_refused() -> None:
     with pytest.raises(UserError, match=r"memory\.text must be tfidf or none, got 'bert'"):
         MemoryConfig(text="bert")  # type: ignore[arg-type]

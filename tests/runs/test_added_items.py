@@ -112,6 +112,15 @@ def test_a_run_whose_memory_lacks_added_items_works_and_catches_up(run, tiny_run
     assert memory.num_items == ITEMS + 2 and memory.knows([ITEMS + 1]) and not memory.knows([ITEMS])
 
 
+def test_items_that_a_new_catalog_does_not_have_leave_the_memory(run, tiny_run, add) -> None:
+    add(n1=TEXTS[0])
+    shutil.rmtree(run / "catalog")
+    shutil.copytree(tiny_run / "catalog", run / "catalog")  # as a training writes it
+    assert RunArtifacts.open(run).load_memory().num_items == ITEMS
+    assert add(n2=TEXTS[1]) == 0
+    assert_equal(RunArtifacts.open(run).load_memory(), rebuilt(tiny_run, [TEXTS[1]]))
+
+
 def test_a_run_without_a_memory_takes_new_items(run, add) -> None:
     for stage in ("memory", "gate"):
         shutil.rmtree(run / stage)
