@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from cemg.data import Dataset, read_dataset, synthetic_dataset
 from cemg.data.readers import ColumnNames
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation import evaluate
-from cemg.evaluation.ranker import beam_ranker
+from cemg.evaluation.ranker import beam_ranker, softmax_ranker
 from cemg.evaluation.selection import checkpoint_selection
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
 from cemg.generator import start_from_codebooks, weights_of
+from cemg.generator.item_softmax import ItemSoftmax
 from cemg.generator.training import train_generator
 from cemg.graph.lightgcn import train_lightgcn
 from cemg.memory.build import fit_memory
@@ -282,16 +284,23 @@ class Pipeline(RunArtifacts):
         selection = checkpoint_selection(split, self.config)
         beams = self.config.decoding.validation_beams
 
+        excludes = selection.history == "excluded"
+
         def validate(trained: PreTrainedModel) -> float:
-            rank = beam_ranker(
-                self, *self.served(trained, vocabulary, catalog), catalog, beams=beams,
-                exclude_history=selection.history == "excluded",
-            )  # fmt: skip
-            done = evaluate(
-                rank, split, part="valid", users=selection.users, max_list=beams, progress=False,
-                batch_size=128,
-            )  # fmt: skip
-            return selection.metrics(done)["NDCG@10"]
+            """NDCG@10 of the search; with an item loss, the mean with that of the item softmax."""
+            served, tokens = self.served(trained, vocabulary, catalog)
+            ranks = [beam_ranker(self, served, tokens, catalog, beams=beams, exclude_history=excludes)]
+            if self.config.generator.item_loss:
+                softmax = ItemSoftmax(served, self.prompter(served, tokens, catalog))
+                ranks.append(softmax_ranker(softmax, exclude_history=excludes))
+            found = [
+                evaluate(
+                    rank, split, part="valid", users=selection.users, max_list=beams, progress=False,
+                    batch_size=128,
+                )
+                for rank in ranks
+            ]  # fmt: skip
+            return statistics.fmean(selection.metrics(done)["NDCG@10"] for done in found)
 
         beam_ranker(
             self, *self.served(model, vocabulary, catalog), catalog, beams=1

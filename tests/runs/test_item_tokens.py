@@ -18,6 +18,9 @@ from cemg.commands import catalog, evaluate, train
 from cemg.config import RunConfig, keyed, load_config
 from cemg.decoding import Decoder
 from cemg.errors import UserError
+from cemg.evaluation import evaluate as evaluate_ranker
+from cemg.evaluation.ranker import beam_ranker, softmax_ranker
+from cemg.evaluation.selection import checkpoint_selection
 from cemg.generator import Prompter, Vocabulary
 from cemg.mixture import SOFTMAX
 from cemg.storage.manifest import Manifest
@@ -124,6 +127,38 @@ def test_the_item_softmax_ranks_the_whole_catalog(trained: Path):
         torch.testing.assert_close(mass[row].float(), wanted[items[row]].detach(), atol=1e-6, rtol=1e-4)
     few, part = softmax.prior(histories, top=5)
     assert torch.equal(few, items[:, :5]) and bool((part[:, :-1] >= part[:, 1:]).all())
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+def test_the_ranker_of_the_item_softmax_lists_what_it_finds_most_probable(trained: Path, exclude: bool):
+    softmax = RunArtifacts.open(trained).item_softmax().model
+    histories = [np.array([3, 1, 7]), np.array([5])]
+    lists = softmax_ranker(softmax, exclude_history=exclude)(histories, 49)
+    items, _ = softmax.prior(histories, top=50)
+    for row, history in enumerate(histories):
+        wanted = [item for item in items[row].tolist() if not (exclude and item in history)][:49]
+        assert lists[row].tolist() == wanted + [-1] * (49 - len(wanted))
+
+
+def test_the_checkpoint_is_selected_by_the_mean_of_the_search_and_the_item_softmax(trained: Path):
+    artifacts = RunArtifacts.open(trained)
+    split, config = artifacts.load_data().split(), artifacts.config
+    selection = checkpoint_selection(split, config)
+    assert selection.history == "excluded"
+    model, vocabulary = artifacts.load_generator()
+    beams = config.decoding.validation_beams
+    ranks = [
+        beam_ranker(
+            artifacts, model, vocabulary, artifacts.load_catalog(), beams=beams, exclude_history=True
+        ),
+        softmax_ranker(artifacts.item_softmax().model, exclude_history=True),
+    ]
+    found = [
+        evaluate_ranker(rank, split, part="valid", users=selection.users, max_list=beams).metrics["NDCG@10"]
+        for rank in ranks
+    ]
+    written = json.loads((trained / "generator" / "training.json").read_text())["validation_ndcg10"]
+    assert written == pytest.approx(sum(found) / 2, abs=1e-6) and found[0] != found[1]
 
 
 def test_the_item_softmax_is_an_expert_of_the_gate(trained: Path, tmp_path: Path, command):
