@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class BackboneConfig:
     """For scratch: gpt2 (learned positions) or llama (rotary positions, RMSNorm, SwiGLU)."""
     codebook_init: bool = False
     """Whether the code tokens' embeddings start from the tokenizer's codebooks."""
+    tied: bool = True
+    """Whether the head of a Llama from scratch is its table of embeddings; if not, it starts as a copy."""
     pretrained: str = ""
     """Name of a model on huggingface.co, or a folder; for t5 and causal."""
     gguf_file: str = ""
@@ -72,6 +74,11 @@ class BackboneConfig:
             )
         if not self.pretrained or self.kind == "scratch":
             self._check_unused_settings()
+        if not self.tied and (self.kind, self.architecture) != ("scratch", "llama"):
+            raise UserError(
+                "backbone.tied=false is for a Llama from scratch",
+                fix="--set backbone.kind=scratch --set backbone.architecture=llama, or backbone.tied=true",
+            )
         for name in ("layers", "dim", "heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"backbone.{name} must be at least 1, got {getattr(self, name)}")
@@ -126,10 +133,14 @@ def _llama(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> Pr
     shape = LlamaConfig(
         vocab_size=vocabulary.size, max_position_embeddings=positions, hidden_size=config.dim,
         num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
-        intermediate_size=config.ff or config.dim * 8 // 3 // 8 * 8, tie_word_embeddings=True,
+        intermediate_size=config.ff or config.dim * 8 // 3 // 8 * 8, tie_word_embeddings=config.tied,
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
     model = LlamaForCausalLM(shape)
+    if not config.tied:
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+        cast(Any, model.lm_head).is_embedding = True  # its weight does not decay
     if config.dropout:  # transformers' Llama has dropout only in its attention weights
         body = model.model
         body.embed_tokens = DropoutEmbedding(body.embed_tokens, config.dropout)
@@ -147,16 +158,20 @@ def start_from_codebooks(model: PreTrainedModel, vocabulary: Vocabulary, codeboo
     the embeddings. The rotation is drawn from torch's generator.
 
     Args:
-        model: Its input embeddings change.
+        model: Its input embeddings change, and so does a head that is a copy of them.
         vocabulary: The tokens of the codes.
         codebooks: [levels, K, d].
     """
     weight = cast(Tensor, model.get_input_embeddings().weight)  # [V, dim]
     rotation = torch.nn.init.orthogonal_(torch.empty(weight.shape[1], codebooks.shape[2]))  # [dim, d]
     vectors = codebooks.float().cpu() @ rotation.T  # [levels, K, dim]
+    head = cast(Tensor, cast(Any, model.get_output_embeddings()).weight)
+    follows = head is not weight and torch.equal(head, weight)
     codes = weight[vocabulary.code_token_start : vocabulary.item_token_start]
     scale = codes.std() / vectors.std(dim=(1, 2), keepdim=True).clamp_min(1e-8)
     codes += (vectors * scale).flatten(0, 1).to(codes)
+    if follows:
+        head.copy_(weight)
 
 
 def _t5(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTrainedModel:

@@ -39,7 +39,7 @@ class LlamaForward:
             and config.num_attention_heads == config.num_key_value_heads
             and config.hidden_size == config.num_attention_heads * config.head_dim
             and config.rope_parameters["rope_type"] == "default"
-            and (config.hidden_act, config.tie_word_embeddings) == ("silu", True)
+            and config.hidden_act == "silu"
             and not (config.attention_bias or config.mlp_bias or config.attention_dropout)
         )
 
@@ -71,7 +71,7 @@ class LlamaForward:
             x, branches = self.inputs(batch)
             states = self._hidden(x, self.rotations[branches.positions], branches.reads)[branches.states]
         states = rms_norm(states, body.norm.weight, self.eps, self.dtype)
-        return TiedPredictions(states, table, self.vocabulary)
+        return HeadPredictions(states, self.model.lm_head.weight, self.vocabulary)
 
     def _hidden(self, x: Tensor, rotations: Tensor, reads: Tensor | None) -> Tensor:
         """States after the last layer [n, D], from embeddings [B, S, D]."""
@@ -101,28 +101,28 @@ class LlamaForward:
         return float(getattr(module, "share", 0.0)) if self.model.training else 0.0
 
 
-class TiedPredictions(Predictions):
-    """Predictions from hidden states [n, L, D] and the table of embeddings [V, D], which is the head, too."""
+class HeadPredictions(Predictions):
+    """Predictions from hidden states [n, L, D] and the weight of the head [V, D]."""
 
-    def __init__(self, hidden: Tensor, table: Tensor, vocabulary: Vocabulary) -> None:
-        self.hidden, self.table, self.vocabulary = hidden, table, vocabulary
+    def __init__(self, hidden: Tensor, head: Tensor, vocabulary: Vocabulary) -> None:
+        self.hidden, self.head, self.vocabulary = hidden, head, vocabulary
 
     @property
     def states(self) -> Tensor:
         return self.hidden
 
     def logits(self) -> Tensor:
-        return self.hidden @ self.table.to(self.hidden.dtype).t()
+        return self.hidden @ self.head.to(self.hidden.dtype).t()
 
     def code_logits(self, level: int, chosen: Tensor) -> Tensor:
         return self.hidden[chosen, level] @ self._codes[level].t()
 
     @cached_property
     def _codes(self) -> tuple[Tensor, ...]:
-        """Embeddings of the codes, [K, D] per level: one slice of the table, so one gradient of its size."""
+        """Rows of the codes, [K, D] per level: one slice of the head, so one gradient of its size."""
         first, levels = self.vocabulary.code_token_start, self.vocabulary.levels
         size = self.vocabulary.codebook_size
-        codes = self.table[first : first + levels * size].to(self.hidden.dtype)
+        codes = self.head[first : first + levels * size].to(self.hidden.dtype)
         split: tuple[Tensor, ...] = codes.split(size)
         return split
 

@@ -299,8 +299,12 @@ def _restart(folder: Path) -> str:
 
 
 def _groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
-    """Parameter groups: matrices decay; biases, norms and embeddings do not."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    """Parameter groups: matrices decay; biases, norms, embeddings and a head that began as a copy do not."""
+    embeddings = {
+        id(m.weight)
+        for m in model.modules()
+        if isinstance(m, torch.nn.Embedding) or getattr(m, "is_embedding", False)
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
     rest = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]

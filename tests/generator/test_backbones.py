@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cemg.config import load_config
 from cemg.decoding import Decoder, TransformersDecoder
 from cemg.errors import UserError
 from cemg.generator import (
@@ -21,7 +22,7 @@ from cemg.generator import (
     weights_of,
 )
 from cemg.generator.samples import Samples
-from cemg.generator.training import train_generator
+from cemg.generator.training import _groups, train_generator
 from cemg.tokenizer import Catalog
 
 CATALOG = Catalog.from_codes(torch.cartesian_prod(torch.arange(3), torch.arange(3)), 3)
@@ -205,3 +206,24 @@ def test_lora_on_the_real_smollm2_lowers_the_loss(tmp_path):
     assert len(vocabulary.instruction) >= 4 and model.config.hidden_size == 576
     losses = train(model, vocabulary, tmp_path, epochs=4, learning_rate=2e-3, validate_every=4)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_an_untied_head_starts_as_a_copy_and_does_not_decay() -> None:
+    torch.manual_seed(0)
+    config = BackboneConfig(architecture="llama", layers=1, dim=16, heads=2, tied=False)
+    model, vocabulary = build_backbone(config, levels=2, codebook_size=3, history_items=4)
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert head is not table and torch.equal(head, table)
+    start_from_codebooks(model, vocabulary, torch.randn(2, 3, 4))
+    assert torch.equal(head, table)
+    decayed, rest = _groups(model, 0.1)
+    assert any(p is head for p in rest["params"]) and not any(p is head for p in decayed["params"])
+
+
+@pytest.mark.parametrize("setting", ["backbone.kind=t5", "backbone.architecture=gpt2"])
+def test_only_a_llama_from_scratch_can_be_untied(setting: str) -> None:
+    with pytest.raises(UserError, match=r"backbone\.tied=false is for a Llama from scratch") as caught:
+        load_config(None, [setting, "backbone.tied=false"])
+    first, last = str(caught.value.fix).split(", or ")
+    for fix in (first, last):
+        load_config(None, [setting, "backbone.tied=false", *fix.replace("--set ", "").split()])

@@ -51,7 +51,7 @@ def trained(
 
 
 @pytest.mark.parametrize("loss", ["vocab", "valid"])
-@pytest.mark.parametrize("shape", [{}, {"heads": 1, "dim": 16, "layers": 1}, {"ff": 24}])
+@pytest.mark.parametrize("shape", [{}, {"heads": 1, "dim": 16, "layers": 1}, {"ff": 24}, {"tied": False}])
 def test_the_fast_forward_of_a_llama_equals_the_modules(shape, loss):
     model, vocabulary = llama(**shape)
     with torch.no_grad():  # norms start at 1, and a norm applied twice would not show

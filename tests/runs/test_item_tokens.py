@@ -27,7 +27,7 @@ from cemg.storage.manifest import Manifest
 
 SETTINGS = [
     "generator.item_tokens=true", "generator.item_loss=1.0", "generator.loss=valid", "generator.epochs=2",
-    "decoding.normalize=valid", "backbone.architecture=llama",
+    "decoding.normalize=valid", "backbone.architecture=llama", "backbone.tied=false",
 ]  # fmt: skip
 HISTORY = ["item-0003", "item-0001", "item-0007"]
 
