@@ -240,18 +240,28 @@ def short(value: float) -> str:
     return f"{value:.4f}".removeprefix("0")
 
 
-def seeds(name: str) -> list[str]:
-    return [f"ml-100k-{name}-seed{seed}" for seed in range(3)]
+def seeds(name: str, count: int = 3) -> list[str]:
+    return [f"{name}-seed{seed}" for seed in range(count)]
+
+
+def mixtures(dataset: str, count: int) -> dict[str, list[str]]:
+    """The rows of runs with the preset of a data set's size, in which every expert is one of CEMG's own."""
+    return {
+        "CEMG, search alone": seeds(f"{dataset}-cemg-search", count),
+        "CEMG, search and item softmax": seeds(f"{dataset}-cemg-without-memory", count),
+        "CEMG, search, item softmax and memory (default)": seeds(f"{dataset}-cemg-mixture", count),
+    }
 
 
 MOVIELENS = {
     "popularity": ["ml-100k-popularity"],
     "item memory alone": ["ml-100k-memory"],
-    "CEMG": seeds("cemg"),
-    "without collaborative signal": seeds("without-collab"),
-    "without images": seeds("without-image"),
-    "without texts": seeds("without-text"),
-    "6-layer decoder (`--without llm`)": seeds("without-llm"),
+    **mixtures("ml-100k", 3),
+    "Codes in the history, search alone": seeds("ml-100k-cemg"),
+    "– without collaborative signal": seeds("ml-100k-without-collab"),
+    "– without images": seeds("ml-100k-without-image"),
+    "– without texts": seeds("ml-100k-without-text"),
+    "– 6-layer decoder (`--without llm`)": seeds("ml-100k-without-llm"),
 }
 BEAUTY = {
     "popularity": ["beauty-popularity"],
@@ -260,8 +270,10 @@ BEAUTY = {
     "SASRec, 30 epochs": ["beauty-sasrec"],
     "BSARec, 30 epochs": ["beauty-bsarec"],
     "item memory alone": ["beauty-memory"],
-    "CEMG, GPT-2-shaped decoder, loss over the vocabulary, 30 epochs": ["beauty-cemg-gpt2"],
-    "CEMG, loss over valid codes, dropout 0.2, 30 epochs": ["beauty-cemg-30-epochs"],
+    **mixtures("beauty", 3),
+    "CEMG, all of these and BSARec": seeds("beauty-cemg-all-experts"),
+    "Codes in the history, search alone, GPT-2-shaped, loss over the vocabulary": ["beauty-cemg-gpt2"],
+    "Codes in the history, search alone, 30 epochs, dropout 0.2": ["beauty-cemg-30-epochs"],
     "– half of the samples cropped, no target without a history": ["beauty-cemg-30-epochs-crop"],
     "– without dropout, 8 epochs": ["beauty-cemg"],
     "– without dropout, 16 epochs (the 11th was the best)": ["beauty-cemg-16-epochs"],
@@ -272,19 +284,23 @@ SPORTS = {
     "SASRec, 16 epochs": ["sports-sasrec"],
     "BSARec, 18 epochs": ["sports-bsarec"],
     "item memory alone": ["sports-memory"],
+    **mixtures("sports", 1),
 }
 YELP = {"item memory alone": ["yelp-memory"]}
 README_ROWS = {
     "Beauty": {
-        "SASRec": BEAUTY["SASRec, 30 epochs"],
         "BSARec": BEAUTY["BSARec, 30 epochs"],
         "item memory alone": BEAUTY["item memory alone"],
-        "CEMG, generator alone": BEAUTY["CEMG, loss over valid codes, dropout 0.2, 30 epochs"],
+        "CEMG without the memory": BEAUTY["CEMG, search and item softmax"],
+        "CEMG": BEAUTY["CEMG, search, item softmax and memory (default)"],
+    },
+    "Sports": {
+        "item memory alone": SPORTS["item memory alone"],
+        "CEMG": SPORTS["CEMG, search, item softmax and memory (default)"],
     },
     "MovieLens 100K": {
-        "popularity": MOVIELENS["popularity"],
         "item memory alone": MOVIELENS["item memory alone"],
-        "CEMG, generator alone": MOVIELENS["CEMG"],
+        "CEMG": MOVIELENS["CEMG, search, item softmax and memory (default)"],
     },
 }
 KEPT, REMOVED = "metrics", "metrics_history_removed"
