@@ -203,7 +203,7 @@ class RunConfig:
         if not (self.gate.memory or self.gate.dense or self.generator.item_loss):
             raise UserError(
                 "gate.memory=false leaves the generator without another expert",
-                fix="--set gate.memory=true, or a model in gate.dense, or generator.item_loss=0.25",
+                fix="--set gate.memory=true, or --set gate.dense=FOLDER of a trained model",
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The beam search of a run, and its item softmax, as rankers for the evaluation protocol."""
+"""The beam search of a run as a ranker for the evaluation protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from cemg.artifacts import RunArtifacts
 from cemg.decoding import Decoder, make_decoder
 from cemg.evaluation.protocol import Rank
 from cemg.generator import Vocabulary
-from cemg.generator.item_softmax import ItemSoftmax
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter, RequestFilter
 
@@ -69,28 +68,5 @@ def beam_ranker(
         unseen = RequestFilter.excluding(decoder.trie, [history.tolist() for history in batch])
         both = unseen if not_removed is None else unseen & not_removed
         return decoder.decode(*prompts, width, filter=both).items
-
-    return rank
-
-
-def softmax_ranker(softmax: ItemSoftmax, *, exclude_history: bool = False) -> Rank:
-    """Build a ranker of all items by an item softmax, without a search.
-
-    Args:
-        softmax: The item softmax.
-        exclude_history: Whether the items of each history are left out.
-    """
-
-    def rank(histories: list[np.ndarray], top: int) -> Tensor:
-        softmax.model.eval()
-        longest = max(map(len, histories)) if exclude_history else 0
-        items, _ = softmax.prior(histories, top + longest)
-        lists = torch.full((len(histories), top), -1)
-        for row, history in enumerate(histories):
-            found = items[row].cpu()
-            if exclude_history:
-                found = found[~torch.isin(found, torch.as_tensor(np.asarray(history)))]
-            lists[row, : len(found[:top])] = found[:top]
-        return lists
 
     return rank

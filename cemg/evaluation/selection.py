@@ -32,9 +32,14 @@ class Selection:
     others: np.ndarray
     history: str
 
-    def metrics(self, evaluation: Evaluation) -> Metrics:
-        """Return the metrics that are compared; the search itself excludes the history for "excluded"."""
-        return evaluation.metrics_history_removed if self.history == "removed" else evaluation.metrics
+    def metrics(self, evaluation: Evaluation, *, complete: bool = False) -> Metrics:
+        """Return the metrics that are compared.
+
+        For "excluded", the search itself excludes the history. A ranker of the whole catalog
+        (``complete``) does not: there, removing the history from the list is the same.
+        """
+        removes = self.history == "removed" or (complete and self.history == "excluded")
+        return evaluation.metrics_history_removed if removes else evaluation.metrics
 
 
 def checkpoint_selection(split: Split, config: RunConfig) -> Selection:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cemg.data import Dataset, read_dataset, synthetic_dataset
 from cemg.data.readers import ColumnNames
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation import evaluate
-from cemg.evaluation.ranker import beam_ranker, softmax_ranker
+from cemg.evaluation.ranker import beam_ranker
 from cemg.evaluation.selection import checkpoint_selection
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
 from cemg.generator import start_from_codebooks, weights_of
@@ -284,23 +284,22 @@ class Pipeline(RunArtifacts):
         selection = checkpoint_selection(split, self.config)
         beams = self.config.decoding.validation_beams
 
-        excludes = selection.history == "excluded"
+        evaluated = partial(
+            evaluate, split=split, part="valid", users=selection.users, progress=False, batch_size=128
+        )
 
         def validate(trained: PreTrainedModel) -> float:
             """NDCG@10 of the search; with an item loss, the mean with that of the item softmax."""
             served, tokens = self.served(trained, vocabulary, catalog)
-            ranks = [beam_ranker(self, served, tokens, catalog, beams=beams, exclude_history=excludes)]
-            if self.config.generator.item_loss:
-                softmax = ItemSoftmax(served, self.prompter(served, tokens, catalog))
-                ranks.append(softmax_ranker(softmax, exclude_history=excludes))
-            found = [
-                evaluate(
-                    rank, split, part="valid", users=selection.users, max_list=beams, progress=False,
-                    batch_size=128,
-                )
-                for rank in ranks
-            ]  # fmt: skip
-            return statistics.fmean(selection.metrics(done)["NDCG@10"] for done in found)
+            search = beam_ranker(
+                self, served, tokens, catalog, beams=beams, exclude_history=selection.history == "excluded"
+            )
+            score = selection.metrics(evaluated(search, max_list=beams))["NDCG@10"]
+            if not self.config.generator.item_loss:
+                return score
+            softmax = ItemSoftmax(served, self.prompter(served, tokens, catalog))
+            whole = evaluated(lambda histories, top: softmax.prior(histories, top)[0].cpu())
+            return (score + selection.metrics(whole, complete=True)["NDCG@10"]) / 2
 
         beam_ranker(
             self, *self.served(model, vocabulary, catalog), catalog, beams=1
