@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,8 @@ from cemg.errors import UserError
 from cemg.features.backbones import LITE0_WEIGHTS
 from cemg.features.text import resolve_text_model
 from cemg.settings import explained, explanations, preset_names
+
+ROOT = Path(__file__).parents[2]
 
 PARTS = [
     f.default_factory for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory)
@@ -60,6 +63,13 @@ def test_every_setting_is_explained_in_one_line(kind):
     names = [f.name for f in dataclasses.fields(kind)]
     assert [n for n in names if n not in about] == []
     assert all(10 < len(about[n]) < 120 or about[n].startswith("Of ") for n in names)
+
+
+@pytest.mark.parametrize(("name", "preset"), [("beauty", "medium"), ("ml-100k", "small")])
+def test_the_settings_of_a_measured_data_set_are_the_preset_of_its_size_and_its_encoders(name, preset):
+    written = load_config(ROOT / "configs" / f"{name}.yaml")
+    encoders = {"text": written.text, "image": written.image}
+    assert written == dataclasses.replace(load_config(None, preset=preset), **encoders)
 
 
 def test_a_printed_configuration_reads_back_unchanged(tmp_path):
