@@ -17,7 +17,9 @@ from cemg.errors import UserError
 from cemg.memory import Memory
 from cemg.memory.build import build_memory
 from cemg.memory.similarity import TextIndex
+from cemg.pipeline import Pipeline
 from cemg.storage import files
+from cemg.storage.manifest import STAGES
 from cemg.tokenizer import Catalog
 
 TEXTS = ["a plain telescope", "a sturdy garden rudder"]
@@ -168,3 +170,34 @@ def test_a_memory_with_other_added_items_is_refused(run, tmp_path, add) -> None:
     memory.save(run / "memory")
     with pytest.raises(UserError, match="this memory does not belong to the catalog"):
         RunArtifacts.open(run, verify=False).load_memory()
+
+
+def test_a_full_disk_while_items_are_added_keeps_the_catalog(
+    run, command, capsys, tmp_path, monkeypatch, fail_disk
+):
+    (tmp_path / "new.csv").write_text("item,text\nn1,a plain telescope\n")
+
+    def state() -> dict[Path, bytes]:
+        files_of = [path for stage in STAGES for path in (run / stage).rglob("*") if path.is_file()]
+        return {path: path.read_bytes() for path in [run / "config.yaml", *files_of]}
+
+    before = state()
+    opened = Recommender.from_run(run)
+    monkeypatch.setattr(Recommender, "from_run", lambda *_, **__: opened)
+    monkeypatch.setattr(files, "_fsync", lambda number: None)
+    for call in range(99):
+        with pytest.MonkeyPatch.context() as patch:
+            fail_disk(patch, call)
+            code = command(catalog.main, "add", "--run", run, "--items", tmp_path / "new.csv")
+        if code == 0:
+            break
+        assert code == 2
+        lines = capsys.readouterr().err.splitlines()
+        said = next(line for line in lines if line.startswith("error: "))
+        assert said.startswith("error: disk full: ") and lines[-1].startswith("  fix:   free space")
+        Pipeline.open(run)  # like any command, it moves published stages into place
+        assert {path.name for path in run.rglob(".*")} <= {".lock", ".image-hashes.json"}
+        if state() != before:  # published, and the flush of a folder failed
+            assert "n1" in (run / "catalog" / "catalog.json").read_text()
+            break
+    assert call > 10

@@ -18,8 +18,6 @@ from cemg.commands import catalog, evaluate, recommend, train
 from cemg.config import RunConfig, load_config
 from cemg.data import Dataset
 from cemg.pipeline import Pipeline
-from cemg.recommender import Recommender
-from cemg.storage import files
 from cemg.storage.manifest import STAGES, Manifest
 from cemg.storage.read import signed
 from cemg.storage.run import Run
@@ -481,59 +479,6 @@ def test_leftover_folders_are_removed_and_are_not_stages(copy, command, training
     assert command(recommend.main, "--run", copy, "--history", "item-0001") == 0
     assert training(copy) == 0
     assert state(copy) == before and hidden(copy) == set()
-
-
-# ---- runs that are not there
-
-
-@pytest.mark.parametrize("main", [recommend.main, evaluate.main, catalog.main])
-def test_the_error_for_a_mistyped_run_lists_the_existing_runs(copy, tmp_path, command, capsys, main):
-    options = {
-        recommend.main: ("--history", "item-0001"), evaluate.main: ("--users", 3), catalog.main: (),
-    }[main]  # fmt: skip
-    extra = ("show", "--item", "item-0001") if main is catalog.main else ()
-    shutil.copytree(copy, tmp_path / "beauty")
-    lines = error_of(capsys, command(main, *extra, "--run", tmp_path / "baeuty", *options))
-    assert lines == [
-        f"error: there is no run {tmp_path}/baeuty",
-        f"  cause: there are {tmp_path}/beauty, {tmp_path}/run",
-        f"  fix:   --run {tmp_path}/beauty",
-    ]
-    assert not (tmp_path / "baeuty").exists()
-    assert command(main, *extra, *lines[2].split()[1:], *options) == 0
-
-
-def test_a_folder_of_runs_is_refused_with_the_names_of_its_runs(copy, command, capsys):
-    lines = error_of(capsys, command(recommend.main, "--run", copy.parent, "--history", "item-0001"))
-    assert lines[0] == f"error: {copy.parent} is not a run: it has no config.yaml"
-    assert lines[2] == f"  fix:   --run {copy}"
-
-
-# ---- full disks
-
-
-def test_a_full_disk_while_items_are_added_keeps_the_catalog(
-    copy, command, capsys, tmp_path, monkeypatch, fail_disk
-):
-    (tmp_path / "new.csv").write_text("item,text\nn1,a plain telescope\n")
-    before = state(copy)
-    opened = Recommender.from_run(copy)
-    monkeypatch.setattr(Recommender, "from_run", lambda *_, **__: opened)
-    monkeypatch.setattr(files, "_fsync", lambda number: None)
-    for call in range(99):
-        with pytest.MonkeyPatch.context() as patch:
-            fail_disk(patch, call)
-            code = command(catalog.main, "add", "--run", copy, "--items", tmp_path / "new.csv")
-        if code == 0:
-            break
-        lines = error_of(capsys, code)
-        assert lines[0].startswith("error: disk full: ") and lines[-1].startswith("  fix:   free space")
-        Pipeline.open(copy)  # like any command, it moves published stages into place
-        assert hidden(copy) == set()
-        if state(copy) != before:  # published, and the flush of a folder failed
-            assert "n1" in (copy / "catalog" / "catalog.json").read_text()
-            break
-    assert call > 10
 
 
 def test_a_new_run_without_data_is_refused_if_its_name_resembles_an_existing_one(shop, training, capsys):

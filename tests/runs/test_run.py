@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cemg.commands import catalog, evaluate, recommend
 from cemg.errors import UserError
 from cemg.storage import files
 from cemg.storage.run import Run
@@ -190,3 +191,30 @@ def test_a_dead_process_whose_id_was_reused_does_not_hold_the_lock(tmp_path):
         pass
     with Run(tmp_path).locked():  # and leaving it frees it
         pass
+
+
+@pytest.mark.parametrize("main", [recommend.main, evaluate.main, catalog.main])
+def test_the_error_for_a_mistyped_run_lists_the_existing_runs(tiny_run, tmp_path, command, capsys, main):
+    options = {
+        recommend.main: ("--history", "item-0001"), evaluate.main: ("--users", 3), catalog.main: (),
+    }[main]  # fmt: skip
+    extra = ("show", "--item", "item-0001") if main is catalog.main else ()
+    for name in ("beauty", "run"):
+        shutil.copytree(tiny_run, tmp_path / name)
+    assert command(main, *extra, "--run", tmp_path / "baeuty", *options) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"error: there is no run {tmp_path}/baeuty",
+        f"  cause: there are {tmp_path}/beauty, {tmp_path}/run",
+        f"  fix:   --run {tmp_path}/beauty",
+    ]
+    assert not (tmp_path / "baeuty").exists()
+    assert command(main, *extra, *lines[2].split()[1:], *options) == 0
+
+
+def test_a_folder_of_runs_is_refused_with_the_names_of_its_runs(tiny_run, tmp_path, command, capsys):
+    copy = shutil.copytree(tiny_run, tmp_path / "run")
+    assert command(recommend.main, "--run", copy.parent, "--history", "item-0001") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"error: {copy.parent} is not a run: it has no config.yaml"
+    assert lines[2] == f"  fix:   --run {copy}"
