@@ -83,9 +83,7 @@ class DenseSource:
     model: PriorModel
     name: str = DENSE
     limit: int | None = None  # rows from here on are items that the search does not have
-    items: int | None = (
-        None  # the model has no embedding of rows from here on: they are left out of histories
-    )
+    items: int | None = None  # rows from here on have no embedding: they are left out of histories
 
     def __call__(self, histories: Sequence[np.ndarray], *, exclude_history: bool) -> list[Masses]:
         """Return the probabilities of the MASSES most probable items."""
