@@ -75,8 +75,12 @@ class TextIndex:
         """
         finding, is_exact = self._finding()
         transposed = finding.T.tocsr()
-        rows: list[Row] = []
-        for low in range(0, self.vectors.shape[0], BLOCK):
+        num_items = self.vectors.shape[0]
+        size = num_items * min(top, num_items)
+        # pages beyond the end stay unused
+        columns, cosines = np.empty(size, np.int32), np.empty(size, np.float32)
+        ends = np.zeros(num_items + 1, dtype=np.int64)
+        for low in range(0, num_items, BLOCK):
             block = (finding[low : low + BLOCK] @ transposed).tocsr()
             for row in range(block.shape[0]):
                 part = slice(block.indptr[row], block.indptr[row + 1])
@@ -86,8 +90,11 @@ class TextIndex:
                 if not is_exact:
                     items, _ = best(items, values, CANDIDATES)
                     values = (self.vectors[items] @ self.vectors[low + row].T).toarray().ravel()
-                rows.append(best(items, values, top))
-        return Rows.stacked(rows)
+                items, values = best(items, values, top)
+                begin, end = ends[low + row], ends[low + row] + len(items)
+                columns[begin:end], cosines[begin:end] = items, values
+                ends[low + row + 1] = end
+        return Rows(ends, columns[: ends[-1]], cosines[: ends[-1]])
 
     def first(self, count: int) -> TextIndex:
         """Return the index of the first ``count`` items. Words and weights do not depend on later ones."""
@@ -163,6 +170,11 @@ class Similarity:
         if not isinstance(self._index, TextIndex):
             self._index = self._index()
         return self._index
+
+    @property
+    def changed(self) -> bool:
+        """Whether a row differs from that of ``base``."""
+        return bool(self._rows)
 
     def row(self, item: int, top: int) -> Row:
         """Return the ``top`` most similar items of an item."""
