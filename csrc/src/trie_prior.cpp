@@ -6,6 +6,7 @@ namespace cemg {
 namespace {
 
 constexpr int64_t kParallelEntries = 1 << 14;  // entries that are worth waking threads for
+constexpr int64_t kAhead = 16;                 // entries; the ranks of a large catalog are not in a cache
 constexpr double kUnit = 0x1p-52;              // sums of multiples up to 2 are exact
 
 // The rank of an item, or -1.
@@ -19,6 +20,12 @@ int32_t rank_of(const PriorSource& source, int64_t item) noexcept {
   return position < 0 || position >= source.num_items ? -1 : source.rank_of[position];
 }
 
+void prefetch_rank(const PriorSource& source, int64_t item) noexcept {
+  if (source.known == nullptr && item >= 0 && item < source.num_items) {
+    __builtin_prefetch(source.rank_of + item);
+  }
+}
+
 // One request, whose entries begin at `first`.
 bool build_request(const PriorSource& source, const RowFilter& filter, int64_t first, int64_t count,
                    int64_t size, int32_t* ranks, double* sums, double* weight) {
@@ -28,6 +35,7 @@ bool build_request(const PriorSource& source, const RowFilter& filter, int64_t f
   mass.resize(static_cast<size_t>(count));
   double total = 0;
   for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) prefetch_rank(source, source.items[first + i + kAhead]);
     const int32_t rank = rank_of(source, source.items[first + i]);
     if (rank < 0) return false;
     const auto at = static_cast<size_t>(i);

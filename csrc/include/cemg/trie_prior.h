@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -79,6 +80,9 @@ class Mixture {
   double log_generator_, log_prior_;
 };
 
+// With at least one entry per so many children, the first ranks of all of them are read at once.
+constexpr int64_t kReadsPerEntry = 16;
+
 struct MassedChild {
   int32_t node;
   double mass;            // above 0
@@ -93,10 +97,23 @@ int32_t first_rank(const TrieView<Code>& trie, int32_t node, int levels) noexcep
   return node - trie.num_inner;
 }
 
-// Appends the children with mass of a node, in order. `children` are all of its children.
+// The first rank below each child of a range and below the one after the last: [children + 1]. Reads each
+// level of the trie for all children at once, so that the reads of a large trie overlap.
+template <class Code>
+void first_ranks(const TrieView<Code>& trie, Range children, int levels, std::vector<int32_t>& out) {
+  out.resize(static_cast<size_t>(children.end - children.begin) + 1);
+  std::iota(out.begin(), out.end(), children.begin);
+  for (int level = 0; level < levels; ++level) {
+    for (int32_t& node : out) node = trie.first_child[node];
+  }
+  for (int32_t& node : out) node -= trie.num_inner;
+}
+
+// Appends the children with mass of a node, in order. `children` are all of its children; `scratch` is for
+// their first ranks.
 template <class Code>
 void append_child_masses(const TrieView<Code>& trie, const RequestPrior& prior, Range children,
-                         std::vector<MassedChild>& out) {
+                         std::vector<int32_t>& scratch, std::vector<MassedChild>& out) {
   if (children.begin == children.end) return;
   int levels = 0;
   for (int32_t node = children.begin; node < trie.num_inner; node = trie.first_child[node]) ++levels;
@@ -104,18 +121,25 @@ void append_child_masses(const TrieView<Code>& trie, const RequestPrior& prior, 
   const int32_t* const ranks_end = ranks + prior.size;
   const int32_t* entry = std::lower_bound(ranks, ranks_end, first_rank(trie, children.begin, levels));
   const int32_t* const end = std::lower_bound(entry, ranks_end, first_rank(trie, children.end, levels));
+  if (entry == end) return;
+  const int64_t count = children.end - children.begin;
+  const bool reads_all = levels > 0 && (end - entry) * kReadsPerEntry >= count;
+  if (reads_all) first_ranks(trie, children, levels, scratch);
+  const auto begin_of = [&](int32_t child) {
+    return reads_all ? scratch[static_cast<size_t>(child - children.begin)] : first_rank(trie, child, levels);
+  };
   int32_t child = children.begin;
   while (entry < end && child < children.end) {
     // the last child that begins at the entry or before it: the steps double, then halve
     int32_t step = 1;
-    while (child + step < children.end && first_rank(trie, child + step, levels) <= *entry) {
+    while (child + step < children.end && begin_of(child + step) <= *entry) {
       child += step;
       step *= 2;
     }
     for (; step > 0; step /= 2) {
-      if (child + step < children.end && first_rank(trie, child + step, levels) <= *entry) child += step;
+      if (child + step < children.end && begin_of(child + step) <= *entry) child += step;
     }
-    const int32_t next_rank = first_rank(trie, child + 1, levels);
+    const int32_t next_rank = begin_of(child + 1);
     const int32_t* const next = std::find_if(entry, end, [=](int32_t rank) { return rank >= next_rank; });
     const double mass = prior.sums[next - ranks] - prior.sums[entry - ranks];
     if (mass > 0) out.push_back({child, mass});
@@ -135,7 +159,7 @@ class MassedChildren {
   // Adds the next beam, given all children of its node.
   template <class Code>
   void add_beam(const TrieView<Code>& trie, const RequestPrior& prior, Range children) {
-    append_child_masses(trie, prior, children, children_);
+    append_child_masses(trie, prior, children, ranks_, children_);
     first_.push_back(children_.size());
   }
 
@@ -154,7 +178,8 @@ class MassedChildren {
 
  private:
   std::vector<MassedChild> children_;
-  std::vector<size_t> first_;  // of each beam, then the number of all
+  std::vector<size_t> first_;   // of each beam, then the number of all
+  std::vector<int32_t> ranks_;  // scratch
 };
 
 }  // namespace cemg
