@@ -35,11 +35,13 @@ from cemg.memory.checks import (
     newest_rows,
 )
 from cemg.memory.config import RANGES, Constants, MemoryConfig
+from cemg.memory.native_scores import NativeScores
 from cemg.memory.rows import Rows, best_positions, joined, largest, sum_by_key
 from cemg.memory.similarity import Similarity, TextIndex
 from cemg.memory.transitions import Transitions
 from cemg.storage import files
 from cemg.storage.read import RESTORE, check_tensors, parse_json, read_tensor_file
+from cemg_kernels.runtime.dispatch import fast_kernels_enabled, native_available
 
 MEMORY_FILE = "memory.safetensors"
 FORMAT = 1  # of the file; increased when the meaning of a tensor changes
@@ -68,6 +70,7 @@ class Memory:
         self.catalog, self.catalog_items, self.added = catalog, catalog_items, added
         self.transitions = Transitions(transitions, counts, window=config.window, constants=constants)
         self.similar = similar
+        self._native: NativeScores | None = None  # made by the first query
 
     @property
     def num_items(self) -> int:
@@ -94,10 +97,27 @@ class Memory:
             UserError: The history is not a sequence of integers.
         """
         rows, recency = self._newest(history)
+        fast = self._fast()
+        if fast is not None:
+            return fast.scores(rows, recency)
         keys, values = self._contributions(rows, recency)
         items, scores = sum_by_key(keys, values, self.num_items)
         positive = scores > 0  # a small factor may have rounded a score to 0
         return (items, scores) if positive.all() else (items[positive], scores[positive])
+
+    def _fast(self) -> NativeScores | None:
+        """The scores in C++; None if it is not built or switched off, or for a memory with live changes."""
+        texts = self.similar
+        if self.transitions.changed or (texts is not None and texts.changed):
+            return None
+        if not (native_available() and fast_kernels_enabled()):
+            return None
+        if self._native is None:
+            self._native = NativeScores(
+                self.transitions.base, None if texts is None else texts.base, self.transitions.factors,
+                self.config, self.constants,
+            )  # fmt: skip
+        return self._native
 
     def _newest(self, history: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows that a query reads, newest first, and the recency of each (0 for the newest)."""

@@ -46,6 +46,11 @@ class Transitions:
 
     # ---- reading
 
+    @property
+    def changed(self) -> bool:
+        """Whether events or items were added or removed since T was built."""
+        return self._built is not None
+
     def row(self, item: int, top: int) -> Row:
         """Return the ``top`` entries of a row with the largest ``T[j, i] * factors[i]``, in any order."""
         if self._built is None:

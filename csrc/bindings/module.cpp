@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "cemg/gemm_cpu.h"
+#include "cemg/memory_cpu.h"
 #include "cemg/propagate_cpu.h"
 #include "cemg/quantize_cpu.h"
 #if defined(CEMG_CUDA)
@@ -32,6 +33,22 @@ void residual_quantize(Address x, int64_t rows, Address codebooks, int64_t level
                        int64_t dim, Address codes, Address quantized) {
   cemg::residual_quantize(at<const float>(x), rows, {levels, codebook_size, dim, at<const float>(codebooks)},
                           at<int64_t>(codes), at<float>(quantized));
+}
+
+SparseRows make_sparse_rows(Address starts, Address items, Address values, int64_t rows, int64_t top) {
+  return {at<const int64_t>(starts), at<const int32_t>(items), at<const float>(values), rows, top};
+}
+
+int64_t memory_scores(const SparseRows& transitions, const SparseRows& similar, Address history,
+                      Address transition_weights, Address similar_weights, Address repeat_weights,
+                      int64_t size, Address factors, Address items, Address scores) {
+  const MemoryQuery query = {at<const int64_t>(history),
+                             at<const double>(transition_weights),
+                             at<const double>(similar_weights),
+                             at<const double>(repeat_weights),
+                             size,
+                             at<const double>(factors)};
+  return cemg::memory_scores(transitions, similar, query, at<int32_t>(items), at<double>(scores));
 }
 
 // For the parallel regions of the calling thread.
@@ -80,6 +97,13 @@ void bind_operations(py::module_& module) {
   module.def("residual_quantize", &residual_quantize, ReleaseGil(), py::kw_only(), py::arg("x"),
              py::arg("rows"), py::arg("codebooks"), py::arg("levels"), py::arg("codebook_size"),
              py::arg("dim"), py::arg("codes"), py::arg("quantized"));
+  py::class_<SparseRows>(module, "SparseRows")
+      .def(py::init(&make_sparse_rows), py::kw_only(), py::arg("starts"), py::arg("items"), py::arg("values"),
+           py::arg("rows"), py::arg("top"));
+  module.def("memory_scores", &memory_scores, ReleaseGil(), py::arg("transitions"), py::arg("similar"),
+             py::kw_only(), py::arg("history"), py::arg("transition_weights"), py::arg("similar_weights"),
+             py::arg("repeat_weights"), py::arg("size"), py::arg("factors"), py::arg("items"),
+             py::arg("scores"));
 }
 
 }  // namespace

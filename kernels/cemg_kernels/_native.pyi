@@ -26,6 +26,14 @@ def residual_quantize(
     *, x: int, rows: int, codebooks: int, levels: int, codebook_size: int, dim: int, codes: int,
     quantized: int,
 ) -> None: ...  # fmt: skip
+
+class SparseRows:
+    def __init__(self, *, starts: int, items: int, values: int, rows: int, top: int) -> None: ...
+
+def memory_scores(
+    transitions: SparseRows, similar: SparseRows, *, history: int, transition_weights: int,
+    similar_weights: int, repeat_weights: int, size: int, factors: int, items: int, scores: int,
+) -> int: ...  # fmt: skip
 def trie_problem(
     *, code: int, code_bytes: int, first_child: int, rows: int, num_edges: int, num_words: int,
     num_items: int, levels: int, codebook_size: int,

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <map>
 #include <new>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "cemg/memory_cpu.h"
 #include "cemg/propagate_cpu.h"
 #include "cemg/quantize_cpu.h"
 #include "cemg/row_math.h"
@@ -208,6 +210,66 @@ void check_propagate(std::mt19937& random, int64_t vertices, int64_t dim, int64_
 
 }  // namespace
 
+struct RandomRows {
+  std::vector<int64_t> starts{0};
+  std::vector<int32_t> items;
+  std::vector<float> values;
+
+  RandomRows(std::mt19937& random, int64_t rows, int32_t num_items) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (uint32_t entry = random() % 40; entry > 0; --entry) {
+        items.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(num_items)));
+        values.push_back(static_cast<float>(random() % 4));
+      }
+      starts.push_back(static_cast<int64_t>(items.size()));
+    }
+  }
+
+  cemg::SparseRows view(int64_t top) const {
+    return {starts.data(), items.data(), values.data(), static_cast<int64_t>(starts.size()) - 1, top};
+  }
+
+  void add(int64_t row, int64_t top, double weight, const double* factors,
+           std::map<int32_t, double>& sums) const {
+    if (row + 1 >= static_cast<int64_t>(starts.size())) return;
+    const int64_t end = std::min(starts[row] + top, starts[row + 1]);
+    for (int64_t i = starts[row]; i < end; ++i) {
+      sums[items[i]] += weight * values[i] * (factors == nullptr ? 1 : factors[items[i]]);
+    }
+  }
+};
+
+// Some rows of the history are beyond those of the similarity.
+void check_memory(std::mt19937& random, int32_t num_items, int64_t size, bool texts, bool repeats) {
+  const int64_t rows = std::min(num_items, 3000);
+  const RandomRows transitions(random, rows, num_items), similar(random, rows / 2, num_items);
+  std::vector<double> factors(static_cast<size_t>(num_items)), first, second, third;
+  for (double& factor : factors) factor = static_cast<double>(random() % 4) / 2;
+  std::vector<int64_t> history;
+  std::map<int32_t, double> sums;
+  for (int64_t i = 0; i < size; ++i) {
+    history.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(rows)));
+    for (auto* weights : {&first, &second, &third}) weights->push_back(static_cast<double>(random() % 3));
+    transitions.add(history.back(), 20, first.back(), factors.data(), sums);
+    if (texts) similar.add(history.back(), 30, second.back(), nullptr, sums);
+    if (repeats) sums[static_cast<int32_t>(history.back())] += third.back();
+  }
+  const cemg::MemoryQuery query = {
+      history.data(), first.data(),  texts ? second.data() : nullptr, repeats ? third.data() : nullptr,
+      size,           factors.data()};
+  std::vector<int32_t> items(static_cast<size_t>(size * 51));
+  std::vector<double> scores(items.size());
+  const int64_t count =
+      cemg::memory_scores(transitions.view(20), similar.view(30), query, items.data(), scores.data());
+  int64_t at = 0;
+  for (const auto& [item, sum] : sums) {
+    if (sum == 0) continue;
+    require(at < count && items[at] == item && std::abs(scores[at] - sum) < 1e-9, "memory_scores");
+    ++at;
+  }
+  require(at == count, "the number of memory_scores");
+}
+
 int main() {
   std::mt19937 random(1);
   int compared = 0;
@@ -232,6 +294,12 @@ int main() {
     check_quantize(random, 1 + dim % 30, 3, 1 + dim, dim);
     check_propagate(random, 2 + dim % 50, dim, dim % 4);
     compared += 2;
+  }
+  for (int32_t num_items : {2, 300, 5000, 5'000'000}) {
+    for (int64_t size : {0, 1, 20}) {
+      check_memory(random, num_items, size, size > 1, num_items < 5000);
+      ++compared;
+    }
   }
   std::printf("%d comparisons\n", compared + 3);  // and those outside of loops
   return 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from cemg.memory import MEMORY_FILE, Constants, Memory, MemoryConfig, counting
 from cemg.memory.build import build_memory
 from cemg.memory.memory import ids_digest
 from cemg.memory.rows import best_positions, largest, sum_by_key
+from cemg_kernels import use_fast_kernels
 
 WORDS = ["red", "lip", "nail", "cream", "soap", "brush", "mint", "oil", "a", "5"]
 ALL = MemoryConfig(transition_items=10_000, similar_items=10_000)  # no row is cut
@@ -96,6 +98,25 @@ def test_the_scores_equal_the_formula(seed: int, length: int) -> None:
     assert scores.dtype == np.float64 and (np.diff(items) > 0).all()
     assert set(items[scores > 0]) == set(np.flatnonzero(expected > 1e-12))
     np.testing.assert_allclose(scores, expected[items], rtol=1e-6, atol=1e-9)  # T and C are float32
+
+
+@given(seed=st.integers(0, 99), cut=st.integers(1, 40), texts=st.booleans(), repeats=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_scores_in_cpp_equal_those_in_numpy(seed: int, cut: int, texts: bool, repeats: bool) -> None:
+    train, words = draw(seed=seed)
+    use = dataclasses.replace(USE, repeat_weight=0.4 if repeats else 0.0, text_weight=0.7 if texts else 0.0)
+    config = MemoryConfig(transition_items=cut, similar_items=cut)
+    memory = build_memory(train, words, config=config, constants=use)
+    history = np.random.default_rng(seed).integers(0, 32, seed % 25)  # some of no item
+    fast = memory.scores(history)
+    use_fast_kernels(False)
+    try:
+        items, scores = memory.scores(history)
+    finally:
+        use_fast_kernels(None)
+    assert fast[0].tolist() == items.tolist()
+    assert [part.dtype for part in fast] == [items.dtype, scores.dtype]
+    np.testing.assert_allclose(fast[1], scores, rtol=1e-14)
 
 
 def test_histories_of_a_batch_get_the_scores_that_each_gets_alone() -> None:
