@@ -7,6 +7,7 @@ A run is a folder of stages (data, features, graph, memory, tokenizer, catalog, 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -158,6 +159,23 @@ class RunArtifacts:
         memory.check_catalog(ids, run=self.run.folder)
         self.check_unchanged()
         return memory.first(len(ids))
+
+    def extended_memory(self, catalog: Catalog, texts: Sequence[str | None] = ()) -> Memory | None:
+        """The memory with items for all of a catalog; None if the run has no memory.
+
+        Args:
+            catalog: The catalog of the run, or that catalog with further items.
+            texts: Texts of the last items. Items before them that the memory does not have get their title:
+                those added by an earlier version, or before the memory was built again.
+        """
+        if not self.has_memory():
+            return None
+        known = catalog.first(len(catalog) - len(texts))
+        memory, titles = self.load_memory(known), self.added_titles()
+        missing = known.item_ids[memory.num_items :]
+        memory.add_items([*(titles.get(str(item)) for item in missing), *texts])
+        memory.record_ids(catalog.item_ids)
+        return memory
 
     def has_gate(self) -> bool:
         """Whether the run has a gate. Runs that earlier versions trained have none."""

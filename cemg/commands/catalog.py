@@ -18,10 +18,6 @@ from cemg.storage import files
 if TYPE_CHECKING:
     import polars as pl
 
-    from cemg.memory import Memory
-    from cemg.recommender import Recommender
-    from cemg.tokenizer import Catalog
-
 
 app = command.command_line(
     help="Inspect and change the catalog of a run: its items and their semantic IDs.",
@@ -109,7 +105,7 @@ def add(
         titles = recommender.artifacts.added_titles()
         titles |= {i: t for i, t in zip(table["item"], table["title"], strict=True) if t}
         extended = recommender.catalog.extended(codes, table["item"].to_list())
-        memory = _extended_memory(recommender, table["text"].to_list(), extended)
+        memory = recommender.artifacts.extended_memory(extended, table["text"].to_list())
         stages = ("catalog",) if memory is None else ("catalog", "memory")
         with Run(run).revised(*stages) as folder:  # with the same stage keys: later stages stay valid
             extended.save(folder / "catalog")
@@ -142,21 +138,6 @@ def export(
     catalog = RunArtifacts.open(run, verify=not no_verify).load_catalog()
     catalog.write_codes(out)
     console.print(f"{len(catalog)} items in {out}", highlight=False, markup=False)
-
-
-def _extended_memory(recommender: Recommender, texts: list[str | None], extended: Catalog) -> Memory | None:
-    """The memory of the run with items for all of the extended catalog; None if the run has no memory.
-
-    Items that were added before the memory followed the catalog have their title in place of a text.
-    """
-    artifacts = recommender.artifacts
-    if not artifacts.has_memory():
-        return None
-    memory, titles = artifacts.load_memory(recommender.catalog), artifacts.added_titles()
-    earlier = recommender.catalog.item_ids[memory.num_items :]
-    memory.add_items([*(titles.get(str(item)) for item in earlier), *texts])
-    memory.record_ids(extended.item_ids)
-    return memory
 
 
 def _read(path: Path, columns: str, *, separator: str, encoding: str, pictures: bool) -> pl.DataFrame:

@@ -74,6 +74,18 @@ class Pipeline(RunArtifacts):
                 self.transition.withdraw()
             raise
         self.transition.commit()
+        self._add_missing_items()
+
+    def _add_missing_items(self) -> None:
+        """Add the items that only the catalog has to the memory: one that was built again lacks them."""
+        artifacts = RunArtifacts.open(self.run.folder, verify=self.verify)
+        catalog = artifacts.load_catalog()
+        if artifacts.load_memory(catalog).num_items == len(catalog):
+            return
+        memory = artifacts.extended_memory(catalog)
+        assert memory is not None
+        with self.run.revised("memory") as folder:
+            memory.save(folder / "memory")
 
     def _stage(
         self, name: str, config: Mapping[str, Any], build: Callable[[Path], None], *,

@@ -14,7 +14,7 @@ from cemg import Recommender
 from cemg.artifacts import RunArtifacts
 from cemg.commands import catalog, evaluate, train
 from cemg.errors import UserError
-from cemg.memory import Memory
+from cemg.memory import MEMORY_FILE, Memory
 from cemg.memory.build import build_memory
 from cemg.memory.similarity import TextIndex
 from cemg.pipeline import Pipeline
@@ -112,6 +112,22 @@ def test_a_run_whose_memory_lacks_added_items_works_and_catches_up(run, tiny_run
     assert add(n2=TEXTS[1]) == 0
     memory = RunArtifacts.open(run).load_memory()
     assert memory.num_items == ITEMS + 2 and memory.knows([ITEMS + 1]) and not memory.knows([ITEMS])
+
+
+def test_a_memory_that_is_built_again_has_the_added_items(run, add, command, capsys) -> None:
+    add(n1=TEXTS[0])
+    titled = run.parent / "titled.csv"
+    titled.write_text(f"item,title\nn2,{TEXTS[1]}\n")
+    assert command(catalog.main, "add", "--run", run, "--items", titled) == 0
+    (run / "memory" / MEMORY_FILE).write_bytes(b"damaged")
+    capsys.readouterr()
+    assert command(train.main, "--run", run, "--rebuild") == 0
+    assert capsys.readouterr().err.count(": reused") == 7  # the gate too
+    memory = RunArtifacts.open(run).load_memory()
+    assert memory.num_items == ITEMS + 2 and memory.knows([ITEMS + 1])
+    assert not memory.knows([ITEMS])  # a run keeps the titles of added items, not their other texts
+    assert command(train.main, "--run", run) == 0
+    assert capsys.readouterr().err.count(": reused") == 8
 
 
 def test_items_that_a_new_catalog_does_not_have_leave_the_memory(run, tiny_run, add) -> None:
