@@ -212,6 +212,7 @@ def script(path: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / path)
         assert spec and spec.loader
         sys.modules[name] = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str((ROOT / "docs" / path).parent))  # as for a script
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 

@@ -1,0 +1,172 @@
+"""The tables of speed and memory use in the documentation, from bench/results/; `generate.py` writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+Row = dict[str, Any]
+Cells = dict[tuple[str, str], Row]  # rows of a latency file by case and peer
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+CASES = {  # case in the files of bench/latency.py: model, users, beams
+    "tiger B1 W50": "T5 at TIGER's size, 1, 50",
+    "tiger B8 W50": "T5 at TIGER's size, 8, 50",
+    "t5-small B1 W50": "T5-small, 1, 50",
+    "t5-small B8 W50": "T5-small, 8, 50",
+    "decoder-4 B1 W50": "4-layer Llama, 1, 50",
+    "decoder-4 B8 W50": "4-layer Llama, 8, 50",
+    "smollm2-135m B1 W10": "SmolLM2-135M's shape, 1, 10",
+}
+README_CASES = {
+    case: name.removesuffix(", 50").replace(", 1", ", 1 user").replace(", 8", ", 8 users")
+    for case, name in list(CASES.items())[:5]
+}
+DICT_TRIE = "transformers + dict trie"
+CTRANSLATE2 = ("CTranslate2 fp32, unconstrained", "CTranslate2 int8, unconstrained")
+PEERS = (DICT_TRIE, *CTRANSLATE2)
+
+
+def readme_speed() -> str:
+    """Medians of whole recommendations on the CPU and on the GPU, in milliseconds."""
+    cpu, gpu = latency("latency-cpu"), latency("latency-h200")
+    rows = []
+    for case, model in README_CASES.items():
+        on_gpu = [gpu[case, DICT_TRIE][key] for key in ("p50_ms", "peer_p50_ms")]
+        rows.append((model, *fastest_bold(medians(cpu, case, PEERS)), *fastest_bold(on_gpu)))
+    peers = ("transformers + dict trie", "CTranslate2 fp32\\*", "CTranslate2 int8\\*")
+    return table(("model", "CEMG", *peers, "CEMG, GPU", "transformers + dict trie, GPU"), rows)
+
+
+def vocab_speed() -> str:
+    peers = (DICT_TRIE, "transformers + our processor", *CTRANSLATE2)
+    head = (DICT_TRIE, "transformers + our processor", "CTranslate2 fp32", "CTranslate2 int8")
+    cells = latency("latency-cpu")
+    memory = [f"{cells[case, DICT_TRIE]['peak_mib']:,.0f} MiB" for case in CASES]
+    rows = [(*row, mib) for row, mib in zip(speed_rows(cells, peers), memory, strict=True)]
+    return table(("model, users, beams", "CEMG", *head, "floor", "memory of CEMG"), rows)
+
+
+def valid_speed() -> str:
+    head = (DICT_TRIE, "CTranslate2 fp32", "CTranslate2 int8")
+    rows = speed_rows(latency("latency-valid-cpu"), PEERS)
+    return table(("model, users, beams", "CEMG", *head, "floor"), rows)
+
+
+def speed_rows(cells: Cells, peers: Sequence[str]) -> list[tuple[str, ...]]:
+    """Per case: CEMG and its peers, the fastest in bold, and the floor."""
+    return [
+        (name, *fastest_bold(medians(cells, case, peers)), milliseconds(cells[case, DICT_TRIE]["floor_ms"]))
+        for case, name in CASES.items()
+    ]
+
+
+def parts_of_a_search() -> str:
+    """The share of each part of the search."""
+    cells = latency("latency-cpu")
+    rows = []
+    for case, name in CASES.items():
+        row = cells[case, DICT_TRIE]
+        times = [f"{milliseconds(row[key])} ms" for key in ("p50_ms", "floor_ms")]
+        rows.append((name, *times, *(f"{share:.0%}".replace("%", " %") for share in row["parts"].values())))
+    return table(("model, users, beams", "CEMG", "floor", *cells["tiger B1 W50", DICT_TRIE]["parts"]), rows)
+
+
+def gpu_speed() -> str:
+    cells = latency("latency-h200")
+    rows = []
+    for case, name in list(CASES.items())[:6]:
+        row = cells[case, DICT_TRIE]
+        pair = fastest_bold([row["p50_ms"], row["peer_p50_ms"]])
+        rows.append((name, *pair, f"{row['ratio']:.0f}", f"{row['floor_ms']:.2g}"))
+    return table(("model, users, beams", "CEMG", DICT_TRIE, "times as fast", "floor"), rows)
+
+
+MEMORY_CASES = {  # case in the file of bench/latency.py --memory: users, items
+    "tiger B1 W50": "1 user, 12,101 items",
+    "tiger B8 W50": "8 users, 12,101 items",
+    **{f"tiger B1 W50 N1e+0{power}": f"1 user, 1e{power} items" for power in (4, 5, 6, 7)},
+}
+
+
+def memory_cost() -> str:
+    """Searches with and without an item memory."""
+    cells = latency("latency-memory-cpu")
+    rows = []
+    for case, name in MEMORY_CASES.items():
+        row = cells[case, "search"]
+        times = (row[key] for key in ("peer_p50_ms", "p50_ms", "query_ms", "tensors_ms"))
+        cost = f"{100 * row['cost']:+.1f} %"
+        rows.append((name, *(f"{time:.2f}" for time in times), cost, f"{row['entries']:,.0f}"))
+    head = (
+        "users, items",
+        "search",
+        "with the memory",
+        "query",
+        "sorting and sums",
+        "cost",
+        "items with mass",
+    )
+    return table(head, rows)
+
+
+def memory_use() -> str:
+    """Memory use and times of the item memory by number of items."""
+    rows = []
+    facts = {row["case"]: row for row in rows_of("memory-cpu")}
+    for case, items in (("N1e+04", 12_000), ("N1e+06", 1_000_000)):
+        query, event = (facts[f"{case} {name}"] for name in ("query", "event"))
+        build = query["build_peak_mib"] - query["build_input_mib"]
+        mebibytes = (f"{mib:,.0f} MiB" for mib in (query["file_mib"], query["loaded_mib"], build))
+        times = (f"{1000 * row['p50_ms']:.0f} µs" for row in (query, event))
+        rows.append((f"{items:,}", *mebibytes, f"{query['build_seconds']:,.0f} s", *times))
+    return table(
+        ("items", "file", "in use after queries", "peak of a build", "build", "query", "event"), rows
+    )
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def training_step() -> str:
+    """A training step of the generator, by length of the history."""
+    cells = {(row["case"], row["backend"], row["peer"]): row for row in rows_of("generator-step-cpu")}
+    rows = []
+    for history in (4, 7, 14):
+        case = f"B64 T{history}"
+        ours = [cells[case, dtype, "module, float32"]["p50_ms"] for dtype in DTYPES]
+        theirs = [cells[case, "float32", f"module, {dtype}"]["peer_p50_ms"] for dtype in DTYPES]
+        rows.append((str(history), *(f"{time:.0f}" for time in (*ours, *theirs))))
+    head = ("items in the history", "float32", "bfloat16", "module, float32", "module, bfloat16")
+    return table(head, rows)
+
+
+def medians(cells: Cells, case: str, peers: Sequence[str]) -> list[float]:
+    return [cells[case, peers[0]]["p50_ms"], *(cells[case, peer]["peer_p50_ms"] for peer in peers)]
+
+
+def latency(name: str) -> Cells:
+    """The rows of a result file of ``bench/latency.py`` by case and peer."""
+    return {(row["case"], row["peer"]): row for row in rows_of(name)}
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of a result file of a benchmark."""
+    rows: list[Row] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def fastest_bold(medians: Sequence[float]) -> list[str]:
+    return [f"**{milliseconds(m)}**" if m == min(medians) else milliseconds(m) for m in medians]
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}"
