@@ -18,6 +18,7 @@ from cemg.errors import UserError
 
 MISS = -1  # the rank of a target that is not in its list
 CUTOFFS = (5, 10, 20)
+LISTED = 10  # items of a list that ``spread_of`` looks at
 Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 Metrics = dict[str, float]  # {"HR@10": 0.06, "NDCG@10": 0.03, ...}
@@ -44,6 +45,35 @@ def ranks_of_targets(items: Tensor, targets: Tensor) -> Tensor:
     hits = (items == targets[:, None]) & (items >= 0)  # [T, C]
     target_ranks = (ranks * hits).sum(1)
     return torch.where(hits.any(1), target_ranks, MISS).long()
+
+
+def first_items(items: Tensor, count: int) -> Tensor:
+    """Return the first ``count`` items of lists [T, C], whose entries of -1 are skipped; [T, count]."""
+    at = (items >= 0).cumsum(1) - 1
+    first = items.new_full((len(items), count), -1)
+    row, column = ((items >= 0) & (at < count)).nonzero(as_tuple=True)
+    first[row, at[row, column]] = items[row, column]
+    return first
+
+
+def spread_of(first: Tensor, counts: np.ndarray) -> Metrics:
+    """Say which items lists recommend.
+
+    Args:
+        first: [T, K] the first K items of each list, filled with -1.
+        counts: [N] training interactions of each item. Items from N on, which the split does not have, are
+            not counted.
+
+    Returns:
+        "coverage@K", the share of the N items that are in at least one list, and "popularity@K", the mean
+        number of training interactions of a recommended item. Empty if no list has an item.
+    """
+    listed = first[(first >= 0) & (first < len(counts))]
+    if not len(listed):
+        return {}
+    coverage = len(listed.unique()) / len(counts)
+    popularity = float(torch.from_numpy(counts)[listed].double().mean())
+    return {f"coverage@{first.shape[1]}": coverage, f"popularity@{first.shape[1]}": popularity}
 
 
 def hr(ranks: Tensor, k: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,11 +19,14 @@ from cemg.data.dataset import Split
 from cemg.errors import UserError
 from cemg.evaluation.metrics import (
     CUTOFFS,
+    LISTED,
     MISS,
     Metrics,
+    first_items,
     intervals_at,
     metrics_at,
     ranks_of_targets,
+    spread_of,
 )
 from cemg.progress import track
 
@@ -47,6 +50,8 @@ class Evaluation:
         short_lists: Users whose list without the history has fewer items than the largest cutoff. A beam
             search returns one item per beam, so a target outside the beams is a miss.
         fingerprint: Identifies the split, and the part or subset of it.
+        spread: What the first LISTED items of all lists are: see ``spread_of``.
+        spread_history_removed: The same of the lists without the history.
     """
 
     part: str
@@ -58,6 +63,8 @@ class Evaluation:
     targets_in_history: int
     short_lists: int
     fingerprint: dict[str, int | str]
+    spread: Metrics = field(default_factory=dict)
+    spread_history_removed: Metrics = field(default_factory=dict)
 
     @property
     def metrics(self) -> Metrics:
@@ -180,16 +187,29 @@ def _evaluate(
     rows = rows[np.argsort([len(histories[r]) for r in rows], kind="stable")]  # batches of similar length
     num_items, depth = int(split.fingerprint["items"]), max(cutoffs)
     scores: list[Tensor] = []
+    tops: list[Tensor] = []
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     for batch in track(batches, "evaluate") if progress else batches:
         known, batch_targets = [histories[r] for r in batch], torch.from_numpy(targets[batch]).long()
         top = min(depth + max(map(len, known)), num_items, max_list or num_items)
         items = _checked(lists_of(batch, known, top), len(batch), num_items + others)
-        scores.append(_score(items, known, batch_targets, depth=min(depth, num_items)))
-    cold = split.train_counts(num_items)[targets[rows]] <= COLD
-    fingerprint = split.fingerprint | _scope(part, users)
-    return _gather(
-        torch.cat(scores, dim=1), rows, part=part, cutoffs=cutoffs, cold=cold, fingerprint=fingerprint
+        found, first = _score(items, known, batch_targets, depth=min(depth, num_items))
+        scores.append(found)
+        tops.append(first)
+    counts = split.train_counts(num_items)
+    kept, removed, in_history, short = torch.cat(scores, dim=1)  # [T] each
+    return Evaluation(
+        part=part,
+        cutoffs=tuple(cutoffs),
+        users=rows,
+        ranks=kept,
+        ranks_history_removed=removed,
+        cold=torch.from_numpy(counts[targets[rows]] <= COLD),
+        targets_in_history=int(in_history.sum()),
+        short_lists=int(short.sum()),
+        fingerprint=split.fingerprint | _scope(part, users),
+        spread=spread_of(torch.cat([first[0] for first in tops]), counts),
+        spread_history_removed=spread_of(torch.cat([first[1] for first in tops]), counts),
     )
 
 
@@ -197,29 +217,6 @@ def seeded_sample(split: Split, count: int = 2000, seed: int = 0) -> np.ndarray:
     """Draw ``count`` different positions in ``split.users``, ascending; all of them if there are fewer."""
     total = len(split.users)
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])
-
-
-def _gather(
-    scores: Tensor,
-    rows: np.ndarray,
-    *,
-    part: str,
-    cutoffs: Sequence[int],
-    cold: np.ndarray,
-    fingerprint: dict[str, int | str],
-) -> Evaluation:
-    kept, removed, in_history, short = scores  # [T] each, in the order of _score
-    return Evaluation(
-        part=part,
-        cutoffs=tuple(cutoffs),
-        users=rows,
-        ranks=kept,
-        ranks_history_removed=removed,
-        cold=torch.from_numpy(cold),
-        targets_in_history=int(in_history.sum()),
-        short_lists=int(short.sum()),
-        fingerprint=fingerprint,
-    )
 
 
 def _checked(items: Tensor, users: int, num_items: int) -> Tensor:
@@ -234,10 +231,13 @@ def _checked(items: Tensor, users: int, num_items: int) -> Tensor:
     return items
 
 
-def _score(items: Tensor, histories: list[np.ndarray], targets: Tensor, *, depth: int) -> Tensor:
+def _score(
+    items: Tensor, histories: list[np.ndarray], targets: Tensor, *, depth: int
+) -> tuple[Tensor, Tensor]:
     """Compute four rows [4, B] int64: rank, rank with the history removed, target in history, list too short.
 
-    A rank of ``depth`` or more is a miss. How long a list is beyond it depends on the batch.
+    A rank of ``depth`` or more is a miss. How long a list is beyond it depends on the batch. The second
+    result has the first LISTED items of both lists, [2, B, LISTED], filled with -1.
     """
     known = torch.nn.utils.rnn.pad_sequence(
         [torch.from_numpy(h.astype(np.int64)) for h in histories], batch_first=True, padding_value=MISS
@@ -248,7 +248,8 @@ def _score(items: Tensor, histories: list[np.ndarray], targets: Tensor, *, depth
     in_history = (known == targets[:, None]).any(1).long()
     short = ((removed >= 0).sum(1) < depth).long()
     ranks = [ranks_of_targets(listed, targets) for listed in (items, removed)]
-    return torch.stack([*(r.masked_fill(r >= depth, MISS) for r in ranks), in_history, short])
+    first = torch.stack([first_items(listed, LISTED) for listed in (items, removed)])
+    return torch.stack([*(r.masked_fill(r >= depth, MISS) for r in ranks), in_history, short]), first
 
 
 def _scope(part: str, users: np.ndarray | None) -> dict[str, int | str]:

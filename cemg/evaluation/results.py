@@ -115,6 +115,9 @@ def _metrics_of(evaluation: Evaluation, excluded: Evaluation | None) -> dict[str
     if excluded is not None:
         assert excluded.users.tolist() == evaluation.users.tolist()
         rankings[EXCLUDED] = excluded.ranks
+    spreads = {KEPT: evaluation.spread, REMOVED: evaluation.spread_history_removed}
+    if excluded is not None:
+        spreads[EXCLUDED] = excluded.spread
     cutoffs, cold = evaluation.cutoffs, evaluation.cold
     by_ranking = {key: metrics_at(ranks, cutoffs) for key, ranks in rankings.items()}
     intervals = {intervals_key(key): intervals_at(ranks, cutoffs) for key, ranks in rankings.items()}
@@ -133,6 +136,7 @@ def _metrics_of(evaluation: Evaluation, excluded: Evaluation | None) -> dict[str
         **by_ranking,
         **intervals,
         "cold": about_cold,
+        "spread": {key: found for key, found in spreads.items() if found},
         "targets_in_history": evaluation.targets_in_history,
         "short_lists_history_removed": evaluation.short_lists,
         "ranks": {key: _packed(evaluation.by_user(ranks)) for key, ranks in rankings.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +24,7 @@ from cemg.evaluation import (
     ndcg,
     ranks_of_targets,
 )
+from cemg.evaluation.metrics import first_items, spread_of
 
 
 def random_lists(users: int, width: int, num_items: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -42,6 +44,19 @@ def test_ranks_count_from_zero_and_a_missing_target_is_a_miss() -> None:
 def test_entries_without_an_item_do_not_count_as_ranks() -> None:
     items = torch.tensor([[-1, 3, -1, 5], [-1, -1, -1, -1]])
     assert ranks_of_targets(items, torch.tensor([5, 3])).tolist() == [1, MISS]
+
+
+def test_the_first_items_of_a_list_skip_entries_without_an_item() -> None:
+    lists = torch.tensor([[-1, 4, -1, 2, 3], [5, -1, -1, -1, -1]])
+    assert first_items(lists, 2).tolist() == [[4, 2], [5, -1]]
+    assert first_items(lists, 7).tolist() == [[4, 2, 3, -1, -1, -1, -1], [5, -1, -1, -1, -1, -1, -1]]
+
+
+def test_coverage_and_popularity_equal_hand_computed_values() -> None:
+    first = torch.tensor([[0, 2], [2, -1], [4, -1]])  # item 4 is not in the split
+    spread = spread_of(first, np.array([10, 1, 4, 0]))
+    assert spread == {"coverage@2": 0.5, "popularity@2": 6.0}
+    assert spread_of(torch.full((2, 3), -1), np.ones(4)) == {}
 
 
 def test_a_list_with_an_item_twice_is_refused_and_names_the_item() -> None:

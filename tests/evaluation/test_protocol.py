@@ -43,6 +43,16 @@ def test_ranks_with_the_history_kept_and_removed() -> None:
     assert scored.metrics["HR@10"] == pytest.approx(2 / 3)
 
 
+def test_the_spread_is_over_the_first_ten_items_of_every_list() -> None:
+    split = toy_data([[0, 1, 2, 5], [7, 8, 9, 6]]).split()
+    scored = evaluate(catalog_order, split, cutoffs=(10,), progress=False)
+    counts = split.train_counts(ITEMS)
+    assert scored.spread == {"coverage@10": 10 / ITEMS, "popularity@10": counts[:10].mean()}
+    lists = [range(3, 13), [*range(7), 10, 11, 12]]  # without the histories
+    popularity = np.mean([counts[item] for one in lists for item in one])
+    assert scored.spread_history_removed == {"coverage@10": 13 / ITEMS, "popularity@10": popularity}
+
+
 def test_a_target_beyond_the_largest_cutoff_is_a_miss_in_a_list_of_any_length() -> None:
     scored = evaluate(catalog_order, toy_data([[0, 1, 5], [30, 31, 6]]).split(), cutoffs=(5,), progress=False)
     assert scored.ranks.tolist() == [MISS, MISS]
