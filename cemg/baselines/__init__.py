@@ -1,5 +1,5 @@
 """Baselines under the same protocol as CEMG: their rankers are arguments of ``cemg.evaluation.evaluate``."""
 
-from cemg.baselines.training import train_dense
+from cemg.baselines.dense import train_dense
 
 __all__ = ["train_dense"]

@@ -8,18 +8,28 @@ B users per batch, N items.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 import torch
 
 from cemg.data.dataset import Split
-from cemg.dense import DenseRanker
 from cemg.evaluation.metrics import Metrics, metrics_at
 
 BATCH = 256
 
 
+class Scorer(Protocol):
+    """A model that scores every item."""
+
+    def logits(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
+        """Return a score per item, [B, N]. The histories are item rows, oldest first, none empty."""
+        ...
+
+
 @torch.inference_mode()
-def validate(ranker: DenseRanker, split: Split, users: np.ndarray | None = None) -> Metrics:
+def validate(ranker: Scorer, split: Split, users: np.ndarray | None = None) -> Metrics:
     """Compute HR@10 and NDCG@10 on the validation targets, with the history removed from the lists.
 
     A target that is in the history is a miss. Of items with equal scores, the target comes first.
@@ -39,7 +49,7 @@ def validate(ranker: DenseRanker, split: Split, users: np.ndarray | None = None)
     return metrics_at(torch.cat(ranks), (10,))
 
 
-def _ranks(ranker: DenseRanker, histories: list[np.ndarray], targets: np.ndarray) -> torch.Tensor:
+def _ranks(ranker: Scorer, histories: list[np.ndarray], targets: np.ndarray) -> torch.Tensor:
     """Compute the rank [B] int64 of each target among the items that are not in its history."""
     logits = ranker.logits(histories)  # [B, N]
     rows = torch.from_numpy(np.repeat(np.arange(len(histories)), [len(h) for h in histories]))

@@ -49,6 +49,41 @@ def line_chart(
         return Chart(title, f"{title} by {x_label}: {described}", _svg(figure, title))
 
 
+def interval_chart(
+    title: str,
+    rows: Mapping[str, Mapping[str, tuple[float, float]]],
+    *,
+    x_label: str,
+) -> Chart:
+    """One line per model with a dot per series, at a value with half the width of its interval.
+
+    Args:
+        title: Title of the chart.
+        rows: Model: series: value and half the width of its interval.
+        x_label: What the values are.
+    """
+    series = list(dict.fromkeys(name for row in rows.values() for name in row))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 1.0 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        places = np.arange(len(rows))[::-1]
+        for number, name in enumerate(series):
+            shift = 0.12 * (number - (len(series) - 1) / 2)
+            points = [
+                (row[name], y - shift) for row, y in zip(rows.values(), places, strict=True) if name in row
+            ]
+            values, halves = zip(*(value for value, _ in points), strict=True)
+            axes.errorbar(values, [y for _, y in points], xerr=halves, fmt="o", markersize=4, label=name)
+        axes.set_yticks(places, labels=list(rows))
+        axes.set(xlabel=x_label, ylim=(-0.6, len(rows) - 0.4))
+        _add_legend(figure, len(series))
+        described = "; ".join(
+            f"{model} " + ", ".join(f"{value:.4f} {name}" for name, (value, _) in row.items())
+            for model, row in rows.items()
+        )
+        return Chart(title, f"{x_label}: {described}", _svg(figure, title))
+
+
 def bar_chart(title: str, heights: np.ndarray, *, x_label: str, y_label: str, description: str) -> Chart:
     """One bar per value, without gaps."""
     with matplotlib.rc_context(STYLE):

@@ -74,7 +74,11 @@ def test_a_model_trains_is_evaluated_and_records_its_command_line(
     [
         (["--run", "r", "--set", "width=3"], "unknown setting"),
         (["--run", "r", "--set", "dim=wide"], "'wide' is not a valid int"),
-        (["--run", "r", "--set", "loss=ce"], "unknown setting"),
+        (["--run", "r", "--set", "dim=2.5"], "'2.5' is not a valid int"),
+        (["--run", "r", "--set", "dim"], "not NAME=VALUE"),
+        (["--run", "r", "--set", "loss=ce"], "this setting has an option"),
+        (["--run", "r", "--set", "model=bsarec"], "unknown setting"),
+        (["--run", "r", "--budget", "0"], "--budget must be more than 0"),
         (["--run", "r", "--users-fold", "2"], "not fold/folds"),
         (["--run", "r", "--users-fold", "2/2"], "fold must be in 0 … 1"),
         ([], "needs a folder"),

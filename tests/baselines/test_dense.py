@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from cemg.baselines import train_dense, training
+from cemg.baselines import loop, train_dense
+from cemg.baselines.dense import draw_negatives, held_out_users, loss_of, training_samples
 from cemg.baselines.samples import Samples
-from cemg.baselines.training import draw_negatives, held_out_users, loss_of, training_samples
 from cemg.data.dataset import Dataset
 from cemg.dense import DenseConfig, SequenceEncoder
 from cemg.errors import UserError
@@ -32,24 +32,6 @@ SMALL = DenseConfig(
     learning_rate=1e-2,
     products="float32",
 )
-
-
-@pytest.fixture(scope="module")
-def ring() -> Dataset:
-    """Item i + 1 follows item i, around a ring: the last item determines the next."""
-    rng = np.random.default_rng(0)
-    starts, lengths = rng.integers(ITEMS, size=200), rng.integers(5, 10, size=200)
-    sequences = [((s + np.arange(n)) % ITEMS).astype(np.int32) for s, n in zip(starts, lengths, strict=True)]
-    return Dataset(
-        name="ring",
-        user_ids=[str(i) for i in range(200)],
-        item_ids=[str(i) for i in range(ITEMS)],
-        sequences=sequences,
-        titles=[""] * ITEMS,
-        texts=[None] * ITEMS,
-        images=[None] * ITEMS,
-        tie_rule="as written",
-    )
 
 
 LEARNERS = [
@@ -108,7 +90,7 @@ def test_a_training_interrupted_after_an_epoch_resumes_to_the_same_weights(
     config = dataclasses.replace(SMALL, loss=loss, schedule=schedule, negatives=20)
     whole = train_dense(ring, config, folder=tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_print_epoch", lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(loop, "_print_epoch", lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train_dense(ring, config, folder=tmp_path / "parts")
     torch.rand(7)  # changes the state of the global generator

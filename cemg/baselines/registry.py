@@ -1,0 +1,172 @@
+"""The models that ``python -m cemg.baselines`` and ``cemg-experiment`` train, and how to add one.
+
+A model is a function from a `Job` to a `Fitted`. `MODELS` names those that come with CEMG; a Python file that
+defines ``fit`` adds another, by its path: ``--model my_model.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cemg.data import Dataset
+from cemg.errors import UserError
+from cemg.evaluation import Rank
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a model is trained on.
+
+    Attributes:
+        data: The data set. ``data.split().train`` has the training sequences; test items are not to be read.
+        folder: For checkpoints. The same job resumes there.
+        seed: Seed of everything random.
+        device: "cpu", "cuda", "cuda:1", …
+        budget: Seconds of training, after which a model stops; None for no limit.
+        settings: Changed settings of the model, by name; values are text if they come from a command line.
+    """
+
+    data: Dataset
+    folder: Path
+    seed: int = 0
+    device: str = "cpu"
+    budget: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, kind: type[Config], **fixed: Any) -> Config:
+        """Return the settings of a model: a dataclass with the seed and the changed settings.
+
+        Args:
+            kind: A dataclass whose fields have defaults.
+            fixed: Fields that the model's name decides, so that they cannot be changed.
+
+        Raises:
+            UserError: A setting does not exist, or its value has another type.
+        """
+        defaults = dataclasses.asdict(kind())  # type: ignore[call-overload]
+        allowed = [name for name in defaults if name not in (*fixed, "seed")]
+        changes: dict[str, Any] = {}
+        for name, value in self.settings.items():
+            if name not in allowed:
+                raise UserError(f"--set {name}={value}: unknown setting", fix=f"one of {', '.join(allowed)}")
+            wanted = type(defaults[name])
+            try:
+                read = json.loads(value) if isinstance(value, str) and wanted is not str else value
+                changes[name] = wanted(read)
+                if wanted is int and changes[name] != read:
+                    raise ValueError(read)
+            except (ValueError, TypeError) as error:
+                message = f"--set {name}={value}: {value!r} is not a valid {wanted.__name__}"
+                raise UserError(message) from error
+        seed = {"seed": self.seed} if "seed" in defaults else {}
+        return kind(**{**changes, **fixed, **seed})
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A trained model.
+
+    Attributes:
+        rank: Ranks the catalog for histories: see `cemg.evaluation.evaluate`.
+        config: Its settings, and what early stopping chose.
+        further: More entries of the result file.
+    """
+
+    rank: Rank
+    config: Mapping[str, Any]
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_log(
+        cls, rank: Rank, config: Mapping[str, Any], log: Sequence[Mapping[str, float]], *, select: str
+    ) -> Fitted:
+        """Return a model with the best epoch, the seconds and the log of `cemg.baselines.loop.train`."""
+        best = max(log, key=lambda row: row[f"valid_{select}"])
+        found: dict[str, Any] = {"best_epoch": best["epoch"], "epochs_run": len(log)}
+        found |= {name: best[name] for name in ("valid_HR@10", "valid_NDCG@10")}
+        found["train_seconds"] = round(sum(row["train_seconds"] for row in log), 1)
+        if log[-1].get("share", 1) < 1:
+            found["stopped"] = "the budget of training time was spent within an epoch"
+        rounded = [{name: round(value, 5) for name, value in row.items()} for row in log]
+        return cls(rank, {**config, **found}, {"training": rounded})
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """An entry of `MODELS`.
+
+    Attributes:
+        title: Its name in tables.
+        module: The module with its function ``fit``, or ``fit_`` and the key in `MODELS`.
+        source: Link to the paper.
+        trains: Whether it needs a folder for checkpoints.
+    """
+
+    title: str
+    module: str
+    source: str = ""
+    trains: bool = True
+
+
+MODELS = {
+    "popularity": Model("Popularity", "cemg.baselines.simple", trains=False),
+    "memory": Model("Item memory", "cemg.baselines.simple", trains=False),
+    "gru4rec": Model("GRU4Rec", "cemg.baselines.gru4rec", "https://arxiv.org/abs/1511.06939"),
+    "sasrec": Model("SASRec", "cemg.baselines.dense", "https://arxiv.org/abs/1808.09781"),
+    "sasrec-bce": Model(
+        "SASRec, binary cross-entropy", "cemg.baselines.dense", "https://arxiv.org/abs/1808.09781"
+    ),
+    "bsarec": Model("BSARec", "cemg.baselines.dense", "https://arxiv.org/abs/2312.10325"),
+}
+
+
+def fit(name: str, job: Job) -> Fitted:
+    """Train a model of `MODELS`, or that of a Python file.
+
+    Raises:
+        UserError: There is no such model, the file cannot be read, or it defines no ``fit``; or as the model.
+    """
+    if name in MODELS:
+        module: Any = importlib.import_module(MODELS[name].module)
+        function = getattr(module, "fit_" + name.replace("-", "_"), None) or module.fit
+    else:
+        function = _fit_of_file(name)
+    fitted = function(job)
+    if not isinstance(fitted, Fitted):
+        raise UserError(f"fit of {name} returned {type(fitted).__name__}", fix="return Fitted(rank, config)")
+    return fitted
+
+
+def title_of(name: str) -> str:
+    """Return the name of a model in tables."""
+    return MODELS[name].title if name in MODELS else Path(name).stem
+
+
+def check_model(name: str) -> None:
+    """Raise UserError if there is no such model."""
+    if name not in MODELS and not (name.endswith(".py") and Path(name).is_file()):
+        known = ", ".join(MODELS)
+        raise UserError(f"there is no model {name}", fix=f"one of {known}; or the path of a Python file")
+
+
+def _fit_of_file(name: str) -> Any:
+    check_model(name)
+    spec = importlib.util.spec_from_file_location(f"cemg_model_{Path(name).stem}", name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{name} cannot be imported", cause=f"{type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "fit", None)):
+        raise UserError(f"{name} has no function fit", fix="def fit(job: Job) -> Fitted")
+    return module.fit
