@@ -1,0 +1,152 @@
+"""``cemg-experiment``: the experiments of the paper, planned, run, resumed and reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cemg.commands import console as command
+from cemg.errors import UserError
+from cemg.progress import console
+
+if TYPE_CHECKING:
+    from cemg.experiments import Store, Task
+
+app = command.command_line()
+
+
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        "cemg-experiment rq1 --data synthetic --models popularity,memory,gru4rec,cemg",
+        "cemg-experiment rq1 rq5 --data data/beauty --seeds 3 --budget 2 --out runs/beauty-experiment",
+        "cemg-experiment rq2 --data ml-100k --dry-run",
+    ),
+)
+def experiment(
+    questions: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="QUESTION…",
+            help="rq1 (all models), rq2 (ablations), rq3 (training time), rq4 (tokenizer), rq5 (cold items).",
+        ),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME",
+            help="Data set: a path that cemg-data reads, the name of a folder in data/, or synthetic. "
+            "Repeatable, or separated by commas.",
+        ),
+    ],
+    models: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,…",
+            help="Models, or Python files that define one. Default: all of the question.",
+        ),
+    ] = "",
+    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = 1,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="HOURS",
+            help="Stop the training of a baseline after this time, within an epoch too. CEMG trains whole.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder of the tasks, their results and the report.")
+    ] = Path("runs/experiment"),
+    set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Change a setting of all CEMG trainings. Repeatable."),
+    ] = None,
+    device: command.DeviceOption = "cpu",
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="Precision of the generator: float32 or bfloat16.")
+    ] = "float32",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the tasks, with an estimate of their time.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Only write the report of what is finished.")
+    ] = False,
+    version: command.VersionOption = False,
+) -> None:
+    """Answer questions of the paper on any data set: train what is missing, test it, and write a report.
+
+    Tasks run one after the other. After an interruption, the same command continues; finished tasks are not
+    repeated. The report is FOLDER/report.html, all metrics are in FOLDER/results.csv.
+    """
+    from cemg.data import read_dataset
+    from cemg.experiments import Store, plan, write_experiment_report
+    from cemg.experiments.plan import sources_of
+    from cemg.experiments.work import Options, run_tasks
+
+    command.check_device(device)
+    if budget is not None and not budget > 0:
+        raise UserError(f"--budget must be more than 0 hours, got {budget}")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
+    store = Store(out)
+    names = [name for one in data for name in one.split(",") if name]
+    chosen = [name for name in models.split(",") if name]
+    plan(questions, {}, models=chosen, seeds=seeds)  # checks the names before anything is read or written
+    sources = sources_of(names, out / "data")
+    tasks = plan(questions, sources, models=chosen, seeds=seeds, settings=set or ())
+    for task in tasks:
+        store.check(task)
+    with store.locked():
+        repeat = f"cemg-experiment {' '.join(questions)} … --out {quote(str(out))}"
+        command.set_interrupt_message(f"finished tasks are kept; the same command continues: {repeat}")
+        failed: list[str] = []
+        if not report_only:
+            sizes = {name: read_dataset(source).num_interactions for name, source in sources.items()}
+            _print_plan(store, tasks, sizes, budget)
+            if dry_run:
+                return
+            failed = run_tasks(tasks, store, Options(device, dtype, budget), interactions=sizes)
+        page = write_experiment_report(store, tasks, questions)
+    console.print(f"report: {page}", soft_wrap=True)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(tasks)} tasks failed", cause="; ".join(failed),
+            fix="read their log.txt; the same command tries them again",
+        )  # fmt: skip
+
+
+def _print_plan(store: Store, tasks: list[Task], sizes: dict[str, int], budget: float | None) -> None:
+    """Print each task with the time that it will take, and the sum."""
+    from rich.table import Table
+
+    table = Table("task", "state", "estimate")
+    total, unknown = 0.0, 0
+    for task in tasks:
+        if store.finished(task):
+            table.add_row(task.name, "finished", "")
+            continue
+        seconds = store.seconds(task, sizes)
+        if seconds is not None and budget is not None and task.model != "cemg":
+            seconds = min(seconds, 3600 * budget)
+        state = "to be continued" if store.path(task).exists() else "to do"
+        table.add_row(task.name, state, "unknown" if seconds is None else duration(seconds))
+        total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
+    console.print(table)
+    more = f", and {unknown} of unknown length" if unknown else ""
+    console.print(f"about {duration(total)} in all{more}, one task at a time", highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text, such as "3 h 20 min"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def main() -> None:
+    """Run ``cemg-experiment`` on the command line's arguments."""
+    command.run(app)

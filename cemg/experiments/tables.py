@@ -1,0 +1,170 @@
+"""The tables of an experiment: means over seeds with intervals, differences to the best baseline, costs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cemg.evaluation import differences_of, printed_rows
+from cemg.evaluation.results import KEPT, REMOVED, intervals_key
+
+Record = dict[str, Any]
+OWN = "CEMG"  # titles of what is compared with the best baseline begin with it
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """The results on one split of one data set.
+
+    Attributes:
+        data: Name of the data set.
+        split: The fingerprint of the split.
+        rows: Title of a model: its records, one per seed.
+        missing: Names of tasks without a result.
+    """
+
+    data: str
+    split: Mapping[str, Any]
+    rows: Mapping[str, Sequence[Record]]
+    missing: Sequence[str] = ()
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics, as in the records."""
+        return list(next(iter(self.rows.values()))[0][KEPT])
+
+
+def boards(results: Sequence[tuple[str, str, Record]], missing: Mapping[str, Sequence[str]]) -> list[Board]:
+    """Sort results into boards: those of different splits never share one.
+
+    Args:
+        results: Data set, title and record of each.
+        missing: Names of tasks without a result, by data set.
+    """
+    found: dict[tuple[str, str], tuple[Mapping[str, Any], dict[str, list[Record]]]] = {}
+    for data, title, record in results:
+        key = (data, str(sorted(record["split"].items())))
+        found.setdefault(key, (record["split"], {}))[1].setdefault(title, []).append(record)
+    made = [Board(data, split, rows, missing.get(data, ())) for (data, _), (split, rows) in found.items()]
+    without = [data for data in missing if missing[data] and data not in {board.data for board in made}]
+    return made + [Board(data, {}, {}, missing[data]) for data in without]
+
+
+def ranking_rows(board: Board, key: str, *, paper: bool) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the metrics with the history kept or removed, those of the paper beside them."""
+    names = board.metrics
+    printed = {row.model: row for row in printed_rows(board.data) if row.source == "CEMG paper"}
+    shows_paper = paper and key == KEPT and bool(printed)
+    columns = [
+        "model",
+        "seeds",
+        *names,
+        *(["HR@10 in the paper", "NDCG@10 in the paper"] if shows_paper else []),
+    ]
+    rows = []
+    for title, records in board.rows.items():
+        cells = [figure(records, key, name) for name in names]
+        row = [title, str(len(records)), *cells]
+        if shows_paper:
+            known = printed.get(title)
+            row += [f"{known.hr10:.4f}", f"{known.ndcg10:.4f}"] if known else ["", ""]
+        rows.append(row)
+    return columns, rows
+
+
+def figure(records: Sequence[Record], key: str, name: str) -> str:
+    """A metric as text: see ``value_of``; "" if a record does not have it."""
+    found = value_of(records, key, name)
+    if found is None:
+        return ""
+    value, half = found
+    return f"{value:.4f}" + (f" ± {half:.4f}" if half is not None else "")
+
+
+def value_of(records: Sequence[Record], key: str, name: str) -> tuple[float, float | None] | None:
+    """The mean of a metric over seeds, and half of Student's 95 % interval.
+
+    Of one seed, it is half of the interval over users; None if the record has none.
+    """
+    values = [record[key][name] for record in records if name in record.get(key, {})]
+    if len(values) < len(records) or not values:
+        return None
+    if len(values) == 1:
+        interval = records[0].get(intervals_key(key), {}).get(name)
+        return values[0], None if interval is None else (interval[1] - interval[0]) / 2
+    from scipy.stats import t as student  # a slow import
+
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), half
+
+
+def spread_rows(board: Board) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of what is recommended: the share of the catalog, and how popular the items are."""
+    columns = ["model", "share of the catalog in the first 10", "training interactions of a recommended item"]
+    rows = []
+    for title, records in board.rows.items():
+        spreads = [record.get("spread", {}).get(KEPT) for record in records]
+        if all(spreads):
+            means = [statistics.mean(s[name] for s in spreads) for name in ("coverage@10", "popularity@10")]
+            rows.append([title, f"{means[0]:.1%}", f"{means[1]:.1f}"])
+    return columns, rows
+
+
+def cold_rows(board: Board) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the targets with few training interactions."""
+    columns = ["model", "HR@10", "NDCG@10", "history removed: HR@10", "history removed: NDCG@10"]
+    rows = []
+    for title, records in board.rows.items():
+        cold = [record.get("cold") or {} for record in records]
+        cells = [figure(cold, key, name) for key in (KEPT, REMOVED) for name in ("HR@10", "NDCG@10")]
+        if any(cells):
+            rows.append([title, *cells])
+    return columns, rows
+
+
+def best_baseline(board: Board) -> str | None:
+    """The model other than CEMG with the highest NDCG@10, the history removed; None without one."""
+    baselines = [title for title in board.rows if not title.startswith(OWN)]
+    if not baselines:
+        return None
+    return max(baselines, key=lambda title: _mean(board.rows[title], REMOVED, "NDCG@10"))
+
+
+def _mean(records: Sequence[Record], key: str, name: str) -> float:
+    return statistics.mean(float(record[key][name]) for record in records)
+
+
+def difference_rows(board: Board, baseline: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the differences to a baseline, user by user, for the seed that both have first."""
+    rankings = {KEPT: "history kept", REMOVED: "history removed"}
+    names = ("HR@10", "NDCG@10")
+    columns = ["model", *(f"{name}, {label}" for label in rankings.values() for name in names)]
+    other = board.rows[baseline][0]
+    rows = []
+    for title, records in board.rows.items():
+        if title == baseline or "ranks" not in records[0] or "ranks" not in other:
+            continue
+        found = differences_of(records[0], other)
+        parts = [found[key][name] for key in rankings for name in names]
+        rows.append([title, *(f"{d['mean']:+.4f} ({d['low']:+.4f} … {d['high']:+.4f})" for d in parts)])
+    return columns, rows
+
+
+def cost_rows(board: Board) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of seconds: the whole task, and the stages of CEMG's runs."""
+    stages = ["features", "graph", "memory", "tokenizer", "generator", "gate"]
+    columns = ["model", "seconds", "of them training", *stages, "threads", "note"]
+    rows = []
+    for title, records in board.rows.items():
+        record = records[0]
+        config = record.get("config", {})
+        by_stage = config.get("stage_seconds", {})
+        trained = config.get("train_seconds")
+        cells = [f"{by_stage[stage]:,.0f}" if stage in by_stage else "" for stage in stages]
+        spent = f"{record.get('seconds', 0):,.0f}"
+        training = f"{trained:,.0f}" if trained is not None else ""
+        threads = str(record.get("hardware", {}).get("threads", ""))
+        rows.append([title, spent, training, *cells, threads, str(config.get("stopped", ""))])
+    return columns, rows

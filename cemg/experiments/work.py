@@ -1,0 +1,138 @@
+"""Running the tasks of an experiment, one after the other, each by the command that a person would type."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cemg.errors import UserError
+from cemg.experiments.plan import CEMG, Task
+from cemg.experiments.store import RESULT, SEARCH, Store, link_run
+from cemg.progress import console
+from cemg.storage import files
+
+LAST_LINES = 5  # of the log, in an error
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of all tasks.
+
+    Attributes:
+        device: "cpu", "cuda", …
+        dtype: Precision of the generator's training.
+        budget: Hours of training of a baseline, None for no limit.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    budget: float | None = None
+
+
+def run_tasks(
+    tasks: Sequence[Task], store: Store, options: Options, *, interactions: Mapping[str, int]
+) -> list[str]:
+    """Run the tasks that are not finished. Returns a message for each that failed.
+
+    A failed task does not keep the others from running. Ctrl-C ends the running task, too; the next call
+    continues it.
+
+    Raises:
+        UserError: The folder has a task with other settings.
+    """
+    for task in tasks:
+        store.check(task)
+    failed = []
+    for number, task in enumerate(tasks, start=1):
+        if store.finished(task):
+            continue
+        console.print(f"[{number}/{len(tasks)}] {task.name}", highlight=False, markup=False)
+        started = time.monotonic()
+        problem = run_task(task, store, options)
+        if problem:
+            failed.append(f"{task.name}: {problem}")
+            console.print(f"{task.name} failed: {problem}", highlight=False, markup=False)
+        else:
+            store.record_seconds(task, time.monotonic() - started, interactions[task.data])
+    return failed
+
+
+def run_task(task: Task, store: Store, options: Options) -> str:
+    """Run one task and keep its results. Returns why it failed, or ""."""
+    folder = store.path(task)
+    store.begin(task)
+    if task.base:
+        base = store.path(task.base) / "run"
+        if not (store.path(task.base) / RESULT).exists():
+            return f"{task.base} is not finished"
+        if not (folder / "run" / "config.yaml").exists():
+            link_run(base, folder / "run")
+    command = command_of(task, store, options)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        log.write(f"$ {shlex.join(command)}\n")
+        log.flush()
+        status = _run(command, log.fileno())
+    if status:
+        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        last = [line for line in lines[-LAST_LINES:] if line.strip()]
+        return f"exit status {status}; {folder / 'log.txt'} ends with: {' / '.join(last)}"
+    if task.model == CEMG:
+        return _collect(folder)
+    return "" if store.finished(task) else f"{folder / RESULT} was not written"
+
+
+def command_of(task: Task, store: Store, options: Options) -> list[str]:
+    """The command line of a task."""
+    folder = store.path(task)
+    run, settings = folder / "run", [word for one in task.settings for word in ("--set", one)]
+    common = ["--device", options.device, "--seed", str(task.seed)]
+    if task.model == CEMG:
+        source = [] if task.base else ["--data", str(task.source)]
+        return [
+            _script("cemg-train"), *source, "--run", str(run), "--dtype", options.dtype, "--cache",
+            str(store.cache), *common, *settings,
+        ]  # fmt: skip
+    budget = [] if options.budget is None else ["--budget", f"{options.budget:.6g}"]
+    return [
+        sys.executable, "-m", "cemg.baselines", "--data", str(task.source), "--model", task.model, "--run",
+        str(run), "--out", str(folder / RESULT), *common, *budget, *settings,
+    ]  # fmt: skip
+
+
+def _script(name: str) -> str:
+    """The path of a command of this installation."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise UserError(f"{name} is not installed beside {sys.executable}", fix="pip install -e .")
+    return found
+
+
+def _run(command: Sequence[str], log: int) -> int:
+    """Run a command with its output in the log. Ctrl-C reaches the command, too, and is waited for."""
+    with subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"NO_COLOR": "1"}) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+
+
+def _collect(folder: Path) -> str:
+    """Copy the results of a run beside it: the search alone, and the mixture, which marks the end."""
+    results = folder / "run" / "results"
+    found = sorted(results.glob("*-cemg*-test.json"))
+    mixtures = [path for path in found if "-cemg-gate" in path.name]
+    searches = [path for path in found if path not in mixtures]
+    if not mixtures or not searches:
+        return f"{results} has no results of the mixture and of the search"
+    files.copy_file(max(searches, key=lambda path: path.stat().st_mtime), folder / SEARCH)
+    files.copy_file(max(mixtures, key=lambda path: path.stat().st_mtime), folder / RESULT)
+    return ""

@@ -1,0 +1,100 @@
+"""Which tasks a question needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cemg.baselines.registry import MODELS
+from cemg.errors import UserError
+from cemg.experiments import QUESTIONS, Task, plan
+from cemg.experiments.plan import sources_of
+
+SOURCES = {"shop": Path("shop.csv")}
+
+
+def names(*questions: str, **options: object) -> list[str]:
+    return [task.name for task in plan(questions, SOURCES, **options)]  # type: ignore[arg-type]
+
+
+def test_rq1_has_every_model_and_cemg_with_and_without_its_memory() -> None:
+    expected = ["cemg", *MODELS, "cemg-without-memory"]
+    assert sorted(names("rq1")) == sorted(f"shop-{name}-seed0" for name in expected)
+
+
+def test_cemg_comes_before_what_starts_from_its_run() -> None:
+    for question in QUESTIONS:
+        tasks = plan([question], SOURCES)
+        done: set[str] = set()
+        for task in tasks:
+            assert not task.base or task.base in done
+            done.add(task.name)
+
+
+def test_questions_share_their_tasks() -> None:
+    both = names("rq1", "rq2", "rq5")
+    assert len(both) == len(set(both)) and set(both) == set(names("rq1")) | set(names("rq2"))
+
+
+def test_seeds_and_data_sets_multiply() -> None:
+    tasks = plan(["rq1"], {"a": Path("a"), "b": Path("b")}, models=["sasrec"], seeds=2)
+    assert [task.name for task in tasks] == [
+        "a-sasrec-seed0",
+        "a-sasrec-seed1",
+        "b-sasrec-seed0",
+        "b-sasrec-seed1",
+    ]
+
+
+def test_settings_are_those_of_all_trainings_of_cemg_and_of_no_other() -> None:
+    tasks = plan(["rq1", "rq2"], SOURCES, settings=["generator.epochs=2"])
+    assert all(("generator.epochs=2" in task.settings) == (task.model == "cemg") for task in tasks)
+    without = {task.variant: task.settings[1:] for task in tasks if task.variant}
+    assert without["without image"] == ("without=[image]",)
+    assert without["without memory"] == ("gate.memory=false",)
+
+
+def test_rq4_sweeps_each_parameter_alone() -> None:
+    tasks = [task for task in plan(["rq4"], SOURCES) if " = " in task.variant]
+    assert len(tasks) == 16 and len({task.name for task in tasks}) == 16
+    assert all(len(task.settings) == 1 and not task.base for task in tasks)
+
+
+def test_a_file_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("")
+    (task,) = plan(["rq1"], SOURCES, models=[str(tmp_path / "mine.py")])
+    assert (task.name, task.title) == ("shop-mine-seed0", "mine")
+
+
+@pytest.mark.parametrize(
+    "questions, options, message",
+    [
+        (["rq9"], {}, "there is no question rq9"),
+        (["rq1"], {"models": ["sasrc"]}, "there is no model sasrc"),
+        (["rq1"], {"seeds": 0}, "--seeds must be 1 or more"),
+    ],
+)
+def test_unknown_names_are_refused_with_those_that_exist(questions, options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(questions, SOURCES, **options)
+
+
+def test_data_sets_are_paths_or_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "beauty").mkdir(parents=True)
+    (tmp_path / "Shop 1.csv").write_text("")
+    found = sources_of(["beauty", "Shop 1.csv"], tmp_path)
+    assert found == {"beauty": Path("data/beauty"), "shop-1": Path("Shop 1.csv")}
+    with pytest.raises(UserError, match="there is no data set bauty") as caught:
+        sources_of(["bauty"], tmp_path)
+    assert "beauty, synthetic" in str(caught.value)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "beauty").write_text("")
+    with pytest.raises(UserError, match="both have the name beauty"):
+        sources_of(["beauty", "other/beauty"], tmp_path)
+
+
+def test_titles_name_the_model_and_the_variant() -> None:
+    assert Task("shop", Path("x"), "gru4rec").title == "GRU4Rec"
+    assert Task("shop", Path("x"), "cemg", "without image").title == "CEMG, without image"

@@ -1,0 +1,226 @@
+"""Tasks run once, resume, fail alone, and end in a report whose tables are of one split each."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cemg.commands import experiment
+from cemg.data.dataset import Dataset
+from cemg.errors import UserError
+from cemg.experiments import Store, Task, plan, work, write_experiment_report
+from cemg.experiments.tables import best_baseline, boards
+from cemg.experiments.work import Options, command_of, run_task, run_tasks
+
+QUICK = ["popularity", "memory"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A ring: item i + 1 follows item i."""
+    rng = np.random.default_rng(0)
+    sequences = [((s + np.arange(6)) % 30).astype(np.int32) for s in rng.integers(30, size=60)]
+    ids, blank = [str(i) for i in range(60)], [None] * 30
+    toy = Dataset("toy", ids, ids[:30], sequences, [""] * 30, [*blank], [*blank], "as written")
+    toy.save(tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "out")
+
+
+def run(store: Store, tasks: list[Task]) -> list[str]:
+    return run_tasks(tasks, store, Options(), interactions={"toy": 360})
+
+
+def test_finished_tasks_are_not_repeated_and_their_seconds_become_the_estimate(
+    store: Store, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = plan(["rq1"], {"toy": source}, models=QUICK)
+    assert run(store, tasks) == [] and all(store.finished(task) for task in tasks)
+    monkeypatch.setattr(work, "run_task", None)  # would fail
+    assert run(store, tasks) == []
+    took = json.loads((store.path(tasks[0]) / "took.json").read_text())["seconds"]
+    assert store.seconds(tasks[0], {"toy": 720}) == pytest.approx(2 * took, rel=0.01)
+
+
+def test_a_damaged_result_is_made_again(store: Store, source: Path) -> None:
+    (task,) = plan(["rq1"], {"toy": source}, models=["popularity"])
+    run(store, [task])
+    result = store.path(task) / "result.json"
+    whole = result.read_text()
+    result.write_text(whole[: len(whole) // 2])
+    assert not store.finished(task)
+    assert (
+        run(store, [task]) == [] and json.loads(result.read_text())["metrics"] == json.loads(whole)["metrics"]
+    )
+
+
+def test_a_failed_task_names_its_log_and_does_not_keep_others_from_running(
+    store: Store, source: Path, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("def fit(job):\n    raise ValueError('no luck')\n")
+    tasks = plan(["rq1"], {"toy": source}, models=[str(wrong), "popularity"])
+    (failed,) = run(store, tasks)
+    assert "no luck" in failed and "log.txt" in failed
+    assert not store.finished(tasks[0]) and store.finished(tasks[1])
+
+
+def test_a_folder_of_another_task_is_refused(store: Store, source: Path) -> None:
+    (task,) = plan(["rq1"], {"toy": source}, models=["popularity"])
+    run(store, [task])
+    (other,) = plan(["rq1"], {"toy": source.parent}, models=["popularity"])
+    with pytest.raises(UserError, match="was trained with source") as caught:
+        run(store, [other])
+    assert str(store.path(task)) in str(caught.value)
+    about = json.loads((store.path(task) / "task.json").read_text())
+    (store.path(task) / "task.json").write_text(json.dumps(about | {"format": "9"}))
+    with pytest.raises(UserError, match="has format 9"):
+        run(store, [task])
+
+
+def test_two_processes_do_not_share_a_folder(store: Store) -> None:
+    with store.locked(), pytest.raises(UserError, match="in use by process") as caught, store.locked():
+        pass
+    assert "--out" in str(caught.value)
+
+
+def test_a_budget_goes_to_the_baselines(store: Store, source: Path) -> None:
+    sasrec, own = (plan(["rq1"], {"toy": source}, models=[name])[0] for name in ("sasrec", "cemg"))
+    words = command_of(sasrec, store, Options(budget=0.5))
+    assert words[words.index("--budget") + 1] == "0.5"
+    assert "--budget" not in command_of(own, store, Options(budget=0.5))
+
+
+def test_cemg_is_collected_and_without_its_memory_continues_from_its_run(
+    store: Store, tiny_run: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, without = plan(["rq1"], {"toy": source}, models=["cemg"])
+    assert run_task(without, store, Options()) == f"{own.name} is not finished"
+    commands: list[list[str]] = []
+
+    def train(command: list[str], log: int) -> int:
+        commands.append(command)
+        folder = Path(command[command.index("--run") + 1])
+        if not folder.exists():
+            shutil.copytree(tiny_run, folder)
+        results = folder / "results"
+        results.mkdir(exist_ok=True)
+        for name in ("popularity", "cemg", "cemg-gate"):
+            record = example_result() | {"model": name}
+            (results / f"toy-{name}-test.json").write_text(json.dumps(record))
+        return 0
+
+    monkeypatch.setattr(work, "_run", train)
+    assert run_task(own, store, Options()) == "" and run_task(without, store, Options()) == ""
+    assert "--data" in commands[0] and "--data" not in commands[1]  # the second one changes the gate only
+    assert "gate.memory=false" in commands[1]
+    assert (store.path(without) / "run" / "generator").is_dir()
+    assert set(store.results(own)) == {"CEMG", "CEMG, search alone"}
+    assert set(store.results(without)) == {"CEMG, without memory"}
+
+
+def example_result(**changes: Any) -> dict[str, Any]:
+    metrics = {name: 0.1 for name in ("HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20")}
+    split = {"users": 60, "items": 30, "targets_sha256": "a" * 64}
+    return {
+        "dataset": "toy",
+        "split": split,
+        "metrics": metrics,
+        "metrics_history_removed": metrics,
+    } | changes
+
+
+def test_results_of_different_splits_never_share_a_table() -> None:
+    other = example_result(split={"users": 60, "items": 31, "targets_sha256": "b" * 64})
+    made = boards([("toy", "A", example_result()), ("toy", "B", other), ("toy", "A", example_result())],
+                  {"toy": ["toy-c-seed0"], "shop": ["shop-c-seed0"]})  # fmt: skip
+    assert [(board.data, {title: len(r) for title, r in board.rows.items()}) for board in made] == [
+        ("toy", {"A": 2}), ("toy", {"B": 1}), ("shop", {}),
+    ]  # fmt: skip
+    assert made[0].missing == ["toy-c-seed0"]
+
+
+def test_the_model_of_the_documentation_is_trained(store: Store, source: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) < 60
+    (tmp_path / "my_model.py").write_text(code)
+    (task,) = plan(["rq1"], {"toy": source}, models=[str(tmp_path / "my_model.py")])
+    assert run(store, [task]) == []
+    assert store.results(task)["my_model"]["metrics_history_removed"]["HR@5"] > 0.4  # 0.17 at random
+    assert (store.path(task) / "run" / "checkpoint.safetensors").exists()
+
+
+def test_the_best_baseline_is_not_cemg() -> None:
+    better = example_result(metrics_history_removed={"NDCG@10": 0.2})
+    best = example_result(metrics_history_removed={"NDCG@10": 0.3})
+    rows = [
+        ("toy", "SASRec", example_result()),
+        ("toy", "GRU4Rec", better),
+        ("toy", "CEMG, without memory", best),
+    ]
+    assert best_baseline(boards(rows, {})[0]) == "GRU4Rec"
+
+
+def test_the_command_plans_runs_and_reports(
+    source: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["rq1", "rq5", "--data", source, "--models", "popularity,memory", "--out", out]
+    assert command(experiment.main, *words, "--dry-run") == 0
+    assert "toy-memory-seed0" in capsys.readouterr().err and not (out / "tasks").exists()
+    assert command(experiment.main, *words) == 0
+    page = (out / "report.html").read_text()
+    for text in (
+        "RQ1: Overall performance",
+        "History kept",
+        "Item memory",
+        "60 users, 30 items",
+        "What is recommended",
+    ):
+        assert text in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [(row["model"], row["ranking"]) for row in rows[:2]] == [
+        ("Popularity", "history kept"), ("Popularity", "history removed from the list"),
+    ]  # fmt: skip
+    memory = next(row for row in rows if row["model"] == "Item memory")
+    stored = json.loads((out / "tasks" / "toy-memory-seed0" / "result.json").read_text())
+    assert float(memory["HR@10"]) == stored["metrics"]["HR@10"]
+    assert float(memory["coverage@10"]) == stored["spread"]["metrics"]["coverage@10"]
+
+
+def test_what_is_missing_is_named_in_the_report(store: Store, source: Path) -> None:
+    tasks = plan(["rq1"], {"toy": source}, models=QUICK)
+    run(store, tasks[:1])
+    page = write_experiment_report(store, tasks, ["rq1"]).read_text()
+    assert "Without a result: toy-memory-seed0." in page and "Popularity" in page
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["rq7", "--data", "synthetic"], "there is no question rq7"),
+        (["rq1", "--data", "nowhere"], "there is no data set nowhere"),
+        (["rq1", "--data", "synthetic", "--budget", "0"], "--budget must be more than 0"),
+        (["rq1", "--data", "synthetic", "--models", "sasrc"], "there is no model sasrc"),
+        (["rq1", "--data", "synthetic", "--dtype", "int8"], "--dtype must be"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(
+    words: list[str], message: str, tmp_path: Path, command: Callable[..., int], capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(experiment.main, *words, "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
