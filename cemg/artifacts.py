@@ -37,6 +37,7 @@ from cemg.tokenizer import CONTENT, MODALITIES, Catalog, Tokenizer
 from cemg_kernels.constrained.softmax import Normalize
 
 ADDED_TITLES = "added_titles.json"  # in the catalog's folder, by item id
+ADDED_TEXTS = "added_texts.json"  # the same; versions before it have titles only
 
 
 class RunArtifacts:
@@ -165,15 +166,16 @@ class RunArtifacts:
 
         Args:
             catalog: The catalog of the run, or that catalog with further items.
-            texts: Texts of the last items. Items before them that the memory does not have get their title:
-                those added by an earlier version, or before the memory was built again.
+            texts: Texts of the last items. Items before them that the memory does not have get the text they
+                were added with; those that an earlier version added get their title.
         """
         if not self.has_memory():
             return None
         known = catalog.first(len(catalog) - len(texts))
-        memory, titles = self.load_memory(known), self.added_titles()
+        memory = self.load_memory(known)
+        written = {**self.added_titles(), **self.added_texts()}
         missing = known.item_ids[memory.num_items :]
-        memory.add_items([*(titles.get(str(item)) for item in missing), *texts])
+        memory.add_items([*(written.get(str(item)) for item in missing), *texts])
         memory.record_ids(catalog.item_ids)
         return memory
 
@@ -243,6 +245,12 @@ class RunArtifacts:
         if not self.has_file("catalog", ADDED_TITLES):
             return {}
         return read_json(self.file("catalog", ADDED_TITLES), dict[str, str])
+
+    def added_texts(self) -> dict[str, str]:
+        """Texts of the items that were added to the catalog, by item id."""
+        if not self.has_file("catalog", ADDED_TEXTS):
+            return {}
+        return read_json(self.file("catalog", ADDED_TEXTS), dict[str, str])
 
     def titles(self) -> dict[int | str, str]:
         """Titles by item id, those of added items included."""

@@ -84,7 +84,7 @@ def add(
     The encoders and the tokenizer of the run compute their semantic IDs. Existing ones do not change. The
     item memory connects new items with those of similar texts.
     """
-    from cemg.artifacts import ADDED_TITLES, RunArtifacts
+    from cemg.artifacts import ADDED_TEXTS, ADDED_TITLES, RunArtifacts
     from cemg.data.readers.pictures import image_paths
     from cemg.recommender import Recommender
     from cemg.storage.run import Run
@@ -104,12 +104,15 @@ def add(
         codes = recommender.encode_items(table["text"].to_list(), pictures)
         titles = recommender.artifacts.added_titles()
         titles |= {i: t for i, t in zip(table["item"], table["title"], strict=True) if t}
+        texts = recommender.artifacts.added_texts()
+        texts |= {i: t for i, t in zip(table["item"], table["text"], strict=True) if t}
         extended = recommender.catalog.extended(codes, table["item"].to_list())
         memory = recommender.artifacts.extended_memory(extended, table["text"].to_list())
         stages = ("catalog",) if memory is None else ("catalog", "memory")
         with Run(run).revised(*stages) as folder:  # with the same stage keys: later stages stay valid
             extended.save(folder / "catalog")
             files.write_json(folder / "catalog" / ADDED_TITLES, titles)
+            files.write_json(folder / "catalog" / ADDED_TEXTS, texts)
             if memory is not None:
                 memory.save(folder / "memory")
     for item, item_codes in zip(table["item"], codes.tolist(), strict=True):

@@ -101,7 +101,9 @@ def check_texts(texts: Sequence[str | None]) -> None:
 
 def check_count(name: str, value: object, *, most: int = LARGEST) -> None:
     """Raise UserError unless ``value`` is an integer from 1 to ``most``."""
-    count = integer(name, None if isinstance(value, bool) else value)
+    if isinstance(value, bool):
+        raise UserError(f"{name} must be an integer, got {value}")
+    count = integer(name, value)
     if count < 1:
         raise UserError(f"{name} must be at least 1, got {count}")
     if count > most:

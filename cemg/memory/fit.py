@@ -159,8 +159,11 @@ class Validation:
         scores = self.scores(self.scaled(constants))
         goal = np.where(self.is_reachable, scores[self.target], 0.0)
         largest = np.maximum.reduceat(scores, np.searchsorted(self.users, np.arange(len(goal))))
+        largest = np.where(largest > 0, largest, 1.0)  # of users without any score, who are not counted
         mass = np.bincount(self.users, (scores / largest[self.users]) ** power, len(goal))
         known = goal > 0
+        if not known.any():
+            return 0.0
         return float(np.mean(power * np.log(goal[known] / largest[known]) - np.log(mass[known])))
 
 

@@ -40,6 +40,7 @@ from cemg.memory.rows import Rows, best_positions, joined, largest, sum_by_key
 from cemg.memory.similarity import Similarity, TextIndex
 from cemg.memory.transitions import Transitions
 from cemg.storage import files
+from cemg.storage.manifest import MANIFEST
 from cemg.storage.read import RESTORE, check_tensors, parse_json, read_tensor_file
 from cemg_kernels.runtime.dispatch import fast_kernels_enabled, native_available
 
@@ -71,6 +72,9 @@ class Memory:
         self.transitions = Transitions(transitions, counts, window=config.window, constants=constants)
         self.similar = similar
         self._native: NativeScores | None = None  # made by the first query
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}  # it has addresses of this process
 
     @property
     def num_items(self) -> int:
@@ -330,8 +334,16 @@ class Memory:
         """Write the memory to ``folder``, which is created if it does not exist.
 
         A killed process leaves the memory that was there before, or this one.
+
+        Raises:
+            UserError: ``folder`` is that of a run's own memory, whose files are recorded.
         """
         folder = Path(folder)
+        if (folder / MANIFEST).exists() and not files.hidden(folder.parent):
+            raise UserError(
+                f"{folder} belongs to a run, whose memory is that of its training and its added items",
+                fix=f"save it to another folder, such as {folder.parent / 'live-memory'}",
+            )
         tensors = {"counts": self.counts, **_tensors("transitions", self.transitions.merged())}
         if self.similar is not None:
             tensors |= _tensors("similar", self.similar.merged())
@@ -365,7 +377,7 @@ class Memory:
         record = parse_json(metadata.get("memory", ""), dict[str, Any], name=f"the header of {path}", fix=fix)
         if record.get("format") != FORMAT:
             raise UserError(
-                f"{path} has format {str(record.get('format'))[:80]}; this version reads format {FORMAT}",
+                f"{path} has format {record.get('format')!r:.80}; this version reads format {FORMAT!r}",
                 fix="build the memory again: cemg-train --run RUN",
             )
         about = parse_json(json.dumps(record), _About, name=f"the header of {path}", fix=fix)

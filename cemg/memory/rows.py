@@ -108,5 +108,5 @@ def sum_by_key(keys: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.nda
     is_first = np.empty(len(keys), dtype=bool)
     is_first[0] = True
     np.not_equal(keys[1:], keys[:-1], out=is_first[1:])
-    first = np.flatnonzero(is_first)
-    return keys[first], np.add.reduceat(values[order], first)
+    # bincount adds one value after the other, as the C++ does; reduceat would add in pairs
+    return keys[is_first], np.bincount(np.cumsum(is_first) - 1, weights=values[order])

@@ -131,8 +131,20 @@ class TextIndex:
         if shape[0] < num_items:
             cause = f"it has the texts of {shape[0]} items; the memory has {num_items}"
             raise DamagedError(f"{folder / TEXTS_FILE} is damaged", cause=cause, fix=fix)
-        vectors = sparse.csr_matrix((found["values"], found["items"], found["starts"]), shape=shape)
-        words = found["words"].tobytes().decode().split("\n")
+        starts, items, letters = found["starts"], found["items"], found["words"].tobytes()
+        words = letters.decode(errors="replace").split("\n")
+        problem = None
+        if "\n".join(words).encode() != letters:
+            problem = "its words are not UTF-8"
+        elif len(words) != shape[1] or len(set(words)) != shape[1]:
+            problem = f"it has {len(set(words))} different words and {shape[1]} weights"
+        elif starts[0] != 0 or starts[-1] != len(items) or bool((np.diff(starts) < 0).any()):
+            problem = "its rows are not consecutive"
+        elif len(items) and not (items.min() >= 0 and items.max() < shape[1]):
+            problem = f"a text has a word that does not exist (there are {shape[1]})"
+        if problem is not None:
+            raise DamagedError(f"{folder / TEXTS_FILE} is damaged", cause=problem, fix=fix)
+        vectors = sparse.csr_matrix((found["values"], items, starts), shape=shape)
         return cls(words, found["weights"], vectors).first(num_items)
 
     def _finding(self) -> tuple[sparse.csr_matrix, bool]:

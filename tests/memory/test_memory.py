@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 import re
 from pathlib import Path
 
@@ -11,11 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation import evaluate
-from cemg.memory import MEMORY_FILE, Constants, Memory, MemoryConfig, counting
+from cemg.memory import MEMORY_FILE, TEXTS_FILE, Constants, Memory, MemoryConfig, counting
 from cemg.memory.build import build_memory
 from cemg.memory.memory import ids_digest
 from cemg.memory.rows import best_positions, largest, sum_by_key
@@ -114,9 +117,10 @@ def test_scores_in_cpp_equal_those_in_numpy(seed: int, cut: int, texts: bool, re
         items, scores = memory.scores(history)
     finally:
         use_fast_kernels(None)
-    assert fast[0].tolist() == items.tolist()
+    assert fast[0].tolist() == items.tolist() and fast[1].tolist() == scores.tolist()  # bit for bit
     assert [part.dtype for part in fast] == [items.dtype, scores.dtype]
-    np.testing.assert_allclose(fast[1], scores, rtol=1e-14)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(memory))).scores(history)  # after a query
+    assert copied[0].tolist() == items.tolist() and copied[1].tolist() == scores.tolist()
 
 
 def test_histories_of_a_batch_get_the_scores_that_each_gets_alone() -> None:
@@ -230,6 +234,27 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="is damaged") as caught:
         Memory.load(tmp_path)
     assert caught.value.cause == "transitions refers to an item that does not exist (there are 30)"
+
+
+@pytest.mark.parametrize(
+    "name, value, cause",
+    [
+        ("items", 10**6, "a text has a word that does not exist"),
+        ("items", -1, "a text has a word that does not exist"),
+        ("starts", 10**6, "its rows are not consecutive"),
+        ("words", 255, "its words are not UTF-8"),
+        ("words", 10, "different words and"),
+    ],
+)
+def test_a_damaged_text_index_is_refused(name: str, value: int, cause: str, tmp_path: Path) -> None:
+    train, texts = draw()
+    build_memory(train, texts).save(tmp_path)
+    tensors = load_file(tmp_path / TEXTS_FILE)
+    tensors[name][2] = value
+    save_file(tensors, tmp_path / TEXTS_FILE)
+    with pytest.raises(DamagedError, match=f"{TEXTS_FILE} is damaged") as caught:
+        Memory.load(tmp_path).add_items(["red soap"])
+    assert cause in str(caught.value.cause)
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

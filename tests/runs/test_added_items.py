@@ -111,21 +111,19 @@ def test_a_run_whose_memory_lacks_added_items_works_and_catches_up(run, tiny_run
     assert recommender.recommend(["n1", "item-0003"], top=5, memory="gate").ranked_by == ["mixture"]
     assert add(n2=TEXTS[1]) == 0
     memory = RunArtifacts.open(run).load_memory()
-    assert memory.num_items == ITEMS + 2 and memory.knows([ITEMS + 1]) and not memory.knows([ITEMS])
+    assert memory.num_items == ITEMS + 2 and memory.knows([ITEMS + 1]) and memory.knows([ITEMS])
 
 
 def test_a_memory_that_is_built_again_has_the_added_items(run, add, command, capsys) -> None:
     add(n1=TEXTS[0])
-    titled = run.parent / "titled.csv"
-    titled.write_text(f"item,title\nn2,{TEXTS[1]}\n")
-    assert command(catalog.main, "add", "--run", run, "--items", titled) == 0
+    add(n2=TEXTS[1])
+    before = Memory.load(shutil.copytree(run / "memory", run.parent / "memory"))
     (run / "memory" / MEMORY_FILE).write_bytes(b"damaged")
     capsys.readouterr()
     assert command(train.main, "--run", run, "--rebuild") == 0
     assert capsys.readouterr().err.count(": reused") == 7  # the gate too
     memory = RunArtifacts.open(run).load_memory()
-    assert memory.num_items == ITEMS + 2 and memory.knows([ITEMS + 1])
-    assert not memory.knows([ITEMS])  # a run keeps the titles of added items, not their other texts
+    assert_equal(memory, before)
     assert command(train.main, "--run", run) == 0
     assert capsys.readouterr().err.count(": reused") == 8
 
@@ -183,7 +181,8 @@ def test_a_memory_with_other_added_items_is_refused(run, tmp_path, add) -> None:
     other = shutil.copytree(run / "memory", tmp_path / "memory")
     memory = Memory.load(other)
     memory.record_ids([*RunArtifacts.open(run).load_catalog().item_ids[:-1], "n2"])
-    memory.save(run / "memory")
+    memory.save(tmp_path / "saved")
+    shutil.copy(tmp_path / "saved" / MEMORY_FILE, run / "memory" / MEMORY_FILE)
     with pytest.raises(UserError, match="this memory does not belong to the catalog"):
         RunArtifacts.open(run, verify=False).load_memory()
 
@@ -217,3 +216,13 @@ def test_a_full_disk_while_items_are_added_keeps_the_catalog(
             assert "n1" in (run / "catalog" / "catalog.json").read_text()
             break
     assert call > 10
+
+
+def test_a_live_memory_is_not_saved_over_that_of_a_run(run: Path, tmp_path: Path) -> None:
+    memory = RunArtifacts.open(run).load_memory()
+    memory.observe([0], 1)
+    with pytest.raises(UserError, match="belongs to a run") as caught:
+        memory.save(run / "memory")
+    memory.save(Path(str(caught.value).rpartition("such as ")[2]))  # the folder that the fix names
+    assert_equal(Memory.load(run / "live-memory"), memory)
+    RunArtifacts.open(run).load_memory()
