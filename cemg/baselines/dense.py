@@ -46,7 +46,7 @@ def train_dense(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = SequenceEncoder(data.num_items, config).to(device)
-    ranker = DenseRanker(model, config)
+    ranker = DenseRanker(model, config, str(split.fingerprint["targets_sha256"]))
 
     def loss(batch: Batch, generator: torch.Generator) -> Tensor:
         return loss_of(model, batch, config=config, generator=generator)

@@ -5,6 +5,7 @@ B users, L positions, D embedding, N items, Z items of a prior.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from pydantic import ConfigDict, PositiveInt
 from torch import Tensor
 
+from cemg.data.dataset import Split
 from cemg.dense.config import DenseConfig
 from cemg.dense.encoder import SequenceEncoder
 from cemg.dense.histories import pad_histories
@@ -30,10 +32,17 @@ TRAIN = "python -m cemg.baselines --help"
 
 @dataclass(frozen=True, slots=True)
 class DenseRanker:
-    """A trained model, for ``cemg.evaluation.evaluate`` and for mixtures."""
+    """A trained model, for ``cemg.evaluation.evaluate`` and for mixtures.
+
+    Attributes:
+        model: The weights.
+        config: The settings.
+        targets: ``targets_sha256`` of the split that it was trained on; "" if that is not known.
+    """
 
     model: SequenceEncoder
     config: DenseConfig
+    targets: str = ""
 
     @torch.inference_mode()
     def __call__(self, histories: Sequence[np.ndarray], top: int) -> Tensor:
@@ -98,8 +107,8 @@ class DenseRanker:
         """Write ``dense.safetensors`` and ``dense.json``."""
         folder = Path(folder)
         files.save_tensors(self.model.state_dict(), folder / WEIGHTS)
-        about = {"num_items": self.model.items.num_embeddings, "config": asdict(self.config)}
-        about["weights_sha256"] = file_digest(folder / WEIGHTS)
+        about: dict[str, Any] = {"num_items": self.model.items.num_embeddings, "config": asdict(self.config)}
+        about |= {"targets_sha256": self.targets, "weights_sha256": file_digest(folder / WEIGHTS)}
         files.write_json(folder / ABOUT, signed(about))
 
     @classmethod
@@ -122,7 +131,25 @@ class DenseRanker:
         model = SequenceEncoder(about.num_items, about.config)
         spec = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
         model.load_state_dict(read_tensors(weights, spec, fix=fix))
-        return cls(model.eval(), about.config)
+        return cls(model.eval(), about.config, about.targets_sha256)
+
+    def check_data(self, folder: Path | str, split: Split) -> None:
+        """Raise UserError if the model, which was read from ``folder``, was trained on another split."""
+        items, targets = int(split.fingerprint["items"]), str(split.fingerprint["targets_sha256"])
+        cause = None
+        if self.model.items.num_embeddings != items:
+            cause = f"it was trained on {self.model.items.num_embeddings:,} items, this run has {items:,}"
+        elif self.targets not in ("", targets):
+            cause = (
+                "its training had other users, items or test targets, so it may have seen those of this run"
+            )
+        if cause is not None:
+            name, new = self.config.model, shlex.quote(f"{folder}-2")
+            raise UserError(
+                f"{folder} was not trained on the data of this run",
+                cause=cause,
+                fix=f"python -m cemg.baselines --data DATA --model {name} --run {new} --out {name}.json",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +162,4 @@ class _About:
     config: DenseConfig
     weights_sha256: str
     sha256: str
+    targets_sha256: str = ""  # earlier versions did not record it

@@ -11,7 +11,6 @@ import numpy as np
 
 from cemg.artifacts import RunArtifacts
 from cemg.dense import DENSE_FILES, DenseRanker
-from cemg.errors import UserError
 from cemg.evaluation.mixture import find_candidates, open_mixture
 from cemg.evaluation.selection import Selection, checkpoint_selection
 from cemg.mixture import DenseSource, Gate, MemorySource, Source
@@ -48,12 +47,10 @@ def fit_run(artifacts: RunArtifacts, folder: Path) -> None:
 def _dense_source(artifacts: RunArtifacts, folder: Path) -> DenseSource:
     """Copy the dense model of the settings to ``folder`` and open it there."""
     dense = Path(artifacts.config.gate.dense)
-    model, items = DenseRanker.load(dense), artifacts.load_data().num_items
-    if model.model.items.num_embeddings != items:
-        raise UserError(
-            f"{dense} was trained on {model.model.items.num_embeddings:,} items, this run has {items:,}",
-            fix=_fix(str(dense)),
-        )
+    model = DenseRanker.load(dense)
+    model.check_data(dense, artifacts.load_data().split())
+    if not model.targets:
+        console.print(f"note: {dense} does not say which data it was trained on", highlight=False)
     for name in DENSE_FILES:
         files.copy_file(dense / name, folder / name)
     return DenseSource(model)

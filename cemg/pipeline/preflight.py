@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cemg.dense import DenseRanker
 from cemg.errors import UserError
 from cemg.features import check_image_model, check_text_model
 from cemg.storage.manifest import Manifest
@@ -37,6 +38,8 @@ def check_before_training(config: RunConfig, data: Dataset, run: Run) -> None:
         check_text_model(config.text)
     if any(data.images) and features.get("image") != plain["image"]:
         check_image_model(config.image)
+    if config.gate.dense:
+        DenseRanker.load(config.gate.dense).check_data(config.gate.dense, data.split())
     if config.backbone.pretrained and generator.get("backbone") != plain["backbone"]:
         _check_pretrained(config)
 

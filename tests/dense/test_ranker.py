@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cemg.data.dataset import Dataset
 from cemg.dense import DenseConfig, DenseRanker, SequenceEncoder
 from cemg.errors import UserError
 from cemg_kernels import ItemPrior
@@ -71,6 +73,26 @@ def test_a_saved_ranker_gives_the_same_lists(ranker: DenseRanker, tmp_path: Path
     loaded = DenseRanker.load(str(tmp_path))
     assert loaded.config == ranker.config
     assert torch.equal(loaded([np.arange(5)], 9), ranker([np.arange(5)], 9))
+
+
+def test_a_model_of_other_data_is_refused(ranker: DenseRanker, tmp_path: Path) -> None:
+    blank: list[None] = [None] * ITEMS
+    sequences = [np.array([0, 1, 2, 3]), np.array([4, 5, 6])]
+    ids = [str(item) for item in range(ITEMS)]
+    data = Dataset("toy", ["a", "b"], ids, sequences, [""] * ITEMS, [*blank], [*blank], "as written")
+    split = data.split()
+    own = dataclasses.replace(ranker, targets=str(split.fingerprint["targets_sha256"]))
+    own.save(tmp_path)
+    loaded = DenseRanker.load(tmp_path)
+    loaded.check_data(tmp_path, split)
+    ranker.check_data(tmp_path, split)  # of an earlier version, which did not record it
+    other = dataclasses.replace(data, sequences=[sequences[0], np.array([4, 5, 7])]).split()
+    with pytest.raises(UserError, match="was not trained on the data of this run") as caught:
+        loaded.check_data(tmp_path, other)
+    assert "test targets" in str(caught.value) and str(tmp_path) in str(caught.value)
+    fewer = Dataset("toy", ["a"], ids[:4], sequences[:1], [""] * 4, blank[:4], blank[:4], "as written")
+    with pytest.raises(UserError, match="this run has 4"):
+        loaded.check_data(tmp_path, fewer.split())
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
