@@ -308,7 +308,10 @@ def load_config(
             raise first["ctx"]["error"] from None
         where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{where}: {first['msg']}, got {first['input']!r:.200}", cause=str(path or "command line")
+            f"{where}: {first['msg']}, got {first['input']!r:.200}",
+            cause="command line"
+            if where in {o.partition("=")[0] for o in overrides} or not path
+            else str(path),
         ) from None
 
 
@@ -416,7 +419,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _checked_names(tree: dict[str, Any], kind: type, path: Path | None, prefix: str = "") -> dict[str, Any]:
-    """Return ``tree``. Raises UserError for a name that is not a setting, such as a typo."""
+    """Return ``tree``, with "" for empty text. Raises UserError for a name that is not a setting."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for name, value in tree.items():
         if name not in fields:
@@ -427,6 +430,8 @@ def _checked_names(tree: dict[str, Any], kind: type, path: Path | None, prefix: 
                 fix=(f"did you mean {prefix}{nearest[0]}? " if nearest else "")
                 + f"use one of {', '.join(fields)}",
             )
+        if value is None and fields[name].type == "str":  # YAML reads nothing as null
+            tree[name] = ""
         section = fields[name].default_factory
         if isinstance(section, type) and dataclasses.is_dataclass(section) and isinstance(value, dict):
             _checked_names(value, section, path, f"{prefix}{name}.")

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Protocol, TypeVar
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,8 +21,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 T = TypeVar("T")
+WIDEST = 1000  # columns of a table
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -39,6 +42,13 @@ def printable(text: str) -> str:
 
 
 console = plain_console(stderr=True)
+
+
+def print_table(table: Table, to: Console | None = None) -> None:
+    """Print a table in its full width, however narrow the terminal is: no figure is cut."""
+    target = to or console
+    wide = target.options.update(max_width=WIDEST)
+    target.print(table, width=max(target.width, Measurement.get(target, wide, table).maximum), crop=False)
 
 
 class Log(Protocol):

@@ -17,7 +17,7 @@ from cemg.commands import console as command
 from cemg.data import Dataset, read_dataset
 from cemg.errors import UserError
 from cemg.evaluation import evaluate, hardware, result_table, write_result
-from cemg.progress import console
+from cemg.progress import print_table
 
 OWN_OPTIONS = {
     "loss": "--loss", "seed": "--seed", "epochs": "--epochs", "folds": "--users-fold",
@@ -97,7 +97,7 @@ def run(
         seconds=time.perf_counter() - started,
         further=fitted.further,
     )
-    console.print(result_table([out]))
+    print_table(result_table([out]))
 
 
 def read_source(source: Path) -> Dataset:

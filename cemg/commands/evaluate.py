@@ -115,10 +115,14 @@ def run_evaluation(
     artifacts = RunArtifacts.open(run, device=device, verify=not no_verify)
     config, out = artifacts.config, progress.plain_console()
     if recommendations is not None:
-        out.print(result_table(score_file(artifacts, config, recommendations, part=part, copy=result)))
+        progress.print_table(
+            result_table(score_file(artifacts, config, recommendations, part=part, copy=result)), out
+        )
         return
     if model == "memory":
-        out.print(result_table(score_memory(artifacts, config, part=part, users=users, copy=result)))
+        progress.print_table(
+            result_table(score_memory(artifacts, config, part=part, users=users, copy=result)), out
+        )
         return
     command.warn_of_normalize(config, normalize)
     width = config.decoding.beams if beams is None else beams
@@ -147,7 +151,7 @@ def run_evaluation(
             f"each list has {width} items, so HR@k and NDCG@k with a larger k count only these"
         )
     for table in (result_table(paths), *(search_tables(read_result(paths[-1])) if studies else ())):
-        out.print(table)
+        progress.print_table(table, out)
 
 
 def _check_options(

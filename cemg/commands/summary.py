@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cemg.artifacts import RunArtifacts
 from cemg.evaluation import result_table
-from cemg.progress import console, printable
+from cemg.progress import console, print_table, printable
 from cemg.recommender import Recommender
 
 EXAMPLE_ITEMS = 5  # recommendations in the example
@@ -18,7 +18,7 @@ EXAMPLE_ITEMS = 5  # recommendations in the example
 
 def print_summary(artifacts: RunArtifacts, results: Sequence[Path], report: Path) -> None:
     """Print the end of a finished training: the result files of its test, and the page of its report."""
-    console.print(result_table(results))
+    print_table(result_table(results))
     user, table = _example(artifacts)
     console.print(table)
     folder = artifacts.run.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,10 @@ class PopularityRanker:
         """Count the training interactions of a split. Validation and test targets are not counted."""
         counts = split.train_counts(int(split.fingerprint["items"]))
         return cls(torch.from_numpy(np.argsort(-counts, kind="stable")))
+
+    def without(self, rows: Sequence[int]) -> PopularityRanker:
+        """Return a ranker that does not list some items."""
+        return PopularityRanker(self.order[~torch.isin(self.order, torch.tensor(rows, dtype=torch.int64))])
 
     def __call__(self, histories: list[np.ndarray], top: int) -> Tensor:
         """Return the ``top`` most popular items for each of B histories, [B, min(top, N)] int64."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import os
 import platform
+import subprocess
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +23,7 @@ from cemg.evaluation.metrics import intervals_at, metrics_at, paired_differences
 from cemg.evaluation.protocol import COLD, Evaluation
 from cemg.storage import files
 from cemg.storage.read import check_signature, parse_json, read_bytes, signed
+from cemg.version import __version__
 
 KEPT, REMOVED = "metrics", "metrics_history_removed"  # keys of the metrics of each ranking
 EXCLUDED = "metrics_history_excluded_in_search"  # exclude_history=True
@@ -37,6 +41,20 @@ def hardware(device: str = "cpu") -> dict[str, str | int]:
     }
     if torch.device(device).type == "cuda":
         about["gpu"] = torch.cuda.get_device_name(device)
+    return about
+
+
+@cache
+def code_version() -> dict[str, str]:
+    """The version of CEMG and, in a clone of its repository, the commit, with "+" if files were changed."""
+    about = {"version": __version__}
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            git = ["git", "-C", str(root)]
+            commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True)
+            changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
+            about["commit"] = commit.strip() + ("+" if changed.strip() else "")
     return about
 
 
@@ -76,6 +94,7 @@ def write_result(
         "config": dict(config),
         "seed": seed,
         "hardware": dict(hardware),
+        "code": code_version(),
         "seconds": round(seconds, 1),
         **_metrics_of(evaluation, excluded),
         **(further or {}),

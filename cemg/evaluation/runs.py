@@ -172,8 +172,11 @@ def _popularity(
     rows: np.ndarray | None,
     scope: str,
 ) -> Path:
-    """Evaluate popularity."""
-    found = evaluate(PopularityRanker.fit(split), split, part=part, users=rows)
+    """Evaluate popularity, without the items that were removed from the run."""
+    ids: list[int | str] = [*artifacts.load_data().item_ids]
+    row_of = {item: row for row, item in enumerate(ids)}
+    removed = [row_of[item] for item in artifacts.removed_items() if item in row_of]
+    found = evaluate(PopularityRanker.fit(split).without(removed), split, part=part, users=rows)
     name = f"{artifacts.load_data().name}-popularity-{scope}"
     return _write(artifacts, config, name, found, about={"model": "popularity"})
 

@@ -130,7 +130,10 @@ def _rows(name: str, group: list[dict[str, Any]], names: list[str]) -> list[list
     for key, label in ((KEPT, "cold targets"), (REMOVED, "cold targets, history removed")):
         values = [part.get(key) for part in cold]
         if all(values):
-            rows.append([f"- {label}", *_seed_cells(values, names)])
+            count = f" ({cold[0]['targets']:,})" if "targets" in cold[0] and key == KEPT else ""
+            rows.append([f"- {label}{count}", *_seed_cells(values, names)])
+            if single:
+                rows += _interval_row(cold[0].get(intervals_key(key), {}), names)
     return rows + (_difference_rows(single, names) if single else [])
 
 
@@ -143,14 +146,16 @@ def _interval_row(intervals: Mapping[str, Sequence[float]], names: list[str]) ->
 
 
 def _difference_rows(record: Mapping[str, Any], names: list[str]) -> list[list[str]]:
-    """The difference to the model that the file is compared with, and the lower bound of its interval."""
+    """The difference to the model that the file is compared with, and the bounds of its 95 % interval."""
     compared = record.get("compared", {})
     rows = []
     for key, label in ((KEPT, compared.get("model")), (REMOVED, "memory, history removed")):
-        found = compared.get("differences", {}).get(key)
-        if found:
+        differences = compared.get("differences", {})
+        found = differences.get(key)
+        if found and not (key == REMOVED and found == differences.get(KEPT)):
             rows.append([f"- minus {label}", *(_signed(found[n]["mean"]) for n in names)])
-            rows.append(["  95 % lower bound", *(_signed(found[n]["low"]) for n in names)])
+            rows.append(["  95 % from", *(_signed(found[n]["low"]) for n in names)])
+            rows.append(["  95 % to", *(_signed(found[n]["high"]) for n in names)])
     return rows
 
 

@@ -141,15 +141,19 @@ def test_a_table_shows_the_difference_to_the_model_that_a_file_is_compared_with(
     record["compared"] = {"model": "memory", "differences": differences_of(record, record)}
     (tmp_path / "a.json").write_text(json.dumps(signed(record)))
     rows = result_markdown([tmp_path / "a.json"], paper=False).splitlines()
-    assert rows[-4:] == [
-        f"| {label} |" + " +.0000 |" * 6
-        for label in (
-            "- minus memory",
-            "  95 % lower bound",
-            "- minus memory, history removed",
-            "  95 % lower bound",
-        )
-    ]
+    shown = [f"| {label} |" + " +.0000 |" * 6 for label in ("- minus memory", "  95 % from", "  95 % to")]
+    assert rows[-3:] == shown  # those with the history removed are the same
+    removed = record["compared"]["differences"]["metrics_history_removed"]
+    removed["HR@5"] = {"mean": -0.1, "low": -0.2, "high": 0.1}
+    (tmp_path / "a.json").write_text(json.dumps(signed(record)))
+    rows = result_markdown([tmp_path / "a.json"], paper=False).splitlines()
+    assert rows[-6:-3] == shown
+    starts = (
+        "| - minus memory, history removed | -.1000 |",
+        "|   95 % from | -.2000 |",
+        "|   95 % to | +.1000 |",
+    )
+    assert all(row.startswith(start) for row, start in zip(rows[-3:], starts, strict=True))
 
 
 def test_hardware_does_not_name_the_host() -> None:
@@ -165,11 +169,11 @@ def test_a_table_has_the_results_of_one_split_and_those_that_papers_print(tmp_pa
     ours = "1.0000 | 1.0000 | 1.0000 | 0.5000 | 0.5000 | 0.5000 |"
     half = "0.3967 | 0.3967 | 0.3967 | 0.0000 | 0.0000 | 0.0000 |"  # Wilson: 1 of 1, 0.2065 to 1
     assert rows[0] == "| model | HR@5 | HR@10 | HR@20 | NDCG@5 | NDCG@10 | NDCG@20 |"
-    assert rows[2] == f"| one | {ours}" and rows[8] == f"| two | {ours}"
+    assert rows[2] == f"| one | {ours}" and rows[10] == f"| two | {ours}"
     assert rows[3] == rows[5] == f"|   ± (95 %) | {half}"
     assert rows[4] == "| - history removed from the list |" + " 1.0000 |" * 6
-    assert rows[6] == f"| - cold targets | {ours}"
-    assert rows[7] == "| - cold targets, history removed |" + " 1.0000 |" * 6
+    assert rows[6] == f"| - cold targets (1) | {ours}" and rows[7] == rows[9] == rows[3]
+    assert rows[8] == "| - cold targets, history removed |" + " 1.0000 |" * 6
     assert "| CEMG (CEMG paper) |  | 0.0665 |  |  | 0.0348 |  |" in rows
     assert "| TIGER (TIGER paper) |  | 0.0648 |  |  | 0.0384 |  |" in rows
     out = io.StringIO()
