@@ -16,7 +16,7 @@ from cemg.artifacts import RunArtifacts
 from cemg.decoding import Decoder, Normalize, Recommendations, TransformersDecoder, make_decoder
 from cemg.decoding.beams import check_beams
 from cemg.decoding.pretrained import save_pretrained
-from cemg.decoding.priors import PRIOR_WEIGHT, prior_of_rows
+from cemg.decoding.priors import PRIOR_WEIGHT, prior_of_rows, prior_tensors
 from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
 from cemg.generator.item_tokens import keep_items
@@ -164,16 +164,22 @@ class Recommender:
             mixed = self._mixture.prior(rows, constant=memory == "constant", exclude_history=exclude_history)
             own = _named(ItemPrior(mixed.items, mixed.mass), self.catalog)
             weight = mixed.weight.tolist()
+        known = rows if self.catalog.named else many  # as the trie's leaves name them
+        allowed = None
+        if isinstance(self.decoder, Decoder):
+            offered = self._offered(filter)
+            allowed = allowed_items(self.decoder.trie, offered, known, exclude=exclude_history)
         found = self._search(
-            rows, many, top=top, beams=beams, filter=filter, exclude=exclude_history, exact=exact,
+            rows, known, top=top, beams=beams, allowed=allowed, exclude=exclude_history, exact=exact,
             prior=own, prior_weight=weight,
         )  # fmt: skip
         ids = self.catalog.ids_of(found.items)
         titles = [[None if item is None else self._titles.get(item) for item in row] for row in ids]
-        ranked_by = _ranked_by(own, weight, len(many))
-        if mixes:
+        ranked_by = self._ranked_by(own, weight, allowed, len(many))
+        if mixes:  # an empty history has the popularity of the memory as its prior
             ranked_by = [
-                way if history else "popularity" for way, history in zip(ranked_by, rows, strict=True)
+                "popularity" if way == "mixture" and not history else way
+                for way, history in zip(ranked_by, rows, strict=True)
             ]
         return dataclasses.replace(found, ids=ids, titles=titles, ranked_by=ranked_by)
 
@@ -197,11 +203,11 @@ class Recommender:
     def _search(
         self,
         rows: list[list[int]],
-        histories: list[list[str | int]],
+        known: list[list[Any]],
         *,
         top: int,
         beams: int,
-        filter: ItemFilter | Sequence[ItemFilter | None] | None,
+        allowed: ItemFilter | RequestFilter | None,
         exclude: bool,
         exact: bool,
         prior: ItemPrior | None,
@@ -209,12 +215,10 @@ class Recommender:
     ) -> Recommendations:
         ids, mask = self.prompter.batch([np.asarray(r, dtype=np.int64) for r in rows])
         width = min(beams, len(self.catalog))
-        known = rows if self.catalog.named else histories  # as the trie's leaves name them
         if not isinstance(self.decoder, Decoder):
             found = self.decoder.decode(ids, mask, width)
             gone = [[*(items if exclude else ()), *self.removed_leaves] for items in known]
             return (without_history(found, gone) if any(gone) else found).top(top).padded(top)
-        allowed = allowed_items(self.decoder.trie, self._offered(filter), known, exclude=exclude)
         if exact:
             found = self.decoder.decode_exact(
                 ids, mask, min(top, width), width, filter=allowed, prior=prior, prior_weight=prior_weight
@@ -224,6 +228,19 @@ class Recommender:
                 ids, mask, width, filter=allowed, prior=prior, prior_weight=prior_weight
             )
         return found.top(top).padded(top)
+
+    def _ranked_by(
+        self, prior: ItemPrior | None, weight: float | Sequence[float],
+        allowed: ItemFilter | RequestFilter | None, requests: int,
+    ) -> list[str]:  # fmt: skip
+        """What ranks each request: the generator, or its mixture with a prior."""
+        if prior is None:
+            return ["generator"] * requests
+        mixed = (np.broadcast_to(weight, requests) > 0) & (prior.counts > 0)
+        if allowed is not None and isinstance(self.decoder, Decoder):  # it may leave nothing of a prior
+            left = prior_tensors(prior, weight, self.catalog, self.decoder.trie, allowed, requests)
+            mixed = np.zeros(requests, bool) if left is None else left.weight.cpu().numpy() > 0
+        return ["mixture" if own else "generator" for own in mixed]
 
     def _offered(
         self, filter: ItemFilter | Sequence[ItemFilter | None] | None
@@ -335,14 +352,6 @@ class Recommender:
                         fix=f"pass each history as a list of ids: [{parts}]",
                     ) from None
             raise
-
-
-def _ranked_by(prior: ItemPrior | None, weight: float | Sequence[float], requests: int) -> list[str]:
-    """What ranks each request: the generator, or its mixture with a prior."""
-    if prior is None:
-        return ["generator"] * requests
-    mixed = (np.broadcast_to(weight, requests) > 0) & (prior.counts > 0)
-    return ["mixture" if own else "generator" for own in mixed]
 
 
 def _check_memory(memory: str, prior: ItemPrior | None) -> bool:

@@ -90,6 +90,23 @@ def test_recommendations_of_the_mixture_differ_and_say_what_ranked_them(recommen
     assert not set(history) & set(unseen.ids[0])
 
 
+def test_a_filter_that_leaves_nothing_of_a_prior_leaves_the_generator(tiny_run: Path) -> None:
+    recommender = Recommender.from_run(tiny_run)
+    one, two = (recommender.catalog.item_ids[row] for row in (5, 7))
+    prior = ItemPrior([[one], [one]], [[1.0], [1.0]])
+    asked = {"top": 1, "beams": 20, "prior": prior}
+    other = recommender.recommend([[one], [two]], filter=~recommender.only([one]), **asked)
+    assert other.ranked_by == ["generator"] * 2
+    assert recommender.recommend([[one], [two]], exclude_history=True, **asked).ranked_by == [
+        "generator",
+        "mixture",
+    ]
+    assert (
+        recommender.recommend([[one], []], filter=recommender.only([one]), **asked).ranked_by
+        == ["mixture"] * 2
+    )
+
+
 def test_an_empty_history_is_ranked_by_popularity_and_labelled(
     recommender, tiny_run, tmp_path, command, capsys
 ):
