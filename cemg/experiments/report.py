@@ -59,7 +59,7 @@ def write_experiment_report(store: Store, tasks: Sequence[Task], questions: Sequ
     if "rq4" in questions:
         sections += [_sweeps(store, data, tasks) for data in dict.fromkeys(task.data for task in tasks)]
     title = ", ".join(f"{name.upper()}: {QUESTIONS[name].title}" for name in questions)
-    files.write_text(store.folder / PAGE, render(title, sections))
+    files.write_text(store.folder / PAGE, render(title, sections, kind="experiment"))
     return store.folder / PAGE
 
 

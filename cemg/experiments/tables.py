@@ -167,4 +167,5 @@ def cost_rows(board: Board) -> tuple[list[str], list[list[str]]]:
         training = f"{trained:,.0f}" if trained is not None else ""
         threads = str(record.get("hardware", {}).get("threads", ""))
         rows.append([title, spent, training, *cells, threads, str(config.get("stopped", ""))])
-    return columns, rows
+    used = [i for i, _ in enumerate(columns) if any(row[i] for row in rows)]
+    return [columns[i] for i in used], [[row[i] for i in used] for row in rows]

@@ -55,13 +55,13 @@ def write_report(run: Path, *, device: str = "cpu") -> Path:
     return run / "report" / PAGE
 
 
-def render(name: str, sections: list[Section]) -> str:
-    """The page as HTML. Every text of the sections is escaped."""
+def render(name: str, sections: list[Section], *, kind: str = "run") -> str:
+    """The page as HTML. Every text of the sections is escaped. ``kind`` is what the report is of."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = resources.files("cemg.report").joinpath("page.html").read_text(encoding="utf-8")
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return environment.from_string(template).render(
-        name=name, sections=sections, written=written, version=cemg.__version__
+        name=name, sections=sections, kind=kind, written=written, version=cemg.__version__
     )
