@@ -47,8 +47,10 @@ console = plain_console(stderr=True)
 def print_table(table: Table, to: Console | None = None) -> None:
     """Print a table in its full width, however narrow the terminal is: no figure is cut."""
     target = to or console
-    wide = target.options.update(max_width=WIDEST)
-    target.print(table, width=max(target.width, Measurement.get(target, wide, table).maximum), crop=False)
+    needed = Measurement.get(target, target.options.update(max_width=WIDEST), table).maximum
+    if needed > target.width:  # print() would cut the table to the width of its console
+        target = Console(file=target.file, width=needed, markup=False, highlight=False, emoji=False)
+    target.print(table)
 
 
 class Log(Protocol):

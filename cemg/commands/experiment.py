@@ -10,7 +10,7 @@ import typer
 
 from cemg.commands import console as command
 from cemg.errors import UserError
-from cemg.progress import console
+from cemg.progress import console, print_table
 
 if TYPE_CHECKING:
     from cemg.experiments import Store, Task
@@ -134,7 +134,7 @@ def _print_plan(store: Store, tasks: list[Task], sizes: dict[str, int], budget: 
         state = "to be continued" if store.path(task).exists() else "to do"
         table.add_row(task.name, state, "unknown" if seconds is None else duration(seconds))
         total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
-    console.print(table)
+    print_table(table)
     more = f", and {unknown} of unknown length" if unknown else ""
     console.print(f"about {duration(total)} in all{more}, one task at a time", highlight=False)
 

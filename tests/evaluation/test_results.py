@@ -28,6 +28,7 @@ from cemg.evaluation import (
     write_result,
 )
 from cemg.evaluation.__main__ import main
+from cemg.progress import print_table
 from cemg.storage.read import signed
 
 
@@ -154,6 +155,16 @@ def test_a_table_shows_the_difference_to_the_model_that_a_file_is_compared_with(
         "|   95 % to | +.1000 |",
     )
     assert all(row.startswith(start) for row, start in zip(rows[-3:], starts, strict=True))
+
+
+@pytest.mark.parametrize("width", [20, 80, 300])
+def test_a_table_is_printed_in_full_width(width: int, tmp_path: Path) -> None:
+    name = "a-result-file-with-a-name-of-more-than-fifty-characters-in-all"
+    write(tmp_path / f"{name}.json")
+    out = io.StringIO()
+    print_table(result_table([tmp_path / f"{name}.json"]), Console(file=out, width=width))
+    row = next(line for line in out.getvalue().splitlines() if name in line)
+    assert row.split() == [name, *["1.0000"] * 3, *["0.5000"] * 3] and "…" not in out.getvalue()
 
 
 def test_hardware_does_not_name_the_host() -> None:
