@@ -269,35 +269,34 @@ MOVIELENS = {
     "– without texts": seeds("ml-100k-without-text"),
     "– 6-layer decoder (`--without llm`)": seeds("ml-100k-without-llm"),
 }
+AS_IN_THE_PAPER = "CEMG as in the paper, search alone"
 BEAUTY = {
     "popularity": ["beauty-popularity"],
-    "SASRec of an earlier version, binary cross-entropy": ["beauty-sasrec-bce"],
-    "SASRec of an earlier version, full cross-entropy": ["beauty-sasrec-ce"],
     "SASRec, 30 epochs": ["beauty-sasrec"],
     "BSARec, 30 epochs": ["beauty-bsarec"],
     "item memory alone": ["beauty-memory"],
+    AS_IN_THE_PAPER: ["beauty-paper-seed0"],
+    "– tied embeddings, 30 epochs": ["beauty-cemg-30-epochs"],
     **mixtures("beauty", 3),
     "CEMG, all of these and BSARec": seeds("beauty-cemg-all-experts"),
-    "Codes in the history, search alone, GPT-2-shaped, loss over the vocabulary": ["beauty-cemg-gpt2"],
-    "Codes in the history, search alone, 30 epochs, dropout 0.2": ["beauty-cemg-30-epochs"],
-    "– half of the samples cropped, no target without a history": ["beauty-cemg-30-epochs-crop"],
-    "– without dropout, 8 epochs": ["beauty-cemg"],
-    "– without dropout, 16 epochs (the 11th was the best)": ["beauty-cemg-16-epochs"],
-    "– dropout 0.2, 12 epochs": ["beauty-cemg-dropout"],
-    "– T5 at TIGER's size, one epoch, history of 5 items": ["beauty-t5-one-epoch"],
 }
 SPORTS = {
     "SASRec, 16 epochs": ["sports-sasrec"],
     "BSARec, 18 epochs": ["sports-bsarec"],
     "item memory alone": ["sports-memory"],
+    AS_IN_THE_PAPER: ["sports-paper-seed0"],
     **mixtures("sports", 1),
 }
-YELP = {"item memory alone": ["yelp-memory"]}
+YELP = {
+    "item memory alone": ["yelp-memory"],
+    AS_IN_THE_PAPER: ["yelp-paper-seed0"],
+    **mixtures("yelp", 1),
+}
 README_ROWS = {
     "Beauty": {
         "BSARec": BEAUTY["BSARec, 30 epochs"],
         "item memory alone": BEAUTY["item memory alone"],
-        "CEMG without the memory": BEAUTY["CEMG, search and item softmax"],
+        "CEMG, its search by semantic IDs alone": BEAUTY["CEMG, search alone"],
         "CEMG": BEAUTY["CEMG, search, item softmax and memory (default)"],
     },
     "Sports": {

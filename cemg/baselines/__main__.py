@@ -65,7 +65,7 @@ def run(
     """Train a baseline, rank the whole catalog for every test user, and write the metrics to a file.
 
     Example: python -m cemg.baselines --data data/beauty --model sasrec --loss ce
-    --out results/beauty-sasrec-ce.json --run runs/sasrec-ce
+    --out results/beauty-sasrec.json --run runs/sasrec
     """
     command.check_device(device)
     command.check_result(out, "--out")
