@@ -103,11 +103,11 @@ def run(report: Report, items: int, events: int) -> None:
         print(f"items {items:,}, events {events:,}: {facts}", flush=True)
         name, turn = f"N{items:.0e}", itertools.cycle(histories)
         equal = "sums by a dictionary"
-        report.case(f"{name} query", {"numpy": lambda: memory.prior([next(turn)])}, {}, equal, **facts)
+        report.case(f"{name} query", {"memory": lambda: memory.prior([next(turn)])}, {}, equal, **facts)
         added = itertools.cycle(np.random.default_rng(2).integers(0, items, 1000).tolist())
         known = [history.tolist() for history in histories]
         order = itertools.cycle(known)
-        report.case(f"{name} event", {"numpy": lambda: memory.observe(next(order), next(added))}, {}, equal)
+        report.case(f"{name} event", {"memory": lambda: memory.observe(next(order), next(added))}, {}, equal)
 
 
 def main() -> None:

@@ -282,7 +282,8 @@ def _print_plan(run: Path, config: RunConfig, *, device: str, data: Dataset | No
     verdicts = plan(run, config, device=device, data=data)
     for stage, verdict in verdicts.items():
         print(f"{stage:<10} {printable(verdict)}")
-    if Run(run).finished() and not {*verdicts.values()} <= {REUSED, MISSING}:
+    asked = {verdict for stage, verdict in verdicts.items() if stage != "gate"}  # it needs no consent
+    if Run(run).finished() and not asked <= {REUSED, MISSING}:
         console.print(f"{run} is already trained: --force is needed to retrain it")
 
 

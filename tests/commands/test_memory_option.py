@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,12 @@ def test_a_memory_and_a_prior_or_another_engine_exclude_each_other(recommender, 
         recommender.recommend(history, memory="on")
     with pytest.raises(UserError, match="engine=transformers does not support memory=gate"):
         Recommender.from_run(tiny_run, engine="transformers").recommend(history, memory="gate")
+
+
+def test_a_dry_run_with_changed_settings_of_the_gate_asks_for_no_consent(
+    tiny_run: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting, needed in (("gate.beams=30", False), ("memory.window=4", True)):
+        assert command(train.main, "--run", tiny_run, "--set", setting, "--dry-run") == 0
+        out, err = capsys.readouterr()
+        assert "gate       built: " in out and ("--force is needed" in err) == needed
