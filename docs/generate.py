@@ -276,6 +276,7 @@ BEAUTY = {
     "SASRec, 30 epochs": ["beauty-sasrec"],
     "BSARec, 30 epochs": ["beauty-bsarec"],
     "item memory alone": ["beauty-memory"],
+    "– titles as its only texts": ["beauty-titles-memory"],
     AS_IN_THE_PAPER: ["beauty-paper-seed0"],
     "– tied embeddings, 30 epochs": ["beauty-cemg-30-epochs"],
     **mixtures("beauty", 3),
