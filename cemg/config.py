@@ -36,6 +36,7 @@ EARLIER: dict[str, dict[str, Any]] = {
     "generator": {"item_tokens": False, "item_loss": 0.0},
     "gate": {"memory": True},
     "backbone": {"tied": True},
+    "tokenizer": {"fusion": "guided"},
 }
 _ABSENT = object()
 ADDED_SECTIONS = ("memory", "gate")  # the settings of runs that earlier versions trained do not have them

@@ -21,6 +21,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # variant: settings of cemg-train
     "without image": ("without=[image]",),
     "without text": ("without=[text]",),
     "without llm": ("without=[llm]",),
+    "plain concatenation": ("tokenizer.fusion=concat",),
     "without memory": WITHOUT_MEMORY,
 }
 SWEEPS: dict[str, tuple[str, tuple[float | int, ...]]] = {  # axis of RQ4: setting and values

@@ -99,26 +99,30 @@ class Fusion(nn.Module):
 
     If e_c is absent, α is uniform over the present modalities; if image and text are absent, both are 0.
     Each modality has its own W_K and W_V. Inputs are multiplied by √D, so that a component is about 1.
+    Without guidance, h = W_V e_v ‖ W_T e_t ‖ e_c ‖ presence, and α is 1 for a present modality.
 
     Source: CEMG paper, equations 2 and 3 (docs/method.md).
     """
 
-    def __init__(self, widths: dict[str, int], *, dim: int) -> None:
+    def __init__(self, widths: dict[str, int], *, dim: int, guided: bool = True) -> None:
         super().__init__()
-        self.dim = dim
-        self.query = nn.Linear(widths["collab"], dim, bias=False)
-        self.key = nn.ModuleDict({k: nn.Linear(widths[k], dim, bias=False) for k in CONTENT})
+        self.dim, self.guided = dim, guided
+        if guided:
+            self.query = nn.Linear(widths["collab"], dim, bias=False)
+            self.key = nn.ModuleDict({k: nn.Linear(widths[k], dim, bias=False) for k in CONTENT})
         self.value = nn.ModuleDict({k: nn.Linear(widths[k], dim, bias=False) for k in CONTENT})
-        self.out_dim = dim + widths["collab"] + len(MODALITIES)
+        self.out_dim = (dim if guided else len(CONTENT) * dim) + widths["collab"] + len(MODALITIES)
 
     def attention(self, items: ItemFeatures) -> Tensor:
         """α [N, 2] over (image, text): equation 2, with absent modalities masked."""
+        here = items.present[:, :2]
+        if not self.guided:
+            return here.to(items.values["collab"].dtype)
         query = self.query(_unit(items.values["collab"]))  # [N, d]
         keys = torch.stack([self.key[k](_unit(items.values[k])) for k in CONTENT], dim=1)  # [N, 2, d]
         logits = torch.einsum("nd,nkd->nk", query, keys) / self.dim**0.5
         has_query = items.present[:, 2:]  # [N, 1]
         logits = torch.where(has_query, logits, torch.zeros_like(logits))
-        here = items.present[:, :2]
         weights = logits.masked_fill(~here, float("-inf")).softmax(1)
         return torch.where(here, weights, torch.zeros_like(weights))
 
@@ -126,7 +130,8 @@ class Fusion(nn.Module):
         """h [N, out_dim] and α [N, 2]: equation 3, with the three presence bits appended."""
         alpha = self.attention(items)
         values = torch.stack([self.value[k](_unit(items.values[k])) for k in CONTENT], dim=1)  # [N, 2, d]
-        content = (alpha[:, :, None] * values).sum(1)  # [N, d]
+        weighted = alpha[:, :, None] * values
+        content = weighted.sum(1) if self.guided else weighted.flatten(1)  # [N, d] or [N, 2 d]
         parts = (content, _unit(items.values["collab"]), items.present.to(content.dtype))
         return torch.cat(parts, dim=1), alpha
 

@@ -19,6 +19,7 @@ from cemg_kernels import residual_quantize
 from cemg_kernels.trie.arrays import MAX_CODEBOOK_SIZE, MAX_LEVELS
 
 ReconTarget = Literal["modalities", "h"]
+FusionKind = Literal["guided", "concat"]
 Unique = Literal["assign", "sinkhorn", "suffix"]
 DIVERSITY_ROWS = 1024  # the diversity loss uses at most this many rows, since it needs all distances
 
@@ -31,6 +32,8 @@ class TokenizerConfig:
     """Codes of a semantic ID. Short IDs decode faster; codebook_size ** levels must exceed the items."""
     codebook_size: int = 256
     """Codes per level."""
+    fusion: FusionKind = "guided"
+    """guided, where the collaborative embedding weighs image and text (equations 2 and 3), or concat."""
     dim: int = 128
     """Width of the fused item vector."""
     latent: int = 32
@@ -72,7 +75,8 @@ class TokenizerConfig:
         for name in ("commit", "diversity"):
             if getattr(self, name) < 0:
                 raise UserError(f"tokenizer.{name} must not be negative, got {getattr(self, name)}")
-        for name, choices in (("recon_target", get_args(ReconTarget)), ("unique", get_args(Unique))):
+        choices_of = {"recon_target": ReconTarget, "unique": Unique, "fusion": FusionKind}
+        for name, choices in ((name, get_args(kind)) for name, kind in choices_of.items()):
             if getattr(self, name) not in choices:
                 raise UserError(
                     f"tokenizer.{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
@@ -101,7 +105,7 @@ class RQVAE(nn.Module):
         super().__init__()
         self.config = config
         self.widths = dict(widths)
-        self.fusion = Fusion(widths, dim=config.dim)
+        self.fusion = Fusion(widths, dim=config.dim, guided=config.fusion == "guided")
         sizes = (self.fusion.out_dim, *config.hidden, config.latent)
         out = self.fusion.out_dim if config.recon_target == "h" else sum(widths.values())
         self.encoder = _mlp(sizes)

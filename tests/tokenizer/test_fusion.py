@@ -136,3 +136,18 @@ def test_a_modality_that_does_not_exist_cannot_be_left_out():
     scaling = {k: Scaling.of(values[k], present[k]) for k in MODALITIES}
     with pytest.raises(UserError, match="unknown modality 'images'"):
         ItemFeatures.scaled(values, present, scaling, without=["images"])
+
+
+def test_without_guidance_h_is_the_concatenation_and_absent_modalities_are_zero() -> None:
+    torch.manual_seed(0)
+    widths = {"image": 3, "text": 4, "collab": 2}
+    values = {name: torch.randn(3, width) for name, width in widths.items()}
+    present = torch.tensor([[True, True, True], [False, True, True], [True, False, False]])
+    values = {k: v * present[:, i, None] for i, (k, v) in enumerate(values.items())}
+    plain = Fusion(widths, dim=5, guided=False)
+    h, alpha = plain(ItemFeatures(values, present))
+    assert alpha.tolist() == [[1, 1], [0, 1], [1, 0]] and h.shape == (3, 5 + 5 + 2 + 3) == (3, plain.out_dim)
+    expected = [plain.value[k](values[k] * widths[k] ** 0.5) for k in ("image", "text")]
+    torch.testing.assert_close(h[:, :10], torch.cat(expected, dim=1))
+    assert not h[1, :5].any() and not h[2, 5:10].any()
+    assert [name for name, _ in plain.named_parameters()] == ["value.image.weight", "value.text.weight"]
