@@ -288,6 +288,9 @@ def fusion_section(run: Path) -> list[Block]:
     items = items_of(run)
     facts = fusion_facts(items["attention"], items["present"])
     counts = ", ".join(f"{name} {count:,}" for name, count in facts["present"].items())
+    if own_settings(Run(run)).tokenizer.fusion == "concat":
+        said = "Image, text and collaborative features are concatenated, so there are no weights."
+        return [Text(f"{said} Items with each modality, of {facts['items']:,}: {counts}.")]
     shares = {name: items["attention"][:, column].numpy() for column, name in enumerate(CONTENT)}
     means = ", ".join(f"{name} {share:.3f}" for name, share in facts["mean_alpha"].items())
     chart = histogram(

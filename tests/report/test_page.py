@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from cemg.data import Dataset
 from cemg.report import fusion_facts, sections, write_report
+from cemg.report.blocks import Text
 from cemg.storage.manifest import describe
+from cemg.storage.run import Run
 from cemg.tokenizer import Catalog
 
 N = 40
@@ -299,3 +302,13 @@ def test_alpha_that_differs_is_reported_with_its_spread() -> None:
     facts = fusion_facts(attention, torch.ones(2, 3, dtype=torch.bool))
     assert facts["alpha_std_where_both"] == pytest.approx(0.3)  # half the distance between .2 and .8
     assert "differs" in facts["verdict"]
+
+
+def test_a_plain_concatenation_has_no_weights_to_show(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = sections.own_settings(Run(tiny_run))
+    plain = dataclasses.replace(own, tokenizer=dataclasses.replace(own.tokenizer, fusion="concat"))
+    monkeypatch.setattr(sections, "own_settings", lambda run: plain)
+    (block,) = sections.fusion_section(tiny_run)
+    assert isinstance(block, Text) and "concatenated, so there are no weights" in block.text
