@@ -42,6 +42,13 @@ def lists(fitted: Fitted, data: Dataset) -> list[list[int]]:
     return [row.tolist() for row in fitted.rank(histories, 10)]
 
 
+def test_gru4rec_learns_from_all_positions_of_a_pass(ring: Dataset, tmp_path: Path) -> None:
+    fitted = trained("gru4rec", ring, tmp_path, samples="positions")
+    assert evaluate(fitted.rank, ring.split(), progress=False).metrics_history_removed["HR@5"] > 0.9
+    with pytest.raises(UserError, match="samples must be"):
+        trained("gru4rec", ring, tmp_path, samples="all")
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_model_learns_what_follows_an_item(name: str, ring: Dataset, tmp_path: Path) -> None:
     fitted = trained(name, ring, tmp_path)
