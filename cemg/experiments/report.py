@@ -11,7 +11,7 @@ from typing import Any
 
 from cemg.evaluation.results import KEPT, REMOVED
 from cemg.evaluation.tables import RANKINGS
-from cemg.experiments.plan import QUESTIONS, SWEEPS, Task
+from cemg.experiments.plan import CEMG, QUESTIONS, SWEEPS, Task
 from cemg.experiments.store import Store
 from cemg.experiments.tables import (
     Board,
@@ -46,7 +46,7 @@ def write_experiment_report(store: Store, tasks: Sequence[Task], questions: Sequ
     results: list[tuple[str, str, dict[str, Any]]] = []
     rows: list[dict[str, Any]] = []
     missing: dict[str, list[str]] = {}
-    for task in tasks:
+    for task in sorted(tasks, key=lambda task: task.model == CEMG):  # baselines first
         found = store.results(task)
         if task.title not in found:
             missing.setdefault(task.data, []).append(task.name)
