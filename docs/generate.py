@@ -272,7 +272,7 @@ MOVIELENS = {
 AS_IN_THE_PAPER = "CEMG as in the paper, search alone"
 BEAUTY = {
     "popularity": ["beauty-popularity"],
-    "GRU4Rec, 64 epochs": ["beauty-gru4rec"],
+    "GRU4Rec, 30 epochs": ["beauty-gru4rec"],
     "SASRec, 30 epochs": ["beauty-sasrec"],
     "BSARec, 30 epochs": ["beauty-bsarec"],
     "item memory alone": ["beauty-memory"],
