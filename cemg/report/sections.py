@@ -288,7 +288,7 @@ def fusion_section(run: Path) -> list[Block]:
     items = items_of(run)
     facts = fusion_facts(items["attention"], items["present"])
     counts = ", ".join(f"{name} {count:,}" for name, count in facts["present"].items())
-    if own_settings(Run(run)).tokenizer.fusion == "concat":
+    if _concatenates(run):
         said = "Image, text and collaborative features are concatenated, so there are no weights."
         return [Text(f"{said} Items with each modality, of {facts['items']:,}: {counts}.")]
     shares = {name: items["attention"][:, column].numpy() for column, name in enumerate(CONTENT)}
@@ -303,6 +303,14 @@ def fusion_section(run: Path) -> list[Block]:
     said = "α is the weight that the fusion gives to the image or the text of an item. "
     said += f"{facts['verdict']} Items with each modality, of {facts['items']:,}: {counts}. Mean α: {means}."
     return [Text(said), Charts([chart])]
+
+
+def _concatenates(run: Path) -> bool:
+    """Whether the fusion of a run has no weights. A run without settings is taken to have them."""
+    try:
+        return own_settings(Run(run)).tokenizer.fusion == "concat"
+    except UserError:
+        return False
 
 
 def fusion_facts(attention: Tensor, present: Tensor) -> dict[str, Any]:
