@@ -278,7 +278,7 @@ BEAUTY = {
     "item memory alone": ["beauty-memory"],
     "– titles as its only texts": ["beauty-titles-memory"],
     AS_IN_THE_PAPER: ["beauty-paper-seed0"],
-    "– tied embeddings, 30 epochs": ["beauty-cemg-30-epochs"],
+    "– tied embeddings, dropout 0.2, 30 epochs": ["beauty-cemg-30-epochs"],
     **mixtures("beauty", 3),
     "CEMG, all of these and BSARec": seeds("beauty-cemg-all-experts"),
 }
