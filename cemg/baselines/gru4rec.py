@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cemg.baselines.loop import train
+from cemg.baselines.loop import LoopConfig, train
 from cemg.baselines.registry import Fitted, Job
 from cemg.baselines.samples import Batch, Samples
 from cemg.dense import PRODUCTS, linear_cross_entropy, pad_histories
@@ -24,7 +24,7 @@ from cemg.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class GRU4RecConfig:
+class GRU4RecConfig(LoopConfig):
     """Settings of GRU4Rec; those that it shares with SASRec are explained at `DenseConfig`.
 
     Attributes:
@@ -43,16 +43,7 @@ class GRU4RecConfig:
     samples: str = "prefixes"
     negatives: int = 2048
     max_length: int = 50
-    learning_rate: float = 1e-3
-    schedule: str = "linear"
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    batch_size: int = 256
-    epochs: int = 30
-    patience: int = 10
-    select: str = "NDCG@10"
     products: str = "bfloat16"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.samples not in ("prefixes", "positions"):

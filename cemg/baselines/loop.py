@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cemg.baselines.samples import Batch, Samples
 from cemg.baselines.validation import Scorer, validate
 from cemg.data.dataset import Split
+from cemg.dense import DenseConfig
 from cemg.errors import DamagedError, UserError
 from cemg.progress import console
 from cemg.storage import files
@@ -31,32 +32,25 @@ LOG = "log.json"
 Log = list[dict[str, float]]  # an entry per epoch
 
 
-class LoopConfig(Protocol):
-    """The settings that the loop reads; `DenseConfig` explains them."""
+@dataclass(frozen=True, slots=True)
+class LoopConfig:
+    """The settings that the loop reads, explained at `DenseConfig`. The settings of a model extend them."""
 
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def beta2(self) -> float: ...
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def patience(self) -> int: ...
-    @property
-    def select(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
+    learning_rate: float = 1e-3
+    schedule: str = "linear"
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    batch_size: int = 256
+    epochs: int = 30
+    patience: int = 10
+    select: str = "NDCG@10"
+    seed: int = 0
 
 
 def train(
-    model: nn.Module, samples: Samples, split: Split, *, config: LoopConfig, loss: Loss, scorer: Scorer,
-    settings: Mapping[str, Any], folder: Path, budget: float | None = None, progress: bool = True,
+    model: nn.Module, samples: Samples, split: Split, *, config: LoopConfig | DenseConfig, loss: Loss,
+    scorer: Scorer, settings: Mapping[str, Any], folder: Path, budget: float | None = None,
+    progress: bool = True,
 ) -> Log:  # fmt: skip
     """Train a model, and leave it with the weights of its best epoch, in evaluation mode.
 
@@ -106,7 +100,7 @@ class _Training:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    config: LoopConfig
+    config: LoopConfig | DenseConfig
     loss: Loss
     identity: dict[str, object]  # settings and split, which a checkpoint must have in common
     budget: float | None
@@ -118,7 +112,7 @@ class _Training:
 
     @classmethod
     def start(
-        cls, model: nn.Module, config: LoopConfig, loss: Loss, identity: dict[str, object],
+        cls, model: nn.Module, config: LoopConfig | DenseConfig, loss: Loss, identity: dict[str, object],
         budget: float | None,
     ) -> _Training:  # fmt: skip
         optimizer = torch.optim.AdamW(
