@@ -97,8 +97,6 @@ def experiment(
     plan(questions, {}, models=chosen, seeds=seeds)  # checks the names before anything is read or written
     sources = sources_of(names, out / "data")
     tasks = plan(questions, sources, models=chosen, seeds=seeds, settings=set or ())
-    for task in tasks:
-        store.check(task)
     with store.locked():
         repeat = f"cemg-experiment {' '.join(questions)} … --out {quote(str(out))}"
         command.set_interrupt_message(f"finished tasks are kept; the same command continues: {repeat}")

@@ -89,7 +89,7 @@ class Task:
         return f"{name}, {self.variant}" if self.variant else name
 
     def identity(self) -> dict[str, str]:
-        """What a finished task must have in common with this one to be reused, as text."""
+        """What a task in the folder must have in common with this one, besides the options of the command."""
         return {
             "source": str(self.source.resolve()), "model": self.model, "settings": " ".join(self.settings),
             "seed": str(self.seed),

@@ -65,18 +65,18 @@ class Store:
         finally:
             lock.__exit__(None, None, None)
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: Task, identity: Mapping[str, str]) -> None:
         """Record what a task is.
 
         Raises:
-            UserError: Its folder is that of a task with other settings or data.
+            UserError: Its folder is that of a task with another identity.
         """
-        self.check(task)
+        self.check(task, identity)
         files.make_folder(self.path(task))
-        about = {"format": FORMAT, "version": __version__, **task.identity()}
+        about = {"format": FORMAT, "version": __version__, **identity}
         files.write_json(self.path(task) / TASK, about)
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Task, identity: Mapping[str, str]) -> None:
         """Raise UserError if the folder of a task is that of another one with the same name."""
         path = self.path(task) / TASK
         if not path.exists():
@@ -87,7 +87,7 @@ class Store:
             raise UserError(
                 f"{path} has format {stored.get('format')}; this version reads format {FORMAT}", fix=fix
             )
-        for key, value in task.identity().items():
+        for key, value in identity.items():
             if stored.get(key) != value:
                 raise UserError(
                     f"{path.parent} was trained with {key} {stored.get(key)!r}, this task has {value!r}",

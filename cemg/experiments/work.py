@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cemg.baselines.registry import MODELS
 from cemg.errors import UserError
 from cemg.experiments.plan import CEMG, Task
 from cemg.experiments.store import RESULT, SEARCH, Store, link_run
@@ -35,6 +36,14 @@ class Options:
     dtype: str = "float32"
     budget: float | None = None
 
+    def identity(self, task: Task) -> dict[str, str]:
+        """What a task in the folder must have in common with this one to be continued or reused, as text."""
+        if task.model == CEMG:
+            return task.identity() | {"dtype": self.dtype}
+        if task.model in MODELS and not MODELS[task.model].trains:
+            return task.identity()
+        return task.identity() | {"budget": "none" if self.budget is None else f"{self.budget:g} h"}
+
 
 def run_tasks(
     tasks: Sequence[Task], store: Store, options: Options, *, interactions: Mapping[str, int]
@@ -48,7 +57,7 @@ def run_tasks(
         UserError: The folder has a task with other settings.
     """
     for task in tasks:
-        store.check(task)
+        store.check(task, options.identity(task))
     failed = []
     for number, task in enumerate(tasks, start=1):
         if store.finished(task):
@@ -67,7 +76,7 @@ def run_tasks(
 def run_task(task: Task, store: Store, options: Options) -> str:
     """Run one task and keep its results. Returns why it failed, or ""."""
     folder = store.path(task)
-    store.begin(task)
+    store.begin(task, options.identity(task))
     if task.base:
         base = store.path(task.base) / "run"
         if not (store.path(task.base) / RESULT).exists():

@@ -89,6 +89,23 @@ def test_a_folder_of_another_task_is_refused(store: Store, source: Path) -> None
         run(store, [task])
 
 
+def test_a_task_with_another_budget_or_precision_is_not_taken_for_this_one(
+    store: Store, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_run", lambda command, log: 1)  # each task stays unfinished
+    planned = plan(["rq1"], {"toy": source}, models=["sasrec", "cemg"])
+    tasks = {task.model: task for task in planned if not task.base}
+    for name, other, message in (
+        ("sasrec", Options(budget=2), "budget 'none', this task has '2 h'"),
+        ("cemg", Options(dtype="bfloat16"), "dtype 'float32', this task has 'bfloat16'"),
+    ):
+        run_tasks([tasks[name]], store, Options(), interactions={"toy": 360})
+        with pytest.raises(UserError, match=message):
+            run_tasks([tasks[name]], store, other, interactions={"toy": 360})
+    (popularity,) = plan(["rq1"], {"toy": source}, models=["popularity"])
+    assert Options(budget=2).identity(popularity) == Options().identity(popularity)
+
+
 def test_two_processes_do_not_share_a_folder(store: Store) -> None:
     with store.locked(), pytest.raises(UserError, match="in use by process") as caught, store.locked():
         pass
