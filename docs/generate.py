@@ -298,7 +298,7 @@ README_ROWS = {
     "Beauty": {
         "BSARec": BEAUTY["BSARec, 30 epochs"],
         "item memory alone": BEAUTY["item memory alone"],
-        "CEMG, its search by semantic IDs alone": BEAUTY["CEMG, search alone"],
+        "CEMG, search by semantic IDs alone": BEAUTY["CEMG, search alone"],
         "CEMG": BEAUTY["CEMG, search, item softmax and memory (default)"],
     },
     "Sports": {

@@ -173,9 +173,7 @@ def _popularity(
     scope: str,
 ) -> Path:
     """Evaluate popularity, without the items that were removed from the run."""
-    ids: list[int | str] = [*artifacts.load_data().item_ids]
-    row_of = {item: row for row, item in enumerate(ids)}
-    removed = [row_of[item] for item in artifacts.removed_items() if item in row_of]
+    removed = _removed_rows(artifacts, artifacts.load_data().item_ids)
     found = evaluate(PopularityRanker.fit(split).without(removed), split, part=part, users=rows)
     name = f"{artifacts.load_data().name}-popularity-{scope}"
     return _write(artifacts, config, name, found, about={"model": "popularity"})
@@ -190,9 +188,7 @@ def _removed(
     artifacts: RunArtifacts, catalog: Catalog, studies: Sequence[str], *, quiet: bool = False
 ) -> tuple[list[int], list[str]]:
     """Return the rows of removed items, and notes on them, which are printed unless ``quiet``."""
-    item_ids: list[int | str] = [*catalog.item_ids]
-    row_of = {item: row for row, item in enumerate(item_ids)}
-    rows = [row_of[item] for item in artifacts.removed_items() if item in row_of]
+    rows = _removed_rows(artifacts, catalog.item_ids)
     if not rows:
         return [], []
     notes = [f"{len(rows)} of {len(catalog)} items are removed: they are not listed and count as misses"]
@@ -201,6 +197,12 @@ def _removed(
     for note in () if quiet else notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     return rows, notes
+
+
+def _removed_rows(artifacts: RunArtifacts, item_ids: Sequence[str | int]) -> list[int]:
+    """Return the rows of removed items among ``item_ids``."""
+    row_of = {item: row for row, item in enumerate(item_ids)}
+    return [row_of[item] for item in artifacts.removed_items() if item in row_of]
 
 
 def score_mixture(

@@ -154,8 +154,8 @@ def _difference_rows(record: Mapping[str, Any], names: list[str]) -> list[list[s
         found = differences.get(key)
         if found and not (key == REMOVED and found == differences.get(KEPT)):
             rows.append([f"- minus {label}", *(_signed(found[n]["mean"]) for n in names)])
-            rows.append(["  95 % from", *(_signed(found[n]["low"]) for n in names)])
-            rows.append(["  95 % to", *(_signed(found[n]["high"]) for n in names)])
+            rows.append(["  95 % lower bound", *(_signed(found[n]["low"]) for n in names)])
+            rows.append(["  95 % upper bound", *(_signed(found[n]["high"]) for n in names)])
     return rows
 
 

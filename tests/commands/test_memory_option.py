@@ -37,7 +37,7 @@ def test_an_evaluation_has_the_generator_the_memory_and_the_mixture_side_by_side
     printed = capsys.readouterr().out
     names = ("popularity", "cemg", "memory", "cemg-gate")
     assert [f"synthetic-{name}-test" in printed for name in names] == [True] * 4
-    assert "- minus memory" in printed and "95 % from" in printed
+    assert "- minus memory" in printed and "95 % lower bound" in printed
     record = json.loads((tmp_path / "r.json").read_text())
     memory = json.loads((run / "results" / "synthetic-memory-test.json").read_text())
     compared = record["compared"]

@@ -142,7 +142,10 @@ def test_a_table_shows_the_difference_to_the_model_that_a_file_is_compared_with(
     record["compared"] = {"model": "memory", "differences": differences_of(record, record)}
     (tmp_path / "a.json").write_text(json.dumps(signed(record)))
     rows = result_markdown([tmp_path / "a.json"], paper=False).splitlines()
-    shown = [f"| {label} |" + " +.0000 |" * 6 for label in ("- minus memory", "  95 % from", "  95 % to")]
+    shown = [
+        f"| {label} |" + " +.0000 |" * 6
+        for label in ("- minus memory", "  95 % lower bound", "  95 % upper bound")
+    ]
     assert rows[-3:] == shown  # those with the history removed are the same
     removed = record["compared"]["differences"]["metrics_history_removed"]
     removed["HR@5"] = {"mean": -0.1, "low": -0.2, "high": 0.1}
@@ -151,8 +154,8 @@ def test_a_table_shows_the_difference_to_the_model_that_a_file_is_compared_with(
     assert rows[-6:-3] == shown
     starts = (
         "| - minus memory, history removed | -.1000 |",
-        "|   95 % from | -.2000 |",
-        "|   95 % to | +.1000 |",
+        "|   95 % lower bound | -.2000 |",
+        "|   95 % upper bound | +.1000 |",
     )
     assert all(row.startswith(start) for row, start in zip(rows[-3:], starts, strict=True))
 
