@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cemg.commands import catalog, recommend
+from cemg.artifacts import RunArtifacts
+from cemg.commands import catalog, evaluate, recommend
 from cemg.errors import UserError
 from cemg.recommender import Recommender
 from cemg.tokenizer import Catalog
@@ -106,3 +107,12 @@ def test_the_catalog_is_listed_with_codes_and_titles(run, command, capsys):
     assert len(lines) == 50 and lines[1].startswith("item-0002\t") and lines[1].endswith("(removed)")
     assert command(catalog.main, "show", "--run", run, "--item", "item-0003") == 0
     assert capsys.readouterr().out.strip() == lines[2].split("\t")[1]
+
+
+def test_popularity_and_memory_are_evaluated_without_removed_items(run, command):
+    ids = RunArtifacts.open(run).load_catalog().item_ids
+    assert command(catalog.main, "remove", "--run", run, "--items", " ".join(map(str, ids[3:]))) == 0
+    assert command(evaluate.main, "--run", run, "--model", "memory") == 0
+    for model in ("popularity", "memory"):
+        (path,) = (run / "results").glob(f"*-{model}-test.json")
+        assert json.loads(path.read_text())["spread"]["metrics"]["coverage@10"] <= 3 / len(ids)
