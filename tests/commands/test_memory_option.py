@@ -13,6 +13,7 @@ import pytest
 from cemg import Recommender
 from cemg.artifacts import RunArtifacts
 from cemg.commands import evaluate, recommend, train
+from cemg.dense import DenseConfig, DenseRanker, SequenceEncoder
 from cemg.errors import UserError
 from cemg.mixture import Gate
 from cemg_kernels import ItemPrior
@@ -203,3 +204,28 @@ def test_a_dry_run_with_changed_settings_of_the_gate_asks_for_no_consent(
         assert command(train.main, "--run", tiny_run, "--set", setting, "--dry-run") == 0
         out, err = capsys.readouterr()
         assert "gate       built: " in out and ("--force is needed" in err) == needed
+
+
+def test_a_dense_expert_of_other_data_is_refused_before_a_stage_is_built(
+    tmp_path: Path, tiny_run: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = DenseConfig(dim=8, inner=8, blocks=1)
+    items = RunArtifacts.open(tiny_run).load_data().num_items
+    for count, targets, message in (
+        (items + 1, "", f"it was trained on {items + 1} items, this run has {items}"),
+        (items, "0" * 64, "other users, items or test targets"),
+    ):
+        DenseRanker(SequenceEncoder(count, config), config, targets).save(tmp_path / "dense")
+        words = [
+            "--data",
+            tiny_run / "data",
+            "--run",
+            tmp_path / "new",
+            "--set",
+            f"gate.dense={tmp_path / 'dense'}",
+        ]
+        assert command(train.main, *words) == 2
+        assert message in capsys.readouterr().err
+        assert not list((tmp_path / "new").glob("*/manifest.json"))
+    assert command(train.main, *words[:-1], f"gate.dense={tmp_path / 'nowhere'}") == 2
+    assert "has no trained SASRec or BSARec" in capsys.readouterr().err

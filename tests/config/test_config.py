@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -141,3 +143,17 @@ def test_the_seed_reaches_every_stage_and_without_llm_selects_the_scratch_decode
     config = load_config(None, ["seed=5", "backbone.kind=t5"], without=("llm",)).seeded()
     assert config.graph.seed == config.tokenizer.seed == config.generator.seed == 5
     assert (config.backbone.kind, config.backbone.layers) == ("scratch", 6)
+
+
+def test_an_empty_text_is_set_and_a_wrong_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    assert load_config(None, ["gate.dense=runs/bsarec", "gate.dense="]).gate.dense == ""
+    path = tmp_path / "settings.yaml"
+    path.write_text("gate: {dense: }\n")
+    assert load_config(path).gate.dense == ""
+    with pytest.raises(UserError, match=r"gate\.users") as caught:
+        load_config(path, ["gate.users=many"])
+    assert caught.value.cause == "command line"
+    path.write_text("gate: {users: many}\n")
+    with pytest.raises(UserError, match=r"gate\.users") as caught:
+        load_config(path)
+    assert caught.value.cause == str(path)
