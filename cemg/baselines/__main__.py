@@ -58,6 +58,10 @@ def run(
     budget: Annotated[
         float | None, typer.Option(help="Hours of training after which it stops, within an epoch too.")
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the features of texts and images. Default: cache, in the run's folder."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batch order, dropout and negatives.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: the choice of torch.")] = None,
@@ -84,6 +88,7 @@ def run(
     job = Job(
         dataset, folder or Path(), seed=seed, device=device, settings=changes,
         budget=None if budget is None else 3600 * budget,
+        cache=cache if cache is not None or folder is None else folder / "cache",
     )  # fmt: skip
     fitted = fit(model, job)
     write_result(

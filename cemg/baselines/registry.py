@@ -32,6 +32,7 @@ class Job:
         seed: Seed of everything random.
         device: "cpu", "cuda", "cuda:1", …
         budget: Seconds of training, after which a model stops; None for no limit.
+        cache: Folder of the features of texts and images, which jobs can share; None to compute them.
         settings: Changed settings of the model, by name; values are text if they come from a command line.
     """
 
@@ -40,6 +41,7 @@ class Job:
     seed: int = 0
     device: str = "cpu"
     budget: float | None = None
+    cache: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, kind: type[Config], **fixed: Any) -> Config:

@@ -35,13 +35,13 @@ def experiment(
         ),
     ],
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="NAME",
             help="Data set: a path that cemg-data reads, the name of a folder in data/, or synthetic. "
             "Repeatable, or separated by commas.",
         ),
-    ],
+    ] = None,
     models: Annotated[
         str,
         typer.Option(
@@ -72,7 +72,11 @@ def experiment(
         bool, typer.Option("--dry-run", help="Only print the tasks, with an estimate of their time.")
     ] = False,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Only write the report of what is finished.")
+        bool,
+        typer.Option(
+            "--report-only",
+            help="Only write the report of what is finished; without --data, of all tasks in the folder.",
+        ),
     ] = False,
     version: command.VersionOption = False,
 ) -> None:
@@ -84,7 +88,7 @@ def experiment(
     from cemg.data import read_dataset
     from cemg.experiments import Store, plan, write_experiment_report
     from cemg.experiments.plan import sources_of
-    from cemg.experiments.work import Options, run_tasks
+    from cemg.experiments.work import Options, Source, run_tasks
 
     command.check_device(device)
     if budget is not None and not budget > 0:
@@ -92,21 +96,26 @@ def experiment(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
     store = Store(out)
-    names = [name for one in data for name in one.split(",") if name]
+    names = [name for one in data or () for name in one.split(",") if name]
+    if not names and not report_only:
+        raise UserError("--data is missing", fix="--data data/beauty, or --data synthetic")
     chosen = [name for name in models.split(",") if name]
     plan(questions, {}, models=chosen, seeds=seeds)  # checks the names before anything is read or written
     sources = sources_of(names, out / "data")
-    tasks = plan(questions, sources, models=chosen, seeds=seeds, settings=set or ())
+    if names:
+        tasks = plan(questions, sources, models=chosen, seeds=seeds, settings=set or ())
+    else:
+        tasks = store.tasks()
     with store.locked():
         repeat = f"cemg-experiment {' '.join(questions)} … --out {quote(str(out))}"
         command.set_interrupt_message(f"finished tasks are kept; the same command continues: {repeat}")
         failed: list[str] = []
         if not report_only:
-            sizes = {name: read_dataset(source).num_interactions for name, source in sources.items()}
-            _print_plan(store, tasks, sizes, budget)
+            known = {name: Source.of(read_dataset(source)) for name, source in sources.items()}
+            _print_plan(store, tasks, {name: known[name].interactions for name in known}, budget)
             if dry_run:
                 return
-            failed = run_tasks(tasks, store, Options(device, dtype, budget), interactions=sizes)
+            failed = run_tasks(tasks, store, Options(device, dtype, budget, known))
         page = write_experiment_report(store, tasks, questions)
     console.print(f"report: {page}", soft_wrap=True)
     if failed:

@@ -88,12 +88,25 @@ class Task:
         name = "CEMG" if self.model == CEMG else title_of(self.model)
         return f"{name}, {self.variant}" if self.variant else name
 
-    def identity(self) -> dict[str, str]:
-        """What a task in the folder must have in common with this one, besides the options of the command."""
+    def about(self) -> dict[str, str]:
+        """All of it but the folder of the data, as text, for `Task.read`."""
         return {
-            "source": str(self.source.resolve()), "model": self.model, "settings": " ".join(self.settings),
-            "seed": str(self.seed),
+            "data": self.data, "model": self.model, "variant": self.variant,
+            "settings": " ".join(self.settings), "seed": str(self.seed), "base": self.base,
         }  # fmt: skip
+
+    @classmethod
+    def read(cls, about: Mapping[str, str]) -> Task:
+        """The task that ``about`` described, without the folder of its data.
+
+        Raises:
+            KeyError: A part is missing.
+            ValueError: The seed is not a number.
+        """
+        return cls(
+            about["data"], Path(), about["model"], about["variant"], tuple(about["settings"].split()),
+            int(about["seed"]), about["base"],
+        )  # fmt: skip
 
 
 def plan(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from cemg.evaluation.results import KEPT, REMOVED
 from cemg.evaluation.tables import RANKINGS
 from cemg.experiments.plan import CEMG, QUESTIONS, SWEEPS, Task
-from cemg.experiments.store import Store
+from cemg.experiments.store import CODES, Store
 from cemg.experiments.tables import (
     Board,
     best_baseline,
@@ -31,7 +30,7 @@ from cemg.storage import files
 from cemg.storage.read import read_json
 
 PAGE, TABLE = "report.html", "results.csv"
-SEED = re.compile(r"-seed\d+$")
+COLLIDING, PERPLEXITY = "share of colliding items", "perplexity of a level"
 Rows = tuple[list[str], list[list[str]]]
 
 
@@ -119,10 +118,13 @@ def _sweeps(store: Store, data: str, tasks: Sequence[Task]) -> Section:
                 continue
             for label, figure in _figures(store, task).items():
                 curves.setdefault(label, []).append((float(value), figure))
-        quality = {label: sorted(curve) for label, curve in curves.items() if "@" in label}
-        codes = {label: sorted(curve) for label, curve in curves.items() if "@" not in label}
-        charts += [line_chart(f"{data}: metrics by {axis}", quality, x_label=axis)] if quality else []
-        charts += [line_chart(f"{data}: codes by {axis}", codes, x_label=axis)] if codes else []
+        curves = {label: sorted(curve) for label, curve in curves.items()}
+        quality = {label: curve for label, curve in curves.items() if "@" in label}
+        for name, shown in (
+            ("metrics", quality),
+            *((label, {label: curves[label]}) for label in curves if label not in quality),
+        ):
+            charts += [line_chart(f"{data}: {name} by {axis}", shown, x_label=axis)] if shown else []
     return Section(f"{data}, sweeps", [Charts(charts)] if charts else [Text("No sweep has a result.")])
 
 
@@ -131,11 +133,9 @@ def _figures(store: Store, task: Task) -> dict[str, float]:
     record = store.results(task).get(f"{task.title}, search alone")
     if record is None:
         return {}
-    found = {name: record[KEPT][name] for name in ("HR@10", "NDCG@10")}
-    run = store.path(task) / "run"
-    counts = read_json(run / "catalog" / "uniqueness.json", dict[str, float])
-    found["share of colliding items"] = counts["colliding_before"] / max(counts["items"], 1)
-    return found
+    codes = read_json(store.path(task) / CODES, dict[str, float])
+    metrics = {name: record[KEPT][name] for name in ("HR@10", "NDCG@10")}
+    return metrics | {COLLIDING: codes["colliding"], PERPLEXITY: codes["perplexity"]}
 
 
 def _csv_rows(task: Task, title: str, record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -26,8 +26,8 @@ from cemg.storage.read import read_json
 from cemg.storage.run import Run
 from cemg.version import __version__
 
-FORMAT = "1"  # of task.json
-TASK, RESULT, SEARCH = "task.json", "result.json", "search.json"
+FORMAT = "2"  # of task.json
+TASK, RESULT, SEARCH, CODES = "task.json", "result.json", "search.json", "codes.json"
 # Seconds per 1,000 interactions with the default settings on one core (AMD EPYC), from trainings on Beauty.
 SECONDS = {"popularity": 0.004, "memory": 0.4, "gru4rec": 2.7, "sasrec": 10.0, "bsarec": 5.7, CEMG: 11.0}
 GATE_SECONDS = 1.3  # the same for the gate alone, with its test
@@ -42,6 +42,28 @@ class Store:
     def path(self, task: Task | str) -> Path:
         """The folder of a task."""
         return self.folder / "tasks" / (task if isinstance(task, str) else task.name)
+
+    def tasks(self) -> list[Task]:
+        """All tasks of the folder, by name.
+
+        Raises:
+            UserError: The description of one is damaged, or was written by another version.
+        """
+        return [Task.read(self._about(path)) for path in sorted(self.folder.glob(f"tasks/*/{TASK}"))]
+
+    def _about(self, path: Path) -> dict[str, str]:
+        fix = f"delete {quote(str(path.parent))}, or use another --out folder"
+        stored = read_json(path, dict[str, str], fix=fix)
+        if stored.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {stored.get('format')}; this version reads format {FORMAT}", fix=fix
+            )
+        try:
+            Task.read(stored)
+        except (KeyError, ValueError) as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path} is damaged", cause=cause, fix=fix) from error
+        return stored
 
     @property
     def cache(self) -> Path:
@@ -81,17 +103,12 @@ class Store:
         path = self.path(task) / TASK
         if not path.exists():
             return
-        fix = f"delete {quote(str(path.parent))}, or use another --out folder"
-        stored = read_json(path, dict[str, str], fix=fix)
-        if stored.get("format") != FORMAT:
-            raise UserError(
-                f"{path} has format {stored.get('format')}; this version reads format {FORMAT}", fix=fix
-            )
+        stored = self._about(path)
         for key, value in identity.items():
             if stored.get(key) != value:
                 raise UserError(
                     f"{path.parent} was trained with {key} {stored.get(key)!r}, this task has {value!r}",
-                    fix=fix,
+                    fix=f"delete {quote(str(path.parent))}, or use another --out folder",
                 )
 
     def results(self, task: Task) -> dict[str, dict[str, Any]]:

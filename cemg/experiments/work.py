@@ -5,21 +5,47 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from cemg.baselines.registry import MODELS
+from cemg.data import Dataset
 from cemg.errors import UserError
 from cemg.experiments.plan import CEMG, Task
-from cemg.experiments.store import RESULT, SEARCH, Store, link_run
+from cemg.experiments.store import CODES, RESULT, SEARCH, Store, link_run
+from cemg.pipeline.changes import content_digest
 from cemg.progress import console
 from cemg.storage import files
+from cemg.storage.read import read_json
+from cemg.tokenizer import read_items
 
 LAST_LINES = 5  # of the log, in an error
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is known of a data set before its tasks run.
+
+    Attributes:
+        interactions: Their number, for estimates.
+        sha256: Of its content, by which a finished task is known to belong to it.
+    """
+
+    interactions: int
+    sha256: str
+
+    @classmethod
+    def of(cls, data: Dataset) -> Source:
+        """Of a data set. Images count by their presence: cemg-train compares their bytes."""
+        present = [None if path is None else "image" for path in data.images]
+        return cls(data.num_interactions, content_digest(data, present))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +56,25 @@ class Options:
         device: "cpu", "cuda", …
         dtype: Precision of the generator's training.
         budget: Hours of training of a baseline, None for no limit.
+        sources: The data sets by name.
     """
 
     device: str = "cpu"
     dtype: str = "float32"
     budget: float | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
     def identity(self, task: Task) -> dict[str, str]:
         """What a task in the folder must have in common with this one to be continued or reused, as text."""
+        about = task.about() | {"data_sha256": self.sources[task.data].sha256}
         if task.model == CEMG:
-            return task.identity() | {"dtype": self.dtype}
+            return about | {"dtype": self.dtype}
         if task.model in MODELS and not MODELS[task.model].trains:
-            return task.identity()
-        return task.identity() | {"budget": "none" if self.budget is None else f"{self.budget:g} h"}
+            return about
+        return about | {"budget": "none" if self.budget is None else f"{self.budget:g} h"}
 
 
-def run_tasks(
-    tasks: Sequence[Task], store: Store, options: Options, *, interactions: Mapping[str, int]
-) -> list[str]:
+def run_tasks(tasks: Sequence[Task], store: Store, options: Options) -> list[str]:
     """Run the tasks that are not finished. Returns a message for each that failed.
 
     A failed task does not keep the others from running. Ctrl-C ends the running task, too; the next call
@@ -69,7 +96,8 @@ def run_tasks(
             failed.append(f"{task.name}: {problem}")
             console.print(f"{task.name} failed: {problem}", highlight=False, markup=False)
         else:
-            store.record_seconds(task, time.monotonic() - started, interactions[task.data])
+            size = options.sources[task.data].interactions
+            store.record_seconds(task, time.monotonic() - started, size)
     return failed
 
 
@@ -111,7 +139,7 @@ def command_of(task: Task, store: Store, options: Options) -> list[str]:
     budget = [] if options.budget is None else ["--budget", f"{options.budget:.6g}"]
     return [
         sys.executable, "-m", "cemg.baselines", "--data", str(task.source), "--model", task.model, "--run",
-        str(run), "--out", str(folder / RESULT), *common, *budget, *settings,
+        str(run), "--out", str(folder / RESULT), "--cache", str(store.cache), *common, *budget, *settings,
     ]  # fmt: skip
 
 
@@ -143,5 +171,18 @@ def _collect(folder: Path) -> str:
     if not mixtures or not searches:
         return f"{results} has no results of the mixture and of the search"
     files.copy_file(max(searches, key=lambda path: path.stat().st_mtime), folder / SEARCH)
+    files.write_json(folder / CODES, _codes(folder / "run"))
     files.copy_file(max(mixtures, key=lambda path: path.stat().st_mtime), folder / RESULT)
     return ""
+
+
+def _codes(run: Path) -> dict[str, float]:
+    """The share of items whose codes were not theirs alone, and the mean perplexity of a level."""
+    counts = read_json(run / "catalog" / "uniqueness.json", dict[str, float])
+    codes = read_items(run / "tokenizer" / "items.safetensors")["codes"].numpy()  # [N, M]
+    perplexities = []
+    for level in codes.T:
+        shares = np.unique(level, return_counts=True)[1] / len(level)
+        perplexities.append(float(np.exp(-(shares * np.log(shares)).sum())))
+    colliding = counts["colliding_before"] / max(counts["items"], 1)
+    return {"colliding": colliding, "perplexity": statistics.mean(perplexities)}

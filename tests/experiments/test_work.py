@@ -17,7 +17,7 @@ from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 from cemg.experiments import Store, Task, plan, work, write_experiment_report
 from cemg.experiments.tables import best_baseline, boards
-from cemg.experiments.work import Options, command_of, run_task, run_tasks
+from cemg.experiments.work import Options, Source, command_of, run_task, run_tasks
 
 QUICK = ["popularity", "memory"]
 
@@ -38,8 +38,12 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "out")
 
 
+def options(**changes: Any) -> Options:
+    return Options(sources={"toy": Source(360, changes.pop("sha256", "a" * 64))}, **changes)
+
+
 def run(store: Store, tasks: list[Task]) -> list[str]:
-    return run_tasks(tasks, store, Options(), interactions={"toy": 360})
+    return run_tasks(tasks, store, options())
 
 
 def test_finished_tasks_are_not_repeated_and_their_seconds_become_the_estimate(
@@ -79,9 +83,8 @@ def test_a_failed_task_names_its_log_and_does_not_keep_others_from_running(
 def test_a_folder_of_another_task_is_refused(store: Store, source: Path) -> None:
     (task,) = plan(["rq1"], {"toy": source}, models=["popularity"])
     run(store, [task])
-    (other,) = plan(["rq1"], {"toy": source.parent}, models=["popularity"])
-    with pytest.raises(UserError, match="was trained with source") as caught:
-        run(store, [other])
+    with pytest.raises(UserError, match=r"was trained with data_sha256 .aaa.*, this task has .bbb") as caught:
+        run_tasks([task], store, options(sha256="b" * 64))
     assert str(store.path(task)) in str(caught.value)
     about = json.loads((store.path(task) / "task.json").read_text())
     (store.path(task) / "task.json").write_text(json.dumps(about | {"format": "9"}))
@@ -96,14 +99,14 @@ def test_a_task_with_another_budget_or_precision_is_not_taken_for_this_one(
     planned = plan(["rq1"], {"toy": source}, models=["sasrec", "cemg"])
     tasks = {task.model: task for task in planned if not task.base}
     for name, other, message in (
-        ("sasrec", Options(budget=2), "budget 'none', this task has '2 h'"),
-        ("cemg", Options(dtype="bfloat16"), "dtype 'float32', this task has 'bfloat16'"),
+        ("sasrec", options(budget=2), "budget 'none', this task has '2 h'"),
+        ("cemg", options(dtype="bfloat16"), "dtype 'float32', this task has 'bfloat16'"),
     ):
-        run_tasks([tasks[name]], store, Options(), interactions={"toy": 360})
+        run(store, [tasks[name]])
         with pytest.raises(UserError, match=message):
-            run_tasks([tasks[name]], store, other, interactions={"toy": 360})
+            run_tasks([tasks[name]], store, other)
     (popularity,) = plan(["rq1"], {"toy": source}, models=["popularity"])
-    assert Options(budget=2).identity(popularity) == Options().identity(popularity)
+    assert options(budget=2).identity(popularity) == options().identity(popularity)
 
 
 def test_two_processes_do_not_share_a_folder(store: Store) -> None:
@@ -114,16 +117,16 @@ def test_two_processes_do_not_share_a_folder(store: Store) -> None:
 
 def test_a_budget_goes_to_the_baselines(store: Store, source: Path) -> None:
     sasrec, own = (plan(["rq1"], {"toy": source}, models=[name])[0] for name in ("sasrec", "cemg"))
-    words = command_of(sasrec, store, Options(budget=0.5))
+    words = command_of(sasrec, store, options(budget=0.5))
     assert words[words.index("--budget") + 1] == "0.5"
-    assert "--budget" not in command_of(own, store, Options(budget=0.5))
+    assert "--budget" not in command_of(own, store, options(budget=0.5))
 
 
 def test_cemg_is_collected_and_without_its_memory_continues_from_its_run(
     store: Store, tiny_run: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, without = plan(["rq1"], {"toy": source}, models=["cemg"])
-    assert run_task(without, store, Options()) == f"{own.name} is not finished"
+    assert run_task(without, store, options()) == f"{own.name} is not finished"
     commands: list[list[str]] = []
 
     def train(command: list[str], log: int) -> int:
@@ -139,7 +142,7 @@ def test_cemg_is_collected_and_without_its_memory_continues_from_its_run(
         return 0
 
     monkeypatch.setattr(work, "_run", train)
-    assert run_task(own, store, Options()) == "" and run_task(without, store, Options()) == ""
+    assert run_task(own, store, options()) == "" and run_task(without, store, options()) == ""
     assert "--data" in commands[0] and "--data" not in commands[1]  # the second one changes the gate only
     assert "gate.memory=false" in commands[1]
     assert (store.path(without) / "run" / "generator").is_dir()
