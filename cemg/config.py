@@ -77,6 +77,8 @@ class DataConfig:
     """Whether rows that exactly repeat another row are dropped."""
     duplicates: Literal["keep", "first", "last"] = "keep"
     """Which interactions are kept if a user has the same item several times; keep: all."""
+    split: Literal["leave-one-out", "time"] = "leave-one-out"
+    """Test targets: the last item of each user, or the first one after a time that is the same for all."""
     ties: Literal["source", "shuffle"] = "source"
     """Order of a user's interactions with equal timestamps."""
     synthetic_users: int = 1200
@@ -91,6 +93,11 @@ class DataConfig:
                     f"data.{name}={getattr(self, name)} has no effect on the synthetic set",
                     fix="name a dataset: --interactions FILE, or --data PATH",
                 )
+        if not self.path and self.split != "leave-one-out":
+            raise UserError(
+                f"data.split={self.split} has no effect on the synthetic set, which has no times",
+                fix="name a dataset: --interactions FILE, or --data PATH",
+            )
         if self.columns:
             ColumnNames.parse(self.columns)
         check_encoding(self.encoding)

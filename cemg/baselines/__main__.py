@@ -15,6 +15,7 @@ import typer
 from cemg.baselines.registry import MODELS, Job, check_model, fit
 from cemg.commands import console as command
 from cemg.data import Dataset, read_dataset
+from cemg.data.choices import SplitBy
 from cemg.errors import UserError
 from cemg.evaluation import evaluate, hardware, result_table, write_result
 from cemg.progress import print_table
@@ -52,6 +53,10 @@ def run(
         typer.Option("--set", help="One setting of the model, e.g. --set dim=128; repeatable."),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Largest number of epochs.")] = None,
+    split: Annotated[
+        SplitBy,
+        typer.Option(help="Test targets: the last item of each user, or the first one after a time."),
+    ] = "leave-one-out",
     users_fold: Annotated[
         str | None, typer.Option(help="Fold/folds, e.g. 0/2: leaves the users of this fold out of training.")
     ] = None,
@@ -84,7 +89,7 @@ def run(
     if folder is None and (model not in MODELS or MODELS[model].trains):
         fix = f"add --run runs/{Path(model).stem}"
         raise UserError(f"{model} needs a folder for its checkpoints", fix=fix)
-    dataset = read_source(data)
+    dataset = read_source(data, split=split)
     job = Job(
         dataset, folder or Path(), seed=seed, device=device, settings=changes,
         budget=None if budget is None else 3600 * budget,
@@ -105,15 +110,13 @@ def run(
     print_table(result_table([out]))
 
 
-def read_source(source: Path) -> Dataset:
+def read_source(source: Path, *, split: str = "leave-one-out") -> Dataset:
     """A prepared folder, or a source in its usual form.
 
     Raises UserError. If the source needs options, which only cemg-data has, the fix prepares it.
     """
-    if (source / "dataset.json").is_file():
-        return Dataset.load(source)
     try:
-        return read_dataset(source)
+        return read_dataset(source, split=split)
     except UserError as error:
         if "--" not in (error.fix or ""):
             raise

@@ -29,7 +29,7 @@ def train_dense(
     data: Dataset, config: DenseConfig, *, folder: Path, device: str = "cpu", progress: bool = True,
     budget: float | None = None,
 ) -> DenseRanker:  # fmt: skip
-    """Train on the training part of the leave-one-out split: see `train` for files, resuming and errors.
+    """Train on the training part of the split: see `train` for files, resuming and errors.
 
     With ``folds`` > 1 the training leaves out the users of ``held_out_users``; validation is over all users.
 
@@ -83,13 +83,13 @@ def _fit(job: Job, config: DenseConfig) -> Fitted:
 
 
 def held_out_users(split: Split, config: DenseConfig) -> np.ndarray:
-    """Return the users that a training leaves out, as positions in ``split.users``.
+    """Return the users that a training leaves out, as positions in ``split.valid_users``.
 
     The folds are drawn by the seed 0, so the models of all folds, whatever their seed, cover each user once.
     """
     if config.folds == 1:
         return np.empty(0, dtype=np.int64)
-    order = np.random.default_rng(0).permutation(len(split.users))
+    order = np.random.default_rng(0).permutation(len(split.valid_users))
     return np.sort(order[config.fold :: config.folds])
 
 
@@ -97,7 +97,7 @@ def training_samples(split: Split, config: DenseConfig) -> Samples:
     """Collect the training samples of the users that are not left out."""
     sequences = list(split.train)
     for position in held_out_users(split, config):
-        sequences[split.users[position]] = np.empty(0, dtype=np.int32)
+        sequences[split.valid_users[position]] = np.empty(0, dtype=np.int32)
     make = Samples.positions if config.samples == "positions" else Samples.prefixes
     return make(sequences, config.max_length)
 

@@ -37,10 +37,10 @@ def validate(ranker: Scorer, split: Split, users: np.ndarray | None = None) -> M
     Args:
         ranker: The model.
         split: The split.
-        users: Positions in ``split.users``; None means all.
+        users: Positions in ``split.valid_users``; None means all.
     """
     histories, targets = split.histories("valid"), split.targets("valid")
-    rows = np.arange(len(split.users)) if users is None else users
+    rows = np.arange(len(targets)) if users is None else users
     rows = rows[np.argsort([len(histories[r]) for r in rows], kind="stable")]
     ranks = [
         _ranks(ranker, [histories[r] for r in rows[i : i + BATCH]], targets[rows[i : i + BATCH]])

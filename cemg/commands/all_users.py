@@ -74,7 +74,7 @@ def _users_and_histories(
         rows, sequences = range(data.num_users), data.sequences
     else:
         split = data.split()
-        rows, sequences = split.users, split.histories(part)
+        rows, sequences = split.users_of(part), split.histories(part)
     nonempty = [
         (data.user_ids[row], items)
         for row, items in zip(rows, sequences, strict=True)

@@ -26,7 +26,7 @@ from cemg.commands.sources import (
     SeparatorOption,
     one_source,
 )
-from cemg.data.choices import Duplicates, Format, Ties
+from cemg.data.choices import Duplicates, Format, SplitBy, Ties
 from cemg.errors import UserError
 from cemg.storage import files
 
@@ -56,6 +56,12 @@ MinCountOption = Annotated[
 MinRatingOption = Annotated[float | None, typer.Option(help="Drop interactions with a lower rating.")]
 TiesOption = Annotated[
     Ties, typer.Option(help="Order of a user's interactions at the same time: as in the source, or shuffled.")
+]
+SplitOption = Annotated[
+    SplitBy,
+    typer.Option(
+        help="Test targets: the last item of each user, or the first one after a time, the same for all."
+    ),
 ]
 DuplicatesOption = Annotated[
     Duplicates,
@@ -162,6 +168,7 @@ def prepare(
     ties: TiesOption = "source",
     duplicates: DuplicatesOption = "keep",
     drop_duplicates: DropDuplicatesOption = False,
+    split: SplitOption = "leave-one-out",
     seed: SeedOption = 0,
     force: ForceOption = False,
 ) -> None:
@@ -188,6 +195,7 @@ def prepare(
         ties=ties,
         duplicates=duplicates,
         drop_duplicates=drop_duplicates,
+        split=split,
         seed=seed,
     )
     with _renamed_when_complete(out) as folder:

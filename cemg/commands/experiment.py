@@ -60,6 +60,13 @@ def experiment(
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder of the tasks, their results and the report.")
     ] = Path("runs/experiment"),
+    split: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,…",
+            help="leave-one-out, time (test targets after a time that is the same for all users), or both.",
+        ),
+    ] = "leave-one-out",
     set: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Change a setting of all CEMG trainings. Repeatable."),
@@ -100,10 +107,13 @@ def experiment(
     if not names and not report_only:
         raise UserError("--data is missing", fix="--data data/beauty, or --data synthetic")
     chosen = [name for name in models.split(",") if name]
-    plan(questions, {}, models=chosen, seeds=seeds)  # checks the names before anything is read or written
+    splits = [name for name in split.split(",") if name]
+    plan(
+        questions, {}, models=chosen, seeds=seeds, splits=splits
+    )  # checks the names before anything is read or written
     sources = sources_of(names, out / "data")
     if names:
-        tasks = plan(questions, sources, models=chosen, seeds=seeds, settings=set or ())
+        tasks = plan(questions, sources, models=chosen, seeds=seeds, settings=set or (), splits=splits)
     else:
         tasks = store.tasks()
     with store.locked():
@@ -111,8 +121,12 @@ def experiment(
         command.set_interrupt_message(f"finished tasks are kept; the same command continues: {repeat}")
         failed: list[str] = []
         if not report_only:
-            known = {name: Source.of(read_dataset(source)) for name, source in sources.items()}
-            _print_plan(store, tasks, {name: known[name].interactions for name in known}, budget)
+            known = {
+                (name, split): Source.of(read_dataset(source, split=split))
+                for name, source in sources.items()
+                for split in splits
+            }
+            _print_plan(store, tasks, {name: known[name, splits[0]].interactions for name in sources}, budget)
             if dry_run:
                 return
             failed = run_tasks(tasks, store, Options(device, dtype, budget, known))

@@ -1,4 +1,4 @@
-"""Datasets: readers of public formats, the k-core filter, the leave-one-out split, the synthetic set."""
+"""Datasets: readers of public formats, the k-core filter, the splits, the synthetic set."""
 
 from __future__ import annotations
 

@@ -21,6 +21,10 @@ from cemg.storage import files
 from cemg.storage.read import STRICT, check_signature, file_digest, read_json, read_parquet, signed
 
 FORMAT = 1  # of the prepared folder; increased when the meaning of its files changes
+TIMED = 2  # the format of a folder that is split in time, which earlier versions would split otherwise
+CUTS = "cuts.parquet"
+CUT_SHARES = (0.8, 0.9)  # of the interactions, before the cut for validation and the one for the test
+CUTS_SCHEMA: dict[str, Any] = {"before_validation": pl.Int32, "before_test": pl.Int32}
 REMEDY = "prepare the data again: cemg-data prepare"
 TABLES: dict[str, dict[str, Any]] = {  # file -> columns
     "users.parquet": {"user_id": pl.String},
@@ -46,6 +50,8 @@ class Dataset:
         tie_rule: How interactions with equal times are ordered.
         synthetic: Whether the data were generated.
         notes: Notes for the user: what was dropped, matched or missing.
+        cuts: For a split in time, how many interactions of each user are before the cut for validation and
+            before the cut for the test, [U, 2] int32; None for leave-one-out.
     """
 
     FILES: ClassVar[tuple[str, ...]] = ("dataset.json", *TABLES)  # of a prepared folder
@@ -60,8 +66,11 @@ class Dataset:
     tie_rule: str
     synthetic: bool = False
     notes: list[str] = field(default_factory=list)
+    cuts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        if self.cuts is not None and self.cuts.shape != (len(self.user_ids), 2):
+            raise UserError(f"{self.name}: cuts must be [{len(self.user_ids)}, 2], got {self.cuts.shape}")
         if len(self.user_ids) != len(self.sequences):
             raise UserError(f"{self.name}: {len(self.user_ids)} user ids for {len(self.sequences)} sequences")
         for plural, column in (("titles", self.titles), ("texts", self.texts), ("images", self.images)):
@@ -103,13 +112,11 @@ class Dataset:
         }
 
     def split(self) -> Split:
-        """Split each history leave-one-out: the last item for the test, the one before it for validation.
+        """Split the histories: leave-one-out, or in time if the data set has ``cuts``.
 
-        All items of a user with fewer than three are for training.
-
-        Source: CEMG paper, §4.1.3.
+        See `Split.leave_one_out` and `Split.in_time`.
         """
-        return Split.leave_one_out(self)
+        return Split.leave_one_out(self) if self.cuts is None else Split.in_time(self)
 
     def save(self, folder: Path) -> None:
         """Write a prepared folder: the tables interactions, users and items as Parquet, and dataset.json."""
@@ -131,14 +138,19 @@ class Dataset:
             schema={"item_id": pl.String, "title": pl.String, "text": pl.String, "image": pl.String},
         )
         _write(items, folder / "items.parquet")
+        tables = [*TABLES]
+        if self.cuts is not None:
+            cuts = dict(zip(CUTS_SCHEMA, self.cuts.T, strict=True))
+            _write(pl.DataFrame(cuts, schema=CUTS_SCHEMA), folder / CUTS)
+            tables.append(CUTS)
         about = {
-            "format": FORMAT,
+            "format": FORMAT if self.cuts is None else TIMED,
             "name": self.name,
             "tie_rule": self.tie_rule,
             "synthetic": self.synthetic,
             "notes": self.notes,
         }
-        about["files"] = {name: file_digest(folder / name) for name in TABLES}
+        about["files"] = {name: file_digest(folder / name) for name in tables}
         files.write_json(folder / "dataset.json", signed(about))
 
     @classmethod
@@ -155,17 +167,19 @@ class Dataset:
                 raise DamagedError(f"{folder / name} is damaged", cause=cause, fix=REMEDY)
         users, items, pairs = (read_parquet(folder / name, TABLES[name], fix=REMEDY) for name in TABLES)
         _check_tables(folder, users, items, pairs)
+        sequences = _unflatten(pairs["user"].to_numpy(), pairs["item"].to_numpy(), len(users))
         return cls(
             name=about.name,
             user_ids=users["user_id"].to_list(),
             item_ids=items["item_id"].to_list(),
-            sequences=_unflatten(pairs["user"].to_numpy(), pairs["item"].to_numpy(), len(users)),
+            sequences=sequences,
             titles=items["title"].to_list(),
             texts=items["text"].to_list(),
             images=[Path(p) if p else None for p in items["image"]],
             tie_rule=about.tie_rule,
             synthetic=about.synthetic,
             notes=about.notes,
+            cuts=_read_cuts(folder, sequences) if about.format == TIMED else None,
         )
 
 
@@ -186,9 +200,9 @@ class _About:
 
 def _read_about(path: Path) -> _About:
     record = read_json(path, dict[str, Any], fix=REMEDY)
-    if record.get("format") != FORMAT:
+    if record.get("format") not in (FORMAT, TIMED):
         raise UserError(
-            f"{path} has format {str(record.get('format'))[:80]}; this version reads format {FORMAT}",
+            f"{path} has format {str(record.get('format'))[:80]}; this version reads {FORMAT} and {TIMED}",
             fix=REMEDY,
         )
     about = read_json(path, _About, fix=REMEDY)
@@ -215,64 +229,121 @@ def _check_tables(folder: Path, users: pl.DataFrame, items: pl.DataFrame, pairs:
         raise DamagedError(f"the dataset in {folder} is damaged", cause=problem, fix=REMEDY)
 
 
+def _read_cuts(folder: Path, sequences: Sequence[np.ndarray]) -> np.ndarray:
+    """Read the cuts in time. Raises DamagedError if they do not fit the histories."""
+    table = read_parquet(folder / CUTS, CUTS_SCHEMA, fix=REMEDY)
+    cuts = np.stack([table[name].to_numpy() for name in CUTS_SCHEMA], axis=1) if len(table) else None
+    lengths = [len(s) for s in sequences]
+    if (
+        cuts is None
+        or len(cuts) != len(lengths)
+        or not ((cuts[:, 0] >= 0) & (cuts[:, 0] <= cuts[:, 1]) & (cuts[:, 1] <= lengths)).all()
+    ):
+        cause = f"{CUTS} does not fit the histories of {len(lengths)} users"
+        raise DamagedError(f"the dataset in {folder} is damaged", cause=cause, fix=REMEDY)
+    return cuts
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A leave-one-out split. The T users with at least three items have targets.
+    """A split of the histories into training, validation targets and test targets.
 
     Attributes:
-        train: Item rows for training, per user, U arrays of int32. They are the history of the validation
-            target; the history of the test target also has the validation target.
-        users: Rows of the users that have targets, [T] int32.
-        valid: Validation targets, [T] int32.
+        train: Item rows for training, per user, U arrays of int32. They are the histories of the validation
+            targets.
+        users: Rows of the users that have a test target, [T] int32.
+        valid_users: Rows of the users that have a validation target, [V] int32: leave-one-out, the same.
+        valid: Validation targets, [V] int32.
         test: Test targets, [T] int32.
+        before_test: What the histories of the test targets have after ``train``, T arrays of int32.
         fingerprint: Identifies the split; results of different splits are not compared.
     """
 
     train: list[np.ndarray]
     users: np.ndarray
+    valid_users: np.ndarray
     valid: np.ndarray
     test: np.ndarray
+    before_test: list[np.ndarray]
     fingerprint: dict[str, int | str]
 
     @classmethod
     def leave_one_out(cls, data: Dataset) -> Split:
-        """Split a dataset; see `Dataset.split`."""
+        """Keep the last item of each user for the test, and the one before it for validation.
+
+        All items of a user with fewer than three are for training.
+
+        Source: CEMG paper, section 4.1.3, https://arxiv.org/abs/2512.21543.
+        """
         lengths = np.array([len(s) for s in data.sequences], dtype=np.int64)
         users = np.flatnonzero(lengths >= 3).astype(np.int32)
         valid = np.array([data.sequences[u][-2] for u in users], dtype=np.int32)
         test = np.array([data.sequences[u][-1] for u in users], dtype=np.int32)
         train = [s[:-2] if len(s) >= 3 else s for s in data.sequences]
-        targets = hashlib.sha256()
-        for user, item in zip(users, test, strict=True):
-            targets.update(f"{data.user_ids[user]}\t{data.item_ids[item]}\n".encode())
-        fingerprint: dict[str, int | str] = {
-            "users": len(users),
-            "items": data.num_items,
-            "targets_sha256": targets.hexdigest(),
-            "tie_rule": data.tie_rule,
-        }
-        return cls(train, users, valid, test, fingerprint)
+        between = [data.sequences[u][-2:-1].astype(np.int32) for u in users]
+        return cls(train, users, users, valid, test, between, _fingerprint(data, users, test))
+
+    @classmethod
+    def in_time(cls, data: Dataset) -> Split:
+        """Cut the interactions of all users at two times.
+
+        Those before the first cut are for training. A target is the first item of a user after a cut, and
+        between both cuts for validation; its history is what the user has before that cut. Users without a
+        history have no target.
+
+        Source: Meng et al., https://arxiv.org/abs/2007.13237, on leave-one-out splits, whose models are
+        trained on interactions that are later than the targets of other users.
+        """
+        assert data.cuts is not None
+        first, second = data.cuts.astype(np.int64).T  # [U]
+        lengths = np.array([len(s) for s in data.sequences], dtype=np.int64)
+        valid_users = np.flatnonzero((first > 0) & (second > first)).astype(np.int32)
+        users = np.flatnonzero((second > 0) & (lengths > second)).astype(np.int32)
+        valid = np.array([data.sequences[u][first[u]] for u in valid_users], dtype=np.int32)
+        test = np.array([data.sequences[u][second[u]] for u in users], dtype=np.int32)
+        train = [s[:cut].astype(np.int32) for s, cut in zip(data.sequences, first, strict=True)]
+        between = [data.sequences[u][first[u] : second[u]].astype(np.int32) for u in users]
+        shares = " and ".join(f"{share:.0%}" for share in CUT_SHARES)
+        about: dict[str, int | str] = {"split": f"in time, at {shares} of the interactions"}
+        return cls(train, users, valid_users, valid, test, between, _fingerprint(data, users, test) | about)
+
+    def users_of(self, part: str) -> np.ndarray:
+        """Return the rows of the users that have a target in ``part`` ("valid" or "test")."""
+        return {"valid": self.valid_users, "test": self.users}[part]
 
     def histories(self, part: str) -> list[np.ndarray]:
-        """Return the history before each target of ``part`` ("valid" or "test"), T arrays of int32.
+        """Return the history before each target of ``part`` ("valid" or "test"), arrays of int32.
 
         Raises:
             ValueError: ``part`` has another value.
         """
         if part == "valid":
-            return [self.train[u] for u in self.users]
+            return [self.train[u] for u in self.valid_users]
         if part == "test":
-            known = zip(self.users, self.valid, strict=True)
-            return [np.append(self.train[u], item).astype(np.int32) for u, item in known]
+            pairs = zip(self.users, self.before_test, strict=True)
+            return [np.append(self.train[u], items).astype(np.int32) for u, items in pairs]
         raise ValueError(f"part must be 'valid' or 'test', got {part!r}")
 
     def targets(self, part: str) -> np.ndarray:
-        """Return the target items of ``part`` ("valid" or "test"), [T] int32."""
+        """Return the target items of ``part`` ("valid" or "test"), int32."""
         return {"valid": self.valid, "test": self.test}[part]
 
     def train_counts(self, num_items: int) -> np.ndarray:
         """Count the training interactions of each item, [N] int64."""
         return np.bincount(_flat(self.train), minlength=num_items)
+
+
+def _fingerprint(data: Dataset, users: np.ndarray, test: np.ndarray) -> dict[str, int | str]:
+    """Identify a split by its test targets."""
+    targets = hashlib.sha256()
+    for user, item in zip(users, test, strict=True):
+        targets.update(f"{data.user_ids[user]}\t{data.item_ids[item]}\n".encode())
+    return {
+        "users": len(users),
+        "items": data.num_items,
+        "targets_sha256": targets.hexdigest(),
+        "tie_rule": data.tie_rule,
+    }
 
 
 def check_ids(ids: Sequence[str], kind: str, *, source: str) -> None:

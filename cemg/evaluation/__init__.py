@@ -1,4 +1,4 @@
-"""Evaluation: HR and NDCG over the whole catalog, the leave-one-out protocol, result files and tables."""
+"""Evaluation: HR and NDCG over the whole catalog, the protocol, result files and tables."""
 
 from cemg.evaluation.metrics import (
     CUTOFFS,

@@ -1,4 +1,4 @@
-"""The evaluation protocol: leave-one-out, the whole catalog ranked, every user once.
+"""The evaluation protocol: one target per user, the whole catalog ranked.
 
 T evaluated users, N items, B users per batch. Two rankings are evaluated: the list of the model, and the same
 list without the items of the user's history. A target that is in the history cannot be in the second list
@@ -42,7 +42,7 @@ class Evaluation:
     Attributes:
         part: "valid" or "test".
         cutoffs: The k of HR@k and NDCG@k.
-        users: [T] positions in ``split.users``.
+        users: [T] positions in ``split.users_of(part)``.
         ranks: [T] int64, MISS where the rank is not below the largest cutoff.
         ranks_history_removed: The same in the lists without the history.
         cold: [T] bool, whether the target has at most COLD training interactions.
@@ -116,7 +116,7 @@ def evaluate(
         split: The split.
         part: "valid" or "test".
         cutoffs: The k of HR@k and NDCG@k.
-        users: Positions in ``split.users``, for example a ``seeded_sample``; None means all.
+        users: Positions in ``split.users_of(part)``, for example a ``seeded_sample``; None means all.
         batch_size: Histories per call of ``rank``.
         max_list: The largest ``top``, for a ranker that cannot return more: a beam search returns one item
             per beam. The lists without the history are then shorter.
@@ -144,7 +144,7 @@ def evaluate_lists(
     """Evaluate existing lists.
 
     Args:
-        lists: [T, C] item rows, best first, filled with -1; one list per user of ``split.users``.
+        lists: [T, C] item rows, best first, filled with -1; one list per user of ``split.users_of(part)``.
         split: The split.
         part: "valid" or "test".
         cutoffs: The k of HR@k and NDCG@k.
@@ -156,8 +156,9 @@ def evaluate_lists(
     Raises:
         UserError: As ``evaluate`` does.
     """
-    if lists.ndim != 2 or len(lists) != len(split.users):
-        raise UserError(f"lists must be [{len(split.users)}, C], one per user, got {list(lists.shape)}")
+    users = len(split.users_of(part))
+    if lists.ndim != 2 or len(lists) != users:
+        raise UserError(f"lists must be [{users}, C], one per user, got {list(lists.shape)}")
 
     def lists_of(batch: np.ndarray, histories: list[np.ndarray], top: int) -> Tensor:
         return lists[torch.from_numpy(batch)]
@@ -178,7 +179,7 @@ def _evaluate(
     others: int = 0,
 ) -> Evaluation:
     """Evaluate lists: ``lists_of(users, histories, top)`` returns those of a batch, as ``rank`` does."""
-    rows = np.arange(len(split.users)) if users is None else np.asarray(users, dtype=np.int64)
+    rows = np.arange(len(split.users_of(part))) if users is None else np.asarray(users, dtype=np.int64)
     if len(rows) == 0:
         raise UserError(
             "there is no user to evaluate", fix="use data whose users have at least three interactions"
@@ -213,9 +214,9 @@ def _evaluate(
     )
 
 
-def seeded_sample(split: Split, count: int = 2000, seed: int = 0) -> np.ndarray:
-    """Draw ``count`` different positions in ``split.users``, ascending; all of them if there are fewer."""
-    total = len(split.users)
+def seeded_sample(split: Split, count: int = 2000, seed: int = 0, *, part: str = "test") -> np.ndarray:
+    """Draw ``count`` positions in ``split.users_of(part)``, ascending; all of them if there are fewer."""
+    total = len(split.users_of(part))
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 

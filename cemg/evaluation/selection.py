@@ -23,7 +23,7 @@ class Selection:
     """How checkpoints are compared.
 
     Attributes:
-        users: [S] positions in ``split.users`` that select the checkpoint.
+        users: [S] positions in ``split.valid_users`` that select the checkpoint.
         others: [T - S] positions of the other users.
         history: "kept", "removed" from the list, or "excluded" in the search.
     """
@@ -44,10 +44,10 @@ class Selection:
 
 def checkpoint_selection(split: Split, config: RunConfig) -> Selection:
     """Return the users and the ranking that select the checkpoint of a run."""
-    decoding, total = config.decoding, len(split.users)
+    decoding, total = config.decoding, len(split.valid_users)
     history: str = decoding.validation_history
     most = total if history == "earlier" else max(total // 2, 1)
-    users = seeded_sample(split, min(decoding.validation_users, most), seed=config.seed)
+    users = seeded_sample(split, min(decoding.validation_users, most), seed=config.seed, part="valid")
     if history == "earlier":
         history = "kept"
     elif history == "auto":

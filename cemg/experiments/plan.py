@@ -6,15 +6,19 @@ Source: CEMG, section 4, https://arxiv.org/abs/2512.21543: overall performance (
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cemg.baselines.registry import MODELS, check_model, title_of
+from cemg.data.choices import SPLITS
 from cemg.errors import UserError
 
 CEMG = "cemg"
+LEAVE_ONE_OUT = "leave-one-out"
 WITHOUT_MEMORY = ("gate.memory=false",)
 ABLATIONS: dict[str, tuple[str, ...]] = {  # variant: settings of cemg-train
     "without collab": ("without=[collab]",),
@@ -66,6 +70,7 @@ class Task:
         settings: NAME=VALUE, as for ``--set``.
         seed: Seed of everything random.
         base: The task whose finished run this one starts from: it changes the gate only.
+        split: One of SPLITS.
     """
 
     data: str
@@ -75,12 +80,19 @@ class Task:
     settings: tuple[str, ...] = ()
     seed: int = 0
     base: str = ""
+    split: str = LEAVE_ONE_OUT
 
     @property
     def name(self) -> str:
         """The name of its folder, with the seed last."""
-        parts = [self.data, Path(self.model).stem, *([_slug(self.variant)] if self.variant else [])]
+        data = self.data if self.split == LEAVE_ONE_OUT else f"{self.data}-{self.split}"
+        parts = [data, Path(self.model).stem, *([_slug(self.variant)] if self.variant else [])]
         return f"{'-'.join(parts)}-seed{self.seed}"
+
+    @property
+    def table(self) -> str:
+        """The data set and the split, as the title of its tables."""
+        return self.data if self.split == LEAVE_ONE_OUT else f"{self.data}, split in time"
 
     @property
     def title(self) -> str:
@@ -93,6 +105,7 @@ class Task:
         return {
             "data": self.data, "model": self.model, "variant": self.variant,
             "settings": " ".join(self.settings), "seed": str(self.seed), "base": self.base,
+            "split": self.split,
         }  # fmt: skip
 
     @classmethod
@@ -105,13 +118,13 @@ class Task:
         """
         return cls(
             about["data"], Path(), about["model"], about["variant"], tuple(about["settings"].split()),
-            int(about["seed"]), about["base"],
+            int(about["seed"]), about["base"], about["split"],
         )  # fmt: skip
 
 
 def plan(
     questions: Sequence[str], sources: Mapping[str, Path], *, models: Sequence[str] = (), seeds: int = 1,
-    settings: Sequence[str] = (),
+    settings: Sequence[str] = (), splits: Sequence[str] = (LEAVE_ONE_OUT,),
 ) -> list[Task]:  # fmt: skip
     """List the trainings that questions need, each once, those of a data set together, CEMG first.
 
@@ -121,9 +134,10 @@ def plan(
         models: Models of the questions that compare models; the default ones if empty.
         seeds: Seeds 0, 1, … of each training.
         settings: Settings of CEMG for all of its trainings.
+        splits: Splits of SPLITS; each model is trained on each of them.
 
     Raises:
-        UserError: A question, a model or a number of seeds that does not exist.
+        UserError: A question, a model, a split or a number of seeds that does not exist.
     """
     for name in questions:
         if name not in QUESTIONS:
@@ -131,36 +145,41 @@ def plan(
     for model in models:
         if model != CEMG:
             check_model(model)
+    for split in splits:
+        if split not in SPLITS:
+            raise UserError(f"there is no split {split}", fix=f"one of {', '.join(SPLITS)}")
     if seeds < 1:
         raise UserError(f"--seeds must be 1 or more, got {seeds}")
     tasks: dict[str, Task] = {}
     for data, source in sources.items():
-        for seed in range(seeds):
-            for task in _of_data(questions, data, source, models, tuple(settings), seed):
+        for split, seed in itertools.product(splits, range(seeds)):
+            make = partial(Task, data, source, seed=seed, split=split)
+            for task in _of_data(questions, models, tuple(settings), make):
                 tasks.setdefault(task.name, task)
     return sorted(tasks.values(), key=lambda task: list(sources).index(task.data))
 
 
 def _of_data(
-    questions: Sequence[str], data: str, source: Path, models: Sequence[str], settings: tuple[str, ...],
-    seed: int,
-) -> list[Task]:  # fmt: skip
-    own = Task(data, source, CEMG, settings=settings, seed=seed)
+    questions: Sequence[str], models: Sequence[str], settings: tuple[str, ...], make: Callable[..., Task]
+) -> list[Task]:
+    """The tasks of one data set, split and seed, which ``make`` fills in."""
+    own = make(model=CEMG, settings=settings)
     chosen: list[str] = []
     for name in questions:
         chosen += models or QUESTIONS[name].models
     tasks = [own] if CEMG in chosen or {"rq2", "rq4"} & {*questions} else []
-    tasks += [Task(data, source, model, seed=seed) for model in chosen if model != CEMG]
+    tasks += [make(model=model) for model in chosen if model != CEMG]
+    variant = partial(make, model=CEMG)
     if "rq2" in questions:
-        for variant, changed in ABLATIONS.items():
+        for name, changed in ABLATIONS.items():
             base = own.name if changed == WITHOUT_MEMORY else ""
-            tasks.append(Task(data, source, CEMG, variant, (*settings, *changed), seed, base))
+            tasks.append(variant(variant=name, settings=(*settings, *changed), base=base))
     elif own in tasks:
-        tasks.append(Task(data, source, CEMG, "without memory", (*settings, *WITHOUT_MEMORY), seed, own.name))
+        tasks.append(variant(variant="without memory", settings=(*settings, *WITHOUT_MEMORY), base=own.name))
     if "rq4" in questions:
         for axis, (setting, values) in SWEEPS.items():
             tasks += [
-                Task(data, source, CEMG, f"{axis} = {value}", (*settings, f"{setting}={value}"), seed)
+                variant(variant=f"{axis} = {value}", settings=(*settings, f"{setting}={value}"))
                 for value in values
             ]
     return tasks

@@ -48,15 +48,15 @@ def write_experiment_report(store: Store, tasks: Sequence[Task], questions: Sequ
     for task in sorted(tasks, key=lambda task: task.model == CEMG):  # baselines first
         found = store.results(task)
         if task.title not in found:
-            missing.setdefault(task.data, []).append(task.name)
+            missing.setdefault(task.table, []).append(task.name)
         for title, record in found.items():
-            results.append((task.data, title, record))
+            results.append((task.table, title, record))
             rows += _csv_rows(task, title, record)
     files.write_text(store.folder / TABLE, _csv(rows))
     made = boards(results, missing)
     sections = [_section(board, questions) for board in made]
     if "rq4" in questions:
-        sections += [_sweeps(store, data, tasks) for data in dict.fromkeys(task.data for task in tasks)]
+        sections += [_sweeps(store, data, tasks) for data in dict.fromkeys(task.table for task in tasks)]
     title = ", ".join(f"{name.upper()}: {QUESTIONS[name].title}" for name in questions)
     files.write_text(store.folder / PAGE, render(title, sections, kind="experiment"))
     return store.folder / PAGE
@@ -70,7 +70,8 @@ def _section(board: Board, questions: Sequence[str]) -> Section:
     if not board.rows:
         return Section(board.data, blocks)
     users, items = board.split.get("users"), board.split.get("items")
-    about = f"{users:,} users, {items:,} items, leave-one-out, the whole catalog ranked."
+    split = board.split.get("split", "leave-one-out")
+    about = f"{users:,} users, {items:,} items, split {split}, the whole catalog ranked."
     ties = board.split.get("tie_rule")
     blocks.insert(0, Text(about + (f" Events at the same time: {ties}." if ties else "")))
     blocks.append(Text(
@@ -114,7 +115,7 @@ def _sweeps(store: Store, data: str, tasks: Sequence[Task]) -> Section:
         curves: dict[str, list[tuple[float, float]]] = {}
         for task in tasks:
             name, equals, value = task.variant.partition(" = ")
-            if task.data != data or task.seed or not equals or name != axis:
+            if task.table != data or task.seed or not equals or name != axis:
                 continue
             for label, figure in _figures(store, task).items():
                 curves.setdefault(label, []).append((float(value), figure))
@@ -141,7 +142,8 @@ def _figures(store: Store, task: Task) -> dict[str, float]:
 def _csv_rows(task: Task, title: str, record: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per ranking: what was trained, then the metrics, those of cold targets and the spread."""
     about = {
-        "data": task.data, "model": title, "settings": " ".join(task.settings), "seed": task.seed,
+        "data": task.data, "split by": task.split, "model": title, "settings": " ".join(task.settings),
+        "seed": task.seed,
         "users": record["split"].get("users"), "items": record["split"].get("items"),
         "split": str(record["split"].get("targets_sha256", ""))[:16], "seconds": record.get("seconds"),
     }  # fmt: skip

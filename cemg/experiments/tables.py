@@ -19,7 +19,7 @@ class Board:
     """The results on one split of one data set.
 
     Attributes:
-        data: Name of the data set.
+        data: Name of the data set, and how it is split unless leave-one-out.
         split: The fingerprint of the split.
         rows: Title of a model: its records, one per seed.
         missing: Names of tasks without a result.
@@ -40,7 +40,7 @@ def boards(results: Sequence[tuple[str, str, Record]], missing: Mapping[str, Seq
     """Sort results into boards: those of different splits never share one.
 
     Args:
-        results: Data set, title and record of each.
+        results: Data set and split, title and record of each.
         missing: Names of tasks without a result, by data set.
     """
     found: dict[tuple[str, str], tuple[Mapping[str, Any], dict[str, list[Record]]]] = {}

@@ -18,7 +18,7 @@ import numpy as np
 from cemg.baselines.registry import MODELS
 from cemg.data import Dataset
 from cemg.errors import UserError
-from cemg.experiments.plan import CEMG, Task
+from cemg.experiments.plan import CEMG, LEAVE_ONE_OUT, Task
 from cemg.experiments.store import CODES, RESULT, SEARCH, Store, link_run
 from cemg.pipeline.changes import content_digest
 from cemg.progress import console
@@ -56,17 +56,17 @@ class Options:
         device: "cpu", "cuda", …
         dtype: Precision of the generator's training.
         budget: Hours of training of a baseline, None for no limit.
-        sources: The data sets by name.
+        sources: The data sets by name and split.
     """
 
     device: str = "cpu"
     dtype: str = "float32"
     budget: float | None = None
-    sources: Mapping[str, Source] = field(default_factory=dict)
+    sources: Mapping[tuple[str, str], Source] = field(default_factory=dict)
 
     def identity(self, task: Task) -> dict[str, str]:
         """What a task in the folder must have in common with this one to be continued or reused, as text."""
-        about = task.about() | {"data_sha256": self.sources[task.data].sha256}
+        about = task.about() | {"data_sha256": self.sources[task.data, task.split].sha256}
         if task.model == CEMG:
             return about | {"dtype": self.dtype}
         if task.model in MODELS and not MODELS[task.model].trains:
@@ -96,7 +96,7 @@ def run_tasks(tasks: Sequence[Task], store: Store, options: Options) -> list[str
             failed.append(f"{task.name}: {problem}")
             console.print(f"{task.name} failed: {problem}", highlight=False, markup=False)
         else:
-            size = options.sources[task.data].interactions
+            size = options.sources[task.data, task.split].interactions
             store.record_seconds(task, time.monotonic() - started, size)
     return failed
 
@@ -132,10 +132,12 @@ def command_of(task: Task, store: Store, options: Options) -> list[str]:
     common = ["--device", options.device, "--seed", str(task.seed)]
     if task.model == CEMG:
         source = [] if task.base else ["--data", str(task.source)]
+        source += [] if task.base or task.split == LEAVE_ONE_OUT else ["--set", f"data.split={task.split}"]
         return [
             _script("cemg-train"), *source, "--run", str(run), "--dtype", options.dtype, "--cache",
             str(store.cache), *common, *settings,
         ]  # fmt: skip
+    common += [] if task.split == LEAVE_ONE_OUT else ["--split", task.split]
     budget = [] if options.budget is None else ["--budget", f"{options.budget:.6g}"]
     return [
         sys.executable, "-m", "cemg.baselines", "--data", str(task.source), "--model", task.model, "--run",

@@ -60,6 +60,9 @@ def data_changed(
     for field, before, after in (("titles", old.titles, new.titles), ("texts", old.texts, new.texts)):
         changes += _differences(field, _by_item(old, before), _by_item(new, after))
     changes += _differences("images", _by_item(old, old_images), _by_item(new, new_images))
+    if (old.cuts is None) != (new.cuts is None):
+        names = ["leave-one-out" if data.cuts is None else "in time" for data in (old, new)]
+        changes.append(f"data: split {' → '.join(names)}")
     if old.tie_rule != new.tie_rule:
         changes.append(f"data: order of equal times: {old.tie_rule} → {new.tie_rule}")
     return changes or ["data: the order of users or items changed"]
@@ -131,5 +134,5 @@ def content_digest(data: Dataset, images: Sequence[str | None]) -> str:
     sequences = [s.tolist() for s in data.sequences]
     return digest(
         [data.name, data.user_ids, data.item_ids, sequences, data.titles, data.texts, list(images),
-         data.tie_rule]
+         data.tie_rule, *([] if data.cuts is None else [data.cuts.tolist()])]
     )  # fmt: skip

@@ -121,9 +121,13 @@ class Pipeline(RunArtifacts):
             data = synthetic_dataset(
                 world, users=source.synthetic_users, items=source.synthetic_items, seed=self.config.seed
             )
-        if not len(data.split().users):
+        split = data.split()
+        if not len(split.users) or not len(split.valid):
+            cause = "every user has fewer than three interactions"
+            if data.cuts is not None:
+                cause = "no user has interactions on both sides of a cut in time"
             raise UserError(
-                f"{data.name} has no user to test on: every user has fewer than three interactions",
+                f"{data.name} has no user to test on: {cause}",
                 fix="check the lengths of the histories: cemg-data stats",
             )
         check_before_training(self.config, data, self.run)
@@ -350,6 +354,7 @@ def read_source(source: DataConfig) -> Dataset:
         min_count=source.min_count,
         min_rating=source.min_rating,
         ties=source.ties,
+        split=source.split,
         duplicates=source.duplicates,
         drop_duplicates=source.drop_duplicates,
     )

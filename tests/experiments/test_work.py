@@ -39,7 +39,9 @@ def store(tmp_path: Path) -> Store:
 
 
 def options(**changes: Any) -> Options:
-    return Options(sources={"toy": Source(360, changes.pop("sha256", "a" * 64))}, **changes)
+    return Options(
+        sources={("toy", "leave-one-out"): Source(360, changes.pop("sha256", "a" * 64))}, **changes
+    )
 
 
 def run(store: Store, tasks: list[Task]) -> list[str]:
@@ -221,6 +223,36 @@ def test_the_command_plans_runs_and_reports(
     assert float(memory["coverage@10"]) == stored["spread"]["metrics"]["coverage@10"]
 
 
+def test_both_splits_are_trained_and_have_tables_of_their_own(
+    tmp_path: Path, command: Callable[..., int]
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [(u, (s + step) % 20, int(t) + step) for u in range(80) for s, t in [rng.integers(20, size=2)]
+            for step in range(6)]  # fmt: skip
+    lines = ["user,item,timestamp", *(f"{u},i{i},{t}" for u, i, t in rows)]
+    (tmp_path / "ring.csv").write_text("\n".join(lines) + "\n")
+    words = ["rq1", "--data", tmp_path / "ring.csv", "--models", "popularity,memory"]
+    out = tmp_path / "out"
+    assert command(experiment.main, *words, "--split", "leave-one-out,time", "--out", out) == 0
+    records = [json.loads((out / "tasks" / f"{name}-seed0" / "result.json").read_text())
+               for name in ("ring-memory", "ring-time-memory")]  # fmt: skip
+    assert "split" not in records[0]["split"] and records[1]["split"]["split"].startswith("in time")
+    assert records[1]["split"]["users"] < records[0]["split"]["users"] == 80
+    assert records[1]["metrics_history_removed"]["HR@5"] > 0.5  # the next item of the ring; 0.25 at random
+    page = (out / "report.html").read_text()
+    assert (
+        "80 users, 20 items, split leave-one-out" in page and "items, split in time, at 80% and 90%" in page
+    )
+    (out / "report.html").unlink()
+    assert command(experiment.main, "rq1", "--report-only", "--out", out) == 0  # all tasks of the folder
+    assert "ring, split in time" in (out / "report.html").read_text()
+    moved = out.rename(tmp_path / "moved")
+    assert command(experiment.main, *words, "--out", moved) == 0  # nothing to do, wherever the folder is
+    assert (moved / "tasks" / "ring-memory-seed0" / "result.json").stat().st_mtime <= (
+        moved / "tasks" / "ring-time-memory-seed0" / "result.json"
+    ).stat().st_mtime
+
+
 def test_what_is_missing_is_named_in_the_report(store: Store, source: Path) -> None:
     tasks = plan(["rq1"], {"toy": source}, models=QUICK)
     run(store, tasks[:1])
@@ -235,6 +267,8 @@ def test_what_is_missing_is_named_in_the_report(store: Store, source: Path) -> N
         (["rq1", "--data", "nowhere"], "there is no data set nowhere"),
         (["rq1", "--data", "synthetic", "--budget", "0"], "--budget must be more than 0"),
         (["rq1", "--data", "synthetic", "--models", "sasrc"], "there is no model sasrc"),
+        (["rq1", "--data", "synthetic", "--split", "random"], "there is no split random"),
+        (["rq1"], "--data is missing"),
         (["rq1", "--data", "synthetic", "--dtype", "int8"], "--dtype must be"),
     ],
 )

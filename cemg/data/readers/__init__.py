@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from shlex import quote
 
 from cemg.data.choices import FORMATS, TEXTS, Format
 from cemg.data.dataset import Dataset
@@ -15,7 +16,7 @@ from cemg.data.readers.limits import check_source
 from cemg.data.readers.movielens import read_movielens
 from cemg.data.readers.raw import Filters, Raw, assemble
 from cemg.data.readers.recbole import read_recbole
-from cemg.data.readers.sequence import read_sequence
+from cemg.data.readers.sequence import TIMES, read_sequence
 from cemg.data.readers.table_sets import read_table_set
 from cemg.data.readers.textfile import check_encoding
 from cemg.data.readers.yelp import read_yelp
@@ -41,6 +42,7 @@ def read_dataset(
     ties: str = "source",
     duplicates: str = "keep",
     drop_duplicates: bool = False,
+    split: str = "leave-one-out",
     seed: int = 0,
 ) -> Dataset:
     """Read, filter and sort a dataset.
@@ -65,6 +67,8 @@ def read_dataset(
         duplicates: Which interactions of a repeated (user, item) pair are kept: "keep" (all), "first" or
             "last".
         drop_duplicates: Whether rows that exactly repeat another row are dropped.
+        split: How `Dataset.split` makes the targets: "leave-one-out" or "time". The format "sequence" then
+            takes its times from timestamps.txt next to it, unless ``times`` names another file.
         seed: Seed of ``ties="shuffle"``.
 
     Returns:
@@ -90,7 +94,14 @@ def read_dataset(
             "duplicates": None if duplicates == "keep" else duplicates,
         }  # fmt: skip
         options = [option for option, value in given.items() if value is not None]
-        return _with_texts(_load_prepared(path, name, options), texts)
+        data = _load_prepared(path, name, options)
+        if split == "time" and data.cuts is None:
+            command = f"cemg-data prepare SOURCE {quote(str(path))} --split time --force"
+            raise UserError(
+                f"{path} was prepared for a leave-one-out split, and a prepared folder has no times",
+                fix=f"prepare its source again: {command}",
+            )
+        return _with_texts(data, texts)
     if detected not in ("csv", "parquet"):
         for option, value in (("columns", columns), ("separator", separator)):
             if value:
@@ -102,6 +113,9 @@ def read_dataset(
         raise UserError(
             f"times has no effect on {path}, which has the format {detected}", fix="leave out times"
         )
+    if split == "time" and detected == "sequence" and times is None:
+        beside = (path if path.is_dir() else path.parent) / TIMES
+        times = beside if beside.is_file() else None
     raw = _read(path, detected, columns, items=items, times=times, separator=separator, encoding=encoding)
     if min_count is None:
         min_count = 0 if detected in ("sequence", "inter-json") else 5
@@ -111,6 +125,7 @@ def read_dataset(
         ties=ties,
         duplicates=duplicates,
         drop_duplicates=drop_duplicates,
+        split=split,
         seed=seed,
     )
     data = assemble(dataclasses.replace(raw, name=name or raw.name), filters, images=images)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from cemg.data.choices import DUPLICATES, TIES
-from cemg.data.dataset import Dataset
+from cemg.data.choices import DUPLICATES, SPLITS, TIES
+from cemg.data.dataset import CUT_SHARES, Dataset
 from cemg.data.filter import exact_duplicates, in_time_order, k_core, tie_rule, without_repeats
 from cemg.data.readers.pictures import image_paths
 from cemg.data.readers.values import canonical, other_forms
@@ -61,6 +61,7 @@ class Filters:
     ties: str = "source"
     duplicates: str = "keep"
     drop_duplicates: bool = False
+    split: str = "leave-one-out"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +71,8 @@ class Filters:
             raise UserError(f"ties must be one of {', '.join(TIES)}, got {self.ties!r}")
         if self.duplicates not in DUPLICATES:
             raise UserError(f"duplicates must be one of {', '.join(DUPLICATES)}, got {self.duplicates!r}")
+        if self.split not in SPLITS:
+            raise UserError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
 
 
 def assemble(raw: Raw, filters: Filters, *, images: Path | None = None) -> Dataset:
@@ -106,6 +109,7 @@ def assemble(raw: Raw, filters: Filters, *, images: Path | None = None) -> Datas
             *item_notes,
             *image_notes,
         ],
+        cuts=_cuts(raw, rows) if filters.split == "time" else None,
     )
 
 
@@ -143,6 +147,29 @@ def _filtered(raw: Raw, filters: Filters) -> tuple[pl.DataFrame, list[str]]:
     if filters.min_count > 1:
         notes.append(_core_note(deduplicated, rows, filters.min_count))
     return rows, notes
+
+
+def _cuts(raw: Raw, rows: pl.DataFrame) -> np.ndarray:
+    """Count the interactions of each user before the two cuts in time, [U, 2] int32.
+
+    Args:
+        raw: The source.
+        rows: Its interactions after filtering, grouped by user.
+    """
+    if raw.order is not None:
+        raise UserError(
+            f"{raw.name} has no times, which split=time needs",
+            fix="name a file of times (--times FILE, or --set data.times=FILE), or leave out split=time",
+        )
+    times = rows["timestamp"].sort()
+    first, second = (times[int(share * len(times))] for share in CUT_SHARES)
+    if not times[0] < first < second:
+        raise UserError(
+            f"{raw.name} cannot be split in time", fix="leave out split=time",
+            cause=f"its times are {times[0]} … {times[-1]}, and the cuts would be at {first} and {second}",
+        )  # fmt: skip
+    before = [(pl.col("timestamp") < cut).sum().cast(pl.Int32).alias(str(cut)) for cut in (first, second)]
+    return rows.group_by("user", maintain_order=True).agg(before).drop("user").to_numpy()
 
 
 def _without_duplicates(raw: Raw, filters: Filters) -> tuple[pl.DataFrame, list[str]]:

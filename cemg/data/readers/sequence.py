@@ -20,6 +20,7 @@ from cemg.errors import UserError
 
 ORDER = "order of the source file, which has no timestamps"
 ATTRIBUTES = "_item2attributes.json"
+TIMES = "timestamps.txt"  # read for a split in time
 
 
 def read_sequence(
