@@ -19,6 +19,7 @@ from cemg.errors import UserError
 
 CEMG = "cemg"
 LEAVE_ONE_OUT = "leave-one-out"
+NEW_ITEMS = "new items"  # variant: items left out of the training, added to the catalog afterwards
 WITHOUT_MEMORY = ("gate.memory=false",)
 ABLATIONS: dict[str, tuple[str, ...]] = {  # variant: settings of cemg-train
     "without collab": ("without=[collab]",),
@@ -54,7 +55,7 @@ QUESTIONS = {
     "rq2": Question("Ablations", (CEMG,)),
     "rq3": Question("Training time", (*MODELS, CEMG)),
     "rq4": Question("Levels, codes and weights of the tokenizer", (CEMG,)),
-    "rq5": Question("Cold items", (*MODELS, CEMG)),
+    "rq5": Question("Cold and new items", (*MODELS, CEMG)),
 }
 
 
@@ -176,6 +177,8 @@ def _of_data(
             tasks.append(variant(variant=name, settings=(*settings, *changed), base=base))
     elif own in tasks:
         tasks.append(variant(variant="without memory", settings=(*settings, *WITHOUT_MEMORY), base=own.name))
+    if "rq5" in questions and CEMG in chosen and own.split == LEAVE_ONE_OUT:
+        tasks.append(variant(variant=NEW_ITEMS, settings=settings))
     if "rq4" in questions:
         for axis, (setting, values) in SWEEPS.items():
             tasks += [

@@ -18,16 +18,17 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from cemg.baselines.registry import MODELS
 from cemg.errors import UserError
 from cemg.evaluation import read_result
-from cemg.experiments.plan import CEMG, Task
+from cemg.experiments.plan import CEMG, NEW_ITEMS, Task
 from cemg.storage import files
 from cemg.storage.read import read_json
 from cemg.storage.run import Run
 from cemg.version import __version__
 
 FORMAT = "2"  # of task.json
-TASK, RESULT, SEARCH, CODES = "task.json", "result.json", "search.json", "codes.json"
+TASK, RESULT, SEARCH, MEMORY, CODES = "task.json", "result.json", "search.json", "memory.json", "codes.json"
 # Seconds per 1,000 interactions with the default settings on one core (AMD EPYC), from trainings on Beauty.
 SECONDS = {"popularity": 0.004, "memory": 0.4, "gru4rec": 2.7, "sasrec": 10.0, "bsarec": 5.7, CEMG: 11.0}
 GATE_SECONDS = 1.3  # the same for the gate alone, with its test
@@ -122,6 +123,8 @@ class Store:
         found = {task.title: _read(folder / RESULT)}
         if task.model == CEMG and not task.base:
             found[f"{task.title}, search alone"] = _read(folder / SEARCH)
+        if task.variant == NEW_ITEMS:
+            found[f"{MODELS['memory'].title}, {NEW_ITEMS}"] = _read(folder / MEMORY)
         return {title: record for title, record in found.items() if record is not None}
 
     def finished(self, task: Task) -> bool:

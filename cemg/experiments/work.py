@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from cemg.baselines.registry import MODELS
 from cemg.data import Dataset
 from cemg.errors import UserError
-from cemg.experiments.plan import CEMG, LEAVE_ONE_OUT, Task
+from cemg.experiments.plan import CEMG, LEAVE_ONE_OUT, NEW_ITEMS, Task
 from cemg.experiments.store import CODES, RESULT, SEARCH, Store, link_run
 from cemg.pipeline.changes import content_digest
 from cemg.progress import console
@@ -111,22 +111,37 @@ def run_task(task: Task, store: Store, options: Options) -> str:
             return f"{task.base} is not finished"
         if not (folder / "run" / "config.yaml").exists():
             link_run(base, folder / "run")
-    command = command_of(task, store, options)
-    with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        log.write(f"$ {shlex.join(command)}\n")
-        log.flush()
-        status = _run(command, log.fileno())
+    for command in commands_of(task, store, options):
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            status = _run(command, log.fileno())
+        if status:
+            break
     if status:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
         last = [line for line in lines[-LAST_LINES:] if line.strip()]
         return f"exit status {status}; {folder / 'log.txt'} ends with: {' / '.join(last)}"
-    if task.model == CEMG:
+    if task.model == CEMG and task.variant != NEW_ITEMS:
         return _collect(folder)
     return "" if store.finished(task) else f"{folder / RESULT} was not written"
 
 
+def commands_of(task: Task, store: Store, options: Options) -> list[list[str]]:
+    """The command lines of a task, in order; after an interruption, without those that need no repetition."""
+    if task.variant != NEW_ITEMS:
+        return [command_of(task, store, options)]
+    folder, module = store.path(task), [sys.executable, "-m", "cemg.commands.new_items"]
+    left_out, data = folder / "left-out", ["--data", str(task.source), "--seed", str(task.seed)]
+    prepare = [*module, "prepare", *data, "--out", str(left_out)]
+    train = command_of(replace(task, source=left_out / "data"), store, options)
+    table = left_out / "items.parquet"
+    test = [*module, "test", *data, "--items", str(table), "--run", str(folder / "run"), "--out", str(folder)]
+    return [*([] if table.exists() else [prepare]), train, test]
+
+
 def command_of(task: Task, store: Store, options: Options) -> list[str]:
-    """The command line of a task."""
+    """The command line that trains and tests a task."""
     folder = store.path(task)
     run, settings = folder / "run", [word for one in task.settings for word in ("--set", one)]
     common = ["--device", options.device, "--seed", str(task.seed)]
