@@ -2,6 +2,7 @@
 
 docs/settings.md   every setting of a run, from the configuration classes and the presets
 docs/commands.md   every command and option, from the command line itself
+docs/experiments/  the tables of the experiments in results/experiments/
 docs/results.md, docs/training.md, docs/performance-*.md, README.md
                    the tables between the ``generated`` and ``end`` marks, from results/ and bench/results/
 """
@@ -22,6 +23,7 @@ import torch
 import typer
 import typer.models
 import yaml
+from experiment_pages import experiments, markdown
 from speed_tables import (
     gpu_speed,
     memory_cost,
@@ -397,6 +399,7 @@ def pages() -> dict[Path, str]:
         docs / "training.md": with_tables(docs / "training.md", training),
         docs / "performance-cpu.md": with_tables(docs / "performance-cpu.md", cpu),
         docs / "performance-gpu.md": with_tables(docs / "performance-gpu.md", {"speed": gpu_speed}),
+        **{docs / "experiments" / f"{folder.name}.md": NOTE + markdown(folder) for folder in experiments()},
         ROOT / "README.md": with_tables(ROOT / "README.md", {"speed": readme_speed, "results": readme_table}),
     }
 
@@ -408,6 +411,7 @@ def main() -> int:
         if "--check" in sys.argv[1:]:
             print(f"{path.relative_to(ROOT)} is stale: run python docs/generate.py", file=sys.stderr)
         else:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(pages()[path], encoding="utf-8")
     return int("--check" in sys.argv[1:] and bool(stale))
 

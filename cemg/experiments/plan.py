@@ -16,6 +16,7 @@ from pathlib import Path
 from cemg.baselines.registry import MODELS, check_model, title_of
 from cemg.data.choices import SPLITS
 from cemg.errors import UserError
+from cemg.tokenizer import TokenizerConfig
 
 CEMG = "cemg"
 LEAVE_ONE_OUT = "leave-one-out"
@@ -91,6 +92,11 @@ class Task:
         return f"{'-'.join(parts)}-seed{self.seed}"
 
     @property
+    def has_search(self) -> bool:
+        """Whether it also has a result of the search by semantic IDs alone, which is not that of its base."""
+        return self.model == CEMG and self.variant != "without memory"
+
+    @property
     def table(self) -> str:
         """The data set and the split, as the title of its tables."""
         return self.data if self.split == LEAVE_ONE_OUT else f"{self.data}, split in time"
@@ -100,6 +106,14 @@ class Task:
         """Its name in tables."""
         name = "CEMG" if self.model == CEMG else title_of(self.model)
         return f"{name}, {self.variant}" if self.variant else name
+
+    def belongs_to(self, question: str) -> bool:
+        """Whether a question of `QUESTIONS` shows its results."""
+        sweep, ablation = " = " in self.variant, self.variant in ABLATIONS
+        plain = self.variant in ("", "without memory")
+        if question in ("rq2", "rq4"):
+            return self.model == CEMG and (self.variant == "" or (ablation if question == "rq2" else sweep))
+        return plain or (question == "rq5" and self.variant == NEW_ITEMS)
 
     def about(self) -> dict[str, str]:
         """All of it but the folder of the data, as text, for `Task.read`."""
@@ -181,11 +195,20 @@ def _of_data(
         tasks.append(variant(variant=NEW_ITEMS, settings=settings))
     if "rq4" in questions:
         for axis, (setting, values) in SWEEPS.items():
-            tasks += [
-                variant(variant=f"{axis} = {value}", settings=(*settings, f"{setting}={value}"))
-                for value in values
-            ]
+            for value in values:  # the default one is that of the run without a variant
+                changed = (*settings, f"{setting}={value}")
+                base = own.name if _default(setting, settings) == value else ""
+                tasks.append(variant(variant=f"{axis} = {value}", settings=changed, base=base))
     return tasks
+
+
+def _default(setting: str, settings: Sequence[str]) -> float | int:
+    """The value of a setting of the tokenizer that a training has without a variant."""
+    given = {
+        name: float(text) for name, _, text in (one.partition("=") for one in settings) if name == setting
+    }
+    value: float | int = given.get(setting, getattr(TokenizerConfig(), setting.partition(".")[2]))
+    return value
 
 
 def _slug(text: str) -> str:

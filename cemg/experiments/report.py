@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cemg.baselines.registry import MODELS
 from cemg.evaluation.results import KEPT, REMOVED
 from cemg.evaluation.tables import RANKINGS
-from cemg.experiments.plan import CEMG, QUESTIONS, SWEEPS, Task
+from cemg.experiments.plan import ABLATIONS, CEMG, QUESTIONS, SWEEPS, Task
 from cemg.experiments.store import CODES, Store
 from cemg.experiments.tables import (
     Board,
@@ -42,43 +43,82 @@ def write_experiment_report(store: Store, tasks: Sequence[Task], questions: Sequ
         tasks: The tasks of the questions, finished or not.
         questions: Names of `QUESTIONS`.
     """
-    results: list[tuple[str, str, dict[str, Any]]] = []
-    rows: list[dict[str, Any]] = []
-    missing: dict[str, list[str]] = {}
-    for task in sorted(tasks, key=lambda task: task.model == CEMG):  # baselines first
-        found = store.results(task)
-        if task.title not in found:
-            missing.setdefault(task.table, []).append(task.name)
-        for title, record in found.items():
-            results.append((task.table, title, record))
-            rows += _csv_rows(task, title, record)
+    rows = [
+        row for task in tasks for title, record in store.results(task).items()
+        for row in _csv_rows(task, title, record)
+    ]  # fmt: skip
     files.write_text(store.folder / TABLE, _csv(rows))
-    made = boards(results, missing)
-    sections = [_section(board, questions) for board in made]
-    if "rq4" in questions:
-        sections += [_sweeps(store, data, tasks) for data in dict.fromkeys(task.table for task in tasks)]
     title = ", ".join(f"{name.upper()}: {QUESTIONS[name].title}" for name in questions)
-    files.write_text(store.folder / PAGE, render(title, sections, kind="experiment"))
+    page = render(title, experiment_sections(store, tasks, questions), kind="experiment")
+    files.write_text(store.folder / PAGE, page)
     return store.folder / PAGE
 
 
-def _section(board: Board, questions: Sequence[str]) -> Section:
-    """The tables of one split."""
+def experiment_sections(store: Store, tasks: Sequence[Task], questions: Sequence[str]) -> list[Section]:
+    """Return the sections of a report: per question, one for each data set and split.
+
+    Args:
+        store: The folder of the experiment.
+        tasks: The tasks of the questions, finished or not.
+        questions: Names of `QUESTIONS`.
+    """
+    known = [*MODELS]
+    place = {name: place for place, name in enumerate(known)}
+    ordered = sorted(  # the baselines in the order of MODELS, those of files after them, then CEMG
+        tasks, key=lambda t: (t.model == CEMG, place.get(t.model, len(known)), _variant_place(t))
+    )
+    found = {task.name: store.results(task) for task in ordered}
+    sections = []
+    for question in questions:
+        chosen = [task for task in ordered if task.belongs_to(question)]
+        results = [
+            (task.table, title, record) for task in chosen for title, record in found[task.name].items()
+        ]
+        missing: dict[str, list[str]] = {}
+        for task in chosen:
+            if task.title not in found[task.name]:
+                missing.setdefault(task.table, []).append(task.name)
+        for board in boards(results, missing):
+            title = f"{board.data}: {question.upper()}, {QUESTIONS[question].title.lower()}"
+            sections.append(Section(title, _about(board) + _answer(question, board, store, chosen)))
+    return sections
+
+
+def _variant_place(task: Task) -> int:
+    """The place of a variant among those of its question; CEMG without a variant is the first."""
+    variants = [
+        "",
+        *ABLATIONS,
+        *(f"{axis} = {value}" for axis, (_, values) in SWEEPS.items() for value in values),
+    ]
+    return variants.index(task.variant) if task.variant in variants else len(variants)
+
+
+def _about(board: Board) -> list[Block]:
+    """What all sections say: what is missing, the split, and what ± means."""
     blocks: list[Block] = []
     if board.missing:
         blocks.append(Text(f"Without a result: {', '.join(board.missing)}."))
     if not board.rows:
-        return Section(board.data, blocks)
+        return blocks
     users, items = board.split.get("users"), board.split.get("items")
     split = board.split.get("split", "leave-one-out")
     about = f"{users:,} users, {items:,} items, split {split}, the whole catalog ranked."
     ties = board.split.get("tie_rule")
-    blocks.insert(0, Text(about + (f" Events at the same time: {ties}." if ties else "")))
+    blocks.append(Text(about + (f" Events at the same time: {ties}." if ties else "")))
     blocks.append(Text(
         "± is half of a 95 % interval: over seeds where a row has several (Student's), else over users."
     ))  # fmt: skip
-    blocks.append(Charts([_overview(board)]))
-    if {"rq1", "rq2", "rq4"} & {*questions}:
+    return blocks
+
+
+def _answer(question: str, board: Board, store: Store, tasks: Sequence[Task]) -> list[Block]:
+    """The charts and tables of one question, those without rows left out."""
+    if not board.rows:
+        return []
+    blocks: list[Block] = []
+    if question in ("rq1", "rq2"):
+        blocks.append(Charts([_overview(board)]))
         blocks += [_table(label, ranking_rows(board, key, paper=True)) for key, label in
                    ((KEPT, "History kept"), (REMOVED, "History removed from the list"))]  # fmt: skip
         blocks.append(_table("What is recommended, history kept", spread_rows(board)))
@@ -86,10 +126,16 @@ def _section(board: Board, questions: Sequence[str]) -> Section:
         if baseline is not None:
             caption = f"Difference to {baseline}, the best model other than CEMG (95 % interval over users)"
             blocks.append(_table(caption, difference_rows(board, baseline)))
-    if {"rq1", "rq5"} & {*questions}:
-        blocks.append(_table("Targets with at most 5 training interactions", cold_rows(board)))
-    blocks.append(_table("Seconds", cost_rows(board)))
-    return Section(board.data, [block for block in blocks if not isinstance(block, Table) or block.rows])
+    if question == "rq3":
+        blocks.append(_table("Seconds", cost_rows(board)))
+    if question == "rq4":
+        blocks += _sweeps(store, board, tasks)
+    if question == "rq5":
+        caption = "Targets with at most 5 training interactions"
+        if "split" in board.split and "added" in str(board.split["split"]):
+            caption = "Targets that were added to the catalog after training"
+        blocks.append(_table(caption, cold_rows(board)))
+    return [block for block in blocks if not isinstance(block, Table) or block.rows]
 
 
 def _table(caption: str, contents: Rows) -> Table:
@@ -108,25 +154,31 @@ def _overview(board: Board) -> Chart:
     return interval_chart(f"NDCG@10 on {board.data}", rows, x_label="NDCG@10")
 
 
-def _sweeps(store: Store, data: str, tasks: Sequence[Task]) -> Section:
-    """Charts of the metrics, collisions and perplexity over each parameter of the tokenizer."""
-    charts = []
+def _sweeps(store: Store, board: Board, tasks: Sequence[Task]) -> list[Block]:
+    """A table and charts of the metrics, collisions and perplexity over each parameter of the tokenizer."""
+    charts: list[Chart] = []
+    rows: list[list[str]] = []
     for axis in SWEEPS:
         curves: dict[str, list[tuple[float, float]]] = {}
         for task in tasks:
             name, equals, value = task.variant.partition(" = ")
-            if task.table != data or task.seed or not equals or name != axis:
+            figures = _figures(store, task) if equals and name == axis and task.table == board.data else {}
+            if task.seed or not figures:
                 continue
-            for label, figure in _figures(store, task).items():
+            rows.append([task.variant, *(f"{figures[metric]:.4f}" for metric in figures if "@" in metric),
+                         f"{figures[COLLIDING]:.1%}", f"{figures[PERPLEXITY]:.0f}"])  # fmt: skip
+            for label, figure in figures.items():
                 curves.setdefault(label, []).append((float(value), figure))
         curves = {label: sorted(curve) for label, curve in curves.items()}
         quality = {label: curve for label, curve in curves.items() if "@" in label}
-        for name, shown in (
-            ("metrics", quality),
-            *((label, {label: curves[label]}) for label in curves if label not in quality),
-        ):
-            charts += [line_chart(f"{data}: {name} by {axis}", shown, x_label=axis)] if shown else []
-    return Section(f"{data}, sweeps", [Charts(charts)] if charts else [Text("No sweep has a result.")])
+        shown = {"metrics": quality} | {label: {label: curves[label]} for label in curves.keys() - quality}
+        for label in sorted(shown):
+            if shown[label]:
+                charts.append(line_chart(f"{board.data}: {label} by {axis}", shown[label], x_label=axis))
+    if not rows:
+        return [Text("No sweep has a result.")]
+    columns = ["search alone", "HR@10", "NDCG@10", COLLIDING, PERPLEXITY]
+    return [Table("Sweeps, history kept, seed 0", columns, rows), Charts(charts)]
 
 
 def _figures(store: Store, task: Task) -> dict[str, float]:

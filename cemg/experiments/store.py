@@ -121,7 +121,7 @@ class Store:
         if not (folder / RESULT).exists():
             return {}
         found = {task.title: _read(folder / RESULT)}
-        if task.model == CEMG and not task.base:
+        if task.has_search:
             found[f"{task.title}, search alone"] = _read(folder / SEARCH)
         if task.variant == NEW_ITEMS:
             found[f"{MODELS['memory'].title}, {NEW_ITEMS}"] = _read(folder / MEMORY)

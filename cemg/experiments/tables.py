@@ -114,13 +114,13 @@ def spread_rows(board: Board) -> tuple[list[str], list[list[str]]]:
 
 def cold_rows(board: Board) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the targets with few training interactions."""
-    columns = ["model", "HR@10", "NDCG@10", "history removed: HR@10", "history removed: NDCG@10"]
+    columns = ["model", "targets", "HR@10", "NDCG@10", "history removed: HR@10", "history removed: NDCG@10"]
     rows = []
     for title, records in board.rows.items():
         cold = [record.get("cold") or {} for record in records]
         cells = [figure(cold, key, name) for key in (KEPT, REMOVED) for name in ("HR@10", "NDCG@10")]
         if any(cells):
-            rows.append([title, *cells])
+            rows.append([title, f"{cold[0].get('targets', 0):,}", *cells])
     return columns, rows
 
 

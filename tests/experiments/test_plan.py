@@ -34,7 +34,11 @@ def test_cemg_comes_before_what_starts_from_its_run() -> None:
 
 def test_questions_share_their_tasks() -> None:
     both = names("rq1", "rq2", "rq5")
-    assert len(both) == len(set(both)) and set(both) == set(names("rq1")) | set(names("rq2"))
+    assert len(both) == len(set(both)) and set(both) == {
+        *names("rq1"),
+        *names("rq2"),
+        "shop-cemg-new-items-seed0",
+    }
 
 
 def test_seeds_and_data_sets_multiply() -> None:
@@ -58,7 +62,22 @@ def test_settings_are_those_of_all_trainings_of_cemg_and_of_no_other() -> None:
 def test_rq4_sweeps_each_parameter_alone() -> None:
     tasks = [task for task in plan(["rq4"], SOURCES) if " = " in task.variant]
     assert len(tasks) == 16 and len({task.name for task in tasks}) == 16
-    assert all(len(task.settings) == 1 and not task.base for task in tasks)
+    assert all(len(task.settings) == 1 for task in tasks)
+    copies = {task.variant: task.base for task in tasks if task.base}  # the defaults are not trained again
+    assert copies == dict.fromkeys(["M = 4", "K = 256", "α = 1.0", "β = 0.01"], "shop-cemg-seed0")
+    other = plan(["rq4"], SOURCES, settings=["tokenizer.levels=3"])
+    copies = {task.variant for task in other if task.base and " = " in task.variant}
+    assert copies == {"M = 3", "K = 256", "α = 1.0", "β = 0.01"}
+
+
+def test_each_question_shows_its_own_tasks() -> None:
+    tasks = plan([*QUESTIONS], SOURCES, models=["sasrec", "cemg"])
+    shown = {name: {t.variant for t in tasks if t.belongs_to(name)} for name in QUESTIONS}
+    assert shown["rq1"] == shown["rq3"] == {"", "without memory"}
+    assert shown["rq5"] == {"", "without memory", "new items"}
+    assert "without image" in shown["rq2"] and "M = 2" not in shown["rq2"]
+    assert len(shown["rq4"]) == 17
+    assert all(t.belongs_to("rq1") or t.model == "cemg" for t in tasks)
 
 
 def test_a_file_is_a_model(tmp_path: Path) -> None:
