@@ -28,8 +28,11 @@ SETTINGS: dict[str, dict[str, Any]] = {  # small
     "sasrec": SEQUENCE | {"inner": 32, "blocks": 1},
     "sasrec-bce": SEQUENCE | {"inner": 32, "blocks": 1},
     "bsarec": SEQUENCE | {"inner": 32, "blocks": 1},
+    "llm-esr": SEQUENCE | {"inner": 32, "blocks": 1},
 }
 TRAINED = [name for name, model in MODELS.items() if model.trains]
+
+pytestmark = pytest.mark.usefixtures("frozen_features")
 
 
 def trained(name: str, data: Dataset, folder: Path, **changes: Any) -> Fitted:
