@@ -11,7 +11,7 @@ from cemg.data.dataset import Dataset
 from cemg.features import Features
 
 ITEMS = 30
-MULTIMODAL = [name for name in ("llm-esr", "mmsrec", "missrec") if name in MODELS]
+MULTIMODAL = ("llm-esr", "mmsrec", "missrec")
 
 
 @pytest.fixture(scope="session")
