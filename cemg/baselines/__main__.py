@@ -27,7 +27,7 @@ OWN_OPTIONS = {
 
 
 class Loss(StrEnum):
-    """The losses of SASRec and BSARec."""
+    """The losses of SASRec, BSARec and LLM-ESR."""
 
     ce = "ce"
     bce = "bce"
@@ -46,7 +46,7 @@ def run(
     ] = None,
     loss: Annotated[
         Loss | None,
-        typer.Option(help="Of SASRec and BSARec: softmax cross-entropy (ce), or binary (bce)."),
+        typer.Option(help="Of SASRec, BSARec and LLM-ESR: softmax cross-entropy (ce), or binary (bce)."),
     ] = None,
     settings: Annotated[
         list[str] | None,

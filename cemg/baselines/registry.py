@@ -128,6 +128,9 @@ MODELS = {
         "SASRec, binary cross-entropy", "cemg.baselines.dense", "https://arxiv.org/abs/1808.09781"
     ),
     "bsarec": Model("BSARec", "cemg.baselines.dense", "https://arxiv.org/abs/2312.10325"),
+    "llm-esr": Model("LLM-ESR", "cemg.baselines.llm_esr", "https://arxiv.org/abs/2405.20646"),
+    "mmsrec": Model("MMSRec", "cemg.baselines.mmsrec", "https://arxiv.org/abs/2304.13277"),
+    "missrec": Model("MISSRec", "cemg.baselines.missrec", "https://arxiv.org/abs/2308.11175"),
 }
 
 

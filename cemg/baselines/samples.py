@@ -25,12 +25,14 @@ class Batch:
         targets: [P] int64. With ``every_position`` the items that follow each input, row by row, otherwise
             the item that follows the newest input of each row.
         every_position: Whether each input has a target.
+        samples: [B] int64, the number of each row in `Samples`.
     """
 
     inputs: Tensor
     lengths: Tensor
     targets: Tensor
     every_position: bool
+    samples: Tensor
 
     @property
     def present(self) -> Tensor:
@@ -39,8 +41,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device."""
-        inputs, lengths = self.inputs.to(device), self.lengths.to(device)
-        return Batch(inputs, lengths, self.targets.to(device), self.every_position)
+        inputs, lengths, targets = (t.to(device) for t in (self.inputs, self.lengths, self.targets))
+        return Batch(inputs, lengths, targets, self.every_position, self.samples.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,8 @@ class Samples:
         at = np.where(present, starts[:, None] + columns, 0)
         targets = self.items[at[present] + 1 if self.every_position else starts + lengths]
         inputs = torch.from_numpy(np.where(present, self.items[at], 0))
-        return Batch(inputs, torch.from_numpy(lengths), torch.from_numpy(targets), self.every_position)
+        lengths, targets, samples = (torch.from_numpy(a) for a in (lengths, targets, rows))
+        return Batch(inputs, lengths, targets, self.every_position, samples)
 
 
 def _flatten(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

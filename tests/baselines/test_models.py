@@ -21,6 +21,9 @@ SEQUENCE = {
     "dim": 16, "max_length": 12, "batch_size": 32, "epochs": 12, "learning_rate": 1e-2, "dropout": 0.1,
     "schedule": "constant", "products": "float32",
 }  # fmt: skip
+COSINE = {name: value for name, value in SEQUENCE.items() if name != "products"} | {
+    "inner": 32, "layers": 1, "heads": 2, "learning_rate": 5e-3, "batch_size": 8,
+}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {  # small
     "popularity": {},
     "memory": {},
@@ -28,8 +31,13 @@ SETTINGS: dict[str, dict[str, Any]] = {  # small
     "sasrec": SEQUENCE | {"inner": 32, "blocks": 1},
     "sasrec-bce": SEQUENCE | {"inner": 32, "blocks": 1},
     "bsarec": SEQUENCE | {"inner": 32, "blocks": 1},
+    "llm-esr": SEQUENCE | {"inner": 32, "blocks": 1},
+    "mmsrec": COSINE | {"input_dropout": 0.0, "epochs": 16},
+    "missrec": COSINE,
 }
 TRAINED = [name for name, model in MODELS.items() if model.trains]
+
+pytestmark = pytest.mark.usefixtures("frozen_features")
 
 
 def trained(name: str, data: Dataset, folder: Path, **changes: Any) -> Fitted:
