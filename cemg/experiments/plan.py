@@ -83,6 +83,11 @@ class Task:
         return f"{'-'.join(parts)}-seed{self.seed}"
 
     @property
+    def config(self) -> str:
+        """The included configuration of cemg-train that trains it; "" for CEMG and for other models."""
+        return MODELS[self.model].config if self.model in MODELS else ""
+
+    @property
     def title(self) -> str:
         """Its name in tables."""
         name = "CEMG" if self.model == CEMG else title_of(self.model)

@@ -27,7 +27,7 @@ from cemg.storage.run import Run
 from cemg.version import __version__
 
 FORMAT = "2"  # of task.json
-TASK, RESULT, SEARCH, CODES = "task.json", "result.json", "search.json", "codes.json"
+TASK, RESULT, SEARCH, FREE, CODES = "task.json", "result.json", "search.json", "free.json", "codes.json"
 # Seconds per 1,000 interactions with the default settings on one core (AMD EPYC), from trainings on Beauty.
 SECONDS = {"popularity": 0.004, "memory": 0.4, "gru4rec": 2.7, "sasrec": 10.0, "bsarec": 5.7, CEMG: 11.0}
 GATE_SECONDS = 1.3  # the same for the gate alone, with its test
@@ -122,6 +122,8 @@ class Store:
         found = {task.title: _read(folder / RESULT)}
         if task.model == CEMG and not task.base:
             found[f"{task.title}, search alone"] = _read(folder / SEARCH)
+        if task.config:
+            found[f"{task.title}, free beams"] = _read(folder / FREE)
         return {title: record for title, record in found.items() if record is not None}
 
     def finished(self, task: Task) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cemg.baselines import loop
-from cemg.baselines.registry import MODELS, Fitted, Job, check_model, fit
+from cemg.baselines.registry import FITTED, MODELS, Fitted, Job, check_model, fit
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 from cemg.evaluation import evaluate
@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # small
     "sasrec-bce": SEQUENCE | {"inner": 32, "blocks": 1},
     "bsarec": SEQUENCE | {"inner": 32, "blocks": 1},
 }
-TRAINED = [name for name, model in MODELS.items() if model.trains]
+TRAINED = [name for name in FITTED if MODELS[name].trains]
 
 
 def trained(name: str, data: Dataset, folder: Path, **changes: Any) -> Fitted:
@@ -78,7 +78,7 @@ def test_an_interrupted_training_gives_the_same_model(
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FITTED)
 def test_a_model_does_not_read_the_test_items(name: str, ring: Dataset, tmp_path: Path) -> None:
     few = {"epochs": 1} if MODELS[name].trains else {}
     other = dataclasses.replace(
@@ -139,6 +139,12 @@ def test_an_unknown_model_lists_those_that_exist() -> None:
     with pytest.raises(UserError, match="there is no model sasrc") as caught:
         check_model("sasrc")
     assert all(name in str(caught.value) for name in MODELS)
+
+
+def test_a_configuration_of_cemg_train_is_not_fitted_here(ring: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tiger is a configuration of cemg-train") as caught:
+        fit("tiger", Job(ring, tmp_path))
+    assert "cemg-train --config tiger" in str(caught.value.fix)
 
 
 def test_settings_of_a_job_are_typed_and_checked(ring: Dataset, tmp_path: Path) -> None:
