@@ -108,7 +108,8 @@ class Model:
 
     Attributes:
         title: Its name in tables.
-        module: The module with its function ``fit``, or ``fit_`` and the key in `MODELS`; empty with ``config``.
+        module: The module with its function ``fit``, or ``fit_`` and the key in `MODELS`. Empty if cemg-train
+            trains it.
         source: Link to the paper.
         trains: Whether it needs a folder for checkpoints.
         config: The included configuration with which cemg-train trains it, for a model that is CEMG's own

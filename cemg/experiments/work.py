@@ -177,7 +177,7 @@ def _run(command: Sequence[str], log: int) -> int:
 
 
 def _collect(folder: Path, *, mixture: bool) -> str:
-    """Copy the results of a run beside it: those of the search, and with ``mixture`` also those of the mixture.
+    """Copy the results of a run beside it: that of the search and, with ``mixture``, that of the mixture.
 
     The main result, which marks the end, is that of the mixture, or else of the search.
     """

@@ -40,7 +40,7 @@ class GeneratorConfig:
     loss: Literal["vocab", "valid"] = "vocab"
     """Tokens in the softmax: vocab (all; equation 5 of the paper) or valid (those of real items; ours)."""
     temperature: float = 1.0
-    """Temperature of that softmax in training, not in the search; below 1 it penalizes hard negatives more."""
+    """Temperature of that softmax, in training alone; below 1 it penalizes likely wrong codes more."""
     crop: float = 0.0
     """Share of samples whose history starts at a random later item, drawn per epoch."""
     first_item: bool = True

@@ -1,7 +1,8 @@
 """Clusters of equal size of the codes of a level, and the diversity loss that reads them.
 
-Source: LETTER, https://arxiv.org/abs/2405.07314, section 3.2, the diversity regularization: a code is pulled to
-the other codes of its cluster, so that the codes spread evenly.
+A code is pulled to the other codes of its cluster, so that the codes spread evenly.
+
+Source: LETTER, https://arxiv.org/abs/2405.07314, section 3.2, diversity regularization.
 
 B items, K codes of width Z, C clusters.
 """
@@ -19,8 +20,8 @@ ROUNDS = 10  # assignments of balanced k-means
 def balanced_clusters(codebook: Tensor, clusters: int, *, seed: int) -> Tensor:
     """The cluster of each code, int64 [K], by k-means whose clusters differ in size by at most one.
 
-    Each round assigns the codes [K, Z] to the centers at minimum total cost, with a number of places per center,
-    and moves the centers to the means of their codes.
+    Each round assigns the codes [K, Z] to the centers at minimum total cost, where each center has a fixed
+    number of places, and moves the centers to the means of their codes.
     """
     from scipy.optimize import linear_sum_assignment  # not needed at inference
     from sklearn.cluster import kmeans_plusplus
@@ -42,7 +43,7 @@ def balanced_clusters(codebook: Tensor, clusters: int, *, seed: int) -> Tensor:
 def cluster_loss(codes: Tensor, codebook: Tensor, clusters: Tensor) -> Tensor:
     """The mean of −log softmax_k(⟨v_c, v_k⟩), k ≠ c, at a random other code of the cluster of c.
 
-    Items whose code is alone in its cluster do not count; without any other item the loss is 0. The random codes
+    Items whose code is alone in its cluster do not count; if no item is left, the loss is 0. The random codes
     are drawn from torch's global generator.
 
     Args:

@@ -51,7 +51,7 @@ class TokenizerConfig:
     diversity: float = 0.01
     """Weight of the diversity loss, which spreads items over the codes (the paper's β)."""
     diversity_kind: DiversityKind = "entropy"
-    """Diversity loss: entropy of the codes in use, or clusters, which pulls a code to others of its cluster."""
+    """Diversity loss: entropy of the codes in use, or clusters: a code is pulled to others of its cluster."""
     clusters: int = 10
     """Clusters of equal size of the codes of a level, for diversity_kind=clusters."""
     collab_loss: float = 0.0
@@ -197,7 +197,8 @@ class RQVAE(nn.Module):
             if clusters is None:
                 diversity = diversity + negative_entropy(residual[:DIVERSITY_ROWS], codebook)
             else:
-                diversity = diversity + cluster_loss(codes[:, level], codebook, clusters[level]) / len(clusters)
+                spread = cluster_loss(codes[:, level], codebook, clusters[level])
+                diversity = diversity + spread / len(clusters)  # the mean over levels
             residual = residual - chosen.detach()
             quantized = quantized + chosen
         return quantized, commit, diversity

@@ -59,8 +59,9 @@ def train_tokenizer(
 
 
 def _fit(
-    model: RQVAE, items: ItemFeatures, collab: Collaborative | None, *, config: TokenizerConfig, log: Log | None
-) -> None:
+    model: RQVAE, items: ItemFeatures, collab: Collaborative | None, *, config: TokenizerConfig,
+    log: Log | None,
+) -> None:  # fmt: skip
     steps = -(-len(items) // config.batch_size)
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -39,7 +39,9 @@ def test_with_every_beam_the_items_are_the_exact_ranking(bench):
     found = FreeDecoder(decoder).decode(ids, mask, (LEVELS * SIZE) ** LEVELS)
     exact = score_all(decoder, ids, mask)  # [B, N]
     count = len(made.catalog)
-    torch.testing.assert_close(found.scores[:, :count], exact.sort(1, descending=True).values, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        found.scores[:, :count], exact.sort(1, descending=True).values, atol=1e-4, rtol=0
+    )
     assert (found.items[:, count:] == -1).all() and not found.certified.any()
 
 

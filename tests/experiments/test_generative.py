@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cemg.config import RunConfig, load_config
 from cemg.data.dataset import Dataset
 from cemg.experiments import Store, Task, plan, write_experiment_report
 from cemg.experiments.work import Options, Source, command_of, run_tasks
+from cemg.pipeline import Pipeline
 from cemg.settings import config_file
+from cemg.storage.read import read_tensors
+from cemg.storage.run import Run
 
 NAMES = ("tiger", "letter")
 TINY = (
@@ -93,6 +97,23 @@ def test_an_included_configuration_is_that_of_the_paper(name: str) -> None:
         assert (tokenizer.levels, tokenizer.clusters, config.decoding.beams) == (4, 10, 20)
         assert tokenizer.collab_loss > 0 and tokenizer.diversity > 0
         assert tokenizer.diversity_kind == "clusters" and config.generator.temperature < 1
+
+
+def test_the_collaborative_embeddings_are_those_of_the_training_split(
+    source: Path, tmp_path: Path, tiny_text_model: Path
+) -> None:
+    data = Dataset.load(source)
+    held_out = [np.append(s[:-2], (s[-2:] + 7) % 30).astype(np.int32) for s in data.sequences]
+    config = load_config(
+        config_file(Path("letter")), [*TINY, f"text.model={tiny_text_model}"], data_path="toy"
+    )
+    made = []
+    for name, one in (("one", data), ("other", dataclasses.replace(data, sequences=held_out))):
+        pipeline = Pipeline(Run(tmp_path / name), config, data=one)
+        pipeline.data()
+        pipeline.graph()
+        made.append(read_tensors(tmp_path / name / "graph" / "graph.safetensors")["collab"])
+    assert torch.equal(*made) and made[0].shape == (30, 8) and bool(made[0].any())
 
 
 def test_the_losses_of_letter_can_be_switched_off() -> None:

@@ -359,9 +359,12 @@ def test_the_learning_rate_warms_up_then_falls_to_zero_or_by_the_inverse_root():
 
 
 @pytest.mark.parametrize(
-    "values", [{"history_items": 0}, {"epochs": 0}, {"batch_size": 0}, {"label_smoothing": 1.0}, {"temperature": 0},
-     {"budget_hours": -1}],
-)  # fmt: skip
+    "values",
+    [
+        *({"history_items": 0}, {"epochs": 0}, {"batch_size": 0}, {"label_smoothing": 1.0}),
+        *({"temperature": 0}, {"budget_hours": -1}),
+    ],
+)
 def test_a_setting_out_of_range_is_refused_by_its_name(values):
     with pytest.raises(UserError, match=f"generator.{next(iter(values))}"):
         settings(**values)
