@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds, checks, benchmarks, profiles and trains on a rented GPU, most important step first. Every step may be killed.
-#   bash bench/gpu.sh [STEP ...]      steps: build check latency ops ncu train; default: all of them
+#   bash bench/gpu.sh [STEP ...]      steps: build check latency ops ncu train baselines; default: all but the last
 # On an H200 with 16 cores, build takes 45 s, check 75 s, latency 100 s and ops some minutes. With ten minutes per call:
 # `build check latency`, then `ops ncu`. build runs first if nothing is built yet.
 # check (or: tests, sanitizer) runs everything that is not timed, in parallel, and compiles the kernels of the timed
@@ -12,7 +12,10 @@
 # Needs Python 3.11+, torch, Triton, CuPy or nvcc, and no network. Missing packages are installed from the wheels in
 # $WHEELS (default: .whl): the build needs pybind11, the tests pytest and hypothesis, training polars and pydantic, and
 # each peer its own; the other steps need torch and transformers.
-# DATA (default: ../shared/data) must hold beauty/ for the last step, which is skipped otherwise.
+# DATA (default: ../shared/data) must hold beauty/ for train and baselines, which are skipped otherwise.
+# baselines trains TIGER and LETTER on Beauty to the end of their papers' trainings, which takes hours; it has not run on
+# a GPU yet. Its runs are in $RUNS (default: runs/gpu-runs): a killed step continues there. HOURS limits the training of
+# each. It leaves tiger.json, tiger-free.json, letter.json and letter-free.json in $OUT: the search, and free beams.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-runs/gpu}
@@ -20,6 +23,7 @@ DATA=${DATA:-../shared/data}
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-.whl}
 COMPILED=${COMPILED:-.compiled.tgz}
+RUNS=${RUNS:-runs/gpu-runs}
 SITE=${SITE:-/tmp/cemg-site}
 export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
@@ -136,6 +140,20 @@ train() {
   rm -rf "$WORK/beauty"  # the weights are too large for $OUT
 }
 
+baselines() {
+  if [ ! -d "$DATA/beauty" ]; then echo "$DATA/beauty is missing: baselines skipped"; return; fi
+  local name run limit=()
+  [ -z "${HOURS:-}" ] || limit=(--set "generator.budget_hours=$HOURS")
+  for name in tiger letter; do
+    run="$RUNS/$name"
+    bounded 36000 "train-$name" "$PYTHON" -c 'from cemg.commands.train import main; main()' --data "$DATA/beauty" --config "$name" \
+      --device cuda --dtype bfloat16 --run "$run" --cache "$RUNS/cache" "${limit[@]}"
+    cp "$run"/results/*-cemg-test.json "$OUT/$name.json" || continue
+    bounded 1800 "free-$name" "$PYTHON" -c 'from cemg.commands.evaluate import main; main()' --run "$run" --engine free \
+      --device cuda --result "$OUT/$name-free.json"
+  done
+}
+
 step() {
   STEP=$1
   "$STEP"
@@ -148,7 +166,7 @@ for name in "$@"; do
   case $name in
     tests | sanitizer) step check ;;
     bench) step ops ;;
-    build | check | latency | ops | ncu | train) step "$name" ;;
+    build | check | latency | ops | ncu | train | baselines) step "$name" ;;
     *) echo "unknown step $name; the top of this file lists them"; exit 2 ;;
   esac
 done

@@ -33,10 +33,10 @@ WITHOUT = ("collab", "image", "text", "llm")
 # values, and the keys of stages leave them out, so that runs of these versions stay valid.
 EARLIER: dict[str, dict[str, Any]] = {
     "decoding": {"validation_history": "earlier"},
-    "generator": {"item_tokens": False, "item_loss": 0.0},
+    "generator": {"item_tokens": False, "item_loss": 0.0, "temperature": 1.0, "budget_hours": 0.0},
     "gate": {"memory": True},
     "backbone": {"tied": True},
-    "tokenizer": {"fusion": "guided"},
+    "tokenizer": {"fusion": "guided", "collab_loss": 0.0, "diversity_kind": "entropy", "clusters": 10},
 }
 _ABSENT = object()
 ADDED_SECTIONS = ("memory", "gate")  # the settings of runs that earlier versions trained do not have them
@@ -207,6 +207,12 @@ class RunConfig:
                 "generator.item_tokens needs a model with random weights",
                 cause=f"backbone.pretrained={self.backbone.pretrained}",
                 fix="--set generator.item_tokens=false, or --set backbone.kind=scratch",
+            )
+        if self.tokenizer.collab_loss and self.graph.dim != self.tokenizer.latent:
+            raise UserError(
+                "tokenizer.collab_loss needs collaborative embeddings of the width of the quantized vector",
+                cause=f"graph.dim={self.graph.dim}, tokenizer.latent={self.tokenizer.latent}",
+                fix=f"--set graph.dim={self.tokenizer.latent}, or --set tokenizer.collab_loss=0",
             )
         if not (self.gate.memory or self.gate.dense or self.generator.item_loss):
             raise UserError(

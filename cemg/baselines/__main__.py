@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from cemg.baselines.registry import MODELS, Job, check_model, fit
+from cemg.baselines.registry import FITTED, MODELS, Job, check_fitted, fit
 from cemg.commands import console as command
 from cemg.data import Dataset, read_dataset
 from cemg.data.choices import SplitBy
@@ -38,7 +38,7 @@ def run(
         Path, typer.Option(help="Folder or file that cemg-data reads, or a folder that it prepared.")
     ],
     model: Annotated[
-        str, typer.Option(help=f"One of {', '.join(MODELS)}; or a Python file that defines fit(job).")
+        str, typer.Option(help=f"One of {', '.join(FITTED)}; or a Python file that defines fit(job).")
     ],
     out: Annotated[Path, typer.Option(help="Result file to write, JSON.")],
     folder: Annotated[
@@ -78,7 +78,7 @@ def run(
     """
     command.check_device(device)
     command.check_result(out, "--out")
-    check_model(model)
+    check_fitted(model)
     if budget is not None and not budget > 0:
         raise UserError(f"--budget must be more than 0 hours, got {budget}")
     if threads is not None:

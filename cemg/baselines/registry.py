@@ -108,15 +108,19 @@ class Model:
 
     Attributes:
         title: Its name in tables.
-        module: The module with its function ``fit``, or ``fit_`` and the key in `MODELS`.
+        module: The module with its function ``fit``, or ``fit_`` and the key in `MODELS`. Empty if cemg-train
+            trains it.
         source: Link to the paper.
         trains: Whether it needs a folder for checkpoints.
+        config: The included configuration with which cemg-train trains it, for a model that is CEMG's own
+            tokenizer and generator with other settings; empty for the others.
     """
 
     title: str
-    module: str
+    module: str = ""
     source: str = ""
     trains: bool = True
+    config: str = ""
 
 
 MODELS = {
@@ -131,15 +135,20 @@ MODELS = {
     "llm-esr": Model("LLM-ESR", "cemg.baselines.llm_esr", "https://arxiv.org/abs/2405.20646"),
     "mmsrec": Model("MMSRec", "cemg.baselines.mmsrec", "https://arxiv.org/abs/2304.13277"),
     "missrec": Model("MISSRec", "cemg.baselines.missrec", "https://arxiv.org/abs/2308.11175"),
+    "tiger": Model("TIGER", source="https://arxiv.org/abs/2305.05065", config="tiger"),
+    "letter": Model("LETTER", source="https://arxiv.org/abs/2405.07314", config="letter"),
 }
+FITTED = tuple(name for name, model in MODELS.items() if not model.config)  # those that `fit` trains
 
 
 def fit(name: str, job: Job) -> Fitted:
     """Train a model of `MODELS`, or that of a Python file.
 
     Raises:
-        UserError: There is no such model, the file cannot be read, or it defines no ``fit``; or as the model.
+        UserError: There is no such model, cemg-train trains it, the file cannot be read, or it defines no
+            ``fit``; or as the model.
     """
+    check_fitted(name)
     if name in MODELS:
         module: Any = importlib.import_module(MODELS[name].module)
         function = getattr(module, "fit_" + name.replace("-", "_"), None) or module.fit
@@ -161,6 +170,17 @@ def check_model(name: str) -> None:
     if name not in MODELS and not (name.endswith(".py") and Path(name).is_file()):
         known = ", ".join(MODELS)
         raise UserError(f"there is no model {name}", fix=f"one of {known}; or the path of a Python file")
+
+
+def check_fitted(name: str) -> None:
+    """Raise UserError if there is no such model, or if cemg-train trains it."""
+    check_model(name)
+    if name in MODELS and name not in FITTED:
+        raise UserError(
+            f"{name} is a configuration of cemg-train",
+            fix=f"cemg-train --config {MODELS[name].config} --data DATA --run RUN; or cemg-experiment rq1 "
+            f"--models {name} --data DATA",
+        )
 
 
 def _fit_of_file(name: str) -> Any:

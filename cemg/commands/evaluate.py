@@ -41,7 +41,12 @@ def run_evaluation(
         ),
     ] = None,
     engine: Annotated[
-        str, typer.Option(metavar="NAME", help="Decoder: cemg, vllm, or transformers (slow, for comparison).")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Decoder: cemg, vllm, transformers (slow, for comparison), or free (without the trie: beams "
+            "that are not an item are dropped).",
+        ),
     ] = "cemg",
     beams: Annotated[int | None, typer.Option(help="Number of beams. Default: the run's setting.")] = None,
     users: Annotated[

@@ -83,7 +83,9 @@ def _recommend(
     recommender: Recommender, ids: Sequence[str], histories: Sequence[np.ndarray], *, memory: str | None
 ) -> object:
     beams = max(recommender.artifacts.config.decoding.beams, TOP)
-    return recommender.recommend([[ids[item] for item in h] for h in histories], top=TOP, beams=beams, memory=memory)
+    return recommender.recommend(
+        [[ids[item] for item in h] for h in histories], top=TOP, beams=beams, memory=memory
+    )
 
 
 def _rank(rank: Callable[[list[np.ndarray], int], object], histories: Sequence[np.ndarray]) -> object:

@@ -82,7 +82,8 @@ def train(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="YAML file of settings, applied after --preset; or an included one: beauty, ml-100k.",
+            help="YAML file of settings, applied after --preset; or an included one: beauty, ml-100k, "
+            "tiger, letter.",
         ),
     ] = None,
     force: Annotated[

@@ -36,7 +36,7 @@ def beam_ranker(
         vocabulary: The vocabulary of the generator.
         catalog: The items to rank.
         beams: Beams per history, and the largest length of a list.
-        engine: "cemg", "transformers" or "vllm".
+        engine: "cemg", "free", "transformers" or "vllm".
         exclude_history: Whether the search excludes the items of each history, as
             ``Recommender.recommend(exclude_history=True)`` does. Only engine "cemg" supports it.
         removed: Catalog rows that are never listed.

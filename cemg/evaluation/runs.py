@@ -23,6 +23,7 @@ from cemg.evaluation import (
     CUTOFFS,
     Evaluation,
     PopularityRanker,
+    Rank,
     evaluate,
     evaluate_lists,
     hardware,
@@ -42,6 +43,7 @@ from cemg.mixture import MEMORY
 from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.manifest import Manifest, stages_of
+from cemg.storage.read import read_json
 from cemg.storage.run import Run
 from cemg.tokenizer import Catalog
 
@@ -64,7 +66,7 @@ def score(
         artifacts: The run.
         config: Its settings, which the result files record.
         part: "valid" or "test".
-        engine: "cemg", "transformers" or "vllm".
+        engine: "cemg", "transformers", "vllm", or "free" for a search without the trie.
         beams: Beams per user.
         users: Evaluate a sample of this size; None means all users.
         copy: Copy the result file of the run there as well.
@@ -82,8 +84,8 @@ def score(
     removed, notes = _removed(artifacts, catalog, studies)
     rank = beam_ranker(artifacts, model, vocabulary, catalog, beams=beams, engine=engine, removed=removed)
     first = _popularity(artifacts, config, split, part=part, rows=rows, scope=scope)
-    started = time.monotonic()
-    evaluation = evaluate(rank, split, part=part, users=rows, max_list=beams)
+    started, lists = time.monotonic(), _ListLengths(rank)
+    evaluation = evaluate(lists, split, part=part, users=rows, max_list=beams)
     excluded, further = None, dict[str, Any]()
     if engine == "cemg":
         excluding = beam_ranker(
@@ -92,7 +94,9 @@ def score(
         excluded = evaluate(excluding, split, part=part, users=rows, max_list=beams)
     seconds = {**stage_seconds(artifacts.run), "evaluation": round(time.monotonic() - started, 1)}
     about = {"model": "cemg", "engine": engine, "beams": beams, "stage_seconds": seconds}
-    about |= {"notes": [*data.notes, *notes], **config.to_dict()}
+    about |= {"notes": [*data.notes, *notes], **config.to_dict(), **_stopped(artifacts)}
+    if engine == "free":
+        about["share_of_beams_that_are_items"] = round(lists.share, 4)
     if studies:
         studied = artifacts.normalize(cast(Normalize | None, normalize))
         search = _search(
@@ -108,6 +112,30 @@ def score(
         copy=copy,
     )  # fmt: skip
     return [first, second]
+
+
+class _ListLengths:
+    """A ranker that also records which share of its lists, of ``top`` items each, is filled."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.filled, self.total = rank, 0, 0
+
+    def __call__(self, histories: list[np.ndarray], top: int) -> Tensor:
+        lists = self.rank(histories, top)
+        self.filled, self.total = self.filled + int((lists >= 0).sum()), self.total + lists.numel()
+        return lists
+
+    @property
+    def share(self) -> float:
+        return self.filled / max(self.total, 1)
+
+
+def _stopped(artifacts: RunArtifacts) -> dict[str, str]:
+    """Why the training of the generator ended before its last epoch; empty if no budget stopped it."""
+    if not artifacts.has_file("generator", "training.json"):
+        return {}
+    about = read_json(artifacts.file("generator", "training.json"), dict[str, int | float | str])
+    return {"stopped": str(about["stopped"])} if "stopped" in about else {}
 
 
 def score_memory(

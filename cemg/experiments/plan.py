@@ -102,6 +102,16 @@ class Task:
         return self.data if self.split == LEAVE_ONE_OUT else f"{self.data}, split in time"
 
     @property
+    def config(self) -> str:
+        """The included configuration of cemg-train that trains it; "" for CEMG and for other models."""
+        return MODELS[self.model].config if self.model in MODELS else ""
+
+    @property
+    def runs_pipeline(self) -> bool:
+        """Whether cemg-train trains it."""
+        return self.model == CEMG or bool(self.config)
+
+    @property
     def title(self) -> str:
         """Its name in tables."""
         name = "CEMG" if self.model == CEMG else title_of(self.model)

@@ -28,9 +28,14 @@ from cemg.storage.run import Run
 from cemg.version import __version__
 
 FORMAT = "2"  # of task.json
-TASK, RESULT, SEARCH, MEMORY, CODES = "task.json", "result.json", "search.json", "memory.json", "codes.json"
-# Seconds per 1,000 interactions with the default settings on one core (AMD EPYC), from trainings on Beauty.
-SECONDS = {"popularity": 0.004, "memory": 0.4, "gru4rec": 2.7, "sasrec": 10.0, "bsarec": 5.7, CEMG: 11.0}
+TASK, RESULT, CODES = "task.json", "result.json", "codes.json"
+SEARCH, FREE, MEMORY = "search.json", "free.json", "memory.json"  # further results of some tasks
+# Seconds per 1,000 interactions with the default settings on one core (AMD EPYC), from trainings on Beauty;
+# those of TIGER and LETTER are extrapolated from a few steps.
+SECONDS = {
+    "popularity": 0.004, "memory": 0.4, "gru4rec": 2.7, "sasrec": 10.0, "bsarec": 5.7, CEMG: 11.0,
+    "tiger": 2600.0, "letter": 1350.0,
+}  # fmt: skip
 GATE_SECONDS = 1.3  # the same for the gate alone, with its test
 
 
@@ -125,6 +130,8 @@ class Store:
             found[f"{task.title}, search alone"] = _read(folder / SEARCH)
         if task.variant == NEW_ITEMS:
             found[f"{MODELS['memory'].title}, {NEW_ITEMS}"] = _read(folder / MEMORY)
+        if task.config:
+            found[f"{task.title}, free beams"] = _read(folder / FREE)
         return {title: record for title, record in found.items() if record is not None}
 
     def finished(self, task: Task) -> bool:

@@ -19,7 +19,7 @@ from cemg.baselines.registry import MODELS
 from cemg.data import Dataset
 from cemg.errors import UserError
 from cemg.experiments.plan import CEMG, LEAVE_ONE_OUT, NEW_ITEMS, Task
-from cemg.experiments.store import CODES, RESULT, SEARCH, Store, link_run
+from cemg.experiments.store import CODES, FREE, RESULT, SEARCH, Store, link_run
 from cemg.pipeline.changes import content_digest
 from cemg.progress import console
 from cemg.storage import files
@@ -71,6 +71,7 @@ class Options:
             return about | {"dtype": self.dtype}
         if task.model in MODELS and not MODELS[task.model].trains:
             return about
+        about |= {"dtype": self.dtype} if task.config else {}
         return about | {"budget": "none" if self.budget is None else f"{self.budget:g} h"}
 
 
@@ -122,15 +123,16 @@ def run_task(task: Task, store: Store, options: Options) -> str:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
         last = [line for line in lines[-LAST_LINES:] if line.strip()]
         return f"exit status {status}; {folder / 'log.txt'} ends with: {' / '.join(last)}"
-    if task.model == CEMG and task.variant != NEW_ITEMS:
-        return _collect(folder)
+    if task.runs_pipeline and task.variant != NEW_ITEMS:
+        return _collect(folder, mixture=not task.config)
     return "" if store.finished(task) else f"{folder / RESULT} was not written"
 
 
 def commands_of(task: Task, store: Store, options: Options) -> list[list[str]]:
     """The command lines of a task, in order; after an interruption, without those that need no repetition."""
     if task.variant != NEW_ITEMS:
-        return [command_of(task, store, options)]
+        free = [_free_search(store.path(task), options)] if task.config else []
+        return [command_of(task, store, options), *free]
     folder, module = store.path(task), [sys.executable, "-m", "cemg.commands.new_items"]
     left_out, data = folder / "left-out", ["--data", str(task.source), "--seed", str(task.seed)]
     prepare = [*module, "prepare", *data, "--out", str(left_out)]
@@ -145,9 +147,12 @@ def command_of(task: Task, store: Store, options: Options) -> list[str]:
     folder = store.path(task)
     run, settings = folder / "run", [word for one in task.settings for word in ("--set", one)]
     common = ["--device", options.device, "--seed", str(task.seed)]
-    if task.model == CEMG:
+    if task.runs_pipeline:
         source = [] if task.base else ["--data", str(task.source)]
         source += [] if task.base or task.split == LEAVE_ONE_OUT else ["--set", f"data.split={task.split}"]
+        source += ["--config", task.config] if task.config else []
+        if task.config and options.budget is not None:
+            settings = ["--set", f"generator.budget_hours={options.budget:.6g}", *settings]
         return [
             _script("cemg-train"), *source, "--run", str(run), "--dtype", options.dtype, "--cache",
             str(store.cache), *common, *settings,
@@ -157,6 +162,14 @@ def command_of(task: Task, store: Store, options: Options) -> list[str]:
     return [
         sys.executable, "-m", "cemg.baselines", "--data", str(task.source), "--model", task.model, "--run",
         str(run), "--out", str(folder / RESULT), "--cache", str(store.cache), *common, *budget, *settings,
+    ]  # fmt: skip
+
+
+def _free_search(folder: Path, options: Options) -> list[str]:
+    """The command line that tests the run of a task without the trie."""
+    return [
+        _script("cemg-eval"), "--run", str(folder / "run"), "--engine", "free", "--result",
+        str(folder / FREE), "--device", options.device,
     ]  # fmt: skip
 
 
@@ -179,17 +192,23 @@ def _run(command: Sequence[str], log: int) -> int:
             raise
 
 
-def _collect(folder: Path) -> str:
-    """Copy the results of a run beside it: the search alone, and the mixture, which marks the end."""
+def _collect(folder: Path, *, mixture: bool) -> str:
+    """Copy the results of a run beside it: that of the search and, with ``mixture``, that of the mixture.
+
+    The main result, which marks the end, is that of the mixture, or else of the search.
+    """
     results = folder / "run" / "results"
     found = sorted(results.glob("*-cemg*-test.json"))
     mixtures = [path for path in found if "-cemg-gate" in path.name]
     searches = [path for path in found if path not in mixtures]
-    if not mixtures or not searches:
-        return f"{results} has no results of the mixture and of the search"
-    files.copy_file(max(searches, key=lambda path: path.stat().st_mtime), folder / SEARCH)
+    if not searches or (mixture and not mixtures):
+        return f"{results} has no results of the search{' and of the mixture' if mixture else ''}"
+    search = max(searches, key=lambda path: path.stat().st_mtime)
     files.write_json(folder / CODES, _codes(folder / "run"))
-    files.copy_file(max(mixtures, key=lambda path: path.stat().st_mtime), folder / RESULT)
+    if mixture:
+        files.copy_file(search, folder / SEARCH)
+        search = max(mixtures, key=lambda path: path.stat().st_mtime)
+    files.copy_file(search, folder / RESULT)
     return ""
 
 

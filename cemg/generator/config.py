@@ -39,6 +39,8 @@ class GeneratorConfig:
     """Weight of a second loss, the softmax over items from the states that predict the first code."""
     loss: Literal["vocab", "valid"] = "vocab"
     """Tokens in the softmax: vocab (all; equation 5 of the paper) or valid (those of real items; ours)."""
+    temperature: float = 1.0
+    """Temperature of that softmax, in training alone; below 1 it penalizes likely wrong codes more."""
     crop: float = 0.0
     """Share of samples whose history starts at a random later item, drawn per epoch."""
     first_item: bool = True
@@ -49,6 +51,8 @@ class GeneratorConfig:
     """Number of epochs between validations."""
     patience: int = 6
     """Training stops after this many validations without a better NDCG@10; 0 never stops early."""
+    budget_hours: float = 0.0
+    """Hours after which training stops, within an epoch too; validations do not count. 0: no limit."""
     checkpoint_seconds: int = 60
     """Seconds between checkpoints."""
     seed: int = 0
@@ -58,13 +62,14 @@ class GeneratorConfig:
         for name in ("history_items", "epochs", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"generator.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "clip", "temperature"):
             if not getattr(self, name) > 0:
                 raise UserError(f"generator.{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"generator.label_smoothing must be within 0 … 1, got {self.label_smoothing}")
-        if self.item_loss < 0:
-            raise UserError(f"generator.item_loss must not be negative, got {self.item_loss}")
+        for name in ("item_loss", "budget_hours"):
+            if getattr(self, name) < 0:
+                raise UserError(f"generator.{name} must not be negative, got {getattr(self, name)}")
         if self.item_loss and not self.item_tokens:
             raise UserError(
                 f"generator.item_loss={self.item_loss} needs embeddings of items",

@@ -96,9 +96,14 @@ class CodeLoss:
         if self.config.loss == "valid":
             return self._over_valid_codes(predictions, items)
         return F.cross_entropy(
-            predictions.logits().flatten(0, 1).float(), self.tokens[items].flatten(),
+            self._cooled(predictions.logits().flatten(0, 1)), self.tokens[items].flatten(),
             label_smoothing=self.config.label_smoothing,
         )  # fmt: skip
+
+    def _cooled(self, logits: Tensor) -> Tensor:
+        """Logits in float32, divided by the temperature."""
+        logits = logits.float()
+        return logits if self.config.temperature == 1 else logits / self.config.temperature
 
     def _over_valid_codes(self, predictions: Predictions, items: Tensor) -> Tensor:
         """The softmax runs over the codes that continue a prefix in the trie. A single one costs nothing."""
@@ -106,7 +111,7 @@ class CodeLoss:
         total = torch.zeros((), device=items.device)
         for level in range(codes.shape[1]):
             chosen = branches[:, level].nonzero().flatten()
-            logits = predictions.code_logits(level, chosen).float()  # [c, K]
+            logits = self._cooled(predictions.code_logits(level, chosen))  # [c, K]
             valid = self.trie.mask(nodes[chosen, level])
             log_probs = logits.masked_fill(~valid, float("-inf")).log_softmax(-1)
             own = log_probs.gather(1, codes[chosen, level, None])[:, 0]

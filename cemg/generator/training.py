@@ -50,6 +50,8 @@ class Progress:
     stale: int = 0
     seconds: float = 0.0
     best_sha256: str = ""  # of the weights with the best validation
+    train_seconds: float = 0.0  # of the steps, which the budget limits
+    stopped: bool = False  # the budget was spent before the last step
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -142,7 +144,7 @@ class _Training:
         self._resume()
         started = time.monotonic() - self.state.seconds
         with bar("generator", total=self.total, done=self.state.step) as advance:
-            while self.state.epoch < self.config.epochs and not self._stale():
+            while self.state.epoch < self.config.epochs and not self._stale() and not self._spent():
                 self._epoch(started, advance)
                 self.state.seconds = time.monotonic() - started
                 self._close_epoch()
@@ -161,11 +163,16 @@ class _Training:
         self.samples.epoch = self.state.epoch
         done = self.state.step - self.state.epoch * len(self.buckets)
         for indices in self.buckets.of_epoch(self.state.epoch)[done:]:
+            began = time.monotonic()
             batch = self.samples.batch(indices).to(self.device)
             self.state.epoch_loss += self._step(batch)
             self.state.epoch_steps += 1
             self.state.step += 1
+            self.state.train_seconds += time.monotonic() - began
             advance(1)
+            if self._spent():  # before a checkpoint: one that is resumed within an epoch has budget left
+                self.state.stopped = self.state.step < self.total
+                return
             if time.monotonic() - self.saved_at > self.config.checkpoint_seconds:
                 self.state.seconds = time.monotonic() - started
                 self._checkpoint()
@@ -203,9 +210,13 @@ class _Training:
         loss, state.epoch_loss, state.epoch_steps = state.epoch_loss / max(state.epoch_steps, 1), 0.0, 0
         state.epoch += 1
         line = f"generator epoch {state.epoch}/{self.config.epochs}: loss {loss:.4f}"
-        if state.epoch % self.config.validate_every == 0 or state.epoch == self.config.epochs:
+        due = state.epoch % self.config.validate_every == 0 or state.epoch == self.config.epochs
+        if due or self._spent():
             line += f", validation NDCG@10 {self._validate():.4f} (best {state.best:.4f})"
         console.print(f"{line}, {state.seconds:.0f} s", highlight=False)
+        if state.stopped:
+            console.print(f"generator: the budget of {self.config.budget_hours:g} h is spent at step "
+                          f"{state.step} of {self.total}", highlight=False)  # fmt: skip
         self._checkpoint()
 
     def _validate(self) -> float:
@@ -223,6 +234,10 @@ class _Training:
 
     def _stale(self) -> bool:
         return 0 < self.config.patience <= self.state.stale
+
+    def _spent(self) -> bool:
+        """Whether the budget of training time is used up, time before an interruption included."""
+        return 0 < 3600 * self.config.budget_hours <= self.state.train_seconds
 
     def _checkpoint(self) -> None:
         """Write weights, optimizer state and progress to one file, atomically."""

@@ -329,11 +329,13 @@ class Pipeline(RunArtifacts):
             )  # fmt: skip
         files.save_tensors(weights_of(model), folder / "weights.safetensors")
         files.write_json(folder / "vocabulary.json", vocabulary.to_dict())
-        best = {
+        best: dict[str, Any] = {
             "best_epoch": progress.best_epoch,
             "epochs": progress.epoch,
             "validation_ndcg10": progress.best,
         }
+        if progress.stopped:
+            best["stopped"] = "the budget of training time was spent"
         files.write_json(folder / "training.json", best)
         write_clock(folder, progress.seconds)
 

@@ -42,6 +42,7 @@ CURVES = {  # title of a chart: its stage, and the prefixes of the logged names 
     "LightGCN": ("graph", ("graph/bpr", "graph/l2")),
     "RQ-VAE": ("tokenizer", ("rqvae/loss", "rqvae/recon", "rqvae/commit")),
     "Diversity loss": ("tokenizer", ("rqvae/diversity",)),
+    "Contrastive loss": ("tokenizer", ("rqvae/collab",)),
     "Explained variance": ("tokenizer", ("rqvae/explained_",)),
     "Perplexity": ("tokenizer", ("rqvae/perplexity_",)),
     "Dead codes": ("tokenizer", ("rqvae/dead_",)),
@@ -173,9 +174,9 @@ def _best_epoch(run: Path) -> list[Block]:
     ]
 
 
-def _training_of(run: Path) -> dict[str, int | float]:
+def _training_of(run: Path) -> dict[str, int | float | str]:
     """How the training of the generator ended."""
-    return read_json(file_of(run, "generator", "training.json"), dict[str, int | float])
+    return read_json(file_of(run, "generator", "training.json"), dict[str, int | float | str])
 
 
 def _log_of(run: Path, stage: str) -> Log:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cemg.errors import UserError
+from cemg.tokenizer.clusters import cluster_loss
 from cemg.tokenizer.fusion import MODALITIES, Fusion, ItemFeatures
 from cemg_kernels import residual_quantize
 from cemg_kernels.trie.arrays import MAX_CODEBOOK_SIZE, MAX_LEVELS
@@ -21,12 +22,17 @@ from cemg_kernels.trie.arrays import MAX_CODEBOOK_SIZE, MAX_LEVELS
 ReconTarget = Literal["modalities", "h"]
 FusionKind = Literal["guided", "concat"]
 Unique = Literal["assign", "sinkhorn", "suffix"]
+DiversityKind = Literal["entropy", "clusters"]
 DIVERSITY_ROWS = 1024  # the diversity loss uses at most this many rows, since it needs all distances
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerConfig:
-    """Fusion and RQ-VAE. ``commit`` is the paper's α, ``diversity`` its β (equation 4)."""
+    """Fusion and RQ-VAE. ``commit`` is the paper's α, ``diversity`` its β (equation 4).
+
+    ``collab_loss`` is the α of LETTER (https://arxiv.org/abs/2405.07314), and ``diversity`` is its β with
+    ``diversity_kind`` "clusters". A weight of 0 switches a loss off.
+    """
 
     levels: int = 4
     """Codes of a semantic ID. Short IDs decode faster; codebook_size ** levels must exceed the items."""
@@ -44,6 +50,12 @@ class TokenizerConfig:
     """Weight of the commitment loss (the paper's α)."""
     diversity: float = 0.01
     """Weight of the diversity loss, which spreads items over the codes (the paper's β)."""
+    diversity_kind: DiversityKind = "entropy"
+    """Diversity loss: entropy of the codes in use, or clusters: a code is pulled to others of its cluster."""
+    clusters: int = 10
+    """Clusters of equal size of the codes of a level, for diversity_kind=clusters."""
+    collab_loss: float = 0.0
+    """Weight of the contrastive loss between quantized vectors and collaborative embeddings (LETTER)."""
     recon_target: ReconTarget = "modalities"
     """modalities, which reconstructs the features of each item, or h, the fused vector."""
     unique: Unique = "assign"
@@ -64,7 +76,7 @@ class TokenizerConfig:
     """Random seed; the run's seed replaces it."""
 
     def __post_init__(self) -> None:
-        for name in ("levels", "codebook_size", "dim", "latent", "epochs", "batch_size"):
+        for name in ("levels", "codebook_size", "dim", "latent", "epochs", "batch_size", "clusters"):
             if getattr(self, name) < 1:
                 raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
         if min(self.hidden, default=1) < 1:
@@ -72,10 +84,13 @@ class TokenizerConfig:
         for name, most in (("codebook_size", MAX_CODEBOOK_SIZE), ("levels", MAX_LEVELS)):  # limits of a trie
             if getattr(self, name) > most:
                 raise UserError(f"tokenizer.{name} must be within 1 … {most}, got {getattr(self, name)}")
-        for name in ("commit", "diversity"):
+        for name in ("commit", "diversity", "collab_loss"):
             if getattr(self, name) < 0:
                 raise UserError(f"tokenizer.{name} must not be negative, got {getattr(self, name)}")
-        choices_of = {"recon_target": ReconTarget, "unique": Unique, "fusion": FusionKind}
+        choices_of = {
+            "recon_target": ReconTarget, "unique": Unique, "fusion": FusionKind,
+            "diversity_kind": DiversityKind,
+        }  # fmt: skip
         for name, choices in ((name, get_args(kind)) for name, kind in choices_of.items()):
             if getattr(self, name) not in choices:
                 raise UserError(
@@ -84,11 +99,29 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Collaborative:
+    """Frozen collaborative embeddings of B items, for the contrastive loss.
+
+    Attributes:
+        values: [B, Z], centred, with components of about 1.
+        present: [B] bool; False for an item without training interactions.
+    """
+
+    values: Tensor
+    present: Tensor
+
+    def rows(self, index: Tensor) -> Collaborative:
+        """The embeddings of some of the items."""
+        return Collaborative(self.values[index], self.present[index])
+
+
+@dataclass(frozen=True, slots=True)
 class Losses:
     """The terms of equation 4 and their sum, scalars.
 
     Attributes:
         explained: Share of each modality's variance that the reconstruction explains.
+        collab: The contrastive loss with the collaborative embeddings; None if it is not used.
     """
 
     total: Tensor
@@ -96,6 +129,7 @@ class Losses:
     commit: Tensor
     diversity: Tensor
     explained: dict[str, Tensor]
+    collab: Tensor | None = None
 
 
 class RQVAE(nn.Module):
@@ -125,19 +159,33 @@ class RQVAE(nn.Module):
         codes, _ = residual_quantize(z.contiguous(), self.codebooks.detach())
         return codes.long(), z
 
-    def forward(self, items: ItemFeatures) -> tuple[Losses, Tensor]:
-        """Losses of a batch, and its codes [B, M]."""
+    def forward(
+        self, items: ItemFeatures, *, collab: Collaborative | None = None, clusters: Tensor | None = None
+    ) -> tuple[Losses, Tensor]:
+        """Losses of a batch, and its codes [B, M].
+
+        Args:
+            items: The features.
+            collab: Collaborative embeddings of the same items, for the loss ``collab_loss``.
+            clusters: int64 [M, K], the cluster of each code, for ``diversity_kind`` "clusters".
+        """
         h, _ = self.fusion(items)
         z = self.encoder(h)
         with torch.no_grad():
             codes = residual_quantize(z.contiguous(), self.codebooks.detach())[0].long()
-        quantized, commit, diversity = self._quantize(z, codes)
-        decoded = self.decoder(z + (quantized - z).detach())  # straight-through
-        recon, explained = self._reconstruction(decoded, h, items)
+        quantized, commit, diversity = self._quantize(z, codes, clusters)
+        passed = z + (quantized - z).detach()  # straight-through
+        recon, explained = self._reconstruction(self.decoder(passed), h, items)
         total = recon + self.config.commit * commit + self.config.diversity * diversity
-        return Losses(total, recon, commit, diversity, explained), codes
+        aligned = None
+        if collab is not None:
+            aligned = contrastive_loss(passed[collab.present], collab.values[collab.present])
+            total = total + self.config.collab_loss * aligned
+        return Losses(total, recon, commit, diversity, explained, aligned), codes
 
-    def _quantize(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantize(
+        self, z: Tensor, codes: Tensor, clusters: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """ẑ [B, Z], L_commit, L_div. r_{m+1} = r_m − sg[v_m]: the encoder has a gradient per level."""
         residual, quantized = z, torch.zeros_like(z)
         commit, diversity = z.new_zeros(()), z.new_zeros(())
@@ -146,7 +194,11 @@ class RQVAE(nn.Module):
             to_code = (residual.detach() - chosen).square().sum(1).mean()
             to_residual = (residual - chosen.detach()).square().sum(1).mean()
             commit = commit + to_code + 0.25 * to_residual
-            diversity = diversity + negative_entropy(residual[:DIVERSITY_ROWS], codebook)
+            if clusters is None:
+                diversity = diversity + negative_entropy(residual[:DIVERSITY_ROWS], codebook)
+            else:
+                spread = cluster_loss(codes[:, level], codebook, clusters[level])
+                diversity = diversity + spread / len(clusters)  # the mean over levels
             residual = residual - chosen.detach()
             quantized = quantized + chosen
         return quantized, commit, diversity
@@ -168,6 +220,16 @@ class RQVAE(nn.Module):
         spread = torch.stack([items.values[k].square().sum(1) for k in MODALITIES], dim=1)
         share = (errors * present).sum(0).detach() / (spread * present).sum(0).clamp_min(1e-12)
         return loss, {k: 1 - share[i] for i, k in enumerate(MODALITIES) if bool(present[:, i].any())}
+
+
+def contrastive_loss(quantized: Tensor, collab: Tensor) -> Tensor:
+    """The mean of −log softmax_j(⟨ẑ_i, c_j⟩) at j = i, over the n items of a batch, [n, Z] each.
+
+    Source: LETTER, https://arxiv.org/abs/2405.07314, section 3.2, the collaborative regularization.
+    """
+    if len(quantized) == 0:
+        return quantized.new_zeros(())
+    return F.cross_entropy(quantized @ collab.t(), torch.arange(len(quantized), device=quantized.device))
 
 
 def negative_entropy(residual: Tensor, codebook: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from cemg.errors import UserError
 from cemg.progress import Log, track
+from cemg.tokenizer.clusters import balanced_clusters
 from cemg.tokenizer.fusion import MODALITIES, ItemFeatures, Scaling
-from cemg.tokenizer.rqvae import RQVAE, Losses, TokenizerConfig
+from cemg.tokenizer.rqvae import RQVAE, Collaborative, Losses, TokenizerConfig
 from cemg.tokenizer.tokenizer import Tokenizer
 
 INIT_ROWS = 8192  # items that k-means initializes a codebook from
+CLUSTER_EPOCHS = 10  # epochs between two clusterings of the codes
 
 
 def train_tokenizer(
@@ -34,7 +36,8 @@ def train_tokenizer(
         values: [N, D_k] per modality.
         present: [N] bool per modality.
         config: Settings of the tokenizer.
-        without: Modalities that are masked for every item (the ablations).
+        without: Modalities that are masked for every item (the ablations). The contrastive loss reads the
+            collaborative embeddings also if they are masked.
         device: "cpu" or a CUDA device.
         log: Receives the metrics of every epoch.
 
@@ -47,11 +50,18 @@ def train_tokenizer(
         raise UserError("no item has any modality left", cause=f"without: {', '.join(without) or 'nothing'}")
     torch.manual_seed(config.seed)
     model = RQVAE(items.widths(), config=config).to(device)
-    _fit(model, items.to(device), config=config, log=log)
+    collab = None
+    if config.collab_loss:
+        centred = scaling["collab"](values["collab"]) * values["collab"].shape[1] ** 0.5
+        collab = Collaborative(centred.to(device), present["collab"].to(device))
+    _fit(model, items.to(device), collab, config=config, log=log)
     return Tokenizer(model.cpu().eval(), scaling, tuple(without))
 
 
-def _fit(model: RQVAE, items: ItemFeatures, *, config: TokenizerConfig, log: Log | None) -> None:
+def _fit(
+    model: RQVAE, items: ItemFeatures, collab: Collaborative | None, *, config: TokenizerConfig,
+    log: Log | None,
+) -> None:  # fmt: skip
     steps = -(-len(items) // config.batch_size)
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -59,11 +69,19 @@ def _fit(model: RQVAE, items: ItemFeatures, *, config: TokenizerConfig, log: Log
     )
     generator = torch.Generator().manual_seed(config.seed)
     initialise_codebooks(model, items, generator=generator)
+    clusters = None
     for epoch in track(range(config.epochs), "RQ-VAE"):
         batches = []
         used = torch.zeros(config.levels, config.codebook_size)
-        for rows in torch.randperm(len(items), generator=generator).split(config.batch_size):
-            losses, codes = model(items.rows(rows.to(items.present.device)))
+        if config.diversity and config.diversity_kind == "clusters" and epoch % CLUSTER_EPOCHS == 0:
+            clusters = torch.stack(
+                [balanced_clusters(book, config.clusters, seed=config.seed) for book in model.codebooks]
+            )
+        for batch in torch.randperm(len(items), generator=generator).split(config.batch_size):
+            rows = batch.to(items.present.device)
+            losses, codes = model(
+                items.rows(rows), collab=None if collab is None else collab.rows(rows), clusters=clusters
+            )
             if not bool(losses.total.isfinite()):
                 raise UserError(
                     f"the tokenizer's loss is {float(losses.total.detach())} in epoch {epoch + 1}",
@@ -106,6 +124,8 @@ def _metrics(losses: Losses) -> dict[str, float]:
         "commit": losses.commit,
         "diversity": losses.diversity,
     }
+    if losses.collab is not None:
+        terms["collab"] = losses.collab
     explained = {f"explained_{k}": v for k, v in losses.explained.items()}
     return {f"rqvae/{k}": float(v.detach()) for k, v in (terms | explained).items()}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cemg.baselines import loop
-from cemg.baselines.registry import MODELS, Fitted, Job, check_model, fit
+from cemg.baselines.registry import FITTED, MODELS, Fitted, Job, check_model, fit
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 from cemg.evaluation import evaluate
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # small
     "mmsrec": COSINE | {"input_dropout": 0.0, "epochs": 16},
     "missrec": COSINE,
 }
-TRAINED = [name for name, model in MODELS.items() if model.trains]
+TRAINED = [name for name in FITTED if MODELS[name].trains]
 
 pytestmark = pytest.mark.usefixtures("frozen_features")
 
@@ -86,7 +86,7 @@ def test_an_interrupted_training_gives_the_same_model(
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FITTED)
 def test_a_model_does_not_read_the_test_items(name: str, ring: Dataset, tmp_path: Path) -> None:
     few = {"epochs": 1} if MODELS[name].trains else {}
     other = dataclasses.replace(
@@ -147,6 +147,12 @@ def test_an_unknown_model_lists_those_that_exist() -> None:
     with pytest.raises(UserError, match="there is no model sasrc") as caught:
         check_model("sasrc")
     assert all(name in str(caught.value) for name in MODELS)
+
+
+def test_a_configuration_of_cemg_train_is_not_fitted_here(ring: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tiger is a configuration of cemg-train") as caught:
+        fit("tiger", Job(ring, tmp_path))
+    assert "cemg-train --config tiger" in str(caught.value.fix)
 
 
 def test_settings_of_a_job_are_typed_and_checked(ring: Dataset, tmp_path: Path) -> None:

@@ -80,3 +80,15 @@ def test_the_loss_over_all_tokens_is_cross_entropy(smoothing):
         made.rows.flatten(0, 1), VOCABULARY.tokens(CODES[items]).flatten(), label_smoothing=smoothing
     )
     assert torch.equal(loss(made, items, config), wanted)
+
+
+@pytest.mark.parametrize("kind", ["vocab", "valid"])
+def test_a_temperature_of_one_is_the_loss_without_and_others_divide_the_logits(kind):
+    made, items = predictions(3), [2, 0, 3]
+    config = replace(CONFIG, loss=kind)
+    assert torch.equal(
+        loss(made, items, replace(config, temperature=1.0)), loss(made, items, GeneratorConfig(loss=kind))
+    )
+    cooled = FullPredictions(made.rows / 0.7, made.hidden, VOCABULARY)
+    assert torch.equal(loss(made, items, replace(config, temperature=0.7)), loss(cooled, items, config))
+    assert loss(made, items, replace(config, temperature=0.7)) != loss(made, items, config)

@@ -196,6 +196,61 @@ def test_patience_ends_a_training_that_no_longer_improves(tmp_path):
     assert (progress.epoch, progress.best_epoch) == (4, 2)
 
 
+class Clock:
+    """``time.monotonic`` that advances by a second per call, so two calls around a step are one second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("cemg.generator.training.time", made)
+    return made
+
+
+def test_a_budget_stops_within_an_epoch_and_validates_there(tmp_path, clock):
+    trial = Trial(tmp_path, validate_every=5, budget_hours=10 / 3600)  # 7 steps an epoch, a second each
+    validated: list[int] = []
+    progress = trial.run(lambda model: validated.append(len(trial.losses)) or 0.5)
+    assert (progress.step, progress.stopped, validated, progress.best) == (10, True, [10], 0.5)
+    assert progress.train_seconds == 10 and progress.best_epoch == 2
+    again = Trial(tmp_path, validate_every=5, budget_hours=10 / 3600)
+    assert again.run(noisy).stopped and again.losses == {}
+    assert_equal_weights(again.model, trial.model)
+
+
+def test_time_before_an_interruption_counts_against_the_budget(tmp_path, clock):
+    whole = Trial(tmp_path / "whole", checkpoint_seconds=0, budget_hours=10 / 3600)
+    expected = whole.run(noisy)
+    torn = Trial(tmp_path / "torn", checkpoint_seconds=0, budget_hours=10 / 3600)
+    torn.die_at = 8
+    with pytest.raises(KeyboardInterrupt):
+        torn.run(noisy)
+    resumed = Trial(tmp_path / "torn", checkpoint_seconds=0, budget_hours=10 / 3600)
+    found = resumed.run(noisy)
+    assert (min(resumed.losses), found.step, found.train_seconds) == (8, 10, 10)
+    assert found.stopped and found.best == expected.best
+    assert_equal_weights(resumed.model, whole.model)
+
+
+def test_the_best_weights_are_kept_if_the_budget_ends_after_a_worse_validation(tmp_path, clock):
+    scores = iter([0.4, 0.1])
+    progress = Trial(tmp_path, budget_hours=10 / 3600).run(lambda _: next(scores))
+    assert (progress.best, progress.best_epoch, progress.epoch, progress.stopped) == (0.4, 1, 2, True)
+
+
+def test_a_budget_that_is_not_spent_changes_nothing(tmp_path):
+    one, other = Trial(tmp_path / "one"), Trial(tmp_path / "other", budget_hours=9.0)
+    assert not other.run(noisy).stopped and one.run(noisy).best_epoch == 3
+    assert_equal_weights(one.model, other.model)
+
+
 def test_a_loss_that_is_not_finite_is_an_error_that_names_the_step(tmp_path):
     trial = Trial(tmp_path)
     with torch.no_grad():
@@ -304,7 +359,11 @@ def test_the_learning_rate_warms_up_then_falls_to_zero_or_by_the_inverse_root():
 
 
 @pytest.mark.parametrize(
-    "values", [{"history_items": 0}, {"epochs": 0}, {"batch_size": 0}, {"label_smoothing": 1.0}]
+    "values",
+    [
+        *({"history_items": 0}, {"epochs": 0}, {"batch_size": 0}, {"label_smoothing": 1.0}),
+        *({"temperature": 0}, {"budget_hours": -1}),
+    ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_name(values):
     with pytest.raises(UserError, match=f"generator.{next(iter(values))}"):
