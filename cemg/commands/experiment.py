@@ -31,7 +31,8 @@ def experiment(
         list[str],
         typer.Argument(
             metavar="QUESTION…",
-            help="rq1 (all models), rq2 (ablations), rq3 (training time), rq4 (tokenizer), rq5 (cold items).",
+            help="rq1 (all models), rq2 (ablations), rq3 (training time and latency), rq4 (tokenizer), "
+            "rq5 (cold and new items).",
         ),
     ],
     data: Annotated[
@@ -95,7 +96,7 @@ def experiment(
     from cemg.data import read_dataset
     from cemg.experiments import Store, plan, write_experiment_report
     from cemg.experiments.plan import sources_of
-    from cemg.experiments.work import Options, Source, run_tasks
+    from cemg.experiments.work import Options, Source, measure_latencies, run_tasks
 
     command.check_device(device)
     if budget is not None and not budget > 0:
@@ -129,7 +130,10 @@ def experiment(
             _print_plan(store, tasks, {name: known[name, splits[0]].interactions for name in sources}, budget)
             if dry_run:
                 return
-            failed = run_tasks(tasks, store, Options(device, dtype, budget, known))
+            options = Options(device, dtype, budget, known)
+            failed = run_tasks(tasks, store, options)
+            if "rq3" in questions:
+                failed += measure_latencies([t for t in tasks if t.belongs_to("rq3")], store, options)
         page = write_experiment_report(store, tasks, questions)
     console.print(f"report: {page}", soft_wrap=True)
     if failed:

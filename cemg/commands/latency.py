@@ -1,4 +1,4 @@
-"""``python -m cemg.commands.latency``: what a recommendation costs, for the trained models of an experiment (RQ3).
+"""``python -m cemg.commands.latency``: the time of a recommendation by the models of an experiment (RQ3).
 
 The models take turns, round by round, so that noise on the machine affects all of them alike.
 """
@@ -41,6 +41,7 @@ def latency(
     data: Annotated[Path, typer.Option(help="Their data: a folder or file that cemg-data reads.")],
     result: Annotated[Path, typer.Option(help="JSON file to write.")],
     rounds: Annotated[int, typer.Option(min=1, help="Rounds: searches per model and batch size.")] = 30,
+    split: Annotated[str, typer.Option(help="leave-one-out or time.")] = "leave-one-out",
     device: command.DeviceOption = "cpu",
 ) -> None:
     """Measure a recommendation of ten items by each model, from the histories to the items.
@@ -49,7 +50,7 @@ def latency(
     with the beams of their settings.
     """
     command.check_device(device)
-    store, source = Store(experiment), read_dataset(data)
+    store, source = Store(experiment), read_dataset(data, split=split)
     known = {task.name: task for task in store.tasks()}
     searches: dict[tuple[str, str], Search] = {}
     for name in tasks.split(","):
@@ -67,9 +68,9 @@ def latency(
         else:
             fitted = fit(task.model, Job(source, run, task.seed, device, budget=DONE, cache=store.cache))
             searches[task.title, "its own"] = partial(_rank, fitted.rank)
-    split = source.split()
-    histories = split.histories("test")
-    users = seeded_sample(split, max(BATCHES) * rounds)
+    parts = source.split()
+    histories = parts.histories("test")
+    users = seeded_sample(parts, max(BATCHES) * rounds)
     rows = [
         {"model": model, "engine": engine, "histories": batch, **_figures(times)}
         for batch in BATCHES

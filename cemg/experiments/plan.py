@@ -54,7 +54,7 @@ class Question:
 QUESTIONS = {
     "rq1": Question("Overall performance", (*MODELS, CEMG)),
     "rq2": Question("Ablations", (CEMG,)),
-    "rq3": Question("Training time", (*MODELS, CEMG)),
+    "rq3": Question("Training time and latency", ("tiger", "letter", "mmgrec", CEMG)),
     "rq4": Question("Levels, codes and weights of the tokenizer", (CEMG,)),
     "rq5": Question("Cold and new items", (*MODELS, CEMG)),
 }

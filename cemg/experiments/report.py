@@ -128,6 +128,7 @@ def _answer(question: str, board: Board, store: Store, tasks: Sequence[Task]) ->
             blocks.append(_table(caption, difference_rows(board, baseline)))
     if question == "rq3":
         blocks.append(_table("Seconds", cost_rows(board)))
+        blocks += _latencies(store, board)
     if question == "rq4":
         blocks += _sweeps(store, board, tasks)
     if question == "rq5":
@@ -152,6 +153,25 @@ def _overview(board: Board) -> Chart:
             if found is not None:
                 rows.setdefault(title, {})[RANKINGS[key]] = (found[0], found[1] or 0.0)
     return interval_chart(f"NDCG@10 on {board.data}", rows, x_label="NDCG@10")
+
+
+def _latencies(store: Store, board: Board) -> list[Block]:
+    """A table of the time of a recommendation by each model."""
+    found = store.latencies(board.data)
+    if not found or "added" in str(board.split.get("split")):
+        return []
+    batches = sorted({row["histories"] for row in found["rows"]})
+    rows: dict[tuple[str, str], list[str]] = {}
+    for row in found["rows"]:
+        cell = f"{row['p50_ms']:,.1f} ({row['p25_ms']:,.1f} … {row['p75_ms']:,.1f})"
+        rows.setdefault((row["model"], row["engine"]), []).append(cell)
+    columns = ["model", "engine", *(f"ms, {batch} at once" for batch in batches)]
+    about = found["hardware"]
+    caption = (
+        f"Time of {found['top']} recommendations, median and quartiles, measured in turns on "
+        f"{about.get('gpu', about['cpu'])}, {about['threads']} CPU threads"
+    )
+    return [Table(caption, columns, [[*name, *cells] for name, cells in rows.items()])]
 
 
 def _sweeps(store: Store, board: Board, tasks: Sequence[Task]) -> list[Block]:

@@ -4,6 +4,7 @@ OUT/tasks/NAME/task.json   what the task is, written before it starts
 OUT/tasks/NAME/run/        its run or checkpoints, with which an interrupted task continues
 OUT/tasks/NAME/*.json      its results, written at its end; a task without any is not finished
 OUT/tasks/NAME/log.txt     what its command printed
+OUT/latency/*.json         the time of a recommendation by each model (RQ3)
 OUT/cache/                 features of texts and images, shared by all tasks
 """
 
@@ -137,6 +138,15 @@ class Store:
     def finished(self, task: Task) -> bool:
         """Whether the results of a task are there."""
         return task.title in self.results(task)
+
+    def latency_path(self, table: str) -> Path:
+        """The file of the latencies of the models of a data set and split."""
+        return self.folder / "latency" / f"{table.replace(', ', '-').replace(' ', '-')}.json"
+
+    def latencies(self, table: str) -> dict[str, Any]:
+        """The latencies of the models of a data set and split; empty if they were not measured."""
+        path = self.latency_path(table)
+        return read_json(path, dict[str, Any], fix=f"delete {quote(str(path))}") if path.exists() else {}
 
     def remove(self, task: Task) -> None:
         """Delete the folder of a task."""

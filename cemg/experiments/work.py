@@ -102,6 +102,29 @@ def run_tasks(tasks: Sequence[Task], store: Store, options: Options) -> list[str
     return failed
 
 
+def measure_latencies(tasks: Sequence[Task], store: Store, options: Options) -> list[str]:
+    """Measure the finished models of each data set together, if it was not done. Returns what failed."""
+    failed = []
+    for table in dict.fromkeys(task.table for task in tasks):
+        chosen = [
+            task for task in tasks
+            if task.table == table and task.seed == 0 and not task.variant and store.finished(task)
+        ]  # fmt: skip
+        names = [task.name for task in chosen]
+        if not chosen or store.latencies(table).get("tasks") == names:
+            continue
+        console.print(f"latency of {', '.join(names)}", highlight=False, markup=False)
+        path = store.latency_path(table)
+        command = [
+            sys.executable, "-m", "cemg.commands.latency", "--experiment", str(store.folder), "--tasks",
+            ",".join(names), "--data", str(chosen[0].source), "--split", chosen[0].split, "--result",
+            str(path), "--device", options.device,
+        ]  # fmt: skip
+        problem = _logged([command], store.folder / "latency.txt")
+        failed += [f"latency: {problem}"] if problem else []
+    return failed
+
+
 def run_task(task: Task, store: Store, options: Options) -> str:
     """Run one task and keep its results. Returns why it failed, or ""."""
     folder = store.path(task)
@@ -112,20 +135,26 @@ def run_task(task: Task, store: Store, options: Options) -> str:
             return f"{task.base} is not finished"
         if not (folder / "run" / "config.yaml").exists():
             link_run(base, folder / "run")
-    for command in commands_of(task, store, options):
-        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+    problem = _logged(commands_of(task, store, options), folder / "log.txt")
+    if problem:
+        return problem
+    if task.runs_pipeline and task.variant != NEW_ITEMS:
+        return _collect(folder, mixture=not task.config)
+    return "" if store.finished(task) else f"{folder / RESULT} was not written"
+
+
+def _logged(commands: Sequence[Sequence[str]], file: Path) -> str:
+    """Run commands, one after the other, with their output in a file. Returns why one failed, or ""."""
+    for command in commands:
+        with file.open("a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
             status = _run(command, log.fileno())
         if status:
-            break
-    if status:
-        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        last = [line for line in lines[-LAST_LINES:] if line.strip()]
-        return f"exit status {status}; {folder / 'log.txt'} ends with: {' / '.join(last)}"
-    if task.runs_pipeline and task.variant != NEW_ITEMS:
-        return _collect(folder, mixture=not task.config)
-    return "" if store.finished(task) else f"{folder / RESULT} was not written"
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            last = [line for line in lines[-LAST_LINES:] if line.strip()]
+            return f"exit status {status}; {file} ends with: {' / '.join(last)}"
+    return ""
 
 
 def commands_of(task: Task, store: Store, options: Options) -> list[list[str]]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cemg.commands import experiment
+from cemg.artifacts import RunArtifacts
+from cemg.commands import experiment, latency
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 from cemg.experiments import Store, Task, plan, work, write_experiment_report
@@ -278,3 +279,39 @@ def test_wrong_options_are_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path)
     assert command(experiment.main, *words, "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_latencies_are_measured_in_turns_once_and_reported(
+    store: Store, tiny_run: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = RunArtifacts.open(tiny_run).load_data()
+    data.save(tmp_path / "shop")
+    tasks = plan(["rq3"], {"toy": tmp_path / "shop"}, models=["popularity", "cemg"])
+    for task in tasks:
+        store.begin(task, options().identity(task))
+        for name in ("result.json", "search.json"):
+            (store.path(task) / name).write_text(json.dumps(example_result(hardware={"threads": 1})))
+        shutil.copytree(tiny_run, store.path(task) / "run")
+    ran: list[list[str]] = []
+
+    def here(words: list[str], log: int) -> int:
+        ran.append(words)
+        return command(lambda: latency.app(), *words[3:], "--rounds", 2)
+
+    monkeypatch.setattr(work, "_run", here)
+    assert work.measure_latencies(tasks, store, options()) == [] and len(ran) == 1
+    assert (
+        work.measure_latencies(tasks, store, options()) == [] and len(ran) == 1
+    )  # nothing is measured again
+    rows = store.latencies("toy")["rows"]
+    assert [(row["model"], row["engine"], row["histories"]) for row in rows[:4]] == [
+        ("CEMG, search alone", "cemg", 1), ("CEMG", "cemg", 1), ("CEMG, search alone", "transformers", 1),
+        ("Popularity", "its own", 1),
+    ]  # fmt: skip
+    assert all(0 < row["p25_ms"] <= row["p50_ms"] <= row["p75_ms"] for row in rows) and len(rows) == 8
+    page = write_experiment_report(store, tasks, ["rq3"]).read_text()
+    assert "Time of 10 recommendations, median and quartiles" in page and "ms, 8 at once" in page
+    del ran[:]
+    store.remove(tasks[1])  # with other models they are measured again
+    work.measure_latencies(tasks, store, options())
+    assert len(ran) == 1
