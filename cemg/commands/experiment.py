@@ -57,6 +57,13 @@ def experiment(
             help="Stop the training of a baseline after this time, within an epoch too. CEMG trains whole.",
         ),
     ] = None,
+    users: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Test baselines on a sample of N users; its table has models tested on all users, too.",
+        ),
+    ] = 0,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder of the tasks, their results and the report.")
     ] = Path("runs/experiment"),
@@ -93,6 +100,8 @@ def experiment(
     command.check_device(device)
     if budget is not None and not budget > 0:
         raise UserError(f"--budget must be more than 0 hours, got {budget}")
+    if users < 0:
+        raise UserError(f"--users must be 0 or more, got {users}")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
     store = Store(out)
@@ -115,7 +124,7 @@ def experiment(
             _print_plan(store, tasks, {name: known[name].interactions for name in known}, budget)
             if dry_run:
                 return
-            failed = run_tasks(tasks, store, Options(device, dtype, budget, known))
+            failed = run_tasks(tasks, store, Options(device, dtype, budget, users, known))
         page = write_experiment_report(store, tasks, questions)
     console.print(f"report: {page}", soft_wrap=True)
     if failed:

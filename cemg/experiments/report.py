@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cemg.evaluation import Sample
 from cemg.evaluation.results import KEPT, REMOVED
 from cemg.evaluation.tables import RANKINGS
 from cemg.experiments.plan import CEMG, QUESTIONS, SWEEPS, Task
@@ -70,7 +71,9 @@ def _section(board: Board, questions: Sequence[str]) -> Section:
     if not board.rows:
         return Section(board.data, blocks)
     users, items = board.split.get("users"), board.split.get("items")
-    about = f"{users:,} users, {items:,} items, leave-one-out, the whole catalog ranked."
+    sample = Sample.of(board.split)
+    of_users = f"{users:,} users" if sample is None else f"a sample of {sample.count:,} of {users:,} users"
+    about = f"{of_users}, {items:,} items, leave-one-out, the whole catalog ranked."
     ties = board.split.get("tie_rule")
     blocks.insert(0, Text(about + (f" Events at the same time: {ties}." if ties else "")))
     blocks.append(Text(
@@ -88,7 +91,8 @@ def _section(board: Board, questions: Sequence[str]) -> Section:
     if {"rq1", "rq5"} & {*questions}:
         blocks.append(_table("Targets with at most 5 training interactions", cold_rows(board)))
     blocks.append(_table("Seconds", cost_rows(board)))
-    return Section(board.data, [block for block in blocks if not isinstance(block, Table) or block.rows])
+    title = board.data if sample is None else f"{board.data}, {sample.count:,} users"
+    return Section(title, [block for block in blocks if not isinstance(block, Table) or block.rows])
 
 
 def _table(caption: str, contents: Rows) -> Table:
@@ -142,7 +146,7 @@ def _csv_rows(task: Task, title: str, record: dict[str, Any]) -> list[dict[str, 
     """A row per ranking: what was trained, then the metrics, those of cold targets and the spread."""
     about = {
         "data": task.data, "model": title, "settings": " ".join(task.settings), "seed": task.seed,
-        "users": record["split"].get("users"), "items": record["split"].get("items"),
+        "users": record.get("evaluated_users", record["split"].get("users")), "items": record["split"].get("items"),
         "split": str(record["split"].get("targets_sha256", ""))[:16], "seconds": record.get("seconds"),
     }  # fmt: skip
     rows = []
