@@ -50,7 +50,7 @@ class LoopConfig:
 def train(
     model: nn.Module, samples: Samples, split: Split, *, config: LoopConfig | DenseConfig, loss: Loss,
     scorer: Scorer, settings: Mapping[str, Any], folder: Path, budget: float | None = None,
-    progress: bool = True,
+    progress: bool = True, valid_users: np.ndarray | None = None,
 ) -> Log:  # fmt: skip
     """Train a model, and leave it with the weights of its best epoch, in evaluation mode.
 
@@ -69,6 +69,7 @@ def train(
         budget: Seconds of training, those before an interruption included, after which it stops, also within
             an epoch; None for no limit. Validation is not counted.
         progress: Whether to print a line per epoch.
+        valid_users: Positions in ``split.users`` that validation is limited to, for a slow ``scorer``.
 
     Returns:
         The log.
@@ -83,7 +84,7 @@ def train(
     training.resume(folder, device)
     while training.unfinished():
         training.train_epoch(samples, device)
-        training.validate(scorer, split)
+        training.validate(scorer, split, valid_users)
         if training.log[-1]["share"] == 1:  # a larger budget continues with whole epochs
             training.checkpoint(folder)
         if progress:
@@ -167,11 +168,11 @@ class _Training:
         self.optimizer.step()
         return float(loss.detach())
 
-    def validate(self, scorer: Scorer, split: Split) -> None:
-        """Evaluate all validation users, and keep the weights if the selected metric is the best so far."""
+    def validate(self, scorer: Scorer, split: Split, users: np.ndarray | None) -> None:
+        """Evaluate the validation users, and keep the weights if the selected metric is the best so far."""
         started = time.perf_counter()
         self.model.eval()
-        metrics = validate(scorer, split)
+        metrics = validate(scorer, split, users)
         self.log[-1] |= {f"valid_{k}": v for k, v in metrics.items()}
         self.log[-1]["valid_seconds"] = time.perf_counter() - started
         self.stale += 1

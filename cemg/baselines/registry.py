@@ -128,6 +128,7 @@ MODELS = {
         "SASRec, binary cross-entropy", "cemg.baselines.dense", "https://arxiv.org/abs/1808.09781"
     ),
     "bsarec": Model("BSARec", "cemg.baselines.dense", "https://arxiv.org/abs/2312.10325"),
+    "mmgrec": Model("MMGRec", "cemg.baselines.mmgrec", "https://arxiv.org/abs/2404.16555"),
 }
 
 
