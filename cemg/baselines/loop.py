@@ -206,24 +206,24 @@ class _Training:
             cause = "its tensors do not have the sha256 that they were written with"
             raise DamagedError(f"{path} is damaged", cause=cause, fix=fix)
         counters = parse_json(state, dict[str, Any], name=f"the state in {path}", fix=fix)
-        _check_identity(path, counters.pop("identity", {}), self.identity)
+        check_identity(path, counters.pop("identity", {}), self.identity)
         for name, value in counters.items():
             setattr(self, name, value)
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self.model.load_state_dict(_with_prefix(tensors, "model."))
-        self.best = _with_prefix(tensors, "best.")
-        self.optimizer.load_state_dict(_optimizer_state(self.optimizer, _with_prefix(tensors, "optimizer.")))
+        self.model.load_state_dict(with_prefix(tensors, "model."))
+        self.best = with_prefix(tensors, "best.")
+        self.optimizer.load_state_dict(optimizer_state(self.optimizer, with_prefix(tensors, "optimizer.")))
 
 
 def _checkpoint_file(folder: Path) -> Path:
     return folder / "checkpoint.safetensors"
 
 
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, object]:
+def optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, object]:
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         number, _, key = name.partition(".")
@@ -231,7 +231,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def _check_identity(path: Path, stored: dict[str, object], current: dict[str, object]) -> None:
+def check_identity(path: Path, stored: dict[str, object], current: dict[str, object]) -> None:
     """Raise UserError where a checkpoint belongs to other settings or another split."""
     for part, now in current.items():
         then = stored.get(part)

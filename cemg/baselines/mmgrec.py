@@ -10,9 +10,8 @@
 B samples, L items of a history, D width, H heads, N items, M codes of an ID, K codes per level, W beams,
 T codes of one.
 
-Source: Liu et al., https://arxiv.org/abs/2404.16555. They evaluate a set-to-item model on a random split. Here
-the split is leave-one-out, and a training item is predicted from the items before it. docs/training.md lists
-the other differences.
+Source: Liu et al., https://arxiv.org/abs/2404.16555. They evaluate a set-to-item model on a random split;
+here it is leave-one-out, and an item is predicted from those before it. More in docs/training.md.
 """
 
 from __future__ import annotations

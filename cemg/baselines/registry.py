@@ -129,6 +129,7 @@ MODELS = {
     ),
     "bsarec": Model("BSARec", "cemg.baselines.dense", "https://arxiv.org/abs/2312.10325"),
     "mmgrec": Model("MMGRec", "cemg.baselines.mmgrec", "https://arxiv.org/abs/2404.16555"),
+    "llamarec": Model("LlamaRec", "cemg.baselines.llamarec", "https://arxiv.org/abs/2311.02089"),
 }
 
 

@@ -146,7 +146,8 @@ def _csv_rows(task: Task, title: str, record: dict[str, Any]) -> list[dict[str, 
     """A row per ranking: what was trained, then the metrics, those of cold targets and the spread."""
     about = {
         "data": task.data, "model": title, "settings": " ".join(task.settings), "seed": task.seed,
-        "users": record.get("evaluated_users", record["split"].get("users")), "items": record["split"].get("items"),
+        "users": record.get("evaluated_users", record["split"].get("users")),
+        "items": record["split"].get("items"),
         "split": str(record["split"].get("targets_sha256", ""))[:16], "seconds": record.get("seconds"),
     }  # fmt: skip
     rows = []

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import string
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from tokenizers import pre_tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Punctuation, WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cemg.baselines import graph_ids, loop
+from cemg.baselines import graph_ids, letter_training, llamarec, loop, train_dense
 from cemg.baselines.graph_ids import GraphIdsConfig, quantize
+from cemg.baselines.letters import LetterConfig, Prompts, load_model
 from cemg.baselines.mmgrec import MMGRec, MMGRecConfig, children_of
 from cemg.baselines.registry import Fitted, Job, fit
 from cemg.data.dataset import Dataset
+from cemg.dense import DenseConfig, DenseRanker
 from cemg.errors import UserError
 from cemg.evaluation import evaluate
 from cemg.features import Features
@@ -23,6 +32,12 @@ MMGREC: dict[str, Any] = {
     "dim": 32, "modal_dim": 4, "graph_epochs": 20, "graph_batch": 256, "graph_rate": 0.03, "levels": 2,
     "codes": 8, "latent": 4, "tokenizer_epochs": 20, "layers": 1, "inner": 32, "dropout": 0.0, "beams": 20,
     "frozen": False, "learning_rate": 1e-2, "batch_size": 64, "epochs": 8, "schedule": "constant",
+}  # fmt: skip
+
+WORDS = ["good", "bad", *string.ascii_uppercase, "(", ")", "Answer", ":", *(str(i) for i in range(30))]
+LLAMAREC: dict[str, Any] = {
+    "candidates": 4, "history_items": 3, "title_tokens": 2, "lora_rank": 8, "lora_dropout": 0.0,
+    "learning_rate": 1e-2, "batch_size": 4, "dtype": "float32", "valid_users": 40,
 }  # fmt: skip
 
 
@@ -40,7 +55,7 @@ def features(ring: Dataset, monkeypatch: pytest.MonkeyPatch) -> dict[str, Featur
 
 
 def trained(name: str, data: Dataset, folder: Path, **changes: Any) -> Fitted:
-    settings = {"mmgrec": MMGREC}[name] | changes
+    settings = {"mmgrec": MMGREC, "llamarec": LLAMAREC}[name] | changes
     budget = settings.pop("budget", None)
     return fit(name, Job(data, folder, seed=1, budget=budget, settings=settings))
 
@@ -52,7 +67,7 @@ def with_other_test_items(data: Dataset) -> Dataset:
 
 def weights(fitted: Fitted) -> dict[str, torch.Tensor]:
     model: Any = fitted.rank
-    return dict(model.state_dict())
+    return dict(model.state_dict() if isinstance(model, MMGRec) else model.ranker.model.state_dict())
 
 
 def same(one: Fitted, other: Fitted) -> bool:
@@ -157,3 +172,137 @@ def test_wrong_settings_of_mmgrec(
 def test_mmgrec_needs_texts_or_images(ring: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no item has a text or an image"):
         trained("mmgrec", ring, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of two layers, and a tokenizer of whole words."""
+    folder = tmp_path_factory.mktemp("llama")
+    words = tokenizers.Tokenizer(WordLevel({w: i for i, w in enumerate(["?", *WORDS])}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Sequence([WhitespaceSplit(), Punctuation()])  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(WORDS) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def titled(ring: Dataset) -> Dataset:
+    """Users choose the items 0 … 4, which are good; the others are bad."""
+    sequences = [s % 5 for s in ring.sequences]
+    titles = [f"{'good' if item < 5 else 'bad'} {item}" for item in range(ring.num_items)]
+    return dataclasses.replace(ring, sequences=sequences, titles=titles)
+
+
+@pytest.fixture(scope="module")
+def retriever(titled: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("retriever")
+    train_dense(titled, DenseConfig(dim=16, inner=16, blocks=1, epochs=2), folder=folder, progress=False)
+    return str(folder)
+
+
+def test_llamarec_learns_to_point_at_the_letter_of_a_candidate(
+    titled: Dataset, llama: str, retriever: str, tmp_path: Path
+) -> None:
+    fitted = trained("llamarec", titled, tmp_path, model=llama, retriever=retriever, title_tokens=1)
+    ranker = fitted.rank.ranker  # type: ignore[attr-defined]
+    rng = np.random.default_rng(5)
+    places = rng.integers(4, size=100)
+    prompts = []
+    for place in places:
+        others = rng.permutation(np.arange(5, 30))[:3]
+        prompts.append(
+            ranker.prompts.prompt(np.arange(3), np.insert(others, place, rng.integers(5)).tolist())
+        )
+    assert float((ranker.scores(prompts).argmax(1).numpy() == places).mean()) > 0.9  # 0.25 at random
+
+
+def test_the_candidates_are_those_of_the_retriever_and_so_is_hr_at_their_number(
+    titled: Dataset, llama: str, retriever: str, tmp_path: Path
+) -> None:
+    fitted = trained("llamarec", titled, tmp_path, model=llama, retriever=retriever, budget=1e-6)
+    assert "stopped" in fitted.config and fitted.config["steps"] == 1
+    alone = DenseRanker.load(retriever)
+    one, other = (
+        evaluate(rank, titled.split(), cutoffs=(4, 10), progress=False) for rank in (fitted.rank, alone)
+    )
+    assert one.metrics_history_removed["HR@4"] == other.metrics_history_removed["HR@4"]
+    assert torch.equal(one.ranks_history_removed >= 4, other.ranks_history_removed >= 4)
+    late = one.ranks_history_removed >= 4
+    assert torch.equal(one.ranks_history_removed[late], other.ranks_history_removed[late])
+    assert one.metrics_history_removed["NDCG@4"] != other.metrics_history_removed["NDCG@4"]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_interrupted_llamarec_gives_the_same_weights(
+    rank: int, titled: Dataset, llama: str, retriever: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {
+        "model": llama,
+        "retriever": retriever,
+        "lora_rank": rank,
+        "batch_size": 256,
+        "lora_dropout": 0.1,
+    }
+    whole = trained("llamarec", titled, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(letter_training, "EVERY", 0.0)
+        patch.setattr(letter_training, "report", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trained("llamarec", titled, tmp_path / "parts", **changes)
+    torch.rand(7)
+    assert same(whole, trained("llamarec", titled, tmp_path / "parts", **changes))
+    with pytest.raises(UserError, match="belongs to another run"):
+        trained("llamarec", titled, tmp_path / "parts", **changes | {"title_tokens": 1})
+
+
+def test_llamarec_does_not_read_the_test_items(
+    titled: Dataset, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamarec, "DenseConfig", functools.partial(DenseConfig, dim=8, epochs=1))
+    changes = {"model": llama, "lora_rank": 2, "batch_size": 512}
+    one, two = (trained("llamarec", data, tmp_path / name, **changes) for name, data in
+                (("one", titled), ("two", with_other_test_items(titled))))  # fmt: skip
+    assert same(one, two)
+    first, second = (fitted.rank.retriever.model.state_dict() for fitted in (one, two))  # type: ignore[attr-defined]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_prompt_has_the_newest_titles_cut_and_the_letters_of_the_candidates(
+    titled: Dataset, llama: str
+) -> None:
+    _, tokenizer = load_model(llama)
+    prompts = Prompts(
+        tokenizer, titled, LetterConfig(model=llama, candidates=2, history_items=2, title_tokens=1)
+    )
+    text = tokenizer.decode(prompts.prompt(np.array([1, 12, 3]), [15, 4]))
+    assert text.count("bad") == 2 and text.count("good") == 2 and "12" not in text
+    assert "( A ) bad" in text and "( B ) good" in text and text.endswith("Answer :")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"candidates": 27}, "candidates must be 2 … 26"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float32"),
+        ({"retriever": "gru4rec"}, "is not a retriever"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"valid_users": 0}, "valid_users must be 1 or more"),
+        ({"model": "no/where/at-all"}, "model=no/where/at-all cannot be loaded as a language model"),
+    ],
+)
+def test_wrong_settings_of_llamarec(
+    changes: dict[str, Any], message: str, titled: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=message):
+        trained("llamarec", titled, tmp_path, **changes)
+
+
+def test_llamarec_needs_titles(ring: Dataset, llama: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no item has a title or a text"):
+        trained("llamarec", ring, tmp_path, model=llama)
