@@ -17,7 +17,7 @@ from cemg.commands import console as command
 from cemg.data import Dataset, read_dataset
 from cemg.data.choices import SplitBy
 from cemg.errors import UserError
-from cemg.evaluation import evaluate, hardware, result_table, write_result
+from cemg.evaluation import Sample, evaluate, hardware, result_table, write_result
 from cemg.progress import print_table
 
 OWN_OPTIONS = {
@@ -67,6 +67,9 @@ def run(
         Path | None,
         typer.Option(help="Folder of the features of texts and images. Default: cache, in the run's folder."),
     ] = None,
+    users: Annotated[
+        int, typer.Option(help="Test this many users, the same ones for every model and seed; 0: all.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of weights, batch order, dropout and negatives.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: the choice of torch.")] = None,
@@ -81,6 +84,8 @@ def run(
     check_fitted(model)
     if budget is not None and not budget > 0:
         raise UserError(f"--budget must be more than 0 hours, got {budget}")
+    if users < 0:
+        raise UserError(f"--users must be 0 or more, got {users}")
     if threads is not None:
         torch.set_num_threads(threads)
     started = time.perf_counter()
@@ -103,7 +108,7 @@ def run(
         config={**fitted.config, "model": fitted.config.get("model", Path(model).stem), "seed": seed},
         seed=seed,
         hardware=hardware(device),
-        evaluation=evaluate(fitted.rank, dataset.split()),
+        evaluation=evaluate(fitted.rank, dataset.split(), users=Sample(users) if users else None),
         seconds=time.perf_counter() - started,
         further=fitted.further,
     )

@@ -50,7 +50,7 @@ class LoopConfig:
 def train(
     model: nn.Module, samples: Samples, split: Split, *, config: LoopConfig | DenseConfig, loss: Loss,
     scorer: Scorer, settings: Mapping[str, Any], folder: Path, budget: float | None = None,
-    progress: bool = True,
+    progress: bool = True, valid_users: np.ndarray | None = None,
 ) -> Log:  # fmt: skip
     """Train a model, and leave it with the weights of its best epoch, in evaluation mode.
 
@@ -69,6 +69,7 @@ def train(
         budget: Seconds of training, those before an interruption included, after which it stops, also within
             an epoch; None for no limit. Validation is not counted.
         progress: Whether to print a line per epoch.
+        valid_users: Positions in ``split.users`` that validation is limited to, for a slow ``scorer``.
 
     Returns:
         The log.
@@ -83,7 +84,7 @@ def train(
     training.resume(folder, device)
     while training.unfinished():
         training.train_epoch(samples, device)
-        training.validate(scorer, split)
+        training.validate(scorer, split, valid_users)
         if training.log[-1]["share"] == 1:  # a larger budget continues with whole epochs
             training.checkpoint(folder)
         if progress:
@@ -167,11 +168,11 @@ class _Training:
         self.optimizer.step()
         return float(loss.detach())
 
-    def validate(self, scorer: Scorer, split: Split) -> None:
-        """Evaluate all validation users, and keep the weights if the selected metric is the best so far."""
+    def validate(self, scorer: Scorer, split: Split, users: np.ndarray | None) -> None:
+        """Evaluate the validation users, and keep the weights if the selected metric is the best so far."""
         started = time.perf_counter()
         self.model.eval()
-        metrics = validate(scorer, split)
+        metrics = validate(scorer, split, users)
         self.log[-1] |= {f"valid_{k}": v for k, v in metrics.items()}
         self.log[-1]["valid_seconds"] = time.perf_counter() - started
         self.stale += 1
@@ -205,24 +206,24 @@ class _Training:
             cause = "its tensors do not have the sha256 that they were written with"
             raise DamagedError(f"{path} is damaged", cause=cause, fix=fix)
         counters = parse_json(state, dict[str, Any], name=f"the state in {path}", fix=fix)
-        _check_identity(path, counters.pop("identity", {}), self.identity)
+        check_identity(path, counters.pop("identity", {}), self.identity)
         for name, value in counters.items():
             setattr(self, name, value)
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self.model.load_state_dict(_with_prefix(tensors, "model."))
-        self.best = _with_prefix(tensors, "best.")
-        self.optimizer.load_state_dict(_optimizer_state(self.optimizer, _with_prefix(tensors, "optimizer.")))
+        self.model.load_state_dict(with_prefix(tensors, "model."))
+        self.best = with_prefix(tensors, "best.")
+        self.optimizer.load_state_dict(optimizer_state(self.optimizer, with_prefix(tensors, "optimizer.")))
 
 
 def _checkpoint_file(folder: Path) -> Path:
     return folder / "checkpoint.safetensors"
 
 
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, object]:
+def optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, object]:
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         number, _, key = name.partition(".")
@@ -230,7 +231,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def _check_identity(path: Path, stored: dict[str, object], current: dict[str, object]) -> None:
+def check_identity(path: Path, stored: dict[str, object], current: dict[str, object]) -> None:
     """Raise UserError where a checkpoint belongs to other settings or another split."""
     for part, now in current.items():
         then = stored.get(part)

@@ -137,6 +137,8 @@ MODELS = {
     "missrec": Model("MISSRec", "cemg.baselines.missrec", "https://arxiv.org/abs/2308.11175"),
     "tiger": Model("TIGER", source="https://arxiv.org/abs/2305.05065", config="tiger"),
     "letter": Model("LETTER", source="https://arxiv.org/abs/2405.07314", config="letter"),
+    "mmgrec": Model("MMGRec", "cemg.baselines.mmgrec", "https://arxiv.org/abs/2404.16555"),
+    "llamarec": Model("LlamaRec", "cemg.baselines.llamarec", "https://arxiv.org/abs/2311.02089"),
 }
 FITTED = tuple(name for name, model in MODELS.items() if not model.config)  # those that `fit` trains
 

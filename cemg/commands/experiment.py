@@ -58,6 +58,13 @@ def experiment(
             help="Stop the training of a baseline after this time, within an epoch too. CEMG trains whole.",
         ),
     ] = None,
+    users: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Test baselines on a sample of N users; its table has models tested on all users, too.",
+        ),
+    ] = 0,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder of the tasks, their results and the report.")
     ] = Path("runs/experiment"),
@@ -101,6 +108,8 @@ def experiment(
     command.check_device(device)
     if budget is not None and not budget > 0:
         raise UserError(f"--budget must be more than 0 hours, got {budget}")
+    if users < 0:
+        raise UserError(f"--users must be 0 or more, got {users}")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
     store = Store(out)
@@ -130,7 +139,7 @@ def experiment(
             _print_plan(store, tasks, {name: known[name, splits[0]].interactions for name in sources}, budget)
             if dry_run:
                 return
-            options = Options(device, dtype, budget, known)
+            options = Options(device, dtype, budget, users, known)
             failed = run_tasks(tasks, store, options)
             if "rq3" in questions:
                 failed += measure_latencies([t for t in tasks if t.belongs_to("rq3")], store, options)

@@ -22,9 +22,11 @@ from cemg.evaluation.results import (
     hardware,
     ranks_of,
     read_result,
+    restrict,
     results_of,
     write_result,
 )
+from cemg.evaluation.sample import Sample
 from cemg.evaluation.tables import ResultRows, result_markdown, result_rows, result_table
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "PrintedRow",
     "Rank",
     "ResultRows",
+    "Sample",
     "bootstrap_interval",
     "differences_of",
     "evaluate",
@@ -53,6 +56,7 @@ __all__ = [
     "ranks_of",
     "ranks_of_targets",
     "read_result",
+    "restrict",
     "result_markdown",
     "result_rows",
     "result_table",

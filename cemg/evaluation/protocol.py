@@ -7,7 +7,6 @@ and counts as a miss; ``targets_in_history`` counts these targets.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +27,7 @@ from cemg.evaluation.metrics import (
     ranks_of_targets,
     spread_of,
 )
+from cemg.evaluation.sample import Sample, digest
 from cemg.progress import track
 
 COLD = 5  # a target is cold if it has at most this many training interactions
@@ -102,7 +102,7 @@ def evaluate(
     *,
     part: str = "test",
     cutoffs: Sequence[int] = CUTOFFS,
-    users: np.ndarray | None = None,
+    users: np.ndarray | Sample | None = None,
     batch_size: int = 256,
     max_list: int | None = None,
     progress: bool = True,
@@ -116,7 +116,7 @@ def evaluate(
         split: The split.
         part: "valid" or "test".
         cutoffs: The k of HR@k and NDCG@k.
-        users: Positions in ``split.users_of(part)``, for example a ``seeded_sample``; None means all.
+        users: A `Sample`, or positions in ``split.users_of(part)``; None means all.
         batch_size: Histories per call of ``rank``.
         max_list: The largest ``top``, for a ranker that cannot return more: a beam search returns one item
             per beam. The lists without the history are then shorter.
@@ -172,14 +172,14 @@ def _evaluate(
     *,
     part: str,
     cutoffs: Sequence[int],
-    users: np.ndarray | None = None,
+    users: np.ndarray | Sample | None = None,
     batch_size: int = 256,
     max_list: int | None = None,
     progress: bool = True,
     others: int = 0,
 ) -> Evaluation:
     """Evaluate lists: ``lists_of(users, histories, top)`` returns those of a batch, as ``rank`` does."""
-    rows = np.arange(len(split.users_of(part))) if users is None else np.asarray(users, dtype=np.int64)
+    rows = _rows(users, len(split.users_of(part)))
     if len(rows) == 0:
         raise UserError(
             "there is no user to evaluate", fix="use data whose users have at least three interactions"
@@ -208,7 +208,7 @@ def _evaluate(
         cold=torch.from_numpy(counts[targets[rows]] <= COLD),
         targets_in_history=int(in_history.sum()),
         short_lists=int(short.sum()),
-        fingerprint=split.fingerprint | _scope(part, users),
+        fingerprint=split.fingerprint | _scope(part, users, len(split.users)),
         spread=spread_of(torch.cat([first[0] for first in tops]), counts),
         spread_history_removed=spread_of(torch.cat([first[1] for first in tops]), counts),
     )
@@ -216,8 +216,13 @@ def _evaluate(
 
 def seeded_sample(split: Split, count: int = 2000, seed: int = 0, *, part: str = "test") -> np.ndarray:
     """Draw ``count`` positions in ``split.users_of(part)``, ascending; all of them if there are fewer."""
-    total = len(split.users_of(part))
-    return np.sort(np.random.default_rng(seed).permutation(total)[:count])
+    return Sample(count, seed).rows(len(split.users_of(part)))
+
+
+def _rows(users: np.ndarray | Sample | None, total: int) -> np.ndarray:
+    if isinstance(users, Sample):
+        return users.rows(total)
+    return np.arange(total) if users is None else np.asarray(users, dtype=np.int64)
 
 
 def _checked(items: Tensor, users: int, num_items: int) -> Tensor:
@@ -253,10 +258,11 @@ def _score(
     return torch.stack([*(r.masked_fill(r >= depth, MISS) for r in ranks), in_history, short]), first
 
 
-def _scope(part: str, users: np.ndarray | None) -> dict[str, int | str]:
+def _scope(part: str, users: np.ndarray | Sample | None, total: int) -> dict[str, int | str]:
     """Identify a partial evaluation, so that no table mixes it with that of the whole test."""
     scope: dict[str, int | str] = {} if part == "test" else {"part": part}
+    if isinstance(users, Sample):
+        return scope | ({"subset": users.name(total)} if users.name(total) else {})
     if users is not None:
-        chosen = np.sort(np.asarray(users, dtype="<i8"))
-        scope["subset"] = f"{len(chosen)} users, {hashlib.sha256(chosen.tobytes()).hexdigest()[:16]}"
+        scope["subset"] = f"{len(users)} users, {digest(users)}"
     return scope

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,12 +21,14 @@ from torch import Tensor
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation.metrics import intervals_at, metrics_at, paired_differences
 from cemg.evaluation.protocol import COLD, Evaluation
+from cemg.evaluation.sample import Sample
 from cemg.storage import files
 from cemg.storage.read import check_signature, parse_json, read_bytes, signed
 from cemg.version import __version__
 
 KEPT, REMOVED = "metrics", "metrics_history_removed"  # keys of the metrics of each ranking
 EXCLUDED = "metrics_history_excluded_in_search"  # exclude_history=True
+OF_LISTS = ("spread", "targets_in_history", "short_lists_history_removed", "compared", "sha256")
 
 
 def hardware(device: str = "cpu") -> dict[str, str | int]:
@@ -112,10 +114,32 @@ def ranks_of(record: Mapping[str, Any]) -> dict[str, Tensor]:
         For "metrics" and each other key of metrics in the file, the ranks [T] int64 by ascending position of
         the user in the split; MISS beyond the largest cutoff. Empty for files of earlier versions.
     """
-    return {
-        key: torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.int8).long()
-        for key, text in record.get("ranks", {}).items()
-    }
+    return {key: _unpacked(text).long() for key, text in record.get("ranks", {}).items()}
+
+
+def restrict(record: Mapping[str, Any], sample: Sample) -> dict[str, Any] | None:
+    """Restrict a result of all users to a sample, without running the model again.
+
+    The ranks, metrics and intervals are those of an evaluation of the sample, and so are those of cold
+    targets. What needs the lists is left out: the spread, the length of the lists and the targets in the
+    history. Files of earlier versions do not say which targets are cold, so that those are left out, too.
+
+    Returns:
+        A record for tables; None if ``record`` is itself of a part of the users, or has no ranks.
+    """
+    users, split = int(record["split"]["users"]), record["split"]
+    if "subset" in split or "ranks" not in record:
+        return None
+    rows = torch.from_numpy(sample.rows(users))
+    of_user = record.get("cold", {}).get("of_user")
+    cold = torch.zeros(len(rows), dtype=torch.bool) if of_user is None else _unpacked(of_user)[rows].bool()
+    rankings = {key: ranks[rows] for key, ranks in ranks_of(record).items()}
+    cutoffs = sorted({int(name.partition("@")[2]) for name in record[KEPT]})
+    name = sample.name(users)
+    found = {key: value for key, value in record.items() if key not in OF_LISTS}
+    found |= {"split": split | ({"subset": name} if name else {}), "evaluated_users": len(rows)}
+    found |= _metrics_of_ranks(rankings, cold, cutoffs)
+    return found if of_user is not None else {key: found[key] for key in found if key != "cold"}
 
 
 def differences_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,28 +161,39 @@ def _metrics_of(evaluation: Evaluation, excluded: Evaluation | None) -> dict[str
     spreads = {KEPT: evaluation.spread, REMOVED: evaluation.spread_history_removed}
     if excluded is not None:
         spreads[EXCLUDED] = excluded.spread
-    cutoffs, cold = evaluation.cutoffs, evaluation.cold
+    return {
+        "split": evaluation.fingerprint,
+        "evaluated_users": len(evaluation.users),
+        **_metrics_of_ranks(
+            {key: evaluation.by_user(ranks) for key, ranks in rankings.items()},
+            evaluation.by_user(evaluation.cold),
+            evaluation.cutoffs,
+        ),
+        "spread": {key: found for key, found in spreads.items() if found},
+        "targets_in_history": evaluation.targets_in_history,
+        "short_lists_history_removed": evaluation.short_lists,
+    }
+
+
+def _metrics_of_ranks(rankings: Mapping[str, Tensor], cold: Tensor, cutoffs: Sequence[int]) -> dict[str, Any]:
+    """The entries of ranks [T] by ascending position of the user, and of which targets are cold, [T]."""
     by_ranking = {key: metrics_at(ranks, cutoffs) for key, ranks in rankings.items()}
     intervals = {intervals_key(key): intervals_at(ranks, cutoffs) for key, ranks in rankings.items()}
     about_cold: dict[str, Any] = {
         "at_most_training_interactions": COLD,
         "targets": int(cold.sum()),
         **{key: metrics_at(ranks[cold], cutoffs) if cold.any() else {} for key, ranks in rankings.items()},
+        "of_user": _packed(cold),
     }
     if cold.any():
         about_cold |= {
             intervals_key(key): intervals_at(ranks[cold], cutoffs) for key, ranks in rankings.items()
         }
     return {
-        "split": evaluation.fingerprint,
-        "evaluated_users": len(evaluation.users),
         **by_ranking,
         **intervals,
         "cold": about_cold,
-        "spread": {key: found for key, found in spreads.items() if found},
-        "targets_in_history": evaluation.targets_in_history,
-        "short_lists_history_removed": evaluation.short_lists,
-        "ranks": {key: _packed(evaluation.by_user(ranks)) for key, ranks in rankings.items()},
+        "ranks": {key: _packed(ranks) for key, ranks in rankings.items()},
     }
 
 
@@ -167,9 +202,14 @@ def intervals_key(key: str) -> str:
     return key.replace("metrics", "intervals_95")
 
 
-def _packed(ranks: Tensor) -> str:
-    """Ranks as int8, compressed with zlib, as base64 text: a few kilobytes for 20,000 users."""
-    return base64.b64encode(zlib.compress(ranks.to(torch.int8).numpy().tobytes(), 9)).decode()
+def _packed(values: Tensor) -> str:
+    """Values as int8, compressed with zlib, as base64 text: a few kilobytes for 20,000 users."""
+    return base64.b64encode(zlib.compress(values.to(torch.int8).numpy().tobytes(), 9)).decode()
+
+
+def _unpacked(text: str) -> Tensor:
+    """What `_packed` was given, as int8."""
+    return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.int8)
 
 
 @dataclass(frozen=True, slots=True)

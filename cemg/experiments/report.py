@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cemg.baselines.registry import MODELS
+from cemg.evaluation import Sample
 from cemg.evaluation.results import KEPT, REMOVED
 from cemg.evaluation.tables import RANKINGS
 from cemg.experiments.plan import ABLATIONS, CEMG, QUESTIONS, SWEEPS, Task
@@ -79,7 +80,7 @@ def experiment_sections(store: Store, tasks: Sequence[Task], questions: Sequence
             if task.title not in found[task.name]:
                 missing.setdefault(task.table, []).append(task.name)
         for board in boards(results, missing):
-            title = f"{board.data}: {question.upper()}, {QUESTIONS[question].title.lower()}"
+            title = f"{_label(board)}: {question.upper()}, {QUESTIONS[question].title.lower()}"
             sections.append(Section(title, _about(board) + _answer(question, board, store, chosen)))
     return sections
 
@@ -94,6 +95,12 @@ def _variant_place(task: Task) -> int:
     return variants.index(task.variant) if task.variant in variants else len(variants)
 
 
+def _label(board: Board) -> str:
+    """The data set and split, and the number of users of a sample."""
+    sample = Sample.of(board.split)
+    return board.data if sample is None else f"{board.data}, {sample.count:,} users"
+
+
 def _about(board: Board) -> list[Block]:
     """What all sections say: what is missing, the split, and what ± means."""
     blocks: list[Block] = []
@@ -102,8 +109,10 @@ def _about(board: Board) -> list[Block]:
     if not board.rows:
         return blocks
     users, items = board.split.get("users"), board.split.get("items")
+    sample = Sample.of(board.split)
+    of_users = f"{users:,} users" if sample is None else f"a sample of {sample.count:,} of {users:,} users"
     split = board.split.get("split", "leave-one-out")
-    about = f"{users:,} users, {items:,} items, split {split}, the whole catalog ranked."
+    about = f"{of_users}, {items:,} items, split {split}, the whole catalog ranked."
     ties = board.split.get("tie_rule")
     blocks.append(Text(about + (f" Events at the same time: {ties}." if ties else "")))
     blocks.append(Text(
@@ -215,8 +224,8 @@ def _csv_rows(task: Task, title: str, record: dict[str, Any]) -> list[dict[str, 
     """A row per ranking: what was trained, then the metrics, those of cold targets and the spread."""
     about = {
         "data": task.data, "split by": task.split, "model": title, "settings": " ".join(task.settings),
-        "seed": task.seed,
-        "users": record["split"].get("users"), "items": record["split"].get("items"),
+        "seed": task.seed, "users": record.get("evaluated_users", record["split"].get("users")),
+        "items": record["split"].get("items"),
         "split": str(record["split"].get("targets_sha256", ""))[:16], "seconds": record.get("seconds"),
     }  # fmt: skip
     rows = []

@@ -30,6 +30,7 @@ from cemg.version import __version__
 
 FORMAT = "2"  # of task.json
 TASK, RESULT, CODES = "task.json", "result.json", "codes.json"
+ALL_USERS = "all"  # value of "users" in a task
 SEARCH, FREE, MEMORY = "search.json", "free.json", "memory.json"  # further results of some tasks
 # Seconds per 1,000 interactions with the default settings on one core (AMD EPYC), from trainings on Beauty;
 # those of TIGER and LETTER are extrapolated from a few steps.
@@ -106,12 +107,18 @@ class Store:
         files.write_json(self.path(task) / TASK, about)
 
     def check(self, task: Task, identity: Mapping[str, str]) -> None:
-        """Raise UserError if the folder of a task is that of another one with the same name."""
+        """Raise UserError if the folder of a task is that of another one with the same name.
+
+        The number of tested users may differ, unless a finished test of a sample is in the place of another
+        one: a sample can be taken from a test of all users.
+        """
         path = self.path(task) / TASK
         if not path.exists():
             return
-        stored = self._about(path)
+        stored = {"users": ALL_USERS} | self._about(path)
         for key, value in identity.items():
+            if key == "users" and (stored[key] == ALL_USERS or not self.finished(task)):
+                continue
             if stored.get(key) != value:
                 raise UserError(
                     f"{path.parent} was trained with {key} {stored.get(key)!r}, this task has {value!r}",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cemg.evaluation import differences_of, printed_rows
+from cemg.evaluation import Sample, differences_of, printed_rows, restrict
 from cemg.evaluation.results import KEPT, REMOVED, intervals_key
 
 Record = dict[str, Any]
@@ -39,17 +39,32 @@ class Board:
 def boards(results: Sequence[tuple[str, str, Record]], missing: Mapping[str, Sequence[str]]) -> list[Board]:
     """Sort results into boards: those of different splits never share one.
 
+    Where a model was tested on a sample of the users, its board has the other models on the same users.
+
     Args:
         results: Data set and split, title and record of each.
         missing: Names of tasks without a result, by data set.
     """
     found: dict[tuple[str, str], tuple[Mapping[str, Any], dict[str, list[Record]]]] = {}
     for data, title, record in results:
-        key = (data, str(sorted(record["split"].items())))
-        found.setdefault(key, (record["split"], {}))[1].setdefault(title, []).append(record)
+        for shown in (record, *_on_samples(data, record, results)):
+            key = (data, str(sorted(shown["split"].items())))
+            found.setdefault(key, (shown["split"], {}))[1].setdefault(title, []).append(shown)
     made = [Board(data, split, rows, missing.get(data, ())) for (data, _), (split, rows) in found.items()]
     without = [data for data in missing if missing[data] and data not in {board.data for board in made}]
     return made + [Board(data, {}, {}, missing[data]) for data in without]
+
+
+def _on_samples(data: str, record: Record, results: Sequence[tuple[str, str, Record]]) -> list[Record]:
+    """The record restricted to each sample of its split on which another result was measured."""
+    splits = [other["split"] for name, _, other in results if name == data and "subset" in other["split"]]
+    samples = dict.fromkeys(
+        Sample.of(split)
+        for split in splits
+        if {key: split[key] for key in split if key != "subset"} == dict(record["split"])
+    )
+    restricted = (restrict(record, sample) for sample in samples if sample is not None)
+    return [one for one in restricted if one is not None]
 
 
 def ranking_rows(board: Board, key: str, *, paper: bool) -> tuple[list[str], list[list[str]]]:

@@ -19,7 +19,7 @@ from cemg.baselines.registry import MODELS
 from cemg.data import Dataset
 from cemg.errors import UserError
 from cemg.experiments.plan import CEMG, LEAVE_ONE_OUT, NEW_ITEMS, Task
-from cemg.experiments.store import CODES, FREE, RESULT, SEARCH, Store, link_run
+from cemg.experiments.store import ALL_USERS, CODES, FREE, RESULT, SEARCH, Store, link_run
 from cemg.pipeline.changes import content_digest
 from cemg.progress import console
 from cemg.storage import files
@@ -56,12 +56,14 @@ class Options:
         device: "cpu", "cuda", …
         dtype: Precision of the generator's training.
         budget: Hours of training of a baseline, None for no limit.
+        users: Users that a baseline is tested on, 0 for all.
         sources: The data sets by name and split.
     """
 
     device: str = "cpu"
     dtype: str = "float32"
     budget: float | None = None
+    users: int = 0
     sources: Mapping[tuple[str, str], Source] = field(default_factory=dict)
 
     def identity(self, task: Task) -> dict[str, str]:
@@ -69,6 +71,7 @@ class Options:
         about = task.about() | {"data_sha256": self.sources[task.data, task.split].sha256}
         if task.model == CEMG:
             return about | {"dtype": self.dtype}
+        about |= {"users": str(self.users) if self.users else ALL_USERS}
         if task.model in MODELS and not MODELS[task.model].trains:
             return about
         about |= {"dtype": self.dtype} if task.config else {}
@@ -187,10 +190,11 @@ def command_of(task: Task, store: Store, options: Options) -> list[str]:
             str(store.cache), *common, *settings,
         ]  # fmt: skip
     common += [] if task.split == LEAVE_ONE_OUT else ["--split", task.split]
-    budget = [] if options.budget is None else ["--budget", f"{options.budget:.6g}"]
+    limits = [] if options.budget is None else ["--budget", f"{options.budget:.6g}"]
+    limits += ["--users", str(options.users)] if options.users else []
     return [
         sys.executable, "-m", "cemg.baselines", "--data", str(task.source), "--model", task.model, "--run",
-        str(run), "--out", str(folder / RESULT), "--cache", str(store.cache), *common, *budget, *settings,
+        str(run), "--out", str(folder / RESULT), "--cache", str(store.cache), *common, *limits, *settings,
     ]  # fmt: skip
 
 

@@ -174,6 +174,23 @@ def test_results_of_different_splits_never_share_a_table() -> None:
     assert made[0].missing == ["toy-c-seed0"]
 
 
+def test_a_model_tested_on_a_sample_has_a_table_with_the_others_on_the_same_users(
+    store: Store, source: Path
+) -> None:
+    popularity, memory = plan(["rq1"], {"toy": source}, models=QUICK)
+    assert run(store, [memory]) == []
+    assert run_tasks([popularity, memory], store, options(users=20)) == []  # memory is not tested again
+    assert "--users" in command_of(popularity, store, options(users=20))
+    found = [("toy", task.title, store.results(task)[task.title]) for task in (popularity, memory)]
+    small, whole = boards(found, {})
+    assert list(small.rows) == ["Popularity", "Item memory"] and list(whole.rows) == ["Item memory"]
+    assert [records[0]["evaluated_users"] for records in small.rows.values()] == [20, 20]
+    page = write_experiment_report(store, [popularity, memory], ["rq1"]).read_text()
+    assert "a sample of 20 of 60 users" in page and "toy, 20 users" in page
+    with pytest.raises(UserError, match="with users '20', this task has 'all'"):
+        run(store, [popularity])
+
+
 def test_the_model_of_the_documentation_is_trained(store: Store, source: Path, tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
     code = page.partition("```python\n")[2].partition("```")[0]
@@ -267,6 +284,7 @@ def test_what_is_missing_is_named_in_the_report(store: Store, source: Path) -> N
         (["rq7", "--data", "synthetic"], "there is no question rq7"),
         (["rq1", "--data", "nowhere"], "there is no data set nowhere"),
         (["rq1", "--data", "synthetic", "--budget", "0"], "--budget must be more than 0"),
+        (["rq1", "--data", "synthetic", "--users", "-1"], "--users must be 0 or more"),
         (["rq1", "--data", "synthetic", "--models", "sasrc"], "there is no model sasrc"),
         (["rq1", "--data", "synthetic", "--split", "random"], "there is no split random"),
         (["rq1"], "--data is missing"),
