@@ -93,7 +93,7 @@ class LlamaRec:
 
     def validate(self, split: Split) -> dict[str, float]:
         """HR@10 and NDCG@10 of a sample of validation users, and how many targets are retrieved."""
-        rows = Sample(self.config.valid_users).rows(len(split.users))
+        rows = Sample(self.config.valid_users).rows(len(split.valid_users))
         histories, targets = split.histories("valid"), torch.from_numpy(split.targets("valid")).long()[rows]
         candidates, _ = self.retrieve([histories[row] for row in rows])
         before = (candidates == targets[:, None]).long()  # [T, C]

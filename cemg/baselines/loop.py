@@ -69,7 +69,7 @@ def train(
         budget: Seconds of training, those before an interruption included, after which it stops, also within
             an epoch; None for no limit. Validation is not counted.
         progress: Whether to print a line per epoch.
-        valid_users: Positions in ``split.users`` that validation is limited to, for a slow ``scorer``.
+        valid_users: Positions in ``split.valid_users`` that validation is limited to, for a slow ``scorer``.
 
     Returns:
         The log.

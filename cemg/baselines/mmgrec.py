@@ -284,7 +284,7 @@ def fit(job: Job) -> Fitted:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = MMGRec(vectors, codes, config).to(job.device)
-    total = len(split.users)
+    total = len(split.valid_users)
     log = train(
         model, samples, split, config=config, loss=model.loss, scorer=model,
         settings=asdict(config) | {"ids": tensors_digest({"vectors": vectors, "codes": codes})},

@@ -42,7 +42,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def options(**changes: object) -> Options:
-    return Options(sources={"toy": Source(720, "a" * 64)}, **changes)  # type: ignore[arg-type]
+    return Options(sources={("toy", "leave-one-out"): Source(720, "a" * 64)}, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
