@@ -292,6 +292,7 @@ def score_mixture(
         "gate_fit": gate.fit,
         "notes": [*data.notes, *notes],
         **config.to_dict(),
+        **_stopped(artifacts),
     }
     experts = "" if MEMORY in gate.sources else "-without-memory"
     name = f"{data.name}-cemg-{weights}{experts}-{scope}"
