@@ -28,6 +28,7 @@ from cemg.storage import files
 from cemg.storage.read import parse_json, read_tensor_file, tensors_digest
 
 CHECKPOINT, EVERY = "ranker.safetensors", 300.0  # seconds of training between two checkpoints
+STATE = ("step", "losses", "seconds", "tokens", "identity")
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class Training:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    tokens: int = 0
     share: float = 0.0  # of the epoch
 
     def run(self, folder: Path, budget: float | None) -> None:
@@ -52,11 +54,12 @@ class Training:
         total, saved = self.samples.num_batches(self.config.batch_size), self.seconds
         order = np.random.default_rng(self.config.seed).permutation(len(self.samples.starts))
         while self.step < total and (budget is None or self.seconds < budget):
-            started = time.perf_counter()
+            started, before = time.perf_counter(), self.ranker.tokens
             rows = order[self.step * self.config.batch_size :][: self.config.batch_size]
             self.losses.append(self.train_step(rows, optimizer))
             self.step += 1
             self.seconds += time.perf_counter() - started
+            self.tokens += self.ranker.tokens - before
             if self.seconds - saved >= EVERY:
                 saved = self.seconds
                 self.save(folder, optimizer)
@@ -74,9 +77,8 @@ class Training:
             torch.manual_seed(int(rng.integers(2**62)))
             for part in parts_of(prompts):
                 logits = self.ranker.logits([prompts[row] for row in part])
-                entropy = F.cross_entropy(logits, targets[part].to(logits.device), reduction="sum") / len(
-                    rows
-                )
+                labels = targets[part].to(logits.device)
+                entropy = F.cross_entropy(logits, labels, reduction="sum") / len(rows)
                 entropy.backward()
                 loss += float(entropy.detach())
         if not np.isfinite(loss):
@@ -95,9 +97,8 @@ class Training:
             others = rng.permutation(num_items)[: self.config.candidates + length]
             others = others[~np.isin(others, [*history, target])][: self.config.candidates - 1]
             places[at] = min(places[at], len(others))  # in a small catalog
-            prompts.append(
-                self.ranker.prompts.prompt(history, np.insert(others, places[at], target).tolist())
-            )
+            candidates = np.insert(others, places[at], target).tolist()
+            prompts.append(self.ranker.prompts.prompt(history, candidates))
         return prompts, torch.from_numpy(places)
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -105,7 +106,7 @@ class Training:
         tensors = {f"model.{k}": v.detach().cpu() for k, v in self.ranker.trained().items()}
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{k}": v.cpu() for k, v in state.items()}
-        about = {"step": self.step, "losses": self.losses, "seconds": self.seconds, "identity": self.identity}
+        about = {name: getattr(self, name) for name in STATE}
         text = json.dumps(about)
         metadata = {"run": text, "sha256": tensors_digest(tensors, text)}
         files.save_tensors(tensors, folder / CHECKPOINT, metadata=metadata)
@@ -120,8 +121,9 @@ class Training:
         if tensors_digest(tensors, about.get("run", "")) != about.get("sha256"):
             raise DamagedError(f"{path} is damaged", fix=fix)
         state = parse_json(about["run"], dict[str, Any], name=f"the state in {path}", fix=fix)
-        check_identity(path, state["identity"], self.identity)
-        self.step, self.losses, self.seconds = state["step"], state["losses"], state["seconds"]
+        check_identity(path, state.pop("identity"), self.identity)
+        for name, value in state.items():
+            setattr(self, name, value)
         with torch.no_grad():
             for name, value in with_prefix(tensors, "model.").items():
                 self.ranker.trained()[name].copy_(value)
@@ -130,9 +132,9 @@ class Training:
 
 def report(training: Training, total: int) -> None:
     """Print how far a training is."""
-    recent, ranker = training.losses[-20:], training.ranker
+    recent = training.losses[-20:]
     console.print(
         f"step {training.step:,} of {total:,}  loss {sum(recent) / len(recent):.4f}  "
-        f"{ranker.tokens / max(ranker.seconds, 1e-9):,.0f} tokens/s",
+        f"{training.tokens / training.seconds:,.0f} tokens/s",
         highlight=False,
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import string
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,13 +114,12 @@ class Prompts:
 
 @dataclass(slots=True)
 class Ranker:
-    """The language model, its prompts, and how fast it is."""
+    """The language model and its prompts; ``tokens`` counts those that it has read."""
 
     model: Any
     prompts: Prompts
     device: str
     tokens: int = 0
-    seconds: float = 0.0
 
     @classmethod
     def load(cls, data: Dataset, config: LetterConfig, device: str) -> Ranker:
@@ -141,24 +139,14 @@ class Ranker:
 
     def logits(self, prompts: Sequence[list[int]]) -> Tensor:
         """The logits of the letters after each prompt, float32 [B, C]."""
-        started = time.perf_counter()
-        rows = [torch.tensor(prompt) for prompt in prompts]
-        pad = torch.nn.utils.rnn.pad_sequence
-        ids = pad(rows, batch_first=True, padding_side="left").to(self.device)  # [B, S]
-        mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(
-            self.device
-        )
+        ids, mask = (part.to(self.device) for part in padded(prompts))  # [B, S]
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        hidden = base.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[
-            0
-        ]  # [B, S, D]
+        output = base.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        newest = output.last_hidden_state[:, -1].float()  # [B, D]
         head = base.get_output_embeddings().weight[self.prompts.answers.to(self.device)]  # [C, D]
-        logits: Tensor = hidden[:, -1].float() @ head.float().T
-        self.tokens, self.seconds = (
-            self.tokens + int(mask.sum()),
-            self.seconds + time.perf_counter() - started,
-        )
+        self.tokens += sum(map(len, prompts))
+        logits: Tensor = newest @ head.float().T
         return logits
 
     @torch.inference_mode()
@@ -169,6 +157,14 @@ class Ranker:
         for rows in parts_of(prompts):
             found[rows] = self.logits([prompts[row] for row in rows]).cpu()
         return found
+
+
+def padded(prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [B, S], padded on the left."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad(rows, batch_first=True, padding_side="left")
+    return ids, pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
 
 
 def parts_of(prompts: Sequence[list[int]]) -> Iterator[list[int]]:

@@ -128,7 +128,7 @@ def fit(job: Job) -> Fitted:
     if training.share < 1:
         about["stopped"] = "the budget of training time was spent within an epoch"
     log = {"steps": training.step, "share": training.share, "losses": [round(x, 4) for x in training.losses]}
-    log |= {"tokens_per_second": round(ranker.tokens / max(ranker.seconds, 1e-9), 1)}
+    log |= {"tokens_per_second": round(training.tokens / max(training.seconds, 1e-9), 1)}
     return Fitted(model, about, {"training": [log], "retriever_seconds": round(spent, 1)})
 
 

@@ -33,10 +33,10 @@ TASK, RESULT, CODES = "task.json", "result.json", "codes.json"
 ALL_USERS = "all"  # value of "users" in a task
 SEARCH, FREE, MEMORY = "search.json", "free.json", "memory.json"  # further results of some tasks
 # Seconds per 1,000 interactions with the default settings on one core (AMD EPYC), from trainings on Beauty;
-# those of TIGER and LETTER are extrapolated from a few steps.
+# those of TIGER, LETTER and LlamaRec are extrapolated from a few steps.
 SECONDS = {
     "popularity": 0.004, "memory": 0.4, "gru4rec": 2.7, "sasrec": 10.0, "bsarec": 5.7, CEMG: 11.0,
-    "tiger": 2600.0, "letter": 1350.0,
+    "tiger": 2600.0, "letter": 1350.0, "mmgrec": 10.0, "llamarec": 2900.0,
 }  # fmt: skip
 GATE_SECONDS = 1.3  # the same for the gate alone, with its test
 
