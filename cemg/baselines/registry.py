@@ -114,6 +114,7 @@ class Model:
         trains: Whether it needs a folder for checkpoints.
         config: The included configuration with which cemg-train trains it, for a model that is CEMG's own
             tokenizer and generator with other settings; empty for the others.
+        asked: Whether a question trains it only if it is named.
     """
 
     title: str
@@ -121,8 +122,10 @@ class Model:
     source: str = ""
     trains: bool = True
     config: str = ""
+    asked: bool = False
 
 
+LIBRARY = "cemg.baselines.library"
 MODELS = {
     "popularity": Model("Popularity", "cemg.baselines.simple", trains=False),
     "memory": Model("Item memory", "cemg.baselines.simple", trains=False),
@@ -139,6 +142,12 @@ MODELS = {
     "letter": Model("LETTER", source="https://arxiv.org/abs/2405.07314", config="letter"),
     "mmgrec": Model("MMGRec", "cemg.baselines.mmgrec", "https://arxiv.org/abs/2404.16555"),
     "llamarec": Model("LlamaRec", "cemg.baselines.llamarec", "https://arxiv.org/abs/2311.02089"),
+    **{
+        f"cornac-{name.lower()}": Model(
+            f"{name} of cornac", LIBRARY, "https://cornac.preferred.ai", asked=True
+        )
+        for name in ("GRU4Rec", "SASRec", "TIGER")
+    },
 }
 FITTED = tuple(name for name, model in MODELS.items() if not model.config)  # those that `fit` trains
 

@@ -51,12 +51,13 @@ class Question:
     models: tuple[str, ...]
 
 
+DEFAULT = tuple(name for name, model in MODELS.items() if not model.asked)
 QUESTIONS = {
-    "rq1": Question("Overall performance", (*MODELS, CEMG)),
+    "rq1": Question("Overall performance", (*DEFAULT, CEMG)),
     "rq2": Question("Ablations", (CEMG,)),
     "rq3": Question("Training time and latency", ("tiger", "letter", "mmgrec", CEMG)),
     "rq4": Question("Levels, codes and weights of the tokenizer", (CEMG,)),
-    "rq5": Question("Cold and new items", (*MODELS, CEMG)),
+    "rq5": Question("Cold and new items", (*DEFAULT, CEMG)),
 }
 
 

@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # small
     "missrec": COSINE,
 }
 TRAINED = [name for name in SETTINGS if MODELS[name].trains]
-ELSEWHERE = {"mmgrec", "llamarec"}  # in test_generative.py: they need texts
+ELSEWHERE = {"mmgrec", "llamarec", *(name for name in FITTED if MODELS[name].asked)}  # in files of their own
 
 pytestmark = pytest.mark.usefixtures("frozen_features")
 
