@@ -26,7 +26,7 @@ from cemg.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class GRU4RecConfig:
-    """Settings of cornac's GRU4Rec; the defaults are those of the library but for width, loss and epochs."""
+    """Settings of cornac's GRU4Rec; the defaults are the library's but for width, dropout and epochs."""
 
     layers: int = 128
     loss: str = "cross-entropy"
@@ -44,7 +44,7 @@ class GRU4RecConfig:
 
 @dataclass(frozen=True, slots=True)
 class SASRecConfig:
-    """Settings of cornac's SASRec; the defaults are those of the library but for width, dropout and epochs."""
+    """Settings of cornac's SASRec; the defaults are the library's but for width, dropout and epochs."""
 
     embedding_dim: int = 128
     loss: str = "ce"
