@@ -11,6 +11,7 @@ from cemg.evaluation import Sample, differences_of, printed_rows, restrict
 from cemg.evaluation.results import KEPT, REMOVED, intervals_key
 
 Record = dict[str, Any]
+PAPER = "CEMG paper"  # source of what it prints
 OWN = "CEMG"  # titles of what is compared with the best baseline begin with it
 
 
@@ -68,22 +69,24 @@ def _on_samples(data: str, record: Record, results: Sequence[tuple[str, str, Rec
 
 
 def ranking_rows(board: Board, key: str, *, paper: bool) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the metrics with the history kept or removed, those of the paper beside them."""
+    """Columns and rows of the metrics with the history kept or removed, and what papers print beside them.
+
+    The papers are CEMG's and, where it prints a result on this data set, the one of the model itself.
+    """
     names = board.metrics
-    printed = {row.model: row for row in printed_rows(board.data) if row.source == "CEMG paper"}
-    shows_paper = paper and key == KEPT and bool(printed)
-    columns = [
-        "model",
-        "seeds",
-        *names,
-        *(["HR@10 in the paper", "NDCG@10 in the paper"] if shows_paper else []),
+    shown = printed_rows(board.data) if paper and key == KEPT else []
+    printed = [
+        {row.model: row for row in shown if (row.source == PAPER) == is_cemg} for is_cemg in (True, False)
     ]
+    labels = ("in the paper", "in its own paper")
+    used = [(by, label) for by, label in zip(printed, labels, strict=True) if by.keys() & board.rows.keys()]
+    of_papers = [f"{name} {label}" for _, label in used for name in ("HR@10", "NDCG@10")]
+    columns = ["model", "seeds", *names, *of_papers]
     rows = []
     for title, records in board.rows.items():
         cells = [figure(records, key, name) for name in names]
         row = [title, str(len(records)), *cells]
-        if shows_paper:
-            known = printed.get(title)
+        for known in (printed_by.get(title) for printed_by, _ in used):
             row += [f"{known.hr10:.4f}", f"{known.ndcg10:.4f}"] if known else ["", ""]
         rows.append(row)
     return columns, rows

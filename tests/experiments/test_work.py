@@ -17,7 +17,7 @@ from cemg.commands import experiment, latency
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 from cemg.experiments import Store, Task, plan, work, write_experiment_report
-from cemg.experiments.tables import best_baseline, boards
+from cemg.experiments.tables import best_baseline, boards, ranking_rows
 from cemg.experiments.work import Options, Source, command_of, run_task, run_tasks
 
 QUICK = ["popularity", "memory"]
@@ -333,3 +333,18 @@ def test_latencies_are_measured_in_turns_once_and_reported(
     store.remove(tasks[1])  # with other models they are measured again
     work.measure_latencies(tasks, store, options())
     assert len(ran) == 1
+
+
+def test_what_papers_print_stands_beside_the_history_kept() -> None:
+    rows = [("beauty", title, example_result()) for title in ("SASRec", "TIGER", "CEMG")]
+    (board,) = boards(rows, {})
+    columns, table = ranking_rows(board, "metrics", paper=True)
+    assert columns[-4:] == [
+        "HR@10 in the paper", "NDCG@10 in the paper", "HR@10 in its own paper", "NDCG@10 in its own paper",
+    ]  # fmt: skip
+    assert [row[-4:] for row in table] == [
+        ["0.0434", "0.0147", "", ""], ["0.0533", "0.0251", "0.0648", "0.0384"], ["0.0665", "0.0348", "", ""],
+    ]  # fmt: skip
+    assert not any("paper" in name for name in ranking_rows(board, "metrics_history_removed", paper=True)[0])
+    (other,) = boards([("shop", "SASRec", example_result())], {})
+    assert len(ranking_rows(other, "metrics", paper=True)[0]) == 8
