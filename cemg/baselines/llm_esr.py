@@ -66,6 +66,7 @@ class LLMESRConfig(LoopConfig):
     negatives: int = 2048
     max_length: int = 50
     batch_size: int = 64
+    epochs: int = 16
     products: str = "bfloat16"
 
     def __post_init__(self) -> None:

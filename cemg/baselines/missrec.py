@@ -9,9 +9,10 @@ own cosines with the state, so that the weights depend on the user.
 
 Source: Wang et al., MISSRec: Pre-training and Transferring Multi-modal Interest-aware Sequence Representation
 for Recommendation, 2023, https://arxiv.org/abs/2308.11175, without its pre-training. Differences: k-means
-replaces density peaks; both networks are causal, so that all positions are trained in one pass; the loss is
-estimated from drawn items; interests are orthogonal per user, by the squared cosines of their encodings. The
-width is 128 instead of 300 and the dropout 0.3 instead of 0.5, for two CPU cores.
+replaces density peaks; both networks are causal, so that all positions are trained in one pass; attention
+depends on the distance of two items in place of their positions; the loss is estimated from drawn items;
+interests are orthogonal per user, by the squared cosines of their encodings. The width is 128 instead of 300
+and the dropout 0.3 instead of 0.5, for two CPU cores.
 """
 
 from __future__ import annotations

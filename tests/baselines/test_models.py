@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # small
     "sasrec-bce": SEQUENCE | {"inner": 32, "blocks": 1},
     "bsarec": SEQUENCE | {"inner": 32, "blocks": 1},
     "llm-esr": SEQUENCE | {"inner": 32, "blocks": 1},
-    "mmsrec": COSINE | {"input_dropout": 0.0, "epochs": 16},
+    "mmsrec": COSINE | {"epochs": 16},
     "missrec": COSINE,
 }
 TRAINED = [name for name in SETTINGS if MODELS[name].trains]

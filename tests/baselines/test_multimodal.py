@@ -75,7 +75,7 @@ def test_items_that_no_user_has_seen_are_recommended_by_their_features(
     monkeypatch.setattr(module, "item_features", lambda job: features_of_groups(kinds))
     data, settings = data_of_groups(), SMALL | ({"epochs": 5} if name == "llm-esr" else {"layers": 1})
     if kinds == "text+image":
-        settings |= {"batch_size": 8, "input_dropout": 0.0}
+        settings |= {"batch_size": 8}
     fitted = fit(name, Job(data, tmp_path, seed=1, settings=settings))
     split = data.split()
     ranked = fitted.rank(split.histories("test"), data.num_items).numpy()
