@@ -25,7 +25,7 @@ from cemg.features import Features
 from cemg.graph.lightgcn import edges_of
 from cemg.progress import track
 from cemg.storage import files
-from cemg.storage.read import read_tensor_file
+from cemg.storage.read import parse_json, read_tensor_file
 from cemg.tokenizer import Scaling, TokenizerConfig, make_unique
 from cemg.tokenizer.training import train_tokenizer
 from cemg_kernels import BipartiteGraph, lightgcn_propagate
@@ -73,11 +73,18 @@ class GraphIdsConfig(LoopConfig):
                 raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
 
 
-def item_ids(job: Job, config: GraphIdsConfig) -> tuple[Tensor, Tensor, float]:
-    """Return the item vectors and their codes, and the seconds that they took.
+@dataclass(frozen=True, slots=True)
+class GraphIds:
+    """The vectors [N, D] and the codes [N, M] of items, and what their training took."""
 
-    They are kept in the folder of the job, for a training that resumes there.
-    """
+    vectors: Tensor
+    codes: Tensor
+    seconds: float
+    graph_epochs: float
+
+
+def item_ids(job: Job, config: GraphIdsConfig) -> GraphIds:
+    """Train the graph and the RQ-VAE, or read what an earlier training in the folder of the job has kept."""
     split, path = job.data.split(), job.folder / IDS
     names = {f.name for f in fields(GraphIdsConfig)} - {f.name for f in fields(LoopConfig)}
     about = {name: value for name, value in asdict(config).items() if name in names | {"seed"}}
@@ -87,14 +94,15 @@ def item_ids(job: Job, config: GraphIdsConfig) -> tuple[Tensor, Tensor, float]:
         tensors, known = read_tensor_file(path, fix=fix)
         if known.get("identity") != identity:
             raise UserError(f"{path} belongs to another run", fix=fix)
-        return tensors["vectors"], tensors["codes"], float(known["seconds"])
-    features, started = item_features(job), time.perf_counter()
-    vectors = train_graph(features, split.train, config, device=job.device, budget=job.budget)
-    codes = quantize(vectors, split.train_counts(job.data.num_items), config, device=job.device)
-    seconds = time.perf_counter() - started
-    tensors = {"vectors": vectors, "codes": codes}
-    files.save_tensors(tensors, path, metadata={"identity": identity, "seconds": str(seconds)})
-    return vectors, codes, seconds
+        spent = parse_json(known["spent"], dict[str, float], name=str(path), fix=fix)
+    else:
+        features, started = item_features(job), time.perf_counter()
+        vectors, epochs = train_graph(features, split.train, config, device=job.device, budget=job.budget)
+        codes = quantize(vectors, split.train_counts(job.data.num_items), config, device=job.device)
+        spent = {"seconds": time.perf_counter() - started, "graph_epochs": epochs}
+        tensors = {"vectors": vectors, "codes": codes}
+        files.save_tensors(tensors, path, metadata={"identity": identity, "spent": json.dumps(spent)})
+    return GraphIds(tensors["vectors"], tensors["codes"], spent["seconds"], spent["graph_epochs"])
 
 
 class GraphItems(nn.Module):
@@ -126,8 +134,8 @@ class GraphItems(nn.Module):
 def train_graph(
     features: dict[str, Features], train: Sequence[np.ndarray], config: GraphIdsConfig, *, device: str,
     budget: float | None,
-) -> Tensor:  # fmt: skip
-    """Train with BPR on the training interactions, and return the item vectors [N, D] after the graph."""
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Train with BPR on the training interactions. Returns the item vectors [N, D] and the epochs."""
     users, items = edges_of(train)
     num_items = len(next(iter(features.values())).present)
     graph = BipartiteGraph.from_edges(users.to(device), items.to(device), len(train), num_items)
@@ -140,26 +148,29 @@ def train_graph(
         lr=config.graph_rate, weight_decay=config.graph_decay,
     )  # fmt: skip
     until = time.perf_counter() + (float("inf") if budget is None else budget / 2)
-    for _ in track(range(config.graph_epochs), "graph"):
-        for rows in torch.randperm(len(users), generator=generator).split(config.graph_batch):
-            drawn = torch.randint(num_items, (len(rows), config.graph_negatives), generator=generator)
-            chosen = torch.cat([items[rows, None], drawn], dim=1).to(device) + len(
-                train
-            )  # [B, 1 + negatives]
-            vectors = lightgcn_propagate(graph, model(), config.graph_layers)
-            user = vectors.index_select(0, users[rows].to(device))  # [B, D]
-            item = vectors.index_select(0, chosen.flatten()).view(*chosen.shape, -1)
-            scores = (item @ user[:, :, None])[..., 0]  # [B, 1 + negatives]
-            loss = F.softplus(scores[:, 1:] - scores[:, :1]).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            if time.perf_counter() > until:
-                break
+    batches = (
+        rows
+        for _ in track(range(config.graph_epochs), "graph")
+        for rows in torch.randperm(len(users), generator=generator).split(config.graph_batch)
+    )
+    done = 0
+    for rows in batches:
+        drawn = torch.randint(num_items, (len(rows), config.graph_negatives), generator=generator)
+        chosen = torch.cat([items[rows, None], drawn], dim=1).to(device)  # [B, 1 + negatives]
+        vectors = lightgcn_propagate(graph, model(), config.graph_layers)
+        user = vectors.index_select(0, users[rows].to(device))  # [B, D]
+        item = vectors.index_select(0, chosen.flatten() + len(train)).view(*chosen.shape, -1)
+        scores = (item @ user[:, :, None])[..., 0]  # [B, 1 + negatives]
+        loss = F.softplus(scores[:, 1:] - scores[:, :1]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        done += len(rows)
         if time.perf_counter() > until:
             break
     with torch.no_grad():
-        return lightgcn_propagate(graph, model(), config.graph_layers)[len(train) :].cpu()
+        vectors = lightgcn_propagate(graph, model(), config.graph_layers)[len(train) :].cpu()
+    return vectors, done / len(users)
 
 
 def quantize(vectors: Tensor, counts: np.ndarray, config: GraphIdsConfig, *, device: str) -> Tensor:
@@ -179,8 +190,7 @@ def quantize(vectors: Tensor, counts: np.ndarray, config: GraphIdsConfig, *, dev
     items = tokenizer.features(data, {"image": none, "text": none, "collab": everyone})
     codes, z = (part.cpu() for part in tokenizer.tokenize(items.to(device)))
     order = torch.from_numpy(np.argsort(-counts, kind="stable"))
+    codebooks = tokenizer.model.codebooks.detach().cpu()
     unique = torch.empty(len(codes), config.levels + 1, dtype=torch.int64)
-    unique[order] = make_unique(
-        codes[order], z[order], tokenizer.model.codebooks.cpu(), method="suffix"
-    ).codes
+    unique[order] = make_unique(codes[order], z[order], codebooks, method="suffix").codes
     return unique

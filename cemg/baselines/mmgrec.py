@@ -280,16 +280,17 @@ def fit(job: Job) -> Fitted:
         raise UserError(
             f"{job.data.name}: no user has two training items", fix="use data with longer histories"
         )
-    vectors, codes, seconds = item_ids(job, config)
+    ids = item_ids(job, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = MMGRec(vectors, codes, config).to(job.device)
-    total = len(split.valid_users)
+        model = MMGRec(ids.vectors, ids.codes, config).to(job.device)
+    digest = tensors_digest({"vectors": ids.vectors, "codes": ids.codes})
     log = train(
         model, samples, split, config=config, loss=model.loss, scorer=model,
-        settings=asdict(config) | {"ids": tensors_digest({"vectors": vectors, "codes": codes})},
-        folder=job.folder, budget=None if job.budget is None else max(job.budget - seconds, 1e-9),
-        valid_users=Sample(config.valid_users).rows(total) if config.valid_users else None,
+        settings=asdict(config) | {"ids": digest}, folder=job.folder,
+        budget=None if job.budget is None else max(job.budget - ids.seconds, 1e-9),
+        valid_users=Sample(config.valid_users).rows(len(split.valid_users)) if config.valid_users else None,
     )  # fmt: skip
-    about = asdict(config) | {"model": "mmgrec", "ids_seconds": round(seconds, 1)}
-    return Fitted.of_log(model, about | {"last_codes": model.sizes[-1]}, log, select=config.select)
+    about = {"ids_seconds": round(ids.seconds, 1), "graph_epochs_run": round(ids.graph_epochs, 2)}
+    about |= asdict(config) | {"model": "mmgrec", "last_codes": model.sizes[-1]}
+    return Fitted.of_log(model, about, log, select=config.select)
