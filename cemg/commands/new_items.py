@@ -72,7 +72,7 @@ def test(
     seed: SeedOption = 0,
 ) -> None:
     """Add the items to the catalog of the run, and test it on the users whose target is one of them."""
-    added = pl.read_parquet(items)["item"].to_list()
+    added = pl.read_parquet(items, glob=False)["item"].to_list()
     if not set(added) <= {*map(str, RunArtifacts.open(run).load_catalog().item_ids)}:
         catalog_command.add(run, items)
     artifacts = RunArtifacts.open(run)

@@ -69,30 +69,36 @@ class Evaluation:
     @property
     def metrics(self) -> Metrics:
         """HR and NDCG with the history kept in the lists, as papers on generative retrieval print them."""
-        return metrics_at(self.ranks, self.cutoffs)
+        return metrics_at(self.by_user(self.ranks), self.cutoffs)
 
     @property
     def metrics_history_removed(self) -> Metrics:
         """HR and NDCG of the lists without the history."""
-        return metrics_at(self.ranks_history_removed, self.cutoffs)
+        return metrics_at(self.by_user(self.ranks_history_removed), self.cutoffs)
 
     @property
     def cold_metrics(self) -> Metrics:
         """HR and NDCG over users with a cold target, with the history kept; empty if there are none."""
-        return metrics_at(self.ranks[self.cold], self.cutoffs) if bool(self.cold.any()) else {}
+        return self._cold(self.ranks)
 
     @property
     def cold_metrics_history_removed(self) -> Metrics:
         """The same with the history removed."""
-        ranks = self.ranks_history_removed[self.cold]
-        return metrics_at(ranks, self.cutoffs) if len(ranks) else {}
+        return self._cold(self.ranks_history_removed)
+
+    def _cold(self, ranks: Tensor) -> Metrics:
+        of_cold = self.by_user(ranks)[self.by_user(self.cold)]
+        return metrics_at(of_cold, self.cutoffs) if len(of_cold) else {}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Compute 95 % intervals of ``metrics`` over users: Wilson for HR, bootstrap for NDCG."""
-        return intervals_at(self.ranks, self.cutoffs)
+        return intervals_at(self.by_user(self.ranks), self.cutoffs)
 
     def by_user(self, ranks: Tensor) -> Tensor:
-        """Return ``ranks`` [T], which are in the order of ``users``, by ascending position in the split."""
+        """Return ``ranks`` [T], which are in the order of ``users``, by ascending position in the split.
+
+        Sums in this order are the same as those of a result file, to the last digit.
+        """
         return ranks[torch.from_numpy(np.argsort(self.users))]
 
 
