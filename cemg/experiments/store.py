@@ -29,7 +29,10 @@ from cemg.version import __version__
 FORMAT = "2"  # of task.json
 TASK, RESULT, SEARCH, CODES = "task.json", "result.json", "search.json", "codes.json"
 # Seconds per 1,000 interactions with the default settings on one core (AMD EPYC), from trainings on Beauty.
-SECONDS = {"popularity": 0.004, "memory": 0.4, "gru4rec": 2.7, "sasrec": 10.0, "bsarec": 5.7, CEMG: 11.0}
+SECONDS = {
+    "popularity": 0.004, "memory": 0.4, "gru4rec": 2.7, "sasrec": 10.0, "bsarec": 5.7, "llm-esr": 3.6,
+    "mmsrec": 1.5, "missrec": 2.7, CEMG: 11.0,
+}  # fmt: skip
 GATE_SECONDS = 1.3  # the same for the gate alone, with its test
 
 
