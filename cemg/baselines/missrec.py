@@ -169,6 +169,9 @@ class MISSRec(CatalogModel):
     def score(self, states: Tensor, vectors: Vectors) -> Tensor:
         """Score every item for every state [P, D]: logits [P, C]."""
         modal, ids, present = vectors
+        if modal.shape[1] == 1:  # the mean is the same for every user, so it is taken of the vectors
+            table = modal[:, 0] if self.ids is None else (modal[:, 0] + ids) / 2
+            return states @ table.T / self.config.temperature
         cosines = torch.stack([states @ modal[:, m].T for m in range(modal.shape[1])], dim=-1)
         return self.fuse(cosines, None if self.ids is None else states @ ids.T, present)
 

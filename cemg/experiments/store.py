@@ -36,6 +36,7 @@ SEARCH, FREE, MEMORY = "search.json", "free.json", "memory.json"  # further resu
 # those of TIGER, LETTER and LlamaRec are extrapolated from a few steps.
 SECONDS = {
     "popularity": 0.004, "memory": 0.4, "gru4rec": 2.7, "sasrec": 10.0, "bsarec": 5.7, CEMG: 11.0,
+    "llm-esr": 3.6, "mmsrec": 1.5, "missrec": 2.7,
     "tiger": 2600.0, "letter": 1350.0, "mmgrec": 10.0, "llamarec": 2900.0,
 }  # fmt: skip
 GATE_SECONDS = 1.3  # the same for the gate alone, with its test

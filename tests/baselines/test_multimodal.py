@@ -224,6 +224,18 @@ def test_the_weights_of_modalities_depend_on_the_user() -> None:
     torch.testing.assert_close(only, cosines[:, 0])
 
 
+@pytest.mark.parametrize("kinds", ["text", "text+image"])
+def test_the_scores_of_a_catalog_are_those_of_single_items(kinds: str) -> None:
+    torch.manual_seed(0)
+    config = missrec.MISSRecConfig(dim=16, heads=2)
+    model = missrec.MISSRec(features_of_groups(kinds), config)
+    states = torch.nn.functional.normalize(torch.randn(50, 16), dim=1)
+    modal, ids, present = model.encode_catalog()
+    own = model.fuse((states[:, None] * modal).sum(-1), (states * ids).sum(-1), present)
+    found = model.score(states, (modal, ids, present)).diagonal()
+    torch.testing.assert_close(found, own, rtol=0, atol=1e-4)  # float32 of magnitude 10
+
+
 @pytest.mark.parametrize("loss", ["ce", "bce"])
 def test_both_losses_of_llm_esr_learn(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_esr, "item_features", lambda job: features_of_groups("text"))
