@@ -109,7 +109,7 @@ def _fit(job: Job, kind: str, config: Any, settings: dict[str, Any], *, needs_te
     models: Any = _cornac("models")
     data: Any = _cornac("data")
     split, items = job.data.split(), job.data.num_items
-    maps = (OrderedDict(), OrderedDict(), OrderedDict((n, n) for n in range(items)))
+    maps: tuple[Any, ...] = (OrderedDict(), OrderedDict(), OrderedDict((n, n) for n in range(items)))
     train = _sessions(data, [s for s in split.train if len(s) > 1], maps)
     pairs = zip(split.histories("valid"), split.targets("valid"), strict=True)
     valid = _sessions(data, [np.append(h, target) for h, target in pairs], maps)
