@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cemg.baselines.registry import MODELS
 from cemg.errors import UserError
 from cemg.experiments import QUESTIONS, Task, plan
-from cemg.experiments.plan import sources_of
+from cemg.experiments.plan import DEFAULT, sources_of
 
 SOURCES = {"shop": Path("shop.csv")}
 
@@ -19,7 +18,7 @@ def names(*questions: str, **options: object) -> list[str]:
 
 
 def test_rq1_has_every_model_and_cemg_with_and_without_its_memory() -> None:
-    expected = ["cemg", *MODELS, "cemg-without-memory"]
+    expected = ["cemg", *DEFAULT, "cemg-without-memory"]
     assert sorted(names("rq1")) == sorted(f"shop-{name}-seed0" for name in expected)
 
 
