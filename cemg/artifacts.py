@@ -209,11 +209,14 @@ class RunArtifacts:
             )
         return gate
 
-    def sources(self, gate: Gate, memory: Memory, *, items: int | None = None) -> list[Source]:
+    def sources(
+        self, gate: Gate, memory: Memory, *, items: int | None = None, softmax: DenseSource | None = None
+    ) -> list[Source]:
         """The experts beside the generator, in the order of the gate.
 
         With ``items``, the item softmax knows only that many rows, for a search without the items that were
-        added later. The memory has the items of the catalog that it was loaded for.
+        added later. The memory has the items of the catalog that it was loaded for. ``softmax``: see
+        `item_softmax`; None loads it.
         """
         sources: list[Source] = []
         if MEMORY in gate.sources:
@@ -224,13 +227,19 @@ class RunArtifacts:
             dense = DenseRanker.load(self.run.path("gate"))
             sources.append(DenseSource(dense, items=dense.model.items.num_embeddings))
         if SOFTMAX in gate.sources:
-            sources.append(replace(self.item_softmax(), limit=items))
+            sources.append(replace(softmax or self.item_softmax(), limit=items))
         return sources
 
-    def item_softmax(self) -> DenseSource:
-        """The item softmax of the generator, for a run with ``generator.item_loss``."""
-        model, vocabulary = self.load_generator()
-        prompter = self.prompter(model, vocabulary, self.load_catalog())
+    def item_softmax(
+        self, model: PreTrainedModel | None = None, prompter: Prompter | None = None
+    ) -> DenseSource:
+        """The item softmax of the generator, for a run with ``generator.item_loss``.
+
+        ``model`` and ``prompter`` are those of a catalog with further items; None loads them.
+        """
+        if model is None or prompter is None:
+            model, vocabulary = self.load_generator()
+            prompter = self.prompter(model, vocabulary, self.load_catalog())
         return DenseSource(ItemSoftmax(model, prompter), name=SOFTMAX)
 
     def load_catalog(self) -> Catalog:
@@ -270,7 +279,17 @@ class RunArtifacts:
         return tokenizer
 
     def load_generator(self) -> tuple[PreTrainedModel, Vocabulary]:
-        """The trained model (float32, on the device, in evaluation mode) and its vocabulary.
+        """The trained model (float32, on the device, in evaluation mode) and its vocabulary, for searches.
+
+        Raises:
+            UserError: The generator was trained on another catalog.
+        """
+        model, vocabulary = self.served(*self.load_trained(), self.load_catalog())
+        model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps Module.to
+        return model.eval(), vocabulary
+
+    def load_trained(self) -> tuple[PreTrainedModel, Vocabulary]:
+        """The model as it was trained, on the CPU, and its vocabulary; ``served`` prepares it for searches.
 
         Raises:
             UserError: The generator was trained on another catalog.
@@ -288,8 +307,6 @@ class RunArtifacts:
         self._check_vocabulary(vocabulary)
         load_weights(model, path)
         self.check_unchanged()
-        model, vocabulary = self.served(model, vocabulary, catalog)
-        model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps Module.to
         return model.eval(), vocabulary
 
     def served(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from cemg.decoding.priors import PRIOR_WEIGHT, prior_of_rows, prior_tensors
 from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
 from cemg.generator.item_tokens import keep_items
-from cemg.mixture import Experts
+from cemg.memory import Memory
+from cemg.mixture import Experts, Gate, Source
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
 from cemg_kernels import ItemFilter, ItemPrior, RequestFilter, Trie
 
@@ -40,10 +42,16 @@ class Recommender:
         self.catalog: Catalog = artifacts.load_catalog()
         known = set(self.catalog.item_ids)  # a retraining may have dropped some of the removed
         self.removed = [item for item in artifacts.removed_items() if item in known]
-        model, vocabulary = artifacts.load_generator()
-        self.prompter = artifacts.prompter(model, vocabulary, self.catalog)
-        normalize = artifacts.normalize(normalize)
-        self.decoder = make_decoder(engine, model, self.catalog, vocabulary.code_token_start, normalize)
+        self._normalize, self._trained = artifacts.normalize(normalize), artifacts.load_trained()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Prepare searches in the catalog."""
+        model, vocabulary = self.artifacts.served(*self._trained, self.catalog)
+        model.to(torch.device(self.artifacts.device))  # type: ignore[arg-type]  # transformers wraps Module.to
+        self.prompter = self.artifacts.prompter(model, vocabulary, self.catalog)
+        first = vocabulary.code_token_start
+        self.decoder = make_decoder(self.engine, model, self.catalog, first, self._normalize)
 
     @classmethod
     def from_run(
@@ -161,7 +169,9 @@ class Recommender:
         own = prior_of_rows(prior, self.catalog)
         weight = PRIOR_WEIGHT if prior_weight is None else prior_weight
         if mixes:
-            mixed = self._mixture.prior(rows, constant=memory == "constant", exclude_history=exclude_history)
+            gate, sources = self._experts
+            experts = Experts(gate, sources, self.memory.counts)
+            mixed = experts.prior(rows, constant=memory == "constant", exclude_history=exclude_history)
             own = _named(ItemPrior(mixed.items, mixed.mass), self.catalog)
             weight = mixed.weight.tolist()
         known = rows if self.catalog.named else many  # as the trie's leaves name them
@@ -196,9 +206,48 @@ class Recommender:
         return "gate" if fitted and self.artifacts.has_gate() else "off"
 
     @cached_property
-    def _mixture(self) -> Experts:
-        gate, memory = self.artifacts.load_gate(), self.artifacts.load_memory(self.catalog)
-        return Experts(gate, self.artifacts.sources(gate, memory), memory.counts)
+    def memory(self) -> Memory:
+        """The item memory of the mixture, which learns by `Memory.observe`."""
+        return self.artifacts.load_memory(self.catalog)
+
+    @cached_property
+    def _experts(self) -> tuple[Gate, list[Source]]:
+        gate, softmax = self.artifacts.load_gate(), None
+        if self.artifacts.config.generator.item_loss and isinstance(self.decoder, Decoder):
+            softmax = self.artifacts.item_softmax(self.decoder.model, self.prompter)
+        return gate, self.artifacts.sources(gate, self.memory, softmax=softmax)
+
+    def with_items(
+        self, codes: Tensor, item_ids: Sequence[str], *, titles: Mapping[int | str, str] | None = None
+    ) -> Recommender:
+        """Return a recommender whose catalog has further items. This one does not change.
+
+        Both share the item memory, which must have the items before the first search that mixes it:
+        ``recommender.memory.add_items(texts)``.
+
+        Args:
+            codes: Semantic IDs of the items, [n, levels]: see `encode_items`.
+            item_ids: Ids of the items.
+            titles: Titles of all items.
+        """
+        other = copy.copy(self)
+        for name in ("_experts", "_not_removed", "removed_leaves", "_titles"):  # cached
+            other.__dict__.pop(name, None)
+        other.catalog = self.catalog.extended(codes, item_ids)
+        if titles is not None:
+            other.__dict__["_titles"] = dict(titles)
+        if self.artifacts.has_memory():
+            other.__dict__["memory"] = self.memory
+        other._prepare()
+        return other
+
+    def without_items(self, removed: Sequence[str | int]) -> Recommender:
+        """Return a recommender that never recommends these items. This one does not change."""
+        other = copy.copy(self)
+        for name in ("_not_removed", "removed_leaves"):
+            other.__dict__.pop(name, None)
+        other.removed = list(removed)
+        return other
 
     def _search(
         self,
