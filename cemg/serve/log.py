@@ -1,0 +1,112 @@
+"""One transaction on the catalog: its numbered changes, and the rows that they write."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import Column, Connection, Row, Select, bindparam, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from cemg.serve.rows import Item, Kind, State, StoredItem, to_json
+from cemg.serve.schema import changes, items, state
+
+CHUNK = 500  # ids in one query, below the limits of SQLite and PostgreSQL
+ITEM = [
+    *(column for column in items.c if column.name != "image"),
+    items.c.image.is_not(None).label("has_image"),
+]
+T = TypeVar("T")
+
+
+class ChangeLog:
+    """The changes of one transaction: it numbers them, and writes them in few statements."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.version = int(lock_counters(connection).version)
+        self.rows: list[dict[str, Any]] = []
+        self._items: dict[str, dict[str, Any]] = {}
+        self._marks: list[dict[str, Any]] = []
+        self._time = time.time()
+
+    def add(self, kind: Kind, item_id: str, payload: dict[str, Any]) -> None:
+        """Begin the next change."""
+        self.version += 1
+        row = {"version": self.version, "kind": kind, "item_id": item_id, "payload": payload}
+        self.rows.append(row | {"time": self._time})
+
+    def save(self, item: Item, now_is: State) -> None:
+        """Insert or replace an item, but keep its codes."""
+        self._items[item.item_id] = {
+            "item_id": item.item_id, "title": item.title, "text": item.text,
+            "attributes": to_json(dict(item.attributes)), "state": now_is, "version": self.version,
+            "time": self._time, "image": item.image,
+        }  # fmt: skip
+
+    def mark(self, item_id: str, **values: object) -> None:
+        """Change the state or the codes of an item."""
+        stamp = {"version": self.version, "time": self._time}
+        self._marks.append({"key": item_id, **values, **stamp})
+
+    def write(self) -> int:
+        """Write all, and return the version."""
+        run = self.connection.execute
+        dialect = sqlite if self.connection.dialect.name == "sqlite" else postgresql
+        if self._items:
+            new = dialect.insert(items)
+            kept = ("item_id", "codes")
+            values = {column.name: new.excluded[column.name] for column in items.c if column.name not in kept}
+            upsert = new.on_conflict_do_update(index_elements=["item_id"], set_=values)
+            run(upsert, list(self._items.values()))
+        if self._marks:
+            names = [name for name in self._marks[0] if name != "key"]
+            key = items.c.item_id == bindparam("key")
+            run(update(items).where(key).values({name: bindparam(name) for name in names}), self._marks)
+        if self.rows:
+            run(insert(changes), [row | {"payload": to_json(row["payload"])} for row in self.rows])
+            run(update(state).values(version=self.version))
+        return self.version
+
+
+def lock_counters(connection: Connection) -> Row[Any]:
+    """The counters, locked until the end of the transaction."""
+    return connection.execute(select(state).with_for_update()).one()
+
+
+def count(connection: Connection, *, number: int, events: int, users: int) -> None:
+    changed = {"events": state.c.events + events, "users": state.c.users + users}
+    connection.execute(update(state).values(number=number, **changed))
+
+
+def present(connection: Connection, column: Column[str], names: Collection[str]) -> set[str]:
+    """The names that are in a column."""
+    found: set[str] = set()
+    for chunk in chunks(sorted(names)):
+        found.update(connection.execute(select(column).where(column.in_(chunk))).scalars())
+    return found
+
+
+def states_of(connection: Connection, names: Sequence[str]) -> dict[str, tuple[State, str | None]]:
+    """State and codes (as JSON) of the items that have a row."""
+    query = select(items.c.item_id, items.c.state, items.c.codes).where(items.c.item_id.in_(names))
+    return {row.item_id: (row.state, row.codes) for row in connection.execute(query)}
+
+
+def select_item(item_id: str) -> Select[Any]:
+    return select(*ITEM, items.c.image).where(items.c.item_id == item_id)
+
+
+def stored_item(row: Row[Any]) -> StoredItem:
+    image = getattr(row, "image", None)
+    content = None if image is None else bytes(image)
+    item = Item(row.item_id, row.title, row.text, content, json.loads(row.attributes))
+    codes = None if row.codes is None else tuple(json.loads(row.codes))
+    return StoredItem(item, row.state, codes, row.version, row.time, bool(row.has_image))
+
+
+def chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), CHUNK):
+        yield values[start : start + CHUNK]

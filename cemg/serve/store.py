@@ -1,0 +1,410 @@
+"""The durable store of a service: events of users, added and changed items, and a numbered log of changes.
+
+A call that writes returns when its rows are on the disk; a call that raises has stored nothing. Any number of
+threads and processes may use a store at once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Select, delete, insert, select
+
+from cemg.errors import UserError
+from cemg.serve.database import Database, Synchronous
+from cemg.serve.log import (
+    ITEM,
+    ChangeLog,
+    chunks,
+    count,
+    lock_counters,
+    present,
+    select_item,
+    states_of,
+    stored_item,
+)
+from cemg.serve.rows import (
+    STATES,
+    Change,
+    Deletion,
+    Event,
+    Item,
+    State,
+    StoredEvent,
+    StoredItem,
+    UnknownItemError,
+    check_codes,
+    check_events,
+    check_item,
+    check_names,
+    describe,
+    patched,
+    to_json,
+)
+from cemg.serve.schema import changes, deletions, events, items, prepare, set_meta, state, users
+
+PAGE = 1_000  # items in one query of an iteration
+EVENT = (
+    events.c.number,
+    events.c.event_id,
+    events.c.user_id,
+    events.c.item_id,
+    events.c.timestamp,
+    events.c.type,
+    events.c.received,
+)
+
+
+class Store:
+    """The durable store of a service.
+
+    Example:
+        >>> store = Store.open("runs/demo/store.sqlite")
+        >>> store.append_events([Event("e1", "ann", "item-1")])
+        [True]
+        >>> [event.item_id for event in store.history("ann")]
+        ['item-1']
+
+    Attributes:
+        run_items: The items of the run that is served, for a test of membership. They are active before the
+            store has a row for them. None: unknown, so any item may be one of the run.
+    """
+
+    def __init__(self, database: Database, catalog: str, run_items: Container[str] | None) -> None:
+        self.run_items = run_items
+        self._database = database
+        self._catalog = catalog
+
+    @classmethod
+    def open(
+        cls,
+        url_or_path: str | Path,
+        *,
+        catalog: str = "",
+        run_items: Container[str] | None = None,
+        synchronous: Synchronous = "FULL",
+    ) -> Store:
+        """Open a store, and create or migrate it first if necessary.
+
+        Args:
+            url_or_path: A path is an SQLite file; a URL is a PostgreSQL database.
+            catalog: Digest of the catalog of the run. A store belongs to the first one that it was opened
+                with. "" opens any store.
+            run_items: See the attribute.
+            synchronous: "NORMAL" is faster, and may lose the last acknowledged rows in a power cut, though
+                not when the process is killed. Only for SQLite.
+
+        Raises:
+            UserError: The store belongs to another catalog, is newer than this version, is not a store, or
+                cannot be reached.
+        """
+        database = Database.open(url_or_path, synchronous=synchronous)
+        try:
+            with database.write() as connection:
+                found = prepare(connection, catalog=catalog, where=database.where)
+        except BaseException:
+            database.close()
+            raise
+        return cls(database, found, run_items)
+
+    def close(self) -> None:
+        """Close the store. Later calls raise UserError."""
+        self._database.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def catalog(self) -> str:
+        """The digest of the catalog that the store belongs to, or ""."""
+        return self._catalog
+
+    def append_events(self, new: Sequence[Event]) -> list[bool]:
+        """Store events; all of them or, after an exception, none.
+
+        An event with a known id is skipped, also one that is twice in ``new``. The ids of deleted events are
+        not known any more.
+
+        Returns:
+            True for each event that was stored, False for each that was known.
+
+        Raises:
+            UserError: An event has an invalid id, type or timestamp.
+            BusyError: Another process writes for too long.
+            StorageError: The disk is full or fails.
+        """
+        new = list(new)
+        check_events(new)
+        if not new:
+            return []
+        with self._database.write() as connection:
+            number = lock_counters(connection).number
+            seen = present(connection, events.c.event_id, {event.event_id for event in new})
+            received, rows, stored = time.time(), [], []
+            for event in new:
+                stored.append(event.event_id not in seen)
+                if not stored[-1]:
+                    continue
+                seen.add(event.event_id)
+                number += 1
+                timestamp = None if event.timestamp is None else float(event.timestamp)
+                rows.append({
+                    "number": number, "event_id": event.event_id, "user_id": event.user_id,
+                    "item_id": event.item_id, "timestamp": timestamp, "type": event.type,
+                    "received": received, "time": received if timestamp is None else timestamp,
+                })  # fmt: skip
+            if rows:
+                here = {row["user_id"] for row in rows}
+                fresh = here - present(connection, users.c.user_id, here)
+                if fresh:
+                    connection.execute(insert(users), [{"user_id": user} for user in sorted(fresh)])
+                connection.execute(insert(events), rows)
+                count(connection, number=number, events=len(rows), users=len(fresh))
+        return stored
+
+    def history(self, user_id: str, limit: int | None = None) -> list[StoredEvent]:
+        """The events of a user, oldest first; with ``limit``, only the newest ones.
+
+        Events are ordered by their timestamp, or by the time at which they were stored if they have none, and
+        then by their number.
+        """
+        query = select(*EVENT).where(events.c.user_id == user_id)
+        query = query.order_by(events.c.time.desc(), events.c.number.desc())
+        found = self._read(query if limit is None else query.limit(_limit(limit)))
+        return [StoredEvent(*row) for row in reversed(found)]
+
+    def events_after(self, number: int, limit: int = 10_000) -> list[StoredEvent]:
+        """The events with a larger number, in the order of arrival."""
+        query = select(*EVENT).where(events.c.number > number).order_by(events.c.number).limit(_limit(limit))
+        return [StoredEvent(*row) for row in self._read(query)]
+
+    def deletions_after(self, number: int, limit: int = 10_000) -> list[Deletion]:
+        """The deletions of users with a larger number, in order; numbers are those of `events_after`."""
+        columns = (deletions.c.number, deletions.c.user_id, deletions.c.events, deletions.c.time)
+        query = select(*columns).where(deletions.c.number > number).order_by(deletions.c.number)
+        return [Deletion(*row) for row in self._read(query.limit(_limit(limit)))]
+
+    def delete_user(self, user_id: str) -> int:
+        """Delete the events of a user, and record that. Returns how many events were deleted."""
+        check_names([user_id], "user", source="users")
+        with self._database.write() as connection:
+            number = lock_counters(connection).number + 1
+            gone = connection.execute(delete(events).where(events.c.user_id == user_id)).rowcount
+            known = connection.execute(delete(users).where(users.c.user_id == user_id)).rowcount
+            row = {"number": number, "user_id": user_id, "events": gone, "time": time.time()}
+            connection.execute(insert(deletions).values(row))
+            count(connection, number=number, events=-gone, users=-known)
+        return gone
+
+    def list_users(self, *, after: str = "", limit: int = 100) -> list[str]:
+        """A page of the users with events, by id; the last one is the cursor ``after`` of the next page."""
+        query = select(users.c.user_id).where(users.c.user_id > after).order_by(users.c.user_id)
+        return [row.user_id for row in self._read(query.limit(_limit(limit)))]
+
+    def users(self) -> int:
+        """The number of users with events."""
+        return int(self._state().users)
+
+    def count_events(self) -> int:
+        """The number of events."""
+        return int(self._state().events)
+
+    @property
+    def last_number(self) -> int:
+        """The number of the last event or deletion."""
+        return int(self._state().number)
+
+    @property
+    def version(self) -> int:
+        """The version of the catalog: the number of its last change. It only grows."""
+        return int(self._state().version)
+
+    def put_item(self, item: Item) -> int:
+        """Add or replace an item, and return the new version of the catalog.
+
+        A new item is pending until `place_items`. One that has a semantic ID, or that is in the run, keeps it
+        and is active, also after a removal.
+        """
+        return self.put_items([item])
+
+    def put_items(self, new: Iterable[Item]) -> int:
+        """Add or replace items in one transaction, and return the last version. Each item is one change."""
+        rows = [check_item(item) for item in new]
+        with self._database.write() as connection:
+            log = ChangeLog(connection)
+            for chunk in chunks(rows):
+                before = states_of(connection, [item.item_id for item in chunk])
+                for item in chunk:
+                    old, codes = before.get(item.item_id, (None, None))
+                    placed = old == "active" or codes is not None or self._in_run(item.item_id)
+                    before[item.item_id] = ("active" if placed else "pending", codes)
+                    log.add("put", item.item_id, describe(item))
+                    log.save(item, before[item.item_id][0])
+            return log.write()
+
+    def patch_item(self, item_id: str, values: Mapping[str, object], *, base: Item | None = None) -> int:
+        """Change some of title, text, image and attributes, and return the new version of the catalog.
+
+        Attributes are merged: None removes one, and those that are not in ``values`` are kept.
+
+        Args:
+            item_id: The item.
+            values: The new values.
+            base: The item as it is in the run, used if the store has no row for it yet.
+
+        Raises:
+            UnknownItemError: There is no such item, or it was removed.
+            UserError: A field is unknown, or its value cannot be stored.
+        """
+        merged = values.get("attributes")
+        with self._database.write() as connection:
+            log = ChangeLog(connection)
+            row = connection.execute(select_item(item_id)).one_or_none()
+            old = base if row is None else stored_item(row).item
+            if old is None or old.item_id != item_id or (row is not None and row.state == "removed"):
+                raise _unknown(item_id)
+            item = patched(old, values)
+            log.add("patch", item_id, describe(item, [name for name in values if name != "attributes"]))
+            if isinstance(merged, Mapping):  # `patched` refuses other values
+                log.rows[-1]["payload"]["attributes"] = dict(merged)
+            log.save(item, "active" if row is None else row.state)
+            return log.write()
+
+    def remove_item(self, item_id: str) -> int:
+        """Remove an item, and return the version of the catalog. A second removal changes nothing.
+
+        Raises:
+            UnknownItemError: The item is neither in the store nor in ``run_items``.
+        """
+        check_names([item_id], "item", source="items")
+        with self._database.write() as connection:
+            log = ChangeLog(connection)
+            found = states_of(connection, [item_id]).get(item_id)
+            if found is not None and found[0] == "removed":
+                return log.version
+            if found is None and self.run_items is not None and item_id not in self.run_items:
+                raise _unknown(item_id)
+            log.add("remove", item_id, {})
+            if found is None:
+                log.save(Item(item_id), "removed")
+            else:
+                log.mark(item_id, state="removed")
+            return log.write()
+
+    def place_items(self, codes: Mapping[str, Sequence[int]]) -> int:
+        """Give pending items their semantic IDs. They become active together, in one new version.
+
+        Items that are not pending are skipped, because they were removed in the meantime or have an ID that
+        must not change. Returns the version of the catalog, which is the old one if all were skipped.
+        """
+        plain = check_codes(codes)
+        with self._database.write() as connection:
+            log = ChangeLog(connection)
+            waiting: dict[str, list[int]] = {}
+            for chunk in chunks(list(plain)):
+                found = states_of(connection, chunk)
+                waiting |= {i: plain[i] for i in chunk if found.get(i, ("",))[0] == "pending"}
+            if waiting:
+                log.add("place", "", {"codes": waiting})
+                for item_id, values in waiting.items():
+                    log.mark(item_id, state="active", codes=to_json(values))
+            return log.write()
+
+    def change_catalog(self, catalog: str, run_items: Container[str]) -> int:
+        """Move the store to another run, and return the new version of the catalog.
+
+        Semantic IDs of added items belonged to the old run, so they are dropped. Items that are in the new
+        run are active, others are pending again, and removed ones stay removed.
+        """
+        with self._database.write() as connection:
+            log = ChangeLog(connection)
+            log.add("catalog", "", {"catalog": catalog})
+            for row in connection.execute(select(items.c.item_id, items.c.state)).all():
+                placed: State = "active" if row.item_id in run_items else "pending"
+                log.mark(row.item_id, state=row.state if row.state == "removed" else placed, codes=None)
+            set_meta(connection, "catalog", catalog)
+            version = log.write()
+        self._catalog, self.run_items = catalog, run_items
+        return version
+
+    def get_item(self, item_id: str) -> StoredItem | None:
+        """An item with its image, also a removed one. None: the store has no row for it."""
+        found = self._read(select_item(item_id))
+        return stored_item(found[0]) if found else None
+
+    def list_items(
+        self,
+        *,
+        after: str = "",
+        limit: int = 100,
+        states: Collection[State] = STATES,
+        images: bool = False,
+    ) -> list[StoredItem]:
+        """A page of items by id; the last id is the cursor ``after`` of the next page.
+
+        Args:
+            after: Only items with larger ids, compared by code points.
+            limit: Size of the page.
+            states: Only items in these states.
+            images: Whether to read the images.
+        """
+        columns = [*ITEM, items.c.image] if images else ITEM
+        query = select(*columns).where(items.c.item_id > after).order_by(items.c.item_id)
+        if set(states) != set(STATES):
+            query = query.where(items.c.state.in_(sorted(states)))
+        return [stored_item(row) for row in self._read(query.limit(_limit(limit)))]
+
+    def items(self, *, states: Collection[State] = STATES, images: bool = False) -> Iterator[StoredItem]:
+        """All items by id, read in pages: those that are added meanwhile may be missing, none is repeated."""
+        after = ""
+        while page := self.list_items(after=after, limit=PAGE, states=states, images=images):
+            yield from page
+            after = page[-1].item.item_id
+
+    def changes_after(self, version: int, limit: int = 1000) -> list[Change]:
+        """The changes of the catalog after a version, in order."""
+        columns = (changes.c.version, changes.c.kind, changes.c.item_id, changes.c.payload, changes.c.time)
+        query = select(*columns).where(changes.c.version > version).order_by(changes.c.version)
+        return [
+            Change(row.version, row.kind, row.item_id, json.loads(row.payload), row.time)
+            for row in self._read(query.limit(_limit(limit)))
+        ]
+
+    def backup(self, path: Path | str) -> None:
+        """Write a copy of the store to one file, completely or not at all, while others read and write.
+
+        The copy has all that was committed before the call. To restore it, stop the service and put it in the
+        place of the store, after deleting the files whose names end in ``-wal`` and ``-shm``.
+
+        Raises:
+            UserError: The store is in PostgreSQL, which has pg_dump.
+            StorageError: The disk is full or fails.
+        """
+        self._database.backup(path)
+
+    def _in_run(self, item_id: str) -> bool:
+        return self.run_items is not None and item_id in self.run_items
+
+    def _state(self) -> Any:
+        return self._read(select(state))[0]
+
+    def _read(self, query: Select[Any]) -> Sequence[Any]:
+        with self._database.read() as connection:
+            return connection.execute(query).all()
+
+
+def _limit(limit: int) -> int:
+    if limit < 0:
+        raise UserError(f"limit {limit} is negative", fix="use a positive number")
+    return limit
+
+
+def _unknown(item_id: str) -> UnknownItemError:
+    return UnknownItemError(f"there is no item {item_id!r}", fix="add it first")

@@ -1,0 +1,122 @@
+"""Databases for the tests of the store: SQLite files, and PostgreSQL if a server can be started."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from cemg.serve.store import Store
+
+schemas = itertools.count()
+
+
+def _binaries() -> Path | None:
+    """The folder of initdb and pg_ctl. Debian does not put them on the PATH."""
+    found = shutil.which("initdb")
+    if found is not None:
+        return Path(found).resolve().parent
+    return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a server: CEMG_TEST_POSTGRES, or one that is started for this session."""
+    pytest.importorskip("psycopg")
+    if os.environ.get("CEMG_TEST_POSTGRES"):
+        yield os.environ["CEMG_TEST_POSTGRES"]
+        return
+    binaries = _binaries()
+    if binaries is None:
+        pytest.skip("no PostgreSQL server is installed, and CEMG_TEST_POSTGRES is not set")
+    folder = Path(tempfile.mkdtemp(prefix="cemg-pg-"))
+    user = None
+    if os.geteuid() == 0:  # the server refuses to run as root
+        user = "postgres"
+        try:
+            shutil.chown(folder, user)
+        except LookupError:
+            pytest.skip("PostgreSQL does not run as root, and there is no user 'postgres'")
+
+    def run(*command: str) -> None:
+        with (folder / "output").open("ab") as output:
+            subprocess.run(
+                command, user=user, cwd=folder, stdout=output, stderr=output, check=True, timeout=60
+            )
+
+    data, control = str(folder / "data"), str(binaries / "pg_ctl")
+    options = f"-F -k {folder} -c listen_addresses='' -c max_connections=200"
+    try:
+        run(
+            str(binaries / "initdb"),
+            "-D",
+            data,
+            "-A",
+            "trust",
+            "-U",
+            "cemg",
+            "-E",
+            "UTF8",
+            "--locale=C.UTF-8",
+            "-N",
+        )
+        run(control, "-D", data, "-w", "-o", options, "-l", str(folder / "log"), "start")
+    except (OSError, subprocess.SubprocessError) as error:
+        text = (folder / "output").read_text()
+        shutil.rmtree(folder, ignore_errors=True)
+        pytest.skip(f"PostgreSQL does not start: {error} {text[-300:]}")
+    try:
+        yield f"postgresql://cemg@/postgres?host={folder}"
+    finally:
+        run(control, "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def new_postgres(postgres: str) -> Callable[[], str]:
+    """Returns the URL of a new empty schema at each call."""
+    import psycopg
+
+    def create() -> str:
+        name = f"cemg_{os.getpid()}_{next(schemas)}"
+        with psycopg.connect(postgres, autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}")
+        return f"{postgres}{'&' if '?' in postgres else '?'}options={quote(f'-csearch_path={name}')}"
+
+    return create
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def new_location(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """Returns the location of a store that does not exist yet at each call."""
+    if request.param == "postgres":
+        return request.getfixturevalue("new_postgres")
+    numbers = itertools.count()
+    return lambda: str(tmp_path / f"store-{next(numbers)}.sqlite")
+
+
+@pytest.fixture
+def location(new_location: Callable[[], str]) -> str:
+    """The location of a store that does not exist yet."""
+    return new_location()
+
+
+@pytest.fixture
+def open_store() -> Iterator[Callable[..., Store]]:
+    """`Store.open`, closed at the end of the test."""
+    with ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(Store.open(*arguments, **options))
+
+
+@pytest.fixture
+def store(location: str, open_store: Callable[..., Store]) -> Store:
+    """An empty store."""
+    return open_store(location)
