@@ -1,0 +1,110 @@
+"""``cemg-serve``: recommendations over HTTP."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cemg.commands import console as command
+from cemg.errors import UserError
+from cemg.progress import console
+
+app = command.command_line()
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        "cemg-serve --run runs/demo",
+        "cemg-serve --run runs/beauty --host 0.0.0.0 --keys keys.yaml --allow-host shop.example",
+    ),
+)
+def serve(
+    run: command.RunOption,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    store: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH", help="SQLite file, or postgresql:// URL. Default: serve/store.sqlite in the run."
+        ),
+    ] = "",
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="YAML file that maps the roles read, write and admin to lists of keys."
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen on an address beyond this machine without keys.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Name that clients may use for this service. Repeatable; * admits any."
+        ),
+    ] = None,
+    filters: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML file of named filters with parameters.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time that a request may wait for its search.")
+    ] = 10.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time for requests to finish after SIGTERM.")
+    ] = 30.0,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Number of waiting requests beyond which others get 503.")
+    ] = 1024,
+    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Requests in one search.")] = 64,
+    device: command.DeviceOption = "cpu",
+    version: command.VersionOption = False,
+) -> None:
+    """Serve recommendations over HTTP, from a catalog and a memory that change while it runs.
+
+    GET /docs lists the endpoints. The service needs no other one; SIGTERM and Ctrl-C end it after the waiting
+    requests are answered.
+    """
+    try:
+        import uvicorn
+
+        from cemg.serve.app import Settings, create_app
+        from cemg.serve.named_filters import NamedFilters
+        from cemg.serve.security import Keys
+        from cemg.serve.service import Service
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"cemg-serve needs the package {error.name}", fix="pip install -e '.[serve]'"
+        ) from error
+
+    command.check_device(device)
+    known = Keys.read(keys) if keys is not None else Keys({})
+    if host not in LOOPBACK and not known.roles and not insecure:
+        raise UserError(
+            f"--host {host}: anyone who reaches this address could change the catalog",
+            fix="add --keys keys.yaml, or --insecure if the network is closed",
+        )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    hosts = [*LOOPBACK, *([] if host in ("0.0.0.0", "::") else [host]), *(allow_host or [])]
+    named = None if filters is None else NamedFilters.read(filters)
+    service = Service(
+        run, store=store or None, filters=named, device=device, max_batch=max_batch, max_queue=max_queue
+    )
+    settings = Settings(keys=known, hosts=hosts, timeout=timeout)
+    console.print(
+        f"serving {run} on http://{host}:{port}, catalog version {service.store.version}", soft_wrap=True
+    )
+    config = uvicorn.Config(
+        create_app(service, settings), host=host, port=port, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=int(shutdown_timeout), server_header=False,
+    )  # fmt: skip
+    uvicorn.Server(config).run()
+
+
+def main() -> None:
+    """Run ``cemg-serve`` on the command line's arguments."""
+    command.run(app)

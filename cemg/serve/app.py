@@ -1,0 +1,260 @@
+"""The endpoints of the service."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request, Response
+from starlette.exceptions import HTTPException
+
+from cemg.serve import problems, schemas
+from cemg.serve.engine import Answer
+from cemg.serve.metrics import Metrics
+from cemg.serve.rows import StoredItem, UnknownItemError
+from cemg.serve.security import LOOPBACK, Guard, Keys, requires
+from cemg.serve.service import Request as Asked
+from cemg.serve.service import Service
+from cemg.version import __version__
+
+GONE = 499  # status in the log of a request whose client has gone
+Limit = Annotated[int, Query(ge=1, le=1_000)]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of the endpoints.
+
+    Attributes:
+        keys: API keys with their roles; without any, every request may do everything.
+        hosts: Names that the Host header may have.
+        timeout: Seconds that a request may wait for its search.
+        max_bytes: Largest size of a body.
+    """
+
+    keys: Keys = field(default_factory=lambda: Keys({}))
+    hosts: Sequence[str] = LOOPBACK
+    timeout: float = 10.0
+    max_bytes: int = 4 << 20
+
+
+def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
+    """Create the application of a service, which it closes when it ends."""
+    settings = settings or Settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close, timeout=settings.timeout)
+
+    app = FastAPI(
+        title="CEMG", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None,
+        description="Recommendations from a catalog and a memory that change while they are served.",
+    )  # fmt: skip
+    app.state.keys, app.state.metrics = settings.keys, Metrics(service)
+    problems.install(app)
+    app.middleware("http")(_observed(app.state.metrics))
+    app.add_middleware(Guard, hosts=settings.hosts, max_bytes=settings.max_bytes)
+    _add_health(app, service)
+    _add_recommendations(app, service, settings)
+    _add_users(app, service)
+    _add_items(app, service)
+    return app
+
+
+def _observed(metrics: Metrics) -> Callable[..., Awaitable[Response]]:
+    """Count and time every request, and name it in its answer."""
+
+    async def observe(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        name = request.headers.get("x-request-id", "")
+        request.state.id = name if name.isprintable() and 0 < len(name) <= 64 else uuid.uuid4().hex
+        begun = time.perf_counter()
+        response = await call(request)
+        route = request.scope.get("route")
+        path = getattr(route, "path", "other")
+        metrics.observe(request, path, response.status_code, time.perf_counter() - begun)
+        response.headers["X-Request-ID"] = request.state.id
+        return response
+
+    return observe
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/health/live", tags=["health"])
+    def live() -> dict[str, str]:
+        """The process runs; also while it shuts down."""
+        return {"status": "draining" if service.status.draining else "live"}
+
+    @app.get("/health/ready", tags=["health"])
+    def ready() -> dict[str, str]:
+        """Requests are answered; 503 while the service starts or shuts down."""
+        if not service.status.ready:
+            state = "shuts down" if service.status.draining else "starts"
+            raise HTTPException(503, f"the service {state}", problems.RETRY_AFTER)
+        return {"status": "ready"}
+
+    @app.get("/metrics", tags=["health"], dependencies=[requires("read")])
+    def metrics() -> Response:
+        """Metrics in the format of Prometheus."""
+        return Response(*app.state.metrics.page())
+
+
+def _add_recommendations(app: FastAPI, service: Service, settings: Settings) -> None:
+    async def answered(
+        asked: Sequence[schemas.RecommendRequest], request: Request
+    ) -> list[schemas.Recommendation]:
+        futures = [
+            asyncio.wrap_future(service.recommend(_asked(one), timeout=settings.timeout)) for one in asked
+        ]
+        together = asyncio.gather(*futures)
+        gone = asyncio.create_task(_until_gone(request))
+        await asyncio.wait({together, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not together.done():
+            together.cancel()
+            raise HTTPException(GONE, "the client has gone")
+        answers = await together
+        for one, answer in zip(asked, answers, strict=True):
+            if one.strict and answer.skipped:
+                raise UnknownItemError(f"history: there is no item {answer.skipped[0]}")
+            if one.strict and one.user_id is not None and not answer.known_user:
+                raise UnknownItemError(f"there is no user {one.user_id}")
+        return [_answer(one, answer, service) for one, answer in zip(asked, answers, strict=True)]
+
+    @app.post("/v1/recommend", tags=["recommendations"], dependencies=[requires("read")])
+    async def recommend(
+        body: schemas.RecommendBody, request: Request
+    ) -> schemas.Recommendation | schemas.RecommendationBatch:
+        """Recommend the next items, for a known user or for a history; several requests in one call."""
+        if isinstance(body, schemas.RecommendBatch):
+            return schemas.RecommendationBatch(recommendations=await answered(body.requests, request))
+        return (await answered([body], request))[0]
+
+
+async def _until_gone(request: Request) -> None:
+    """Wait until the client closes its connection."""
+    with suppress(asyncio.CancelledError):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+
+def _asked(body: schemas.RecommendRequest) -> Asked:
+    return Asked(
+        user=body.user_id or "", history=tuple(body.history or ()), limit=body.limit, beams=body.beams,
+        exclude_history=body.exclude_history, exact=body.exact, filter=body.filter,
+    )  # fmt: skip
+
+
+def _answer(body: schemas.RecommendRequest, answer: Answer, service: Service) -> schemas.Recommendation:
+    rows = zip(answer.items, answer.scores, answer.titles, strict=True)
+    return schemas.Recommendation(
+        recommendation_id=uuid.uuid4().hex,
+        items=[
+            schemas.RecommendedItem(item_id=item, score=score, title=title) for item, score, title in rows
+        ],
+        certified=answer.certified,
+        strategy=answer.strategy,
+        catalog_version=answer.catalog_version,
+        model_version=service.model_version,
+        complete=len(answer.items) == body.limit,
+        skipped=answer.skipped,
+    )
+
+
+def _add_users(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/events", tags=["events"], dependencies=[requires("write")])
+    def add_events(body: schemas.EventsBody) -> schemas.EventsAnswer:
+        """Store interactions. The next recommendations for their users reflect them."""
+        stored = service.add_events([one.event() for one in body.events])
+        known = [one.event_id for one, new in zip(body.events, stored, strict=True) if not new]
+        return schemas.EventsAnswer(stored=sum(stored), known=known)
+
+    @app.get("/v1/users/{user_id}", tags=["users"], dependencies=[requires("read")])
+    def get_user(user_id: str) -> schemas.UserAnswer:
+        """The history of a user."""
+        history = service.history(user_id)
+        if history is None:
+            raise HTTPException(404, f"there is no user {user_id}")
+        return schemas.UserAnswer(user_id=user_id, history=history)
+
+    @app.delete("/v1/users/{user_id}", tags=["users"], dependencies=[requires("write")])
+    def delete_user(user_id: str) -> schemas.DeletedAnswer:
+        """Delete a user with all events; the item memory forgets them."""
+        if service.history(user_id) is None:
+            raise HTTPException(404, f"there is no user {user_id}")
+        return schemas.DeletedAnswer(deleted=service.delete_user(user_id))
+
+
+def _add_items(app: FastAPI, service: Service) -> None:
+    def item_answer(stored: StoredItem) -> schemas.ItemAnswer:
+        item = stored.item
+        return schemas.ItemAnswer(
+            item_id=item.item_id, title=item.title, text=item.text, attributes=dict(item.attributes),
+            state=stored.state, codes=service.codes(item.item_id), version=stored.version,
+            problem=service.status.failed_items.get(item.item_id),
+        )  # fmt: skip
+
+    @app.get("/v1/items/{item_id}", tags=["catalog"], dependencies=[requires("read")])
+    def get_item(item_id: str) -> schemas.ItemAnswer:
+        """An item."""
+        stored = service.get_item(item_id)
+        if stored is None:
+            raise UnknownItemError(f"there is no item {item_id}")
+        return item_answer(stored)
+
+    @app.get("/v1/items", tags=["catalog"], dependencies=[requires("read")])
+    def list_items(
+        cursor: Annotated[str, Query(max_length=256)] = "", limit: Limit = 100
+    ) -> schemas.ItemPage:
+        """Items in the order of their ids, a page at a time."""
+        found = service.list_items(cursor, limit)
+        last = found[-1].item.item_id if len(found) == limit else None
+        return schemas.ItemPage(items=[item_answer(one) for one in found], next=last)
+
+    @app.put("/v1/items/{item_id}", tags=["catalog"], dependencies=[requires("write")])
+    def put_item(item_id: str, body: schemas.ItemFields) -> schemas.VersionAnswer:
+        """Insert or replace an item. A new one is recommended once it has a semantic ID."""
+        whole = schemas.ItemBody(item_id=item_id, **body.model_dump())
+        return schemas.VersionAnswer(catalog_version=service.put_items([whole.item()]))
+
+    @app.post("/v1/items", tags=["catalog"], dependencies=[requires("write")])
+    def put_items(body: schemas.ItemsBody) -> schemas.VersionAnswer:
+        """Insert or replace items, all of them or none."""
+        return schemas.VersionAnswer(catalog_version=service.put_items([one.item() for one in body.items]))
+
+    @app.patch("/v1/items/{item_id}", tags=["catalog"], dependencies=[requires("write")])
+    def patch_item(item_id: str, body: schemas.ItemPatch) -> schemas.VersionAnswer:
+        """Change some fields of an item."""
+        values: dict[str, Any] = body.model_dump(exclude_unset=True)
+        return schemas.VersionAnswer(catalog_version=service.patch_item(item_id, values))
+
+    @app.delete("/v1/items/{item_id}", tags=["catalog"], dependencies=[requires("write")])
+    def remove_item(item_id: str) -> schemas.VersionAnswer:
+        """Remove an item: no request from now on gets it."""
+        return schemas.VersionAnswer(catalog_version=service.remove_item(item_id))
+
+    @app.get("/v1/catalog", tags=["catalog"], dependencies=[requires("read")])
+    def catalog() -> schemas.CatalogAnswer:
+        """Versions and sizes."""
+        return schemas.CatalogAnswer(model_version=service.model_version, **service.sizes())
+
+    @app.get("/v1/catalog/changes", tags=["catalog"], dependencies=[requires("read")])
+    def changes(after: Annotated[int, Query(ge=0)] = 0, limit: Limit = 100) -> schemas.ChangesAnswer:
+        """The numbered log of changes, which replicas follow."""
+        found = service.store.changes_after(after, limit)
+        rows = [
+            schemas.ChangeAnswer(
+                version=one.version,
+                kind=one.kind,
+                item_id=one.item_id,
+                payload=dict(one.payload),
+                time=one.time,
+            )
+            for one in found
+        ]
+        return schemas.ChangesAnswer(changes=rows, catalog_version=service.store.version)

@@ -1,0 +1,237 @@
+"""The JSON of requests and answers, as FastAPI checks and documents it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from cemg.decoding.beams import MAX_BEAMS
+from cemg.serve.expressions import Filter, NamedFilter
+from cemg.serve.rows import MAX_ID, MAX_TEXT, MAX_TITLE, MAX_TYPE, Attribute, Event, Item
+
+MAX_HISTORY = 10_000  # items of a history
+MAX_LIMIT = 1_000  # recommended items
+MAX_REQUESTS = 256  # requests of a batch
+MAX_EVENTS = 1_000  # events of a call
+MAX_ITEMS = 1_000  # items of a call
+
+
+def _is_text(value: str) -> str:
+    if not value or not value.isprintable():
+        raise ValueError("must be printable text on one line, not empty")
+    return value
+
+
+Id = Annotated[str, Field(max_length=MAX_ID), AfterValidator(_is_text)]
+
+
+class Strict(BaseModel):
+    """JSON in which a name that does not exist is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class RecommendRequest(Strict):
+    """A request for recommendations, for a known user or for a history."""
+
+    user_id: Id | None = Field(None, examples=["u17"])
+    history: list[Id] | None = Field(
+        None,
+        max_length=MAX_HISTORY,
+        description="Item ids, oldest first.",
+        examples=[["item-0012", "item-0007"]],
+    )
+    limit: int = Field(10, ge=1, le=MAX_LIMIT)
+    filter: Filter | NamedFilter | None = None
+    exclude_history: bool | None = Field(
+        None,
+        description="Whether items of the history are left out; by default unless users return to items.",
+    )
+    exact: bool = Field(False, description="Whether the list is proven to be the true top of the catalog.")
+    beams: int | None = Field(None, ge=1, le=MAX_BEAMS, description="Beams of the search.")
+    strict: bool = Field(False, description="Whether an unknown user or item of the history is an error.")
+
+    @model_validator(mode="after")
+    def _one_history(self) -> RecommendRequest:
+        if (self.user_id is None) == (self.history is None):
+            raise ValueError("give either user_id or history")
+        return self
+
+
+class RecommendBatch(Strict):
+    """Several requests, answered together."""
+
+    requests: list[RecommendRequest] = Field(min_length=1, max_length=MAX_REQUESTS)
+
+
+def _kind(given: Any) -> str:
+    """Which of both a body is, so that an error is about that one."""
+    batch = "requests" in given if isinstance(given, dict) else isinstance(given, RecommendBatch)
+    return "batch" if batch else "request"
+
+
+RecommendBody = Annotated[
+    Annotated[RecommendRequest, Tag("request")] | Annotated[RecommendBatch, Tag("batch")],
+    Discriminator(_kind),
+]
+
+
+class RecommendedItem(BaseModel):
+    """A recommended item."""
+
+    item_id: str
+    score: float = Field(description="Logarithm of its probability.")
+    title: str | None = None
+
+
+class Recommendation(BaseModel):
+    """Recommendations, best first."""
+
+    recommendation_id: str
+    items: list[RecommendedItem]
+    certified: int = Field(description="How many items at the front are proven to be the true top.")
+    strategy: str = Field(description="What ranked them: mixture, generator or popularity.")
+    catalog_version: int
+    model_version: str
+    complete: bool = Field(description="False if the catalog had fewer items than were asked for.")
+    skipped: list[str] = Field(description="Items of the history that the catalog does not have.")
+
+
+class RecommendationBatch(BaseModel):
+    """Answers in the order of the requests."""
+
+    recommendations: list[Recommendation]
+
+
+class EventBody(Strict):
+    """An interaction of a user with an item."""
+
+    event_id: Id = Field(description="An event with a known id is not stored again.")
+    user_id: Id
+    item_id: Id
+    timestamp: float | None = Field(None, description="Seconds since 1970; by default the time of the call.")
+    type: Annotated[str, Field(max_length=MAX_TYPE), AfterValidator(_is_text)] = "interaction"
+
+    def event(self) -> Event:
+        """As the store has it."""
+        return Event(self.event_id, self.user_id, self.item_id, self.timestamp, self.type)
+
+
+class EventsBody(Strict):
+    """Events to store."""
+
+    events: list[EventBody] = Field(min_length=1, max_length=MAX_EVENTS)
+
+
+class EventsAnswer(BaseModel):
+    """What was stored."""
+
+    stored: int = Field(description="Number of new events.")
+    known: list[str] = Field(description="Ids of the events that were stored before.")
+
+
+class ItemFields(Strict):
+    """The fields of an item."""
+
+    title: str = Field("", max_length=MAX_TITLE)
+    text: str = Field("", max_length=MAX_TEXT)
+    attributes: dict[str, Attribute] = Field(
+        default_factory=dict,
+        description="Values that filters read.",
+        examples=[{"price": 9.5, "tags": ["toy"]}],
+    )
+
+
+class ItemBody(ItemFields):
+    """An item with its id."""
+
+    item_id: Id
+
+    def item(self) -> Item:
+        """As the store has it."""
+        return Item(self.item_id, self.title, self.text, None, self.attributes)
+
+
+class ItemPatch(Strict):
+    """The fields to change; others stay."""
+
+    title: str | None = Field(None, max_length=MAX_TITLE)
+    text: str | None = Field(None, max_length=MAX_TEXT)
+    attributes: dict[str, Attribute | None] | None = Field(
+        None, description="Attributes to change; null deletes one."
+    )
+
+
+class ItemsBody(Strict):
+    """Items to insert or replace."""
+
+    items: list[ItemBody] = Field(min_length=1, max_length=MAX_ITEMS)
+
+
+class ItemAnswer(BaseModel):
+    """An item of the catalog."""
+
+    item_id: str
+    title: str
+    text: str
+    attributes: dict[str, Any]
+    state: str = Field(description="active, pending (it has no semantic ID yet) or removed.")
+    codes: list[int] | None
+    version: int
+    problem: str | None = Field(None, description="Why a pending item cannot get a semantic ID.")
+
+
+class ItemPage(BaseModel):
+    """Items in the order of their ids."""
+
+    items: list[ItemAnswer]
+    next: str | None = Field(description="The cursor of the next page; null at the end.")
+
+
+class VersionAnswer(BaseModel):
+    """The version of the catalog after a change."""
+
+    catalog_version: int
+
+
+class UserAnswer(BaseModel):
+    """A user."""
+
+    user_id: str
+    history: list[str] = Field(description="Item ids, oldest first.")
+
+
+class DeletedAnswer(BaseModel):
+    """The result of a deletion."""
+
+    deleted: int = Field(description="Number of interactions that were deleted.")
+
+
+class CatalogAnswer(BaseModel):
+    """The catalog."""
+
+    catalog_version: int
+    model_version: str
+    items: int
+    removed: int
+    pending: int
+    events: int
+    users: int
+
+
+class ChangeAnswer(BaseModel):
+    """An entry of the log of changes."""
+
+    version: int
+    kind: str
+    item_id: str
+    payload: dict[str, Any]
+    time: float
+
+
+class ChangesAnswer(BaseModel):
+    """Changes in order; those after the last one: ``after`` its version."""
+
+    changes: list[ChangeAnswer]
+    catalog_version: int

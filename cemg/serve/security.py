@@ -1,0 +1,156 @@
+"""Who may call an endpoint: API keys with roles, and the hosts and origins that requests may name."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from fastapi import Depends, Request
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cemg.errors import UserError
+from cemg.serve.problems import problem
+
+Role = Literal["read", "write", "admin"]
+ROLES: tuple[Role, ...] = ("read", "write", "admin")  # each may do what those before it may
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+MIN_KEY = 16  # characters
+
+_bearer = HTTPBearer(auto_error=False)
+_header = APIKeyHeader(name="X-API-Key", auto_error=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """API keys with their roles. Without any, every request may do everything."""
+
+    roles: dict[str, Role]
+
+    @classmethod
+    def read(cls, path: Path) -> Keys:
+        """Read a YAML or JSON file that maps a role to a list of keys.
+
+        Raises:
+            UserError: The file cannot be read, or has another form.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read", cause=type(error).__name__) from error
+        example = "read: [a key of 16 characters or more]"
+        if not isinstance(content, dict) or not content or not {*content} <= {*ROLES}:
+            raise UserError(f"{path} must map the roles {', '.join(ROLES)} to lists of keys", fix=example)
+        roles: dict[str, Role] = {}
+        for role in ROLES:
+            for key in content.get(role) or []:
+                if (
+                    not isinstance(key, str)
+                    or len(key) < MIN_KEY
+                    or not key.isascii()
+                    or not key.isprintable()
+                ):
+                    raise UserError(
+                        f"{path}: a key of the role {role} is not ASCII text of {MIN_KEY} characters or more",
+                        fix=example,
+                    )
+                roles[key] = role
+        return cls(roles)
+
+    def role(self, key: str) -> Role | None:
+        """The role of a key, compared in constant time; None for an unknown key."""
+        found: Role | None = None
+        for known, role in self.roles.items():
+            if hmac.compare_digest(known.encode(), key.encode()):
+                found = role
+        return found
+
+
+def requires(role: Role) -> Any:
+    """A dependency of endpoints that need a role."""
+
+    def check(
+        request: Request,
+        bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+        header: Annotated[str | None, Depends(_header)],
+    ) -> None:
+        keys: Keys = request.app.state.keys
+        if not keys.roles:
+            return
+        given = bearer.credentials if bearer is not None else header
+        if given is None:
+            raise HTTPException(401, "an API key is needed", {"WWW-Authenticate": "Bearer"})
+        own = keys.role(given)
+        if own is None:
+            raise HTTPException(401, "the API key is not known", {"WWW-Authenticate": "Bearer"})
+        if ROLES.index(own) < ROLES.index(role):
+            raise HTTPException(403, f"this needs a key with the role {role}; yours has {own}")
+
+    return Depends(check)
+
+
+class Guard:
+    """Refuses requests for other hosts, from pages of other origins, and with bodies that are too large.
+
+    Args:
+        app: The application.
+        hosts: Names that the Host header may have, without ports; "*" admits any.
+        max_bytes: Largest size of a body.
+    """
+
+    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], max_bytes: int) -> None:
+        self.app, self.hosts, self.max_bytes = app, {host.lower() for host in hosts}, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        refusal = self._refusal(headers)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        await self.app(scope, self._limited(receive), send)
+
+    def _refusal(self, headers: dict[str, str]) -> Any:
+        host = headers.get("host", "")
+        if "*" not in self.hosts and _name(f"//{host}") not in self.hosts:
+            return problem(421, f"this service does not serve the host {host[:200]!r}")
+        origin = headers.get("origin")
+        if origin is not None and origin != "null" and urlsplit(origin).netloc.lower() == host.lower():
+            origin = None
+        if origin is not None:
+            return problem(403, "requests from pages of other origins are refused")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self.max_bytes:
+            return problem(413, f"the body has {length} bytes; at most {self.max_bytes} are read")
+        return None
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Stop reading a body without a length once it is too large."""
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.max_bytes:
+                raise HTTPException(413, f"the body is too large; at most {self.max_bytes} bytes are read")
+            return message
+
+        return limited
+
+
+def _name(netloc: str) -> str:
+    try:
+        return (urlsplit(netloc).hostname or "").lower()
+    except ValueError:
+        return ""
