@@ -37,7 +37,7 @@ from speed_tables import (
 )
 
 from cemg import settings
-from cemg.commands import catalog, data, doctor, evaluate, experiment, recommend, train
+from cemg.commands import catalog, data, doctor, evaluate, experiment, recommend, serve, train
 from cemg.config import RunConfig
 from cemg.evaluation import MISS, hr_interval
 
@@ -50,6 +50,7 @@ APPS = {
     "cemg-recommend": recommend.app,
     "cemg-eval": evaluate.app,
     "cemg-catalog": catalog.app,
+    "cemg-serve": serve.app,
     "cemg-doctor": doctor.app,
 }
 
