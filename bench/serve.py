@@ -1,0 +1,214 @@
+"""Latency of cemg-serve under an open load on loopback, beside a server of ``generate()`` with a Python trie.
+
+python bench/serve.py --run runs/demo [--rates 5 20 80] [--seconds 10] [--json PATH]
+
+Arrival times are drawn before a load starts (Poisson), and a latency counts from the intended arrival, so a
+server that stalls cannot hide it. One server runs at a time. Requests are the histories of the run's test
+users. "search alone" is the time of the same search in this process, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import commit, format_columns, machine
+
+from cemg.recommender import Recommender
+
+CONNECTIONS = 64
+TOP = 10
+PEER = """
+import json, sys, threading
+import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+from cemg.recommender import Recommender
+
+recommender, lock = Recommender.from_run(sys.argv[1], engine="transformers"), threading.Lock()
+beams = recommender.artifacts.config.decoding.beams
+app = FastAPI()
+
+class Body(BaseModel):
+    history: list[str]
+    limit: int = 10
+
+@app.get("/health/ready")
+def ready():
+    return {}
+
+@app.post("/v1/recommend")
+def recommend(body: Body):
+    with lock:
+        found = recommender.recommend([body.history], top=body.limit, beams=beams)
+    return {"items": found.ids[0], "scores": found.scores[0].tolist()}
+
+uvicorn.run(app, port=int(sys.argv[2]), log_level="warning")
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The outcome of one load."""
+
+    rate: float  # requests per second that were offered
+    milliseconds: np.ndarray  # of the answered requests, from the intended arrival
+    refused: int  # 503
+    failed: int  # other statuses, or a closed connection
+
+    def row(self, server: str) -> dict[str, Any]:
+        found = {"server": server, "offered_per_s": self.rate, "requests": self.count}
+        if len(self.milliseconds):
+            named = zip(("p50", "p95", "p99"), np.quantile(self.milliseconds, (0.5, 0.95, 0.99)), strict=True)
+            found |= {f"{name}_ms": round(float(value), 2) for name, value in named}
+        return found | {"refused_share": round(self.refused / self.count, 4), "failed": self.failed}
+
+    @property
+    def count(self) -> int:
+        return len(self.milliseconds) + self.refused + self.failed
+
+
+@contextmanager
+def running(command: Sequence[str], port: int) -> Iterator[None]:
+    """A server, once it is ready."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            until = time.monotonic() + 300
+            while time.monotonic() < until and process.poll() is None:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5).close()
+                    break
+                except (urllib.error.URLError, OSError):
+                    time.sleep(0.2)
+            else:
+                raise SystemExit(f"the server did not start: {' '.join(command)}")
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+async def offer(port: int, bodies: Sequence[bytes], rate: float, seconds: float, seed: int) -> Load:
+    """Send requests at drawn times, whether or not earlier ones were answered."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, size=max(int(rate * seconds), 1))
+    arrivals = np.cumsum(gaps)
+    free: asyncio.Queue[Any] = asyncio.Queue()
+    for _ in range(CONNECTIONS):
+        free.put_nowait(await asyncio.open_connection("127.0.0.1", port))
+    outcome: list[tuple[int, float]] = []
+    start = time.perf_counter() + 0.2
+
+    async def send(number: int) -> None:
+        due = start + arrivals[number]
+        await asyncio.sleep(max(due - time.perf_counter(), 0))
+        connection = await free.get()
+        try:
+            status = await request(*connection, bodies[number % len(bodies)])
+        except (OSError, asyncio.IncompleteReadError, ValueError):
+            status = 0
+            connection = await asyncio.open_connection("127.0.0.1", port)
+        free.put_nowait(connection)
+        outcome.append((status, 1000 * (time.perf_counter() - due)))
+
+    await asyncio.gather(*(send(number) for number in range(len(arrivals))))
+    while not free.empty():
+        free.get_nowait()[1].close()
+    answered = np.array([taken for status, taken in outcome if status == 200])
+    refused = sum(status in (429, 503) for status, _ in outcome)
+    return Load(rate, answered, refused, len(outcome) - len(answered) - refused)
+
+
+async def request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> int:
+    """One POST on an open connection; returns the status."""
+    head = (
+        "POST /v1/recommend HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    writer.write(head.encode() + body)
+    answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    length = int(answer.partition("content-length:")[2].partition("\r\n")[0])
+    await reader.readexactly(length)
+    return int(answer.split(" ", 2)[1])
+
+
+def search_alone(run: Path, histories: Sequence[list[str]], *, engine: str, seconds: float) -> float:
+    """Median milliseconds of one search in this process."""
+    recommender = Recommender.from_run(run, engine=engine)
+    beams, taken = recommender.artifacts.config.decoding.beams, list[float]()
+    exclude = engine == "cemg" and not recommender.artifacts.load_gate().repeats
+    until = time.monotonic() + seconds
+    for number in range(10**6):
+        begun = time.perf_counter()
+        recommender.recommend(
+            [histories[number % len(histories)]], top=TOP, beams=beams, exclude_history=exclude
+        )
+        taken.append(1000 * (time.perf_counter() - begun))
+        if number >= 5 and time.monotonic() > until:
+            break
+    return float(np.median(taken[2:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[5.0, 20.0, 80.0], help="requests per second"
+    )
+    parser.add_argument("--peer-rates", type=float, nargs="*", default=[2.0, 5.0], help="those of the peer")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a load")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    options = parser.parse_args()
+    data = Recommender.from_run(options.run).artifacts.load_data()
+    histories = [[data.item_ids[row] for row in items] for items in data.split().histories("test")[:500]]
+    bodies = [json.dumps({"history": history, "limit": TOP}).encode() for history in histories]
+    rows: list[dict[str, Any]] = []
+    for engine in ("cemg", "transformers"):
+        alone = search_alone(options.run, histories, engine=engine, seconds=options.seconds)
+        rows.append({"server": f"search alone, {engine}", "p50_ms": round(alone, 2)})
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "run"
+        shutil.copytree(options.run, copy, ignore=shutil.ignore_patterns("serve", "report", "results"))
+        port = free_port()
+        own = ["-c", "from cemg.commands.serve import main; main()", "--run", str(copy), "--port", str(port)]
+        servers = {
+            "cemg-serve": ([sys.executable, *own], options.rates),
+            "FastAPI + generate()": ([sys.executable, "-c", PEER, str(copy), str(port)], options.peer_rates),
+        }
+        for name, (command, rates) in servers.items():
+            with running(command, port):
+                asyncio.run(offer(port, bodies, min(rates, default=1.0), 3.0, 1))  # warm up
+                for rate in rates:
+                    load = asyncio.run(offer(port, bodies, rate, options.seconds, 0))
+                    rows.append(load.row(name))
+                    print(rows[-1], flush=True)
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    print(format_columns([names, *([str(row.get(name, "")) for name in names] for row in rows)]))
+    if options.json:
+        about = {"machine": machine(torch.device("cpu")), "commit": commit(), "run": options.run.name}
+        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
