@@ -81,15 +81,27 @@ def ranking_rows(board: Board, key: str, *, paper: bool) -> tuple[list[str], lis
     labels = ("in the paper", "in its own paper")
     used = [(by, label) for by, label in zip(printed, labels, strict=True) if by.keys() & board.rows.keys()]
     of_papers = [f"{name} {label}" for _, label in used for name in ("HR@10", "NDCG@10")]
-    columns = ["model", "seeds", *names, *of_papers]
+    notes = {title: _stopped(records[0]) for title, records in board.rows.items()}
+    columns = ["model", "seeds", *names, *of_papers, *(["training"] if any(notes.values()) else [])]
     rows = []
     for title, records in board.rows.items():
         cells = [figure(records, key, name) for name in names]
         row = [title, str(len(records)), *cells]
         for known in (printed_by.get(title) for printed_by, _ in used):
             row += [f"{known.hr10:.4f}", f"{known.ndcg10:.4f}"] if known else ["", ""]
-        rows.append(row)
+        rows.append([*row, notes[title]] if any(notes.values()) else row)
     return columns, rows
+
+
+def _stopped(record: Record) -> str:
+    """What a row says of a model that was not trained to its end; "" for the others."""
+    config = record.get("config", {})
+    if not config.get("stopped"):
+        return ""
+    seconds = config.get("train_seconds") or config.get("stage_seconds", {}).get("generator")
+    epochs = sum(row.get("share", 1) for row in record.get("training", ()))
+    parts = [f"{seconds:,.0f} s" if seconds else "", f"{epochs:.1f} epochs" if epochs else ""]
+    return ", ".join(["stopped by the budget", *(part for part in parts if part)])
 
 
 def figure(records: Sequence[Record], key: str, name: str) -> str:

@@ -348,3 +348,12 @@ def test_what_papers_print_stands_beside_the_history_kept() -> None:
     assert not any("paper" in name for name in ranking_rows(board, "metrics_history_removed", paper=True)[0])
     (other,) = boards([("shop", "SASRec", example_result())], {})
     assert len(ranking_rows(other, "metrics", paper=True)[0]) == 8
+
+
+def test_a_row_says_that_its_training_was_stopped() -> None:
+    log = [{"epoch": 1, "share": 1, "train_seconds": 8.0}, {"epoch": 2, "share": 0.25, "train_seconds": 2.0}]
+    stopped = example_result(config={"stopped": "the budget", "train_seconds": 10.0}, training=log)
+    (board,) = boards([("shop", "SASRec", example_result()), ("shop", "TIGER", stopped)], {})
+    columns, rows = ranking_rows(board, "metrics", paper=True)
+    assert columns[-1] == "training"
+    assert [row[-1] for row in rows] == ["", "stopped by the budget, 10 s, 1.2 epochs"]
