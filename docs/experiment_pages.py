@@ -1,6 +1,6 @@
 """The pages of the experiments in results/experiments/: tables as Markdown, and the report with its charts.
 
-`generate.py` writes docs/experiments/NAME.md, and `hooks.py` adds NAME.html to the site.
+`generate.py` writes docs/experiments/NAME.md, and `hooks.py` adds NAME-report.html to the site.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from cemg.experiments.report import experiment_sections
 from cemg.report.blocks import Section, Table, Text
 from cemg.report.page import render
 
+NARROW = "\u00a0±\u00a0"  # no line break inside a figure
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "results" / "experiments"
 TITLES = {"beauty": "Amazon Beauty", "sports": "Amazon Sports", "yelp": "Yelp", "ml-100k": "MovieLens 100K"}
@@ -35,13 +36,14 @@ def markdown(folder: Path) -> str:
             if isinstance(block, Text):
                 parts.append(f"{block.text}\n")
             if isinstance(block, Table):
-                parts += [f"**{block.caption}**\n", table(block.columns, block.rows)]
+                rows = [[cell.replace(" ± ", NARROW) for cell in row] for row in block.rows]
+                parts += [f"**{block.caption}**\n", table(block.columns, rows)]
     return "\n".join(parts)
 
 
 INTRODUCTION = """\
-Made by [`cemg-experiment`](../experiments.md); the same tables [with charts]({name}.html). Every number comes
-from a file in `results/experiments/{name}/`.
+Made by [`cemg-experiment`](../experiments.md); the same tables
+[with charts]({name}-report.html). Every number comes from a file in `results/experiments/{name}/`.
 """
 
 

@@ -22,7 +22,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the report of each experiment to the site, one page with everything inline."""
     for folder in experiment_pages.experiments():
         files.append(
-            File.generated(config, f"experiments/{folder.name}.html", content=experiment_pages.html(folder))
+            File.generated(
+                config, f"experiments/{folder.name}-report.html", content=experiment_pages.html(folder)
+            )
         )
     return files
 
