@@ -185,7 +185,7 @@ class AttributeTable:
         return str(item_id) in self._row_of
 
     def __getitem__(self, item_id: str | int) -> dict[str, Any]:
-        """Returns the attributes of an item, numbers as floats.
+        """Returns the attributes of an item; an integer may be a float.
 
         Raises:
             UserError: The catalog does not have the item.
@@ -373,14 +373,14 @@ def _frame_of(overlay: Mapping[int, Mapping[str, Any]], fields: Mapping[str, Fie
             values = [row.get(name) for row in rows]
             columns.append(_series(field, values))
             if field.type == "datetime":
-                moments = {date: microseconds(date) for date in set(values) - {None}}
+                moments = {date: microseconds(date) for date in set(values) if date is not None}
                 columns.append(pl.Series(field.moments, [moments.get(date) for date in values], pl.Int64))
     return pl.DataFrame(columns)
 
 
 def _merged(base: pl.DataFrame, overlay: pl.DataFrame) -> pl.DataFrame:
     """Returns the base with the rows of the overlay in place of its own, and with the overlay's columns."""
-    source = np.arange(max(base.height, int(overlay["row"].max() or 0) + 1))  # [N]
+    source = np.arange(max(base.height, overlay["row"].to_numpy().max(initial=0) + 1))  # [N]
     source[overlay["row"].to_numpy()] = base.height + np.arange(overlay.height)
     columns = [
         pl.col(name) if name in base.columns else pl.lit(None, dtype).alias(name)

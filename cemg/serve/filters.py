@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import reduce
@@ -69,7 +69,8 @@ class Filters:
     Args:
         table: The attributes of the catalog.
         named: The named filters of the service.
-        max_bytes: Limit of the cache. A filter of 1e6 items takes about 1.2 MB: its rows and its trie nodes.
+        max_bytes: Limit of the cache. A filter of 1e6 items takes about 2.2 MB: two masks and the bits of
+            the trie's nodes.
 
     Example:
         >>> filters = Filters(AttributeTable(["A", "B"], {"A": {"price": 5}}))
@@ -83,8 +84,9 @@ class Filters:
         self.table, self.named = table, named or NamedFilters({})
         for name, filter in self.named.samples():
             check_fields(filter, table.snapshot(), where=f"named filter {name!r}")
-        self._rows: _Cache[Tensor] = _Cache(max_bytes // 2, lambda rows: rows.nbytes)
-        self._compiled: _Cache[ItemFilter] = _Cache(max_bytes // 2, lambda one: one.open.nbytes)
+        self._rows: _Cache[Tensor] = _Cache(max_bytes // 3, lambda rows: rows.nbytes)
+        self._latest: _Cache[tuple[Tensor, ItemFilter]] = _Cache(max_bytes // 3, lambda last: last[0].nbytes)
+        self._compiled: _Cache[ItemFilter] = _Cache(max_bytes // 3, lambda one: one.open.nbytes)
         self._tries: deque[str] = deque(maxlen=MAX_TRIES)  # fingerprints, in the order of their use
         self._lock = threading.Lock()
 
@@ -123,7 +125,13 @@ class Filters:
 
         def make() -> ItemFilter:
             mask = self._mask(resolved, key, snapshot)
-            return ItemFilter.from_mask(trie, mask if rows is None else mask[rows.to(mask.device)])
+            allowed = mask if rows is None else mask[rows.to(mask.device)]  # [items of the trie]
+            last = self._latest.find((key, trie.fingerprint))
+            if last is not None and torch.equal(last[0], allowed):  # most changes leave most filters as is
+                return last[1]
+            filter = ItemFilter.from_mask(trie, allowed)
+            self._latest.put((key, trie.fingerprint), (allowed, filter))
+            return filter
 
         return self._compiled.get((key, trie.fingerprint, catalog_version, snapshot.version), make)
 
@@ -138,8 +146,8 @@ class Filters:
 
     def statistics(self) -> CacheStatistics:
         """Returns the hits, misses and size of the cache of compiled filters, for metrics."""
-        compiled, rows = self._compiled, self._rows
-        return CacheStatistics(compiled.hits, compiled.misses, len(compiled), compiled.bytes + rows.bytes)
+        compiled, bytes = self._compiled, self._compiled.bytes + self._rows.bytes + self._latest.bytes
+        return CacheStatistics(compiled.hits, compiled.misses, len(compiled), bytes)
 
     def _use(self, fingerprint: str) -> None:
         """Drops the filters of a trie once newer tries have replaced it."""
@@ -151,6 +159,7 @@ class Filters:
             kept = set(self._tries)
         if not known:
             self._compiled.keep(lambda key: key[1] in kept)
+            self._latest.keep(lambda key: key[1] in kept)
 
     def _mask(self, filter: Filter, key: str, snapshot: Snapshot) -> Tensor:
         """Returns the mask [N]. That of the base is cached, so a change of few rows evaluates only these."""
@@ -173,7 +182,10 @@ def check_fields(filter: Filter, snapshot: Snapshot, *, where: str = "filter") -
 
 
 def evaluate(
-    filter: Filter, frame: pl.DataFrame, fields: Any, rows_of: Callable[[Iterable[str | int]], list[int]]
+    filter: Filter,
+    frame: pl.DataFrame,
+    fields: Mapping[str, Field],
+    rows_of: Callable[[Iterable[str | int]], list[int]],
 ) -> np.ndarray:
     """Returns whether each row of a frame of a ``Snapshot`` meets the filter: bool [rows]."""
     condition = _Conditions(fields, frame.columns, rows_of).filter(filter, "filter")
@@ -185,7 +197,10 @@ class _Conditions:
     """Converts a filter to a Polars expression without nulls, over the columns that a frame has."""
 
     def __init__(
-        self, fields: Any, columns: Container[str], rows_of: Callable[[Iterable[str | int]], list[int]]
+        self,
+        fields: Mapping[str, Field],
+        columns: Container[str],
+        rows_of: Callable[[Iterable[str | int]], list[int]],
     ) -> None:
         self.fields, self.columns, self.rows_of = fields, columns, rows_of
 
@@ -298,9 +313,8 @@ def _matches(value: pl.Expr, match: Any) -> pl.Expr:
     if isinstance(match, MatchValue):
         return value == match.value
     if isinstance(match, MatchText):
-        text = value.str.to_lowercase()
-        words = set(pl.Series([match.text]).str.to_lowercase().str.extract_all(_WORDS)[0])
-        parts = [text.str.contains(f"(?:^|{_NO_WORD}){word}(?:$|{_NO_WORD})") for word in sorted(words)]
+        words = set(pl.Series([match.text]).str.extract_all(_WORDS)[0])
+        parts = [value.str.contains(f"(?i)(?:^|{_NO_WORD}){word}(?:$|{_NO_WORD})") for word in sorted(words)]
         return pl.all_horizontal(parts) if parts else value.is_null() & False
     listed = _values_of(match)
     found = value.is_in(listed) if listed else value.is_null() & False
@@ -347,6 +361,18 @@ class _Cache(Generic[V]):
             self._insert(key, value)
         own.set_result(value)
         return value
+
+    def find(self, key: Hashable) -> V | None:
+        """Returns the value of a key if it is there."""
+        with self._lock:
+            return self._values.get(key)
+
+    def put(self, key: Hashable, value: V) -> None:
+        """Adds or replaces a value."""
+        with self._lock:
+            if key in self._values:
+                self.bytes -= self.size_of(self._values.pop(key))
+            self._insert(key, value)
 
     def keep(self, wanted: Callable[[Any], bool]) -> None:
         """Drops the values of all other keys."""

@@ -479,10 +479,12 @@ def test_a_filter_is_compiled_once_per_version(evaluations):
     first = filters.compile(parse_filter(cheap), trie, 1)
     assert filters.compile(parse_filter({**cheap, "should": []}), trie, 1) is first
     assert evaluations == [0, 5]  # the overlay and the base
-    assert filters.compile(parse_filter(cheap), trie, 2) is not first
+    table.update({"E": {"price": 100}})
+    assert filters.compile(parse_filter(cheap), trie, 1) is first  # it still admits the same items
+    assert evaluations == [0, 5, 1]  # the base is not evaluated again
     table.update({"E": {"price": 1}})
     changed = filters.compile(parse_filter(cheap), trie, 2)
-    assert evaluations == [0, 5, 0, 1]  # the base is not evaluated again
+    assert evaluations == [0, 5, 1, 1]
     assert isinstance(first, ItemFilter) and isinstance(changed, ItemFilter)
     assert (len(first), len(changed)) == (2, 3)
     statistics = filters.statistics()
@@ -516,10 +518,10 @@ def test_an_error_reaches_every_request_and_is_not_cached():
 
 
 def test_the_cache_keeps_to_its_bytes_and_drops_filters_of_old_tries():
-    filters, trie = Filters(AttributeTable(list(ITEMS), ITEMS), max_bytes=100), trie_of(5)
+    filters, trie = Filters(AttributeTable(list(ITEMS), ITEMS), max_bytes=150), trie_of(5)
     for limit in range(50):
         filters.compile(parse_filter({"must": [key("price", lt=limit)]}), trie, 1)
-    assert 0 < filters.statistics().bytes <= 100
+    assert 0 < filters.statistics().bytes <= 150
     filters = Filters(AttributeTable(list(ITEMS), ITEMS))
     for version in range(5):
         codes = torch.tensor([[version, i] for i in range(5)])
@@ -540,6 +542,35 @@ def test_many_updates_are_merged_in_the_background(monkeypatch):
     assert Filters(table).mask(parse_filter({"must": key("x", gte=25)})).tolist() == [
         i >= 25 for i in range(50)
     ]
+
+
+def test_requests_see_whole_updates_while_the_table_changes(monkeypatch):
+    """Each update sets both attributes of ten items, so no item ever has one without the other."""
+    monkeypatch.setattr(attributes_module, "MAX_OVERLAY", 20)
+    items = [str(i) for i in range(40)]
+    table, trie = AttributeTable(items, {i: {"x": 1, "y": True} for i in items}), trie_of(40)
+    filters, stop = Filters(table), threading.Event()
+    torn = parse_filter({"must": [key("x", value=1)], "must_not": [key("y", value=True)]})
+    whole = parse_filter({"must": [key("x", value=1), key("y", value=True)]})
+
+    def change() -> None:
+        try:
+            for step in range(1000):
+                ten = items[step % 4 * 10 :][:10]
+                table.update({i: {"x": step % 3, "y": step % 3 == 1} for i in ten})
+        finally:
+            stop.set()
+
+    def search(_: int) -> None:
+        while not stop.is_set():
+            none, some = filters.compile(torn, trie, 1), filters.compile(whole, trie, 1)
+            assert none is not None and some is not None
+            assert len(none) == 0 and len(some) % 10 == 0
+
+    with ThreadPoolExecutor(3) as pool:
+        searches = pool.map(search, range(2))
+        pool.submit(change).result()
+        list(searches)
 
 
 def test_a_table_of_another_size_than_the_trie_needs_rows():
