@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from cemg.decoding.beams import MAX_BEAMS
-from cemg.serve.expressions import Filter, NamedFilter
+from cemg.serve.expressions import FilterInput
 from cemg.serve.rows import MAX_ID, MAX_TEXT, MAX_TITLE, MAX_TYPE, Attribute, Event, Item
 
 MAX_HISTORY = 10_000  # items of a history
@@ -43,7 +43,7 @@ class RecommendRequest(Strict):
         examples=[["item-0012", "item-0007"]],
     )
     limit: int = Field(10, ge=1, le=MAX_LIMIT)
-    filter: Filter | NamedFilter | None = None
+    filter: FilterInput | None = None
     exclude_history: bool | None = Field(
         None,
         description="Whether items of the history are left out; by default unless users return to items.",
