@@ -26,6 +26,7 @@ from cemg.serve import schema
 from cemg.storage import files
 from cemg.storage.files import StorageError
 
+WRITER_CACHE = 64 * 1024  # KiB; with less, SQLite writes pages of a large transaction twice
 BUSY_SECONDS = 5.0  # how long a write waits for another process
 CONNECT_SECONDS = 10  # to PostgreSQL
 READERS, MORE_READERS = 8, 56  # connections that stay open, and further ones at peaks
@@ -52,6 +53,7 @@ class Database:
         self._engine = engine
         self._readers = engine if self.is_sqlite else engine.execution_options(isolation_level="AUTOCOMMIT")
         self._writer: Connection | None = None
+        self._keeper: Connection | None = None
         self._lock = threading.RLock()
         self._closed = False
 
@@ -106,6 +108,9 @@ class Database:
             database._use_wal()
             if is_new:
                 files.sync_folder(path.parent)
+            # While a connection is open, SQLite does not read its log from the disk again, which may end with
+            # the rows of a commit that failed.
+            database._keeper = engine.connect()
         except BaseException:
             database.close()
             raise
@@ -146,7 +151,7 @@ class Database:
             self._check_open()
             try:
                 if self._writer is None:
-                    self._writer = self._engine.connect().execution_options(writes=True)
+                    self._writer = self._connect_writer()
                 with self._writer.begin():
                     yield self._writer
             except UserError:  # of the caller, rolled back
@@ -174,10 +179,17 @@ class Database:
         with self._lock:
             self._closed = True
             with suppress(SQLAlchemyError):
-                if self._writer is not None:
-                    self._writer.close()
-            self._writer = None
+                for connection in (self._writer, self._keeper):
+                    if connection is not None:
+                        connection.close()
+            self._writer = self._keeper = None
             self._engine.dispose()
+
+    def _connect_writer(self) -> Connection:
+        connection = self._engine.connect().execution_options(writes=True)
+        if self.is_sqlite:
+            connection.connection.cursor().execute(f"PRAGMA cache_size={-WRITER_CACHE}")
+        return connection
 
     def _drop_writer(self) -> None:
         """After any other error, the next write takes a new connection."""

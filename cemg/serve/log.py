@@ -7,11 +7,11 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Column, Connection, Row, Select, bindparam, insert, select, update
+from sqlalchemy import BindParameter, Connection, Row, Select, bindparam, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from cemg.serve.rows import Item, Kind, State, StoredItem, to_json
-from cemg.serve.schema import changes, items, state
+from cemg.serve.schema import changes, events, items, state, users
 
 CHUNK = 500  # ids in one query, below the limits of SQLite and PostgreSQL
 ITEM = [
@@ -19,6 +19,27 @@ ITEM = [
     items.c.image.is_not(None).label("has_image"),
 ]
 T = TypeVar("T")
+COUNTERS, LOCKED = select(state), select(state).with_for_update()
+COUNT = update(state).values({name: bindparam(name) for name in ("number", "events", "users")})
+NAMES: BindParameter[Any] = bindparam("names", expanding=True)
+KNOWN_EVENTS = select(events.c.event_id).where(events.c.event_id.in_(NAMES))
+KNOWN_USERS = select(users.c.user_id).where(users.c.user_id.in_(NAMES))
+STATES_OF = select(items.c.item_id, items.c.state, items.c.codes).where(items.c.item_id.in_(NAMES))
+ITEM_OF = select(*ITEM, items.c.image).where(items.c.item_id == bindparam("item"))
+ADD_CHANGES = insert(changes)
+SET_VERSION = update(state).values(version=bindparam("version"))
+
+
+def _save_items(new: sqlite.Insert | postgresql.Insert) -> sqlite.Insert | postgresql.Insert:
+    kept = ("item_id", "codes")
+    values = {column.name: new.excluded[column.name] for column in items.c if column.name not in kept}
+    return new.on_conflict_do_update(index_elements=["item_id"], set_=values)
+
+
+SAVE_ITEMS = {
+    "sqlite": _save_items(sqlite.insert(items)),
+    "postgresql": _save_items(postgresql.insert(items)),
+}
 
 
 class ChangeLog:
@@ -54,54 +75,45 @@ class ChangeLog:
     def write(self) -> int:
         """Write all, and return the version."""
         run = self.connection.execute
-        dialect = sqlite if self.connection.dialect.name == "sqlite" else postgresql
         if self._items:
-            new = dialect.insert(items)
-            kept = ("item_id", "codes")
-            values = {column.name: new.excluded[column.name] for column in items.c if column.name not in kept}
-            upsert = new.on_conflict_do_update(index_elements=["item_id"], set_=values)
-            run(upsert, list(self._items.values()))
+            run(SAVE_ITEMS[self.connection.dialect.name], list(self._items.values()))
         if self._marks:
             names = [name for name in self._marks[0] if name != "key"]
             key = items.c.item_id == bindparam("key")
             run(update(items).where(key).values({name: bindparam(name) for name in names}), self._marks)
         if self.rows:
-            run(insert(changes), [row | {"payload": to_json(row["payload"])} for row in self.rows])
-            run(update(state).values(version=self.version))
+            run(ADD_CHANGES, [row | {"payload": to_json(row["payload"])} for row in self.rows])
+            run(SET_VERSION, {"version": self.version})
         return self.version
 
 
 def lock_counters(connection: Connection) -> Row[Any]:
     """The counters, locked until the end of the transaction."""
-    return connection.execute(select(state).with_for_update()).one()
+    return connection.execute(LOCKED).one()
 
 
-def count(connection: Connection, *, number: int, events: int, users: int) -> None:
-    changed = {"events": state.c.events + events, "users": state.c.users + users}
-    connection.execute(update(state).values(number=number, **changed))
+def count(connection: Connection, number: int, events: int, users: int) -> None:
+    """Set the counters of the events."""
+    connection.execute(COUNT, {"number": number, "events": events, "users": users})
 
 
-def present(connection: Connection, column: Column[str], names: Collection[str]) -> set[str]:
-    """The names that are in a column."""
+def present(connection: Connection, query: Select[Any], names: Collection[str]) -> set[str]:
+    """The names that ``query`` finds: `KNOWN_EVENTS` or `KNOWN_USERS`."""
     found: set[str] = set()
     for chunk in chunks(sorted(names)):
-        found.update(connection.execute(select(column).where(column.in_(chunk))).scalars())
+        found.update(connection.execute(query, {"names": chunk}).scalars())
     return found
 
 
 def states_of(connection: Connection, names: Sequence[str]) -> dict[str, tuple[State, str | None]]:
     """State and codes (as JSON) of the items that have a row."""
-    query = select(items.c.item_id, items.c.state, items.c.codes).where(items.c.item_id.in_(names))
-    return {row.item_id: (row.state, row.codes) for row in connection.execute(query)}
+    found = connection.execute(STATES_OF, {"names": names})
+    return {row.item_id: (row.state, row.codes) for row in found}
 
 
-def select_item(item_id: str) -> Select[Any]:
-    return select(*ITEM, items.c.image).where(items.c.item_id == item_id)
-
-
-def stored_item(row: Row[Any]) -> StoredItem:
-    image = getattr(row, "image", None)
-    content = None if image is None else bytes(image)
+def stored_item(row: Any) -> StoredItem:
+    """An item from a row of ITEM and an image, which may be null."""
+    content = None if row.image is None else bytes(row.image)
     item = Item(row.item_id, row.title, row.text, content, json.loads(row.attributes))
     codes = None if row.codes is None else tuple(json.loads(row.codes))
     return StoredItem(item, row.state, codes, row.version, row.time, bool(row.has_image))

@@ -1,29 +1,36 @@
 """The durable store of a service: events of users, added and changed items, and a numbered log of changes.
 
-A call that writes returns when its rows are on the disk; a call that raises has stored nothing. Any number of
-threads and processes may use a store at once.
+A call that writes returns when its rows are on the disk; a call that raises stores nothing, unless the disk
+fails, see `cemg.serve.database`. Any number of threads and processes may use a store at once.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections import deque
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Select, delete, insert, select
+from sqlalchemy import Integer, Select, bindparam, delete, insert, null, select
 
 from cemg.errors import UserError
 from cemg.serve.database import Database, Synchronous
 from cemg.serve.log import (
+    COUNTERS,
     ITEM,
+    ITEM_OF,
+    KNOWN_EVENTS,
+    KNOWN_USERS,
     ChangeLog,
     chunks,
     count,
     lock_counters,
     present,
-    select_item,
     states_of,
     stored_item,
 )
@@ -45,8 +52,9 @@ from cemg.serve.rows import (
     patched,
     to_json,
 )
-from cemg.serve.schema import changes, deletions, events, items, prepare, set_meta, state, users
+from cemg.serve.schema import changes, deletions, events, items, prepare, set_meta, users
 
+GROUP = 5_000  # events of several calls in one transaction
 PAGE = 1_000  # items in one query of an iteration
 EVENT = (
     events.c.number,
@@ -57,6 +65,27 @@ EVENT = (
     events.c.type,
     events.c.received,
 )
+# Statements that are often executed are built once, as building one takes longer than executing it.
+HISTORY = (
+    select(*EVENT)
+    .where(events.c.user_id == bindparam("user"))
+    .order_by(events.c.time.desc(), events.c.number.desc())
+)
+NEWEST = HISTORY.limit(bindparam("limit", type_=Integer))
+ADD_USERS, ADD_EVENTS = insert(users), insert(events)
+
+
+@dataclass(slots=True)
+class _Append:
+    """A call of `Store.append_events` that waits for its result."""
+
+    events: list[Event]
+    stored: list[bool] | None = None
+    error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.stored is not None or self.error is not None
 
 
 class Store:
@@ -78,6 +107,9 @@ class Store:
         self.run_items = run_items
         self._database = database
         self._catalog = catalog
+        self._waiting: deque[_Append] = deque()
+        self._turn = threading.Condition()
+        self._appending = False  # whether a thread commits for those that wait
 
     @classmethod
     def open(
@@ -130,7 +162,7 @@ class Store:
         """Store events; all of them or, after an exception, none.
 
         An event with a known id is skipped, also one that is twice in ``new``. The ids of deleted events are
-        not known any more.
+        not known any more. Calls of several threads at once share a transaction, and so a flush of the disk.
 
         Returns:
             True for each event that was stored, False for each that was known.
@@ -140,33 +172,63 @@ class Store:
             BusyError: Another process writes for too long.
             StorageError: The disk is full or fails.
         """
-        new = list(new)
-        check_events(new)
-        if not new:
+        call = _Append(list(new))
+        check_events(call.events)
+        if not call.events:
             return []
+        with self._turn:
+            self._waiting.append(call)
+            while self._appending and not call.done:
+                self._turn.wait()
+            self._appending = self._appending or not call.done
+        if not call.done:  # this thread commits for all that wait
+            try:
+                while not call.done:
+                    self._append_group()
+            finally:
+                with self._turn:
+                    self._appending = False
+                    self._turn.notify_all()
+        if call.error is not None:
+            raise call.error
+        return call.stored or []
+
+    def _append_group(self) -> None:
+        """Store the events of the calls that wait, up to GROUP of them, in one transaction."""
+        group: list[_Append] = []
+        while self._waiting and sum(len(call.events) for call in group) < GROUP:
+            group.append(self._waiting.popleft())
+        try:
+            stored = iter(self._append([event for call in group for event in call.events]))
+        except Exception as error:
+            for call in group:
+                call.error = error
+        except BaseException:  # this thread is interrupted; the others try again
+            self._waiting.extendleft(reversed(group))
+            raise
+        else:
+            for call in group:
+                call.stored = list(islice(stored, len(call.events)))
+
+    def _append(self, new: Sequence[Event]) -> list[bool]:
         with self._database.write() as connection:
-            number = lock_counters(connection).number
-            seen = present(connection, events.c.event_id, {event.event_id for event in new})
+            before = lock_counters(connection)
+            number = before.number
+            seen = present(connection, KNOWN_EVENTS, {event.event_id for event in new})
             received, rows, stored = time.time(), [], []
             for event in new:
                 stored.append(event.event_id not in seen)
-                if not stored[-1]:
-                    continue
-                seen.add(event.event_id)
-                number += 1
-                timestamp = None if event.timestamp is None else float(event.timestamp)
-                rows.append({
-                    "number": number, "event_id": event.event_id, "user_id": event.user_id,
-                    "item_id": event.item_id, "timestamp": timestamp, "type": event.type,
-                    "received": received, "time": received if timestamp is None else timestamp,
-                })  # fmt: skip
+                if stored[-1]:
+                    seen.add(event.event_id)
+                    number += 1
+                    rows.append(_row(event, number, received))
             if rows:
                 here = {row["user_id"] for row in rows}
-                fresh = here - present(connection, users.c.user_id, here)
+                fresh = here - present(connection, KNOWN_USERS, here)
                 if fresh:
-                    connection.execute(insert(users), [{"user_id": user} for user in sorted(fresh)])
-                connection.execute(insert(events), rows)
-                count(connection, number=number, events=len(rows), users=len(fresh))
+                    connection.execute(ADD_USERS, [{"user_id": user} for user in sorted(fresh)])
+                connection.execute(ADD_EVENTS, rows)
+                count(connection, number, before.events + len(rows), before.users + len(fresh))
         return stored
 
     def history(self, user_id: str, limit: int | None = None) -> list[StoredEvent]:
@@ -175,9 +237,10 @@ class Store:
         Events are ordered by their timestamp, or by the time at which they were stored if they have none, and
         then by their number.
         """
-        query = select(*EVENT).where(events.c.user_id == user_id)
-        query = query.order_by(events.c.time.desc(), events.c.number.desc())
-        found = self._read(query if limit is None else query.limit(_limit(limit)))
+        if limit is None:
+            found = self._read(HISTORY, {"user": user_id})
+        else:
+            found = self._read(NEWEST, {"user": user_id, "limit": _limit(limit)})
         return [StoredEvent(*row) for row in reversed(found)]
 
     def events_after(self, number: int, limit: int = 10_000) -> list[StoredEvent]:
@@ -195,12 +258,13 @@ class Store:
         """Delete the events of a user, and record that. Returns how many events were deleted."""
         check_names([user_id], "user", source="users")
         with self._database.write() as connection:
-            number = lock_counters(connection).number + 1
+            before = lock_counters(connection)
+            number = before.number + 1
             gone = connection.execute(delete(events).where(events.c.user_id == user_id)).rowcount
             known = connection.execute(delete(users).where(users.c.user_id == user_id)).rowcount
             row = {"number": number, "user_id": user_id, "events": gone, "time": time.time()}
             connection.execute(insert(deletions).values(row))
-            count(connection, number=number, events=-gone, users=-known)
+            count(connection, number, before.events - gone, before.users - known)
         return gone
 
     def list_users(self, *, after: str = "", limit: int = 100) -> list[str]:
@@ -266,7 +330,7 @@ class Store:
         merged = values.get("attributes")
         with self._database.write() as connection:
             log = ChangeLog(connection)
-            row = connection.execute(select_item(item_id)).one_or_none()
+            row = connection.execute(ITEM_OF, {"item": item_id}).one_or_none()
             old = base if row is None else stored_item(row).item
             if old is None or old.item_id != item_id or (row is not None and row.state == "removed"):
                 raise _unknown(item_id)
@@ -336,7 +400,7 @@ class Store:
 
     def get_item(self, item_id: str) -> StoredItem | None:
         """An item with its image, also a removed one. None: the store has no row for it."""
-        found = self._read(select_item(item_id))
+        found = self._read(ITEM_OF, {"item": item_id})
         return stored_item(found[0]) if found else None
 
     def list_items(
@@ -355,8 +419,8 @@ class Store:
             states: Only items in these states.
             images: Whether to read the images.
         """
-        columns = [*ITEM, items.c.image] if images else ITEM
-        query = select(*columns).where(items.c.item_id > after).order_by(items.c.item_id)
+        image = items.c.image if images else null().label("image")
+        query = select(*ITEM, image).where(items.c.item_id > after).order_by(items.c.item_id)
         if set(states) != set(STATES):
             query = query.where(items.c.state.in_(sorted(states)))
         return [stored_item(row) for row in self._read(query.limit(_limit(limit)))]
@@ -393,11 +457,25 @@ class Store:
         return self.run_items is not None and item_id in self.run_items
 
     def _state(self) -> Any:
-        return self._read(select(state))[0]
+        return self._read(COUNTERS)[0]
 
-    def _read(self, query: Select[Any]) -> Sequence[Any]:
+    def _read(self, query: Select[Any], values: Mapping[str, object] | None = None) -> Sequence[Any]:
         with self._database.read() as connection:
-            return connection.execute(query).all()
+            return connection.execute(query, values).all()
+
+
+def _row(event: Event, number: int, received: float) -> dict[str, Any]:
+    timestamp = None if event.timestamp is None else float(event.timestamp)
+    return {
+        "number": number,
+        "event_id": event.event_id,
+        "user_id": event.user_id,
+        "item_id": event.item_id,
+        "timestamp": timestamp,
+        "type": event.type,
+        "received": received,
+        "time": received if timestamp is None else timestamp,
+    }
 
 
 def _limit(limit: int) -> int:

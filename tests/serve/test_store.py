@@ -421,6 +421,61 @@ def test_threads_write_and_read_at_once(location):
         assert not problems and store.count_events() == 90 and store.version == 80
 
 
+class Commits:
+    """Makes the first commit wait until other calls of `append_events` wait, and counts commits."""
+
+    def __init__(self, store: Store, monkeypatch, others: int, *, fail: bool = False) -> None:
+        self.count = 0
+        real = sa.engine.default.DefaultDialect.do_commit
+
+        def commit(dialect, connection):
+            deadline = time.monotonic() + 30
+            while self.count == 0 and len(store._waiting) < others and time.monotonic() < deadline:
+                time.sleep(0.001)
+            self.count += 1
+            if fail:
+                raise dialect.loaded_dbapi.OperationalError("disk I/O error")
+            real(dialect, connection)
+
+        monkeypatch.setattr(sa.engine.default.DefaultDialect, "do_commit", commit)
+
+
+def _in_threads(count: int, work) -> list:
+    outcomes = []
+
+    def run(name: int) -> None:
+        try:
+            outcomes.append(work(name))
+        except Exception as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in range(count)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    return outcomes
+
+
+def test_calls_of_several_threads_share_a_commit(store, monkeypatch):
+    with monkeypatch.context() as patch:
+        commits = Commits(store, patch, others=9)
+        outcomes = _in_threads(
+            10, lambda name: store.append_events([event("shared"), event(f"{name}"), event(f"{name}")])
+        )
+    assert commits.count == 2
+    assert [stored[1:] for stored in outcomes] == [[True, False]] * 10
+    assert sum(stored[0] for stored in outcomes) == 1, "one of the threads stored it"
+    assert store.count_events() == 11 and len(set(ids(store.events_after(0)))) == 11
+
+
+def test_a_failing_shared_commit_is_refused_to_all_threads(store, monkeypatch):
+    with monkeypatch.context() as patch:
+        commits = Commits(store, patch, others=5, fail=True)
+        outcomes = _in_threads(6, lambda name: store.append_events([event(f"{name}")]))
+    assert commits.count == 2 and len(outcomes) == 6
+    assert all(isinstance(outcome, Exception) for outcome in outcomes)
+    assert store.count_events() == 0 and store.append_events([event("0")]) == [True]
+
+
 # Backup
 
 
