@@ -132,9 +132,7 @@ def run(report: Report, folder: Path, count: int) -> None:
 def main() -> None:
     parser = make_parser(__doc__, rounds=100)
     parser.add_argument("--events", type=int, default=1_000_000, help="events in the store")
-    parser.add_argument(
-        "--folder", type=Path, help="where the files are written"
-    )
+    parser.add_argument("--folder", type=Path, help="where the files are written")
     options = parser.parse_args()
     report = Report("store", options, apply_options(options))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -113,7 +113,8 @@ def _add_recommendations(app: FastAPI, service: Service, settings: Settings) -> 
         ]
         together = asyncio.gather(*futures)
         gone = asyncio.create_task(_until_gone(request))
-        await asyncio.wait({together, gone}, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {together, gone}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         if not together.done():
             together.cancel()

@@ -10,11 +10,12 @@ import bisect
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from cemg.data.readers.text import clean, item_text
 from cemg.recommender import Recommender
@@ -24,12 +25,16 @@ from cemg.serve.engine import Answer, Engine, Query
 from cemg.serve.expressions import Filter, NamedFilter
 from cemg.serve.filters import Filters
 from cemg.serve.named_filters import NamedFilters
-from cemg.serve.rows import Deletion, Event, Item, StoredEvent, StoredItem, UnknownItemError
+from cemg.serve.rows import Deletion, Event, Item, State, StoredEvent, StoredItem, UnknownItemError
 from cemg.serve.store import Store
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter
 
 PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
+ACTIVE: tuple[State, ...] = ("active",)
+PENDING: tuple[State, ...] = ("pending",)
+REMOVED: tuple[State, ...] = ("removed",)
+Entry = TypeVar("Entry", StoredEvent, Deletion)
 STORE_FILE = "serve/store.sqlite"  # in the folder of the run
 
 log = logging.getLogger("cemg.serve")
@@ -120,7 +125,7 @@ class Service:
 
     def _restore(self, engine: Engine) -> None:
         """Bring the engine to where the store is: items, removals, and events in their order of arrival."""
-        active = [one for one in self.store.items(states=("active",))]
+        active = [one for one in self.store.items(states=ACTIVE)]
         placed = [one for one in active if one.codes is not None]
         if placed:
             codes = {one.item.item_id: one.codes for one in placed if one.codes is not None}
@@ -132,7 +137,7 @@ class Service:
         self.table.update(
             {one.item.item_id: one.item.attributes for one in active if one.item.item_id in self.table}
         )
-        gone = [one.item.item_id for one in self.store.items(states=("removed",))]
+        gone = [one.item.item_id for one in self.store.items(states=REMOVED)]
         engine.remove(gone, self.store.version)
         for entry in self._log():
             if isinstance(entry, Deletion):
@@ -142,9 +147,9 @@ class Service:
 
     def _log(self) -> Iterator[StoredEvent | Deletion]:
         """Events and deletions of users, in order."""
-        deletions = self._pages(self.store.deletions_after)
+        deletions = _pages(self.store.deletions_after)
         deletion = next(deletions, None)
-        for event in self._pages(self.store.events_after):
+        for event in _pages(self.store.events_after):
             while deletion is not None and deletion.number <= event.number:
                 yield deletion
                 deletion = next(deletions, None)
@@ -152,13 +157,6 @@ class Service:
         if deletion is not None:
             yield deletion
             yield from deletions
-
-    @staticmethod
-    def _pages(read: object) -> Iterator[object]:
-        number = 0
-        while page := read(number):  # type: ignore[operator]
-            yield from page
-            number = page[-1].number
 
     # ---- recommendations
 
@@ -209,7 +207,7 @@ class Service:
     def sizes(self) -> dict[str, int]:
         """Version and sizes of the catalog, and numbers of stored events and of users with events."""
         engine = self.model.engine
-        pending = sum(1 for _ in self.store.items(states=("pending",)))
+        pending = sum(1 for _ in self.store.items(states=PENDING))
         removed = len(engine.recommender.removed)
         return {
             "catalog_version": engine.version, "items": len(engine.recommender.catalog) - removed,
@@ -298,7 +296,7 @@ class Service:
     def _place_some(self) -> bool:
         """Place up to PLACED_AT_ONCE pending items. Returns whether there may be more."""
         pending: list[Item] = []
-        for one in self.store.items(states=("pending",)):
+        for one in self.store.items(states=PENDING):
             if one.item.item_id not in self.status.failed_items and len(pending) < PLACED_AT_ONCE:
                 pending.append(one.item)
         texts = {item.item_id: _text(item) for item in pending}
@@ -316,6 +314,14 @@ class Service:
         added = [texts[item.item_id] for item in pending]
         self.model.change(lambda engine: engine.add(extended, added, version)).result()
         return True
+
+
+def _pages(read: Callable[[int], Sequence[Entry]]) -> Iterator[Entry]:
+    """All entries of a log that is read from a number on."""
+    number = 0
+    while page := read(number):
+        yield from page
+        number = page[-1].number
 
 
 def _text(item: Item) -> str | None:
