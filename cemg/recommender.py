@@ -110,6 +110,7 @@ class Recommender:
         prior: ItemPrior | None = None,
         prior_weight: float | Sequence[float] | None = None,
         memory: str | None = None,
+        shares: bool = False,
     ) -> Recommendations:
         """Recommend the next items for one history or for B histories.
 
@@ -132,6 +133,8 @@ class Recommender:
             memory: How the run's item memory is mixed into the search: "off", "constant" (the same weights
                 for every history) or "gate" (weights per history). An empty history is then ranked by
                 popularity, and ``ranked_by`` says so. None: see `default_memory`; "off" beside a prior.
+            shares: Whether ``prior_shares`` is computed: how much of the probability of each item is from the
+                prior or the memory, and not from the generator.
 
         Returns:
             ``ids``, ``titles``, ``scores`` and ``codes`` per history; ``items`` are catalog rows. With
@@ -191,7 +194,8 @@ class Recommender:
                 "popularity" if way == "mixture" and not history else way
                 for way, history in zip(ranked_by, rows, strict=True)
             ]
-        return dataclasses.replace(found, ids=ids, titles=titles, ranked_by=ranked_by)
+        part = self._prior_shares(found, own, weight, allowed) if shares else None
+        return dataclasses.replace(found, ids=ids, titles=titles, ranked_by=ranked_by, prior_shares=part)
 
     @cached_property
     def default_memory(self) -> str:
@@ -291,6 +295,23 @@ class Recommender:
             mixed = np.zeros(requests, bool) if left is None else left.weight.cpu().numpy() > 0
         return ["mixture" if own else "generator" for own in mixed]
 
+    def _prior_shares(
+        self, found: Recommendations, prior: ItemPrior | None, weight: float | Sequence[float],
+        allowed: ItemFilter | RequestFilter | None,
+    ) -> Tensor | None:  # fmt: skip
+        """weight * mass / probability of each result, [B, top]; None for items that share semantic IDs."""
+        requests, top = found.items.shape
+        if not isinstance(self.decoder, Decoder) or self.catalog.shared is not None:
+            return None
+        trie = self.decoder.trie
+        left = prior_tensors(prior, weight, self.catalog, trie, allowed, requests)
+        if left is None:
+            return torch.zeros(requests, top, dtype=torch.float64)
+        nodes = trie.lookup(found.codes.flatten(0, 1).clamp_min(0).to(trie.device))
+        masses = left.masses_of(trie.interval(nodes).view(requests, top, 2)).cpu()
+        shares = left.weight.cpu()[:, None] * masses / found.scores.double().exp()
+        return shares.masked_fill(found.items < 0, 0.0).clamp(0.0, 1.0)
+
     def _offered(
         self, filter: ItemFilter | Sequence[ItemFilter | None] | None
     ) -> ItemFilter | Sequence[ItemFilter | None] | None:
@@ -327,11 +348,11 @@ class Recommender:
 
     @cached_property
     def _titles(self) -> dict[int | str, str]:
-        return self.titles()
-
-    def titles(self) -> dict[int | str, str]:
-        """Titles by item id, those of added items included."""
         return self.artifacts.titles()
+
+    def titles(self) -> Mapping[int | str, str]:
+        """Titles by item id, those of added items included."""
+        return self._titles
 
     def item_ids(self, found: Recommendations) -> list[list[int | str | None]]:
         """Item IDs of recommendations, B lists of ``top``; None where there were fewer items."""

@@ -34,6 +34,8 @@ class Recommendations:
         titles: B lists of ``top`` titles, None where there is none. Set by ``Recommender``, else empty.
         ranked_by: What ranked each list: B of "generator", "mixture" and "popularity". Set by
             ``Recommender``, else empty.
+        prior_shares: float64 [B, top], the share of the prior in the probability of each item. Set by
+            ``Recommender`` if it is called with ``shares=True``, else None.
     """
 
     items: Tensor
@@ -43,6 +45,7 @@ class Recommendations:
     ids: list[list[int | str | None]] = field(default_factory=list, kw_only=True)
     titles: list[list[str | None]] = field(default_factory=list, kw_only=True)
     ranked_by: list[str] = field(default_factory=list, kw_only=True)
+    prior_shares: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def empty(cls, top: int, levels: int) -> Recommendations:

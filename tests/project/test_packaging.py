@@ -88,7 +88,8 @@ def test_wheel_and_sdist_carry_configurations_presets_and_types(tree, tmp_path, 
     assert done.returncode == 0, done.stderr
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     wanted = {"cemg/configs/beauty.yaml", "cemg/presets/small.yaml", "cemg/py.typed", "cemg_kernels/py.typed"}
-    wanted |= {"cemg/report/page.html"}
+    wanted |= {"cemg/report/page.html", "cemg/serve/page/index.html", "cemg/serve/page/vendor/README.txt"}
+    wanted |= {"cemg/serve/page/app.js", "cemg/serve/page/vendor/preact-11.2.0/preact.mjs"}
     wanted |= {"cemg_kernels/_native.pyi", "cemg/commands/train.py", "cemg_kernels/trie/trie.py"}
     assert wanted <= names
     done = run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=tree, env=quick)
