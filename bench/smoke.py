@@ -28,6 +28,7 @@ SCRIPTS = {
     "generator_step": ("--items", "500", "--batch", "4", "--lengths", "3"),
     "trie_build": ("--items", "1000", "--codes", "16"),
     "memory": ("--items", "1000"),
+    "store": ("--events", "2000"),
     "trie_step": ("--items", "1000", "--sizes", "16", "--users", "1", "2"),
     "latency": (
         "--models", "mmgrec", "--cells", "B1 W10$", "--full", "--engines", "transformers + our processor"

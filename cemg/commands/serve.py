@@ -11,6 +11,7 @@ import typer
 from cemg.commands import console as command
 from cemg.errors import UserError
 from cemg.progress import console
+from cemg.storage.run import Run
 
 app = command.command_line()
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -52,10 +53,12 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="YAML file of named filters with parameters.")
     ] = None,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Time that a request may wait for its search.")
+        float,
+        typer.Option(metavar="SECONDS", min=0.001, help="Time that a request may wait for its search."),
     ] = 10.0,
     shutdown_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Time for requests to finish after SIGTERM.")
+        float,
+        typer.Option(metavar="SECONDS", min=0.0, help="Time for requests to finish after SIGTERM."),
     ] = 30.0,
     max_queue: Annotated[
         int, typer.Option(min=1, help="Number of waiting requests beyond which others get 503.")
@@ -70,11 +73,10 @@ def serve(
     requests are answered.
     """
     try:
-        import uvicorn
-
         from cemg.serve.app import Settings, create_app
         from cemg.serve.named_filters import NamedFilters
         from cemg.serve.security import Keys
+        from cemg.serve.server import Server, bind
         from cemg.serve.service import Service
     except ModuleNotFoundError as error:
         raise UserError(
@@ -91,18 +93,16 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     hosts = [*LOOPBACK, *([] if host in ("0.0.0.0", "::") else [host]), *(allow_host or [])]
     named = None if filters is None else NamedFilters.read(filters)
+    bound = bind(host, port)
+    Run(run).check_unlocked()
     service = Service(
         run, store=store or None, filters=named, device=device, max_batch=max_batch, max_queue=max_queue
     )
-    settings = Settings(keys=known, hosts=hosts, timeout=timeout)
+    app = create_app(service, Settings(keys=known, hosts=hosts, timeout=timeout))
     console.print(
         f"serving {run} on http://{host}:{port}, catalog version {service.store.version}", soft_wrap=True
     )
-    config = uvicorn.Config(
-        create_app(service, settings), host=host, port=port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=int(shutdown_timeout), server_header=False,
-    )  # fmt: skip
-    uvicorn.Server(config).run()
+    Server(app, service, shutdown_timeout=shutdown_timeout).run([bound])
 
 
 def main() -> None:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi.responses import PlainTextResponse
+from pydantic import AfterValidator
 from starlette.exceptions import HTTPException
 
-from cemg.serve import problems, schemas
+from cemg.serve import browse, problems, schemas
 from cemg.serve.engine import Answer
-from cemg.serve.metrics import Metrics
-from cemg.serve.rows import StoredItem, UnknownItemError
+from cemg.serve.metrics import Metrics, Observed
+from cemg.serve.rows import MAX_ID, MAX_INTEGER, StoredItem, UnknownItemError
 from cemg.serve.security import LOOPBACK, Guard, Keys, requires
 from cemg.serve.service import Request as Asked
 from cemg.serve.service import Service
 from cemg.version import __version__
 
 GONE = 499  # status in the log of a request whose client has gone
+PathId = Annotated[str, Path(max_length=MAX_ID), AfterValidator(schemas.is_text)]
 Limit = Annotated[int, Query(ge=1, le=1_000)]
 
 
@@ -50,55 +52,42 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(service.close, timeout=settings.timeout)
+        await asyncio.to_thread(service.close, timeout=settings.timeout)  # or what is left of that of `drain`
 
     app = FastAPI(
         title="CEMG", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None,
         description="Recommendations from a catalog and a memory that change while they are served.",
+        responses=problems.RESPONSES,
     )  # fmt: skip
     app.state.keys, app.state.metrics = settings.keys, Metrics(service)
     problems.install(app)
-    app.middleware("http")(_observed(app.state.metrics))
     app.add_middleware(Guard, hosts=settings.hosts, max_bytes=settings.max_bytes)
+    app.add_middleware(
+        Observed, metrics=app.state.metrics, status=service.status
+    )  # outermost: sees all answers
     _add_health(app, service)
     _add_recommendations(app, service, settings)
     _add_users(app, service)
+    browse.add(app, service)  # before the items, whose ids may have slashes
     _add_items(app, service)
     return app
 
 
-def _observed(metrics: Metrics) -> Callable[..., Awaitable[Response]]:
-    """Count and time every request, and name it in its answer."""
-
-    async def observe(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        name = request.headers.get("x-request-id", "")
-        request.state.id = name if name.isprintable() and 0 < len(name) <= 64 else uuid.uuid4().hex
-        begun = time.perf_counter()
-        response = await call(request)
-        route = request.scope.get("route")
-        path = getattr(route, "path", "other")
-        metrics.observe(request, path, response.status_code, time.perf_counter() - begun)
-        response.headers["X-Request-ID"] = request.state.id
-        return response
-
-    return observe
-
-
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health/live", tags=["health"])
-    def live() -> dict[str, str]:
+    async def live() -> dict[str, str]:
         """The process runs; also while it shuts down."""
         return {"status": "draining" if service.status.draining else "live"}
 
     @app.get("/health/ready", tags=["health"])
-    def ready() -> dict[str, str]:
+    async def ready() -> dict[str, str]:
         """Requests are answered; 503 while the service starts or shuts down."""
         if not service.status.ready:
             state = "shuts down" if service.status.draining else "starts"
             raise HTTPException(503, f"the service {state}", problems.RETRY_AFTER)
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["health"], dependencies=[requires("read")])
+    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse, dependencies=[requires("read")])
     def metrics() -> Response:
         """Metrics in the format of Prometheus."""
         return Response(*app.state.metrics.page())
@@ -108,18 +97,23 @@ def _add_recommendations(app: FastAPI, service: Service, settings: Settings) -> 
     async def answered(
         asked: Sequence[schemas.RecommendRequest], request: Request
     ) -> list[schemas.Recommendation]:
-        futures = [
-            asyncio.wrap_future(service.recommend(_asked(one), timeout=settings.timeout)) for one in asked
-        ]
-        together = asyncio.gather(*futures)
+        futures: list[asyncio.Future[Answer]] = []
         gone = asyncio.create_task(_until_gone(request))
-        waited: set[asyncio.Future[Any]] = {together, gone}
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if not together.done():
-            together.cancel()
-            raise HTTPException(GONE, "the client has gone")
-        answers = await together
+        try:
+            for one in asked:
+                queued = service.recommend(_asked(one), timeout=settings.timeout)
+                futures.append(asyncio.wrap_future(queued))
+            together = asyncio.gather(*futures)
+            first: set[asyncio.Future[Any]] = {together, gone}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if not together.done():
+                together.cancel()
+                raise HTTPException(GONE, "the client has gone")
+            answers = await together
+        finally:
+            gone.cancel()
+            for future in futures:  # after a failure, the others need no search
+                future.cancel()
         for one, answer in zip(asked, answers, strict=True):
             if one.strict and answer.skipped:
                 raise UnknownItemError(f"history: there is no item {answer.skipped[0]}")
@@ -147,16 +141,18 @@ async def _until_gone(request: Request) -> None:
 def _asked(body: schemas.RecommendRequest) -> Asked:
     return Asked(
         user=body.user_id or "", history=tuple(body.history or ()), limit=body.limit, beams=body.beams,
-        exclude_history=body.exclude_history, exact=body.exact, filter=body.filter,
+        exclude_history=body.exclude_history, exact=body.exact, filter=body.filter, explain=body.explain,
     )  # fmt: skip
 
 
 def _answer(body: schemas.RecommendRequest, answer: Answer, service: Service) -> schemas.Recommendation:
-    rows = zip(answer.items, answer.scores, answer.titles, strict=True)
+    shares: Sequence[float | None] = answer.memory_shares or [None] * len(answer.items)
+    rows = zip(answer.items, answer.scores, answer.titles, answer.codes, shares, strict=True)
     return schemas.Recommendation(
         recommendation_id=uuid.uuid4().hex,
         items=[
-            schemas.RecommendedItem(item_id=item, score=score, title=title) for item, score, title in rows
+            schemas.RecommendedItem(item_id=item, score=score, title=title, codes=codes, memory_share=share)
+            for item, score, title, codes, share in rows
         ],
         certified=answer.certified,
         strategy=answer.strategy,
@@ -175,16 +171,16 @@ def _add_users(app: FastAPI, service: Service) -> None:
         known = [one.event_id for one, new in zip(body.events, stored, strict=True) if not new]
         return schemas.EventsAnswer(stored=sum(stored), known=known)
 
-    @app.get("/v1/users/{user_id}", tags=["users"], dependencies=[requires("read")])
-    def get_user(user_id: str) -> schemas.UserAnswer:
+    @app.get("/v1/users/{user_id:path}", tags=["users"], dependencies=[requires("read")])
+    def get_user(user_id: PathId) -> schemas.UserAnswer:
         """The history of a user."""
         history = service.history(user_id)
         if history is None:
             raise HTTPException(404, f"there is no user {user_id}")
         return schemas.UserAnswer(user_id=user_id, history=history)
 
-    @app.delete("/v1/users/{user_id}", tags=["users"], dependencies=[requires("write")])
-    def delete_user(user_id: str) -> schemas.DeletedAnswer:
+    @app.delete("/v1/users/{user_id:path}", tags=["users"], dependencies=[requires("write")])
+    def delete_user(user_id: PathId) -> schemas.DeletedAnswer:
         """Delete a user with all events; the item memory forgets them."""
         if service.history(user_id) is None:
             raise HTTPException(404, f"there is no user {user_id}")
@@ -193,15 +189,16 @@ def _add_users(app: FastAPI, service: Service) -> None:
 
 def _add_items(app: FastAPI, service: Service) -> None:
     def item_answer(stored: StoredItem) -> schemas.ItemAnswer:
-        item = stored.item
+        item, codes = stored.item, service.codes(stored.item.item_id)
+        placing = stored.state == "active" and codes is None  # stored, but not searched yet
         return schemas.ItemAnswer(
             item_id=item.item_id, title=item.title, text=item.text, attributes=dict(item.attributes),
-            state=stored.state, codes=service.codes(item.item_id), version=stored.version,
-            problem=service.status.failed_items.get(item.item_id),
+            state="pending" if placing else stored.state, codes=codes, version=stored.version,
+            image=service.has_picture(stored), problem=service.status.failed_items.get(item.item_id),
         )  # fmt: skip
 
-    @app.get("/v1/items/{item_id}", tags=["catalog"], dependencies=[requires("read")])
-    def get_item(item_id: str) -> schemas.ItemAnswer:
+    @app.get("/v1/items/{item_id:path}", tags=["catalog"], dependencies=[requires("read")])
+    def get_item(item_id: PathId) -> schemas.ItemAnswer:
         """An item."""
         stored = service.get_item(item_id)
         if stored is None:
@@ -210,15 +207,20 @@ def _add_items(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/items", tags=["catalog"], dependencies=[requires("read")])
     def list_items(
-        cursor: Annotated[str, Query(max_length=256)] = "", limit: Limit = 100
+        cursor: Annotated[str, Query(max_length=256)] = "",
+        limit: Limit = 100,
+        query: Annotated[
+            str,
+            Query(max_length=256, description="The beginning of an id or a part of a title, in any case."),
+        ] = "",
     ) -> schemas.ItemPage:
-        """Items in the order of their ids, a page at a time."""
-        found = service.list_items(cursor, limit)
+        """Items in the order of their ids, a page at a time; with a query, the item with that id first."""
+        found = service.find_items(query, cursor, limit) if query else service.list_items(cursor, limit)
         last = found[-1].item.item_id if len(found) == limit else None
         return schemas.ItemPage(items=[item_answer(one) for one in found], next=last)
 
-    @app.put("/v1/items/{item_id}", tags=["catalog"], dependencies=[requires("write")])
-    def put_item(item_id: str, body: schemas.ItemFields) -> schemas.VersionAnswer:
+    @app.put("/v1/items/{item_id:path}", tags=["catalog"], dependencies=[requires("write")])
+    def put_item(item_id: PathId, body: schemas.ItemFields) -> schemas.VersionAnswer:
         """Insert or replace an item. A new one is recommended once it has a semantic ID."""
         whole = schemas.ItemBody(item_id=item_id, **body.model_dump())
         return schemas.VersionAnswer(catalog_version=service.put_items([whole.item()]))
@@ -228,14 +230,14 @@ def _add_items(app: FastAPI, service: Service) -> None:
         """Insert or replace items, all of them or none."""
         return schemas.VersionAnswer(catalog_version=service.put_items([one.item() for one in body.items]))
 
-    @app.patch("/v1/items/{item_id}", tags=["catalog"], dependencies=[requires("write")])
-    def patch_item(item_id: str, body: schemas.ItemPatch) -> schemas.VersionAnswer:
+    @app.patch("/v1/items/{item_id:path}", tags=["catalog"], dependencies=[requires("write")])
+    def patch_item(item_id: PathId, body: schemas.ItemPatch) -> schemas.VersionAnswer:
         """Change some fields of an item."""
         values: dict[str, Any] = body.model_dump(exclude_unset=True)
         return schemas.VersionAnswer(catalog_version=service.patch_item(item_id, values))
 
-    @app.delete("/v1/items/{item_id}", tags=["catalog"], dependencies=[requires("write")])
-    def remove_item(item_id: str) -> schemas.VersionAnswer:
+    @app.delete("/v1/items/{item_id:path}", tags=["catalog"], dependencies=[requires("write")])
+    def remove_item(item_id: PathId) -> schemas.VersionAnswer:
         """Remove an item: no request from now on gets it."""
         return schemas.VersionAnswer(catalog_version=service.remove_item(item_id))
 
@@ -245,7 +247,9 @@ def _add_items(app: FastAPI, service: Service) -> None:
         return schemas.CatalogAnswer(model_version=service.model_version, **service.sizes())
 
     @app.get("/v1/catalog/changes", tags=["catalog"], dependencies=[requires("read")])
-    def changes(after: Annotated[int, Query(ge=0)] = 0, limit: Limit = 100) -> schemas.ChangesAnswer:
+    def changes(
+        after: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0, limit: Limit = 100
+    ) -> schemas.ChangesAnswer:
         """The numbered log of changes, which replicas follow."""
         found = service.store.changes_after(after, limit)
         rows = [

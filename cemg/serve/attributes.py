@@ -237,6 +237,18 @@ class AttributeTable:
             self._replace({row: dict(given.get(item) or {}) for item, row in new.items()}, list(new))
             self._row_of |= new
 
+    def check(self, attributes: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Checks what ``update`` would do, or ``extend`` for new items, and changes nothing.
+
+        Raises:
+            UserError: A value or name is not valid, or does not fit those of other items.
+        """
+        with self._lock:
+            given = _by_id(attributes)
+            new = len(self._row_of)
+            rows = {self._row_of.get(item, new + n): dict(v) for n, (item, v) in enumerate(given.items())}
+            self._checked(rows, list(given))
+
     def snapshot(self) -> Snapshot:
         """Returns the current attributes; builds the frame of the overlay once per version."""
         with self._lock:
@@ -315,6 +327,15 @@ class AttributeTable:
 
     def _replace(self, changed: dict[int, dict[str, Any]], items: Sequence[str]) -> None:
         """Replaces the attributes of rows; checks all of them before it changes anything."""
+        self._fields = self._checked(changed, items)
+        self._overlay |= changed
+        self._version += 1
+        if len(self._overlay) > MAX_OVERLAY and not self._merging:
+            self._merging = True
+            threading.Thread(target=self._merge_in_background, name="cemg-attributes", daemon=True).start()
+
+    def _checked(self, changed: dict[int, dict[str, Any]], items: Sequence[str]) -> dict[str, Field]:
+        """Returns the fields as they are after rows are replaced. Raises UserError for the first problem."""
         fields = {name: copy.copy(field) for name, field in self._fields.items()}
         for row in changed:
             for name, value in self._values(row).items():
@@ -334,12 +355,7 @@ class AttributeTable:
                 field.storage = field.storage or _STORAGE.get(type(value))
                 field.count(value, 1)
         _check_number_of(fields)
-        self._fields = fields
-        self._overlay |= changed
-        self._version += 1
-        if len(self._overlay) > MAX_OVERLAY and not self._merging:
-            self._merging = True
-            threading.Thread(target=self._merge_in_background, name="cemg-attributes", daemon=True).start()
+        return fields
 
     def _values(self, row: int) -> Mapping[str, Any]:
         """Returns the attributes of a row; a row that does not exist yet has none."""

@@ -1,20 +1,24 @@
 """A run that serves: searches in batches, events that its memory learns, and a catalog that changes.
 
-One thread calls an `Engine`, see `cemg.serve.batching`; only `Engine.encode` and `Engine.extended` may run
-beside it.
+One thread calls an `Engine`, see `cemg.serve.batching`; only `Engine.encode`, `Engine.extended` and
+`Engine.users` may run beside it.
 """
 
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cemg.errors import UserError
 from cemg.recommender import Recommender
+from cemg.serve.rows import UnknownItemError
 from cemg_kernels import ItemFilter
 
 Compile = Callable[
@@ -35,6 +39,7 @@ class Query:
         exclude_history: Whether the items of the history are left out.
         exact: Whether the list is proven to be the true top.
         filter: Admits only some of the items; None admits all.
+        explain: Whether the share of the memory in each item is computed.
     """
 
     history: tuple[str, ...] = ()
@@ -44,6 +49,7 @@ class Query:
     exclude_history: bool = True
     exact: bool = False
     filter: Compile | None = None
+    explain: bool = False
 
     @property
     def group(self) -> tuple[int, bool, bool]:
@@ -64,6 +70,9 @@ class Answer:
         catalog_version: The catalog that was searched.
         skipped: Items of the history that the catalog does not have.
         known_user: Whether the user of the query has a history.
+        codes: Their semantic IDs.
+        memory_shares: How much of the probability of each is from the memory (0 to 1), the rest being from
+            the generator; None unless the query asked for it, and for items that share semantic IDs.
     """
 
     items: list[str]
@@ -74,6 +83,8 @@ class Answer:
     catalog_version: int
     skipped: list[str]
     known_user: bool = True
+    codes: list[list[int]] = field(default_factory=list)
+    memory_shares: list[float] | None = None
 
 
 @dataclass(slots=True)
@@ -90,12 +101,15 @@ class Engine:
     Attributes:
         recommender: The run with the catalog that is searched.
         version: The number of the catalog.
+        titles: Titles by item id, "" where there is none.
     """
 
     def __init__(self, recommender: Recommender, *, version: int = 0) -> None:
         self.recommender, self.version = recommender, version
+        self.titles = {str(item): title or "" for item, title in recommender.titles().items()}
         self._rows = {str(item): row for row, item in enumerate(recommender.catalog.item_ids)}
         self._histories: dict[str, _History] = {}
+        self._unplaced: dict[str, list[tuple[str, float]]] = {}  # events of unknown items, by user
         self.learns = recommender.artifacts.has_memory()
         self._read_run()
 
@@ -127,8 +141,9 @@ class Engine:
             [self._ids(items) for items in known], top=top, beams=max(first.beams, top),
             filter=filters if any(one is not None for one in filters) else None,
             exclude_history=first.exclude_history, exact=first.exact,
+            shares=any(query.explain for query in queries),
         )  # fmt: skip
-        assert found.ids is not None and found.titles is not None and found.ranked_by is not None
+        assert found.ids is not None and found.ranked_by is not None
         answers = []
         for number, query in enumerate(queries):
             ids = [str(item) for item in found.ids[number] if item is not None][: query.limit]
@@ -136,10 +151,13 @@ class Engine:
             answers.append(
                 Answer(
                     items=ids, scores=found.scores[number, : len(ids)].tolist(),
-                    titles=found.titles[number][: len(ids)],
+                    titles=[self.titles.get(item) or None for item in ids],
                     certified=min(int(found.certified[number]), len(ids)), strategy=found.ranked_by[number],
                     catalog_version=self.version, skipped=skipped,
                     known_user=not query.user or self.knows(query.user),
+                    codes=found.codes[number, : len(ids)].tolist(),
+                    memory_shares=None if found.prior_shares is None or not query.explain
+                    else found.prior_shares[number, : len(ids)].tolist(),
                 )
             )  # fmt: skip
         return answers
@@ -149,7 +167,38 @@ class Engine:
         ids = self.recommender.catalog.item_ids
         return [ids[self._rows[item]] for item in items]
 
+    def similar(self, item: str, limit: int) -> list[tuple[str, float]]:
+        """The items that the memory connects most with an item, by transitions and by texts, best first.
+
+        Returns:
+            Item ids with their shares of all scores; nothing without a memory. Removed items are left out.
+
+        Raises:
+            UnknownItemError: The catalog does not have the item.
+        """
+        row = self._rows.get(item)
+        if row is None:
+            raise UnknownItemError(f"there is no item {item} with a semantic ID")
+        if not self.learns:
+            return []
+        rows, scores = self.recommender.memory.scores([row])
+        ids = self.recommender.catalog.item_ids
+        gone, total = {row, *self._removed_rows()}, float(scores.sum())
+        found = list[tuple[str, float]]()
+        for place in np.argsort(-scores, kind="stable"):
+            if len(found) < limit and int(rows[place]) not in gone:
+                found.append((str(ids[rows[place]]), float(scores[place]) / total))
+        return found
+
+    def _removed_rows(self) -> list[int]:
+        return [self._rows[str(item)] for item in self.recommender.removed]
+
     # ---- users
+
+    def users(self, prefix: str, after: str, limit: int) -> list[str]:
+        """The first ids of users that begin with ``prefix``, those after ``after``."""
+        every = list(self._histories)
+        return heapq.nsmallest(limit, (user for user in every if user.startswith(prefix) and user > after))
 
     def history(self, user: str) -> list[str]:
         """The item ids of a user, oldest first; empty for an unknown user."""
@@ -158,15 +207,17 @@ class Engine:
 
     def knows(self, user: str) -> bool:
         """Whether the run or an event has this user."""
-        return user in self._histories
+        return user in self._histories or user in self._unplaced
 
     def learn(self, user: str, item: str, time: float) -> bool:
         """Add an event to a user's history and to the memory. Returns whether the catalog has the item.
 
-        An event that is older than others of the user is placed before them.
+        An event that is older than others of the user is placed before them. One of an item that the catalog
+        does not have is learned when the item is added.
         """
         row = self._rows.get(item)
         if row is None:
+            self._unplaced.setdefault(user, []).append((item, time))
             return False
         history = self._histories.setdefault(user, _History())
         place = bisect.bisect_right(history.times, time)
@@ -178,10 +229,10 @@ class Engine:
 
     def forget(self, user: str) -> int:
         """Delete the history of a user, also from the memory. Returns the number of its interactions."""
-        history = self._histories.pop(user, _History())
+        history, unplaced = self._histories.pop(user, _History()), self._unplaced.pop(user, [])
         if self.learns and history.rows:
             self.recommender.memory.forget(history.rows)
-        return len(history.rows)
+        return len(history.rows) + len(unplaced)
 
     # ---- the catalog
 
@@ -227,7 +278,7 @@ class Engine:
                 raise UserError(f"item {item} is already in the catalog")
         if not self.recommender.catalog.named:
             raise UserError("the items of this run are numbers: added items would need names")
-        every = dict(self.recommender.titles()) | dict(titles)
+        every: dict[Any, str] = {**self.titles, **titles}
         return self.recommender.with_items(torch.tensor([*codes.values()]), [*codes], titles=every)
 
     def add(self, recommender: Recommender, texts: Sequence[str | None], version: int) -> None:
@@ -235,6 +286,16 @@ class Engine:
         added = recommender.catalog.item_ids[len(self.recommender.catalog) :]
         if self.learns:
             recommender.memory.add_items(texts)
-        self._rows |= {str(item): len(self._rows) + n for n, item in enumerate(added)}
         self.recommender = recommender.without_items(self.recommender.removed)
+        new = {str(item): len(self._rows) + n for n, item in enumerate(added)}
+        self._rows |= new  # after the catalog has the rows: other threads read both
         self.version = version
+        for user, events in list(self._unplaced.items()):
+            left = [event for event in events if event[0] not in new]
+            if len(left) < len(events):
+                self._unplaced[user] = left
+                if not left:
+                    del self._unplaced[user]
+                for item, time in events:
+                    if item in new:
+                        self.learn(user, item, time)

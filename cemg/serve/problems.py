@@ -5,7 +5,6 @@ Source: RFC 9457, https://www.rfc-editor.org/rfc/rfc9457.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -15,8 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from cemg.errors import UserError
+from cemg.errors import DamagedError, UserError
 from cemg.serve.batching import FullError, LateError, StoppedError
+from cemg.serve.database import BusyError
 from cemg.serve.rows import UnknownItemError
 from cemg.storage.files import StorageError
 
@@ -28,18 +28,52 @@ STATUS: Sequence[tuple[type[Exception], int]] = (
     (FullError, 503),
     (LateError, 503),
     (StoppedError, 503),
+    (BusyError, 503),
     (StorageError, 507),
+    (DamagedError, 500),
     (UserError, 422),
 )
 
-log = logging.getLogger("cemg.serve")
+_TEXT = {"type": "string"}
+_SCHEMA = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": _TEXT, "title": _TEXT, "status": {"type": "integer"}, "detail": _TEXT, "fix": _TEXT,
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["field", "message"],
+                "properties": {"field": _TEXT, "message": _TEXT},
+            },
+        },
+    },
+}  # fmt: skip
+_REASONS = {
+    400: "The body cannot be read",
+    401: "An API key is missing or unknown",
+    403: "The API key has not the role, or the request is from a page of another origin",
+    404: "There is no such item, user or path",
+    405: "The path has other methods",
+    413: "The body is too large",
+    421: "The Host header is not a name of this service",
+    422: "A field is not valid; errors name it",
+    503: "Too many requests wait, or the service starts or shuts down",
+    507: "The disk is full or fails",
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {  # of every endpoint, for its documentation
+    status: {"description": reason, "content": {MEDIA_TYPE: {"schema": _SCHEMA}}}
+    for status, reason in _REASONS.items()
+}
 
 
 def problem(
     status: int, detail: str, *, headers: Mapping[str, str] | None = None, **more: Any
 ) -> JSONResponse:
     """A problem document."""
-    about = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    title = HTTPStatus(status).phrase if status in {*HTTPStatus} else "Client Closed Request"
+    about = {"type": "about:blank", "title": title, "status": status, "detail": detail}
     return JSONResponse(about | more, status, dict(headers or {}), media_type=MEDIA_TYPE)
 
 
@@ -62,15 +96,16 @@ def install(app: FastAPI) -> None:
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         return problem(error.status_code, str(error.detail), headers=error.headers)
 
-    @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
-        if status == 500:
-            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-            return problem(500, "the server failed; its log says why")
-        fix = {"fix": error.fix} if isinstance(error, UserError) and error.fix else {}
-        text = error.message if isinstance(error, UserError) else str(error)
-        return problem(status, text, headers=RETRY_AFTER if status == 503 else None, **fix)
+        assert isinstance(error, UserError)
+        status = next(status for kind, status in STATUS if isinstance(error, kind))
+        fix = {"fix": error.fix} if error.fix else {}
+        return problem(status, error.message, headers=RETRY_AFTER if status == 503 else None, **fix)
 
     for kind, _ in STATUS:
         app.exception_handler(kind)(failed)
+
+
+def draining() -> JSONResponse:
+    """The answer to a request that arrives after SIGTERM. The client connects again, to another process."""
+    return problem(503, "the service shuts down", headers=RETRY_AFTER | {"Connection": "close"})

@@ -6,24 +6,25 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from cemg.decoding.beams import MAX_BEAMS
 from cemg.serve.expressions import FilterInput
 from cemg.serve.rows import MAX_ID, MAX_TEXT, MAX_TITLE, MAX_TYPE, Attribute, Event, Item
 
 MAX_HISTORY = 10_000  # items of a history
 MAX_LIMIT = 1_000  # recommended items
+MAX_BEAMS = 1_000  # of a request; a batch of searches has this many rows for each
 MAX_REQUESTS = 256  # requests of a batch
 MAX_EVENTS = 1_000  # events of a call
 MAX_ITEMS = 1_000  # items of a call
 
 
-def _is_text(value: str) -> str:
+def is_text(value: str) -> str:
+    """Return an id. Raises ValueError if it is empty or has control characters."""
     if not value or not value.isprintable():
         raise ValueError("must be printable text on one line, not empty")
     return value
 
 
-Id = Annotated[str, Field(max_length=MAX_ID), AfterValidator(_is_text)]
+Id = Annotated[str, Field(max_length=MAX_ID), AfterValidator(is_text)]
 
 
 class Strict(BaseModel):
@@ -50,6 +51,9 @@ class RecommendRequest(Strict):
     )
     exact: bool = Field(False, description="Whether the list is proven to be the true top of the catalog.")
     beams: int | None = Field(None, ge=1, le=MAX_BEAMS, description="Beams of the search.")
+    explain: bool = Field(
+        False, description="Whether each item says which share of its probability is from the memory."
+    )
     strict: bool = Field(False, description="Whether an unknown user or item of the history is an error.")
 
     @model_validator(mode="after")
@@ -83,6 +87,12 @@ class RecommendedItem(BaseModel):
     item_id: str
     score: float = Field(description="Logarithm of its probability.")
     title: str | None = None
+    codes: list[int] = Field(description="Its semantic ID.")
+    memory_share: float | None = Field(
+        None,
+        description="With explain: the share of its probability that is from the item memory; the rest is "
+        "from the generator. Null for items that share semantic IDs.",
+    )
 
 
 class Recommendation(BaseModel):
@@ -111,7 +121,7 @@ class EventBody(Strict):
     user_id: Id
     item_id: Id
     timestamp: float | None = Field(None, description="Seconds since 1970; by default the time of the call.")
-    type: Annotated[str, Field(max_length=MAX_TYPE), AfterValidator(_is_text)] = "interaction"
+    type: Annotated[str, Field(max_length=MAX_TYPE), AfterValidator(is_text)] = "interaction"
 
     def event(self) -> Event:
         """As the store has it."""
@@ -179,6 +189,7 @@ class ItemAnswer(BaseModel):
     state: str = Field(description="active, pending (it has no semantic ID yet) or removed.")
     codes: list[int] | None
     version: int
+    image: bool = Field(description="Whether GET /v1/items/{item_id}/image may have a picture.")
     problem: str | None = Field(None, description="Why a pending item cannot get a semantic ID.")
 
 
@@ -187,6 +198,20 @@ class ItemPage(BaseModel):
 
     items: list[ItemAnswer]
     next: str | None = Field(description="The cursor of the next page; null at the end.")
+
+
+class SimilarItem(BaseModel):
+    """An item that the memory connects with another one."""
+
+    item_id: str
+    title: str
+    share: float = Field(description="Its share of the scores of all connected items.")
+
+
+class SimilarAnswer(BaseModel):
+    """The nearest items, best first."""
+
+    items: list[SimilarItem]
 
 
 class VersionAnswer(BaseModel):
@@ -200,6 +225,13 @@ class UserAnswer(BaseModel):
 
     user_id: str
     history: list[str] = Field(description="Item ids, oldest first.")
+
+
+class UserPage(BaseModel):
+    """Ids of users in their order."""
+
+    users: list[str]
+    next: str | None = Field(description="The cursor of the next page; null at the end.")
 
 
 class DeletedAnswer(BaseModel):
@@ -218,6 +250,33 @@ class CatalogAnswer(BaseModel):
     pending: int
     events: int
     users: int
+
+
+class PointAnswer(BaseModel):
+    """Requests of some seconds."""
+
+    time: float = Field(description="Start, in seconds since 1970.")
+    requests: int = Field(description="Requests for /v1, without this one.")
+    errors: int = Field(description="How many of them failed with a status of 500 or more.")
+    p50_ms: float | None = Field(description="Median time of POST /v1/recommend.")
+    p95_ms: float | None
+    p99_ms: float | None
+
+
+class StatusAnswer(CatalogAnswer):
+    """The state of the service."""
+
+    state: str = Field(description="starting, ready or draining.")
+    version: str = Field(description="The version of CEMG.")
+    uptime_seconds: float
+    waiting: int = Field(description="Requests that wait for a search.")
+    searches: int
+    searched_requests: int
+    late_requests: int
+    cancelled_requests: int
+    interval_seconds: float = Field(description="Seconds of a point.")
+    recent: PointAnswer = Field(description="All points together.")
+    points: list[PointAnswer] = Field(description="The last minutes, oldest first.")
 
 
 class ChangeAnswer(BaseModel):

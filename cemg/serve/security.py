@@ -75,7 +75,7 @@ class Keys:
 def requires(role: Role) -> Any:
     """A dependency of endpoints that need a role."""
 
-    def check(
+    async def check(
         request: Request,
         bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
         header: Annotated[str | None, Depends(_header)],
@@ -125,9 +125,8 @@ class Guard:
         if "*" not in self.hosts and _name(f"//{host}") not in self.hosts:
             return problem(421, f"this service does not serve the host {host[:200]!r}")
         origin = headers.get("origin")
-        if origin is not None and origin != "null" and urlsplit(origin).netloc.lower() == host.lower():
-            origin = None
-        if origin is not None:
+        own = host and origin and origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}")
+        if origin is not None and not own:
             return problem(403, "requests from pages of other origins are refused")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.max_bytes:

@@ -1,12 +1,14 @@
 """The service behind the endpoints: what is stored, what is searched, and what happens in the background.
 
 A change is written to the store first and then applied to the engine, so what was acknowledged survives, and
-the next answer reflects it. New items wait in the store until their semantic IDs are computed.
+the next answer reflects it. Both happen under one lock, so the engine sees changes in the order of their
+versions. New items wait in the store until their semantic IDs are computed.
 """
 
 from __future__ import annotations
 
 import bisect
+import fcntl
 import logging
 import threading
 import time
@@ -14,26 +16,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from cemg.data.readers.text import clean, item_text
+from cemg.errors import UserError
 from cemg.recommender import Recommender
 from cemg.serve.attributes import AttributeTable
-from cemg.serve.batching import ModelThread
+from cemg.serve.batching import ModelThread, StoppedError
+from cemg.serve.database import BusyError
 from cemg.serve.engine import Answer, Engine, Query
 from cemg.serve.expressions import Filter, NamedFilter
 from cemg.serve.filters import Filters
 from cemg.serve.named_filters import NamedFilters
-from cemg.serve.rows import Deletion, Event, Item, State, StoredEvent, StoredItem, UnknownItemError
+from cemg.serve.rows import Deletion, Event, Item, State, StoredEvent, StoredItem, UnknownItemError, patched
+from cemg.serve.run_items import ItemSearch, RunItems
 from cemg.serve.store import Store
+from cemg.storage.files import StorageError
 from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter
 
 PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
-ACTIVE: tuple[State, ...] = ("active",)
-PENDING: tuple[State, ...] = ("pending",)
-REMOVED: tuple[State, ...] = ("removed",)
+RETRY = 10  # seconds after which new items are tried again when the store has failed
 Entry = TypeVar("Entry", StoredEvent, Deletion)
 STORE_FILE = "serve/store.sqlite"  # in the folder of the run
 
@@ -52,6 +57,7 @@ class Request:
         exclude_history: Whether items of the history are left out; None: unless users return to items.
         exact: Whether the list is proven to be the true top.
         filter: Admits only some of the items.
+        explain: Whether the share of the memory in each item is computed.
     """
 
     user: str = ""
@@ -61,6 +67,7 @@ class Request:
     exclude_history: bool | None = None
     exact: bool = False
     filter: Filter | NamedFilter | None = None
+    explain: bool = False
 
 
 @dataclass(slots=True)
@@ -69,6 +76,7 @@ class Status:
 
     ready: bool = False
     draining: bool = False
+    requests: int = 0  # that are not answered yet
     started: float = field(default_factory=time.time)
     failed_items: dict[str, str] = field(default_factory=dict)  # id: why it has no semantic ID
 
@@ -95,6 +103,7 @@ class Service:
         self.run, self.status = run, Status()
         recommender = Recommender.from_run(run, device)
         ids = [str(item) for item in recommender.catalog.item_ids]
+        self._claim = _claim(run / STORE_FILE if store is None else store)
         self.store = Store.open(
             run / STORE_FILE if store is None else store,
             catalog=recommender.catalog.digest(), run_items=frozenset(ids),
@@ -107,26 +116,38 @@ class Service:
         self.model = ModelThread(engine, max_batch=max_batch, max_queue=max_queue)
         self._defaults = recommender.artifacts.config.decoding.beams, not _users_return(recommender)
         self._sorted: tuple[Catalog, list[str]] | None = None
+        self._order = threading.Lock()  # held while a change is stored and queued for the engine
+        self.run_items = RunItems(run)
+        self._search = ItemSearch(self.store, self.run_items)
         self._new = threading.Event()
         self._new.set()
         self._worker = threading.Thread(target=self._place_new_items, name="cemg-items", daemon=True)
         self._worker.start()
         self.status.ready = True
 
-    def close(self, *, timeout: float | None = None) -> None:
-        """Answer what is queued, and close the store."""
+    def drain(self, timeout: float) -> None:
+        """Prepare to close, within ``timeout`` seconds: health says so, and new requests are refused."""
         self.status.draining, self.status.ready = True, False
+        self._end = time.monotonic() + timeout
         self._new.set()
-        self.model.stop(timeout=timeout)
-        self._worker.join(timeout)
+
+    def close(self, *, timeout: float = 10.0) -> None:
+        """Answer what is queued, and close the store, within the time of `drain` or ``timeout`` seconds."""
+        if not self.status.draining:
+            self.drain(timeout)
+        self.model.stop(timeout=max(0.1, self._end - time.monotonic()))
+        self._worker.join(max(0.1, self._end - time.monotonic()))
         self.store.close()
+        if self._claim is not None:
+            self._claim.close()
 
     # ---- start
 
     def _restore(self, engine: Engine) -> None:
         """Bring the engine to where the store is: items, removals, and events in their order of arrival."""
-        active = [one for one in self.store.items(states=ACTIVE)]
-        placed = [one for one in active if one.codes is not None]
+        stored = [*self.store.items(states=("active", "removed"))]
+        placed = [one for one in stored if one.codes is not None]  # removed ones keep their semantic IDs
+        active = [one for one in stored if one.state == "active"]
         if placed:
             codes = {one.item.item_id: one.codes for one in placed if one.codes is not None}
             titles = {one.item.item_id: one.item.title for one in placed if one.item.title}
@@ -137,8 +158,8 @@ class Service:
         self.table.update(
             {one.item.item_id: one.item.attributes for one in active if one.item.item_id in self.table}
         )
-        gone = [one.item.item_id for one in self.store.items(states=REMOVED)]
-        engine.remove(gone, self.store.version)
+        engine.titles |= {one.item.item_id: one.item.title for one in active}
+        engine.remove([one.item.item_id for one in stored if one.state == "removed"], self.store.version)
         for entry in self._log():
             if isinstance(entry, Deletion):
                 engine.forget(entry.user_id)
@@ -169,6 +190,7 @@ class Service:
             exclude_history=exclude if request.exclude_history is None else request.exclude_history,
             exact=request.exact,
             filter=None if request.filter is None else partial(self._compiled, request.filter),
+            explain=request.explain,
         )  # fmt: skip
         return self.model.search(query, timeout=timeout)
 
@@ -179,40 +201,45 @@ class Service:
 
     def add_events(self, events: Sequence[Event]) -> list[bool]:
         """Store events and learn them. Returns which were new: see `Store.append_events`."""
-        now = time.time()
-        stored = self.store.append_events(events)
-        new = [event for event, is_new in zip(events, stored, strict=True) if is_new]
+        with self._order:
+            now = time.time()
+            stored = self.store.append_events(events)
+            new = [event for event, is_new in zip(events, stored, strict=True) if is_new]
 
-        def learn(engine: Engine) -> None:
-            for event in new:
-                when = now if event.timestamp is None else event.timestamp
-                engine.learn(event.user_id, event.item_id, when)
+            def learn(engine: Engine) -> None:
+                for event in new:
+                    when = now if event.timestamp is None else event.timestamp
+                    engine.learn(event.user_id, event.item_id, when)
 
-        if new:
-            self.model.change(learn).result()
+            learned = self.model.change(learn)
+        learned.result()
         return stored
 
     def history(self, user: str) -> list[str] | None:
         """The item ids of a user, oldest first; None for an unknown user."""
         return self.model.change(lambda engine: engine.history(user) if engine.knows(user) else None).result()
 
+    def users(self, prefix: str, after: str, limit: int) -> list[str]:
+        """The first ids of users that begin with ``prefix``, those after ``after``."""
+        return self.model.engine.users(prefix, after, limit)
+
     def delete_user(self, user: str) -> int:
         """Delete a user's events, and the interactions of the run's data from history and memory."""
-        deleted = self.store.delete_user(user)
-        forgotten = self.model.change(lambda engine: engine.forget(user)).result()
-        return max(deleted, forgotten)
+        with self._order:
+            deleted = self.store.delete_user(user)
+            forgotten = self.model.change(lambda engine: engine.forget(user))
+        return max(deleted, forgotten.result())
 
     # ---- the catalog
 
     def sizes(self) -> dict[str, int]:
         """Version and sizes of the catalog, and numbers of stored events and of users with events."""
         engine = self.model.engine
-        pending = sum(1 for _ in self.store.items(states=PENDING))
         removed = len(engine.recommender.removed)
         return {
             "catalog_version": engine.version, "items": len(engine.recommender.catalog) - removed,
-            "removed": removed, "pending": pending, "events": self.store.count_events(),
-            "users": self.store.users(),
+            "removed": removed, "pending": self.store.count_items("pending"),
+            "events": self.store.count_events(), "users": self.store.users(),
         }  # fmt: skip
 
     def codes(self, item: str) -> list[int] | None:
@@ -239,13 +266,42 @@ class Service:
         stored = self.store.get_item(item)
         if stored is not None or not self.model.engine.has(item):
             return stored
-        title = self.model.engine.recommender.titles().get(item) or ""
-        return StoredItem(Item(item, title), "active", None, 0, self.status.started, False)
+        found = self.run_items.get(item)
+        title, has_image = self.model.engine.titles.get(item) or found.title, found.image is not None
+        started = self.status.started
+        return StoredItem(Item(item, title, found.text), "active", None, 0, started, has_image)
+
+    def find_items(self, query: str, after: str, limit: int) -> list[StoredItem]:
+        """Items whose id begins with ``query``, or whose title contains it: see `ItemSearch.find`."""
+        found = [self.get_item(item) for item in self._search.find(query, after, limit)]
+        return [one for one in found if one is not None]
+
+    def has_picture(self, stored: StoredItem) -> bool:
+        """Whether the store or the run names a picture of an item."""
+        return stored.has_image or self.run_items.get(stored.item.item_id).image is not None
+
+    def picture(self, item: str) -> bytes | None:
+        """The bytes of the image of an item, from the store or from the file that the run names."""
+        stored = self.store.get_item(item)
+        if stored is not None and stored.item.image is not None:
+            return stored.item.image
+        return self.run_items.picture(item) if self.model.engine.has(item) else None
+
+    def similar(self, item: str, limit: int) -> list[tuple[str, float]]:
+        """The items that the memory connects most with an item: see `Engine.similar`."""
+        return self.model.change(lambda engine: engine.similar(item, limit)).result()
 
     def put_items(self, items: Sequence[Item]) -> int:
-        """Insert or replace items. New ones are recommended once they have semantic IDs."""
-        version = self.store.put_items(items)
-        self._apply_items(items, version)
+        """Insert or replace items. New ones are recommended once they have semantic IDs.
+
+        Raises:
+            UserError: A value cannot be stored, or has another type than the attribute has in other items.
+        """
+        with self._order:
+            self.table.check({item.item_id: item.attributes for item in items})
+            version = self.store.put_items(items)
+            applied = self._apply_items(items, version)
+        applied.result()
         return version
 
     def patch_item(self, item: str, values: Mapping[str, object]) -> int:
@@ -253,22 +309,32 @@ class Service:
 
         Raises:
             UnknownItemError: There is no such item.
+            UserError: As in `put_items`.
         """
-        known = self.get_item(item)
-        if known is None:
-            raise UnknownItemError(f"there is no item {item}")
-        version = self.store.patch_item(item, values, base=known.item)
-        changed = self.store.get_item(item)
-        assert changed is not None
-        self._apply_items([changed.item], version)
+        with self._order:
+            known = self.get_item(item)
+            if known is None or known.state == "removed":
+                raise UnknownItemError(f"there is no item {item}")
+            changed = patched(known.item, values)
+            self.table.check({item: changed.attributes})
+            version = self.store.patch_item(item, values, base=known.item)
+            applied = self._apply_items([changed], version)
+        applied.result()
         return version
 
-    def _apply_items(self, items: Sequence[Item], version: int) -> None:
-        here = [item for item in items if item.item_id in self.table]
-        self.table.update({item.item_id: item.attributes for item in here})
-        self.model.change(lambda engine: engine.restore([item.item_id for item in here], version)).result()
-        if len(here) < len(items):
+    def _apply_items(self, items: Sequence[Item], version: int) -> Future[None]:
+        here = {item.item_id: item for item in items if item.item_id in self.table}
+        self.table.update({name: item.attributes for name, item in here.items()})
+        for item in items:
+            self.status.failed_items.pop(item.item_id, None)
+        if len(here) < len({item.item_id for item in items}):
             self._new.set()
+
+        def apply(engine: Engine) -> None:
+            engine.titles |= {name: item.title for name, item in here.items()}
+            engine.restore([*here], version)
+
+        return self.model.change(apply)
 
     def remove_item(self, item: str) -> int:
         """Never recommend an item again, from the next request on.
@@ -276,44 +342,85 @@ class Service:
         Raises:
             UnknownItemError: There is no such item.
         """
-        version = self.store.remove_item(item)
-        self.model.change(lambda engine: engine.remove([item], version)).result()
+        with self._order:
+            version = self.store.remove_item(item)
+            removed = self.model.change(lambda engine: engine.remove([item], version))
+        removed.result()
         return version
 
     def _place_new_items(self) -> None:
         """Compute the semantic IDs of pending items, in the background, until the service closes."""
+        again = None
         while True:
-            self._new.wait()
+            self._new.wait(again)
             self._new.clear()
             if self.status.draining:
                 return
             try:
                 while self._place_some() and not self.status.draining:
                     pass
+                again = None
+            except StoppedError:
+                return
             except Exception:
-                log.exception("the semantic IDs of new items could not be computed")
+                log.exception("new items could not be stored; the next try is in %d s", RETRY)
+                again = RETRY
 
     def _place_some(self) -> bool:
         """Place up to PLACED_AT_ONCE pending items. Returns whether there may be more."""
-        pending: list[Item] = []
-        for one in self.store.items(states=PENDING):
-            if one.item.item_id not in self.status.failed_items and len(pending) < PLACED_AT_ONCE:
-                pending.append(one.item)
-        texts = {item.item_id: _text(item) for item in pending}
-        for item_id in [item_id for item_id, text in texts.items() if text is None]:
-            self.status.failed_items[item_id] = "it has neither a title nor a text"
-        pending = [item for item in pending if texts[item.item_id] is not None]
-        if not pending:
-            return False
+        state: State = "pending"
+        waiting = self.store.items(states=(state,))
+        new = (one for one in waiting if one.item.item_id not in self.status.failed_items)
+        pending = [*islice(new, PLACED_AT_ONCE)]
+        if pending:
+            self._place(pending)
+        return bool(pending)
+
+    def _place(self, pending: Sequence[StoredItem]) -> None:
+        """Compute the semantic IDs of items and add them; those that fail are noted in the status."""
+        try:
+            self._add(pending)
+        except (StorageError, BusyError, StoppedError):  # not the fault of an item
+            raise
+        except Exception as error:
+            if len(pending) > 1:
+                for one in pending:
+                    self._place([one])
+                return
+            item_id = pending[0].item.item_id
+            if not isinstance(error, UserError):
+                log.exception("the semantic ID of item %s could not be computed", item_id)
+            problem = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.status.failed_items[item_id] = problem
+
+    def _add(self, pending: Sequence[StoredItem]) -> None:
+        """Add items to the catalog, unless one of them was changed or removed in the meantime."""
+        items = {one.item.item_id: one.item for one in pending}
+        attributes = {name: item.attributes for name, item in items.items()}
+        texts = [_text(item) for item in items.values()]
+        if None in texts:
+            raise UserError("it has neither a title nor a text")
+        self.table.check(attributes)
         engine = self.model.engine
-        rows = engine.encode([texts[item.item_id] for item in pending]).tolist()
-        codes = {item.item_id: row for item, row in zip(pending, rows, strict=True)}
-        extended = engine.extended(codes, {item.item_id: item.title for item in pending if item.title})
-        version = self.store.place_items(codes)
-        self.table.extend([*codes], {item.item_id: item.attributes for item in pending})
-        added = [texts[item.item_id] for item in pending]
-        self.model.change(lambda engine: engine.add(extended, added, version)).result()
-        return True
+        codes = dict(zip(items, engine.encode(texts).tolist(), strict=True))
+        titles = {name: item.title for name, item in items.items()}
+        extended = engine.extended(codes, {name: title for name, title in titles.items() if title})
+
+        def add(engine: Engine) -> None:  # a filter of a search needs the table to have the trie's items
+            self.table.extend([*codes], attributes)
+            engine.titles |= titles
+            engine.add(extended, texts, version)
+
+        with self._order:
+            if any(self._version_of(one.item.item_id) != one.version for one in pending):
+                return
+            self.table.check(attributes)
+            version = self.store.place_items(codes)
+            self.model.change(add).result()  # within the lock, as `check` must hold for `extend`
+
+    def _version_of(self, item: str) -> int | None:
+        stored = self.store.get_item(item)
+        return None if stored is None else stored.version
 
 
 def _pages(read: Callable[[int], Sequence[Entry]]) -> Iterator[Entry]:
@@ -322,6 +429,26 @@ def _pages(read: Callable[[int], Sequence[Entry]]) -> Iterator[Entry]:
     while page := read(number):
         yield from page
         number = page[-1].number
+
+
+def _claim(store: str | Path) -> TextIO | None:
+    """Lock an SQLite store: a second service would not see the changes of the first one.
+
+    The system releases the lock when the process ends. PostgreSQL is for replicas, which follow the log.
+    """
+    if isinstance(store, str) and "://" in store:
+        return None
+    path = Path(f"{store}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{store} is in use by another cemg-serve", fix="stop that process, or use another --store"
+        ) from None
+    return file
 
 
 def _text(item: Item) -> str | None:

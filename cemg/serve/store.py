@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Integer, Select, bindparam, delete, insert, null, select
+from sqlalchemy import Integer, Select, bindparam, delete, func, insert, null, select
 
 from cemg.errors import UserError
 from cemg.serve.database import Database, Synchronous
@@ -402,6 +402,11 @@ class Store:
         """An item with its image, also a removed one. None: the store has no row for it."""
         found = self._read(ITEM_OF, {"item": item_id})
         return stored_item(found[0]) if found else None
+
+    def count_items(self, in_state: State) -> int:
+        """The number of items that have a row and are in a state."""
+        query = select(func.count()).select_from(items).where(items.c.state == in_state)
+        return int(self._read(query)[0][0])
 
     def list_items(
         self,

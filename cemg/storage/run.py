@@ -266,6 +266,15 @@ class Run:
                     fix=f"restore it from a copy, or build it again: {remedy(self.path(stage))}",
                 )
 
+    def check_unlocked(self) -> None:
+        """Raise UserError while another command writes to the folder."""
+        path = self.folder / ".lock"
+        with suppress(FileNotFoundError, PermissionError), path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _in_use(path) from None
+
     def locked(self) -> AbstractContextManager[None]:
         """Lock the folder against other commands, and settle the run."""
         return _Lock(self)
@@ -312,10 +321,7 @@ class _Lock(AbstractContextManager[None]):
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.close()
-            raise UserError(
-                f"{self.path.parent} is in use by process {self.path.read_text()}",
-                fix="wait, or use another --run",
-            ) from None
+            raise _in_use(self.path) from None
         self.file.truncate(0)
         self.file.write(str(os.getpid()))
         self.file.flush()
@@ -329,6 +335,12 @@ class _Lock(AbstractContextManager[None]):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.file.close()
+
+
+def _in_use(lock: Path) -> UserError:
+    return UserError(
+        f"{lock.parent} is in use by process {lock.read_text()}", fix="wait, or use another --run"
+    )
 
 
 def _key_of(part: Path) -> str | None:
