@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cemg.errors import UserError
+from cemg.mixture.sources import MEMORY
 from cemg.recommender import Recommender
 from cemg.serve.rows import UnknownItemError
 from cemg_kernels import ItemFilter
@@ -72,7 +73,8 @@ class Answer:
         known_user: Whether the user of the query has a history.
         codes: Their semantic IDs.
         memory_shares: How much of the probability of each is from the memory (0 to 1), the rest being from
-            the generator; None unless the query asked for it, and for items that share semantic IDs.
+            the generator; None unless the query asked for it, if the mixture has other sources, and for items
+            that share semantic IDs.
     """
 
     items: list[str]
@@ -109,8 +111,15 @@ class Engine:
         self.titles = {str(item): title or "" for item, title in recommender.titles().items()}
         self._rows = {str(item): row for row, item in enumerate(recommender.catalog.item_ids)}
         self._histories: dict[str, _History] = {}
+<<<<<<< ours
         self._unplaced: dict[str, list[tuple[str, float]]] = {}  # events of unknown items, by user
         self.learns = recommender.artifacts.has_memory()
+=======
+        artifacts = recommender.artifacts
+        self.learns = artifacts.has_memory()
+        # with further sources, such as a dense model, the prior's share is not that of the memory
+        self._explains = artifacts.has_gate() and artifacts.load_gate().sources == [MEMORY]
+>>>>>>> theirs
         self._read_run()
 
     def _read_run(self) -> None:
@@ -141,7 +150,7 @@ class Engine:
             [self._ids(items) for items in known], top=top, beams=max(first.beams, top),
             filter=filters if any(one is not None for one in filters) else None,
             exclude_history=first.exclude_history, exact=first.exact,
-            shares=any(query.explain for query in queries),
+            shares=self._explains and any(query.explain for query in queries),
         )  # fmt: skip
         assert found.ids is not None and found.ranked_by is not None
         answers = []

@@ -91,7 +91,7 @@ class RecommendedItem(BaseModel):
     memory_share: float | None = Field(
         None,
         description="With explain: the share of its probability that is from the item memory; the rest is "
-        "from the generator. Null for items that share semantic IDs.",
+        "from the generator. Null if the mixture has other sources, and for items that share semantic IDs.",
     )
 
 
