@@ -111,15 +111,11 @@ class Engine:
         self.titles = {str(item): title or "" for item, title in recommender.titles().items()}
         self._rows = {str(item): row for row, item in enumerate(recommender.catalog.item_ids)}
         self._histories: dict[str, _History] = {}
-<<<<<<< ours
         self._unplaced: dict[str, list[tuple[str, float]]] = {}  # events of unknown items, by user
-        self.learns = recommender.artifacts.has_memory()
-=======
         artifacts = recommender.artifacts
         self.learns = artifacts.has_memory()
         # with further sources, such as a dense model, the prior's share is not that of the memory
         self._explains = artifacts.has_gate() and artifacts.load_gate().sources == [MEMORY]
->>>>>>> theirs
         self._read_run()
 
     def _read_run(self) -> None:
