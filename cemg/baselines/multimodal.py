@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -29,7 +30,7 @@ from cemg.features import Features
 STD = 0.02  # of the initial weights of embeddings
 
 
-class CatalogModel(nn.Module):
+class CatalogModel(nn.Module, ABC):
     """A network that scores items against vectors of the catalog, computed once per evaluation."""
 
     _catalog: Any = None
@@ -40,13 +41,13 @@ class CatalogModel(nn.Module):
         super().train(mode)
         return self
 
+    @abstractmethod
     def encode_catalog(self) -> Any:
         """Compute the vectors of all items."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, histories: Sequence[np.ndarray]) -> Tensor:
         """Return the score of each item, [B, N], after histories of item rows, oldest first, none empty."""
-        raise NotImplementedError
 
     @property
     def catalog(self) -> Any:
