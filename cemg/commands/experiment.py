@@ -130,16 +130,18 @@ def experiment(
         repeat = f"cemg-experiment {' '.join(questions)} … --out {quote(str(out))}"
         command.set_interrupt_message(f"finished tasks are kept; the same command continues: {repeat}")
         failed: list[str] = []
+        known = {
+            (name, split): Source.of(read_dataset(source, split=split), split)
+            for name, source in sources.items()
+            for split in splits
+        }
+        options = Options(device, dtype, budget, users, known)
+        for task in tasks if names else ():  # a report or a plan must not be that of other settings
+            store.check(task, options.identity(task))
         if not report_only:
-            known = {
-                (name, split): Source.of(read_dataset(source, split=split))
-                for name, source in sources.items()
-                for split in splits
-            }
             _print_plan(store, tasks, {name: known[name, splits[0]].interactions for name in sources}, budget)
             if dry_run:
                 return
-            options = Options(device, dtype, budget, users, known)
             failed = run_tasks(tasks, store, options)
             if "rq3" in questions:
                 failed += measure_latencies([t for t in tasks if t.belongs_to("rq3")], store, options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,8 +181,33 @@ def plan(
         for split, seed in itertools.product(splits, range(seeds)):
             make = partial(Task, data, source, seed=seed, split=split)
             for task in _of_data(questions, models, tuple(settings), make):
-                tasks.setdefault(task.name, task)
+                _check_names(tasks.setdefault(task.name, task), task)
+    _check_titles(tasks.values())
     return sorted(tasks.values(), key=lambda task: list(sources).index(task.data))
+
+
+def _check_names(first: Task, second: Task) -> None:
+    """Raise UserError if two different tasks would have the same folder."""
+    if first != second:
+        raise UserError(
+            f"two tasks have the name {first.name}",
+            cause=f"{first.model} on {first.table} ({first.source}), and {second.model} on {second.table} "
+            f"({second.source})",
+            fix="rename a file or a folder, or use one --out folder for each",
+        )
+
+
+def _check_titles(tasks: Iterable[Task]) -> None:
+    """Raise UserError for a file whose name is the title of another row in the tables."""
+    files = {task.model for task in tasks if task.model != CEMG and task.model not in MODELS}
+    for model in sorted(files):
+        title = title_of(model).lower()
+        others = {title_of(other).lower() for other in (*MODELS, *(files - {model}))}
+        if title in others or title.startswith(CEMG):
+            raise UserError(
+                f"{model} would have the title of another model in the tables",
+                fix="rename the file; names that begin with cemg are those of CEMG",
+            )
 
 
 def _of_data(

@@ -227,6 +227,7 @@ def _csv_rows(task: Task, title: str, record: dict[str, Any]) -> list[dict[str, 
         "seed": task.seed, "users": record.get("evaluated_users", record["split"].get("users")),
         "items": record["split"].get("items"),
         "split": str(record["split"].get("targets_sha256", ""))[:16], "seconds": record.get("seconds"),
+        "stopped": record.get("config", {}).get("stopped", ""),
     }  # fmt: skip
     rows = []
     for key, label in RANKINGS.items():

@@ -23,7 +23,7 @@ from cemg.experiments.store import ALL_USERS, CODES, FREE, RESULT, SEARCH, Store
 from cemg.pipeline.changes import content_digest
 from cemg.progress import console
 from cemg.storage import files
-from cemg.storage.read import read_json
+from cemg.storage.read import file_digest, read_json
 from cemg.tokenizer import read_items
 
 LAST_LINES = 5  # of the log, in an error
@@ -42,9 +42,17 @@ class Source:
     sha256: str
 
     @classmethod
-    def of(cls, data: Dataset) -> Source:
-        """Of a data set. Images count by their presence: cemg-train compares their bytes."""
-        present = [None if path is None else "image" for path in data.images]
+    def of(cls, data: Dataset, split: str) -> Source:
+        """Of a data set that was read for a split.
+
+        Images count by whether there is a file: cemg-train compares their bytes.
+
+        Raises:
+            UserError: The data set was prepared for another split.
+        """
+        if split == LEAVE_ONE_OUT and data.cuts is not None:
+            raise UserError(f"{data.name} was prepared with a split in time", fix="--split time")
+        present = [None if path is None or not path.is_file() else "image" for path in data.images]
         return cls(data.num_interactions, content_digest(data, present))
 
 
@@ -69,6 +77,8 @@ class Options:
     def identity(self, task: Task) -> dict[str, str]:
         """What a task in the folder must have in common with this one to be continued or reused, as text."""
         about = task.about() | {"data_sha256": self.sources[task.data, task.split].sha256}
+        if task.model != CEMG and task.model not in MODELS:
+            about |= {"file_sha256": file_digest(Path(task.model))}
         if task.model == CEMG:
             return about | {"dtype": self.dtype}
         about |= {"users": str(self.users) if self.users else ALL_USERS}

@@ -98,6 +98,22 @@ def test_unknown_names_are_refused_with_those_that_exist(questions, options, mes
         plan(questions, SOURCES, **options)
 
 
+def test_models_and_data_that_would_share_a_folder_or_a_row_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for name in ("mine.py", "other/mine.py", "SASRec.py", "cemg_v2.py", "Popularity.py"):
+        (tmp_path / name).write_text("")
+    mine, other = str(tmp_path / "mine.py"), str(tmp_path / "other" / "mine.py")
+    with pytest.raises(UserError, match="two tasks have the name shop-mine-seed0"):
+        plan(["rq1"], SOURCES, models=[mine, other])
+    for name in ("SASRec.py", "cemg_v2.py", "Popularity.py"):
+        with pytest.raises(UserError, match="would have the title of another model"):
+            plan(["rq1"], SOURCES, models=[str(tmp_path / name)])
+    sources = {"shop": Path("shop"), "shop-time": Path("shop-time")}
+    with pytest.raises(UserError, match="two tasks have the name shop-time-sasrec-seed0"):
+        plan(["rq1"], sources, models=["sasrec"], splits=["leave-one-out", "time"])
+    assert len(plan(["rq1", "rq5"], SOURCES, models=[mine])) == 1  # the same task of two questions
+
+
 def test_data_sets_are_paths_or_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "beauty").mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -110,6 +111,46 @@ def test_a_task_with_another_budget_or_precision_is_not_taken_for_this_one(
             run_tasks([tasks[name]], store, other)
     (popularity,) = plan(["rq1"], {"toy": source}, models=["popularity"])
     assert options(budget=2).identity(popularity) == options().identity(popularity)
+
+
+MODEL = """
+import torch
+from cemg.baselines.registry import Fitted, Job
+
+def fit(job: Job) -> Fitted:
+    return Fitted(lambda histories, top: torch.arange(top).repeat(len(histories), 1), {"model": "first"})
+"""
+
+
+def test_an_edited_model_file_is_another_model(store: Store, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODEL)
+    tasks = plan(["rq1"], {"toy": source}, models=[str(tmp_path / "mine.py")])
+    assert run(store, tasks) == []
+    (tmp_path / "mine.py").write_text(MODEL.replace("first", "second"))
+    with pytest.raises(UserError, match="was trained with file_sha256"):
+        run(store, tasks)
+
+
+def test_a_report_or_a_plan_of_other_settings_is_refused(
+    source: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["rq1", "--data", source, "--models", "popularity", "--out", tmp_path / "out"]
+    assert command(experiment.main, *words) == 0
+    other = Dataset.load(source)
+    other.sequences[0] = other.sequences[0][::-1].copy()
+    other.save(source)
+    for option in ("--report-only", "--dry-run"):
+        assert command(experiment.main, *words, option) == 2
+        assert "was trained with data_sha256" in capsys.readouterr().err
+
+
+def test_a_folder_prepared_with_a_split_in_time_is_not_leave_one_out(source: Path) -> None:
+    data = Dataset.load(source)
+    cuts = np.array([[len(s) - 2, len(s) - 1] for s in data.sequences], dtype=np.int32)
+    timed = dataclasses.replace(data, cuts=cuts)
+    with pytest.raises(UserError, match="was prepared with a split in time") as caught:
+        Source.of(timed, "leave-one-out")
+    assert "--split time" in str(caught.value) and Source.of(timed, "time").interactions == 360
 
 
 def test_two_processes_do_not_share_a_folder(store: Store) -> None:
