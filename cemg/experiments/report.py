@@ -102,7 +102,7 @@ def _label(board: Board) -> str:
 
 
 def _about(board: Board) -> list[Block]:
-    """What all sections say: what is missing, the split, and what ± means."""
+    """The beginning of each section: missing tasks, the split, and the meaning of ±."""
     blocks: list[Block] = []
     if board.missing:
         blocks.append(Text(f"Without a result: {', '.join(board.missing)}."))
@@ -130,7 +130,9 @@ def _answer(question: str, board: Board, store: Store, tasks: Sequence[Task]) ->
         blocks.append(Charts([_overview(board)]))
         blocks += [_table(label, ranking_rows(board, key, paper=True)) for key, label in
                    ((KEPT, "History kept"), (REMOVED, "History removed from the list"))]  # fmt: skip
-        blocks.append(_table("What is recommended, history kept", spread_rows(board)))
+        blocks.append(
+            _table("Coverage and popularity of the recommendations, history kept", spread_rows(board))
+        )
         baseline = best_baseline(board)
         if baseline is not None:
             caption = f"Difference to {baseline}, the best model other than CEMG (95 % interval over users)"

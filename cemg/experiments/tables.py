@@ -131,8 +131,8 @@ def value_of(records: Sequence[Record], key: str, name: str) -> tuple[float, flo
 
 
 def spread_rows(board: Board) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of what is recommended: the share of the catalog, and how popular the items are."""
-    columns = ["model", "share of the catalog in the first 10", "training interactions of a recommended item"]
+    """Columns and rows of the catalog coverage and the mean popularity of the first 10 items."""
+    columns = ["model", "catalog coverage@10", "mean popularity@10 (training interactions)"]
     rows = []
     for title, records in board.rows.items():
         spreads = [record.get("spread", {}).get(KEPT) for record in records]

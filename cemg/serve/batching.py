@@ -1,7 +1,7 @@
 """The thread that owns the model: requests that wait together share a search, and changes come in between.
 
 A request that finds the thread idle is searched at once. A change (an event, a removal) is applied before the
-next search, so an answer that is asked for after a change was acknowledged reflects it.
+next search, so a request that is sent after a change was acknowledged sees the change.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class _Figures(Collector):
         self.service = service
 
     def collect(self) -> Iterator[Metric]:
-        """Read the figures when they are asked for."""
+        """Read the figures at each scrape."""
         model, sizes = self.service.model, self.service.sizes()
         gauges = {
             "cemg_waiting_requests": ("Requests that wait for a search", model.waiting),

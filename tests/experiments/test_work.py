@@ -268,7 +268,7 @@ def test_the_command_plans_runs_and_reports(
         "History kept",
         "Item memory",
         "60 users, 30 items",
-        "What is recommended",
+        "Coverage and popularity of the recommendations",
     ):
         assert text in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page
