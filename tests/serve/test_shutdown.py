@@ -64,8 +64,10 @@ def test_waiting_requests_are_answered_after_sigterm_and_health_tells_it(
 ) -> None:
     run = copy_of(tiny_run, tmp_path)
     with HeldServer(run, "--shutdown-timeout", 60, "--timeout", 60) as server, ThreadPoolExecutor() as pool:
-        waiting = [pool.submit(recommend, server) for _ in range(5)]
-        eventually(lambda: server.waiting() >= 4)  # and one or more in a search
+        waiting = [pool.submit(recommend, server)]
+        eventually(lambda: "cemg_searches_total 1.0" in server.http.get("/metrics").text)  # it is held
+        waiting += [pool.submit(recommend, server) for _ in range(4)]
+        eventually(lambda: server.waiting() == 4)
         server.json("POST", "/v1/events", {"events": []}, status=422)
         server.send(signal.SIGTERM)
         ready = eventually(lambda: (one := httpx.get(f"{server.url}/health/ready")).is_error and one)
