@@ -1,4 +1,4 @@
-"""``cemg-data``: inspect a dataset, prepare it for training, or generate the synthetic one."""
+"""``cemg-data``: inspect a dataset, prepare it, generate the synthetic one, or export that of a service."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ app = command.command_line(
         "cemg-data stats raw/beauty",
         "cemg-data prepare raw/beauty data/beauty",
         "cemg-data synthetic data/synthetic",
+        "cemg-data export --run runs/demo data/next",
     ),
 )
 
@@ -229,6 +230,43 @@ def synthetic(
         final_images = [out / path.relative_to(folder) if path else None for path in drawn.images]
         data = dataclasses.replace(drawn, images=final_images)
         data.save(folder)
+    _print_written(data, out)
+
+
+@app.command(
+    cls=command.Command,
+    epilog=command.examples(
+        "cemg-data export --run runs/demo data/next", "cemg-train --data data/next --run runs/next"
+    ),
+)
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    run: command.RunOption,
+    store: Annotated[
+        str,
+        typer.Option(metavar="PATH", help="Store of cemg-serve: a path or URL. Default: that in the run."),
+    ] = "",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the dataset. Default: that of the run's data.")
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Export what cemg-serve has stored as a prepared folder.
+
+    It has the run's data with the served events and items, for the next cemg-train. Deleted users and removed
+    items are left out. The service may run meanwhile.
+    """
+    try:
+        from cemg.serve import export as served
+        from cemg.serve.service import STORE_FILE
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the export needs the package {error.name}", fix="pip install -e '.[serve]'"
+        ) from error
+
+    _check_output(out, force=force, source=run)
+    with _renamed_when_complete(out) as folder:
+        data = served.export(run, store or run / STORE_FILE, folder, name=name or "", final=out)
     _print_written(data, out)
 
 

@@ -8,6 +8,7 @@ there after the restart; sending the events again is safe, because known ids are
 
 from __future__ import annotations
 
+import copy
 import sqlite3
 import threading
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -56,12 +57,20 @@ class Database:
         self._keeper: Connection | None = None
         self._lock = threading.RLock()
         self._closed = False
+        self._snapshot: Connection | None = None
 
     @classmethod
-    def open(cls, url_or_path: str | Path, *, synchronous: Synchronous = "FULL") -> Database:
-        """Connect to PostgreSQL by its URL, or to an SQLite file, which is created if it is missing."""
+    def open(
+        cls, url_or_path: str | Path, *, synchronous: Synchronous = "FULL", create: bool = True
+    ) -> Database:
+        """Connect to PostgreSQL by its URL, or to an SQLite file.
+
+        A missing file is created; without ``create``, it raises UserError.
+        """
         url = _parse(url_or_path)
         if url.get_backend_name() == "sqlite":
+            if not create and not Path(str(url.database)).exists():
+                raise UserError(f"there is no store {url.database}", fix="name another one: --store PATH")
             return cls._open_sqlite(url, synchronous)
         try:
             engine = create_engine(
@@ -139,14 +148,35 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection for single statements that read; each sees all that is committed."""
+        if self._snapshot is not None:
+            yield self._snapshot
+            return
         with self._translated():
             self._check_open()
             with self._readers.connect() as connection:
                 yield connection
 
     @contextmanager
+    def snapshot(self) -> Iterator[Database]:
+        """This database as it is now, to be read by one thread; what others commit meanwhile is not seen."""
+        with self._translated():
+            self._check_open()
+            with self._engine.connect() as connection:
+                if self.is_sqlite:
+                    connection.exec_driver_sql("BEGIN")
+                else:
+                    connection.execution_options(isolation_level="REPEATABLE READ")
+                connection.execute(
+                    select(schema.state)
+                ).one()  # the first read chooses the state that is seen
+                frozen = copy.copy(self)
+                frozen._snapshot = connection
+                yield frozen
+
+    @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction, durable at the end of the block; an exception undoes it."""
+        assert self._snapshot is None, "a snapshot is not written"
         with self._lock, self._translated():
             self._check_open()
             try:

@@ -12,13 +12,13 @@ import fcntl
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TextIO
 
 from cemg.data.readers.text import clean, item_text
 from cemg.errors import UserError
@@ -30,7 +30,7 @@ from cemg.serve.engine import Answer, Engine, Query
 from cemg.serve.expressions import Filter, NamedFilter
 from cemg.serve.filters import Filters
 from cemg.serve.named_filters import NamedFilters
-from cemg.serve.rows import Deletion, Event, Item, State, StoredEvent, StoredItem, UnknownItemError, patched
+from cemg.serve.rows import Deletion, Event, Item, State, StoredItem, UnknownItemError, patched
 from cemg.serve.run_items import ItemSearch, RunItems
 from cemg.serve.store import Store
 from cemg.storage.files import StorageError
@@ -39,7 +39,6 @@ from cemg_kernels import ItemFilter
 
 PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
 RETRY = 10  # seconds after which new items are tried again when the store has failed
-Entry = TypeVar("Entry", StoredEvent, Deletion)
 STORE_FILE = "serve/store.sqlite"  # in the folder of the run
 
 log = logging.getLogger("cemg.serve")
@@ -160,24 +159,11 @@ class Service:
         )
         engine.titles |= {one.item.item_id: one.item.title for one in active}
         engine.remove([one.item.item_id for one in stored if one.state == "removed"], self.store.version)
-        for entry in self._log():
+        for entry in self.store.log():
             if isinstance(entry, Deletion):
                 engine.forget(entry.user_id)
             else:
                 engine.learn(entry.user_id, entry.item_id, entry.time)
-
-    def _log(self) -> Iterator[StoredEvent | Deletion]:
-        """Events and deletions of users, in order."""
-        deletions = _pages(self.store.deletions_after)
-        deletion = next(deletions, None)
-        for event in _pages(self.store.events_after):
-            while deletion is not None and deletion.number <= event.number:
-                yield deletion
-                deletion = next(deletions, None)
-            yield event
-        if deletion is not None:
-            yield deletion
-            yield from deletions
 
     # ---- recommendations
 
@@ -421,14 +407,6 @@ class Service:
     def _version_of(self, item: str) -> int | None:
         stored = self.store.get_item(item)
         return None if stored is None else stored.version
-
-
-def _pages(read: Callable[[int], Sequence[Entry]]) -> Iterator[Entry]:
-    """All entries of a log that is read from a number on."""
-    number = 0
-    while page := read(number):
-        yield from page
-        number = page[-1].number
 
 
 def _claim(store: str | Path) -> TextIO | None:

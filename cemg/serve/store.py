@@ -6,15 +6,17 @@ fails, see `cemg.serve.database`. Any number of threads and processes may use a 
 
 from __future__ import annotations
 
+import heapq
 import json
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Integer, Select, bindparam, delete, func, insert, null, select
 
@@ -54,6 +56,7 @@ from cemg.serve.rows import (
 )
 from cemg.serve.schema import changes, deletions, events, items, prepare, set_meta, users
 
+T = TypeVar("T", StoredEvent, Deletion)
 GROUP = 5_000  # events of several calls in one transaction
 PAGE = 1_000  # items in one query of an iteration
 EVENT = (
@@ -119,6 +122,7 @@ class Store:
         catalog: str = "",
         run_items: Container[str] | None = None,
         synchronous: Synchronous = "FULL",
+        create: bool = True,
     ) -> Store:
         """Open a store, and create or migrate it first if necessary.
 
@@ -129,12 +133,13 @@ class Store:
             run_items: See the attribute.
             synchronous: "NORMAL" is faster, and may lose the last acknowledged rows in a power cut, though
                 not when the process is killed. Only for SQLite.
+            create: Whether a missing SQLite file is created.
 
         Raises:
-            UserError: The store belongs to another catalog, is newer than this version, is not a store, or
-                cannot be reached.
+            UserError: The store belongs to another catalog, is newer than this version, is not a store, is
+                missing, or cannot be reached.
         """
-        database = Database.open(url_or_path, synchronous=synchronous)
+        database = Database.open(url_or_path, synchronous=synchronous, create=create)
         try:
             with database.write() as connection:
                 found = prepare(connection, catalog=catalog, where=database.where)
@@ -253,6 +258,12 @@ class Store:
         columns = (deletions.c.number, deletions.c.user_id, deletions.c.events, deletions.c.time)
         query = select(*columns).where(deletions.c.number > number).order_by(deletions.c.number)
         return [Deletion(*row) for row in self._read(query.limit(_limit(limit)))]
+
+    def log(self) -> Iterator[StoredEvent | Deletion]:
+        """All events and deletions of users, by number."""
+        return heapq.merge(
+            _pages(self.events_after), _pages(self.deletions_after), key=lambda entry: entry.number
+        )
 
     def delete_user(self, user_id: str) -> int:
         """Delete the events of a user, and record that. Returns how many events were deleted."""
@@ -446,6 +457,12 @@ class Store:
             for row in self._read(query.limit(_limit(limit)))
         ]
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Store]:
+        """The store as it is now, to be read by one thread; later changes do not reach it."""
+        with self._database.snapshot() as frozen:
+            yield Store(frozen, self._catalog, self.run_items)
+
     def backup(self, path: Path | str) -> None:
         """Write a copy of the store to one file, completely or not at all, while others read and write.
 
@@ -481,6 +498,14 @@ def _row(event: Event, number: int, received: float) -> dict[str, Any]:
         "received": received,
         "time": received if timestamp is None else timestamp,
     }
+
+
+def _pages(read: Callable[[int], Sequence[T]]) -> Iterator[T]:
+    """All entries of a log that is read from a number on."""
+    number = 0
+    while page := read(number):
+        yield from page
+        number = page[-1].number
 
 
 def _limit(limit: int) -> int:

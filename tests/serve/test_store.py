@@ -234,6 +234,17 @@ def test_pages_of_items_are_complete_while_items_are_added(store):
     assert store.list_items(states=[]) == []
 
 
+def test_a_snapshot_has_one_state_of_a_store_that_changes_meanwhile(store):
+    store.append_events([Event("e1", "ann", "item")])
+    with store.snapshot() as frozen:
+        store.append_events([Event("e2", "ann", "item")])
+        store.delete_user("bob")
+        store.put_item(Item("late"))
+        assert [entry.number for entry in frozen.log()] == [1] and list(frozen.items()) == []
+        assert frozen.version == 0 and store.version == 1
+    assert [entry.number for entry in store.log()] == [1, 2, 3]
+
+
 def test_another_run_makes_added_items_pending_again(location):
     with Store.open(location, catalog="old") as store:
         store.put_items([Item("added"), Item("trained"), Item("gone")])
