@@ -33,6 +33,22 @@ def test_the_number_of_threads_does_not_change_a_bit(shape, threads):
     assert torch.equal(shared.items, alone.items) and torch.equal(shared.scores, alone.scores)
 
 
+@pytest.mark.parametrize("normalize", ["vocab", "valid"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_other_prompts_of_a_batch_do_not_change_a_bit(shape, normalize):
+    """Prompts of different lengths, in batches of 1, 2, 13 (the most rows of a tile) and 14."""
+    model = build(*SHAPES[shape])
+    decoder = Decoder(model, random_catalog(60, 1), START, normalize, backend="native")
+    ids, mask = Bench(model, decoder.catalog).prompts([2 + n % 7 for n in range(14)])
+    whole = decoder.decode(ids, mask, 30)
+    for size in (1, 2, 13):
+        for start in range(0, 14, size):
+            rows = slice(start, start + size)
+            part = decoder.decode(ids[rows], mask[rows], 30)
+            assert torch.equal(part.items, whole.items[rows]), (size, start)
+            assert torch.equal(part.scores, whole.scores[rows]), (size, start)
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="not on Linux")
 def test_large_pages_are_private_to_the_process():
     """A shared mapping has small pages, and a forked child would write into its parent's weights."""
