@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cemg.data import Dataset
     from cemg.decoding import Normalize
     from cemg.recommender import Recommender
+    from cemg.storage.parts import Shard
     from cemg_kernels import ItemFilter
 
 app = command.command_line()
@@ -42,7 +43,7 @@ app = command.command_line()
     epilog=command.examples(
         'cemg-recommend --run runs/beauty --history "12 7 105" --memory gate',
         "cemg-recommend --run runs/beauty --histories requests.jsonl > answers.jsonl",
-        "cemg-recommend --run runs/beauty --all all.parquet --exclude-history",
+        "cemg-recommend --run runs/beauty --all-users all.parquet --exclude-history",
     ),
 )
 def recommend(
@@ -68,15 +69,34 @@ def recommend(
     ] = None,
     everyone: Annotated[
         Path | None,
-        typer.Option("--all", metavar="OUT.parquet", help="Recommend for every user, and write a table."),
+        typer.Option(
+            "--all-users",
+            "--all",
+            metavar="OUT.parquet",
+            help="Recommend for every user, and write a table. After an interruption, the same command "
+            "continues.",
+        ),
     ] = None,
     part: Annotated[
         str,
         typer.Option(
             metavar="PART",
-            help="Histories for --all: all (whole), or test or valid (up to that item, for cemg-eval).",
+            help="Histories for --all-users: all (whole), or test or valid (up to that item, for cemg-eval).",
         ),
     ] = "all",
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="i/N",
+            help="Compute only the i-th of N shards of --all-users, into a file of its own beside it.",
+        ),
+    ] = "",
+    join: Annotated[
+        bool,
+        typer.Option(
+            "--join", help="Join the shards of --all-users to one file, the same as without --shard."
+        ),
+    ] = False,
     top: Annotated[int, typer.Option(help="Number of items to recommend.")] = 10,
     beams: Annotated[int, typer.Option(help="Number of beams, raised to --top if that is larger.")] = 50,
     engine: Annotated[
@@ -125,7 +145,7 @@ def recommend(
 ) -> None:
     """Recommend the next items for a history, a user, a file of histories, or all users.
 
-    Give exactly one of --history, --user, --histories and --all.
+    Give exactly one of --history, --user, --histories and --all-users.
     """
     from cemg.recommender import Recommender
 
@@ -137,10 +157,10 @@ def recommend(
             raise UserError(f"--{name} must be at least 1, got {count}")
     if sum((history is not None, bool(user), bool(histories), bool(everyone))) != 1:
         raise UserError(
-            "give exactly one of --history, --user, --histories and --all",
+            "give exactly one of --history, --user, --histories and --all-users",
             fix='for example --history "12 7 105"',
         )
-    _check_all(everyone, part)
+    one_shard = _check_all(everyone, part, shard, join=join)
     items = parse_history(history) if history is not None else []
     if histories and histories != STDIN and not histories.exists():
         raise UserError(f"{histories} does not exist")
@@ -158,15 +178,17 @@ def recommend(
     }
     if history is not None and not items and options["memory"] == "off":
         raise no_history(recommender.artifacts)
-    if only or exclude:
-        allowed = read_ids(only, option="--only") if only else []
-        forbidden = read_ids(exclude, option="--exclude") if exclude else []
+    allowed = read_ids(only, option="--only") if only else []
+    forbidden = read_ids(exclude, option="--exclude") if exclude else []
+    if allowed or forbidden:
         options["filter"] = _filter(recommender, allowed, forbidden)
     if everyone:
-        from cemg.commands.all_users import write_all
+        from cemg.commands.all_users import AllUsers, join_all, write_all
 
-        count = write_all(recommender, everyone, part=part, options=options)
-        console.print(f"wrote {everyone}: {count:,} users, at most {top} items each", soft_wrap=True)
+        job = AllUsers(recommender, part=part, options=options, only=allowed, exclude=forbidden)
+        path = join_all(job, everyone) if join else write_all(job, everyone, shard=one_shard)
+        users = job.users_of(one_shard)
+        console.print(f"wrote {path}: {users:,} users, at most {top} items each", soft_wrap=True)
         return
     if histories:
         _serve(recommender, histories, options)
@@ -187,16 +209,28 @@ def recommend(
     plain_console().print(table)
 
 
-def _check_all(out: Path | None, part: str) -> None:
-    """Raise UserError for an invalid --part or --all."""
+def _check_all(out: Path | None, part: str, shard: str, *, join: bool) -> Shard | None:
+    """Return the shard. Raises UserError for invalid options of --all-users."""
     if part not in ("all", "test", "valid"):
         raise UserError(f"--part must be all, test or valid, got {part!r}")
-    if out is None and part != "all":
-        raise UserError(f"--part {part} has no effect without --all", fix="add --all OUT.parquet")
+    options = {f"--part {part}": part != "all", f"--shard {shard}": bool(shard), "--join": join}
+    given = [name for name, used in options.items() if used]
+    if out is None and given:
+        raise UserError(f"{given[0]} has no effect without --all-users", fix="add --all-users OUT.parquet")
     if out is not None and out.suffix != ".parquet":
         raise UserError(
-            f"--all {out} must end in .parquet", fix=f"--all {quote(str(out.with_suffix('.parquet')))}"
+            f"--all-users {out} must end in .parquet",
+            fix=f"--all-users {quote(str(out.with_suffix('.parquet')))}",
         )
+    if shard and join:
+        raise UserError(
+            "--shard and --join exclude each other", fix="compute each shard, then run --join without --shard"
+        )
+    if not shard:
+        return None
+    from cemg.storage.parts import Shard
+
+    return Shard.parse(shard)
 
 
 def _filter(recommender: Recommender, only: Sequence[str], exclude: Sequence[str]) -> ItemFilter:

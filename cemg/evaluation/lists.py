@@ -1,4 +1,4 @@
-"""Reads recommendations from a table that ``cemg-recommend --all`` or another program wrote."""
+"""Reads recommendations from a table that ``cemg-recommend --all-users`` or another program wrote."""
 
 from __future__ import annotations
 

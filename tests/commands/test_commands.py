@@ -286,10 +286,10 @@ def test_an_empty_history_is_refused(tiny_run, command, capsys):
 @pytest.mark.parametrize(
     ("arguments", "first"),
     [
-        ((), "give exactly one of --history, --user, --histories and --all"),
+        ((), "give exactly one of --history, --user, --histories and --all-users"),
         (
             ("--history", "item-0001", "--user", "1"),
-            "give exactly one of --history, --user, --histories and --all",
+            "give exactly one of --history, --user, --histories and --all-users",
         ),
         (("--user", "nobody"), "user 'nobody' is not among the 40 users of this run"),
         (
