@@ -9,6 +9,7 @@ there after the restart; sending the events again is safe, because known ids are
 from __future__ import annotations
 
 import copy
+import fcntl
 import sqlite3
 import threading
 import time
@@ -16,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -34,6 +35,8 @@ READERS, MORE_READERS = 8, 56  # connections that stay open, and further ones at
 # Flushing on macOS needs more than fsync. Deleted rows are overwritten, as they are about people.
 PRAGMAS = ("fullfsync=1", "checkpoint_fullfsync=1", "secure_delete=1")
 Synchronous = Literal["FULL", "NORMAL"]
+# Of the schema in which the tables are, so that several stores fit into a database.
+CLAIM = text(f"SELECT pg_try_advisory_lock({schema.LOCK}, hashtext(current_schema()))")
 BUSY = {"SQLITE_BUSY", "SQLITE_LOCKED", "55P03", "40P01", "40001"}
 DISK_FULL = {"SQLITE_FULL", "53100"}
 READ_ONLY = {"SQLITE_READONLY", "SQLITE_PERM", "SQLITE_CANTOPEN", "25006", "42501"}
@@ -48,8 +51,11 @@ class BusyError(UserError):
 class Database:
     """An open database with the tables of the store. Threads may share it; a fork must open its own."""
 
-    def __init__(self, engine: Engine, where: str) -> None:
+    def __init__(
+        self, engine: Engine, where: str, *, lock: TextIO | None = None, exclusive: bool = False
+    ) -> None:
         self.where = where  # for errors; without a password
+        self._lock_file, self._exclusive = lock, exclusive
         self.is_sqlite = engine.dialect.name == "sqlite"
         self._engine = engine
         self._readers = engine if self.is_sqlite else engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -61,17 +67,27 @@ class Database:
 
     @classmethod
     def open(
-        cls, url_or_path: str | Path, *, synchronous: Synchronous = "FULL", create: bool = True
-    ) -> Database:
-        """Connect to PostgreSQL by its URL, or to an SQLite file.
+        cls, url_or_path: str | Path, *, synchronous: Synchronous = "FULL", create: bool = True,
+        exclusive: bool = False,
+    ) -> Database:  # fmt: skip
+        """Connect to PostgreSQL by its URL, or to an SQLite file: see `Store.open`.
 
-        A missing file is created; without ``create``, it raises UserError.
+        Raises:
+            UserError: The database cannot be used, or is missing and not to be created.
+            BusyError: Another process has opened it as ``exclusive``.
         """
         url = _parse(url_or_path)
         if url.get_backend_name() == "sqlite":
-            if not create and not Path(str(url.database)).exists():
-                raise UserError(f"there is no store {url.database}", fix="name another one: --store PATH")
-            return cls._open_sqlite(url, synchronous)
+            path = Path(str(url.database))
+            if not create and not path.exists():
+                raise UserError(f"there is no store {path}", fix="name another one: --store PATH")
+            lock = lock_file(path) if exclusive else None
+            try:
+                return cls._open_sqlite(url, synchronous, lock)
+            except BaseException:
+                if lock is not None:
+                    lock.close()
+                raise
         try:
             engine = create_engine(
                 url,
@@ -88,10 +104,10 @@ class Database:
             ) from error
         event.listen(engine, "connect", _set_up_postgres)
         shown = url.set(drivername="postgresql", query={})
-        return cls(engine, shown.render_as_string(hide_password=True))
+        return cls(engine, shown.render_as_string(hide_password=True), exclusive=exclusive)
 
     @classmethod
-    def _open_sqlite(cls, url: URL, synchronous: Synchronous) -> Database:
+    def _open_sqlite(cls, url: URL, synchronous: Synchronous, lock: TextIO | None) -> Database:
         path = Path(str(url.database))
         _make_folder(path.parent)
         if path.is_dir():
@@ -112,7 +128,7 @@ class Database:
             if connection.get_execution_options().get("writes"):
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-        database = cls(engine, str(path))
+        database = cls(engine, str(path), lock=lock)
         try:
             database._use_wal()
             if is_new:
@@ -214,11 +230,19 @@ class Database:
                         connection.close()
             self._writer = self._keeper = None
             self._engine.dispose()
+            if self._lock_file is not None:
+                self._lock_file.close()
 
     def _connect_writer(self) -> Connection:
         connection = self._engine.connect().execution_options(writes=True)
         if self.is_sqlite:
             connection.connection.cursor().execute(f"PRAGMA cache_size={-WRITER_CACHE}")
+        elif self._exclusive:  # the lock is of the session that writes, and ends with it
+            mine = connection.execute(CLAIM).scalar_one()
+            connection.rollback()
+            if not mine:
+                connection.close()
+                raise _claimed(self.where)
         return connection
 
     def _drop_writer(self) -> None:
@@ -243,6 +267,30 @@ class Database:
             if known is None:
                 raise
             raise known from error
+
+
+def lock_file(store: Path) -> TextIO:
+    """Lock an SQLite store against other services; the system releases the lock when the process ends.
+
+    Raises:
+        BusyError: A service runs on the store.
+    """
+    path = store.resolve()
+    _make_folder(path.parent)
+    file = path.with_name(f"{path.name}.lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise _claimed(str(store)) from None
+    return file
+
+
+def _claimed(where: str) -> BusyError:
+    """The error of a second service, which would not see the changes of the first one."""
+    return BusyError(
+        f"{where} is in use by another cemg-serve", fix="stop that process, or use another --store"
+    )
 
 
 def _parse(url_or_path: str | Path) -> URL:

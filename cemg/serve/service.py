@@ -8,7 +8,6 @@ versions. New items wait in the store until their semantic IDs are computed.
 from __future__ import annotations
 
 import bisect
-import fcntl
 import logging
 import threading
 import time
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 from cemg.data.readers.text import clean, item_text
 from cemg.errors import UserError
@@ -102,10 +100,9 @@ class Service:
         self.run, self.status = run, Status()
         recommender = Recommender.from_run(run, device)
         ids = [str(item) for item in recommender.catalog.item_ids]
-        self._claim = _claim(run / STORE_FILE if store is None else store)
         self.store = Store.open(
             run / STORE_FILE if store is None else store,
-            catalog=recommender.catalog.digest(), run_items=frozenset(ids),
+            catalog=recommender.catalog.digest(), run_items=frozenset(ids), exclusive=True,
         )  # fmt: skip
         self.model_version = recommender.catalog.digest()[:12]
         engine = Engine(recommender, version=self.store.version)
@@ -137,8 +134,6 @@ class Service:
         self.model.stop(timeout=max(0.1, self._end - time.monotonic()))
         self._worker.join(max(0.1, self._end - time.monotonic()))
         self.store.close()
-        if self._claim is not None:
-            self._claim.close()
 
     # ---- start
 
@@ -407,26 +402,6 @@ class Service:
     def _version_of(self, item: str) -> int | None:
         stored = self.store.get_item(item)
         return None if stored is None else stored.version
-
-
-def _claim(store: str | Path) -> TextIO | None:
-    """Lock an SQLite store: a second service would not see the changes of the first one.
-
-    The system releases the lock when the process ends. PostgreSQL is for replicas, which follow the log.
-    """
-    if isinstance(store, str) and "://" in store:
-        return None
-    path = Path(f"{store}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(
-            f"{store} is in use by another cemg-serve", fix="stop that process, or use another --store"
-        ) from None
-    return file
 
 
 def _text(item: Item) -> str | None:

@@ -123,6 +123,7 @@ class Store:
         run_items: Container[str] | None = None,
         synchronous: Synchronous = "FULL",
         create: bool = True,
+        exclusive: bool = False,
     ) -> Store:
         """Open a store, and create or migrate it first if necessary.
 
@@ -134,12 +135,15 @@ class Store:
             synchronous: "NORMAL" is faster, and may lose the last acknowledged rows in a power cut, though
                 not when the process is killed. Only for SQLite.
             create: Whether a missing SQLite file is created.
+            exclusive: Whether no other process may open the store in this way until it is closed. A service
+                does so, because it does not see the changes of others.
 
         Raises:
             UserError: The store belongs to another catalog, is newer than this version, is not a store, is
                 missing, or cannot be reached.
+            BusyError: Another process has opened it as ``exclusive``.
         """
-        database = Database.open(url_or_path, synchronous=synchronous, create=create)
+        database = Database.open(url_or_path, synchronous=synchronous, create=create, exclusive=exclusive)
         try:
             with database.write() as connection:
                 found = prepare(connection, catalog=catalog, where=database.where)
