@@ -17,7 +17,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from cemg.errors import UserError
 from cemg.progress import console, printable
@@ -51,6 +51,15 @@ class Command(TyperCommand):
         except KeyboardInterrupt:
             print(f"\ninterrupted: {_interrupt_message}", file=sys.stderr)
             raise typer.Exit(130) from None
+
+
+class DefaultGroup(TyperGroup):
+    """Several commands, of which the first one needs no name: ``cemg-serve --run RUN``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Insert the name of the first command unless another one is named."""
+        named = bool(args) and args[0] in self.commands
+        return super().parse_args(ctx, args if named else [next(iter(self.commands)), *args])
 
 
 def command_line(**options: Any) -> typer.Typer:

@@ -258,7 +258,7 @@ def export(
     """
     try:
         from cemg.serve import export as served
-        from cemg.serve.service import STORE_FILE
+        from cemg.serve.database import STORE_FILE
     except ModuleNotFoundError as error:
         raise UserError(
             f"the export needs the package {error.name}", fix="pip install -e '.[serve]'"

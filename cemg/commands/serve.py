@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -11,9 +12,14 @@ import typer
 from cemg.commands import console as command
 from cemg.errors import UserError
 from cemg.progress import console
-from cemg.storage.run import Run
 
-app = command.command_line()
+app = command.command_line(cls=command.DefaultGroup)
+RunOfStoreOption = Annotated[
+    Path | None, typer.Option("--run", metavar="FOLDER", help="Run that the store belongs to.")
+]
+StoreOption = Annotated[
+    str, typer.Option(metavar="PATH", help="Store of the service. Default: serve/store.sqlite in the run.")
+]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -22,6 +28,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
     epilog=command.examples(
         "cemg-serve --run runs/demo",
         "cemg-serve --run runs/beauty --host 0.0.0.0 --keys keys.yaml --allow-host shop.example",
+        "cemg-serve backup --help",
     ),
 )
 def serve(
@@ -70,7 +77,8 @@ def serve(
     """Serve recommendations over HTTP, from a catalog and a memory that change while it runs.
 
     GET /docs lists the endpoints. The service needs no other one; SIGTERM and Ctrl-C end it after the waiting
-    requests are answered.
+    requests are answered. The name serve may be left out. `cemg-serve backup` and `cemg-serve restore` copy the
+    store.
     """
     try:
         from cemg.serve.app import Settings, create_app
@@ -78,10 +86,9 @@ def serve(
         from cemg.serve.security import Keys
         from cemg.serve.server import Server, bind
         from cemg.serve.service import Service
+        from cemg.storage.run import Run
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"cemg-serve needs the package {error.name}", fix="pip install -e '.[serve]'"
-        ) from error
+        raise _missing(error) from error
 
     command.check_device(device)
     known = Keys.read(keys) if keys is not None else Keys({})
@@ -103,6 +110,71 @@ def serve(
         f"serving {run} on http://{host}:{port}, catalog version {service.store.version}", soft_wrap=True
     )
     Server(app, service, shutdown_timeout=shutdown_timeout).run([bound])
+
+
+@app.command(
+    cls=command.Command,
+    epilog=command.examples("cemg-serve backup --run runs/demo --out monday.sqlite"),
+)
+def backup(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write.")],
+    run: RunOfStoreOption = None,
+    store: StoreOption = "",
+) -> None:
+    """Copy the store of a service to a file, while it runs or not.
+
+    The copy is complete and checked, or there is none. For PostgreSQL, use pg_dump.
+    """
+    backups = _backups()
+    backups.backup(_store(run, store), out)
+    print(out)
+
+
+@app.command(
+    cls=command.Command,
+    epilog=command.examples("cemg-serve restore --run runs/demo --from monday.sqlite"),
+)
+def restore(
+    file: Annotated[Path, typer.Option("--from", metavar="FILE", help="File of cemg-serve backup.")],
+    run: RunOfStoreOption = None,
+    store: StoreOption = "",
+) -> None:
+    """Copy a backup to the place of a store, of which there must be none.
+
+    The backup is checked first. No service may run on the store. With --run, the backup must belong to the
+    catalog of the run.
+    """
+    backups = _backups()
+    target, catalog = _store(run, store), ""
+    if run is not None:
+        from cemg.artifacts import RunArtifacts
+
+        catalog = RunArtifacts.open(run).load_catalog().digest()
+    backups.restore(file, target, catalog=catalog)
+    print(target)
+
+
+def _store(run: Path | None, store: str) -> str | Path:
+    """The store that --store or --run names."""
+    if store:
+        return store
+    if run is None:
+        raise UserError("no store is named", fix="add --run RUN, or --store PATH")
+    from cemg.serve.database import STORE_FILE
+
+    return run / STORE_FILE
+
+
+def _backups() -> ModuleType:
+    try:
+        from cemg.serve import backup as backups
+    except ModuleNotFoundError as error:
+        raise _missing(error) from error
+    return backups
+
+
+def _missing(error: ModuleNotFoundError) -> UserError:
+    return UserError(f"cemg-serve needs the package {error.name}", fix="pip install -e '.[serve]'")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from cemg.serve import schema
 from cemg.storage import files
 from cemg.storage.files import StorageError
 
+STORE_FILE = "serve/store.sqlite"  # in the folder of a run
 WRITER_CACHE = 64 * 1024  # KiB; with less, SQLite writes pages of a large transaction twice
 BUSY_SECONDS = 5.0  # how long a write waits for another process
 CONNECT_SECONDS = 10  # to PostgreSQL
@@ -76,9 +77,8 @@ class Database:
             UserError: The database cannot be used, or is missing and not to be created.
             BusyError: Another process has opened it as ``exclusive``.
         """
-        url = _parse(url_or_path)
-        if url.get_backend_name() == "sqlite":
-            path = Path(str(url.database))
+        url, path = _parse(url_or_path), sqlite_path(url_or_path)
+        if path is not None:
             if not create and not path.exists():
                 raise UserError(f"there is no store {path}", fix="name another one: --store PATH")
             lock = lock_file(path) if exclusive else None
@@ -267,6 +267,12 @@ class Database:
             if known is None:
                 raise
             raise known from error
+
+
+def sqlite_path(url_or_path: str | Path) -> Path | None:
+    """The file of a store in SQLite; None for one in PostgreSQL."""
+    url = _parse(url_or_path)
+    return Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
 
 
 def lock_file(store: Path) -> TextIO:

@@ -123,7 +123,21 @@ def prepare(connection: Connection, *, catalog: str, where: str) -> str:
     if not is_store(connection, where=where):
         _create(connection, catalog)
         return catalog
-    stored = {row.name: row.value for row in connection.execute(select(meta))}
+    stored = check(connection, catalog=catalog, where=where)
+    recorded = stored.get("catalog", "")
+    for migration in MIGRATIONS[int(stored["schema"]) - 1 :]:
+        migration(connection)
+    set_meta(connection, "schema", str(newest()))
+    if catalog and not recorded:
+        set_meta(connection, "catalog", catalog)
+    return recorded or catalog
+
+
+def check(connection: Connection, *, catalog: str, where: str) -> dict[str, str]:
+    """Return the values of ``meta``. Raises UserError as `prepare` does, also where there are no tables."""
+    if not is_store(connection, where=where):
+        raise UserError(f"{where} is not a store of CEMG", cause="it has no tables", fix="use another file")
+    stored: dict[str, str] = {row.name: row.value for row in connection.execute(select(meta))}
     _check_version(stored, where)
     recorded = stored.get("catalog", "")
     if catalog and recorded and catalog != recorded:
@@ -132,12 +146,7 @@ def prepare(connection: Connection, *, catalog: str, where: str) -> str:
             cause=f"it was made for catalog {recorded[:12]}, not {catalog[:12]}",
             fix="serve the run that it belongs to, or use another --store",
         )
-    for migration in MIGRATIONS[int(stored["schema"]) - 1 :]:
-        migration(connection)
-    set_meta(connection, "schema", str(newest()))
-    if catalog and not recorded:
-        set_meta(connection, "catalog", catalog)
-    return recorded or catalog
+    return stored
 
 
 def is_store(connection: Connection, *, where: str) -> bool:

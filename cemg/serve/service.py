@@ -23,7 +23,7 @@ from cemg.errors import UserError
 from cemg.recommender import Recommender
 from cemg.serve.attributes import AttributeTable
 from cemg.serve.batching import ModelThread, StoppedError
-from cemg.serve.database import BusyError
+from cemg.serve.database import STORE_FILE, BusyError
 from cemg.serve.engine import Answer, Engine, Query
 from cemg.serve.expressions import Filter, NamedFilter
 from cemg.serve.filters import Filters
@@ -37,7 +37,6 @@ from cemg_kernels import ItemFilter
 
 PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
 RETRY = 10  # seconds after which new items are tried again when the store has failed
-STORE_FILE = "serve/store.sqlite"  # in the folder of the run
 
 log = logging.getLogger("cemg.serve")
 

@@ -470,8 +470,7 @@ class Store:
     def backup(self, path: Path | str) -> None:
         """Write a copy of the store to one file, completely or not at all, while others read and write.
 
-        The copy has all that was committed before the call. To restore it, stop the service and put it in the
-        place of the store, after deleting the files whose names end in ``-wal`` and ``-shm``.
+        The copy has all that was committed before the call. `cemg.serve.backup.restore` brings it back.
 
         Raises:
             UserError: The store is in PostgreSQL, which has pg_dump.

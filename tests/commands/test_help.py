@@ -9,11 +9,11 @@ import sys
 import pytest
 
 import cemg
-from cemg.commands import catalog, data, doctor, evaluate, recommend, train
+from cemg.commands import catalog, data, doctor, evaluate, recommend, serve, train
 
 COMMANDS = {
     "train": train, "recommend": recommend, "evaluate": evaluate, "catalog": catalog, "data": data,
-    "doctor": doctor,
+    "doctor": doctor, "serve": serve,
 }  # fmt: skip
 SLOW = ("torch", "transformers", "sklearn", "matplotlib", "scipy", "polars", "pydantic")  # slow to import
 

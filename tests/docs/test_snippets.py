@@ -17,6 +17,7 @@ import torch
 import typer
 
 from cemg.commands import recommend
+from cemg.commands.console import DefaultGroup
 from cemg.config import load_config
 from cemg.decoding import Decoder
 
@@ -181,6 +182,8 @@ def checked(words: list[str]) -> None:
 def parse(program: str, arguments: list[str]) -> None:
     """Parse the arguments as the command line itself does; resolve the names of settings."""
     command: Any = typer.main.get_command(generator().APPS[program])
+    if isinstance(command, DefaultGroup) and arguments[0] not in command.commands:
+        arguments = [next(iter(command.commands)), *arguments]
     if hasattr(command, "commands"):
         program, command, arguments = arguments[0], command.commands[arguments[0]], arguments[1:]
     context = command.make_context(program, list(arguments))

@@ -13,9 +13,9 @@ from cemg.artifacts import RunArtifacts
 from cemg.commands import data, train
 from cemg.data import Dataset
 from cemg.errors import UserError
+from cemg.serve.database import STORE_FILE
 from cemg.serve.export import ITEMS_FILE, export
 from cemg.serve.rows import Event, Item
-from cemg.serve.service import STORE_FILE
 from cemg.serve.store import Store
 
 from .process import ServerProcess, copy_of
