@@ -13,7 +13,7 @@ from cemg.commands import console as command
 from cemg.errors import UserError
 from cemg.progress import console
 
-app = command.command_line(cls=command.DefaultGroup)
+app = command.command_line(cls=command.DefaultGroup, add_help_option=False)
 RunOfStoreOption = Annotated[
     Path | None, typer.Option("--run", metavar="FOLDER", help="Run that the store belongs to.")
 ]
@@ -77,8 +77,8 @@ def serve(
     """Serve recommendations over HTTP, from a catalog and a memory that change while it runs.
 
     GET /docs lists the endpoints. The service needs no other one; SIGTERM and Ctrl-C end it after the waiting
-    requests are answered. The name serve may be left out. `cemg-serve backup` and `cemg-serve restore` copy the
-    store.
+    requests are answered. The name serve may be left out. `cemg-serve backup` and `cemg-serve restore` copy
+    the store.
     """
     try:
         from cemg.serve.app import Settings, create_app
