@@ -180,8 +180,8 @@ class RunArtifacts:
         return memory
 
     def has_gate(self) -> bool:
-        """Whether the run has a gate. Runs that earlier versions trained have none."""
-        return self.run.path("gate").is_dir()
+        """Whether the run has a gate. Those of earlier versions and those without other experts have none."""
+        return self.config.mixes and self.run.path("gate").is_dir()
 
     def load_gate(self) -> Gate:
         """The weights of the generator and the other experts.
@@ -194,8 +194,10 @@ class RunArtifacts:
         if not self.has_gate():
             raise UserError(
                 f"{self.run.folder} has no gate",
-                cause="an earlier version trained it, or its folder was deleted",
-                fix=f"fit it, and keep all other stages: cemg-train --run {name}",
+                cause="an earlier version trained it, or its folder was deleted" if self.config.mixes
+                else "its settings leave the generator without another expert (gate.memory=false)",
+                fix=f"fit it, and keep all other stages: cemg-train --run {name}"
+                + ("" if self.config.mixes else " --set gate.memory=true"),
             )  # fmt: skip
         if not self.has_memory():
             raise UserError(

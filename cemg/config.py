@@ -214,11 +214,11 @@ class RunConfig:
                 cause=f"graph.dim={self.graph.dim}, tokenizer.latent={self.tokenizer.latent}",
                 fix=f"--set graph.dim={self.tokenizer.latent}, or --set tokenizer.collab_loss=0",
             )
-        if not (self.gate.memory or self.gate.dense or self.generator.item_loss):
-            raise UserError(
-                "gate.memory=false leaves the generator without another expert",
-                fix="--set gate.memory=true, or --set gate.dense=FOLDER of a trained model",
-            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the generator has another expert: the item memory, its item softmax or a dense model."""
+        return bool(self.gate.memory or self.gate.dense or self.generator.item_loss)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the settings to dicts, lists and scalars, as written to YAML and JSON."""

@@ -336,9 +336,12 @@ def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
 
     with named_range("stage: test"):
         beams = config.decoding.beams
-        paths = score(pipeline, config, part="test", engine="cemg", beams=beams)
-        mixed = score_mixture(pipeline, config, part="test", beams=beams, weights="gate", copy=copy)
-        paths += mixed[1:]  # popularity once
+        mixes = pipeline.has_gate()
+        alone = None if mixes else copy
+        paths = score(pipeline, config, part="test", engine="cemg", beams=beams, copy=alone)
+        if mixes:
+            mixed = score_mixture(pipeline, config, part="test", beams=beams, weights="gate", copy=copy)
+            paths += mixed[1:]  # popularity once
     with named_range("stage: report"):
         page = write_report(pipeline.run.folder, device=pipeline.device)
     print_summary(pipeline, paths, page)

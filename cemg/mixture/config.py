@@ -16,7 +16,7 @@ class GateConfig:
     beams: int = 100
     """Number of beams in the searches that the gate is fitted on."""
     memory: bool = True
-    """Whether the item memory is mixed in; without it, an item softmax or a dense model must be."""
+    """Whether the item memory is mixed in; without it and other experts, the generator recommends alone."""
     dense: str = ""
     """Folder of a SASRec or BSARec, trained by python -m cemg.baselines, that is mixed in; empty: none."""
 

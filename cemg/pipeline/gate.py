@@ -32,7 +32,10 @@ def fit_run(artifacts: RunArtifacts, folder: Path) -> None:
     """Fit the weights of the generator and of the other experts of a run, and write them.
 
     Prints their validation metrics. The files of the dense model are copied, so that the run is complete.
+    Without other experts there is nothing to fit or to write.
     """
+    if not artifacts.config.mixes:
+        return
     sources: list[Source] = []
     items = artifacts.load_data().num_items  # without those that were added later
     if artifacts.config.gate.memory:

@@ -22,7 +22,7 @@ from cemg.evaluation import evaluate as evaluate_ranker
 from cemg.evaluation.ranker import beam_ranker
 from cemg.evaluation.selection import checkpoint_selection
 from cemg.generator import Prompter, Vocabulary
-from cemg.mixture import SOFTMAX
+from cemg.mixture import MEMORY, SOFTMAX
 from cemg.storage.manifest import Manifest
 
 SETTINGS = [
@@ -174,9 +174,22 @@ def test_a_gate_without_the_memory_keeps_the_generator_and_its_result_has_anothe
     assert found.ranked_by == ["mixture", "popularity"] and None not in found.ids[0]
 
 
-def test_a_gate_with_no_expert_beside_the_generator_is_refused():
-    with pytest.raises(UserError, match=r"gate\.memory=false leaves the generator without") as caught:
-        load_config(None, ["gate.memory=false"])
-    first, last = re.findall(r"--set ([a-z.]+=\w+)", str(caught.value.fix))
-    load_config(None, [first])
-    load_config(None, ["gate.memory=false", last])
+def test_without_another_expert_there_is_no_gate_and_the_printed_fix_brings_it_back(
+    tiny_run: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    mixture = run / "results" / "synthetic-cemg-gate-test.json"
+    searched = Recommender.from_run(run).recommend([HISTORY], top=5, memory="off").ids
+    generator = Manifest.read(run / "generator").key
+    mixture.unlink()
+    assert command(train.main, "--run", run, "--set", "gate.memory=false") == 0
+    found = Recommender.from_run(run).recommend([HISTORY], top=5)
+    assert (found.ids, found.ranked_by) == (searched, ["generator"])
+    assert not mixture.exists() and Manifest.read(run / "generator").key == generator
+    capsys.readouterr()
+    assert command(evaluate.main, "--run", run, "--memory", "gate") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "has no gate" in error and "leave the generator without another expert" in error
+    (fix,) = re.findall(r"--set (gate\.memory=true)", error)
+    assert command(train.main, "--run", run, "--set", fix) == 0
+    assert RunArtifacts.open(run).load_gate().sources == [MEMORY] and mixture.exists()
