@@ -71,6 +71,19 @@ def serve(
         int, typer.Option(min=1, help="Number of waiting requests beyond which others get 503.")
     ] = 1024,
     max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Requests in one search.")] = 64,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder whose runs POST /v1/models may load. Default: that of the run."
+        ),
+    ] = None,
+    move_store: Annotated[
+        bool,
+        typer.Option(
+            "--move-store",
+            help="Serve --run even if the store belongs to another run: added items get new semantic IDs.",
+        ),
+    ] = False,
     device: command.DeviceOption = "cpu",
     version: command.VersionOption = False,
 ) -> None:
@@ -89,7 +102,9 @@ def serve(
         from cemg.storage.run import Run
     except ModuleNotFoundError as error:
         raise _missing(error) from error
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # the log has JSON lines
     command.check_device(device)
     known = Keys.read(keys) if keys is not None else Keys({})
     if host not in LOOPBACK and not known.roles and not insecure:
@@ -103,11 +118,13 @@ def serve(
     bound = bind(host, port)
     Run(run).check_unlocked()
     service = Service(
-        run, store=store or None, filters=named, device=device, max_batch=max_batch, max_queue=max_queue
-    )
+        run, store=store or None, filters=named, device=device, max_batch=max_batch, max_queue=max_queue,
+        models=models, move_store=move_store,
+    )  # fmt: skip
     app = create_app(service, Settings(keys=known, hosts=hosts, timeout=timeout))
     console.print(
-        f"serving {run} on http://{host}:{port}, catalog version {service.store.version}", soft_wrap=True
+        f"serving {service.loaded.run} on http://{host}:{port}, catalog version {service.store.version}",
+        soft_wrap=True,
     )
     Server(app, service, shutdown_timeout=shutdown_timeout).run([bound])
 

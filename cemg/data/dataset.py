@@ -5,6 +5,7 @@ U users, N items. Code refers to an item by its row, 0 … N-1; the id of the so
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,19 @@ TABLES: dict[str, dict[str, Any]] = {  # file -> columns
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """Which events of a service a data set has.
+
+    Attributes:
+        store: Identifies the store of the service.
+        events: Number of the last event in it. Users and items may be missing nevertheless.
+    """
+
+    store: str
+    events: int
+
+
+@dataclass(frozen=True, slots=True)
 class Dataset:
     """Histories of users over a catalog of items.
 
@@ -52,6 +66,7 @@ class Dataset:
         notes: Notes for the user: what was dropped, matched or missing.
         cuts: For a split in time, how many interactions of each user are before the cut for validation and
             before the cut for the test, [U, 2] int32; None for leave-one-out.
+        served: Which events of a service the data have; None for none.
     """
 
     FILES: ClassVar[tuple[str, ...]] = ("dataset.json", *TABLES)  # of a prepared folder
@@ -67,6 +82,7 @@ class Dataset:
     synthetic: bool = False
     notes: list[str] = field(default_factory=list)
     cuts: np.ndarray | None = None
+    served: Served | None = None
 
     def __post_init__(self) -> None:
         if self.cuts is not None and self.cuts.shape != (len(self.user_ids), 2):
@@ -143,13 +159,15 @@ class Dataset:
             cuts = dict(zip(CUTS_SCHEMA, self.cuts.T, strict=True))
             _write(pl.DataFrame(cuts, schema=CUTS_SCHEMA), folder / CUTS)
             tables.append(CUTS)
-        about = {
+        about: dict[str, Any] = {
             "format": FORMAT if self.cuts is None else TIMED,
             "name": self.name,
             "tie_rule": self.tie_rule,
             "synthetic": self.synthetic,
             "notes": self.notes,
         }
+        if self.served is not None:
+            about["served"] = dataclasses.asdict(self.served)
         about["files"] = {name: file_digest(folder / name) for name in tables}
         files.write_json(folder / "dataset.json", signed(about))
 
@@ -180,6 +198,7 @@ class Dataset:
             synthetic=about.synthetic,
             notes=about.notes,
             cuts=_read_cuts(folder, sequences) if about.format == TIMED else None,
+            served=about.served,
         )
 
 
@@ -195,6 +214,7 @@ class _About:
     synthetic: bool
     notes: list[str]
     files: dict[str, str] | None = None  # earlier versions wrote neither this nor sha256
+    served: Served | None = None
     sha256: str | None = None
 
 

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from cemg.serve import browse, problems, schemas
 from cemg.serve.engine import Answer
 from cemg.serve.metrics import Metrics, Observed
-from cemg.serve.rows import MAX_ID, MAX_INTEGER, StoredItem, UnknownItemError
+from cemg.serve.rows import MAX_ID, MAX_INTEGER, ServedModel, StoredItem, UnknownItemError
 from cemg.serve.security import LOOPBACK, Guard, Keys, requires
 from cemg.serve.service import Request as Asked
 from cemg.serve.service import Service
@@ -70,6 +70,7 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     _add_users(app, service)
     browse.add(app, service)  # before the items, whose ids may have slashes
     _add_items(app, service)
+    _add_models(app, service)
     return app
 
 
@@ -119,7 +120,7 @@ def _add_recommendations(app: FastAPI, service: Service, settings: Settings) -> 
                 raise UnknownItemError(f"history: there is no item {answer.skipped[0]}")
             if one.strict and one.user_id is not None and not answer.known_user:
                 raise UnknownItemError(f"there is no user {one.user_id}")
-        return [_answer(one, answer, service) for one, answer in zip(asked, answers, strict=True)]
+        return [_answer(one, answer) for one, answer in zip(asked, answers, strict=True)]
 
     @app.post("/v1/recommend", tags=["recommendations"], dependencies=[requires("read")])
     async def recommend(
@@ -145,7 +146,7 @@ def _asked(body: schemas.RecommendRequest) -> Asked:
     )  # fmt: skip
 
 
-def _answer(body: schemas.RecommendRequest, answer: Answer, service: Service) -> schemas.Recommendation:
+def _answer(body: schemas.RecommendRequest, answer: Answer) -> schemas.Recommendation:
     shares: Sequence[float | None] = answer.memory_shares or [None] * len(answer.items)
     rows = zip(answer.items, answer.scores, answer.titles, answer.codes, shares, strict=True)
     return schemas.Recommendation(
@@ -157,7 +158,7 @@ def _answer(body: schemas.RecommendRequest, answer: Answer, service: Service) ->
         certified=answer.certified,
         strategy=answer.strategy,
         catalog_version=answer.catalog_version,
-        model_version=service.model_version,
+        model_version=answer.model_version,
         complete=len(answer.items) == body.limit,
         skipped=answer.skipped,
     )
@@ -263,3 +264,37 @@ def _add_items(app: FastAPI, service: Service) -> None:
             for one in found
         ]
         return schemas.ChangesAnswer(changes=rows, catalog_version=service.store.version)
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def answer() -> schemas.ModelsAnswer:
+        models, last = service.models(), service.loader.last
+        return schemas.ModelsAnswer(
+            current=_model(models.current),
+            previous=None if models.previous is None else _model(models.previous),
+            last=None if last is None else schemas.LoadAnswer(
+                run=str(last.run), state=last.state, reason=last.reason, started=last.started,
+                seconds=last.seconds,
+            ),
+        )  # fmt: skip
+
+    @app.get("/v1/models", tags=["models"], dependencies=[requires("admin")])
+    def models() -> schemas.ModelsAnswer:
+        """The run that is served, the one before it, and how far another one is loaded."""
+        return answer()
+
+    @app.post("/v1/models", tags=["models"], status_code=202, dependencies=[requires("admin")])
+    def load(body: schemas.ModelBody) -> schemas.ModelsAnswer:
+        """Load another run in the background. It answers all requests from some moment on."""
+        service.load_model(body.run, events=body.events)
+        return answer()
+
+    @app.post("/v1/models/rollback", tags=["models"], status_code=202, dependencies=[requires("admin")])
+    def rollback() -> schemas.ModelsAnswer:
+        """Load the run that was served before, with everything that changed since."""
+        service.roll_back()
+        return answer()
+
+
+def _model(served: ServedModel) -> schemas.ModelAnswer:
+    return schemas.ModelAnswer(run=served.run, model_version=served.version)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +20,12 @@ from torch import Tensor
 from cemg.errors import UserError
 from cemg.mixture.sources import MEMORY
 from cemg.recommender import Recommender
+from cemg.serve.expressions import Filter, NamedFilter
+from cemg.serve.filters import Filters
 from cemg.serve.rows import UnknownItemError
 from cemg_kernels import ItemFilter
 
-Compile = Callable[
-    [Recommender], ItemFilter | None
-]  # makes the filter of a query for the catalog that is searched
+LOADING = threading.Lock()  # held while models are loaded: transformers changes global state meanwhile
 EARLIER = float("-inf")  # time of the interactions that the run was trained on
 
 
@@ -49,7 +50,7 @@ class Query:
     beams: int = 50
     exclude_history: bool = True
     exact: bool = False
-    filter: Compile | None = None
+    filter: Filter | NamedFilter | None = None
     explain: bool = False
 
     @property
@@ -69,6 +70,7 @@ class Answer:
         certified: How many of them are proven to be the true top.
         strategy: What ranked them: "mixture", "generator" or "popularity".
         catalog_version: The catalog that was searched.
+        model_version: The run that was searched.
         skipped: Items of the history that the catalog does not have.
         known_user: Whether the user of the query has a history.
         codes: Their semantic IDs.
@@ -83,6 +85,7 @@ class Answer:
     certified: int
     strategy: str
     catalog_version: int
+    model_version: str
     skipped: list[str]
     known_user: bool = True
     codes: list[list[int]] = field(default_factory=list)
@@ -104,10 +107,13 @@ class Engine:
         recommender: The run with the catalog that is searched.
         version: The number of the catalog.
         titles: Titles by item id, "" where there is none.
+        model_version: Identifies the run in answers.
+        filters: Compiles the filters of queries; None: queries have none.
     """
 
-    def __init__(self, recommender: Recommender, *, version: int = 0) -> None:
-        self.recommender, self.version = recommender, version
+    def __init__(self, recommender: Recommender, *, version: int = 0, model_version: str = "") -> None:
+        self.recommender, self.version, self.model_version = recommender, version, model_version
+        self.filters: Filters | None = None
         self.titles = {str(item): title or "" for item, title in recommender.titles().items()}
         self._rows = {str(item): row for row, item in enumerate(recommender.catalog.item_ids)}
         self._histories: dict[str, _History] = {}
@@ -140,7 +146,7 @@ class Engine:
         first, recommender = queries[0], self.recommender
         histories = [self.history(query.user) if query.user else query.history for query in queries]
         known = [[item for item in history if item in self._rows] for history in histories]
-        filters = [None if query.filter is None else query.filter(recommender) for query in queries]
+        filters = [self._compiled(query.filter) for query in queries]
         top = max(query.limit for query in queries)
         found = recommender.recommend(
             [self._ids(items) for items in known], top=top, beams=max(first.beams, top),
@@ -158,7 +164,7 @@ class Engine:
                     items=ids, scores=found.scores[number, : len(ids)].tolist(),
                     titles=[self.titles.get(item) or None for item in ids],
                     certified=min(int(found.certified[number]), len(ids)), strategy=found.ranked_by[number],
-                    catalog_version=self.version, skipped=skipped,
+                    catalog_version=self.version, model_version=self.model_version, skipped=skipped,
                     known_user=not query.user or self.knows(query.user),
                     codes=found.codes[number, : len(ids)].tolist(),
                     memory_shares=None if found.prior_shares is None or not query.explain
@@ -166,6 +172,11 @@ class Engine:
                 )
             )  # fmt: skip
         return answers
+
+    def _compiled(self, filter: Filter | NamedFilter | None) -> ItemFilter | None:
+        if filter is None or self.filters is None:
+            return None
+        return self.filters.compile(filter, self.recommender.catalog.trie, self.version)
 
     def _ids(self, items: Sequence[str]) -> list[str | int]:
         """Ids as the catalog has them: some catalogs number their items."""
@@ -213,6 +224,13 @@ class Engine:
     def knows(self, user: str) -> bool:
         """Whether the run or an event has this user."""
         return user in self._histories or user in self._unplaced
+
+    def in_data(self, user: str, item: str) -> bool:
+        """Whether the run's data have an interaction of a user with an item, and the user was not deleted."""
+        history, row = self._histories.get(user), self._rows.get(item)
+        if history is None or row is None:
+            return False
+        return row in history.rows[: bisect.bisect_right(history.times, EARLIER)]
 
     def learn(self, user: str, item: str, time: float) -> bool:
         """Add an event to a user's history and to the memory. Returns whether the catalog has the item.
@@ -270,7 +288,8 @@ class Engine:
 
     def encode(self, texts: Sequence[str | None]) -> Tensor:
         """Compute semantic IDs of new items by their texts, [n, levels]: see `Recommender.encode_items`."""
-        return self.recommender.encode_items(texts, [None] * len(texts))
+        with LOADING:
+            return self.recommender.encode_items(texts, [None] * len(texts))
 
     def extended(self, codes: Mapping[str, Sequence[int]], titles: Mapping[str, str]) -> Recommender:
         """Prepare a recommender with further items, for `add`. It may run beside the searches.
@@ -283,6 +302,8 @@ class Engine:
                 raise UserError(f"item {item} is already in the catalog")
         if not self.recommender.catalog.named:
             raise UserError("the items of this run are numbers: added items would need names")
+        if self.learns and self.recommender.memory.similar is not None:
+            self.recommender.memory.similar.index.vectors_of([None])  # read now: `add` holds up the searches
         every: dict[Any, str] = {**self.titles, **titles}
         return self.recommender.with_items(torch.tensor([*codes.values()]), [*codes], titles=every)
 

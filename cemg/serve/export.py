@@ -9,9 +9,11 @@ import numpy as np
 
 from cemg.artifacts import RunArtifacts
 from cemg.data import Dataset
+from cemg.data.dataset import Served
 from cemg.data.readers.text import clean, item_text
 from cemg.serve.rows import Deletion, Item, StoredItem, to_json
 from cemg.serve.run_items import RunItem, RunItems
+from cemg.serve.served_run import events_in_data, run_of
 from cemg.serve.store import Store
 from cemg.storage import files
 
@@ -33,15 +35,15 @@ def export(
 ) -> Dataset:
     """Write the data of a run and what its service has stored since as one prepared folder.
 
-    The histories are those of the run's data, followed by the stored events in the order of their times.
-    Deleted users and removed items are left out. Texts, titles and images are those that the service has now.
-    The store is read as it was at one moment, while a service may change it.
+    The histories are those of the run's data, followed by the stored events that these lack, in the order of
+    their times. Deleted users and removed items are left out. Texts, titles and images are those that the
+    service has now. The store is read as it was at one moment, while a service may change it.
 
     ``served-items.jsonl`` has a line per item that the store describes, in the form of an item of
     ``POST /v1/items``, because a data set has no attributes.
 
     Args:
-        run: The folder of the run.
+        run: The folder of the run. If the service was told to serve another one, the data are those of that.
         store: Its store: a path or a URL.
         folder: Folder to write, which exists.
         name: Name of the data set; "" for that of the run's data.
@@ -50,15 +52,15 @@ def export(
     Raises:
         UserError: The store is missing, or belongs to another run.
     """
-    artifacts = RunArtifacts.open(run)
-    data, catalog = artifacts.load_data(), artifacts.load_catalog()
-    with (
-        Store.open(store, catalog=catalog.digest(), create=False) as opened,
-        opened.snapshot() as stored,
-    ):
+    with Store.open(store, create=False) as opened, opened.snapshot() as stored:
+        artifacts = RunArtifacts.open(run_of(run, stored))
+        data, catalog = artifacts.load_data(), artifacts.load_catalog()
+        stored.check_catalog(catalog.digest())
+        known = events_in_data(artifacts, stored)
+        served = Served(stored.created, stored.last_number)
         items = _items(artifacts, data, stored, folder)
         rows = {item: row for row, item in enumerate(items)}
-        histories, unknown = _histories(data, stored, rows)
+        histories, unknown = _histories(data, stored, rows, known=known)
     place = folder if final is None else final
     notes = list(data.notes)
     if unknown:
@@ -77,6 +79,7 @@ def export(
         tie_rule=data.tie_rule,
         synthetic=data.synthetic,
         notes=notes,
+        served=served,
     )
     exported.save(folder)
     return exported
@@ -124,18 +127,27 @@ def _image(one: StoredItem, stored: Store, folder: Path, *, number: int) -> Path
     return path
 
 
-def _histories(data: Dataset, stored: Store, rows: dict[str, int]) -> tuple[dict[str, list[int]], int]:
-    """Item rows per user, oldest first, and the number of events whose item is not in ``rows``."""
+def _histories(
+    data: Dataset, stored: Store, rows: dict[str, int], *, known: int
+) -> tuple[dict[str, list[int]], int]:
+    """Item rows per user, oldest first, and the number of events whose item is not in ``rows``.
+
+    The data have the events up to the number ``known``: see `cemg.serve.served_run.ServedRun.events`.
+    """
     histories = {
         user: [rows[item] for item in (data.item_ids[row] for row in sequence.tolist()) if item in rows]
         for user, sequence in zip(data.user_ids, data.sequences, strict=True)
     }
+    in_data = {user: {*history} for user, history in histories.items()} if known else {}
     served: dict[str, list[tuple[float, int]]] = {}
     unknown = 0
     for entry in stored.log():
         if isinstance(entry, Deletion):
             histories.pop(entry.user_id, None)
+            in_data.pop(entry.user_id, None)
             served.pop(entry.user_id, None)
+        elif entry.number <= known and rows.get(entry.item_id) in in_data.get(entry.user_id, ()):
+            continue
         elif entry.item_id in rows:
             served.setdefault(entry.user_id, []).append((entry.time, rows[entry.item_id]))
         else:

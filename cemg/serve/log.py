@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import BindParameter, Connection, Row, Select, bindparam, insert, select, update
@@ -71,6 +71,20 @@ class ChangeLog:
         """Change the state or the codes of an item."""
         stamp = {"version": self.version, "time": self._time}
         self._marks.append({"key": item_id, **values, **stamp})
+
+    def place_again(self, codes: Mapping[str, list[int]], run_items: Container[str]) -> None:
+        """Give all items the states and semantic IDs that they have in another run, in the next changes."""
+        before = self.connection.execute(select(items.c.item_id, items.c.state, items.c.codes)).all()
+        added = [row for row in before if row.item_id in codes and row.item_id not in run_items]
+        if added:
+            self.add("place", "", {"codes": {row.item_id: codes[row.item_id] for row in added}})
+        placed = {row.item_id: to_json(codes[row.item_id]) for row in added}
+        for row in before:
+            new = placed.get(row.item_id)
+            here: State = "active" if new is not None or row.item_id in run_items else "pending"
+            now: State = "removed" if row.state == "removed" else here
+            if (now, new) != (row.state, row.codes):
+                self.mark(row.item_id, state=now, codes=new)
 
     def write(self) -> int:
         """Write all, and return the version."""

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from cemg.errors import DamagedError, UserError
 from cemg.serve.batching import FullError, LateError, StoppedError
 from cemg.serve.database import BusyError
+from cemg.serve.models import LoadingError
 from cemg.serve.rows import UnknownItemError
 from cemg.storage.files import StorageError
 
@@ -29,6 +30,7 @@ STATUS: Sequence[tuple[type[Exception], int]] = (
     (LateError, 503),
     (StoppedError, 503),
     (BusyError, 503),
+    (LoadingError, 409),
     (StorageError, 507),
     (DamagedError, 500),
     (UserError, 422),
@@ -56,6 +58,7 @@ _REASONS = {
     403: "The API key has not the role, or the request is from a page of another origin",
     404: "There is no such item, user or path",
     405: "The path has other methods",
+    409: "Another model is being loaded, or there is none to go back to",
     413: "The body is too large",
     421: "The Host header is not a name of this service",
     422: "A field is not valid; errors name it",

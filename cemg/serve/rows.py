@@ -147,7 +147,8 @@ class Change:
             "catalog" is another run.
         item_id: The item, or "" for many.
         payload: "put" and "patch": the new values, with ``"image": true`` in place of its bytes;
-            "place": ``{"codes": {item_id: [code, …]}}``; "catalog": ``{"catalog": digest}``.
+            "place": ``{"codes": {item_id: [code, …]}}``; "catalog": ``{"catalog": digest}``, with the
+            ``model_version`` of the run that is served from then on.
         time: When, in seconds since 1970.
     """
 
@@ -156,6 +157,29 @@ class Change:
     item_id: str
     payload: Mapping[str, Any]
     time: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A run that a service was told to serve.
+
+    Attributes:
+        run: Its folder, an absolute path.
+        version: The model version that it had.
+        events: Number of the last stored event that its data have; 0 for none.
+    """
+
+    run: str
+    version: str
+    events: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The run that is served, and the one that was served before it."""
+
+    current: ServedModel
+    previous: ServedModel | None = None
 
 
 def check_names(names: Sequence[str], kind: str, *, source: str, limit: int = MAX_ID) -> None:

@@ -140,13 +140,18 @@ def check(connection: Connection, *, catalog: str, where: str) -> dict[str, str]
     stored: dict[str, str] = {row.name: row.value for row in connection.execute(select(meta))}
     _check_version(stored, where)
     recorded = stored.get("catalog", "")
+    check_catalog(recorded, catalog, where=where)
+    return stored
+
+
+def check_catalog(recorded: str, catalog: str, *, where: str) -> None:
+    """Raise UserError if a store of the catalog ``recorded`` does not belong to ``catalog``; "" is any."""
     if catalog and recorded and catalog != recorded:
         raise UserError(
             f"{where} belongs to another catalog",
             cause=f"it was made for catalog {recorded[:12]}, not {catalog[:12]}",
-            fix="serve the run that it belongs to, or use another --store",
+            fix="serve the run that it belongs to, use another --store, or move it: cemg-serve --move-store",
         )
-    return stored
 
 
 def is_store(connection: Connection, *, where: str) -> bool:
@@ -169,8 +174,10 @@ def newest() -> int:
 
 
 def set_meta(connection: Connection, name: str, value: str) -> None:
-    """Replace a value of ``meta``."""
-    connection.execute(update(meta).where(meta.c.name == name).values(value=value))
+    """Insert or replace a value of ``meta``."""
+    known = connection.execute(update(meta).where(meta.c.name == name).values(value=value)).rowcount
+    if not known:
+        connection.execute(insert(meta).values(name=name, value=value))
 
 
 def _create(connection: Connection, catalog: str) -> None:

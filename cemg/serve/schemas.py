@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from cemg.serve.expressions import FilterInput
-from cemg.serve.rows import MAX_ID, MAX_TEXT, MAX_TITLE, MAX_TYPE, Attribute, Event, Item
+from cemg.serve.rows import MAX_ID, MAX_INTEGER, MAX_TEXT, MAX_TITLE, MAX_TYPE, Attribute, Event, Item
 
 MAX_HISTORY = 10_000  # items of a history
 MAX_LIMIT = 1_000  # recommended items
@@ -250,6 +250,45 @@ class CatalogAnswer(BaseModel):
     pending: int
     events: int
     users: int
+
+
+class ModelBody(Strict):
+    """A run to load."""
+
+    run: str = Field(
+        min_length=1, max_length=4096, examples=["beauty-2"],
+        description="The folder of a finished run, below the folder of --models.",
+    )  # fmt: skip
+    events: int | None = Field(
+        None, ge=0, le=MAX_INTEGER,
+        description="The data of the run have the stored events up to this number, so it does not learn them "
+        "again. By default, the data say so: see cemg-data export.",
+    )  # fmt: skip
+
+
+class ModelAnswer(BaseModel):
+    """A run."""
+
+    run: str
+    model_version: str
+
+
+class LoadAnswer(BaseModel):
+    """The last attempt to load a run."""
+
+    run: str
+    state: str = Field(description="loading, ready or failed.")
+    reason: str | None = Field(description="Why it failed; the model before it is still served.")
+    started: float = Field(description="In seconds since 1970.")
+    seconds: float | None = Field(description="How long it took; null while it runs.")
+
+
+class ModelsAnswer(BaseModel):
+    """The models of the service."""
+
+    current: ModelAnswer
+    previous: ModelAnswer | None = Field(description="What POST /v1/models/rollback returns to.")
+    last: LoadAnswer | None
 
 
 class PointAnswer(BaseModel):

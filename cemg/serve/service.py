@@ -18,25 +18,32 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from cemg.data.readers.text import clean, item_text
 from cemg.errors import UserError
-from cemg.recommender import Recommender
-from cemg.serve.attributes import AttributeTable
 from cemg.serve.batching import ModelThread, StoppedError
 from cemg.serve.database import STORE_FILE, BusyError
 from cemg.serve.engine import Answer, Engine, Query
 from cemg.serve.expressions import Filter, NamedFilter
-from cemg.serve.filters import Filters
+from cemg.serve.models import Attempt, Loader, LoadingError
 from cemg.serve.named_filters import NamedFilters
-from cemg.serve.rows import Deletion, Event, Item, State, StoredItem, UnknownItemError, patched
-from cemg.serve.run_items import ItemSearch, RunItems
+from cemg.serve.rows import (
+    Event,
+    Item,
+    Models,
+    ServedModel,
+    State,
+    StoredItem,
+    UnknownItemError,
+    patched,
+)
+from cemg.serve.served_run import ServedRun, run_of, text_of
 from cemg.serve.store import Store
 from cemg.storage.files import StorageError
+from cemg.storage.run import Run
 from cemg.tokenizer import Catalog
-from cemg_kernels import ItemFilter
 
 PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
 RETRY = 10  # seconds after which new items are tried again when the store has failed
+FEW = 100  # changes that a run may still lack when writes wait for it
 
 log = logging.getLogger("cemg.serve")
 
@@ -81,12 +88,14 @@ class Service:
     """A run with its store.
 
     Args:
-        run: The folder of the run.
+        run: The folder of the run. If the store says that another one was chosen, that one is served.
         store: Path of an SQLite file or URL of PostgreSQL; None takes a file in the run.
         filters: The named filters.
         device: "cpu", "cuda", …
         max_batch: Largest number of requests in one search.
         max_queue: Number of waiting requests beyond which another one is refused.
+        models: Runs below this folder may be loaded; None: those beside ``run``.
+        move_store: Whether ``run`` is served even if the store belongs to another one, and is moved to it.
 
     Raises:
         UserError: The run or the store cannot be opened, or they do not belong together.
@@ -94,26 +103,21 @@ class Service:
 
     def __init__(
         self, run: Path, *, store: str | Path | None = None, filters: NamedFilters | None = None,
-        device: str = "cpu", max_batch: int = 64, max_queue: int = 1024,
+        device: str = "cpu", max_batch: int = 64, max_queue: int = 1024, models: Path | None = None,
+        move_store: bool = False,
     ) -> None:  # fmt: skip
-        self.run, self.status = run, Status()
-        recommender = Recommender.from_run(run, device)
-        ids = [str(item) for item in recommender.catalog.item_ids]
-        self.store = Store.open(
-            run / STORE_FILE if store is None else store,
-            catalog=recommender.catalog.digest(), run_items=frozenset(ids), exclusive=True,
-        )  # fmt: skip
-        self.model_version = recommender.catalog.digest()[:12]
-        engine = Engine(recommender, version=self.store.version)
-        self.table = AttributeTable(ids)
-        self._restore(engine)
-        self.filters = Filters(self.table, filters)
-        self.model = ModelThread(engine, max_batch=max_batch, max_queue=max_queue)
-        self._defaults = recommender.artifacts.config.decoding.beams, not _users_return(recommender)
+        self.status, self._device, self._named = Status(), device, filters
+        Run.existing(run)  # before the store makes a folder in it
+        self.store = Store.open(run / STORE_FILE if store is None else store, exclusive=True)
+        try:
+            self._loaded = loaded = self._opened(run, move_store=move_store)
+        except BaseException:
+            self.store.close()
+            raise
+        self.model = ModelThread(loaded.engine, max_batch=max_batch, max_queue=max_queue)
+        self.loader = Loader(run.resolve().parent if models is None else models)
         self._sorted: tuple[Catalog, list[str]] | None = None
         self._order = threading.Lock()  # held while a change is stored and queued for the engine
-        self.run_items = RunItems(run)
-        self._search = ItemSearch(self.store, self.run_items)
         self._new = threading.Event()
         self._new.set()
         self._worker = threading.Thread(target=self._place_new_items, name="cemg-items", daemon=True)
@@ -132,50 +136,112 @@ class Service:
             self.drain(timeout)
         self.model.stop(timeout=max(0.1, self._end - time.monotonic()))
         self._worker.join(max(0.1, self._end - time.monotonic()))
+        self.loader.join(max(0.1, self._end - time.monotonic()))
         self.store.close()
 
-    # ---- start
+    # ---- models
 
-    def _restore(self, engine: Engine) -> None:
-        """Bring the engine to where the store is: items, removals, and events in their order of arrival."""
-        stored = [*self.store.items(states=("active", "removed"))]
-        placed = [one for one in stored if one.codes is not None]  # removed ones keep their semantic IDs
-        active = [one for one in stored if one.state == "active"]
-        if placed:
-            codes = {one.item.item_id: one.codes for one in placed if one.codes is not None}
-            titles = {one.item.item_id: one.item.title for one in placed if one.item.title}
-            engine.add(
-                engine.extended(codes, titles), [_text(one.item) for one in placed], self.store.version
+    def _opened(self, run: Path, *, move_store: bool) -> ServedRun:
+        """The run that is served at first, as the store has it."""
+        place = run if move_store else run_of(run, self.store)
+        loaded = ServedRun.load(place, self.store, device=self._device, named=self._named)
+        if not move_store:
+            self.store.adopt(loaded.catalog, loaded.ids)
+        loaded.follow(self.store)
+        if move_store:
+            self._record(loaded, None)
+        return loaded
+
+    @property
+    def loaded(self) -> ServedRun:
+        """The run that is served. It may be replaced at any moment."""
+        return self._loaded
+
+    @property
+    def model_version(self) -> str:
+        """Identifies the run that is served."""
+        return self._loaded.engine.model_version
+
+    def models(self) -> Models:
+        """The run that is served, and the one before it."""
+        return self.store.models or Models(_as_served(self._loaded))
+
+    def load_model(self, run: str, *, events: int | None = None) -> Attempt:
+        """Load another run in the background, and serve it from then on: see `Loader`.
+
+        Args:
+            run: A folder below that of the loader.
+            events: Number of the last stored event that its data have; None: as its data say.
+
+        Raises:
+            UserError: The folder is not allowed.
+            LoadingError: Another run is being loaded.
+        """
+        path = self.loader.path_of(run)
+        return self.loader.start(path, partial(self._replace, path, events))
+
+    def roll_back(self) -> Attempt:
+        """Load the run that was served before, with everything that changed since.
+
+        Raises:
+            LoadingError: There is none, or another run is being loaded.
+        """
+        before = self.models().previous
+        if before is None:
+            raise LoadingError("no other model was served before this one", fix="POST /v1/models")
+        path = Path(before.run)
+        return self.loader.start(path, partial(self._replace, path, before.events, before.version))
+
+    def _replace(self, run: Path, events: int | None, version: str | None = None) -> None:
+        """Load a run beside the present one, and let it answer all searches from some moment on."""
+        loaded = ServedRun.load(run, self.store, device=self._device, named=self._named)
+        if events is not None:
+            loaded.events = events
+        found = loaded.engine.model_version
+        if version is not None and found != version:
+            raise UserError(
+                f"{run} was changed since it was served",
+                cause=f"it is model {found} now, not {version}",
+                fix="to serve it as it is now, load it: POST /v1/models",
             )
-            self.table.extend([*codes])
-        self.table.update(
-            {one.item.item_id: one.item.attributes for one in active if one.item.item_id in self.table}
+        while loaded.follow(self.store) > FEW and not self.status.draining:
+            pass
+        loaded.warm_up()
+        while loaded.follow(self.store) > FEW and not self.status.draining:
+            pass
+        with self._order:  # nothing is written meanwhile; searches go on
+            if self.status.draining:
+                raise StoppedError("the service shuts down")
+            loaded.follow(self.store)
+            self._record(loaded, self.models().current)
+            self.model.change(partial(self._take, loaded)).result()
+        self._new.set()
+
+    def _record(self, loaded: ServedRun, previous: ServedModel | None) -> None:
+        """Store that a run is served from now on. Its items get their new semantic IDs at the same time."""
+        models = Models(_as_served(loaded), previous)
+        loaded.version = loaded.engine.version = self.store.change_catalog(
+            loaded.catalog, loaded.ids, codes=loaded.codes, models=models
         )
-        engine.titles |= {one.item.item_id: one.item.title for one in active}
-        engine.remove([one.item.item_id for one in stored if one.state == "removed"], self.store.version)
-        for entry in self.store.log():
-            if isinstance(entry, Deletion):
-                engine.forget(entry.user_id)
-            else:
-                engine.learn(entry.user_id, entry.item_id, entry.time)
+
+    def _take(self, loaded: ServedRun, _: Engine) -> None:
+        """Called by the thread of the model, between two searches."""
+        self._loaded, self.model.engine = loaded, loaded.engine
+        self.status.failed_items.clear()
 
     # ---- recommendations
 
     def recommend(self, request: Request, *, timeout: float) -> Future[Answer]:
         """Queue a request: see `ModelThread.search`."""
-        beams, exclude = self._defaults
+        loaded = self._loaded
+        exclude = request.exclude_history
         query = Query(
             user=request.user, history=request.history, limit=request.limit,
-            beams=max(request.beams or beams, request.limit),
-            exclude_history=exclude if request.exclude_history is None else request.exclude_history,
-            exact=request.exact,
-            filter=None if request.filter is None else partial(self._compiled, request.filter),
-            explain=request.explain,
+            beams=max(request.beams or loaded.beams, request.limit),
+            exclude_history=loaded.excludes_history if exclude is None else exclude,
+            exact=request.exact, filter=request.filter, explain=request.explain,
         )  # fmt: skip
         return self.model.search(query, timeout=timeout)
-
-    def _compiled(self, expression: Filter | NamedFilter, recommender: Recommender) -> ItemFilter | None:
-        return self.filters.compile(expression, recommender.catalog.trie, self.model.engine.version)
 
     # ---- events and users
 
@@ -201,7 +267,7 @@ class Service:
 
     def users(self, prefix: str, after: str, limit: int) -> list[str]:
         """The first ids of users that begin with ``prefix``, those after ``after``."""
-        return self.model.engine.users(prefix, after, limit)
+        return self._loaded.engine.users(prefix, after, limit)
 
     def delete_user(self, user: str) -> int:
         """Delete a user's events, and the interactions of the run's data from history and memory."""
@@ -214,7 +280,7 @@ class Service:
 
     def sizes(self) -> dict[str, int]:
         """Version and sizes of the catalog, and numbers of stored events and of users with events."""
-        engine = self.model.engine
+        engine = self._loaded.engine
         removed = len(engine.recommender.removed)
         return {
             "catalog_version": engine.version, "items": len(engine.recommender.catalog) - removed,
@@ -224,7 +290,7 @@ class Service:
 
     def codes(self, item: str) -> list[int] | None:
         """The semantic ID of an item; None if it has none."""
-        return self.model.engine.codes(item)
+        return self._loaded.engine.codes(item)
 
     def list_items(self, after: str, limit: int) -> list[StoredItem]:
         """Items of the run and of the store in the order of their ids, those after ``after``."""
@@ -236,36 +302,36 @@ class Service:
         return [one for one in found if one is not None]
 
     def _sorted_ids(self) -> list[str]:
-        catalog = self.model.engine.recommender.catalog
+        catalog = self._loaded.engine.recommender.catalog
         if self._sorted is None or self._sorted[0] is not catalog:
             self._sorted = catalog, sorted(map(str, catalog.item_ids))
         return self._sorted[1]
 
     def get_item(self, item: str) -> StoredItem | None:
         """An item as the store or the run has it; None if neither does."""
-        stored = self.store.get_item(item)
-        if stored is not None or not self.model.engine.has(item):
+        stored, loaded = self.store.get_item(item), self._loaded
+        if stored is not None or not loaded.engine.has(item):
             return stored
-        found = self.run_items.get(item)
-        title, has_image = self.model.engine.titles.get(item) or found.title, found.image is not None
+        found = loaded.run_items.get(item)
+        title, has_image = loaded.engine.titles.get(item) or found.title, found.image is not None
         started = self.status.started
         return StoredItem(Item(item, title, found.text), "active", None, 0, started, has_image)
 
     def find_items(self, query: str, after: str, limit: int) -> list[StoredItem]:
         """Items whose id begins with ``query``, or whose title contains it: see `ItemSearch.find`."""
-        found = [self.get_item(item) for item in self._search.find(query, after, limit)]
+        found = [self.get_item(item) for item in self._loaded.search.find(query, after, limit)]
         return [one for one in found if one is not None]
 
     def has_picture(self, stored: StoredItem) -> bool:
         """Whether the store or the run names a picture of an item."""
-        return stored.has_image or self.run_items.get(stored.item.item_id).image is not None
+        return stored.has_image or self._loaded.run_items.get(stored.item.item_id).image is not None
 
     def picture(self, item: str) -> bytes | None:
         """The bytes of the image of an item, from the store or from the file that the run names."""
         stored = self.store.get_item(item)
         if stored is not None and stored.item.image is not None:
             return stored.item.image
-        return self.run_items.picture(item) if self.model.engine.has(item) else None
+        return self._loaded.run_items.picture(item) if self._loaded.engine.has(item) else None
 
     def similar(self, item: str, limit: int) -> list[tuple[str, float]]:
         """The items that the memory connects most with an item: see `Engine.similar`."""
@@ -278,7 +344,7 @@ class Service:
             UserError: A value cannot be stored, or has another type than the attribute has in other items.
         """
         with self._order:
-            self.table.check({item.item_id: item.attributes for item in items})
+            self._loaded.table.check({item.item_id: item.attributes for item in items})
             version = self.store.put_items(items)
             applied = self._apply_items(items, version)
         applied.result()
@@ -296,15 +362,15 @@ class Service:
             if known is None or known.state == "removed":
                 raise UnknownItemError(f"there is no item {item}")
             changed = patched(known.item, values)
-            self.table.check({item: changed.attributes})
+            self._loaded.table.check({item: changed.attributes})
             version = self.store.patch_item(item, values, base=known.item)
             applied = self._apply_items([changed], version)
         applied.result()
         return version
 
     def _apply_items(self, items: Sequence[Item], version: int) -> Future[None]:
-        here = {item.item_id: item for item in items if item.item_id in self.table}
-        self.table.update({name: item.attributes for name, item in here.items()})
+        here = {item.item_id: item for item in items if item.item_id in self._loaded.table}
+        self._loaded.table.update({name: item.attributes for name, item in here.items()})
         for item in items:
             self.status.failed_items.pop(item.item_id, None)
         if len(here) < len({item.item_id for item in items}):
@@ -358,11 +424,14 @@ class Service:
 
     def _place(self, pending: Sequence[StoredItem]) -> None:
         """Compute the semantic IDs of items and add them; those that fail are noted in the status."""
+        loaded = self._loaded
         try:
             self._add(pending)
         except (StorageError, BusyError, StoppedError):  # not the fault of an item
             raise
         except Exception as error:
+            if loaded is not self._loaded:  # another run may have them
+                return
             if len(pending) > 1:
                 for one in pending:
                     self._place([one])
@@ -377,24 +446,25 @@ class Service:
         """Add items to the catalog, unless one of them was changed or removed in the meantime."""
         items = {one.item.item_id: one.item for one in pending}
         attributes = {name: item.attributes for name, item in items.items()}
-        texts = [_text(item) for item in items.values()]
+        texts = [text_of(item) for item in items.values()]
         if None in texts:
             raise UserError("it has neither a title nor a text")
-        self.table.check(attributes)
-        engine = self.model.engine
-        codes = dict(zip(items, engine.encode(texts).tolist(), strict=True))
+        loaded = self._loaded
+        loaded.table.check(attributes)
+        codes = dict(zip(items, loaded.engine.encode(texts).tolist(), strict=True))
         titles = {name: item.title for name, item in items.items()}
-        extended = engine.extended(codes, {name: title for name, title in titles.items() if title})
+        extended = loaded.engine.extended(codes, {name: title for name, title in titles.items() if title})
 
         def add(engine: Engine) -> None:  # a filter of a search needs the table to have the trie's items
-            self.table.extend([*codes], attributes)
+            loaded.table.extend([*codes], attributes)
             engine.titles |= titles
             engine.add(extended, texts, version)
 
         with self._order:
-            if any(self._version_of(one.item.item_id) != one.version for one in pending):
+            changed = any(self._version_of(one.item.item_id) != one.version for one in pending)
+            if changed or loaded is not self._loaded:
                 return
-            self.table.check(attributes)
+            loaded.table.check(attributes)
             version = self.store.place_items(codes)
             self.model.change(add).result()  # within the lock, as `check` must hold for `extend`
 
@@ -403,10 +473,5 @@ class Service:
         return None if stored is None else stored.version
 
 
-def _text(item: Item) -> str | None:
-    """The text that the encoder reads, composed as for ``cemg-catalog add``."""
-    return item_text(clean(item.title), [clean(item.text)])
-
-
-def _users_return(recommender: Recommender) -> bool:
-    return recommender.artifacts.has_gate() and recommender.artifacts.load_gate().repeats
+def _as_served(loaded: ServedRun) -> ServedModel:
+    return ServedModel(str(loaded.run.resolve()), loaded.engine.model_version, loaded.events)

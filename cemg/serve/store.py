@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +42,7 @@ from cemg.serve.rows import (
     Deletion,
     Event,
     Item,
+    Models,
     State,
     StoredEvent,
     StoredItem,
@@ -54,7 +55,8 @@ from cemg.serve.rows import (
     patched,
     to_json,
 )
-from cemg.serve.schema import changes, deletions, events, items, prepare, set_meta, users
+from cemg.serve.schema import changes, check_catalog, deletions, events, items, meta, prepare, set_meta, users
+from cemg.storage.read import parse_json
 
 T = TypeVar("T", StoredEvent, Deletion)
 GROUP = 5_000  # events of several calls in one transaction
@@ -151,6 +153,24 @@ class Store:
             database.close()
             raise
         return cls(database, found, run_items)
+
+    def check_catalog(self, catalog: str) -> None:
+        """Raise UserError if the store belongs to another catalog than that with this digest."""
+        check_catalog(self._catalog, catalog, where=self._database.where)
+
+    def adopt(self, catalog: str, run_items: Container[str]) -> None:
+        """Let the store belong to a catalog, unless it belongs to one.
+
+        Args:
+            catalog: Digest of the catalog of the run.
+            run_items: See the attribute.
+
+        Raises:
+            UserError: It belongs to another one.
+        """
+        with self._database.write() as connection:
+            self._catalog = prepare(connection, catalog=catalog, where=self._database.where)
+        self.run_items = run_items
 
     def close(self) -> None:
         """Close the store. Later calls raise UserError."""
@@ -263,10 +283,12 @@ class Store:
         query = select(*columns).where(deletions.c.number > number).order_by(deletions.c.number)
         return [Deletion(*row) for row in self._read(query.limit(_limit(limit)))]
 
-    def log(self) -> Iterator[StoredEvent | Deletion]:
-        """All events and deletions of users, by number."""
+    def log(self, *, after: int = 0) -> Iterator[StoredEvent | Deletion]:
+        """All events and deletions of users with a number larger than ``after``, by number."""
         return heapq.merge(
-            _pages(self.events_after), _pages(self.deletions_after), key=lambda entry: entry.number
+            _pages(self.events_after, after),
+            _pages(self.deletions_after, after),
+            key=lambda entry: entry.number,
         )
 
     def delete_user(self, user_id: str) -> int:
@@ -396,22 +418,53 @@ class Store:
                     log.mark(item_id, state="active", codes=to_json(values))
             return log.write()
 
-    def change_catalog(self, catalog: str, run_items: Container[str]) -> int:
+    def change_catalog(
+        self,
+        catalog: str,
+        run_items: Container[str],
+        *,
+        codes: Mapping[str, Sequence[int]] | None = None,
+        models: Models | None = None,
+    ) -> int:
         """Move the store to another run, and return the new version of the catalog.
 
-        Semantic IDs of added items belonged to the old run, so they are dropped. Items that are in the new
-        run are active, others are pending again, and removed ones stay removed.
+        Items that are in the new run are active, those in ``codes`` too, others are pending again, and
+        removed ones stay removed. Semantic IDs that belonged to the old catalog are dropped.
+
+        Args:
+            catalog: Digest of the catalog of the new run.
+            run_items: The items of the new run.
+            codes: Semantic IDs of the added items in the new run.
+            models: The run that is served from now on, and the one before it.
         """
+        plain = check_codes(codes or {})
         with self._database.write() as connection:
             log = ChangeLog(connection)
-            log.add("catalog", "", {"catalog": catalog})
-            for row in connection.execute(select(items.c.item_id, items.c.state)).all():
-                placed: State = "active" if row.item_id in run_items else "pending"
-                log.mark(row.item_id, state=row.state if row.state == "removed" else placed, codes=None)
+            version_of = {} if models is None else {"model_version": models.current.version}
+            log.add("catalog", "", {"catalog": catalog, **version_of})
+            if catalog != self._catalog:
+                log.place_again(plain, run_items)
+            if models is not None:
+                set_meta(connection, "models", to_json(asdict(models)))
             set_meta(connection, "catalog", catalog)
             version = log.write()
         self._catalog, self.run_items = catalog, run_items
         return version
+
+    @property
+    def models(self) -> Models | None:
+        """The run that was chosen last, and the one before it; None if none was chosen."""
+        found = self._meta("models")
+        return None if found is None else parse_json(found, Models, name="the store's choice of a model")
+
+    @property
+    def created(self) -> str:
+        """Identifies the store, also in its copies: when it was created."""
+        return self._meta("created") or ""
+
+    def _meta(self, name: str) -> str | None:
+        found = self._read(select(meta.c.value).where(meta.c.name == name))
+        return found[0].value if found else None
 
     def get_item(self, item_id: str) -> StoredItem | None:
         """An item with its image, also a removed one. None: the store has no row for it."""
@@ -503,9 +556,8 @@ def _row(event: Event, number: int, received: float) -> dict[str, Any]:
     }
 
 
-def _pages(read: Callable[[int], Sequence[T]]) -> Iterator[T]:
-    """All entries of a log that is read from a number on."""
-    number = 0
+def _pages(read: Callable[[int], Sequence[T]], number: int) -> Iterator[T]:
+    """All entries of a log after a number."""
     while page := read(number):
         yield from page
         number = page[-1].number

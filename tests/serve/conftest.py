@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -120,3 +121,17 @@ def open_store() -> Iterator[Callable[..., Store]]:
 def store(location: str, open_store: Callable[..., Store]) -> Store:
     """An empty store."""
     return open_store(location)
+
+
+@pytest.fixture(scope="session")
+def other_run(tiny_run: Path, make_once: Any, command: Any) -> Path:
+    """A run of the same data with another tokenizer and another generator."""
+    from cemg.commands.train import main
+
+    def train(folder: Path) -> None:
+        shutil.copytree(tiny_run, folder / "run")
+        shutil.rmtree(folder / "run" / "serve", ignore_errors=True)
+        settings = ("--set", "tokenizer.epochs=10", "--set", "generator.epochs=2")
+        assert command(main, "--run", folder / "run", "--force", *settings) == 0
+
+    return make_once("other", train) / "run"

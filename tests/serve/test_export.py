@@ -18,7 +18,7 @@ from cemg.serve.export import ITEMS_FILE, export
 from cemg.serve.rows import Event, Item
 from cemg.serve.store import Store
 
-from .process import ServerProcess, copy_of
+from .process import ServerProcess, copy_of, eventually
 
 
 @pytest.fixture
@@ -78,6 +78,18 @@ def test_a_served_catalog_is_exported_trained_and_served_again(
         cheap = {"must": [{"key": "price", "range": {"lte": 10}}]}
         answer = server.json("POST", "/v1/recommend", {"user_id": "fresh", "filter": cheap})
         assert [one["item_id"] for one in answer["items"]] == ["new/1"]
+
+    with ServerProcess(run) as server:  # the service that was exported loads the new run
+        later = {"event_id": "later", "user_id": user, "item_id": "new/1"}
+        server.json("POST", "/v1/events", {"events": [later]})
+        server.json("POST", "/v1/models", {"run": "again"}, status=202)
+        last = eventually(lambda: [m for m in [server.json("GET", "/v1/models")["last"]] if m["seconds"]])
+        assert last[0]["state"] == "ready", last
+        history = [*items_of(found, user), "new/1"]
+        assert server.json("GET", f"/v1/users/{user}")["history"] == history  # nothing is twice
+        assert server.json("GET", "/v1/users/fresh")["history"] == [old.item_ids[0]]
+        assert server.http.get(f"/v1/users/{gone_user}").status_code == 404
+        assert items_of(exported(run, tmp_path / "third"), user) == history
 
 
 def test_images_and_changed_texts_are_those_of_the_store(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,242 @@
+"""A run as it is served: its engine, and the attributes, filters and descriptions of its items."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+
+from cemg.artifacts import RunArtifacts
+from cemg.data.readers.text import clean, item_text
+from cemg.errors import UserError
+from cemg.recommender import Recommender
+from cemg.serve.attributes import AttributeTable
+from cemg.serve.engine import LOADING, Engine, Query
+from cemg.serve.filters import Filters
+from cemg.serve.named_filters import NamedFilters
+from cemg.serve.rows import Deletion, Item, StoredItem
+from cemg.serve.run_items import ItemSearch, RunItems
+from cemg.serve.store import Store
+from cemg.storage.run import Run
+
+CHANGES = 1_000  # of the catalog, read at once
+WARM_UP = 8  # histories of the first search
+
+
+@dataclass(slots=True)
+class ServedRun:
+    """A run that follows the store of a service.
+
+    Attributes:
+        run: The folder.
+        recommender: The run as it was trained.
+        engine: The run with the changes of the store.
+        table: Attributes of the items that have a semantic ID.
+        filters: Filters over them.
+        run_items: What the run says about its items.
+        search: Finds items by id or title.
+        events: Number of the last stored event that the data of the run have, as they say; 0 for none.
+        keeps_codes: Whether the semantic IDs of added items are those in the store. Else they are computed.
+        beams: Beams of a search by default.
+        excludes_history: Whether items of the history are left out by default: unless users return to items.
+        codes: Semantic IDs of the added items.
+        number: Number of the last event or deletion that the engine has.
+        version: Version of the catalog that the engine has; None before the first `follow`.
+    """
+
+    run: Path
+    recommender: Recommender
+    engine: Engine
+    table: AttributeTable
+    filters: Filters
+    run_items: RunItems
+    search: ItemSearch
+    events: int
+    keeps_codes: bool
+    beams: int
+    excludes_history: bool
+    codes: dict[str, Sequence[int]] = field(default_factory=dict)
+    number: int = 0
+    version: int | None = None
+
+    @classmethod
+    def load(
+        cls, run: Path, store: Store, *, device: str = "cpu", named: NamedFilters | None = None
+    ) -> ServedRun:
+        """Open a run. `follow` brings it to where the store is.
+
+        Args:
+            run: The folder of the run.
+            store: The store of the service.
+            device: "cpu", "cuda", …
+            named: The named filters.
+
+        Raises:
+            UserError: The run cannot be opened, or its parts do not belong together.
+        """
+        Run(run).check_unlocked()
+        with LOADING:
+            recommender = Recommender.from_run(run, device)
+        engine = Engine(recommender, model_version=model_version(recommender.artifacts))
+        table = AttributeTable([str(item) for item in recommender.catalog.item_ids])
+        engine.filters = Filters(table, named)
+        items = RunItems(run)
+        artifacts = recommender.artifacts
+        return cls(
+            run, recommender, engine, table, engine.filters, items, ItemSearch(store, items),
+            events=events_in_data(artifacts, store),
+            keeps_codes=store.catalog in ("", recommender.catalog.digest()),
+            beams=artifacts.config.decoding.beams,
+            excludes_history=not (artifacts.has_gate() and artifacts.load_gate().repeats),
+        )  # fmt: skip
+
+    @property
+    def catalog(self) -> str:
+        """The digest of the catalog that the run was trained on."""
+        return self.recommender.catalog.digest()
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """The items of that catalog."""
+        return frozenset(str(item) for item in self.recommender.catalog.item_ids)
+
+    # ---- following the store
+
+    def follow(self, store: Store) -> int:
+        """Apply what the store has since the last call. Returns how many changes and events that were.
+
+        Only one thread may call it, and no search may run at the same time.
+
+        Raises:
+            UserError: The items of the run are numbers, so it cannot have the added items.
+        """
+        before = self.version
+        self.version = store.version  # changes after it are applied again by the next call
+        changed = [*_changed(store, before)]
+        self._apply(changed)
+        self.engine.version, count = self.version, len(changed)
+        last = store.last_number
+        # deletions and events are read one after the other: later ones may be in one of the answers only
+        for entry in takewhile(lambda entry: entry.number <= last, store.log(after=self.number)):
+            count += 1
+            if isinstance(entry, Deletion):
+                self.engine.forget(entry.user_id)
+            elif not self._has_event(entry.number, entry.user_id, entry.item_id):
+                self.engine.learn(entry.user_id, entry.item_id, entry.time)
+        self.number = last
+        return count
+
+    def _has_event(self, number: int, user: str, item: str) -> bool:
+        """Whether the data of the run have a stored event: see `events`.
+
+        Data sets may leave out users and items with few interactions, so the data must have the pair.
+        """
+        return number <= self.events and self.engine.in_data(user, item)
+
+    def _apply(self, changed: Sequence[StoredItem]) -> None:
+        new = [one for one in changed if not self.engine.has(one.item.item_id)]
+        codes: dict[str, Sequence[int]]
+        if self.keeps_codes:
+            codes = {one.item.item_id: one.codes for one in new if one.codes is not None}
+        else:
+            # removed ones are in histories, and may come back
+            placed = [one.item for one in new if one.state == "active" or one.codes is not None]
+            codes = self._encoded(placed)
+        if codes:
+            self._add({one.item.item_id: one.item for one in new}, codes)
+        here = [one for one in changed if self.engine.has(one.item.item_id)]
+        active = [one.item for one in here if one.state != "removed"]
+        removed = [one.item.item_id for one in here if one.state == "removed"]
+        self.table.update({item.item_id: item.attributes for item in active})
+        self.engine.titles |= {item.item_id: item.title for item in active}
+        version = self.engine.version
+        if active:
+            self.engine.restore([item.item_id for item in active], version)
+        if removed:
+            self.engine.remove(removed, version)
+
+    def _add(self, items: Mapping[str, Item], codes: Mapping[str, Sequence[int]]) -> None:
+        titles = {name: items[name].title for name in codes if items[name].title}
+        extended = self.engine.extended(codes, titles)
+        self.table.extend([*codes])
+        self.engine.add(extended, [text_of(items[name]) for name in codes], self.engine.version)
+        self.codes |= codes
+
+    def _encoded(self, items: Sequence[Item]) -> dict[str, Sequence[int]]:
+        """The semantic IDs of items; those of which none can be computed are left out, and stay pending."""
+        if items and not self.recommender.catalog.named:
+            raise UserError(
+                f"{self.run} cannot have the items that were added",
+                cause=f"its items are numbers, and {items[0].item_id!r} was added by its name",
+            )
+        described = [item for item in items if text_of(item) is not None]
+        if not described:
+            return {}
+        found = self.engine.encode([text_of(item) for item in described]).tolist()
+        return dict(zip((item.item_id for item in described), found, strict=True))
+
+    def warm_up(self) -> None:
+        """Search once, so that the first request finds everything loaded."""
+        query = partial(Query, limit=1, beams=self.beams, exclude_history=self.excludes_history)
+        users = self.engine.users("", "", WARM_UP)
+        self.engine.recommend([query(user=user) for user in users] or [query()])
+
+
+def _changed(store: Store, version: int | None) -> Iterator[StoredItem]:
+    """The items that changed after a version, as they are now; None for all."""
+    if version is None:
+        yield from store.items()
+        return
+    seen = set[str]()
+    while changes := store.changes_after(version, CHANGES):
+        version = changes[-1].version
+        for change in changes:
+            for item in [change.item_id] if change.item_id else change.payload.get("codes", {}):
+                stored = None if item in seen else store.get_item(item)
+                seen.add(item)
+                if stored is not None:
+                    yield stored
+
+
+def run_of(run: Path, store: Store) -> Path:
+    """The run that the service was told to serve by POST /v1/models, else ``run``.
+
+    Raises:
+        UserError: That one is missing.
+    """
+    models = store.models
+    if models is None or Path(models.current.run) == run.resolve():
+        return run
+    chosen = Path(models.current.run)
+    if not chosen.is_dir():
+        raise UserError(
+            f"{chosen}, the run that was served last, is missing",
+            fix=f"put it back, or serve {run} again: cemg-serve --move-store",
+        )
+    return chosen
+
+
+def events_in_data(artifacts: RunArtifacts, store: Store) -> int:
+    """Number of the last stored event that the data of a run have; 0 for none.
+
+    The service was told so when it loaded the run, or ``cemg-data export`` noted it in the data.
+    """
+    models = store.models
+    if models is not None and models.current.version == model_version(artifacts):
+        return models.current.events
+    served = artifacts.load_data().served
+    return served.events if served is not None and served.store == store.created else 0
+
+
+def text_of(item: Item) -> str | None:
+    """The text that the encoder reads, composed as for ``cemg-catalog add``; None without title and text."""
+    return item_text(clean(item.title), [clean(item.text)])
+
+
+def model_version(artifacts: RunArtifacts) -> str:
+    """Identifies all that answers depend on: a digest of the contents of the stages of a run."""
+    return hashlib.sha256(json.dumps(sorted(artifacts.opened.items())).encode()).hexdigest()[:12]

@@ -1,0 +1,252 @@
+"""Another run is loaded while the service runs, with what was added, removed and stored, and back again."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cemg.data.dataset import Served
+from cemg.errors import UserError
+from cemg.serve.models import Loader, LoadingError
+from cemg.serve.rows import Event, Item
+from cemg.serve.served_run import ServedRun
+from cemg.serve.store import Store
+
+from .process import ServerProcess, copy_of, eventually
+
+USER = "user-0001"
+
+
+@pytest.fixture
+def runs(tiny_run: Path, other_run: Path, tmp_path: Path) -> Path:
+    """A folder with both runs: ``run``, and ``other``."""
+    copy_of(tiny_run, tmp_path)
+    shutil.copytree(other_run, tmp_path / "other")
+    return tmp_path
+
+
+@pytest.fixture
+def server(runs: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(runs / "run") as process:
+        yield process
+
+
+def wait(server: ServerProcess) -> dict[str, Any]:
+    """The last attempt to load a run, once it has ended."""
+
+    def ended() -> dict[str, Any] | None:
+        last = server.json("GET", "/v1/models")["last"]
+        return None if last["state"] == "loading" else dict(last)
+
+    return dict(eventually(ended))
+
+
+def load(server: ServerProcess, run: str = "other") -> None:
+    server.json("POST", "/v1/models", {"run": run}, status=202)
+    last = wait(server)
+    assert last["state"] == "ready", last
+
+
+def recommended(server: ServerProcess, **body: Any) -> list[str]:
+    answer = server.json("POST", "/v1/recommend", {"limit": 1000, "exclude_history": False} | body)
+    return [one["item_id"] for one in answer["items"]]
+
+
+def test_another_run_takes_over_what_was_stored_and_survives_a_restart(runs: Path) -> None:
+    with ServerProcess(runs / "run") as server:
+        items = [one["item_id"] for one in server.json("GET", "/v1/items")["items"]]
+        server.json("PUT", "/v1/items/new", {"title": "sturdy rudder", "attributes": {"price": 3}})
+        server.json("PUT", "/v1/items/brief", {"title": "plain telescope"})
+        eventually(lambda: {"new", "brief"} <= {*recommended(server, history=items[:2])})
+        server.json("DELETE", "/v1/items/brief")
+        server.json("DELETE", f"/v1/items/{items[0]}")
+        server.json("PATCH", f"/v1/items/{items[1]}", {"attributes": {"price": 5}})
+        event = {"event_id": "e1", "user_id": USER, "item_id": "new"}
+        server.json("POST", "/v1/events", {"events": [event]})
+        before = server.json("GET", "/v1/catalog")
+        history = server.json("GET", f"/v1/users/{USER}")["history"]
+        codes = codes_of(server)
+        load(server)
+        checks(server, items, history)
+        after = server.json("GET", "/v1/catalog")
+        assert after["model_version"] != before["model_version"]
+        assert after["catalog_version"] > before["catalog_version"]
+        assert codes_of(server) != codes
+        server.stop()
+    with ServerProcess(runs / "run") as server:  # the choice is in the store
+        assert server.json("GET", "/v1/catalog") == after
+        checks(server, items, history)
+        server.json("PUT", f"/v1/items/{items[0]}", {"title": "back"})
+        server.json("DELETE", "/v1/items/new")
+        server.json("POST", "/v1/events", {"events": [event | {"event_id": "e2", "item_id": items[2]}]})
+        server.json("POST", "/v1/models/rollback", status=202)
+        assert wait(server)["state"] == "ready"
+        found = server.json("GET", "/v1/catalog")
+        assert found["model_version"] == before["model_version"]
+        assert found["catalog_version"] > after["catalog_version"]
+        listed = recommended(server, history=items[:2])
+        assert items[0] in listed and not {"new", "brief"} & {*listed}
+        assert server.json("GET", f"/v1/users/{USER}")["history"] == [*history, items[2]]
+        assert codes_of(server) == codes
+        models = server.json("GET", "/v1/models")
+        assert models["current"]["run"] == str(runs / "run")
+        assert models["previous"]["run"] == str(runs / "other")
+
+
+def codes_of(server: ServerProcess) -> list[list[int]]:
+    """The semantic IDs of the items of the run."""
+    found = server.json("GET", "/v1/items?limit=1000")["items"]
+    return [one["codes"] for one in found if one["item_id"] not in ("new", "brief")]
+
+
+def checks(server: ServerProcess, items: list[str], history: list[str]) -> None:
+    listed = recommended(server, history=items[:2])
+    assert "new" in listed and items[1] in listed and not {items[0], "brief"} & {*listed}
+    cheap = {"must": [{"key": "price", "range": {"lt": 4}}]}
+    assert recommended(server, history=items[:2], filter=cheap) == ["new"]
+    assert server.json("GET", f"/v1/users/{USER}")["history"] == history
+    assert server.json("GET", "/v1/items/new")["state"] == "active"
+    assert server.json("GET", "/v1/items/brief")["state"] == "removed"
+
+
+def test_a_run_that_cannot_be_loaded_leaves_the_present_one(server: ServerProcess, runs: Path) -> None:
+    before = server.json("GET", "/v1/catalog")
+    (runs / "other" / "memory" / "memory.safetensors").write_bytes(b"nothing")
+    (runs / "empty").mkdir()
+    for run, reason in (("other", "memory.safetensors"), ("empty", "empty")):
+        server.json("POST", "/v1/models", {"run": run}, status=202)
+        last = wait(server)
+        assert last["state"] == "failed" and reason in last["reason"], last
+    assert server.json("GET", "/v1/catalog") == before
+    for run in ("..", "/etc", "run/../..", "missing", "a\0b", "x" * 300, "."):
+        answer = server.http.post("/v1/models", json={"run": run})
+        assert answer.status_code == 422 and answer.json()["detail"].startswith("run: "), answer.text
+    answer = server.http.post("/v1/models/rollback")
+    assert answer.status_code == 409 and "no other model" in answer.json()["detail"]
+    assert recommended(server, user_id=USER)
+
+
+def test_a_previous_run_that_was_changed_is_not_returned_to(server: ServerProcess, runs: Path) -> None:
+    load(server)
+    shutil.rmtree(runs / "run" / "gate")
+    shutil.copytree(runs / "other", runs / "run", dirs_exist_ok=True)
+    server.json("POST", "/v1/models/rollback", status=202)
+    assert "was changed since it was served" in wait(server)["reason"]
+
+
+def test_links_out_of_the_folder_are_refused_and_one_run_is_loaded_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "models" / "one").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "models" / "link").symlink_to(tmp_path / "elsewhere")
+    loader = Loader(tmp_path / "models")
+    assert loader.path_of("one") == loader.path_of(str(tmp_path / "models" / "one"))
+    with pytest.raises(UserError, match="not a run below"):
+        loader.path_of("link")
+    release = False
+
+    def slow() -> None:
+        eventually(lambda: release)
+
+    loader.start(tmp_path, slow)
+    with pytest.raises(LoadingError, match="is being loaded"):
+        loader.start(tmp_path, slow)
+    release = True
+    loader.join(60)
+    assert loader.last is not None and loader.last.state == "ready"
+
+
+def test_events_that_the_data_have_are_not_learned_again(tiny_run: Path, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store.sqlite") as store:
+        loaded = ServedRun.load(tiny_run, store)
+        data = loaded.recommender.artifacts.load_data()
+        (first, *_, last), other = data.sequences[0].tolist(), 0
+        while other in data.sequences[0]:
+            other += 1
+        user, ids = data.user_ids[0], data.item_ids
+        pairs = [(user, ids[last]), (user, ids[other]), ("unknown", ids[last]), (user, ids[first])]
+        store.append_events([Event(f"e{n}", *pair) for n, pair in enumerate(pairs)])
+        history = loaded.engine.history(user)
+        counts = loaded.engine.recommender.memory.counts.copy()
+        loaded.events = 3
+        loaded.follow(store)
+        # the first is in the data, which lack the next two; the last came after them
+        assert loaded.engine.history(user) == [*history, ids[other], ids[first]]
+        assert loaded.engine.history("unknown") == [ids[last]]
+        learned = loaded.engine.recommender.memory.counts - counts
+        assert [learned[row] for row in (other, last, first)] == [1, 1, 1] and learned.sum() == 3
+        store.delete_user(user)
+        store.append_events([Event("e9", user, ids[last])])
+        loaded.events = 100
+        loaded.follow(store)
+        assert loaded.engine.history(user) == [ids[last]]  # after a deletion, the data have nothing
+        assert loaded.engine.in_data(data.user_ids[1], ids[data.sequences[1][0]])
+
+
+def test_the_data_say_which_events_of_which_store_they_have(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_of(tiny_run, tmp_path)
+    with Store.open(tmp_path / "store.sqlite") as store, Store.open(tmp_path / "other.sqlite") as other:
+        assert store.created != other.created and ServedRun.load(run, store).events == 0
+        data = ServedRun.load(run, store).recommender.artifacts.load_data()
+        dataclasses.replace(data, served=Served(store.created, 7)).save(tmp_path / "data")
+        assert type(data).load(tmp_path / "data").served == Served(store.created, 7)
+
+
+def test_following_in_steps_equals_following_at_once(other_run: Path, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store.sqlite", catalog="another") as store:
+        one = ServedRun.load(other_run, store)
+        ids = [str(item) for item in one.recommender.catalog.item_ids]
+        steps: list[Any] = [
+            lambda: store.put_items([Item("a", "sturdy rudder"), Item("b", "plain telescope")]),
+            lambda: store.place_items({"a": [1, 2, 3], "b": [1, 2, 4]}),
+            lambda: store.append_events([Event("1", USER, "a"), Event("2", "new", ids[3])]),
+            lambda: store.remove_item("b"),
+            lambda: store.put_item(Item(ids[0], "renamed", attributes={"price": 2})),
+            lambda: store.remove_item(ids[1]),
+            lambda: store.delete_user("new"),
+            lambda: store.patch_item("a", {"attributes": {"price": 1}}),
+        ]
+        for step in steps:
+            step()
+            one.follow(store)
+        assert one.follow(store) == 0
+        whole = ServedRun.load(other_run, store)
+        whole.follow(store)
+        for loaded in (one, whole):
+            assert loaded.engine.removed == {"b", ids[1]}
+            assert loaded.engine.history(USER)[-1] == "a" and not loaded.engine.knows("new")
+            assert loaded.table["a"] == {"price": 1} and loaded.table[ids[0]] == {"price": 2}
+            assert loaded.engine.titles[ids[0]] == "renamed" and loaded.engine.version == store.version
+            assert loaded.engine.codes("a") not in (None, [1, 2, 3])
+        assert one.codes == whole.codes and {*one.codes} == {"a", "b"}
+
+
+def test_kills_while_a_run_is_loaded_leave_one_of_the_two(runs: Path) -> None:
+    draw, versions, store_version = random.Random(3), set[str](), 0
+    for _ in range(5):
+        with ServerProcess(runs / "run") as server:
+            server.json("PUT", "/v1/items/new", {"title": "sturdy rudder"})
+            items = [one["item_id"] for one in server.json("GET", "/v1/items")["items"]]
+            eventually(lambda history=items[:1]: "new" in recommended(server, history=history))
+            catalog = server.json("GET", "/v1/catalog")
+            assert catalog["catalog_version"] >= store_version
+            store_version = catalog["catalog_version"]
+            versions.add(catalog["model_version"])
+            current = server.json("GET", "/v1/models")["current"]["run"]
+            begun = time.monotonic()
+            server.json(
+                "POST", "/v1/models", {"run": "other" if current.endswith("/run") else "run"}, status=202
+            )
+            end = begun + draw.uniform(0.2, 3.0)
+            while time.monotonic() < end:
+                assert "new" in recommended(server, history=items[:1])
+            server.send(signal.SIGKILL)
+            server.wait()
+    assert 1 <= len(versions) <= 2
