@@ -22,7 +22,7 @@ from cemg.errors import UserError
 from cemg.features import PCA, Features, encode_images, encode_texts
 from cemg.generator.item_tokens import keep_items
 from cemg.memory import Memory
-from cemg.mixture import Experts, Gate, Source
+from cemg.mixture import Experts, Gate, Mixed, Source
 from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
 from cemg_kernels import ItemFilter, ItemPrior, RequestFilter, Trie
 
@@ -133,8 +133,8 @@ class Recommender:
             memory: How the run's item memory is mixed into the search: "off", "constant" (the same weights
                 for every history) or "gate" (weights per history). An empty history is then ranked by
                 popularity, and ``ranked_by`` says so. None: see `default_memory`; "off" beside a prior.
-            shares: Whether ``prior_shares`` is computed: how much of the probability of each item is from the
-                prior or the memory, and not from the generator.
+            shares: Whether ``shares`` is computed: how much of the probability of each item is from the
+                generator and from each source of the prior.
 
         Returns:
             ``ids``, ``titles``, ``scores`` and ``codes`` per history; ``items`` are catalog rows. With
@@ -171,6 +171,7 @@ class Recommender:
         rows = [self._rows_of(history) for history in many]
         own = prior_of_rows(prior, self.catalog)
         weight = PRIOR_WEIGHT if prior_weight is None else prior_weight
+        mixed = None
         if mixes:
             gate, sources = self._experts
             experts = Experts(gate, sources, self.memory.counts)
@@ -194,8 +195,8 @@ class Recommender:
                 "popularity" if way == "mixture" and not history else way
                 for way, history in zip(ranked_by, rows, strict=True)
             ]
-        part = self._prior_shares(found, own, weight, allowed) if shares else None
-        return dataclasses.replace(found, ids=ids, titles=titles, ranked_by=ranked_by, prior_shares=part)
+        parts = self._shares(found, own, weight, allowed, mixed) if shares else None
+        return dataclasses.replace(found, ids=ids, titles=titles, ranked_by=ranked_by, shares=parts)
 
     @cached_property
     def default_memory(self) -> str:
@@ -295,22 +296,36 @@ class Recommender:
             mixed = np.zeros(requests, bool) if left is None else left.weight.cpu().numpy() > 0
         return ["mixture" if own else "generator" for own in mixed]
 
-    def _prior_shares(
+    def _shares(
         self, found: Recommendations, prior: ItemPrior | None, weight: float | Sequence[float],
-        allowed: ItemFilter | RequestFilter | None,
-    ) -> Tensor | None:  # fmt: skip
-        """weight * mass / probability of each result, [B, top]; None for items that share semantic IDs."""
+        allowed: ItemFilter | RequestFilter | None, mixed: Mixed | None,
+    ) -> dict[str, Tensor] | None:  # fmt: skip
+        """w_s P_s(i) / P(i) of each result i and source s; None for items that share semantic IDs.
+
+        The whole prior has weight * mass / P(i), and each of its sources the same fraction of that as of the
+        mass.
+        """
         requests, top = found.items.shape
         if not isinstance(self.decoder, Decoder) or self.catalog.shared is not None:
             return None
-        trie = self.decoder.trie
+        trie, listed = self.decoder.trie, found.items >= 0
         left = prior_tensors(prior, weight, self.catalog, trie, allowed, requests)
-        if left is None:
-            return torch.zeros(requests, top, dtype=torch.float64)
-        nodes = trie.lookup(found.codes.flatten(0, 1).clamp_min(0).to(trie.device))
-        masses = left.masses_of(trie.interval(nodes).view(requests, top, 2)).cpu()
-        shares = left.weight.cpu()[:, None] * masses / found.scores.double().exp()
-        return shares.masked_fill(found.items < 0, 0.0).clamp(0.0, 1.0)
+        whole = torch.zeros(requests, top, dtype=torch.float64)
+        if left is not None:
+            nodes = trie.lookup(found.codes.flatten(0, 1).clamp_min(0).to(trie.device))
+            masses = left.masses_of(trie.interval(nodes).view(requests, top, 2)).cpu()
+            whole = left.weight.cpu()[:, None] * masses / found.scores.double().exp()
+            whole = whole.masked_fill(~listed, 0.0).clamp(0.0, 1.0)
+        shares = {"generator": listed.double() - whole}
+        if mixed is None:
+            return shares if prior is None else shares | {"prior": whole}
+        for request in range(requests):
+            items = found.items[request][listed[request]].tolist()
+            rows = np.array(items if self.catalog.named else self.catalog.rows_of(items), dtype=np.int64)
+            for name, part in mixed.fractions(request, rows).items():
+                own = shares.setdefault(name, torch.zeros_like(whole))
+                own[request, listed[request]] = whole[request, listed[request]] * torch.from_numpy(part)
+        return shares
 
     def _offered(
         self, filter: ItemFilter | Sequence[ItemFilter | None] | None

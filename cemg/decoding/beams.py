@@ -34,8 +34,9 @@ class Recommendations:
         titles: B lists of ``top`` titles, None where there is none. Set by ``Recommender``, else empty.
         ranked_by: What ranked each list: B of "generator", "mixture" and "popularity". Set by
             ``Recommender``, else empty.
-        prior_shares: float64 [B, top], the share of the prior in the probability of each item. Set by
-            ``Recommender`` if it is called with ``shares=True``, else None.
+        shares: What the probability of each item is from: float64 [B, top] by "generator" and by source
+            ("memory", "softmax", "dense", "popularity", or "prior" for that of the caller). They sum to 1,
+            and are 0 past the last item. Set by ``Recommender`` if it is called with ``shares=True``.
     """
 
     items: Tensor
@@ -45,7 +46,7 @@ class Recommendations:
     ids: list[list[int | str | None]] = field(default_factory=list, kw_only=True)
     titles: list[list[str | None]] = field(default_factory=list, kw_only=True)
     ranked_by: list[str] = field(default_factory=list, kw_only=True)
-    prior_shares: Tensor | None = field(default=None, kw_only=True)
+    shares: dict[str, Tensor] | None = field(default=None, kw_only=True)
 
     @classmethod
     def empty(cls, top: int, levels: int) -> Recommendations:

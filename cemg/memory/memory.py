@@ -109,6 +109,33 @@ class Memory:
         positive = scores > 0  # a small factor may have rounded a score to 0
         return (items, scores) if positive.all() else (items[positive], scores[positive])
 
+    def event_shares(self, history: Sequence[int] | np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Return how much of the score of each item is from each event of a history.
+
+        Args:
+            history: n item rows, oldest first.
+            items: Item rows, [Z].
+
+        Returns:
+            Shares, [Z, n] float64. A row sums to 1, or is 0 for an item that the memory does not connect with
+            the history.
+
+        Raises:
+            UserError: The history is not a sequence of integers.
+        """
+        rows, recency = self._newest(history)
+        parts, order = np.zeros((len(items), len(history))), np.argsort(items)
+        if not len(items):
+            return parts
+        for place, row in zip(recency.tolist(), rows, strict=True):
+            keys, values = self._contributions(np.array([row]), np.array([place]))
+            near = order[np.minimum(np.searchsorted(items, keys, sorter=order), len(items) - 1)]
+            found = items[near] == keys
+            parts[:, len(history) - 1 - place] = np.bincount(near[found], values[found], len(items))
+        total = parts.sum(1, keepdims=True)
+        shares: np.ndarray = parts / np.where(total > 0, total, 1.0)
+        return shares
+
     def _fast(self) -> NativeScores | None:
         """The scores in C++; None if it is not built or switched off, or for a memory with live changes."""
         texts = self.similar

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ConfigDict
 
 from cemg.errors import DamagedError
-from cemg.mixture.sources import DENSE, MEMORY, SOFTMAX, Masses, Source
+from cemg.mixture.sources import DENSE, MEMORY, POPULARITY, SOFTMAX, Masses, Source
 from cemg.storage import files
 from cemg.storage.read import RESTORE, STRICT, check_signature, read_json, signed
 
@@ -32,11 +32,24 @@ RARE = 5  # a history item is rare if it has at most this many training events
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """The prior of a search, before it meets a trie: per history item rows, masses, and the weight."""
+    """The prior of a search, before it meets a trie: per history item rows, masses, and the weight.
+
+    ``parts`` has the addends of the masses by the name of their source, per history.
+    """
 
     items: list[np.ndarray]
     mass: list[np.ndarray]
     weight: np.ndarray
+    parts: list[dict[str, Masses]]
+
+    def fractions(self, history: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return how much of the mass of item rows [n] is from each source; 0 for items without mass.
+
+        An item filter scales all masses by one factor, so it does not change these fractions.
+        """
+        masses = {name: _masses_of(part, rows) for name, part in self.parts[history].items()}
+        total = sum(masses.values(), np.zeros(len(rows)))
+        return {name: mass / np.where(total > 0, total, 1.0) for name, mass in masses.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +172,19 @@ class Experts:
             weights = self.gate.constant_weights(present)
         else:
             weights = self.gate.weights(features_of(rows, found, self.counts), present)
-        mixed = [
-            averaged([own[row] for own in found], self.gate.powers, weights[row, 1:])
+        parts = [
+            _weighted([own[row] for own in found], self.gate.powers, weights[row, 1:])
             for row in range(len(rows))
         ]
-        items, mass = [part for part, _ in mixed], [part for _, part in mixed]
         share = 1 - weights[:, 0]
-        for row, history in enumerate(rows):
-            if not len(history):
-                items[row] = np.flatnonzero(self.counts)
-                mass[row], share[row] = self.counts[items[row]].astype(np.float64), 1.0
-        return Mixed(items, mass, share)
+        named = [
+            {self.gate.sources[number]: part for number, part in own.items()} if len(history) else
+            {POPULARITY: Masses(np.flatnonzero(self.counts), self.counts[self.counts > 0].astype(np.float64))}
+            for own, history in zip(parts, rows, strict=True)
+        ]  # fmt: skip
+        share[[not len(history) for history in rows]] = 1.0
+        summed = [_summed([*own.values()]) for own in named]
+        return Mixed([items for items, _ in summed], [mass for _, mass in summed], share, named)
 
 
 def normalized(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
@@ -186,17 +201,36 @@ def averaged(
     parts: Sequence[Masses], powers: Sequence[float], weights: Sequence[float] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return item rows, each once, and the average of the sources' masses; the weights need not sum to 1."""
-    used = [
-        (part.items, weight * part.sharpened(power))
-        for part, power, weight in zip(parts, powers, weights, strict=True)
+    return _summed([*_weighted(parts, powers, weights).values()])
+
+
+def _weighted(
+    parts: Sequence[Masses], powers: Sequence[float], weights: Sequence[float] | np.ndarray
+) -> dict[int, Masses]:
+    """Return the addends of the average by the number of their source."""
+    given = enumerate(zip(parts, powers, weights, strict=True))
+    return {
+        number: Masses(part.items, weight * part.sharpened(power))
+        for number, (part, power, weight) in given
         if len(part.items) and weight > 0
-    ]
-    if len(used) == 1:
-        return used[0][0], used[0][1]
-    if not used:
+    }
+
+
+def _summed(parts: Sequence[Masses]) -> tuple[np.ndarray, np.ndarray]:
+    if len(parts) == 1:
+        return parts[0].items, parts[0].mass
+    if not parts:
         return np.zeros(0, np.int64), np.zeros(0)
-    items, position = np.unique(np.concatenate([rows for rows, _ in used]), return_inverse=True)
-    return items, np.bincount(position, np.concatenate([mass for _, mass in used]), len(items))
+    items, position = np.unique(np.concatenate([part.items for part in parts]), return_inverse=True)
+    return items, np.bincount(position, np.concatenate([part.mass for part in parts]), len(items))
+
+
+def _masses_of(part: Masses, rows: np.ndarray) -> np.ndarray:
+    """Return the masses of item rows, [n]; 0 for those that the source does not have."""
+    order = np.argsort(part.items, kind="stable")
+    place = order[np.minimum(np.searchsorted(part.items, rows, sorter=order), len(order) - 1)]
+    masses: np.ndarray = np.where(part.items[place] == rows, part.mass[place], 0.0)
+    return masses
 
 
 def feature_names(sources: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from cemg.memory import Memory
 MASSES = 1000  # items per source and history, at most
 # names of sources: the item memory, a dense model, and the generator's item softmax
 MEMORY, DENSE, SOFTMAX = "memory", "dense", "softmax"
+POPULARITY = "popularity"  # ranks an empty history
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,13 +147,20 @@ def _asked(body: schemas.RecommendRequest) -> Asked:
 
 
 def _answer(body: schemas.RecommendRequest, answer: Answer) -> schemas.Recommendation:
-    shares: Sequence[float | None] = answer.memory_shares or [None] * len(answer.items)
-    rows = zip(answer.items, answer.scores, answer.titles, answer.codes, shares, strict=True)
+    none = [None] * len(answer.items)
+    shares: Sequence[dict[str, float] | None] = none if answer.shares is None else answer.shares
+    events: Sequence[list[schemas.EventShareAnswer] | None] = none if answer.events is None else [
+        [schemas.EventShareAnswer(position=e.position, item_id=e.item, share=e.share) for e in own]
+        for own in answer.events
+    ]  # fmt: skip
+    rows = zip(answer.items, answer.scores, answer.titles, answer.codes, shares, events, strict=True)
     return schemas.Recommendation(
         recommendation_id=uuid.uuid4().hex,
         items=[
-            schemas.RecommendedItem(item_id=item, score=score, title=title, codes=codes, memory_share=share)
-            for item, score, title, codes, share in rows
+            schemas.RecommendedItem(
+                item_id=item, score=score, title=title, codes=codes, shares=share, events=rests_on
+            )
+            for item, score, title, codes, share, rests_on in rows
         ],
         certified=answer.certified,
         strategy=answer.strategy,

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cemg.decoding import Recommendations
 from cemg.errors import UserError
+from cemg.memory.rows import largest
 from cemg.mixture.sources import MEMORY
 from cemg.recommender import Recommender
 from cemg.serve.expressions import Filter, NamedFilter
@@ -25,6 +27,7 @@ from cemg.serve.filters import Filters
 from cemg.serve.rows import UnknownItemError
 from cemg_kernels import ItemFilter
 
+EVENTS = 10  # that explain an item
 LOADING = threading.Lock()  # held while models are loaded: transformers changes global state meanwhile
 EARLIER = float("-inf")  # time of the interactions that the run was trained on
 
@@ -41,7 +44,7 @@ class Query:
         exclude_history: Whether the items of the history are left out.
         exact: Whether the list is proven to be the true top.
         filter: Admits only some of the items; None admits all.
-        explain: Whether the share of the memory in each item is computed.
+        explain: Whether the answer says what each item rests on.
     """
 
     history: tuple[str, ...] = ()
@@ -60,6 +63,21 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class EventShare:
+    """How much of the probability of an item is from one event, by the memory.
+
+    Attributes:
+        position: The place of the event in the history; 0 is the oldest.
+        item: The item of the event.
+        share: The share, 0 to 1. The events of an item sum to the memory's share.
+    """
+
+    position: int
+    item: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Recommendations.
 
@@ -74,9 +92,10 @@ class Answer:
         skipped: Items of the history that the catalog does not have.
         known_user: Whether the user of the query has a history.
         codes: Their semantic IDs.
-        memory_shares: How much of the probability of each is from the memory (0 to 1), the rest being from
-            the generator; None unless the query asked for it, if the mixture has other sources, and for items
-            that share semantic IDs.
+        shares: How much of the probability of each is from the generator and from each other source, by
+            name, in sum 1; None unless the query asked for it, and for items that share semantic IDs.
+        events: The events of the history that the memory's share of each rests on, the strongest first, at
+            most `EVENTS`; None where ``shares`` is.
     """
 
     items: list[str]
@@ -89,7 +108,8 @@ class Answer:
     skipped: list[str]
     known_user: bool = True
     codes: list[list[int]] = field(default_factory=list)
-    memory_shares: list[float] | None = None
+    shares: list[dict[str, float]] | None = None
+    events: list[list[EventShare]] | None = None
 
 
 @dataclass(slots=True)
@@ -120,8 +140,6 @@ class Engine:
         self._unplaced: dict[str, list[tuple[str, float]]] = {}  # events of unknown items, by user
         artifacts = recommender.artifacts
         self.learns = artifacts.has_memory()
-        # with further sources, such as a dense model, the prior's share is not that of the memory
-        self._explains = artifacts.has_gate() and artifacts.load_gate().sources == [MEMORY]
         self._read_run()
 
     def _read_run(self) -> None:
@@ -152,7 +170,7 @@ class Engine:
             [self._ids(items) for items in known], top=top, beams=max(first.beams, top),
             filter=filters if any(one is not None for one in filters) else None,
             exclude_history=first.exclude_history, exact=first.exact,
-            shares=self._explains and any(query.explain for query in queries),
+            shares=any(query.explain for query in queries),
         )  # fmt: skip
         assert found.ids is not None and found.ranked_by is not None
         answers = []
@@ -167,11 +185,32 @@ class Engine:
                     catalog_version=self.version, model_version=self.model_version, skipped=skipped,
                     known_user=not query.user or self.knows(query.user),
                     codes=found.codes[number, : len(ids)].tolist(),
-                    memory_shares=None if found.prior_shares is None or not query.explain
-                    else found.prior_shares[number, : len(ids)].tolist(),
+                    shares=_shares(found, number, len(ids)) if query.explain else None,
+                    events=self._events(histories[number], ids, found, number) if query.explain else None,
                 )
             )  # fmt: skip
         return answers
+
+    def _events(
+        self, history: Sequence[str], items: Sequence[str], found: Recommendations, number: int
+    ) -> list[list[EventShare]] | None:
+        """The events that the items of one answer rest on; None if there are no shares."""
+        if found.shares is None:
+            return None
+        if MEMORY not in found.shares:
+            return [[] for _ in items]
+        known = [place for place, item in enumerate(history) if item in self._rows]
+        rows = np.array([self._rows[item] for item in items], dtype=np.int64)
+        parts = self.recommender.memory.event_shares([self._rows[history[place]] for place in known], rows)
+        parts = parts * found.shares[MEMORY][number, : len(items), None].numpy()  # [items, known]
+        return [
+            [
+                EventShare(known[place], history[known[place]], float(own[place]))
+                for place in largest(own, EVENTS)
+                if own[place] > 0
+            ]
+            for own in parts
+        ]
 
     def _compiled(self, filter: Filter | NamedFilter | None) -> ItemFilter | None:
         if filter is None or self.filters is None:
@@ -325,3 +364,10 @@ class Engine:
                 for item, time in events:
                     if item in new:
                         self.learn(user, item, time)
+
+
+def _shares(found: Recommendations, number: int, count: int) -> list[dict[str, float]] | None:
+    if found.shares is None:
+        return None
+    parts = {name: share[number, :count].tolist() for name, share in found.shares.items()}
+    return [{name: part[place] for name, part in parts.items()} for place in range(count)]

@@ -52,7 +52,7 @@ class RecommendRequest(Strict):
     exact: bool = Field(False, description="Whether the list is proven to be the true top of the catalog.")
     beams: int | None = Field(None, ge=1, le=MAX_BEAMS, description="Beams of the search.")
     explain: bool = Field(
-        False, description="Whether each item says which share of its probability is from the memory."
+        False, description="Whether each item says which sources and which events its probability is from."
     )
     strict: bool = Field(False, description="Whether an unknown user or item of the history is an error.")
 
@@ -81,6 +81,14 @@ RecommendBody = Annotated[
 ]
 
 
+class EventShareAnswer(BaseModel):
+    """An event that an item rests on."""
+
+    position: int = Field(description="Its place in the history; 0 is the oldest.")
+    item_id: str
+    share: float = Field(description="The share of the item's probability that is from it.")
+
+
 class RecommendedItem(BaseModel):
     """A recommended item."""
 
@@ -88,10 +96,16 @@ class RecommendedItem(BaseModel):
     score: float = Field(description="Logarithm of its probability.")
     title: str | None = None
     codes: list[int] = Field(description="Its semantic ID.")
-    memory_share: float | None = Field(
+    shares: dict[str, float] | None = Field(
         None,
-        description="With explain: the share of its probability that is from the item memory; the rest is "
-        "from the generator. Null if the mixture has other sources, and for items that share semantic IDs.",
+        description="With explain: how much of its probability is from the generator, the memory and other "
+        "sources of the mixture, in sum 1; popularity for an empty history.",
+        examples=[{"generator": 0.4, "memory": 0.6}],
+    )
+    events: list[EventShareAnswer] | None = Field(
+        None,
+        description="With explain: the events of the history that the memory's share rests on, the strongest "
+        "first, at most ten. All of them sum to that share.",
     )
 
 

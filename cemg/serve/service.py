@@ -60,7 +60,7 @@ class Request:
         exclude_history: Whether items of the history are left out; None: unless users return to items.
         exact: Whether the list is proven to be the true top.
         filter: Admits only some of the items.
-        explain: Whether the share of the memory in each item is computed.
+        explain: Whether the answer says what each item rests on.
     """
 
     user: str = ""

@@ -254,3 +254,24 @@ def test_events_that_were_not_learned_cannot_be_forgotten():
         with pytest.raises(UserError, match="cannot be forgotten"):
             memory.forget(never)
     assert_equal(memory, built([[0, 4]]))
+
+
+@settings(deadline=None, max_examples=25)
+@given(sequences, st.lists(st.integers(-1, ITEMS + 1), max_size=8), st.booleans())
+def test_the_shares_of_events_are_their_addends_of_the_score(
+    users: list[list[int]], history: list[int], live: bool
+) -> None:
+    memory = built(users)
+    if live:
+        memory.observe(users[0], 3)
+    items, scores = memory.scores(history)
+    shares = memory.event_shares(history, np.arange(ITEMS))
+    assert shares.shape == (ITEMS, len(history)) and (shares >= 0).all()
+    known = np.isin(np.arange(ITEMS), items)
+    np.testing.assert_allclose(shares.sum(1), known.astype(float), atol=1e-9)
+    if not history:
+        return
+    newest = memory.scores([history[-1]])  # alone, the newest event adds what it adds to all
+    own = np.zeros(ITEMS)
+    own[newest[0]] = newest[1]
+    np.testing.assert_allclose(shares[items, -1] * scores, own[items], rtol=1e-6, atol=1e-12)

@@ -57,6 +57,17 @@ def test_the_prior_is_the_average_of_the_sources_and_its_weight_is_that_of_all_o
     np.testing.assert_allclose(by_gate.weight, mixed.weight)
 
 
+def test_fractions_say_which_source_the_mass_of_an_item_is_from():
+    gate = gate_of([0.5, 0.3, 0.2], [1.0, 2.0])
+    mixed = Experts(gate, [ONE, TWO], COUNTS).prior([[3, 1], []], constant=True)
+    found = mixed.fractions(0, np.array([2, 0, 1, 4]))
+    both = 0.3 * 0.25 + 0.2 * 0.5
+    np.testing.assert_allclose(found["memory"], [0.3 * 0.25 / both, 1, 0, 0])
+    np.testing.assert_allclose(found["dense"], [0.2 * 0.5 / both, 0, 0, 1])
+    np.testing.assert_allclose(mixed.fractions(1, np.array([0, 1]))["popularity"], [1, 0])
+    assert [part.shape for part in mixed.fractions(0, np.zeros(0, np.int64)).values()] == [(0,), (0,)]
+
+
 def test_a_power_sharpens_the_masses_and_keeps_their_sum():
     masses = Masses(np.array([1, 2]), np.array([0.6, 0.2]))
     np.testing.assert_allclose(masses.sharpened(2.0), [0.9, 0.1])

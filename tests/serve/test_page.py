@@ -191,28 +191,37 @@ def test_users_are_listed_by_the_beginning_of_their_ids(service: str) -> None:
     assert after["users"] == [every["users"][every["users"].index(some["next"]) + 1]]
 
 
-def test_recommendations_have_codes_and_explain_the_share_of_the_memory(service: str) -> None:
-    body = {"history": ["item-0012", "item-0007"], "limit": 5}
+def test_recommendations_have_codes_and_explain_what_they_rest_on(service: str) -> None:
+    body = {"history": ["item-0012", "nothing", "item-0007"], "limit": 5}
     plain = web.post(f"{service}/v1/recommend", json=body).json()["items"]
     told = web.post(f"{service}/v1/recommend", json=body | {"explain": True}).json()["items"]
-    assert [one["memory_share"] for one in plain] == [None] * 5
-    assert all(0 <= one["memory_share"] <= 1 for one in told) and any(one["memory_share"] for one in told)
+    assert [(one["shares"], one["events"]) for one in plain] == [(None, None)] * 5
+    assert any(one["events"] for one in told)
     for one in told:
+        assert sum(one["shares"].values()) == pytest.approx(1) and min(one["shares"].values()) >= 0
+        from_events = [event["share"] for event in one["events"]]
+        assert sum(from_events) == pytest.approx(one["shares"]["memory"])
+        assert from_events == sorted(from_events, reverse=True)
+        for event in one["events"]:
+            assert event["position"] in (0, 2) and event["item_id"] == body["history"][event["position"]]
         assert one["codes"] == web.get(f"{service}/v1/items/{one['item_id']}").json()["codes"]
+    popular = {"history": [], "limit": 1, "explain": True}
+    (one,) = web.post(f"{service}/v1/recommend", json=popular).json()["items"]
+    assert one["shares"]["popularity"] == pytest.approx(1, abs=1e-5) and one["events"] == []
 
 
-def test_the_rest_of_a_share_is_the_generators(tiny_run: Path) -> None:
-    """(1 - share) * P(mixture) is (1 - weight) * P(generator) for every item, with one weight."""
+def test_shares_are_the_addends_of_the_mixture(tiny_run: Path) -> None:
+    """The generator's share of P(mixture) is (1 - weight) * P(generator) for every item, with one weight."""
     from cemg.recommender import Recommender
 
     recommender = Recommender.from_run(tiny_run)
     options = {"top": 50, "beams": 50, "exact": True}
     mixed = recommender.recommend(["item-0012", "item-0007"], shares=True, **options)  # type: ignore[arg-type]
     alone = recommender.recommend(["item-0012", "item-0007"], memory="off", shares=True, **options)  # type: ignore[arg-type]
-    assert mixed.prior_shares is not None and alone.prior_shares is not None
-    assert not alone.prior_shares.any()
+    assert mixed.shares is not None and {*mixed.shares} == {"generator", "memory"}
+    assert alone.shares is not None and {*alone.shares} == {"generator"} and alone.shares["generator"].all()
     own = dict(zip(alone.items[0].tolist(), alone.scores[0].double().exp().tolist(), strict=True))
-    rest = (1 - mixed.prior_shares[0]) * mixed.scores[0].double().exp()
+    rest = mixed.shares["generator"][0] * mixed.scores[0].double().exp()
     weights = [part / own[item] for item, part in zip(mixed.items[0].tolist(), rest.tolist(), strict=True)]
     assert min(weights) > 0 and weights == pytest.approx(
         [weights[0]] * 50, rel=1e-2

@@ -139,18 +139,24 @@ function Answer({ answer, limit }) {
         <a href=${itemLink(item.item_id)}><strong>${item.title || item.item_id}</strong></a>
         ${place < certified && html` <span class="proof" title="proven to be in its place"><span aria-hidden="true">✓</span><span class="hidden">certified</span></span>`}
         <div class="soft">${item.item_id} · score ${item.score.toFixed(3)} (${percent(Math.exp(item.score))}) · <code class="codes">${item.codes.join(" · ")}</code></div>
-        ${item.memory_share !== null && html`<${Shares} memory=${item.memory_share}/>`}
+        ${item.shares && html`<${Shares} shares=${item.shares} events=${item.events}/>`}
       </div></li>`)}</ol>
   </section>`;
 }
 
 const tenths = (share) => `${(100 * share).toFixed(1)} %`;
 
-function Shares({ memory }) {
+/** How much of an item's probability is from each source, and the events that the memory's part rests on. */
+function Shares({ shares, events }) {
   const bar = useRef();
-  useEffect(() => { bar.current.style.inlineSize = `${100 * memory}%`; }, [memory]);
+  const rest = 1 - (shares.generator ?? 0);
+  useEffect(() => { bar.current.style.inlineSize = `${100 * rest}%`; }, [rest]);
+  const parts = Object.entries(shares).sort(([, one], [, other]) => other - one);
   return html`<div class="shares">
     <span class="bar" aria-hidden="true"><span ref=${bar}></span></span>
-    <span>memory ${tenths(memory)}, generator ${tenths(1 - memory)}</span>
+    <span>${parts.map(([name, share]) => `${name} ${tenths(share)}`).join(", ")}</span>
+    ${events?.length > 0 && html`<details><summary>rests on ${events.length} ${events.length === 1 ? "event" : "events"}</summary>
+      <ol>${events.map((event) => html`<li key=${event.position}><a href=${itemLink(event.item_id)}><${Title} id=${event.item_id}/></a> ${tenths(event.share)}</li>`)}</ol>
+    </details>`}
   </div>`;
 }
