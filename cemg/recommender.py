@@ -399,6 +399,15 @@ class Recommender:
         books, method = tokenizer.model.codebooks.detach(), self.artifacts.config.tokenizer.unique
         return place_new(codes, z, books, taken=self.catalog.codes, method=method)
 
+    @cached_property
+    def content(self) -> set[str]:
+        """What `encode_items` reads: "text", "image" or both."""
+        widths = self.artifacts.load_tokenizer().model.widths
+        return {
+            name for name in CONTENT
+            if name in widths and self.artifacts.has_file("features", f"pca_{name}.safetensors")
+        }  # fmt: skip
+
     def _content(
         self, tokenizer: Tokenizer, texts: Sequence[str | None], images: Sequence[Path | str | None]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

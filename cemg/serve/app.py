@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from pydantic import AfterValidator
 from starlette.exceptions import HTTPException
 
-from cemg.serve import browse, problems, schemas
+from cemg.serve import browse, images, problems, schemas
 from cemg.serve.engine import Answer
 from cemg.serve.metrics import Metrics, Observed
 from cemg.serve.rows import MAX_ID, MAX_INTEGER, ServedModel, StoredItem, UnknownItemError
@@ -231,17 +232,20 @@ def _add_items(app: FastAPI, service: Service) -> None:
     def put_item(item_id: PathId, body: schemas.ItemFields) -> schemas.VersionAnswer:
         """Insert or replace an item. A new one is recommended once it has a semantic ID."""
         whole = schemas.ItemBody(item_id=item_id, **body.model_dump())
-        return schemas.VersionAnswer(catalog_version=service.put_items([whole.item()]))
+        return schemas.VersionAnswer(catalog_version=service.put_items([whole.item(_image(body.image))]))
 
     @app.post("/v1/items", tags=["catalog"], dependencies=[requires("write")])
     def put_items(body: schemas.ItemsBody) -> schemas.VersionAnswer:
         """Insert or replace items, all of them or none."""
-        return schemas.VersionAnswer(catalog_version=service.put_items([one.item() for one in body.items]))
+        items = [one.item(_image(one.image, "items", n)) for n, one in enumerate(body.items)]
+        return schemas.VersionAnswer(catalog_version=service.put_items(items))
 
     @app.patch("/v1/items/{item_id:path}", tags=["catalog"], dependencies=[requires("write")])
     def patch_item(item_id: PathId, body: schemas.ItemPatch) -> schemas.VersionAnswer:
         """Change some fields of an item."""
         values: dict[str, Any] = body.model_dump(exclude_unset=True)
+        if "image" in values:
+            values["image"] = _image(values["image"])
         return schemas.VersionAnswer(catalog_version=service.patch_item(item_id, values))
 
     @app.delete("/v1/items/{item_id:path}", tags=["catalog"], dependencies=[requires("write")])
@@ -271,6 +275,14 @@ def _add_items(app: FastAPI, service: Service) -> None:
             for one in found
         ]
         return schemas.ChangesAnswer(changes=rows, catalog_version=service.store.version)
+
+
+def _image(text: str | None, *place: str | int) -> bytes | None:
+    """The image of an item. It is decoded here, beside the event loop, and refused as a field of the body."""
+    try:
+        return None if text is None else images.decoded(text)
+    except ValueError as error:
+        raise RequestValidationError([{"loc": ("body", *place, "image"), "msg": str(error)}]) from error
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from dataclasses import dataclass
 from importlib import resources
@@ -12,10 +11,9 @@ from pathlib import PurePosixPath
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, Response
-from PIL import Image
 from starlette.exceptions import HTTPException
 
-from cemg.serve import schemas
+from cemg.serve import images, schemas
 from cemg.serve.metrics import SLOT, Recent, Slot
 from cemg.serve.security import requires
 from cemg.serve.service import Service
@@ -47,7 +45,6 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-PICTURES = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 CHECK = "no-cache"  # the browser asks whether its copy is still the same
 KEEP = "public, max-age=31536000, immutable"  # of folders with a version in their name
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -145,19 +142,19 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/items/{item_id:path}/image", tags=["catalog"], dependencies=[requires("read")],
         response_class=Response,
-        responses={200: {"content": {media_type: {} for media_type in PICTURES.values()}}},
+        responses={200: {"content": {media_type: {} for media_type in images.PICTURES.values()}}},
     )  # fmt: skip
     def image(item_id: str) -> Response:
         """The picture of an item."""
         content = service.picture(item_id)
-        media_type = None if content is None else _media_type(content)
-        if content is None or media_type is None:
+        kind = None if content is None else images.media_type(content)
+        if content is None or kind is None:
             raise HTTPException(404, f"item {item_id} has no picture that can be shown")
         headers = {
             "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox",
             "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "private, max-age=60",
         }  # fmt: skip
-        return Response(content, 200, headers, media_type)
+        return Response(content, 200, headers, kind)
 
     @app.get("/v1/users", tags=["users"], dependencies=[requires("read")])
     def list_users(
@@ -168,12 +165,3 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
         """Ids of users with a history, in their order, a page at a time."""
         found = service.users(query, cursor, limit)
         return schemas.UserPage(users=found, next=found[-1] if len(found) == limit else None)
-
-
-def _media_type(content: bytes) -> str | None:
-    """The media type of an image that browsers show; None for other files, such as SVG, which has scripts."""
-    try:
-        with Image.open(io.BytesIO(content), formats=list(PICTURES)) as picture:
-            return PICTURES.get(picture.format or "")
-    except Exception:  # malformed files make the decoders raise almost anything
-        return None

@@ -9,8 +9,10 @@ from __future__ import annotations
 import bisect
 import heapq
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -325,10 +327,21 @@ class Engine:
         self.recommender = self.recommender.without_items(self._ids(known))
         self.version = version
 
-    def encode(self, texts: Sequence[str | None]) -> Tensor:
-        """Compute semantic IDs of new items by their texts, [n, levels]: see `Recommender.encode_items`."""
-        with LOADING:
-            return self.recommender.encode_items(texts, [None] * len(texts))
+    def encode(self, texts: Sequence[str | None], images: Iterable[bytes | None]) -> Tensor:
+        """Compute semantic IDs of new items, [n, levels]: see `Recommender.encode_items`.
+
+        Args:
+            texts: Text of each new item.
+            images: The image file of each, read one after the other.
+        """
+        paths: list[Path | None] = []
+        with TemporaryDirectory(prefix="cemg-images-") as folder:
+            for number, content in enumerate(images):
+                paths.append(None if content is None else Path(folder) / str(number))
+                if content is not None:
+                    (Path(folder) / str(number)).write_bytes(content)
+            with LOADING:
+                return self.recommender.encode_items(texts, paths)
 
     def extended(self, codes: Mapping[str, Sequence[int]], titles: Mapping[str, str]) -> Recommender:
         """Prepare a recommender with further items, for `add`. It may run beside the searches.

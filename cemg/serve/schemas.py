@@ -17,6 +17,9 @@ MAX_EVENTS = 1_000  # events of a call
 MAX_ITEMS = 1_000  # items of a call
 
 
+IMAGE = "Base64 of a PNG, JPEG, GIF or WebP file. Paths and URLs are not read."
+
+
 def is_text(value: str) -> str:
     """Return an id. Raises ValueError if it is empty or has control characters."""
     if not value or not value.isprintable():
@@ -165,6 +168,7 @@ class ItemFields(Strict):
         description="Values that filters read.",
         examples=[{"price": 9.5, "tags": ["toy"]}],
     )
+    image: str | None = Field(None, description=IMAGE)
 
 
 class ItemBody(ItemFields):
@@ -172,9 +176,9 @@ class ItemBody(ItemFields):
 
     item_id: Id
 
-    def item(self) -> Item:
+    def item(self, image: bytes | None) -> Item:
         """As the store has it."""
-        return Item(self.item_id, self.title, self.text, None, self.attributes)
+        return Item(self.item_id, self.title, self.text, image, self.attributes)
 
 
 class ItemPatch(Strict):
@@ -185,6 +189,7 @@ class ItemPatch(Strict):
     attributes: dict[str, Attribute | None] | None = Field(
         None, description="Attributes to change; null deletes one."
     )
+    image: str | None = Field(None, description=f"{IMAGE} null deletes it.")
 
 
 class ItemsBody(Strict):

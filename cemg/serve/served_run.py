@@ -117,7 +117,7 @@ class ServedRun:
         before = self.version
         self.version = store.version  # changes after it are applied again by the next call
         changed = [*_changed(store, before)]
-        self._apply(changed)
+        self._apply(changed, store)
         self.engine.version, count = self.version, len(changed)
         last = store.last_number
         # deletions and events are read one after the other: later ones may be in one of the answers only
@@ -137,15 +137,15 @@ class ServedRun:
         """
         return number <= self.events and self.engine.in_data(user, item)
 
-    def _apply(self, changed: Sequence[StoredItem]) -> None:
+    def _apply(self, changed: Sequence[StoredItem], store: Store) -> None:
         new = [one for one in changed if not self.engine.has(one.item.item_id)]
         codes: dict[str, Sequence[int]]
         if self.keeps_codes:
             codes = {one.item.item_id: one.codes for one in new if one.codes is not None}
         else:
             # removed ones are in histories, and may come back
-            placed = [one.item for one in new if one.state == "active" or one.codes is not None]
-            codes = self._encoded(placed)
+            placed = [one for one in new if one.state == "active" or one.codes is not None]
+            codes = self._encoded(placed, store)
         if codes:
             self._add({one.item.item_id: one.item for one in new}, codes)
         here = [one for one in changed if self.engine.has(one.item.item_id)]
@@ -166,18 +166,23 @@ class ServedRun:
         self.engine.add(extended, [text_of(items[name]) for name in codes], self.engine.version)
         self.codes |= codes
 
-    def _encoded(self, items: Sequence[Item]) -> dict[str, Sequence[int]]:
-        """The semantic IDs of items; those of which none can be computed are left out, and stay pending."""
+    def _encoded(self, items: Sequence[StoredItem], store: Store) -> dict[str, Sequence[int]]:
+        """The semantic IDs of items; those that say nothing to the encoder are left out, and stay pending."""
         if items and not self.recommender.catalog.named:
             raise UserError(
                 f"{self.run} cannot have the items that were added",
-                cause=f"its items are numbers, and {items[0].item_id!r} was added by its name",
+                cause=f"its items are numbers, and {items[0].item.item_id!r} was added by its name",
             )
-        described = [item for item in items if text_of(item) is not None]
+        read = self.recommender.content if items else set[str]()
+        described = [
+            one for one in items
+            if ("text" in read and text_of(one.item) is not None) or ("image" in read and one.has_image)
+        ]  # fmt: skip
         if not described:
             return {}
-        found = self.engine.encode([text_of(item) for item in described]).tolist()
-        return dict(zip((item.item_id for item in described), found, strict=True))
+        texts = [text_of(one.item) for one in described]
+        found = self.engine.encode(texts, images_of(described, store)).tolist()
+        return dict(zip((one.item.item_id for one in described), found, strict=True))
 
     def warm_up(self) -> None:
         """Search once, so that the first request finds everything loaded."""
@@ -235,6 +240,13 @@ def events_in_data(artifacts: RunArtifacts, store: Store) -> int:
 def text_of(item: Item) -> str | None:
     """The text that the encoder reads, composed as for ``cemg-catalog add``; None without title and text."""
     return item_text(clean(item.title), [clean(item.text)])
+
+
+def images_of(items: Sequence[StoredItem], store: Store) -> Iterator[bytes | None]:
+    """The image of each item, read from the store when it is needed."""
+    for one in items:
+        stored = store.get_item(one.item.item_id) if one.has_image else None
+        yield None if stored is None else stored.item.image
 
 
 def model_version(artifacts: RunArtifacts) -> str:

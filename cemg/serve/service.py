@@ -35,7 +35,7 @@ from cemg.serve.rows import (
     UnknownItemError,
     patched,
 )
-from cemg.serve.served_run import ServedRun, run_of, text_of
+from cemg.serve.served_run import ServedRun, images_of, run_of, text_of
 from cemg.serve.store import Store
 from cemg.storage.files import StorageError
 from cemg.storage.run import Run
@@ -447,11 +447,12 @@ class Service:
         items = {one.item.item_id: one.item for one in pending}
         attributes = {name: item.attributes for name, item in items.items()}
         texts = [text_of(item) for item in items.values()]
-        if None in texts:
-            raise UserError("it has neither a title nor a text")
+        if any(text is None and not one.has_image for text, one in zip(texts, pending, strict=True)):
+            raise UserError("it has neither a title nor a text nor an image")
         loaded = self._loaded
         loaded.table.check(attributes)
-        codes = dict(zip(items, loaded.engine.encode(texts).tolist(), strict=True))
+        found = loaded.engine.encode(texts, images_of(pending, self.store)).tolist()
+        codes = dict(zip(items, found, strict=True))
         titles = {name: item.title for name, item in items.items()}
         extended = loaded.engine.extended(codes, {name: title for name, title in titles.items() if title})
 

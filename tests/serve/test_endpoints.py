@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import itertools
 import json
 import os
@@ -13,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from .process import ServerProcess, copy_of, eventually
@@ -501,3 +504,52 @@ def test_no_request_of_the_schema_fails(server: ServerProcess) -> None:
     assert count > 15 * 5
     log = server.log.read_text()
     assert "Traceback" not in log, log[log.index("Traceback") :][:3000]
+
+
+# ---- images
+
+
+def picture(kind: str, size: tuple[int, int] = (40, 30)) -> str:
+    content = io.BytesIO()
+    Image.new("RGB", size, "teal").save(content, kind)
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def test_an_item_with_an_image_alone_is_encoded_and_its_picture_returned(server: ServerProcess) -> None:
+    sent = picture("PNG")
+    server.json("PUT", "/v1/items/seen", {"image": sent})
+    found = eventually(lambda: [one for one in [server.json("GET", "/v1/items/seen")] if one["codes"]])
+    assert found[0]["image"] and found[0]["state"] == "active"
+    answer = server.http.get("/v1/items/seen/image")
+    assert answer.content == base64.b64decode(sent) and answer.headers["content-type"] == "image/png"
+    server.json("PATCH", "/v1/items/seen", {"image": picture("WEBP"), "title": "teal"})
+    assert server.http.get("/v1/items/seen/image").headers["content-type"] == "image/webp"
+    assert server.json("GET", "/v1/items/seen")["codes"] == found[0]["codes"]
+    server.json("PATCH", "/v1/items/seen", {"image": None})
+    assert server.http.get("/v1/items/seen/image").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        ("/etc/passwd", "paths and URLs"), ("https://example.org/a.png", "paths and URLs"),
+        ("file:///etc/passwd", "paths and URLs"), ("", "readable"), ("AAAA", "readable"),
+        (picture("PNG")[:80], "readable"), (picture("BMP"), "readable"), (picture("TIFF"), "readable"),
+        (picture("PNG", (5000, 4000)), "pixels"), (7, "string"),
+        (base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode(), "readable"),
+    ],
+)  # fmt: skip
+def test_a_bad_image_names_its_field_and_stores_nothing(
+    server: ServerProcess, image: object, words: str
+) -> None:
+    problem(server.http.put("/v1/items/bad", json={"title": "a", "image": image}), 422, '"image"', words)
+    body = {"items": [{"item_id": "good", "title": "a"}, {"item_id": "bad", "image": image}]}
+    problem(server.http.post("/v1/items", json=body), 422, "items.1.image", words)
+    problem(server.http.patch("/v1/items/new%2F1", json={"image": image}), 422, '"image"', words)
+    assert (
+        server.http.get("/v1/items/bad").status_code == server.http.get("/v1/items/good").status_code == 404
+    )
+
+
+def test_an_image_beyond_the_limit_of_bodies_is_refused(server: ServerProcess) -> None:
+    problem(server.http.put("/v1/items/bad", json={"image": "A" * (4 << 20)}), 413, "bytes")
