@@ -291,6 +291,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return schemas.ModelsAnswer(
             current=_model(models.current),
             previous=None if models.previous is None else _model(models.previous),
+            shadow=_shadow(service),
             last=None if last is None else schemas.LoadAnswer(
                 run=str(last.run), state=last.state, reason=last.reason, started=last.started,
                 seconds=last.seconds,
@@ -304,8 +305,21 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/models", tags=["models"], status_code=202, dependencies=[requires("admin")])
     def load(body: schemas.ModelBody) -> schemas.ModelsAnswer:
-        """Load another run in the background. It answers all requests from some moment on."""
-        service.load_model(body.run, events=body.events)
+        """Load another run in the background. It answers all requests from some moment on.
+
+        A shadow answers none: a sample of the requests is searched by it, too, and compared.
+        """
+        if body.shadow:
+            service.load_shadow(body.run, sample=body.sample, events=body.events)
+        else:
+            service.load_model(body.run, events=body.events)
+        return answer()
+
+    @app.delete("/v1/models/shadow", tags=["models"], dependencies=[requires("admin")])
+    def stop_shadow() -> schemas.ModelsAnswer:
+        """End the comparison with a shadow."""
+        if not service.stop_shadow():
+            raise HTTPException(404, "there is no shadow")
         return answer()
 
     @app.post("/v1/models/rollback", tags=["models"], status_code=202, dependencies=[requires("admin")])
@@ -317,3 +331,15 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 def _model(served: ServedModel) -> schemas.ModelAnswer:
     return schemas.ModelAnswer(run=served.run, model_version=served.version)
+
+
+def _shadow(service: Service) -> schemas.ShadowAnswer | None:
+    shadow = service.shadow
+    if shadow is None:
+        return None
+    done = shadow.compared
+    return schemas.ShadowAnswer(
+        run=str(shadow.loaded.run), model_version=shadow.loaded.engine.model_version, sample=shadow.sample,
+        compared=done.requests, overlap=done.overlaps / done.requests if done.requests else None,
+        left_out=done.left_out, failed=done.failed,
+    )  # fmt: skip

@@ -71,7 +71,7 @@ class EventShare:
     Attributes:
         position: The place of the event in the history; 0 is the oldest.
         item: The item of the event.
-        share: The share, 0 to 1. The events of an item sum to the memory's share.
+        share: The share, 0 to 1. All events together have the memory's share.
     """
 
     position: int
@@ -92,6 +92,7 @@ class Answer:
         catalog_version: The catalog that was searched.
         model_version: The run that was searched.
         skipped: Items of the history that the catalog does not have.
+        history: The history that was read, oldest first.
         known_user: Whether the user of the query has a history.
         codes: Their semantic IDs.
         shares: How much of the probability of each is from the generator and from each other source, by
@@ -108,6 +109,7 @@ class Answer:
     catalog_version: int
     model_version: str
     skipped: list[str]
+    history: Sequence[str] = ()
     known_user: bool = True
     codes: list[list[int]] = field(default_factory=list)
     shares: list[dict[str, float]] | None = None
@@ -185,7 +187,7 @@ class Engine:
                     titles=[self.titles.get(item) or None for item in ids],
                     certified=min(int(found.certified[number]), len(ids)), strategy=found.ranked_by[number],
                     catalog_version=self.version, model_version=self.model_version, skipped=skipped,
-                    known_user=not query.user or self.knows(query.user),
+                    history=histories[number], known_user=not query.user or self.knows(query.user),
                     codes=found.codes[number, : len(ids)].tolist(),
                     shares=_shares(found, number, len(ids)) if query.explain else None,
                     events=self._events(histories[number], ids, found, number) if query.explain else None,

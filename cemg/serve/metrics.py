@@ -188,17 +188,26 @@ class _Figures(Collector):
     def collect(self) -> Iterator[Metric]:
         """Read the figures at each scrape."""
         model, sizes = self.service.model, self.service.sizes()
-        gauges = {
+        gauges: dict[str, tuple[str, float]] = {
             "cemg_waiting_requests": ("Requests that wait for a search", model.waiting),
             **{f"cemg_{name}": (name.replace("_", " "), value) for name, value in sizes.items()},
         }
         for name, (about, value) in gauges.items():
             yield GaugeMetricFamily(name, about, value=float(value))
-        counters = {
+        counters: dict[str, tuple[str, float]] = {
             "cemg_searches": ("Searches, each for a batch of requests", model.figures.searches),
             "cemg_searched_requests": ("Requests that were searched", model.figures.queries),
             "cemg_late_requests": ("Requests that waited until their deadline", model.figures.late),
             "cemg_cancelled_requests": ("Requests whose client had gone", model.figures.cancelled),
         }
+        shadow = self.service.shadow
+        if shadow is not None:
+            done = shadow.compared
+            counters |= {
+                "cemg_shadow_requests": ("Requests that the shadow was compared on", done.requests),
+                "cemg_shadow_overlap": ("Sum of the overlaps of its lists with the answers", done.overlaps),
+                "cemg_shadow_left_out_requests": ("Sampled requests beyond its queue", done.left_out),
+                "cemg_shadow_failed_requests": ("Requests that it could not search", done.failed),
+            }
         for name, (about, value) in counters.items():
             yield CounterMetricFamily(name, about, value=float(value))

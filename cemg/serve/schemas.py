@@ -283,6 +283,11 @@ class ModelBody(Strict):
         description="The data of the run have the stored events up to this number, so it does not learn them "
         "again. By default, the data say so: see cemg-data export.",
     )  # fmt: skip
+    shadow: bool = Field(
+        False,
+        description="Whether the run is only compared with the one that answers: its lists are in the log.",
+    )
+    sample: float = Field(0.1, gt=0, le=1, description="Share of the requests that a shadow is compared on.")
 
 
 class ModelAnswer(BaseModel):
@@ -302,11 +307,22 @@ class LoadAnswer(BaseModel):
     seconds: float | None = Field(description="How long it took; null while it runs.")
 
 
+class ShadowAnswer(ModelAnswer):
+    """A run that is compared with the one that answers."""
+
+    sample: float = Field(description="Share of the requests that are compared.")
+    compared: int = Field(description="Number of requests that both have searched.")
+    overlap: float | None = Field(description="Mean share of the answered items that are in its list, too.")
+    left_out: int = Field(description="Requests that were not compared, because too many waited.")
+    failed: int = Field(description="Requests that it could not search; the log says why.")
+
+
 class ModelsAnswer(BaseModel):
     """The models of the service."""
 
     current: ModelAnswer
     previous: ModelAnswer | None = Field(description="What POST /v1/models/rollback returns to.")
+    shadow: ShadowAnswer | None
     last: LoadAnswer | None
 
 

@@ -36,6 +36,7 @@ from cemg.serve.rows import (
     patched,
 )
 from cemg.serve.served_run import ServedRun, images_of, run_of, text_of
+from cemg.serve.shadow import Shadow
 from cemg.serve.store import Store
 from cemg.storage.files import StorageError
 from cemg.storage.run import Run
@@ -43,6 +44,7 @@ from cemg.tokenizer import Catalog
 
 PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
 RETRY = 10  # seconds after which new items are tried again when the store has failed
+JOIN = 1.0  # seconds to wait for the search of a shadow
 FEW = 100  # changes that a run may still lack when writes wait for it
 
 log = logging.getLogger("cemg.serve")
@@ -117,6 +119,7 @@ class Service:
         self.model = ModelThread(loaded.engine, max_batch=max_batch, max_queue=max_queue)
         self.loader = Loader(run.resolve().parent if models is None else models)
         self._sorted: tuple[Catalog, list[str]] | None = None
+        self._shadow: Shadow | None = None
         self._order = threading.Lock()  # held while a change is stored and queued for the engine
         self._new = threading.Event()
         self._new.set()
@@ -137,6 +140,7 @@ class Service:
         self.model.stop(timeout=max(0.1, self._end - time.monotonic()))
         self._worker.join(max(0.1, self._end - time.monotonic()))
         self.loader.join(max(0.1, self._end - time.monotonic()))
+        self.stop_shadow()
         self.store.close()
 
     # ---- models
@@ -192,11 +196,15 @@ class Service:
         path = Path(before.run)
         return self.loader.start(path, partial(self._replace, path, before.events, before.version))
 
-    def _replace(self, run: Path, events: int | None, version: str | None = None) -> None:
-        """Load a run beside the present one, and let it answer all searches from some moment on."""
+    def _load(self, run: Path, events: int | None) -> ServedRun:
         loaded = ServedRun.load(run, self.store, device=self._device, named=self._named)
         if events is not None:
             loaded.events = events
+        return loaded
+
+    def _replace(self, run: Path, events: int | None, version: str | None = None) -> None:
+        """Load a run beside the present one, and let it answer all searches from some moment on."""
+        loaded = self._load(run, events)
         found = loaded.engine.model_version
         if version is not None and found != version:
             raise UserError(
@@ -216,6 +224,7 @@ class Service:
             self._record(loaded, self.models().current)
             self.model.change(partial(self._take, loaded)).result()
         self._new.set()
+        self.stop_shadow()  # semantic IDs in the store are others from here on
 
     def _record(self, loaded: ServedRun, previous: ServedModel | None) -> None:
         """Store that a run is served from now on. Its items get their new semantic IDs at the same time."""
@@ -229,6 +238,45 @@ class Service:
         self._loaded, self.model.engine = loaded, loaded.engine
         self.status.failed_items.clear()
 
+    # ---- a shadow
+
+    @property
+    def shadow(self) -> Shadow | None:
+        """The run that is compared with the one that answers."""
+        return self._shadow
+
+    def load_shadow(self, run: str, *, sample: float, events: int | None = None) -> Attempt:
+        """Load a run in the background that is only compared with the one that answers: see `Shadow`.
+
+        It ends with `stop_shadow`, with another shadow, when another model answers, and with the service.
+
+        Args:
+            run: A folder below that of the loader.
+            sample: Share of the requests that are compared.
+            events: As in `load_model`.
+
+        Raises:
+            UserError: The folder is not allowed.
+            LoadingError: Another run is being loaded.
+        """
+        path = self.loader.path_of(run)
+        return self.loader.start(path, partial(self._compare_with, path, sample, events))
+
+    def _compare_with(self, run: Path, sample: float, events: int | None) -> None:
+        loaded = self._load(run, events)
+        loaded.follow(self.store)
+        loaded.warm_up()
+        self.stop_shadow()
+        if not self.status.draining:
+            self._shadow = Shadow(loaded, self.store, sample=sample)
+
+    def stop_shadow(self) -> bool:
+        """End the comparison. Returns whether there was one."""
+        shadow, self._shadow = self._shadow, None
+        if shadow is not None:
+            shadow.stop(timeout=JOIN)
+        return shadow is not None
+
     # ---- recommendations
 
     def recommend(self, request: Request, *, timeout: float) -> Future[Answer]:
@@ -241,7 +289,11 @@ class Service:
             exclude_history=loaded.excludes_history if exclude is None else exclude,
             exact=request.exact, filter=request.filter, explain=request.explain,
         )  # fmt: skip
-        return self.model.search(query, timeout=timeout)
+        future = self.model.search(query, timeout=timeout)
+        shadow = self._shadow
+        if shadow is not None:
+            future.add_done_callback(partial(_offer, shadow, query))
+        return future
 
     # ---- events and users
 
@@ -472,6 +524,12 @@ class Service:
     def _version_of(self, item: str) -> int | None:
         stored = self.store.get_item(item)
         return None if stored is None else stored.version
+
+
+def _offer(shadow: Shadow, query: Query, future: Future[Answer]) -> None:
+    """Called by the thread of the model when a request is answered."""
+    if not future.cancelled() and future.exception() is None:
+        shadow.offer(query, future.result())
 
 
 def _as_served(loaded: ServedRun) -> ServedModel:

@@ -373,6 +373,11 @@ def test_keys_have_roles(server: ServerProcess) -> None:
                         problem(answer, 403, "write")
                     else:
                         assert answer.status_code in (200, 404)
+        for method, path in (("GET", ""), ("POST", ""), ("POST", "/rollback"), ("DELETE", "/shadow")):
+            answer = http.request(
+                method, f"/v1/models{path}", json={"run": "x"}, headers={"X-API-Key": KEYS["write"]}
+            )
+            problem(answer, 403, "admin")
         assert http.get("/health/live").json() == {"status": "live"}
         assert http.get("/health/ready").json() == {"status": "ready"}
     log = server.log.read_text()

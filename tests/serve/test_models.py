@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,11 @@ import pytest
 
 from cemg.data.dataset import Served
 from cemg.errors import UserError
+from cemg.serve.engine import Answer, Query
 from cemg.serve.models import Loader, LoadingError
 from cemg.serve.rows import Event, Item
 from cemg.serve.served_run import ServedRun
+from cemg.serve.shadow import WAITING, Shadow
 from cemg.serve.store import Store
 
 from .process import ServerProcess, copy_of, eventually
@@ -115,6 +119,67 @@ def checks(server: ServerProcess, items: list[str], history: list[str]) -> None:
     assert server.json("GET", f"/v1/users/{USER}")["history"] == history
     assert server.json("GET", "/v1/items/new")["state"] == "active"
     assert server.json("GET", "/v1/items/brief")["state"] == "removed"
+
+
+def test_a_shadow_is_compared_and_answers_nothing(server: ServerProcess) -> None:
+    items = [one["item_id"] for one in server.json("GET", "/v1/items")["items"]]
+    version = server.json("GET", "/v1/catalog")["model_version"]
+    server.json("POST", "/v1/models", {"run": "other", "shadow": True, "sample": 1}, status=202)
+    assert wait(server)["state"] == "ready"
+    server.json("PUT", "/v1/items/new", {"title": "sturdy rudder", "attributes": {"price": 3}})
+    eventually(lambda: "new" in recommended(server, history=items[:1]))
+    server.json("DELETE", f"/v1/items/{items[0]}")
+    server.json("POST", "/v1/events", {"events": [{"event_id": "1", "user_id": "who", "item_id": items[1]}]})
+    cheap = {"must": [{"key": "price", "range": {"lt": 4}}]}
+    bodies: list[dict[str, Any]] = [
+        {"user_id": "who", "limit": 5}, {"history": items[2:4], "limit": 1000},
+        {"history": [], "filter": cheap}, {"history": items[2:4], "filter": {"must": [{"key": "no"}]}},
+    ]  # fmt: skip
+    answers = [server.http.post("/v1/recommend", json=body) for body in bodies]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 422]
+    assert {answer.json()["model_version"] for answer in answers[:3]} == {version}
+
+    def compared() -> list[dict[str, Any]]:
+        """The comparisons, once that of the last request is there."""
+        found = [json.loads(one) for one in server.log.read_text().splitlines() if '"shadow_items"' in one]
+        return found if found and found[-1]["items"] == ["new"] else []
+
+    lines = eventually(compared)
+    seen = server.json("GET", "/v1/models")["shadow"]
+    assert seen["failed"] == seen["left_out"] == 0 and seen["compared"] == len(lines)
+    user, whole, filtered = lines[-3:]
+    for line, answer in zip(lines[-3:], answers[:3], strict=True):
+        found = answer.json()
+        assert line["items"] == [one["item_id"] for one in found["items"]]
+        assert line["model"] == version != line["shadow"] == seen["model_version"]
+        assert line["overlap"] == len({*line["items"]} & {*line["shadow_items"]}) / len(line["items"])
+    assert items[1] not in user["shadow_items"] and filtered["shadow_items"] == ["new"]
+    assert {*whole["shadow_items"]} == {*whole["items"]} and items[0] not in whole["shadow_items"]
+    assert f"cemg_shadow_requests_total {seen['compared']:.1f}" in server.http.get("/metrics").text
+    server.json("DELETE", "/v1/models/shadow")
+    assert server.json("GET", "/v1/models")["shadow"] is None
+    server.json("DELETE", "/v1/models/shadow", status=404)
+
+
+def test_a_shadow_that_fails_or_is_slow_costs_the_answers_nothing(tiny_run: Path, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store.sqlite") as store:
+        loaded = ServedRun.load(tiny_run, store)
+        shadow, hold = Shadow(loaded, store, sample=1.0), threading.Event()
+        answer = loaded.engine.recommend([Query(limit=3, beams=10)])[0]
+
+        def slow(queries: object) -> list[Answer]:
+            assert hold.wait(60)
+            raise RuntimeError("it failed")
+
+        loaded.engine.recommend = slow  # type: ignore[method-assign, assignment]
+        for _ in range(WAITING + 10):
+            shadow.offer(Query(limit=3, beams=10), answer)
+        assert shadow.compared.left_out >= 9
+        hold.set()
+        eventually(lambda: shadow.compared.failed + shadow.compared.left_out == WAITING + 10)
+        shadow.stop()
+        shadow.offer(Query(limit=3, beams=10), answer)
+        assert shadow.compared.requests == 0
 
 
 def test_a_run_that_cannot_be_loaded_leaves_the_present_one(server: ServerProcess, runs: Path) -> None:
