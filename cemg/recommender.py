@@ -19,7 +19,7 @@ from cemg.decoding.beams import check_beams
 from cemg.decoding.pretrained import save_pretrained
 from cemg.decoding.priors import PRIOR_WEIGHT, prior_of_rows, prior_tensors
 from cemg.errors import UserError
-from cemg.features import PCA, Features, encode_images, encode_texts
+from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
 from cemg.generator.item_tokens import keep_items
 from cemg.memory import Memory
 from cemg.mixture import Experts, Gate, Mixed, Source
@@ -373,7 +373,10 @@ class Recommender:
         """Item IDs of recommendations, B lists of ``top``; None where there were fewer items."""
         return self.catalog.ids_of(found.items)
 
-    def encode_items(self, texts: Sequence[str | None], images: Sequence[Path | str | None]) -> Tensor:
+    def encode_items(
+        self, texts: Sequence[str | None], images: Sequence[Path | str | None], *,
+        cache: FeatureCache | None = None,
+    ) -> Tensor:  # fmt: skip
         """Compute semantic IDs for new items with the feature encoders and the tokenizer of the run.
 
         They are unique among each other and in the catalog. Existing semantic IDs do not change.
@@ -381,6 +384,7 @@ class Recommender:
         Args:
             texts: Text of each new item, or None.
             images: Picture file of each new item, or None.
+            cache: Texts and images in it are not encoded again.
 
         Returns:
             Codes [n, levels] int64.
@@ -391,7 +395,7 @@ class Recommender:
         if len(texts) != len(images):
             raise UserError(f"{len(texts)} texts for {len(images)} images")
         tokenizer = self.artifacts.load_tokenizer()
-        items = tokenizer.features(*self._content(tokenizer, texts, images))
+        items = tokenizer.features(*self._content(tokenizer, texts, images, cache))
         if not bool(items.present.any(1).all()):
             bare = torch.nonzero(~items.present.any(1)).flatten()[0].item()
             raise UserError(f"new item {bare} has neither a text nor an image that this run's tokenizer uses")
@@ -409,15 +413,21 @@ class Recommender:
         }  # fmt: skip
 
     def _content(
-        self, tokenizer: Tokenizer, texts: Sequence[str | None], images: Sequence[Path | str | None]
+        self,
+        tokenizer: Tokenizer,
+        texts: Sequence[str | None],
+        images: Sequence[Path | str | None],
+        cache: FeatureCache | None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         config, widths = self.artifacts.config, tokenizer.model.widths
         paths = [Path(p) if p else None for p in images]
         raw: dict[str, Features] = {}
         if any(texts):
-            raw["text"] = encode_texts(texts, config=config.text, device=self.artifacts.device)
+            raw["text"] = encode_texts(texts, config=config.text, device=self.artifacts.device, cache=cache)
         if any(paths):
-            raw["image"] = encode_images(paths, config=config.image, device=self.artifacts.device)
+            raw["image"] = encode_images(
+                paths, config=config.image, device=self.artifacts.device, cache=cache
+            )
         values = {k: torch.zeros(len(texts), w) for k, w in widths.items()}
         present = {k: torch.zeros(len(texts), dtype=torch.bool) for k in widths}
         for name in CONTENT:

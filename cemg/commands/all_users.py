@@ -6,20 +6,20 @@ fixed number of batches, so the lists do not depend on shards, interruptions or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cached_property
-from pathlib import Path
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from cemg.commands import console as command
-from cemg.progress import bar, console
+from cemg.commands.items import allowed_items
+from cemg.errors import UserError
 from cemg.recommender import Recommender
 from cemg.storage.manifest import stages_of
-from cemg.storage.parts import WHOLE, Parts, Shard, join
+from cemg.storage.parts import WHOLE, Shard, describe_difference
 from cemg.storage.read import digest
 from cemg.version import __version__
 
@@ -44,18 +44,23 @@ class AllUsers:
         part: "all" uses each user's whole history; "test" and "valid" use the history before the item that
             the evaluation holds out.
         options: Keyword arguments of `Recommender.recommend`.
-        only: Ids of the items that ``options["filter"]`` allows, of which ``exclude`` are forbidden.
-        exclude: See ``only``.
+        only: Ids of the items that may be recommended; None for all.
+        exclude: Ids of items that may not.
+        part_users: Number of users per part; None for the default.
     """
+
+    schema = SCHEMA
 
     def __init__(
         self, recommender: Recommender, *, part: str, options: Mapping[str, Any],
-        only: list[str] | None = None, exclude: list[str] | None = None,
+        only: list[str] | None = None, exclude: list[str] | None = None, part_users: int | None = None,
     ) -> None:  # fmt: skip
         self.recommender, self.history_part, self.options = recommender, part, dict(options)
         self.only, self.exclude = only or [], exclude or []
+        if self.only or self.exclude:
+            self.options["filter"] = allowed_items(recommender, self.only, self.exclude)
         self.batch = recommender.artifacts.config.decoding.batch_size
-        self.part_users = self.batch * max(1, PART_USERS // self.batch)
+        self.part_users = part_users or self.batch * max(1, PART_USERS // self.batch)
         self.data = recommender.artifacts.load_data()
         popularity = (options.get("memory") or recommender.default_memory) != "off"
         split = None if part == "all" else self.data.split()
@@ -100,13 +105,13 @@ class AllUsers:
             "instruction set": torch.backends.cpu.get_cpu_capability(),
         }
 
-    def users_in(self, number: int) -> int:
-        """The number of users of a part."""
+    def size_of(self, number: int) -> int:
+        """Number of users of a part."""
         return len(self.rows[number * self.part_users : (number + 1) * self.part_users])
 
     def users_of(self, shard: Shard | None) -> int:
-        """The number of users of a shard, or of all users."""
-        return sum(map(self.users_in, (shard or WHOLE).parts(self.total)))
+        """Number of users of a shard; None for all."""
+        return sum(map(self.size_of, (shard or WHOLE).parts(self.total)))
 
     def table(self, number: int) -> pa.Table:
         """Compute a part: one row per user and recommended item, best first."""
@@ -115,6 +120,24 @@ class AllUsers:
         rows = [row for batch in batches for row in self._batch(batch)]
         columns = list(zip(*rows, strict=True)) or [()] * len(SCHEMA)
         return pa.table([pa.array(c, t.type) for c, t in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+
+    def payload(self, number: int) -> int:
+        """The number of a part, which is all that a worker needs."""
+        return number
+
+    def worker(self) -> Callable[[], Callable[[int], pa.Table]]:
+        """Open the same run in another process."""
+        artifacts = self.recommender.artifacts
+        opened = {
+            "folder": artifacts.run.folder.resolve(), "device": artifacts.device,
+            "normalize": getattr(self.recommender.decoder, "normalize", None),
+            "engine": self.recommender.engine, "verify": artifacts.verify,
+        }  # fmt: skip
+        options = {name: value for name, value in self.options.items() if name != "filter"}
+        return partial(
+            _open_worker, opened, self.about, part=self.history_part, options=options, only=self.only,
+            exclude=self.exclude, part_users=self.part_users,
+        )  # fmt: skip
 
     def _batch(self, start: int) -> Iterator[tuple[str, int, str, str, float]]:
         """Yield the rows of the users from position ``start`` on, as in SCHEMA."""
@@ -129,36 +152,16 @@ class AllUsers:
                     yield self.data.user_ids[user], rank, str(item), title or "", score
 
 
-def write_all(job: AllUsers, path: Path, *, shard: Shard | None = None) -> Path:
-    """Write the recommendations of all users, or of a shard of them, and return the path of the file.
-
-    An interrupted call keeps its finished parts, and the next one continues.
-
-    Raises:
-        UserError: Another process writes the file, or it has unfinished parts of another command.
-    """
-    parts = Parts(path, job.about, total=job.total, schema=SCHEMA, shard=shard, made_on=job.made_on)
-    with parts:
-        done = sum(map(job.users_in, parts.finished))
-        users = job.users_of(shard)
-        if done:
-            console.print(f"{parts.path}: {done:,} of {users:,} users were computed before", highlight=False)
-        with bar("recommend", total=users, done=done) as advance:
-            for number in parts.missing:
-                parts.write(number, job.table(number))
-                command.set_interrupt_message("finished parts are kept; the same command continues")
-                advance(job.users_in(number))
-        parts.publish()
-    return parts.path
-
-
-def join_all(job: AllUsers, path: Path) -> Path:
-    """Join the shards of ``path`` to the file that `write_all` writes without shards, and return ``path``.
-
-    Raises:
-        UserError: A shard is missing, damaged, or belongs to another run, version or command.
-    """
-    note = join(path, job.about, schema=SCHEMA)
-    if note:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    return path
+def _open_worker(
+    opened: Mapping[str, Any], about: Mapping[str, Any], **work: Any
+) -> Callable[[int], pa.Table]:
+    """Open the run of `AllUsers.worker`. Raises UserError if its files differ from those of the command."""
+    recommender = Recommender.from_run(**opened)
+    here = AllUsers(recommender, **work)
+    difference = describe_difference(here.about, about)
+    if difference:
+        raise UserError(
+            f"{opened['folder']} on {socket.gethostname()} is another run than that of the command",
+            cause=difference, fix="use a folder that all machines share, or copy the run to each of them",
+        )  # fmt: skip
+    return here.table

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cemg.commands import catalog_items
 from cemg.commands import console as command
+from cemg.commands.shards import ADDED, load_features, read_shard, write_features
 from cemg.commands.sources import ColumnsOption, EncodingOption, ImagesOption, SeparatorOption
 from cemg.errors import UserError
 from cemg.progress import console
@@ -77,6 +79,17 @@ def add(
     images: ImagesOption = None,
     separator: SeparatorOption = "",
     encoding: EncodingOption = "",
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="i/N",
+            help="Only encode the i-th of N shards of the texts and images, into a file in the folder of the "
+            "run.",
+        ),
+    ] = "",
+    join: Annotated[
+        bool, typer.Option("--join", help="Add the items with the features that --shard 1/N to N/N computed.")
+    ] = False,
     no_verify: command.NoVerifyOption = False,
 ) -> None:
     """Add new items to the catalog, without retraining.
@@ -86,22 +99,38 @@ def add(
     """
     from cemg.artifacts import ADDED_TEXTS, ADDED_TITLES, RunArtifacts
     from cemg.data.readers.pictures import image_paths
+    from cemg.features import FeatureCache
+    from cemg.features.shards import FeatureWork
     from cemg.recommender import Recommender
     from cemg.storage.run import Run
     from cemg.tokenizer import symbol
 
+    one_shard = read_shard(shard, join=join)
     table = _read(items, columns, separator=separator, encoding=encoding, pictures=images is not None)
-    RunArtifacts.open(run, verify=not no_verify)  # before the lock, which would create a mistyped folder
-    with Run(run).locked():
+    artifacts = RunArtifacts.open(run, verify=not no_verify)  # before the lock, which would create a folder
+    pictures, notes = image_paths(table, items.parent, images)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False)
+    settings = artifacts.config
+
+    def work() -> FeatureWork:
+        return FeatureWork(table["text"].to_list(), pictures, text=settings.text, image=settings.image)
+
+    if one_shard:
+        write_features(work(), run / ADDED, shard=one_shard)
+        return
+    with Run(run).locked(), TemporaryDirectory() as folder_of_cache:
         recommender = Recommender.from_run(run, verify=not no_verify)
         known = set(map(str, recommender.catalog.item_ids))
         existing = next((item for item in table["item"] if item in known), None)
         if existing is not None:
             raise UserError(f"{items}: item {existing} is already in the catalog")
-        pictures, notes = image_paths(table, items.parent, images)
-        for note in (*notes, *_similar_ids(table["item"], known, items)):
+        for note in _similar_ids(table["item"], known, items):
             console.print(f"note: {note}", highlight=False)
-        codes = recommender.encode_items(table["text"].to_list(), pictures)
+        cache = FeatureCache(folder_of_cache) if join else None
+        if cache is not None:
+            load_features(work(), run / ADDED, cache)
+        codes = recommender.encode_items(table["text"].to_list(), pictures, cache=cache)
         titles = recommender.artifacts.added_titles()
         titles |= {i: t for i, t in zip(table["item"], table["title"], strict=True) if t}
         texts = recommender.artifacts.added_texts()

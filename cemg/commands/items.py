@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cemg.errors import UserError
+
+if TYPE_CHECKING:
+    from cemg.recommender import Recommender
+    from cemg_kernels import ItemFilter
 
 
 def _is_file(path: Path) -> bool:
@@ -15,6 +21,14 @@ def _is_file(path: Path) -> bool:
         if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
             raise
         return False  # too long, or otherwise impossible as a file name: a list of ids
+
+
+def allowed_items(recommender: Recommender, only: Sequence[str], exclude: Sequence[str]) -> ItemFilter:
+    """Allow the items of ``only`` (all items if it is empty) except those of ``exclude``."""
+    if not exclude:
+        return recommender.only(only)
+    not_excluded = ~recommender.only(exclude)
+    return recommender.only(only) & not_excluded if only else not_excluded
 
 
 def read_ids(value: str, *, option: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -22,7 +22,8 @@ from cemg.commands.histories import (
     parse_history,
     read_requests,
 )
-from cemg.commands.items import read_ids
+from cemg.commands.items import allowed_items, read_ids
+from cemg.commands.shards import print_note, read_shard, write_parts
 from cemg.errors import UserError
 from cemg.progress import console, plain_console, printable
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from cemg.decoding import Normalize
     from cemg.recommender import Recommender
     from cemg.storage.parts import Shard
-    from cemg_kernels import ItemFilter
 
 app = command.command_line()
 
@@ -181,13 +181,17 @@ def recommend(
     allowed = read_ids(only, option="--only") if only else []
     forbidden = read_ids(exclude, option="--exclude") if exclude else []
     if allowed or forbidden:
-        options["filter"] = _filter(recommender, allowed, forbidden)
+        options["filter"] = allowed_items(recommender, allowed, forbidden)
     if everyone:
-        from cemg.commands.all_users import AllUsers, join_all, write_all
+        from cemg.commands.all_users import AllUsers
+        from cemg.storage.parts import join as join_shards
 
-        job = AllUsers(recommender, part=part, options=options, only=allowed, exclude=forbidden)
-        path = join_all(job, everyone) if join else write_all(job, everyone, shard=one_shard)
-        users = job.users_of(one_shard)
+        work = AllUsers(recommender, part=part, options=options, only=allowed, exclude=forbidden)
+        path, users = everyone, work.users_of(one_shard)
+        if join:
+            print_note(join_shards(everyone, work.about, schema=work.schema))
+        else:
+            path = write_parts(work, everyone, shard=one_shard, label="recommend")
         console.print(f"wrote {path}: {users:,} users, at most {top} items each", soft_wrap=True)
         return
     if histories:
@@ -213,7 +217,11 @@ def _check_all(out: Path | None, part: str, shard: str, *, join: bool) -> Shard 
     """Return the shard. Raises UserError for invalid options of --all-users."""
     if part not in ("all", "test", "valid"):
         raise UserError(f"--part must be all, test or valid, got {part!r}")
-    options = {f"--part {part}": part != "all", f"--shard {shard}": bool(shard), "--join": join}
+    options = {
+        f"--part {part}": part != "all",
+        f"--shard {shard}": bool(shard),
+        "--join": join,
+    }
     given = [name for name, used in options.items() if used]
     if out is None and given:
         raise UserError(f"{given[0]} has no effect without --all-users", fix="add --all-users OUT.parquet")
@@ -222,23 +230,7 @@ def _check_all(out: Path | None, part: str, shard: str, *, join: bool) -> Shard 
             f"--all-users {out} must end in .parquet",
             fix=f"--all-users {quote(str(out.with_suffix('.parquet')))}",
         )
-    if shard and join:
-        raise UserError(
-            "--shard and --join exclude each other", fix="compute each shard, then run --join without --shard"
-        )
-    if not shard:
-        return None
-    from cemg.storage.parts import Shard
-
-    return Shard.parse(shard)
-
-
-def _filter(recommender: Recommender, only: Sequence[str], exclude: Sequence[str]) -> ItemFilter:
-    """Allow the items of ``only`` (all items if it is empty) except those of ``exclude``."""
-    if not exclude:
-        return recommender.only(only)
-    not_excluded = ~recommender.only(exclude)
-    return recommender.only(only) & not_excluded if only else not_excluded
+    return read_shard(shard, join=join)
 
 
 def _serve(recommender: Recommender, path: Path, options: dict[str, Any]) -> None:

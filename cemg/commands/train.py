@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cemg.commands import console as command
+from cemg.commands.shards import FEATURES, load_features, read_shard, write_features
 from cemg.commands.sources import (
     ColumnsOption,
     DropDuplicatesOption,
@@ -126,6 +127,17 @@ def train(
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for cached text and image features; runs can share it."),
     ] = None,
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="i/N",
+            help="Only encode the i-th of N shards of the texts and images, into a file in the folder of the "
+            "run.",
+        ),
+    ] = "",
+    join: Annotated[
+        bool, typer.Option("--join", help="Train with the features that --shard 1/N to N/N computed.")
+    ] = False,
     result: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also copy the result file to this path.")
     ] = None,
@@ -155,6 +167,7 @@ def train(
     command.check_device(device)
     use_fast_kernels(fast_kernels)
     command.check_result(result)
+    one_shard = read_shard(shard, join=join)
     source = one_source(Path(data) if data else None, interactions, option="--data")
     files = {
         "items": items,
@@ -186,13 +199,19 @@ def train(
     if dry_run:
         _print_plan(run, chosen, device=device, data=known)
         return
-    console.print(_kernels(device))
     folder = Run(run)
+    if one_shard:
+        pipeline = Pipeline(folder, chosen, device=device, cache=cache, data=known)
+        write_features(pipeline.feature_work(), run / FEATURES, shard=one_shard)
+        return
+    console.print(_kernels(device))
     with folder.locked():
         command.set_interrupt_message(
             f"finished stages and the last checkpoint are kept; cemg-train --run {quote(str(run))} continues"
         )
         pipeline = Pipeline(folder, chosen, device=device, cache=cache, data=known)
+        if join:
+            load_features(pipeline.feature_work(), run / FEATURES, pipeline.cache)
         pipeline.train(agree=None if force else partial(_agree, run), rebuild=rebuild)
         _test(pipeline, chosen, copy=result)
 

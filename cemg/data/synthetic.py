@@ -11,6 +11,7 @@ U users, N items, C clusters per kind, 3 kinds: visual, textual, collaborative.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -217,7 +218,9 @@ def _draw_images(world: World, folder: Path, seed: int) -> list[Path | None]:
             images.append(None)
             continue
         path = folder / f"item-{item + 1:04d}.png"
-        _draw_image(cluster, rng).save(path)  # not flushed, because every start draws it again
+        part = path.with_suffix(f".{os.getpid()}.png")  # another process may be reading the last one
+        _draw_image(cluster, rng).save(part)  # not flushed, because every start draws it again
+        part.replace(path)
         images.append(path)
     return images
 

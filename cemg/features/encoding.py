@@ -95,18 +95,20 @@ def encode_rows(
         The features, [N, F].
     """
     known = shelf.find([key for key in keys if key is not None]) if shelf else {}
-    first_row = {
-        key: row for row, key in reversed(list(enumerate(keys))) if key is not None and key not in known
-    }
-    known |= _compute_rows(
-        keys, sorted(first_row.values()), compute, shelf=shelf, label=label if progress else ""
-    )
+    missing = [row for row in first_rows(keys) if keys[row] not in known]
+    known |= _compute_rows(keys, missing, compute, shelf=shelf, label=label if progress else "")
     values = torch.zeros(len(keys), width)  # [N, F]
     present = torch.tensor([key is not None and key in known for key in keys], dtype=torch.bool)  # [N]
     for row, key in enumerate(keys):
         if key is not None and key in known:
             values[row] = known[key]
     return Features(values, present)
+
+
+def first_rows(keys: Sequence[bytes | None]) -> list[int]:
+    """Return the first row of each key, in order, without None."""
+    first = {key: row for row, key in reversed(list(enumerate(keys))) if key is not None}
+    return sorted(first.values())
 
 
 def _compute_rows(

@@ -77,9 +77,8 @@ def encode_texts(
     if not any(text and text.strip() for text in texts):
         return Features(torch.zeros(len(texts), 1), torch.zeros(len(texts), dtype=torch.bool))
     encoder = TextEncoder(config, device=device, dtype=dtype)
-    keys = [content_key(encoder.identity, text.encode()) if text and text.strip() else None for text in texts]
     return encode_rows(
-        keys,
+        encoder.keys(texts),
         lambda rows: encoder.batches([texts[row] or "" for row in rows], rows),
         width=encoder.width,
         shelf=cache.shelf(encoder.identity) if cache else None,
@@ -104,15 +103,31 @@ class TextEncoder:
         self.identity = hash_model(model, description=_describe(config, self.tokenizer, dtype), skip=ignored)
         self.model = model.to(self.device, dtype).eval()
 
+    def keys(self, texts: Sequence[str | None]) -> list[bytes | None]:
+        """Return the cache key of each text; None for a missing or blank one."""
+        return [
+            content_key(self.identity, text.encode()) if text and text.strip() else None for text in texts
+        ]
+
     def batches(self, texts: list[str], rows: list[int]) -> Batches:
         """Encode texts in batches, longest first to save padding; yield their rows and vectors [B, F]."""
         if not texts:
             return
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.config.max_tokens)["input_ids"]
-        order = sorted(range(len(texts)), key=lambda i: -len(tokens[i]))
+        tokens = self._tokens(texts)
+        order = longest_first(tokens)
         for start in range(0, len(order), self.config.batch_size):
             batch = order[start : start + self.config.batch_size]
             yield [rows[i] for i in batch], self._encode([tokens[i] for i in batch])
+
+    def in_order(self, texts: list[str], rows: list[int]) -> list[int]:
+        """Return ``rows``, one per text, in the order in which `batches` encodes them."""
+        return [rows[i] for i in longest_first(self._tokens(texts))] if texts else []
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        tokens: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=self.config.max_tokens)[
+            "input_ids"
+        ]
+        return tokens
 
     @torch.inference_mode()
     def _encode(self, tokens: list[list[int]]) -> Tensor:
@@ -121,6 +136,11 @@ class TextEncoder:
         mask = padded["attention_mask"]  # [B, T]
         hidden = self.model(input_ids=padded["input_ids"], attention_mask=mask).last_hidden_state  # [B, T, F]
         return pool(hidden.float(), mask, how=self.config.pooling).cpu()
+
+
+def longest_first(tokens: Sequence[Sequence[int]]) -> list[int]:
+    """The order of texts by their number of tokens; equal ones keep their order."""
+    return sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
 
 
 def pool(hidden: Tensor, mask: Tensor, *, how: Literal["cls", "mean"]) -> Tensor:

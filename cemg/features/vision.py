@@ -76,7 +76,7 @@ def encode_images(
     """
     encoder = ImageEncoder(config, device=device, dtype=dtype)
     reasons: dict[int, str] = {}
-    keys = [_key(path, encoder.identity, row, reasons) for row, path in enumerate(paths)]
+    keys = encoder.keys(paths, reasons)
     features = encode_rows(
         keys,
         lambda rows: encoder.batches([(row, Path(paths[row] or "")) for row in rows], reasons),
@@ -112,6 +112,10 @@ class ImageEncoder:
         network = backbone.network.to(self.device, dtype).eval()
         self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU (measured)
         self.width = self._encode([self.transform(Image.new("RGB", (256, 256)))]).shape[1]
+
+    def keys(self, paths: Sequence[str | Path | None], reasons: dict[int, str]) -> list[bytes | None]:
+        """Return the cache key of each file. Adds files that cannot be read to ``reasons``."""
+        return [_key(path, self.identity, row, reasons) for row, path in enumerate(paths)]
 
     def batches(self, files: list[tuple[int, Path]], reasons: dict[int, str]) -> Batches:
         """Encode files in batches; yield rows and vectors [B, F]. Adds undecodable files to ``reasons``."""

@@ -22,6 +22,7 @@ from cemg.evaluation import evaluate
 from cemg.evaluation.ranker import beam_ranker
 from cemg.evaluation.selection import checkpoint_selection
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
+from cemg.features.shards import FeatureWork
 from cemg.generator import start_from_codebooks, weights_of
 from cemg.generator.item_softmax import ItemSoftmax
 from cemg.generator.training import train_generator
@@ -175,6 +176,14 @@ class Pipeline(RunArtifacts):
         dense = self.config.gate.dense
         config = keyed(self.config, "gate") | {"seed": self.config.seed, "dense": dense_digest(dense)}
         self._stage("gate", config, self._build_gate, inputs=("data", "memory", "generator"))
+
+    def feature_work(self) -> FeatureWork:
+        """The texts and images of the data, for the features stage, to be encoded in parts."""
+        self.given = self._read_data()
+        config = self.config
+        return FeatureWork(
+            self.given.texts, self.given.images, text=config.text, image=config.image, device=self.device
+        )
 
     # ---- how each is built
 

@@ -121,7 +121,7 @@ class Parts:
         record: dict[str, Any] = {"about": self.about}
         if self.shard:
             record |= {"shard": str(self.shard), "total": self.total, "made_on": self.made_on}
-        tables = (pq.read_table(self._part(number), schema=self.schema) for number in self.numbers)
+        tables = (self._read(number) for number in self.numbers)
         _write(self.path, tables, self.schema, record)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.finished.clear()
@@ -144,6 +144,15 @@ class Parts:
     @property
     def _discard(self) -> str:
         return f"rm -r {quote(str(self.folder))}"
+
+    def _read(self, number: int) -> pa.Table:
+        try:
+            return pq.read_table(self._part(number), schema=self.schema, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise DamagedError(
+                f"{self._part(number)} is damaged", cause=str(error).split("\n")[0],
+                fix="delete it and repeat the command, which computes it again",
+            ) from error  # fmt: skip
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:08}.parquet"
@@ -169,14 +178,7 @@ def join(out: Path, about: Mapping[str, Any], *, schema: pa.Schema) -> str | Non
     with _locked(out):
         shards = open_shards(out, about, schema=schema)
         _write(out, _in_order(shards), schema, {"about": dict(about)})
-    kinds = {json.dumps(shard.made_on, sort_keys=True): shard for shard in shards}
-    if len(kinds) < 2:
-        return None
-    one, other = list(kinds.values())[:2]
-    what = describe_difference(other.made_on, one.made_on)
-    return (
-        f"scores may differ in the last bits between machines: {other.path} differs from {one.path}: {what}"
-    )
+    return difference_of_machines(shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +248,16 @@ def describe_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> s
     return None
 
 
+def difference_of_machines(shards: list[ShardFile]) -> str | None:
+    """A note if shards were computed on machines of different kinds; None otherwise."""
+    for one in shards[1:]:
+        difference = describe_difference(one.made_on, shards[0].made_on)
+        if difference:
+            who = f"{one.path} and {shards[0].path} were computed on different kinds of machines"
+            return f"{who}, so their last bits may differ from those of one machine: {difference}"
+    return None
+
+
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
@@ -261,7 +273,7 @@ def _find_shards(out: Path) -> set[Shard]:
 def _open_shard(path: Path, shard: Shard, schema: pa.Schema) -> ShardFile:
     check_file(path)
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
         record = json.loads((file.schema_arrow.metadata or {})[META])
         made = ShardFile(path, shard, record["about"], record["total"], record["made_on"], file)
         named = record["shard"]
@@ -291,7 +303,10 @@ def _in_order(shards: list[ShardFile]) -> Iterator[pa.Table]:
 def _write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema, record: Mapping[str, Any]) -> None:
     """Write one row group per table; ``record`` goes into the metadata of the file."""
     described = schema.with_metadata({META: json.dumps(record, sort_keys=True)})
-    with files.durable(path) as unfinished, pq.ParquetWriter(unfinished, described) as writer:
+    with (
+        files.durable(path) as unfinished,
+        pq.ParquetWriter(unfinished, described, write_page_checksum=True) as writer,
+    ):
         for table in tables:
             writer.write_table(table.cast(described), row_group_size=max(1, table.num_rows))
 
