@@ -206,6 +206,8 @@ class Service:
         """Load a run beside the present one, and let it answer all searches from some moment on."""
         loaded = self._load(run, events)
         found = loaded.engine.model_version
+        if found == self.model_version and run == self._loaded.run.resolve():
+            raise UserError(f"{run} is served already, as model {found}")
         if version is not None and found != version:
             raise UserError(
                 f"{run} was changed since it was served",

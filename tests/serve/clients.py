@@ -28,6 +28,7 @@ class Client:
     sent: int = 0
     acknowledged: int = 0
     error: Exception | None = None
+    one_model: bool = True  # else the semantic ID of an item may change
     in_doubt: tuple[str, Any] | None = None  # of the users or items: what the last request would have made
 
     @classmethod
@@ -142,7 +143,7 @@ class Client:
         return found
 
     def note_codes(self, item: str, codes: list[int] | None) -> None:
-        if item in self.codes:
+        if item in self.codes and self.one_model:
             assert codes == self.codes[item], f"the semantic ID of {item} changed"
         elif codes is not None:
             self.codes[item] = codes
