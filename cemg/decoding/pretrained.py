@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from cemg.errors import UserError
+from cemg.loading import MODELS
 from cemg.storage import files
 from cemg.tokenizer import Catalog, CodeTokens
 
@@ -93,7 +94,8 @@ def load_pretrained(folder: Path | str, *, device: str = "cpu") -> tuple[PreTrai
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, report = family.from_pretrained(folder, trust_remote_code=False, output_loading_info=True)
+        with MODELS:
+            model, report = family.from_pretrained(folder, trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # its type depends on the damage
         cause = str(error).strip().splitlines()
         raise UserError(f"{folder} holds no readable model", cause=cause[0] if cause else None) from error

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cemg.errors import UserError
+from cemg.loading import MODELS
 
 Transform = Callable[[Image.Image], Tensor]  # an RGB image -> float32 [3, S, S]
 VISION_EXTRA = 'pip install "cemg[vision]"'
@@ -77,14 +78,15 @@ def load_backbone(name: str, weights: str) -> Backbone:
     Raises:
         UserError: The name is unknown, a package is missing, or the weights cannot be loaded.
     """
-    if name == "hed-vgg16":
-        return _hed_vgg16(weights)
-    if name == "efficientnet-lite0":
-        installed = importlib.util.find_spec(LITE0_CODE) and importlib.util.find_spec(LITE0_WEIGHTS)
-        return _lite0(weights) if installed else _timm("efficientnet_lite0", weights)
-    if name.startswith("timm:"):
-        return _timm(name.removeprefix("timm:"), weights)
-    return _torchvision(name, weights)
+    with MODELS:
+        if name == "hed-vgg16":
+            return _hed_vgg16(weights)
+        if name == "efficientnet-lite0":
+            installed = importlib.util.find_spec(LITE0_CODE) and importlib.util.find_spec(LITE0_WEIGHTS)
+            return _lite0(weights) if installed else _timm("efficientnet_lite0", weights)
+        if name.startswith("timm:"):
+            return _timm(name.removeprefix("timm:"), weights)
+        return _torchvision(name, weights)
 
 
 def check_backbone(name: str, weights: str) -> None:

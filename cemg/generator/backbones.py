@@ -22,6 +22,7 @@ from cemg.errors import UserError
 from cemg.generator.dropout import DropoutEmbedding, DropoutLinear
 from cemg.generator.pretrained import add_tokens, load_checkpoint
 from cemg.generator.vocabulary import Vocabulary
+from cemg.loading import MODELS
 
 PAD, BOS, EOS, FIRST_CODE = 0, 1, 2, 3  # token ids of a vocabulary without text
 
@@ -104,13 +105,14 @@ def build_backbone(
     config: BackboneConfig, levels: int, codebook_size: int, *, history_items: int
 ) -> tuple[PreTrainedModel, Vocabulary]:
     """The model and its vocabulary, extended by the codes. Random weights follow torch's seed."""
-    if config.kind == "causal":
-        return _causal(config, levels, codebook_size)
-    if config.kind == "t5" and config.pretrained:
-        return _pretrained_t5(config, levels, codebook_size)
-    vocabulary = Vocabulary(levels, codebook_size, FIRST_CODE, PAD, BOS, EOS)
-    build = _t5 if config.kind == "t5" else _scratch
-    return build(config, vocabulary, levels * (history_items + 2) + 2), vocabulary
+    with MODELS:
+        if config.kind == "causal":
+            return _causal(config, levels, codebook_size)
+        if config.kind == "t5" and config.pretrained:
+            return _pretrained_t5(config, levels, codebook_size)
+        vocabulary = Vocabulary(levels, codebook_size, FIRST_CODE, PAD, BOS, EOS)
+        build = _t5 if config.kind == "t5" else _scratch
+        return build(config, vocabulary, levels * (history_items + 2) + 2), vocabulary
 
 
 def _scratch(config: BackboneConfig, vocabulary: Vocabulary, positions: int) -> PreTrainedModel:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import heapq
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,6 @@ from cemg.serve.rows import UnknownItemError
 from cemg_kernels import ItemFilter
 
 EVENTS = 10  # that explain an item
-LOADING = threading.Lock()  # held while models are loaded: transformers changes global state meanwhile
 EARLIER = float("-inf")  # time of the interactions that the run was trained on
 
 
@@ -342,8 +340,7 @@ class Engine:
                 paths.append(None if content is None else Path(folder) / str(number))
                 if content is not None:
                     (Path(folder) / str(number)).write_bytes(content)
-            with LOADING:
-                return self.recommender.encode_items(texts, paths)
+            return self.recommender.encode_items(texts, paths)
 
     def extended(self, codes: Mapping[str, Sequence[int]], titles: Mapping[str, str]) -> Recommender:
         """Prepare a recommender with further items, for `add`. It may run beside the searches.

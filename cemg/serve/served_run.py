@@ -15,7 +15,7 @@ from cemg.data.readers.text import clean, item_text
 from cemg.errors import UserError
 from cemg.recommender import Recommender
 from cemg.serve.attributes import AttributeTable
-from cemg.serve.engine import LOADING, Engine, Query
+from cemg.serve.engine import Engine, Query
 from cemg.serve.filters import Filters
 from cemg.serve.named_filters import NamedFilters
 from cemg.serve.rows import Deletion, Item, StoredItem
@@ -79,8 +79,7 @@ class ServedRun:
             UserError: The run cannot be opened, or its parts do not belong together.
         """
         Run(run).check_unlocked()
-        with LOADING:
-            recommender = Recommender.from_run(run, device)
+        recommender = Recommender.from_run(run, device)
         engine = Engine(recommender, model_version=model_version(recommender.artifacts))
         table = AttributeTable([str(item) for item in recommender.catalog.item_ids])
         engine.filters = Filters(table, named)

@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from cemg.artifacts import RunArtifacts
 from cemg.data.dataset import Served
 from cemg.errors import UserError
+from cemg.features import encode_texts
 from cemg.serve.engine import Answer, Query
 from cemg.serve.models import Loader, LoadingError
 from cemg.serve.rows import Event, Item
@@ -29,6 +31,7 @@ from .clients import Client
 from .process import PATIENCE, ServerProcess, copy_of, eventually, free_port
 
 USER = "user-0001"
+LOADS = 20  # without a lock, one in ten fails
 KILLS = int(os.environ.get("CEMG_KILL_ROUNDS", "4"))
 
 
@@ -286,6 +289,28 @@ def test_the_data_say_which_events_of_which_store_they_have(tiny_run: Path, tmp_
         data = ServedRun.load(run, store).recommender.artifacts.load_data()
         dataclasses.replace(data, served=Served(store.created, 7)).save(tmp_path / "data")
         assert type(data).load(tmp_path / "data").served == Served(store.created, 7)
+
+
+def test_a_model_is_whole_while_another_thread_loads_one(tiny_run: Path) -> None:
+    artifacts, done, failed = RunArtifacts.open(tiny_run), threading.Event(), list[Exception]()
+
+    def encode() -> None:
+        while not done.is_set():
+            try:
+                encode_texts(["sturdy rudder"], config=artifacts.config.text, progress=False)
+            except Exception as error:
+                failed.append(error)
+                return
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    try:
+        for _ in range(LOADS):
+            artifacts.load_trained()  # compares the names of the weights
+    finally:
+        done.set()
+        thread.join()
+    assert not failed, failed
 
 
 def test_following_in_steps_equals_following_at_once(other_run: Path, tmp_path: Path) -> None:
