@@ -29,7 +29,8 @@ class Fake:
         if any("wrong" in query.history for query in queries):
             raise ValueError("wrong")
         return [
-            Answer([*query.history], [0.0], [None], 0, "generator", self.version, []) for query in queries
+            Answer([*query.history], [0.0], [None], 0, "generator", self.version, "model", [])
+            for query in queries
         ]
 
 
