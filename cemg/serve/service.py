@@ -168,7 +168,8 @@ class Service:
 
     def models(self) -> Models:
         """The run that is served, and the one before it."""
-        return self.store.models or Models(_as_served(self._loaded))
+        stored = self.store.models
+        return Models(_as_served(self._loaded), None if stored is None else stored.previous)
 
     def load_model(self, run: str, *, events: int | None = None) -> Attempt:
         """Load another run in the background, and serve it from then on: see `Loader`.

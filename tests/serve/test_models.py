@@ -93,6 +93,9 @@ def test_another_run_takes_over_what_was_stored_and_survives_a_restart(runs: Pat
         server.stop()
     with ServerProcess(runs / "run") as server:  # the choice is in the store
         assert server.json("GET", "/v1/catalog") == after
+        models = server.json("GET", "/v1/models")
+        assert models["current"] == {"run": str(runs / "other"), "model_version": after["model_version"]}
+        assert models["previous"]["model_version"] == before["model_version"] and models["last"] is None
         checks(server, items, history)
         server.json("PUT", f"/v1/items/{items[0]}", {"title": "back"})
         server.json("DELETE", "/v1/items/new")
