@@ -57,8 +57,8 @@ class DefaultGroup(TyperGroup):
     """Several commands, of which the first one needs no name: ``cemg-serve --run RUN``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Insert the name of the first command unless another one is named."""
-        named = bool(args) and args[0] in self.commands
+        """Insert the name of the first command where the arguments begin with an option."""
+        named = bool(args) and not args[0].startswith("-")
         return super().parse_args(ctx, args if named else [next(iter(self.commands)), *args])
 
 

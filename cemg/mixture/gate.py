@@ -28,6 +28,7 @@ FORMAT = 1  # of the file
 PER_SOURCE = ("largest", "entropy", "items")  # features of each source
 COMMON = ("length", "rare", "newest")  # features of the history
 RARE = 5  # a history item is rare if it has at most this many training events
+MAX_WEIGHT = 1 - 1e-9  # of a prior: the generator has a share, but too small to change the order of others
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,10 @@ class Experts:
         self, histories: Sequence[Sequence[int] | np.ndarray], *, constant: bool = False,
         exclude_history: bool = False,
     ) -> Mixed:  # fmt: skip
-        """Average the sources to one prior per history. An empty history gets popularity, of weight 1.
+        """Average the sources to one prior per history. An empty history gets popularity.
+
+        The weight of a prior is at most MAX_WEIGHT: the generator ranks the items that no source knows, below
+        all others, so that a list is full.
 
         Args:
             histories: B histories of item rows, oldest first.
@@ -176,13 +180,13 @@ class Experts:
             _weighted([own[row] for own in found], self.gate.powers, weights[row, 1:])
             for row in range(len(rows))
         ]
-        share = 1 - weights[:, 0]
+        share = np.minimum(1 - weights[:, 0], MAX_WEIGHT)
         named = [
             {self.gate.sources[number]: part for number, part in own.items()} if len(history) else
             {POPULARITY: Masses(np.flatnonzero(self.counts), self.counts[self.counts > 0].astype(np.float64))}
             for own, history in zip(parts, rows, strict=True)
         ]  # fmt: skip
-        share[[not len(history) for history in rows]] = 1.0
+        share[[not len(history) for history in rows]] = MAX_WEIGHT
         summed = [_summed([*own.values()]) for own in named]
         return Mixed([items for items, _ in summed], [mass for _, mass in summed], share, named)
 

@@ -14,7 +14,7 @@ from cemg.dense import DenseConfig, DenseRanker, SequenceEncoder
 from cemg.errors import DamagedError
 from cemg.mixture import GATE_FILE, DenseSource, Experts, Gate, Masses
 from cemg.mixture.fitting import default_gate
-from cemg.mixture.gate import averaged, feature_names, features_of
+from cemg.mixture.gate import MAX_WEIGHT, averaged, feature_names, features_of
 
 COUNTS = np.array([9, 0, 3, 1, 6])
 
@@ -87,10 +87,14 @@ def test_a_source_that_says_nothing_has_no_weight_and_the_others_share_it():
     assert only.tolist() == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]
 
 
-def test_an_empty_history_gets_popularity_with_the_whole_weight():
+def test_an_empty_history_gets_popularity_and_the_generator_ranks_only_the_rest():
     mixed = Experts(gate_of([0.5, 0.5], [1.0]), [ONE], COUNTS).prior([[], [3]])
     assert mixed.items[0].tolist() == [0, 2, 3, 4] and mixed.mass[0].tolist() == [9, 3, 1, 6]
-    assert mixed.weight[0] == 1 and mixed.weight[1] == pytest.approx(0.5)
+    assert mixed.weight[0] == MAX_WEIGHT < 1 and mixed.weight[1] == pytest.approx(0.5)
+
+
+def test_the_generator_ranks_the_rest_also_where_its_weight_is_0():
+    assert Experts(gate_of([0.0, 1.0], [1.0]), [ONE], COUNTS).prior([[3]]).weight.tolist() == [MAX_WEIGHT]
 
 
 def test_items_of_the_history_have_mass_only_where_users_return_to_items():

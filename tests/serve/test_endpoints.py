@@ -109,6 +109,25 @@ def test_unknown_ids_are_skipped_or_refused(server: ServerProcess, items: list[s
     problem(post("/v1/recommend", json={"user_id": "nobody", "strict": True}), 404, "nobody")
 
 
+def test_a_user_without_history_gets_all_admitted_items_the_popular_ones_first(
+    server: ServerProcess, items: list[str]
+) -> None:
+    fresh = [f"fresh-{next(names)}" for _ in range(2)]
+    body = [{"item_id": item, "title": "Sturdy rudder", "attributes": {"shelf": "new"}} for item in fresh]
+    server.json("POST", "/v1/items", {"items": body})
+    server.json("PATCH", f"/v1/items/{items[30]}", {"attributes": {"shelf": "new"}})
+    eventually(lambda: all(server.json("GET", f"/v1/items/{item}")["codes"] for item in fresh))
+    asked = {"user_id": "nobody", "filter": {"must": [{"key": "shelf", "match": {"value": "new"}}]}}
+    for limit, complete in ((3, True), (4, False)):
+        answer = server.json("POST", "/v1/recommend", {**asked, "limit": limit})
+        found = [one["item_id"] for one in answer["items"]]
+        assert found[0] == items[30] and {*found[1:]} == {*fresh} and answer["complete"] == complete
+        assert answer["strategy"] == "popularity"
+    server.json("PATCH", f"/v1/items/{items[30]}", {"attributes": {"shelf": None}})
+    for item in fresh:
+        server.json("DELETE", f"/v1/items/{item}")
+
+
 @pytest.mark.parametrize(
     "body, field",
     [
