@@ -56,7 +56,7 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
         await asyncio.to_thread(service.close, timeout=settings.timeout)  # or what is left of that of `drain`
 
     app = FastAPI(
-        title="CEMG", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None,
+        title="CEMG", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Recommendations from a catalog and a memory that change while they are served.",
         responses=problems.RESPONSES,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import RedirectResponse
 from starlette.exceptions import HTTPException
 
 from cemg.serve import images, schemas
@@ -101,6 +102,10 @@ def _add_page(app: FastAPI) -> None:
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index(request: Request) -> Response:
         return answer(request, "index.html")
+
+    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+    async def docs() -> Response:
+        return RedirectResponse("./#/api")  # relative: a proxy may serve below another path
 
     @app.api_route("/page/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)
     async def part(path: str, request: Request) -> Response:

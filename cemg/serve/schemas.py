@@ -39,6 +39,8 @@ class Strict(BaseModel):
 class RecommendRequest(Strict):
     """A request for recommendations, for a known user or for a history."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": "u17", "limit": 3}]})
+
     user_id: Id | None = Field(None, examples=["u17"])
     history: list[Id] | None = Field(
         None,
@@ -134,9 +136,9 @@ class RecommendationBatch(BaseModel):
 class EventBody(Strict):
     """An interaction of a user with an item."""
 
-    event_id: Id = Field(description="An event with a known id is not stored again.")
-    user_id: Id
-    item_id: Id
+    event_id: Id = Field(description="An event with a known id is not stored again.", examples=["e1"])
+    user_id: Id = Field(examples=["u17"])
+    item_id: Id = Field(examples=["item-0012"])
     timestamp: float | None = Field(None, description="Seconds since 1970; by default the time of the call.")
     type: Annotated[str, Field(max_length=MAX_TYPE), AfterValidator(is_text)] = "interaction"
 
@@ -161,8 +163,8 @@ class EventsAnswer(BaseModel):
 class ItemFields(Strict):
     """The fields of an item."""
 
-    title: str = Field("", max_length=MAX_TITLE)
-    text: str = Field("", max_length=MAX_TEXT)
+    title: str = Field("", max_length=MAX_TITLE, examples=["Sturdy rudder"])
+    text: str = Field("", max_length=MAX_TEXT, examples=["for the garden"])
     attributes: dict[str, Attribute] = Field(
         default_factory=dict,
         description="Values that filters read.",
@@ -174,7 +176,7 @@ class ItemFields(Strict):
 class ItemBody(ItemFields):
     """An item with its id."""
 
-    item_id: Id
+    item_id: Id = Field(examples=["new-1"])
 
     def item(self, image: bytes | None) -> Item:
         """As the store has it."""
@@ -187,7 +189,7 @@ class ItemPatch(Strict):
     title: str | None = Field(None, max_length=MAX_TITLE)
     text: str | None = Field(None, max_length=MAX_TEXT)
     attributes: dict[str, Attribute | None] | None = Field(
-        None, description="Attributes to change; null deletes one."
+        None, description="Attributes to change; null deletes one.", examples=[{"price": 8.5, "sale": None}]
     )
     image: str | None = Field(None, description=f"{IMAGE} null deletes it.")
 

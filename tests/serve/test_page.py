@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -392,6 +393,26 @@ def test_a_user_is_picked_and_options_hold(page: Page, width: int) -> None:
     page.click("#explain")
     page.click("button[type=submit]")
     wait_for(lambda: page.all("ol.list li") and not page.all(".shares"))
+
+
+@WIDTHS
+def test_endpoints_are_described_and_called(page: Page, width: int) -> None:
+    page.open("api", width=width)
+    schema = web.get(f"{page.address}/openapi.json").json()
+    names = {f"{method.upper()} {path}" for path, methods in schema["paths"].items() for method in methods}
+    names |= {*schema["components"]["schemas"]}
+    wait_for(lambda: {one.text for one in page.all("summary > code")} == names)
+    page.click("summary > code", "POST /v1/recommend")
+    assert json.loads(page.one("textarea").get_property("value")) == {"user_id": "u17", "limit": 3}
+    assert f"curl -s '{page.address}/v1/recommend'" in page.one("pre").text
+    page.click("button", "Send")
+    assert '"strategy": "popularity"' in page.one("[role=status] pre").text
+    page.click("summary > code", "POST /v1/recommend")
+    page.click("summary > code", "GET /v1/items/{item_id}")
+    page.type("details[open] input", "item-0002")
+    assert "/v1/items/item-0002'" in page.one("pre").text
+    page.click("details[open] a", "ItemAnswer")
+    assert "codes" in page.one("#schema-ItemAnswer[open]").text and page.fits()
 
 
 def test_a_wrong_filter_is_explained(page: Page) -> None:

@@ -28,7 +28,7 @@ function keyOnce(used, message) {
   });
 }
 
-async function send(path, options) {
+export async function send(path, options) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
     const headers = { ...options.headers, ...(key ? { "X-API-Key": key } : {}) };

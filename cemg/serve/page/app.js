@@ -2,10 +2,11 @@
 import { onMissingKey } from "./api.js";
 import { Items } from "./items.js";
 import { Recommend } from "./recommend.js";
+import { Reference } from "./reference.js";
 import { Status } from "./status.js";
 import { html, render, useEffect, useRef, useState } from "./ui.js";
 
-const VIEWS = { recommend: ["Recommend", Recommend], items: ["Items", Items], status: ["Status", Status] };
+const VIEWS = { recommend: "Recommend", items: "Items", status: "Status", api: "API" };
 
 function place() {
   const [name, ...rest] = location.hash.replace(/^#\//, "").split("/");
@@ -54,18 +55,19 @@ function App() {
     addEventListener("hashchange", moved);
     return () => removeEventListener("hashchange", moved);
   }, []);
-  const link = ([name, [title]]) => html`<a href="#/${name}" aria-current=${here.name === name ? "page" : null}>${title}</a>`;
+  const link = ([name, title]) => html`<a href="#/${name}" aria-current=${here.name === name ? "page" : null}>${title}</a>`;
   // The form and its result stay while another view is open.
   return html`
     <a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); document.getElementById("main").focus(); }}>Skip to the content</a>
     <header>
       <h1><img src="page/icon.svg" alt="" width="28" height="28"/>CEMG</h1>
-      <nav aria-label="Views">${Object.entries(VIEWS).map(link)}<a href="docs">API</a></nav>
+      <nav aria-label="Views">${Object.entries(VIEWS).map(link)}</nav>
     </header>
     <main id="main" tabindex="-1">
       <div hidden=${here.name !== "recommend"}><${Recommend}/></div>
       ${here.name === "items" && html`<${Items} id=${here.id}/>`}
       ${here.name === "status" && html`<${Status}/>`}
+      ${here.name === "api" && html`<${Reference} id=${here.id}/>`}
     </main>
     <${KeyDialog}/>`;
 }
