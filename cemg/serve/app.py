@@ -9,23 +9,22 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
-from pydantic import AfterValidator
 from starlette.exceptions import HTTPException
 
 from cemg.serve import browse, images, problems, schemas
 from cemg.serve.engine import Answer
 from cemg.serve.metrics import Metrics, Observed
-from cemg.serve.rows import MAX_ID, MAX_INTEGER, ServedModel, StoredItem, UnknownItemError
+from cemg.serve.paths import EncodedSlashes, PathId
+from cemg.serve.rows import MAX_INTEGER, ServedModel, StoredItem, UnknownItemError
 from cemg.serve.security import LOOPBACK, Guard, Keys, requires
 from cemg.serve.service import Request as Asked
 from cemg.serve.service import Service
 from cemg.version import __version__
 
 GONE = 499  # status in the log of a request whose client has gone
-PathId = Annotated[str, Path(max_length=MAX_ID), AfterValidator(schemas.is_text)]
 Limit = Annotated[int, Query(ge=1, le=1_000)]
 
 
@@ -62,6 +61,7 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     )  # fmt: skip
     app.state.keys, app.state.metrics = settings.keys, Metrics(service)
     problems.install(app)
+    app.add_middleware(EncodedSlashes)
     app.add_middleware(Guard, hosts=settings.hosts, max_bytes=settings.max_bytes)
     app.add_middleware(
         Observed, metrics=app.state.metrics, status=service.status

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from cemg.serve import images, schemas
 from cemg.serve.metrics import SLOT, Recent, Slot
+from cemg.serve.paths import PathId
 from cemg.serve.security import requires
 from cemg.serve.service import Service
 from cemg.version import __version__
@@ -135,7 +136,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
 def _add_endpoints(app: FastAPI, service: Service) -> None:
     @app.get("/v1/items/{item_id:path}/similar", tags=["catalog"], dependencies=[requires("read")])
-    def similar(item_id: str, limit: Limit = 10) -> schemas.SimilarAnswer:
+    def similar(item_id: PathId, limit: Limit = 10) -> schemas.SimilarAnswer:
         """The items that the memory connects most with an item, by transitions and by texts."""
         found = []
         for name, share in service.similar(item_id, limit):
@@ -149,7 +150,7 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
         response_class=Response,
         responses={200: {"content": {media_type: {} for media_type in images.PICTURES.values()}}},
     )  # fmt: skip
-    def image(item_id: str) -> Response:
+    def image(item_id: PathId) -> Response:
         """The picture of an item."""
         content = service.picture(item_id)
         kind = None if content is None else images.media_type(content)

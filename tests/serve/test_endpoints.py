@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -490,6 +491,25 @@ def test_the_documentation_is_served(server: ServerProcess) -> None:
     assert schema["info"]["title"] == "CEMG" and "/v1/items/{item_id}" in schema["paths"]
     responses = schema["paths"]["/v1/recommend"]["post"]["responses"]
     assert "application/problem+json" in responses["422"]["content"]
+
+
+@pytest.mark.parametrize("item", ["x/similar", "x/image", "a/b", "a%2Fb", "100% %/é", "/", "?q=#1"])
+def test_an_id_may_have_any_printable_characters(server: ServerProcess, item: str) -> None:
+    path = f"/v1/items/{quote(item, safe='')}"
+    server.json("PUT", path, {"title": "Sturdy rudder", "attributes": {"odd": True}})
+    found = eventually(lambda: (one := server.json("GET", path))["codes"] and one)
+    assert found["item_id"] == item
+    server.json("GET", f"{path}/similar")
+    problem(server.http.get(f"{path}/image"), 404, "no picture")
+    server.json("PATCH", path, {"title": "Plain rudder"})
+    event = {"event_id": f"odd-{item}", "user_id": item, "item_id": item}
+    server.json("POST", "/v1/events", {"events": [event]})
+    user = f"/v1/users/{quote(item, safe='')}"
+    assert server.json("GET", user) == {"user_id": item, "history": [item]}
+    server.json("DELETE", user)
+    server.json("DELETE", path)
+    assert server.json("GET", path)["state"] == "removed"
+    problem(server.http.get("/v1/items/x"), 404, "there is no item x")
 
 
 # ---- the whole schema
