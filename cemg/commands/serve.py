@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from types import ModuleType
@@ -117,10 +118,14 @@ def serve(
     named = None if filters is None else NamedFilters.read(filters)
     bound = bind(host, port)
     Run(run).check_unlocked()
-    service = Service(
-        run, store=store or None, filters=named, device=device, max_batch=max_batch, max_queue=max_queue,
-        models=models, move_store=move_store,
-    )  # fmt: skip
+    gc.disable()  # a start makes millions of objects that stay, and each collection would look at all of them
+    try:
+        service = Service(
+            run, store=store or None, filters=named, device=device, max_batch=max_batch, max_queue=max_queue,
+            models=models, move_store=move_store,
+        )  # fmt: skip
+    finally:
+        gc.enable()
     app = create_app(service, Settings(keys=known, hosts=hosts, timeout=timeout))
     console.print(
         f"serving {service.loaded.run} on http://{host}:{port}, catalog version {service.store.version}",

@@ -18,6 +18,7 @@ ITEM = [
     *(column for column in items.c if column.name != "image"),
     items.c.image.is_not(None).label("has_image"),
 ]
+ATTRIBUTES, CODES = (list(items.c.keys()).index(name) for name in ("attributes", "codes"))
 T = TypeVar("T")
 COUNTERS, LOCKED = select(state), select(state).with_for_update()
 COUNT = update(state).values({name: bindparam(name) for name in ("number", "events", "users")})
@@ -125,12 +126,20 @@ def states_of(connection: Connection, names: Sequence[str]) -> dict[str, tuple[S
     return {row.item_id: (row.state, row.codes) for row in found}
 
 
-def stored_item(row: Any) -> StoredItem:
-    """An item from a row of ITEM and an image, which may be null."""
-    content = None if row.image is None else bytes(row.image)
-    item = Item(row.item_id, row.title, row.text, content, json.loads(row.attributes))
-    codes = None if row.codes is None else tuple(json.loads(row.codes))
-    return StoredItem(item, row.state, codes, row.version, row.time, bool(row.has_image))
+def stored_items(rows: Sequence[Any]) -> list[StoredItem]:
+    """Items from rows of ITEM and an image, which may be null.
+
+    The JSON of all rows is parsed by one call, because a start reads every item.
+    """
+    attributes = json.loads(f"[{','.join(row[ATTRIBUTES] for row in rows)}]")
+    codes = json.loads(f"[{','.join(row[CODES] or 'null' for row in rows)}]")
+    found = []
+    for row, values, levels in zip(rows, attributes, codes, strict=True):
+        item_id, title, text, _, state, _, version, time, has_image, image = row
+        item = Item(item_id, title, text, None if image is None else bytes(image), values)
+        placed = None if levels is None else tuple(levels)
+        found.append(StoredItem(item, state, placed, version, time, bool(has_image)))
+    return found
 
 
 def chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -34,7 +34,7 @@ from cemg.serve.log import (
     lock_counters,
     present,
     states_of,
-    stored_item,
+    stored_items,
 )
 from cemg.serve.rows import (
     STATES,
@@ -368,7 +368,7 @@ class Store:
         with self._database.write() as connection:
             log = ChangeLog(connection)
             row = connection.execute(ITEM_OF, {"item": item_id}).one_or_none()
-            old = base if row is None else stored_item(row).item
+            old = base if row is None else stored_items([row])[0].item
             if old is None or old.item_id != item_id or (row is not None and row.state == "removed"):
                 raise _unknown(item_id)
             item = patched(old, values)
@@ -469,7 +469,7 @@ class Store:
     def get_item(self, item_id: str) -> StoredItem | None:
         """An item with its image, also a removed one. None: the store has no row for it."""
         found = self._read(ITEM_OF, {"item": item_id})
-        return stored_item(found[0]) if found else None
+        return stored_items(found)[0] if found else None
 
     def count_items(self, in_state: State) -> int:
         """The number of items that have a row and are in a state."""
@@ -496,7 +496,7 @@ class Store:
         query = select(*ITEM, image).where(items.c.item_id > after).order_by(items.c.item_id)
         if set(states) != set(STATES):
             query = query.where(items.c.state.in_(sorted(states)))
-        return [stored_item(row) for row in self._read(query.limit(_limit(limit)))]
+        return stored_items(self._read(query.limit(_limit(limit))))
 
     def items(self, *, states: Collection[State] = STATES, images: bool = False) -> Iterator[StoredItem]:
         """All items by id, read in pages: those that are added meanwhile may be missing, none is repeated."""
