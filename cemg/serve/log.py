@@ -7,12 +7,14 @@ import time
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import BindParameter, Connection, Row, Select, bindparam, insert, select, update
+from sqlalchemy import BindParameter, Connection, Row, Select, bindparam, delete, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from cemg.serve.rows import Item, Kind, State, StoredItem, to_json
 from cemg.serve.schema import changes, events, items, state, users
 
+KEPT = 100_000  # changes in the log; older ones are dropped
+DROPPED_AT_ONCE = 1_000  # changes, so that few transactions delete
 CHUNK = 500  # ids in one query, below the limits of SQLite and PostgreSQL
 ITEM = [
     *(column for column in items.c if column.name != "image"),
@@ -99,6 +101,8 @@ class ChangeLog:
         if self.rows:
             run(ADD_CHANGES, [row | {"payload": to_json(row["payload"])} for row in self.rows])
             run(SET_VERSION, {"version": self.version})
+            if self.version // DROPPED_AT_ONCE > (self.version - len(self.rows)) // DROPPED_AT_ONCE:
+                run(delete(changes).where(changes.c.version <= self.version - KEPT))
         return self.version
 
 

@@ -18,7 +18,7 @@ from cemg.errors import DamagedError, UserError
 from cemg.serve.batching import FullError, LateError, StoppedError
 from cemg.serve.database import BusyError
 from cemg.serve.models import LoadingError
-from cemg.serve.rows import UnknownItemError
+from cemg.serve.rows import DroppedError, UnknownItemError
 from cemg.storage.files import StorageError
 
 MEDIA_TYPE = "application/problem+json"
@@ -26,6 +26,7 @@ RETRY_AFTER = {"Retry-After": "1"}  # seconds
 TAGS = ("body", "request", "batch")  # parts of a place that name no field
 STATUS: Sequence[tuple[type[Exception], int]] = (
     (UnknownItemError, 404),
+    (DroppedError, 410),
     (FullError, 503),
     (LateError, 503),
     (StoppedError, 503),
@@ -59,6 +60,7 @@ _REASONS = {
     404: "There is no such item, user or path",
     405: "The path has other methods",
     409: "Another model is being loaded, or there is none to go back to",
+    410: "The changes are too old to be kept",
     413: "The body is too large",
     421: "The Host header is not a name of this service",
     422: "A field is not valid; errors name it",

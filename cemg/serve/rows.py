@@ -33,6 +33,10 @@ class UnknownItemError(UserError):
     """The item is not in the catalog."""
 
 
+class DroppedError(UserError):
+    """Changes of the catalog are too old to be in the log."""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """An interaction of a user with an item.

@@ -11,6 +11,7 @@ import polars as pl
 
 from cemg.artifacts import RunArtifacts
 from cemg.features.vision import read_image_file
+from cemg.serve.rows import DroppedError
 from cemg.serve.store import Store
 
 MAX_CHANGES = 1000  # read from the store at once
@@ -143,10 +144,16 @@ class ItemSearch:
     def _follow(self) -> None:
         """Read the titles that changed in the store since the last search."""
         if self._version < 0:
-            self._version = self._store.version
-            self._stored = {one.item.item_id: one.item.title.casefold() for one in self._store.items()}
-        while changes := self._store.changes_after(self._version, MAX_CHANGES):
-            for change in changes:
-                self._version = change.version
-                if change.item_id and "title" in change.payload:
-                    self._stored[change.item_id] = str(change.payload["title"]).casefold()
+            self._read()
+        try:
+            while changes := self._store.changes_after(self._version, MAX_CHANGES):
+                for change in changes:
+                    self._version = change.version
+                    if change.item_id and "title" in change.payload:
+                        self._stored[change.item_id] = str(change.payload["title"]).casefold()
+        except DroppedError:
+            self._read()
+
+    def _read(self) -> None:
+        self._version = self._store.version
+        self._stored = {one.item.item_id: one.item.title.casefold() for one in self._store.items()}

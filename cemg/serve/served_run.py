@@ -18,7 +18,7 @@ from cemg.serve.attributes import AttributeTable
 from cemg.serve.engine import Engine, Query
 from cemg.serve.filters import Filters
 from cemg.serve.named_filters import NamedFilters
-from cemg.serve.rows import Deletion, Item, StoredItem
+from cemg.serve.rows import Deletion, DroppedError, Item, StoredItem
 from cemg.serve.run_items import ItemSearch, RunItems
 from cemg.serve.store import Store
 from cemg.storage.run import Run
@@ -195,15 +195,21 @@ def _changed(store: Store, version: int | None) -> Iterator[StoredItem]:
     if version is None:
         yield from store.items()
         return
-    seen = set[str]()
-    while changes := store.changes_after(version, CHANGES):
-        version = changes[-1].version
-        for change in changes:
-            for item in [change.item_id] if change.item_id else change.payload.get("codes", {}):
-                stored = None if item in seen else store.get_item(item)
-                seen.add(item)
-                if stored is not None:
-                    yield stored
+    items: dict[str, None] = {}
+    try:
+        while changes := store.changes_after(version, CHANGES):
+            version = changes[-1].version
+            for change in changes:
+                items |= dict.fromkeys(
+                    [change.item_id] if change.item_id else change.payload.get("codes", {})
+                )
+    except DroppedError:
+        yield from store.items()
+        return
+    for item in items:
+        stored = store.get_item(item)
+        if stored is not None:
+            yield stored
 
 
 def run_of(run: Path, store: Store) -> Path:

@@ -40,6 +40,7 @@ from cemg.serve.rows import (
     STATES,
     Change,
     Deletion,
+    DroppedError,
     Event,
     Item,
     Models,
@@ -506,12 +507,21 @@ class Store:
             after = page[-1].item.item_id
 
     def changes_after(self, version: int, limit: int = 1000) -> list[Change]:
-        """The changes of the catalog after a version, in order."""
+        """The changes of the catalog after a version, in order.
+
+        Raises:
+            DroppedError: Some of them are too old to be kept.
+        """
         columns = (changes.c.version, changes.c.kind, changes.c.item_id, changes.c.payload, changes.c.time)
         query = select(*columns).where(changes.c.version > version).order_by(changes.c.version)
+        found = self._read(query.limit(_limit(limit)))
+        if found and found[0].version != version + 1:  # versions have no gaps
+            raise DroppedError(
+                f"the changes {version + 1} to {found[0].version - 1} of the catalog are not kept",
+                fix="read all items again, then the changes after the version that the catalog had before",
+            )
         return [
-            Change(row.version, row.kind, row.item_id, json.loads(row.payload), row.time)
-            for row in self._read(query.limit(_limit(limit)))
+            Change(row.version, row.kind, row.item_id, json.loads(row.payload), row.time) for row in found
         ]
 
     @contextmanager

@@ -13,7 +13,7 @@ from cemg.commands.serve import main
 from cemg.serve.database import STORE_FILE
 from cemg.serve.store import Event, Store
 
-from .process import ServerProcess, copy_of
+from .process import COMMAND, ServerProcess, copy_of
 from .test_shutdown import refused
 
 
@@ -42,6 +42,19 @@ def test_a_backup_of_a_running_service_is_restored_and_served(
         assert server.json("GET", "/v1/users/ann")["history"] == ["item-0001"]
         answer = server.json("POST", "/v1/events", {"events": [event | {"event_id": "1"}]})
         assert answer["known"] == ["1"]
+
+
+def test_changes_that_are_not_kept_are_gone_and_the_service_goes_on(run: Path) -> None:
+    few = "from cemg.serve import log; log.KEPT, log.DROPPED_AT_ONCE = 5, 1; "
+    with ServerProcess(run, command=few + COMMAND) as server:
+        server.json("GET", "/v1/items?query=item")  # the search by titles follows the changes from here on
+        for number in range(8):
+            server.json("PATCH", "/v1/items/item-0001", {"title": f"Title {number}"})
+        found = server.json("GET", "/v1/catalog/changes?after=3")
+        assert [one["version"] for one in found["changes"]] == [4, 5, 6, 7, 8]
+        answer = server.http.get("/v1/catalog/changes?after=0")
+        assert answer.status_code == 410 and "the changes 1 to 3" in answer.json()["detail"]
+        assert server.json("GET", "/v1/items?query=title 7")["items"][0]["item_id"] == "item-0001"
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cemg.errors import UserError
+from cemg.serve import log
+from cemg.serve.rows import DroppedError
 from cemg.serve.store import Event, Item, Store, UnknownItemError
 
 
@@ -211,6 +213,18 @@ def test_versions_grow_over_restarts_and_removals(location):
             assert store.version == (seen[-1] if seen else 0)
             seen += [store.put_item(Item(name)), store.remove_item(name), store.put_item(Item(name))]
     assert seen == list(range(1, 10))
+
+
+def test_old_changes_are_dropped_and_asking_for_them_is_refused(store, monkeypatch):
+    monkeypatch.setattr(log, "KEPT", 5)
+    monkeypatch.setattr(log, "DROPPED_AT_ONCE", 3)
+    for number in range(10):
+        store.put_item(Item(f"item-{number}"))
+    store.put_items([Item("late-1"), Item("late-2")])
+    assert [change.version for change in store.changes_after(7)] == [8, 9, 10, 11, 12]
+    with pytest.raises(DroppedError, match="the changes 7 to 7 of the catalog are not kept"):
+        store.changes_after(6)
+    assert store.version == 12 and len([*store.items()]) == 12 and store.changes_after(12) == []
 
 
 def test_one_call_that_puts_an_item_twice_keeps_the_last(store):
