@@ -91,7 +91,7 @@ def test_damaged_cuts_are_refused(tmp_path: Path, damage: str) -> None:
 def test_the_sequence_format_takes_the_times_beside_it(tmp_path: Path) -> None:
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "interactions.txt").write_text("1 10 11 12\n2 10 12 11\n3 11 10 12\n4 12 11 10\n")
-    with pytest.raises(UserError, match="shop has no times, which split=time needs") as caught:
+    with pytest.raises(UserError, match="shop has no times, which a split in time needs") as caught:
         read_dataset(tmp_path / "shop", split="time")
     assert "--times" in str(caught.value)
     (tmp_path / "shop" / "timestamps.txt").write_text("1 1 2 9\n2 1 2 10\n3 3 4 12\n4 5 6 7\n")

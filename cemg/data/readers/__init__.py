@@ -96,10 +96,10 @@ def read_dataset(
         options = [option for option, value in given.items() if value is not None]
         data = _load_prepared(path, name, options)
         if split == "time" and data.cuts is None:
-            command = f"cemg-data prepare SOURCE {quote(str(path))} --split time --force"
+            command = f"cemg-data prepare SOURCE {quote(f'{path}-time')} --split time"
             raise UserError(
                 f"{path} was prepared for a leave-one-out split, and a prepared folder has no times",
-                fix=f"prepare its source again: {command}",
+                fix=f"prepare its source into another folder: {command}",
             )
         return _with_texts(data, texts)
     if detected not in ("csv", "parquet"):

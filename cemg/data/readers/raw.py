@@ -16,6 +16,7 @@ from cemg.data.readers.pictures import image_paths
 from cemg.data.readers.values import canonical, other_forms
 from cemg.errors import UserError
 
+WITHOUT_TIMES = "use the split leave-one-out"
 ITEM_SCHEMA = {"item": pl.String, "title": pl.String, "text": pl.String, "image": pl.String}
 Describe = Callable[[pl.Series], pl.DataFrame]  # item ids -> ITEM_SCHEMA
 
@@ -158,14 +159,14 @@ def _cuts(raw: Raw, rows: pl.DataFrame) -> np.ndarray:
     """
     if raw.order is not None:
         raise UserError(
-            f"{raw.name} has no times, which split=time needs",
-            fix="name a file of times (--times FILE, or --set data.times=FILE), or leave out split=time",
+            f"{raw.name} has no times, which a split in time needs",
+            fix=f"name a file of times (--times FILE, or --set data.times=FILE), or {WITHOUT_TIMES}",
         )
     times = rows["timestamp"].sort()
     first, second = (times[int(share * len(times))] for share in CUT_SHARES)
     if not times[0] < first < second:
         raise UserError(
-            f"{raw.name} cannot be split in time", fix="leave out split=time",
+            f"{raw.name} cannot be split in time", fix=WITHOUT_TIMES,
             cause=f"its times are {times[0]} … {times[-1]}, and the cuts would be at {first} and {second}",
         )  # fmt: skip
     before = [(pl.col("timestamp") < cut).sum().cast(pl.Int32).alias(str(cut)) for cut in (first, second)]
