@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +13,17 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from cemg.baselines.registry import FITTED, MODELS, Job, check_fitted, fit
+from cemg.baselines.registry import FITTED, MODELS, Job, check_fitted, fit, parse_settings
 from cemg.commands import console as command
 from cemg.data import Dataset, read_dataset
 from cemg.data.choices import SplitBy
 from cemg.errors import UserError
 from cemg.evaluation import Sample, evaluate, hardware, result_table, write_result
+from cemg.processes import Stopwatch
 from cemg.progress import print_table
+from cemg.storage.run import Run
 
+SECONDS = ".seconds"  # file of the seconds of training by all processes
 OWN_OPTIONS = {
     "loss": "--loss", "seed": "--seed", "epochs": "--epochs", "folds": "--users-fold",
     "fold": "--users-fold",
@@ -100,7 +104,12 @@ def run(
         budget=None if budget is None else 3600 * budget,
         cache=cache if cache is not None or folder is None else folder / "cache",
     )  # fmt: skip
-    fitted = fit(model, job)
+    trains = folder is not None and (model not in MODELS or MODELS[model].trains)
+    with ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(Run(folder).locked())
+        watch = stack.enter_context(Stopwatch(job.folder / SECONDS if trains else None))
+        fitted = fit(model, job)
     write_result(
         out,
         dataset=dataset.name,
@@ -109,7 +118,7 @@ def run(
         seed=seed,
         hardware=hardware(device),
         evaluation=evaluate(fitted.rank, dataset.split(), users=Sample(users) if users else None),
-        seconds=time.perf_counter() - started,
+        seconds=watch.before + time.perf_counter() - started,
         further=fitted.further,
     )
     print_table(result_table([out]))
@@ -118,12 +127,12 @@ def run(
 def read_source(source: Path, *, split: str = "leave-one-out") -> Dataset:
     """A prepared folder, or a source in its usual form.
 
-    Raises UserError. If the source needs options, which only cemg-data has, the fix prepares it.
+    Raises UserError. If a source needs options, which only cemg-data has, the fix prepares it.
     """
     try:
         return read_dataset(source, split=split)
     except UserError as error:
-        if "--" not in (error.fix or ""):
+        if "--" not in (error.fix or "") or (source / "dataset.json").is_file():
             raise
         prepare = f"cemg-data prepare {shlex.quote(str(source))} OUT"
         fix = f"{prepare}, with an option as below, and then --data OUT. {error.fix}"
@@ -142,14 +151,10 @@ def _parse_fold(text: str | None) -> dict[str, int]:
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:
     """Split ``["dim=128"]`` into ``{"dim": "128"}``."""
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting}: not NAME=VALUE", fix="for example --set dim=128")
+    changes: dict[str, Any] = dict(parse_settings(settings))
+    for name in changes:
         if name in OWN_OPTIONS:
             raise UserError(f"--set {name}: this setting has an option", fix=OWN_OPTIONS[name])
-        changes[name] = text
     return changes
 
 

@@ -171,6 +171,51 @@ def fit(name: str, job: Job) -> Fitted:
     return fitted
 
 
+class _SettingsRead(Exception):
+    """A model has read its settings."""
+
+
+class _SettingsOnly(Job):
+    """A job that ends when the model has read its settings."""
+
+    __slots__ = ()
+
+    def config(self, kind: type[Config], **fixed: Any) -> Config:
+        Job.config(self, kind, **fixed)
+        raise _SettingsRead
+
+
+def check_settings(name: str, settings: Sequence[str]) -> None:
+    """Raise UserError if a model that `fit` trains does not have these settings, without training it.
+
+    A model of a file that reads its data before its settings is not checked.
+
+    Args:
+        name: The model.
+        settings: NAME=VALUE.
+    """
+    changes = parse_settings(settings)
+    if not changes:
+        return
+    try:
+        fit(name, _SettingsOnly(None, Path(), settings=changes))  # type: ignore[arg-type]
+    except UserError:
+        raise
+    except Exception:  # _SettingsRead, or what a model of a file raises without data
+        return
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """Split ``["dim=128"]`` into ``{"dim": "128"}``. Raises UserError for other texts."""
+    changes: dict[str, str] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: not NAME=VALUE", fix="for example --set dim=128")
+        changes[name] = text
+    return changes
+
+
 def title_of(name: str) -> str:
     """Return the name of a model in tables."""
     return MODELS[name].title if name in MODELS else Path(name).stem

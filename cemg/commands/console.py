@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from cemg.errors import UserError
+from cemg.processes import follow_parent
 from cemg.progress import console, printable
 from cemg.storage.files import storage_error
 from cemg.version import __version__
@@ -179,6 +180,7 @@ def run(app: Callable[[], Any]) -> None:
     and the process exits with code 2.
     """
     set_interrupt_message(NOTHING_WRITTEN)
+    follow_parent()
     for stream in (sys.stdout, sys.stderr):  # the terminal's encoding may lack a character of a title
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cemg.commands import console as command
 from cemg.errors import UserError
+from cemg.processes import signals_raise
 from cemg.progress import console, print_table
 
 if TYPE_CHECKING:
+    from cemg.data import Dataset
     from cemg.experiments import Store, Task
+    from cemg.experiments.work import Options
 
 app = command.command_line()
 
@@ -77,7 +82,10 @@ def experiment(
     ] = "leave-one-out",
     set: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Change a setting of all CEMG trainings. Repeatable."),
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Change a setting of all CEMG trainings, or MODEL:NAME=VALUE of another model. Repeatable.",
+        ),
     ] = None,
     device: command.DeviceOption = "cpu",
     dtype: Annotated[
@@ -90,7 +98,7 @@ def experiment(
         bool,
         typer.Option(
             "--report-only",
-            help="Only write the report of what is finished; without --data, of all tasks in the folder.",
+            help="Only write the report of what is finished; --data adds tasks that are missing.",
         ),
     ] = False,
     version: command.VersionOption = False,
@@ -98,76 +106,111 @@ def experiment(
     """Answer questions of the paper on any data set: train what is missing, test it, and write a report.
 
     Tasks run one after the other. After an interruption, the same command continues; finished tasks are not
-    repeated. The report is FOLDER/report.html, all metrics are in FOLDER/results.csv.
+    repeated. FOLDER/report.html and FOLDER/results.csv have everything that is finished in FOLDER.
     """
-    from cemg.data import read_dataset
     from cemg.experiments import Store, plan, write_experiment_report
-    from cemg.experiments.plan import sources_of
+    from cemg.experiments.plan import NEW_ITEMS, check_task, sources_of
     from cemg.experiments.work import Options, Source, measure_latencies, run_tasks
 
     command.check_device(device)
+    _check_options(budget, users, dtype)
+    store = Store(out)
+    names, chosen, splits = (_parts(text) for text in (",".join(data or ()), models, split))
+    questions = [name.lower() for name in questions]
+    if not names and not report_only:
+        raise UserError("--data is missing", fix="--data data/beauty, or --data synthetic")
+    for option, given, parts in (("--models", models, chosen), ("--split", split, splits)):
+        if not parts and (given or option == "--split"):
+            raise UserError(f"{option} {quote(given)} names nothing", fix=f"leave out {option}")
+    # checks the names before anything is read or written
+    plan(questions, {}, models=chosen, seeds=seeds, settings=set or (), splits=splits)
+    in_folder = store.tasks()
+    if report_only and not in_folder:
+        raise UserError(
+            f"there is no experiment in {out}",
+            fix="--out FOLDER of an experiment, or leave out --report-only",
+        )
+    with ExitStack() as stack:
+        folder = out / "data"
+        if dry_run and not (folder / "synthetic").exists():  # which writes nothing there
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+        sources = sources_of(names, folder)
+        known = {
+            (name, split): Source.of(_read(source, split), split)
+            for name, source in sources.items()
+            for split in splits
+        }
+        tasks = plan(questions, sources, models=chosen, seeds=seeds, settings=set or (), splits=splits)
+        options = Options(device, dtype, budget, users, known)
+        for task in tasks:  # a report or a plan must not be that of other settings
+            check_task(task, known[task.data, task.split].items)
+            store.check(task, options.identity(task))
+        repeat = f"cemg-experiment {' '.join(questions)} … --out {quote(str(out))}"
+        if not report_only:
+            _print_plan(store, tasks, options)
+            if "rq5" in questions and "time" in splits:
+                console.print(f"note: {NEW_ITEMS} are tested with --split leave-one-out only")
+        if dry_run:
+            return
+        kept = f"finished tasks are kept; the same command continues: {repeat}"
+        command.set_interrupt_message(kept)
+        stack.enter_context(signals_raise(kept))
+        stack.enter_context(store.locked())
+        tables = {task.table: known[task.data, task.split].about for task in tasks}
+        store.remember(questions, tables)
+        failed = [] if report_only else run_tasks(tasks, store, options)
+        if not report_only and "rq3" in questions:
+            failed += measure_latencies([t for t in tasks if t.belongs_to("rq3")], store, options)
+        page = write_experiment_report(store, tasks, questions)
+    console.print(f"report: {page}", soft_wrap=True)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(tasks)} tasks failed", cause=", ".join(failed),
+            fix="see the reasons above and the logs; the same command tries them again",
+        )  # fmt: skip
+
+
+def _check_options(budget: float | None, users: int, dtype: str) -> None:
+    """Raise UserError for a value that an option cannot have."""
     if budget is not None and not budget > 0:
         raise UserError(f"--budget must be more than 0 hours, got {budget}")
     if users < 0:
         raise UserError(f"--users must be 0 or more, got {users}")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
-    store = Store(out)
-    names = [name for one in data or () for name in one.split(",") if name]
-    if not names and not report_only:
-        raise UserError("--data is missing", fix="--data data/beauty, or --data synthetic")
-    chosen = [name for name in models.split(",") if name]
-    splits = [name for name in split.split(",") if name]
-    plan(
-        questions, {}, models=chosen, seeds=seeds, splits=splits
-    )  # checks the names before anything is read or written
-    sources = sources_of(names, out / "data")
-    if names:
-        tasks = plan(questions, sources, models=chosen, seeds=seeds, settings=set or (), splits=splits)
-    else:
-        tasks = store.tasks()
-    with store.locked():
-        repeat = f"cemg-experiment {' '.join(questions)} … --out {quote(str(out))}"
-        command.set_interrupt_message(f"finished tasks are kept; the same command continues: {repeat}")
-        failed: list[str] = []
-        known = {
-            (name, split): Source.of(read_dataset(source, split=split), split)
-            for name, source in sources.items()
-            for split in splits
-        }
-        options = Options(device, dtype, budget, users, known)
-        for task in tasks if names else ():  # a report or a plan must not be that of other settings
-            store.check(task, options.identity(task))
-        if not report_only:
-            _print_plan(store, tasks, {name: known[name, splits[0]].interactions for name in sources}, budget)
-            if dry_run:
-                return
-            failed = run_tasks(tasks, store, options)
-            if "rq3" in questions:
-                failed += measure_latencies([t for t in tasks if t.belongs_to("rq3")], store, options)
-        page = write_experiment_report(store, tasks, questions)
-    console.print(f"report: {page}", soft_wrap=True)
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(tasks)} tasks failed", cause="; ".join(failed),
-            fix="read their log.txt; the same command tries them again",
-        )  # fmt: skip
 
 
-def _print_plan(store: Store, tasks: list[Task], sizes: dict[str, int], budget: float | None) -> None:
+def _parts(text: str) -> list[str]:
+    """The different parts of a list that is separated by commas, without empty ones."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _read(source: Path, split: str) -> Dataset:
+    """Read a data set. Errors name the options of this command, and what only cemg-data can do."""
+    from cemg.baselines.__main__ import read_source
+
+    return read_source(source, split=split)
+
+
+def _print_plan(store: Store, tasks: list[Task], options: Options) -> None:
     """Print each task with the time that it will take, and the sum."""
     from rich.table import Table
 
+    from cemg.experiments.store import START
+
     table = Table("task", "state", "estimate")
     total, unknown = 0.0, 0
+    sizes = {task.data: options.sources[task.data, task.split].interactions for task in tasks}
     for task in tasks:
-        if store.finished(task):
+        if store.finished(task, users=options.users):
             table.add_row(task.name, "finished", "")
             continue
         seconds = store.seconds(task, sizes)
-        if seconds is not None and budget is not None and task.model != "cemg":
-            seconds = min(seconds, 3600 * budget)
+        if seconds is not None and options.budget is not None and task.model != "cemg":
+            seconds = min(seconds, START + 3600 * options.budget)
         state = "to be continued" if store.path(task).exists() else "to do"
+        if store.finished(task):
+            state, seconds = "to be tested again", None
         table.add_row(task.name, state, "unknown" if seconds is None else duration(seconds))
         total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
     print_table(table)

@@ -10,6 +10,7 @@ U users of the data, T users with such a target.
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,10 +27,13 @@ from cemg.errors import UserError
 from cemg.evaluation import Rank, evaluate, hardware, write_result
 from cemg.evaluation.mixture import mixture_ranker, open_mixture
 from cemg.evaluation.ranker import beam_ranker
+from cemg.evaluation.runs import stage_seconds
+from cemg.processes import Stopwatch
 from cemg.storage import files
 
 SHARE = 0.05  # of the items, left out of the data
 ITEMS = "items.parquet"
+ADDING_SECONDS = ".adding-seconds"  # file of the time that adding the items took
 
 app = command.command_line(help="Test a run on items that its training never saw.")
 DataOption = Annotated[Path, typer.Option(help="Folder or file that cemg-data reads, with all items.")]
@@ -73,8 +77,9 @@ def test(
 ) -> None:
     """Add the items to the catalog of the run, and test it on the users whose target is one of them."""
     added = pl.read_parquet(items, glob=False)["item"].to_list()
-    if not set(added) <= {*map(str, RunArtifacts.open(run).load_catalog().item_ids)}:
-        catalog_command.add(run, items)
+    with Stopwatch(out / ADDING_SECONDS) as adding:
+        if not set(added) <= {*map(str, RunArtifacts.open(run).load_catalog().item_ids)}:
+            catalog_command.add(run, items)
     artifacts = RunArtifacts.open(run)
     catalog = artifacts.load_catalog()
     split = split_of(read_dataset(data), artifacts.load_data(), added, [*map(str, catalog.item_ids)])
@@ -86,16 +91,24 @@ def test(
         "search": (beam_ranker(artifacts, *loaded, catalog, beams=beams), beams),
         "result": (mixture_ranker(mixture, gate, beams=beams), beams),
     }
+    stages = stage_seconds(artifacts.run)
     for name, (rank, most) in searches.items():
+        started = time.monotonic()
+        evaluation = evaluate(rank, split, max_list=most)
+        used = {"memory": stages["memory"]} if name == "memory" else stages
+        seconds = used | {"adding": adding.seconds, "evaluation": time.monotonic() - started}
+        seconds = {stage: round(value, 1) for stage, value in seconds.items()}
+        model = "memory" if name == "memory" else "cemg"
+        about = {"model": model, "added_items": len(added), "stage_seconds": seconds}
         write_result(
             out / f"{name}.json",
             dataset=artifacts.load_data().name,
             command="python -m cemg.commands.new_items test",
-            config=_config(artifacts, "memory" if name == "memory" else "cemg", len(added)),
+            config=about | artifacts.config.to_dict(),
             seed=seed,
             hardware=hardware(artifacts.device),
-            evaluation=evaluate(rank, split, max_list=most),
-            seconds=0.0,
+            evaluation=evaluation,
+            seconds=sum(seconds.values()),
         )
 
 
@@ -166,10 +179,6 @@ def split_of(whole: Dataset, trained: Dataset, added: list[str], catalog: list[s
         before_test=[row_of[histories[n]] for n in chosen],
         fingerprint=fingerprint,
     )
-
-
-def _config(artifacts: RunArtifacts, model: str, added: int) -> dict[str, Any]:
-    return {"model": model, "added_items": added, **artifacts.config.to_dict()}
 
 
 if __name__ == "__main__":

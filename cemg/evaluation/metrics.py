@@ -8,6 +8,7 @@ Source: CEMG, section 4.1.2, https://arxiv.org/abs/2512.21543
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from cemg.errors import UserError
 MISS = -1  # the rank of a target that is not in its list
 CUTOFFS = (5, 10, 20)
 LISTED = 10  # items of a list that ``spread_of`` looks at
+MIN_SEEDS = 3  # for an interval over seeds: with 2, Student's factor is 12.7
 Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 Metrics = dict[str, float]  # {"HR@10": 0.06, "NDCG@10": 0.03, ...}
@@ -124,14 +126,29 @@ def intervals_at(ranks: Tensor, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, t
     return shares | {f"NDCG@{k}": bootstrap_interval(gains(ranks, k)) for k in cutoffs}
 
 
+def seed_interval(values: Sequence[float]) -> float | None:
+    """Compute half of Student's 95 % interval of the mean of a metric over seeds.
+
+    None for fewer than MIN_SEEDS, where the interval would be wider than any difference between models.
+    """
+    if len(values) < MIN_SEEDS:
+        return None
+    from scipy.stats import t as student  # a slow import that recommendations do not need
+
+    quantile = float(student.ppf(0.975, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def paired_differences(
     first: Tensor, second: Tensor, cutoffs: Sequence[int] = CUTOFFS
 ) -> dict[str, dict[str, float]]:
     """Compute how much better the first of two models is, with the paired bootstrap over users.
 
+    With several seeds, the difference of a user is the mean over them; the interval is over users alone.
+
     Args:
-        first: Ranks [T] of the first model.
-        second: Ranks [T] of the second model for the same users in the same order.
+        first: Ranks of the first model, [T], or [S, T] for S seeds.
+        second: Ranks of the second model for the same users in the same order, and the same seeds.
         cutoffs: The k of HR@k and NDCG@k.
 
     Returns:
@@ -141,12 +158,16 @@ def paired_differences(
     Raises:
         UserError: The models have different numbers of users, or there is no user.
     """
-    if first.shape != second.shape or len(first) == 0:
-        raise UserError(f"a paired difference needs the same users, got {len(first)} and {len(second)}")
+    if first.shape != second.shape or first.numel() == 0:
+        raise UserError(
+            f"a paired difference needs the same users, got {first.shape[-1]} and {second.shape[-1]}"
+        )
+    first, second = first.view(-1, first.shape[-1]), second.view(-1, second.shape[-1])  # [S, T]
     differences = {f"HR@{k}": _hits(first, k).double() - _hits(second, k).double() for k in cutoffs}
     differences |= {f"NDCG@{k}": gains(first, k) - gains(second, k) for k in cutoffs}
     found = {}
-    for name, values in differences.items():
+    for name, by_seed in differences.items():
+        values = by_seed.mean(0)  # [T]
         low, high = bootstrap_interval(values)
         found[name] = {"mean": float(values.mean()), "low": low, "high": high}
     return found

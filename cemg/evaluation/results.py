@@ -142,15 +142,29 @@ def restrict(record: Mapping[str, Any], sample: Sample) -> dict[str, Any] | None
     return found if of_user is not None else {key: found[key] for key in found if key != "cold"}
 
 
-def differences_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare the results of two models for the same users, ranking by ranking: see ``paired_differences``.
+def differences_of(*pairs: tuple[Mapping[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
+    """Compare two models for the same users, ranking by ranking: see ``paired_differences``.
+
+    Args:
+        pairs: The results of both models, a pair per seed.
 
     Returns:
-        The differences by key of metrics, for the rankings that both files have ranks of.
+        The differences by key of metrics, for the rankings that all files have ranks of.
     """
-    one, other = ranks_of(first), ranks_of(second)
-    cutoffs = sorted({int(name.split("@")[1]) for name in first["metrics"]})
-    return {key: paired_differences(one[key], other[key], cutoffs) for key in one if key in other}
+    ranks = [(ranks_of(first), ranks_of(second)) for first, second in pairs]
+    cutoffs = sorted({int(name.split("@")[1]) for name in pairs[0][0]["metrics"]})
+    shared = [key for key in ranks[0][0] if all(key in one for pair in ranks for one in pair)]
+    found = {}
+    for key in shared:
+        first, second = (torch.stack([pair[side][key] for pair in ranks]) for side in (0, 1))  # [S, T]
+        found[key] = paired_differences(first, second, cutoffs)
+    return found
+
+
+def same_results(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether several seeds have the same metrics, so that the model is deterministic."""
+    found = [(record[KEPT], record[REMOVED], record.get("ranks")) for record in records]
+    return len(found) > 1 and all(one == found[0] for one in found)
 
 
 def _metrics_of(evaluation: Evaluation, excluded: Evaluation | None) -> dict[str, Any]:

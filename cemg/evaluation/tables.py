@@ -13,9 +13,17 @@ from rich import box
 from rich.table import Table
 
 from cemg.errors import UserError
-from cemg.evaluation.metrics import Metrics
+from cemg.evaluation.metrics import Metrics, seed_interval
 from cemg.evaluation.paper import printed_rows
-from cemg.evaluation.results import EXCLUDED, KEPT, REMOVED, differences_of, intervals_key, read_result
+from cemg.evaluation.results import (
+    EXCLUDED,
+    KEPT,
+    REMOVED,
+    differences_of,
+    intervals_key,
+    read_result,
+    same_results,
+)
 
 RANKINGS = {
     KEPT: "history kept",
@@ -31,8 +39,9 @@ def result_table(paths: Sequence[Path], *, paper: bool = True) -> Table:
     A file has a row with the history kept, one with it removed, and one with it excluded in the search if
     that was measured, each with half the width of its 95 % interval over users; rows over cold targets if
     there are any; and the paired difference to another model if the file has one. Files whose names differ
-    only in ``-seedN`` are one model: the table shows the mean over the seeds with the half width of
-    Student's 95 % interval.
+    only in ``-seedN`` are one model: the table shows the mean over the seeds with half the width of Student's
+    95 % interval, or with the standard deviation (SD) for two seeds. Where all seeds have the same results,
+    the model is deterministic, and the table shows one of them.
 
     Raises:
         UserError: There is no file, one is not a result file, or their splits differ: metrics of different
@@ -71,7 +80,7 @@ def difference_markdown(first: Path, second: Path) -> str:
                 fix="write it again: cemg-eval --run RUN",
             )
     lines = [f"| {first.stem} minus {second.stem} | difference | 95 % interval |", "| --- | ---: | ---: |"]
-    for key, found in differences_of(*records).items():
+    for key, found in differences_of((records[0], records[1])).items():
         lines += [
             f"| {metric}, {RANKINGS[key]} | {d['mean']:+.4f} | {d['low']:+.4f} … {d['high']:+.4f} |"
             for metric, d in found.items()
@@ -116,6 +125,8 @@ def _has_siblings(path: Path, paths: Sequence[Path]) -> bool:
 
 def _rows(name: str, group: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
     """The rows of one model: rankings with their intervals over users, cold targets, paired differences."""
+    if same_results(group):
+        group = group[:1]
     single = group[0] if len(group) == 1 else None
     rows = []
     for key, label in RANKINGS.items():
@@ -167,11 +178,13 @@ def _signed(value: float) -> str:
 def _seed_cells(seeds: Sequence[Metrics], names: list[str]) -> list[str]:
     if len(seeds) == 1:
         return _cells(seeds[0], names)
-    from scipy.stats import t as student  # a slow import that recommendations do not need
-
-    half = float(student.ppf(0.975, len(seeds) - 1)) / len(seeds) ** 0.5
-    columns = [[values[name] for values in seeds] for name in names]
-    return [f"{statistics.mean(c):.4f} ± {half * statistics.stdev(c):.4f}" for c in columns]
+    cells = []
+    for name in names:
+        values = [metrics[name] for metrics in seeds]
+        half = seed_interval(values)
+        spread = f"(SD {statistics.stdev(values):.4f})" if half is None else f"± {half:.4f}"
+        cells.append(f"{statistics.mean(values):.4f} {spread}")
+    return cells
 
 
 def _cells(values: Metrics, names: list[str]) -> list[str]:

@@ -7,28 +7,31 @@ Source: CEMG, section 4, https://arxiv.org/abs/2512.21543: overall performance (
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cemg.baselines.registry import MODELS, check_model, title_of
+from cemg.baselines.registry import MODELS, check_model, check_settings, title_of
+from cemg.config import load_config
 from cemg.data.choices import SPLITS
 from cemg.errors import UserError
+from cemg.experiments.settings import CEMG, by_model
+from cemg.settings import config_file, preset_for
 from cemg.tokenizer import TokenizerConfig
 
-CEMG = "cemg"
 LEAVE_ONE_OUT = "leave-one-out"
 NEW_ITEMS = "new items"  # variant: items left out of the training, added to the catalog afterwards
-WITHOUT_MEMORY = ("gate.memory=false",)
 ABLATIONS: dict[str, tuple[str, ...]] = {  # variant: settings of cemg-train
     "without collab": ("without=[collab]",),
     "without image": ("without=[image]",),
     "without text": ("without=[text]",),
     "without llm": ("without=[llm]",),
     "plain concatenation": ("tokenizer.fusion=concat",),
-    "without memory": WITHOUT_MEMORY,
+    "without memory": ("gate.memory=false",),
 }
 SWEEPS: dict[str, tuple[str, tuple[float | int, ...]]] = {  # axis of RQ4: setting and values
     "M": ("tokenizer.levels", (2, 3, 4, 5)),
@@ -113,6 +116,11 @@ class Task:
         return self.model == CEMG or bool(self.config)
 
     @property
+    def is_deterministic(self) -> bool:
+        """Whether its results are the same with every seed."""
+        return self.model in MODELS and not MODELS[self.model].trains
+
+    @property
     def title(self) -> str:
         """Its name in tables."""
         name = "CEMG" if self.model == CEMG else title_of(self.model)
@@ -126,11 +134,16 @@ class Task:
             return self.model == CEMG and (self.variant == "" or (ablation if question == "rq2" else sweep))
         return plain or (question == "rq5" and self.variant == NEW_ITEMS)
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The settings that ``--set`` has changed, without those of the variant."""
+        return self.settings[: len(self.settings) - len(_settings_of(self.variant))]
+
     def about(self) -> dict[str, str]:
         """All of it but the folder of the data, as text, for `Task.read`."""
         return {
             "data": self.data, "model": self.model, "variant": self.variant,
-            "settings": " ".join(self.settings), "seed": str(self.seed), "base": self.base,
+            "settings": _joined(self.settings), "seed": str(self.seed), "base": self.base,
             "split": self.split,
         }  # fmt: skip
 
@@ -143,7 +156,7 @@ class Task:
             ValueError: The seed is not a number.
         """
         return cls(
-            about["data"], Path(), about["model"], about["variant"], tuple(about["settings"].split()),
+            about["data"], Path(), about["model"], about["variant"], tuple(shlex.split(about["settings"])),
             int(about["seed"]), about["base"], about["split"],
         )  # fmt: skip
 
@@ -158,19 +171,19 @@ def plan(
         questions: Names of `QUESTIONS`.
         sources: Data sets by name.
         models: Models of the questions that compare models; the default ones if empty.
-        seeds: Seeds 0, 1, … of each training.
-        settings: Settings of CEMG for all of its trainings.
+        seeds: Seeds 0, 1, … of each training; deterministic models have a task for seed 0 only.
+        settings: NAME=VALUE, for all trainings of CEMG, and MODEL:NAME=VALUE for those of another model.
         splits: Splits of SPLITS; each model is trained on each of them.
 
     Raises:
-        UserError: A question, a model, a split or a number of seeds that does not exist.
+        UserError: A question, a model, a split or a number of seeds that does not exist; or settings of a
+            model that is not trained.
     """
     for name in questions:
         if name not in QUESTIONS:
             raise UserError(f"there is no question {name}", fix=f"one of {', '.join(QUESTIONS)}")
-    for model in models:
-        if model != CEMG:
-            check_model(model)
+    models = list(dict.fromkeys(_model(name) for name in models))
+    trained = by_model(settings, _trained(questions, models))
     for split in splits:
         if split not in SPLITS:
             raise UserError(f"there is no split {split}", fix=f"one of {', '.join(SPLITS)}")
@@ -180,7 +193,7 @@ def plan(
     for data, source in sources.items():
         for split, seed in itertools.product(splits, range(seeds)):
             make = partial(Task, data, source, seed=seed, split=split)
-            for task in _of_data(questions, models, tuple(settings), make):
+            for task in _of_data(questions, models, trained, make):
                 _check_names(tasks.setdefault(task.name, task), task)
     _check_titles(tasks.values())
     return sorted(tasks.values(), key=lambda task: list(sources).index(task.data))
@@ -210,32 +223,65 @@ def _check_titles(tasks: Iterable[Task]) -> None:
             )
 
 
+def _model(name: str) -> str:
+    """A model as `MODELS` spells it, or the path of a file. Raises UserError if there is no such model."""
+    spelled = name.strip()
+    titles = {model.title.lower(): known for known, model in MODELS.items()}
+    known = titles.get(spelled.lower(), spelled.lower().replace("_", "-"))
+    if known == CEMG or known in MODELS:
+        return known
+    check_model(spelled)
+    path = os.path.normpath(spelled)
+    return f"./{path}" if path.startswith("-") else path  # else it would be read as an option
+
+
+def _trained(questions: Sequence[str], models: Sequence[str]) -> list[str]:
+    """The models that questions train, CEMG first."""
+    chosen = [model for name in questions for model in (models or QUESTIONS[name].models)]
+    own = [CEMG] if CEMG in chosen or {"rq2", "rq4"} & {*questions} else []
+    return own + [model for model in dict.fromkeys(chosen) if model != CEMG]
+
+
 def _of_data(
-    questions: Sequence[str], models: Sequence[str], settings: tuple[str, ...], make: Callable[..., Task]
-) -> list[Task]:
+    questions: Sequence[str], models: Sequence[str], settings: Mapping[str, tuple[str, ...]],
+    make: Callable[..., Task],
+) -> list[Task]:  # fmt: skip
     """The tasks of one data set, split and seed, which ``make`` fills in."""
-    own = make(model=CEMG, settings=settings)
-    chosen: list[str] = []
-    for name in questions:
-        chosen += models or QUESTIONS[name].models
-    tasks = [own] if CEMG in chosen or {"rq2", "rq4"} & {*questions} else []
-    tasks += [make(model=model) for model in chosen if model != CEMG]
-    variant = partial(make, model=CEMG)
+    trained = _trained(questions, models)
+    tasks = [make(model=model, settings=settings.get(model, ())) for model in trained]
+    tasks = [task for task in tasks if not (task.seed and task.is_deterministic)]
+    if CEMG not in trained:
+        return tasks
+    own, compared = tasks[0], CEMG in models or not models
+
+    def variant(name: str, *, base: str = "") -> None:
+        changed = (*own.settings, *_settings_of(name))
+        tasks.append(make(model=CEMG, variant=name, settings=changed, base=base))
+
     if "rq2" in questions:
-        for name, changed in ABLATIONS.items():
-            base = own.name if changed == WITHOUT_MEMORY else ""
-            tasks.append(variant(variant=name, settings=(*settings, *changed), base=base))
-    elif own in tasks:
-        tasks.append(variant(variant="without memory", settings=(*settings, *WITHOUT_MEMORY), base=own.name))
-    if "rq5" in questions and CEMG in chosen and own.split == LEAVE_ONE_OUT:
-        tasks.append(variant(variant=NEW_ITEMS, settings=settings))
+        for name in ABLATIONS:
+            variant(name, base=own.name if name == "without memory" else "")
+    elif compared and {*questions} - {"rq4"}:
+        variant("without memory", base=own.name)
+    if "rq5" in questions and compared and own.split == LEAVE_ONE_OUT:
+        variant(NEW_ITEMS)
     if "rq4" in questions:
         for axis, (setting, values) in SWEEPS.items():
             for value in values:  # the default one is that of the run without a variant
-                changed = (*settings, f"{setting}={value}")
-                base = own.name if _default(setting, settings) == value else ""
-                tasks.append(variant(variant=f"{axis} = {value}", settings=changed, base=base))
+                same = _default(setting, own.settings) == value
+                variant(f"{axis} = {value}", base=own.name if same else "")
     return tasks
+
+
+def _settings_of(variant: str) -> tuple[str, ...]:
+    """The settings of CEMG that a variant changes."""
+    axis, equals, value = variant.partition(" = ")
+    return (f"{SWEEPS[axis][0]}={value}",) if equals else ABLATIONS.get(variant, ())
+
+
+def _joined(settings: Sequence[str]) -> str:
+    """Settings as text that `shlex.split` takes apart; those without spaces or quotes are not quoted."""
+    return " ".join(shlex.quote(one) if re.search(r"[\s'\"\\]", one) else one for one in settings)
 
 
 def _default(setting: str, settings: Sequence[str]) -> float | int:
@@ -245,6 +291,22 @@ def _default(setting: str, settings: Sequence[str]) -> float | int:
     }
     value: float | int = given.get(setting, getattr(TokenizerConfig(), setting.partition(".")[2]))
     return value
+
+
+def check_task(task: Task, items: int) -> None:
+    """Raise UserError if a setting of a task does not exist or is invalid.
+
+    Args:
+        task: The task.
+        items: Number of items of its data, which chooses the preset of CEMG.
+    """
+    if not task.runs_pipeline:
+        check_settings(task.model, task.settings)
+    elif task.config:
+        load_config(config_file(Path(task.config)), task.settings)
+    else:
+        for preset in ("", preset_for(items))[bool(task.base) :]:  # as cemg-train reads them
+            load_config(None, task.settings, preset=preset)
 
 
 def _slug(text: str) -> str:

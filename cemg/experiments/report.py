@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from cemg.baselines.registry import MODELS
 from cemg.evaluation import Sample
 from cemg.evaluation.results import KEPT, REMOVED
 from cemg.evaluation.tables import RANKINGS
-from cemg.experiments.plan import ABLATIONS, CEMG, QUESTIONS, SWEEPS, Task
+from cemg.experiments.plan import ABLATIONS, QUESTIONS, SWEEPS, Task
+from cemg.experiments.settings import CEMG
 from cemg.experiments.store import CODES, Store
 from cemg.experiments.tables import (
     Board,
@@ -21,9 +23,9 @@ from cemg.experiments.tables import (
     cold_rows,
     cost_rows,
     difference_rows,
+    figure_of,
     ranking_rows,
     spread_rows,
-    value_of,
 )
 from cemg.report.blocks import Block, Chart, Charts, Section, Table, Text
 from cemg.report.charts import interval_chart, line_chart
@@ -33,19 +35,31 @@ from cemg.storage.read import read_json
 
 PAGE, TABLE = "report.html", "results.csv"
 COLLIDING, PERPLEXITY = "share of colliding items", "perplexity of a level"
+NO_NEW_ITEMS = "New items are tested with the split leave-one-out only."
+OF_USERS = "± is half of the 95 % interval over users."
+OF_SEEDS = (
+    "Of several seeds, a cell has the mean and the standard deviation (SD), from 3 seeds on with half of "
+    "Student's 95 % interval (±). Of one seed, and of a deterministic model, ± is half of the 95 % interval "
+    "over users."
+)
+OF_PAIRS = ": mean over users and over the seeds that both have (95 % interval over users)"
 Rows = tuple[list[str], list[list[str]]]
 
 
-def write_experiment_report(store: Store, tasks: Sequence[Task], questions: Sequence[str]) -> Path:
+def write_experiment_report(store: Store, planned: Sequence[Task], questions: Sequence[str]) -> Path:
     """Write ``report.html`` and ``results.csv``, and return the path of the page.
+
+    Both have all tasks of the folder, and the page all questions that were asked so far.
 
     Args:
         store: The folder of the experiment.
-        tasks: The tasks of the questions, finished or not.
+        planned: Tasks of the questions, finished or not, that may not be in the folder yet.
         questions: Names of `QUESTIONS`.
     """
+    known = {task.name: task for task in (*store.tasks(), *planned)}
+    tasks, questions = list(known.values()), [q for q in QUESTIONS if q in {*questions, *store.questions()}]
     rows = [
-        row for task in tasks for title, record in store.results(task).items()
+        row for task in _ordered(tasks) for title, record in store.results(task).items()
         for row in _csv_rows(task, title, record)
     ]  # fmt: skip
     files.write_text(store.folder / TABLE, _csv(rows))
@@ -63,11 +77,7 @@ def experiment_sections(store: Store, tasks: Sequence[Task], questions: Sequence
         tasks: The tasks of the questions, finished or not.
         questions: Names of `QUESTIONS`.
     """
-    known = [*MODELS]
-    place = {name: place for place, name in enumerate(known)}
-    ordered = sorted(  # the baselines in the order of MODELS, those of files after them, then CEMG
-        tasks, key=lambda t: (t.model == CEMG, place.get(t.model, len(known)), _variant_place(t))
-    )
+    ordered = _ordered(tasks)
     found = {task.name: store.results(task) for task in ordered}
     sections = []
     for question in questions:
@@ -81,8 +91,17 @@ def experiment_sections(store: Store, tasks: Sequence[Task], questions: Sequence
                 missing.setdefault(task.table, []).append(task.name)
         for board in boards(results, missing):
             title = f"{_label(board)}: {question.upper()}, {QUESTIONS[question].title.lower()}"
-            sections.append(Section(title, _about(board) + _answer(question, board, store, chosen)))
+            blocks = _about(board, store, chosen) + _answer(question, board, store, chosen)
+            sections.append(Section(title, blocks))
     return sections
+
+
+def _ordered(tasks: Sequence[Task]) -> list[Task]:
+    """The baselines in the order of MODELS, those of files after them, then CEMG."""
+    place = {name: place for place, name in enumerate(MODELS)}
+    return sorted(
+        tasks, key=lambda t: (t.model == CEMG, place.get(t.model, len(place)), _variant_place(t), t.seed)
+    )
 
 
 def _variant_place(task: Task) -> int:
@@ -101,8 +120,8 @@ def _label(board: Board) -> str:
     return board.data if sample is None else f"{board.data}, {sample.count:,} users"
 
 
-def _about(board: Board) -> list[Block]:
-    """The beginning of each section: missing tasks, the split, and the meaning of ±."""
+def _about(board: Board, store: Store, tasks: Sequence[Task]) -> list[Block]:
+    """The beginning of each section: missing tasks, the data, the split, settings, and the meaning of ±."""
     blocks: list[Block] = []
     if board.missing:
         blocks.append(Text(f"Without a result: {', '.join(board.missing)}."))
@@ -115,9 +134,15 @@ def _about(board: Board) -> list[Block]:
     about = f"{of_users}, {items:,} items, split {split}, the whole catalog ranked."
     ties = board.split.get("tie_rule")
     blocks.append(Text(about + (f" Events at the same time: {ties}." if ties else "")))
-    blocks.append(Text(
-        "± is half of a 95 % interval: over seeds where a row has several (Student's), else over users."
-    ))  # fmt: skip
+    read = store.data().get(board.data)
+    if read:
+        kept = f"{read['users']:,} users, {read['items']:,} items and {read['interactions']:,} interactions"
+        blocks.append(Text("; ".join([f"Read from the source: {kept}", *read["notes"]]) + "."))
+    changed = {t.title: t.changed for t in tasks if t.table == board.data and t.changed}
+    if changed:
+        parts = [f"{title}: {' '.join(settings)}" for title, settings in changed.items()]
+        blocks.append(Text(f"Changed settings: {'; '.join(parts)}."))
+    blocks.append(Text(OF_SEEDS if any(len(r) > 1 for r in board.rows.values()) else OF_USERS))
     return blocks
 
 
@@ -135,7 +160,7 @@ def _answer(question: str, board: Board, store: Store, tasks: Sequence[Task]) ->
         )
         baseline = best_baseline(board)
         if baseline is not None:
-            caption = f"Difference to {baseline}, the best model other than CEMG (95 % interval over users)"
+            caption = f"Difference to {baseline}, the best model other than CEMG{OF_PAIRS}"
             blocks.append(_table(caption, difference_rows(board, baseline)))
     if question == "rq3":
         blocks.append(_table("Seconds", cost_rows(board)))
@@ -147,6 +172,8 @@ def _answer(question: str, board: Board, store: Store, tasks: Sequence[Task]) ->
         if "split" in board.split and "added" in str(board.split["split"]):
             caption = "Targets that were added to the catalog after training"
         blocks.append(_table(caption, cold_rows(board)))
+        if board.split.get("split") and "added" not in str(board.split["split"]):
+            blocks.append(Text(NO_NEW_ITEMS))
     return [block for block in blocks if not isinstance(block, Table) or block.rows]
 
 
@@ -160,9 +187,9 @@ def _overview(board: Board) -> Chart:
     rows: dict[str, dict[str, tuple[float, float]]] = {}
     for title, records in board.rows.items():
         for key in (KEPT, REMOVED):
-            found = value_of(records, key, "NDCG@10")
+            found = figure_of(records, key, "NDCG@10")
             if found is not None:
-                rows.setdefault(title, {})[RANKINGS[key]] = (found[0], found[1] or 0.0)
+                rows.setdefault(title, {})[RANKINGS[key]] = (found.mean, found.half or 0.0)
     return interval_chart(f"NDCG@10 on {board.data}", rows, x_label="NDCG@10")
 
 
@@ -191,15 +218,19 @@ def _sweeps(store: Store, board: Board, tasks: Sequence[Task]) -> list[Block]:
     rows: list[list[str]] = []
     for axis in SWEEPS:
         curves: dict[str, list[tuple[float, float]]] = {}
+        found: dict[str, list[dict[str, float]]] = {}  # a variant: the figures of its seeds
         for task in tasks:
-            name, equals, value = task.variant.partition(" = ")
-            figures = _figures(store, task) if equals and name == axis and task.table == board.data else {}
-            if task.seed or not figures:
-                continue
-            rows.append([task.variant, *(f"{figures[metric]:.4f}" for metric in figures if "@" in metric),
+            if task.table == board.data and task.variant.startswith(f"{axis} = "):
+                figures = _figures(store, task)
+                if figures:
+                    found.setdefault(task.variant, []).append(figures)
+        for variant, seeds in found.items():
+            figures = {label: statistics.mean(one[label] for one in seeds) for label in seeds[0]}
+            rows.append([variant, str(len(seeds)),
+                         *(f"{figures[metric]:.4f}" for metric in figures if "@" in metric),
                          f"{figures[COLLIDING]:.1%}", f"{figures[PERPLEXITY]:.0f}"])  # fmt: skip
             for label, figure in figures.items():
-                curves.setdefault(label, []).append((float(value), figure))
+                curves.setdefault(label, []).append((float(variant.partition(" = ")[2]), figure))
         curves = {label: sorted(curve) for label, curve in curves.items()}
         quality = {label: curve for label, curve in curves.items() if "@" in label}
         shown = {"metrics": quality} | {label: {label: curves[label]} for label in curves.keys() - quality}
@@ -208,8 +239,8 @@ def _sweeps(store: Store, board: Board, tasks: Sequence[Task]) -> list[Block]:
                 charts.append(line_chart(f"{board.data}: {label} by {axis}", shown[label], x_label=axis))
     if not rows:
         return [Text("No sweep has a result.")]
-    columns = ["search alone", "HR@10", "NDCG@10", COLLIDING, PERPLEXITY]
-    return [Table("Sweeps, history kept, seed 0", columns, rows), Charts(charts)]
+    columns = ["search alone", "seeds", "HR@10", "NDCG@10", COLLIDING, PERPLEXITY]
+    return [Table("Sweeps, history kept, means over the seeds", columns, rows), Charts(charts)]
 
 
 def _figures(store: Store, task: Task) -> dict[str, float]:

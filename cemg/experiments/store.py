@@ -5,6 +5,8 @@ OUT/tasks/NAME/run/        its run or checkpoints, with which an interrupted tas
 OUT/tasks/NAME/*.json      its results, written at its end; a task without any is not finished
 OUT/tasks/NAME/log.txt     what its command printed
 OUT/latency/*.json         the time of a recommendation by each model (RQ3)
+OUT/data.json              what was read of each data set
+OUT/questions.json         the questions that were asked so far, for the report
 OUT/cache/                 features of texts and images, shared by all tasks
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,9 @@ from typing import Any
 
 from cemg.baselines.registry import MODELS
 from cemg.errors import UserError
-from cemg.evaluation import read_result
-from cemg.experiments.plan import CEMG, NEW_ITEMS, Task
+from cemg.evaluation import Sample, read_result
+from cemg.experiments.plan import NEW_ITEMS, Task
+from cemg.experiments.settings import CEMG
 from cemg.storage import files
 from cemg.storage.read import read_json
 from cemg.storage.run import Run
@@ -30,15 +33,18 @@ from cemg.version import __version__
 
 FORMAT = "2"  # of task.json
 TASK, RESULT, CODES = "task.json", "result.json", "codes.json"
-ALL_USERS = "all"  # value of "users" in a task
+SECONDS = ".seconds"  # file of the seconds of a task by all processes that worked on it
+ALL_USERS, NO_BUDGET = "all", "none"  # values of "users" and "budget" in a task
+ASKED, DATA = "questions.json", "data.json"
 SEARCH, FREE, MEMORY = "search.json", "free.json", "memory.json"  # further results of some tasks
 # Seconds per 1,000 interactions with the default settings on one core (AMD EPYC), from trainings on Beauty;
 # those of TIGER, LETTER and LlamaRec are extrapolated from a few steps.
-SECONDS = {
+SECONDS_PER_1000 = {
     "popularity": 0.004, "memory": 0.4, "gru4rec": 2.7, "sasrec": 10.0, "bsarec": 5.7, CEMG: 11.0,
     "llm-esr": 3.6, "mmsrec": 1.5, "missrec": 2.7,
     "tiger": 2600.0, "letter": 1350.0, "mmgrec": 10.0, "llamarec": 2900.0,
 }  # fmt: skip
+START = 6.0  # seconds until a process has imported its libraries
 GATE_SECONDS = 1.3  # the same for the gate alone, with its test
 
 
@@ -110,21 +116,38 @@ class Store:
     def check(self, task: Task, identity: Mapping[str, str]) -> None:
         """Raise UserError if the folder of a task is that of another one with the same name.
 
-        The number of tested users may differ, unless a finished test of a sample is in the place of another
-        one: a sample can be taken from a test of all users.
+        The number of tested users may differ: a test is repeated alone. The budget may differ if the training
+        ended by itself.
         """
         path = self.path(task) / TASK
         if not path.exists():
             return
-        stored = {"users": ALL_USERS} | self._about(path)
+        stored = self._about(path)
         for key, value in identity.items():
-            if key == "users" and (stored[key] == ALL_USERS or not self.finished(task)):
+            is_path = key == "model" and "file_sha256" in identity  # of a file, which may be moved
+            if stored.get(key) == value or key == "users" or is_path:
                 continue
-            if stored.get(key) != value:
-                raise UserError(
-                    f"{path.parent} was trained with {key} {stored.get(key)!r}, this task has {value!r}",
-                    fix=f"delete {quote(str(path.parent))}, or use another --out folder",
-                )
+            if key == "budget":
+                self._check_budget(task, stored.get(key, NO_BUDGET), value)
+                continue
+            raise UserError(
+                f"{path.parent} was trained with {key} {stored.get(key)!r}, this task has {value!r}",
+                fix=f"delete {quote(str(path.parent))}, or use another --out folder",
+            )
+
+    def _check_budget(self, task: Task, stored: str, wanted: str) -> None:
+        """Raise UserError for another budget, unless the training ended by itself."""
+        result = self.results(task).get(task.title)
+        if result is not None and not result.get("config", {}).get("stopped"):
+            return
+        same = "no --budget" if stored == NO_BUDGET else f"--budget {stored.removesuffix(' h')}"
+        delete = f"delete {quote(str(self.path(task)))} to train it anew"
+        begun = "is unfinished" if result is None else "was stopped by its budget"
+        raise UserError(
+            f"{self.path(task)} {begun}, and has another budget than this command",
+            cause=f"it has {stored}, this command {wanted}",
+            fix=f"use {same}; or {delete}; or use another --out folder",
+        )
 
     def results(self, task: Task) -> dict[str, dict[str, Any]]:
         """The results of a finished task by their titles in tables; empty if it is not finished.
@@ -143,9 +166,31 @@ class Store:
             found[f"{task.title}, free beams"] = _read(folder / FREE)
         return {title: record for title, record in found.items() if record is not None}
 
-    def finished(self, task: Task) -> bool:
-        """Whether the results of a task are there."""
-        return task.title in self.results(task)
+    def finished(self, task: Task, *, users: int | None = None) -> bool:
+        """Whether the results of a task are there; with ``users``, those of a test of so many, 0 for all.
+
+        A test of all users counts for each sample, which can be taken from it.
+        """
+        result = self.results(task).get(task.title)
+        if result is None or users is None or task.runs_pipeline:
+            return result is not None
+        sample = Sample.of(result["split"])
+        return sample is None or sample.count == users
+
+    def remember(self, questions: Iterable[str], data: Mapping[str, dict[str, Any]]) -> None:
+        """Record what was asked, and what was read of each data set and split, for the report."""
+        files.write_json(self.folder / ASKED, sorted({*self.questions(), *questions}))
+        files.write_json(self.folder / DATA, self.data() | dict(data))
+
+    def questions(self) -> list[str]:
+        """The questions that were asked so far."""
+        path = self.folder / ASKED
+        return read_json(path, list[str], fix=f"delete {quote(str(path))}") if path.exists() else []
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """What was read of each data set and split: users, items, interactions, and notes."""
+        path, kind = self.folder / DATA, dict[str, dict[str, Any]]
+        return read_json(path, kind, fix=f"delete {quote(str(path))}") if path.exists() else {}
 
     def latency_path(self, table: str) -> Path:
         """The file of the latencies of the models of a data set and split."""
@@ -169,14 +214,14 @@ class Store:
         """
         size = interactions[task.data]
         measured = [
-            float(record["seconds"]) / max(int(record["interactions"]), 1)
+            max(float(record["seconds"]) - START, 0.0) / max(int(record["interactions"]), 1)
             for record in self._records(task.model, bool(task.base))
         ]
         if measured:
-            return size * sum(measured) / len(measured)
-        if task.base:
-            return GATE_SECONDS * size / 1000
-        return SECONDS[task.model] * size / 1000 if task.model in SECONDS else None
+            return START + size * sum(measured) / len(measured)
+        if not task.base and task.model not in SECONDS_PER_1000:
+            return None
+        return START + (GATE_SECONDS if task.base else SECONDS_PER_1000[task.model]) * size / 1000
 
     def _records(self, model: str, gate_only: bool) -> Iterator[dict[str, Any]]:
         """What finished tasks of a model took."""

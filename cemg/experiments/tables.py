@@ -1,4 +1,7 @@
-"""The tables of an experiment: means over seeds with intervals, differences to the best baseline, costs."""
+"""The tables of an experiment: means over seeds with intervals, differences to the best baseline, costs.
+
+A deterministic model has one result, which stands for all seeds.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cemg.baselines.registry import MODELS
 from cemg.evaluation import Sample, differences_of, printed_rows, restrict
-from cemg.evaluation.results import KEPT, REMOVED, intervals_key
+from cemg.evaluation.metrics import seed_interval
+from cemg.evaluation.results import KEPT, REMOVED, intervals_key, same_results
 
 Record = dict[str, Any]
+DETERMINISTIC = "deterministic"
 PAPER = "CEMG paper"  # source of what it prints
 OWN = "CEMG"  # titles of what is compared with the best baseline begin with it
 
@@ -81,53 +87,76 @@ def ranking_rows(board: Board, key: str, *, paper: bool) -> tuple[list[str], lis
     labels = ("in the paper", "in its own paper")
     used = [(by, label) for by, label in zip(printed, labels, strict=True) if by.keys() & board.rows.keys()]
     of_papers = [f"{name} {label}" for _, label in used for name in ("HR@10", "NDCG@10")]
-    notes = {title: _stopped(records[0]) for title, records in board.rows.items()}
+    notes = {title: _stopped(records) for title, records in board.rows.items()}
     columns = ["model", "seeds", *names, *of_papers, *(["training"] if any(notes.values()) else [])]
     rows = []
     for title, records in board.rows.items():
         cells = [figure(records, key, name) for name in names]
-        row = [title, str(len(records)), *cells]
+        row = [title, seeds_of(title, records), *cells]
         for known in (printed_by.get(title) for printed_by, _ in used):
             row += [f"{known.hr10:.4f}", f"{known.ndcg10:.4f}"] if known else ["", ""]
         rows.append([*row, notes[title]] if any(notes.values()) else row)
     return columns, rows
 
 
-def _stopped(record: Record) -> str:
-    """What a row says of a model that was not trained to its end; "" for the others."""
-    config = record.get("config", {})
-    if not config.get("stopped"):
+def seeds_of(title: str, records: Sequence[Record]) -> str:
+    """The number of seeds as text, or "deterministic"."""
+    return DETERMINISTIC if _is_deterministic(title, records) else str(len(records))
+
+
+def _is_deterministic(title: str, records: Sequence[Record]) -> bool:
+    """Whether a model has the same results with every seed."""
+    untrained = any(title == model.title and not model.trains for model in MODELS.values())
+    return untrained or same_results(records)
+
+
+def _stopped(records: Sequence[Record]) -> str:
+    """What a row says of a model that was not trained to its end, with some seed; "" for the others."""
+    stopped = [record for record in records if record.get("config", {}).get("stopped")]
+    if not stopped:
         return ""
+    config = stopped[0]["config"]
     seconds = config.get("train_seconds") or config.get("stage_seconds", {}).get("generator")
-    epochs = sum(row.get("share", 1) for row in record.get("training", ()))
+    epochs = sum(row.get("share", 1) for row in stopped[0].get("training", ()))
     parts = [f"{seconds:,.0f} s" if seconds else "", f"{epochs:.1f} epochs" if epochs else ""]
-    return ", ".join(["stopped by the budget", *(part for part in parts if part)])
+    which = f" with {len(stopped)} of {len(records)} seeds" if len(stopped) < len(records) else ""
+    return ", ".join([f"stopped by the budget{which}", *(part for part in parts if part)])
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A metric of a row.
+
+    Attributes:
+        mean: Over the seeds.
+        half: Half of its 95 % interval: over users for one seed, Student's over at least 3 seeds.
+        deviation: Standard deviation over the seeds; None for one seed.
+    """
+
+    mean: float
+    half: float | None = None
+    deviation: float | None = None
+
+    def __str__(self) -> str:
+        half = "" if self.half is None else f" ± {self.half:.4f}"
+        return f"{self.mean:.4f}{half}" + ("" if self.deviation is None else f" (SD {self.deviation:.4f})")
 
 
 def figure(records: Sequence[Record], key: str, name: str) -> str:
-    """A metric as text: see ``value_of``; "" if a record does not have it."""
-    found = value_of(records, key, name)
-    if found is None:
-        return ""
-    value, half = found
-    return f"{value:.4f}" + (f" ± {half:.4f}" if half is not None else "")
+    """A metric as text: see ``figure_of``; "" if a record does not have it."""
+    found = figure_of(records, key, name)
+    return "" if found is None else str(found)
 
 
-def value_of(records: Sequence[Record], key: str, name: str) -> tuple[float, float | None] | None:
-    """The mean of a metric over seeds, and half of Student's 95 % interval.
-
-    Of one seed, it is half of the interval over users; None if the record has none.
-    """
-    values = [record[key][name] for record in records if name in record.get(key, {})]
-    if len(values) < len(records) or not values:
+def figure_of(records: Sequence[Record], key: str, name: str) -> Figure | None:
+    """A metric over the seeds of a model; None if a record does not have it."""
+    if any(name not in record.get(key, {}) for record in records):
         return None
-    if len(values) == 1:
+    values = [float(record[key][name]) for record in records]
+    if len(values) == 1 or same_results(records):
         interval = records[0].get(intervals_key(key), {}).get(name)
-        return values[0], None if interval is None else (interval[1] - interval[0]) / 2
-    from scipy.stats import t as student  # a slow import
-
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), half
+        return Figure(values[0], None if interval is None else (interval[1] - interval[0]) / 2)
+    return Figure(statistics.mean(values), seed_interval(values), statistics.stdev(values))
 
 
 def spread_rows(board: Board) -> tuple[list[str], list[list[str]]]:
@@ -167,35 +196,59 @@ def _mean(records: Sequence[Record], key: str, name: str) -> float:
 
 
 def difference_rows(board: Board, baseline: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the differences to a baseline, user by user, for the seed that both have first."""
+    """Columns and rows of the differences to a baseline, user by user, over the seeds that both have.
+
+    Results of earlier versions without ranks have no row.
+    """
     rankings = {KEPT: "history kept", REMOVED: "history removed"}
     names = ("HR@10", "NDCG@10")
-    columns = ["model", *(f"{name}, {label}" for label in rankings.values() for name in names)]
-    other = board.rows[baseline][0]
+    columns = ["model", "seeds", *(f"{name}, {label}" for label in rankings.values() for name in names)]
     rows = []
-    for title, records in board.rows.items():
-        if title == baseline or "ranks" not in records[0] or "ranks" not in other:
+    for title in board.rows:
+        if title == baseline or any("ranks" not in one for t in (title, baseline) for one in board.rows[t]):
             continue
-        found = differences_of(records[0], other)
+        pairs, seeds = _pairs(board, title, baseline)
+        if not pairs:
+            rows.append([title, "none in common", *[""] * (len(columns) - 2)])
+            continue
+        found = differences_of(*pairs)
         parts = [found[key][name] for key in rankings for name in names]
-        rows.append([title, *(f"{d['mean']:+.4f} ({d['low']:+.4f} … {d['high']:+.4f})" for d in parts)])
+        cells = [f"{d['mean']:+.4f} ({d['low']:+.4f} … {d['high']:+.4f})" for d in parts]
+        rows.append([title, seeds, *cells])
     return columns, rows
 
 
+def _pairs(board: Board, title: str, baseline: str) -> tuple[list[tuple[Record, Record]], str]:
+    """The results of two models by seed, for the seeds that both have, and the number of seeds as text."""
+    names = (title, baseline)
+    fixed = [board.rows[name][0] if _is_deterministic(name, board.rows[name]) else None for name in names]
+    first, second = ({record.get("seed", 0): record for record in board.rows[name]} for name in names)
+    if fixed[0] and fixed[1]:
+        return [(fixed[0], fixed[1])], DETERMINISTIC
+    seeds = sorted(first if fixed[1] else second if fixed[0] else first.keys() & second.keys())
+    pairs = [(fixed[0] or first[seed], fixed[1] or second[seed]) for seed in seeds]
+    return pairs, str(len(pairs))
+
+
 def cost_rows(board: Board) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of seconds: the whole task, and the stages of CEMG's runs."""
+    """Columns and rows of seconds, means over the seeds: the whole task, and the stages of CEMG's runs."""
     stages = ["features", "graph", "memory", "tokenizer", "generator", "gate"]
     columns = ["model", "seconds", "of them training", *stages, "threads", "note"]
     rows = []
     for title, records in board.rows.items():
-        record = records[0]
-        config = record.get("config", {})
-        by_stage = config.get("stage_seconds", {})
-        trained = config.get("train_seconds")
-        cells = [f"{by_stage[stage]:,.0f}" if stage in by_stage else "" for stage in stages]
-        spent = f"{record.get('seconds', 0):,.0f}"
-        training = f"{trained:,.0f}" if trained is not None else ""
-        threads = str(record.get("hardware", {}).get("threads", ""))
-        rows.append([title, spent, training, *cells, threads, str(config.get("stopped", ""))])
+        configs = [record.get("config", {}) for record in records]
+        by_stage = [config.get("stage_seconds", {}) for config in configs]
+        cells = [_mean_seconds([part.get(stage) for part in by_stage]) for stage in stages]
+        spent = _mean_seconds([record.get("seconds", 0) for record in records])
+        training = _mean_seconds([config.get("train_seconds") for config in configs])
+        threads = {str(record.get("hardware", {}).get("threads", "")) for record in records}
+        note = next((str(config["stopped"]) for config in configs if config.get("stopped")), "")
+        rows.append([title, spent, training, *cells, ", ".join(sorted(threads)), note])
     used = [i for i, _ in enumerate(columns) if any(row[i] for row in rows)]
     return [columns[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
+def _mean_seconds(values: Sequence[float | None]) -> str:
+    """The mean as text; "" unless all seeds have a value."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):,.0f}" if known and len(known) == len(values) else ""

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cemg.baselines.registry import MODELS
 from cemg.data import Dataset
 from cemg.errors import UserError
-from cemg.experiments.plan import CEMG, LEAVE_ONE_OUT, NEW_ITEMS, Task
-from cemg.experiments.store import ALL_USERS, CODES, FREE, RESULT, SEARCH, Store, link_run
+from cemg.experiments.plan import LEAVE_ONE_OUT, NEW_ITEMS, Task
+from cemg.experiments.settings import CEMG
+from cemg.experiments.store import ALL_USERS, CODES, FREE, NO_BUDGET, RESULT, SEARCH, SECONDS, Store, link_run
 from cemg.pipeline.changes import content_digest
+from cemg.processes import Stopwatch, run_command
 from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.read import file_digest, read_json
@@ -36,10 +36,14 @@ class Source:
     Attributes:
         interactions: Their number, for estimates.
         sha256: Of its content, by which a finished task is known to belong to it.
+        items: Number of items.
+        about: What was read, for the report.
     """
 
     interactions: int
     sha256: str
+    items: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Dataset, split: str) -> Source:
@@ -53,7 +57,11 @@ class Source:
         if split == LEAVE_ONE_OUT and data.cuts is not None:
             raise UserError(f"{data.name} was prepared with a split in time", fix="--split time")
         present = [None if path is None or not path.is_file() else "image" for path in data.images]
-        return cls(data.num_interactions, content_digest(data, present))
+        about = {
+            "users": data.num_users, "items": data.num_items, "interactions": data.num_interactions,
+            "notes": data.notes,
+        }  # fmt: skip
+        return cls(data.num_interactions, content_digest(data, present), data.num_items, about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +89,17 @@ class Options:
             about |= {"file_sha256": file_digest(Path(task.model))}
         if task.model == CEMG:
             return about | {"dtype": self.dtype}
-        about |= {"users": str(self.users) if self.users else ALL_USERS}
-        if task.model in MODELS and not MODELS[task.model].trains:
+        if task.config:  # cemg-train tests all users
+            about |= {"dtype": self.dtype}
+        else:
+            about |= {"users": str(self.users) if self.users else ALL_USERS}
+        if task.is_deterministic:
             return about
-        about |= {"dtype": self.dtype} if task.config else {}
-        return about | {"budget": "none" if self.budget is None else f"{self.budget:g} h"}
+        return about | {"budget": NO_BUDGET if self.budget is None else f"{self.budget:g} h"}
 
 
 def run_tasks(tasks: Sequence[Task], store: Store, options: Options) -> list[str]:
-    """Run the tasks that are not finished. Returns a message for each that failed.
+    """Run the tasks that are not finished. Returns the names of those that failed, whose reasons are printed.
 
     A failed task does not keep the others from running. Ctrl-C ends the running task, too; the next call
     continues it.
@@ -101,22 +111,25 @@ def run_tasks(tasks: Sequence[Task], store: Store, options: Options) -> list[str
         store.check(task, options.identity(task))
     failed = []
     for number, task in enumerate(tasks, start=1):
-        if store.finished(task):
+        if store.finished(task, users=options.users):
             continue
         console.print(f"[{number}/{len(tasks)}] {task.name}", highlight=False, markup=False)
-        started = time.monotonic()
-        problem = run_task(task, store, options)
+        with Stopwatch(store.path(task) / SECONDS) as watch:
+            problem = run_task(task, store, options)
         if problem:
-            failed.append(f"{task.name}: {problem}")
+            failed.append(task.name)
             console.print(f"{task.name} failed: {problem}", highlight=False, markup=False)
         else:
             size = options.sources[task.data, task.split].interactions
-            store.record_seconds(task, time.monotonic() - started, size)
+            store.record_seconds(task, watch.seconds, size)
     return failed
 
 
 def measure_latencies(tasks: Sequence[Task], store: Store, options: Options) -> list[str]:
-    """Measure the finished models of each data set together, if it was not done. Returns what failed."""
+    """Measure the finished models of each data set together, if it was not done.
+
+    Returns the files that could not be made; the reasons are printed.
+    """
     failed = []
     for table in dict.fromkeys(task.table for task in tasks):
         chosen = [
@@ -134,7 +147,9 @@ def measure_latencies(tasks: Sequence[Task], store: Store, options: Options) -> 
             str(path), "--device", options.device,
         ]  # fmt: skip
         problem = _logged([command], store.folder / "latency.txt")
-        failed += [f"latency: {problem}"] if problem else []
+        if problem:
+            failed.append(path.name)
+            console.print(f"latency failed: {problem}", highlight=False, markup=False)
     return failed
 
 
@@ -153,7 +168,8 @@ def run_task(task: Task, store: Store, options: Options) -> str:
         return problem
     if task.runs_pipeline and task.variant != NEW_ITEMS:
         return _collect(folder, mixture=not task.config)
-    return "" if store.finished(task) else f"{folder / RESULT} was not written"
+    written = store.finished(task, users=options.users)
+    return "" if written else f"{folder / RESULT} was not written"
 
 
 def _logged(commands: Sequence[Sequence[str]], file: Path) -> str:
@@ -162,7 +178,7 @@ def _logged(commands: Sequence[Sequence[str]], file: Path) -> str:
         with file.open("a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
-            status = _run(command, log.fileno())
+            status = run_command(command, log.fileno())
         if status:
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             last = [line for line in lines[-LAST_LINES:] if line.strip()]
@@ -187,7 +203,7 @@ def commands_of(task: Task, store: Store, options: Options) -> list[list[str]]:
 def command_of(task: Task, store: Store, options: Options) -> list[str]:
     """The command line that trains and tests a task."""
     folder = store.path(task)
-    run, settings = folder / "run", [word for one in task.settings for word in ("--set", one)]
+    run, settings = folder / "run", _settings(task)
     common = ["--device", options.device, "--seed", str(task.seed)]
     if task.runs_pipeline:
         source = [] if task.base else ["--data", str(task.source)]
@@ -208,6 +224,18 @@ def command_of(task: Task, store: Store, options: Options) -> list[str]:
     ]  # fmt: skip
 
 
+def _settings(task: Task) -> list[str]:
+    """The options that change the settings of a task."""
+    words = []
+    for setting in task.settings:
+        name, _, value = setting.partition("=")
+        if not task.runs_pipeline and name in ("epochs", "loss"):  # options of python -m cemg.baselines
+            words += [f"--{name}", value]
+        else:
+            words += ["--set", setting]
+    return words
+
+
 def _free_search(folder: Path, options: Options) -> list[str]:
     """The command line that tests the run of a task without the trie."""
     return [
@@ -223,16 +251,6 @@ def _script(name: str) -> str:
     if found is None:
         raise UserError(f"{name} is not installed beside {sys.executable}", fix="pip install -e .")
     return found
-
-
-def _run(command: Sequence[str], log: int) -> int:
-    """Run a command with its output in the log. Ctrl-C reaches the command, too, and is waited for."""
-    with subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"NO_COLOR": "1"}) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.wait()
-            raise
 
 
 def _collect(folder: Path, *, mixture: bool) -> str:

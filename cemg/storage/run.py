@@ -12,7 +12,6 @@ import difflib
 import fcntl
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from cemg.errors import DamagedError, UserError
+from cemg.processes import Stopwatch
 from cemg.progress import console
 from cemg.storage import files
 from cemg.storage.manifest import (
@@ -44,6 +44,7 @@ from cemg_kernels.runtime.ranges import named_range
 
 PENDING, NEXT = ".config.next.yaml", ".next"  # configuration and stages of a training in progress
 CHECKPOINT = Path(".generator.part") / "checkpoints" / "checkpoint.safetensors"
+SECONDS = ".seconds"  # of a stage in progress, by all processes that built it
 ADDING = ".adding"  # holds the copies of stages that a command changes
 Guard = Callable[[str, Path, Mapping[str, Any]], None]
 
@@ -140,11 +141,13 @@ class Run:
             files.make_folder(part)
             files.write_json(part / KEY, signed({"key": key}))
         console.print(f"{name}: started", highlight=False)
-        started = time.monotonic()
-        build(part)
+        clock = part / SECONDS
+        with Stopwatch(clock) as watch:
+            build(part)
+        clock.unlink(missing_ok=True)
         files.sweep(part)
-        trained = read_clock(part) or 0.0  # includes the time before an interruption
-        seconds = round(max(time.monotonic() - started, trained), 2)
+        trained = read_clock(part) or 0.0  # of a training that an earlier version began
+        seconds = round(max(watch.seconds, trained), 2)
         made_of = {name: Manifest.read(self.path(name)) for name in inputs}
         manifest = describe(part, key=key, config=config, seconds=seconds, made_of=made_of, settings=settings)
         files.sync_tree(part)

@@ -116,10 +116,11 @@ def test_a_folder_prepared_for_leave_one_out_is_refused_and_the_fix_works(
     assert command(data_command.main, "prepare", "shop.csv", "out", "--min-count", "0") == 0
     with pytest.raises(UserError, match="was prepared for a leave-one-out split") as caught:
         read_dataset(Path("out"), split="time")
-    fix = str(caught.value).partition("prepare its source again: cemg-data ")[2].splitlines()[0]
+    fix = str(caught.value).partition("prepare its source into another folder: cemg-data ")[2].splitlines()[0]
     words = shlex.split(fix.replace("SOURCE", "shop.csv"))
     assert command(data_command.main, *words, "--min-count", "0") == 0
-    assert read_dataset(Path("out"), split="time").cuts is not None
+    assert read_dataset(Path("out-time"), split="time").cuts is not None
+    assert read_dataset(Path("out")).cuts is None  # it is kept
 
 
 def test_each_part_is_evaluated_on_its_own_users(tmp_path: Path) -> None:

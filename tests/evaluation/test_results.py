@@ -113,7 +113,7 @@ def test_the_difference_of_two_files_is_paired_by_user(tmp_path: Path) -> None:
     worse = evaluate(lambda h, top: torch.arange(2, 3)[None].expand(len(h), -1), split, progress=False)
     write_evaluation(tmp_path / "a.json", better)
     write_evaluation(tmp_path / "b.json", worse)
-    found = differences_of(read_result(tmp_path / "a.json"), read_result(tmp_path / "b.json"))
+    found = differences_of((read_result(tmp_path / "a.json"), read_result(tmp_path / "b.json")))
     hits = found["metrics"]["HR@10"]
     assert hits["mean"] == 0.5 and 0.3 < hits["low"] < 0.5 < hits["high"] < 0.7
     text = main(["--difference", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
@@ -139,7 +139,7 @@ def test_a_difference_needs_two_files_with_ranks_of_the_same_users(tmp_path: Pat
 def test_a_table_shows_the_difference_to_the_model_that_a_file_is_compared_with(tmp_path: Path) -> None:
     write(tmp_path / "a.json")
     record = json.loads((tmp_path / "a.json").read_text())
-    record["compared"] = {"model": "memory", "differences": differences_of(record, record)}
+    record["compared"] = {"model": "memory", "differences": differences_of((record, record))}
     (tmp_path / "a.json").write_text(json.dumps(signed(record)))
     rows = result_markdown([tmp_path / "a.json"], paper=False).splitlines()
     shown = [
@@ -203,7 +203,7 @@ def test_files_that_differ_only_in_the_seed_are_one_row_with_an_interval(tmp_pat
     record["metrics"]["HR@5"] = 0.5
     (tmp_path / "a-seed1.json").write_text(json.dumps(signed(record)))
     text = result_markdown([tmp_path / name for name in names], paper=False)
-    assert "| a (2 seeds) | 0.7500 ± 3.1766 | 1.0000 ± 0.0000 |" in text  # 12.706 · .35355 / √2
+    assert "| a (2 seeds) | 0.7500 (SD 0.3536) | 1.0000 (SD 0.0000) |" in text
     assert "| b-seed0 | 1.0000 |" in text
 
 

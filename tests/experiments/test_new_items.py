@@ -85,7 +85,7 @@ def test_the_task_trains_adds_and_tests(
         ran.append("train" if words[0] != sys.executable else words[3])
         return command(main, *words[1 if words[0] != sys.executable else 3 :])
 
-    monkeypatch.setattr(work, "_run", here)
+    monkeypatch.setattr(work, "run_command", here)
     store = Store(tmp_path / "out")
     options = Options(sources={("shop", "leave-one-out"): Source(840, "a" * 64)})
     assert run_tasks([task], store, options) == [] and ran == ["prepare", "train", "test"]

@@ -58,7 +58,47 @@ def test_settings_are_those_of_all_trainings_of_cemg_and_of_no_other() -> None:
     assert without["without memory"] == ("gate.memory=false",)
 
 
+def test_settings_of_another_model_are_named_with_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("")
+    models = ["sasrec", "tiger", str(tmp_path / "mine.py"), "cemg"]
+    given = ["sasrec:dim=8", "tiger:generator.epochs=3", "mine:text=a b: 'c'", "cemg:text.model=a:b"]
+    tasks = plan(["rq1"], SOURCES, models=models, settings=given)
+    found = {task.title: task.settings for task in tasks}
+    assert found["SASRec"] == ("dim=8",) and found["TIGER"] == ("generator.epochs=3",)
+    assert found["mine"] == ("text=a b: 'c'",) and found["CEMG"] == ("text.model=a:b",)
+    assert {task.title: task.changed for task in tasks}["CEMG, without memory"] == ("text.model=a:b",)
+    for task in tasks:
+        assert Task.read(task.about()).settings == task.settings
+    assert Task("d", Path(), "cemg", settings=("without=[text]",)).about()["settings"] == "without=[text]"
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("gru4rec:dim=8", "no gru4rec is trained"),
+        ("seed=3", "an option has this setting"),
+        ("graph.seed=3", "an option has this setting"),
+        ("tiger:generator.budget_hours=1", "an option has this setting"),
+        ("data.min_count=3", "all models are trained on the same data"),
+        ("sasrec:folds=2", "an experiment trains on all users"),
+    ],
+)
+def test_settings_that_tasks_must_share_are_refused(setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(["rq1"], SOURCES, models=["cemg", "sasrec", "tiger"], settings=[setting])
+
+
+def test_a_deterministic_model_has_one_seed_and_a_name_in_any_spelling_is_one_model() -> None:
+    tasks = plan(["rq1"], SOURCES, models=["SASRec", " popularity ", "sasrec", "LLM_ESR"], seeds=2)
+    assert plan(["rq1"], SOURCES, models=["item memory"])[0].model == "memory"
+    assert [task.name for task in tasks] == [
+        "shop-sasrec-seed0", "shop-popularity-seed0", "shop-llm-esr-seed0", "shop-sasrec-seed1",
+        "shop-llm-esr-seed1",
+    ]  # fmt: skip
+
+
 def test_rq4_sweeps_each_parameter_alone() -> None:
+    assert "shop-cemg-without-memory-seed0" not in names("rq4")
     tasks = [task for task in plan(["rq4"], SOURCES) if " = " in task.variant]
     assert len(tasks) == 16 and len({task.name for task in tasks}) == 16
     assert all(len(task.settings) == 1 for task in tasks)

@@ -1,0 +1,29 @@
+"""Baselines are trained in the process of the test: a process of their own imports torch for seconds."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+
+from cemg.baselines.__main__ import main
+from cemg.experiments import work
+from cemg.processes import run_command
+
+
+@pytest.fixture(autouse=True)
+def _in_process(command: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(words: Sequence[str], log: int) -> int:
+        if list(words[1:3]) != ["-m", "cemg.baselines"]:
+            return run_command(words, log)
+        with os.fdopen(os.dup(log), "a") as file, redirect_stdout(file), redirect_stderr(file):
+            try:
+                return command(main, *words[3:])
+            except Exception:
+                traceback.print_exc()
+                return 1
+
+    monkeypatch.setattr(work, "run_command", run)
