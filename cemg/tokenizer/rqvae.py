@@ -1,6 +1,9 @@
 """RQ-VAE: semantic IDs from fused item features (CEMG paper §3.3, equation 4).
 
-B items, h fused width, Z latent, M codebooks of K vectors.
+Several processes compute the encoder and the decoder for some rows of a batch each. The losses of the
+quantizer depend on the whole batch, so every process computes them for all rows, from the latents of all.
+
+B items, b of them in this process, h fused width, Z latent, M codebooks of K vectors.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cemg.distributed import ALONE, Rows
 from cemg.errors import UserError
 from cemg.tokenizer.clusters import cluster_loss
 from cemg.tokenizer.fusion import MODALITIES, Fusion, ItemFeatures
@@ -160,22 +164,26 @@ class RQVAE(nn.Module):
         return codes.long(), z
 
     def forward(
-        self, items: ItemFeatures, *, collab: Collaborative | None = None, clusters: Tensor | None = None
-    ) -> tuple[Losses, Tensor]:
+        self, items: ItemFeatures, *, collab: Collaborative | None = None, clusters: Tensor | None = None,
+        rows: Rows | None = None,
+    ) -> tuple[Losses, Tensor]:  # fmt: skip
         """Losses of a batch, and its codes [B, M].
 
         Args:
-            items: The features.
-            collab: Collaborative embeddings of the same items, for the loss ``collab_loss``.
+            items: The features of b items: those of this process.
+            collab: Collaborative embeddings of the B items, for the loss ``collab_loss``.
             clusters: int64 [M, K], the cluster of each code, for ``diversity_kind`` "clusters".
+            rows: The rows of the batch that ``items`` are; None if they are all of them.
         """
+        rows = rows or Rows(ALONE, len(items))
         h, _ = self.fusion(items)
         z = self.encoder(h)
         with torch.no_grad():
             codes = residual_quantize(z.contiguous(), self.codebooks.detach())[0].long()
+        z, codes = rows.gather(z), rows.gather(codes)
         quantized, commit, diversity = self._quantize(z, codes, clusters)
         passed = z + (quantized - z).detach()  # straight-through
-        recon, explained = self._reconstruction(self.decoder(passed), h, items)
+        recon, explained = self._reconstruction(self.decoder(rows.own(passed)), h, items, rows)
         total = recon + self.config.commit * commit + self.config.diversity * diversity
         aligned = None
         if collab is not None:
@@ -204,11 +212,12 @@ class RQVAE(nn.Module):
         return quantized, commit, diversity
 
     def _reconstruction(
-        self, decoded: Tensor, h: Tensor, items: ItemFeatures
+        self, decoded: Tensor, h: Tensor, items: ItemFeatures, rows: Rows
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.config.recon_target == "h":
             target = h.detach()
-            loss = (decoded - target).square().sum(1).mean()
+            loss = rows.mean((decoded - target).square().sum(1))
+            target = rows.gather(target)
             spread = (target - target.mean(0)).square().sum(1).mean()
             return loss, {"h": 1 - loss.detach() / spread.clamp_min(1e-12)}
         parts = dict(zip(MODALITIES, decoded.split([self.widths[k] for k in MODALITIES], dim=1), strict=True))
@@ -216,10 +225,12 @@ class RQVAE(nn.Module):
             [(parts[k] - items.values[k]).square().sum(1) for k in MODALITIES], dim=1
         )  # [B, 3]
         present = items.present.to(errors.dtype)
-        loss = ((errors * present).sum(1) / present.sum(1).clamp_min(1)).mean()
+        loss = rows.mean((errors * present).sum(1) / present.sum(1).clamp_min(1))
         spread = torch.stack([items.values[k].square().sum(1) for k in MODALITIES], dim=1)
-        share = (errors * present).sum(0).detach() / (spread * present).sum(0).clamp_min(1e-12)
-        return loss, {k: 1 - share[i] for i, k in enumerate(MODALITIES) if bool(present[:, i].any())}
+        sums = torch.stack(((errors * present).sum(0), (spread * present).sum(0), present.sum(0)))
+        left, whole, count = rows.world.total(sums)
+        share = left / whole.clamp_min(1e-12)
+        return loss, {k: 1 - share[i] for i, k in enumerate(MODALITIES) if bool(count[i] > 0)}
 
 
 def contrastive_loss(quantized: Tensor, collab: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cemg.distributed import ALONE, Rows, World
 from cemg.errors import UserError
 from cemg.progress import Log, track
 from cemg.tokenizer.clusters import balanced_clusters
@@ -26,6 +27,7 @@ def train_tokenizer(
     without: Sequence[str] = (),
     device: str = "cpu",
     log: Log | None = None,
+    world: World = ALONE,
 ) -> Tokenizer:
     """Train fusion and RQ-VAE on the features of N items.
 
@@ -40,6 +42,7 @@ def train_tokenizer(
             collaborative embeddings also if they are masked.
         device: "cpu" or a CUDA device.
         log: Receives the metrics of every epoch.
+        world: The processes that divide each batch. All of them return the same tokenizer.
 
     Raises:
         UserError: No item has any modality, or the loss is not finite.
@@ -54,13 +57,13 @@ def train_tokenizer(
     if config.collab_loss:
         centred = scaling["collab"](values["collab"]) * values["collab"].shape[1] ** 0.5
         collab = Collaborative(centred.to(device), present["collab"].to(device))
-    _fit(model, items.to(device), collab, config=config, log=log)
+    _fit(model, items.to(device), collab, config=config, log=log, world=world)
     return Tokenizer(model.cpu().eval(), scaling, tuple(without))
 
 
 def _fit(
     model: RQVAE, items: ItemFeatures, collab: Collaborative | None, *, config: TokenizerConfig,
-    log: Log | None,
+    log: Log | None, world: World,
 ) -> None:  # fmt: skip
     steps = -(-len(items) // config.batch_size)
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.learning_rate)
@@ -69,6 +72,9 @@ def _fit(
     )
     generator = torch.Generator().manual_seed(config.seed)
     initialise_codebooks(model, items, generator=generator)
+    for parameter in model.parameters():
+        world.broadcast(parameter)
+    divided = [p for p in model.parameters() if p is not model.codebooks]
     clusters = None
     for epoch in track(range(config.epochs), "RQ-VAE"):
         batches = []
@@ -78,10 +84,11 @@ def _fit(
                 [balanced_clusters(book, config.clusters, seed=config.seed) for book in model.codebooks]
             )
         for batch in torch.randperm(len(items), generator=generator).split(config.batch_size):
-            rows = batch.to(items.present.device)
+            index, rows = batch.to(items.present.device), Rows(world, len(batch))
             losses, codes = model(
-                items.rows(rows), collab=None if collab is None else collab.rows(rows), clusters=clusters
-            )
+                items.rows(rows.own(index)), collab=None if collab is None else collab.rows(index),
+                clusters=clusters, rows=rows,
+            )  # fmt: skip
             if not bool(losses.total.isfinite()):
                 raise UserError(
                     f"the tokenizer's loss is {float(losses.total.detach())} in epoch {epoch + 1}",
@@ -89,6 +96,9 @@ def _fit(
                 )
             optimizer.zero_grad()
             losses.total.backward()
+            world.sum_gradients(divided)
+            if model.codebooks.grad is not None:
+                world.broadcast(model.codebooks.grad)  # of all rows in every process
             optimizer.step()
             schedule.step()
             batches.append(_metrics(losses))
@@ -101,6 +111,7 @@ def _fit(
             and epoch < config.epochs // 2
         ):
             reseed_dead_codes(model, items, used=used, generator=generator)
+            world.broadcast(model.codebooks)
 
 
 def _groups(model: RQVAE, weight_decay: float) -> list[dict[str, object]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cemg.distributed import ALONE, Rows
 from cemg.errors import UserError
 from cemg.tokenizer import MODALITIES, RQVAE, ItemFeatures, TokenizerConfig
 from cemg.tokenizer.rqvae import negative_entropy
@@ -172,7 +173,7 @@ def test_the_reconstruction_is_the_mean_over_the_modalities_present():
     )
     model, items = model_of(), batch(present)
     decoded = torch.randn(6, sum(WIDTHS.values()), generator=torch.Generator().manual_seed(2))
-    loss, _ = model._reconstruction(decoded, torch.zeros(6, 1), items)
+    loss, _ = model._reconstruction(decoded, torch.zeros(6, 1), items, Rows(ALONE, len(items)))
     parts = dict(zip(MODALITIES, decoded.split(list(WIDTHS.values()), dim=1), strict=True))
     of_items = []
     for row in range(6):
@@ -188,9 +189,11 @@ def test_the_reconstruction_is_the_mean_over_the_modalities_present():
 def test_explained_variance_is_one_for_a_perfect_copy_and_zero_for_the_mean():
     model, items = model_of(), batch()
     copy = torch.cat([items.values[k] for k in MODALITIES], dim=1)
-    _, perfect = model._reconstruction(copy, torch.zeros(6, 1), items)
-    _, nothing = model._reconstruction(torch.zeros_like(copy), torch.zeros(6, 1), items)
-    _, half = model._reconstruction(copy / 2, torch.zeros(6, 1), items)
+    _, perfect = model._reconstruction(copy, torch.zeros(6, 1), items, Rows(ALONE, len(items)))
+    _, nothing = model._reconstruction(
+        torch.zeros_like(copy), torch.zeros(6, 1), items, Rows(ALONE, len(items))
+    )
+    _, half = model._reconstruction(copy / 2, torch.zeros(6, 1), items, Rows(ALONE, len(items)))
     for name in MODALITIES:
         assert perfect[name].item() == 1.0
         assert nothing[name].item() == pytest.approx(0.0, abs=1e-6)
@@ -207,7 +210,7 @@ def test_the_target_h_is_detached():
     model, items = model_of(recon_target="h"), batch()
     h = model.fusion(items)[0].detach().requires_grad_()
     decoded = torch.zeros_like(h, requires_grad=True)
-    loss, explained = model._reconstruction(decoded, h, items)
+    loss, explained = model._reconstruction(decoded, h, items, Rows(ALONE, len(items)))
     to_decoded, to_h = torch.autograd.grad(loss, (decoded, h), allow_unused=True)
     assert to_h is None and bool(to_decoded.any())
     torch.testing.assert_close(loss, h.detach().square().sum(1).mean())
