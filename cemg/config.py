@@ -33,7 +33,14 @@ WITHOUT = ("collab", "image", "text", "llm")
 # values, and the keys of stages leave them out, so that runs of these versions stay valid.
 EARLIER: dict[str, dict[str, Any]] = {
     "decoding": {"validation_history": "earlier"},
-    "generator": {"item_tokens": False, "item_loss": 0.0, "temperature": 1.0, "budget_hours": 0.0},
+    "generator": {
+        "item_tokens": False,
+        "item_loss": 0.0,
+        "temperature": 1.0,
+        "budget_hours": 0.0,
+        "accumulation_steps": 1,
+        "gradient_checkpointing": False,
+    },
     "gate": {"memory": True},
     "backbone": {"tied": True},
     "tokenizer": {"fusion": "guided", "collab_loss": 0.0, "diversity_kind": "entropy", "clusters": 10},

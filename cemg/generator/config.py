@@ -53,13 +53,17 @@ class GeneratorConfig:
     """Training stops after this many validations without a better NDCG@10; 0 never stops early."""
     budget_hours: float = 0.0
     """Hours after which training stops, within an epoch too; validations do not count. 0: no limit."""
+    accumulation_steps: int = 1
+    """Parts of a batch that a process computes one by one (gradient accumulation): less memory."""
+    gradient_checkpointing: bool = False
+    """Whether the activations of a layer are computed again in the backward pass: less memory, more time."""
     checkpoint_seconds: int = 60
     """Seconds between checkpoints."""
     seed: int = 0
     """Random seed; the run's seed replaces it."""
 
     def __post_init__(self) -> None:
-        for name in ("history_items", "epochs", "batch_size", "validate_every"):
+        for name in ("history_items", "epochs", "batch_size", "validate_every", "accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"generator.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "clip", "temperature"):

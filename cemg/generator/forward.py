@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from cemg.errors import UserError
 from cemg.generator.branches import ItemInputs
 from cemg.generator.llama import LlamaForward
 from cemg.generator.losses import FullPredictions, Predictions
@@ -19,8 +20,9 @@ from cemg.generator.vocabulary import Vocabulary
 
 
 def forward_of(
-    model: PreTrainedModel, vocabulary: Vocabulary, dtype: str, inputs: ItemInputs | None = None
-) -> Callable[[Batch], Predictions]:
+    model: PreTrainedModel, vocabulary: Vocabulary, dtype: str, inputs: ItemInputs | None = None, *,
+    plain: bool = False, checkpointed: bool = False,
+) -> Callable[[Batch], Predictions]:  # fmt: skip
     """Returns the fastest forward pass for a model on its device.
 
     Args:
@@ -28,9 +30,21 @@ def forward_of(
         vocabulary: The tokens of the codes.
         dtype: "float32" or "bfloat16" (mixed precision).
         inputs: Makes the inputs of histories with one token per item; None for tokens of codes.
+        plain: Whether the model's own forward pass is used in any case.
+        checkpointed: Whether the activations within a layer are computed again in the backward pass.
+
+    Raises:
+        UserError: The model cannot compute them again.
     """
-    if LlamaForward.supports(model):
-        return LlamaForward(model, vocabulary, getattr(torch, dtype), inputs)
+    if not plain and LlamaForward.supports(model):
+        return LlamaForward(model, vocabulary, getattr(torch, dtype), inputs, checkpointed=checkpointed)
+    if checkpointed:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(
+                f"{type(model).__name__} has no gradient checkpointing",
+                fix="--set generator.gradient_checkpointing=false",
+            )
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return PlainForward(model, vocabulary, dtype, inputs)
 
 

@@ -39,10 +39,13 @@ class ItemVectors:
         count: N.
     """
 
-    def __init__(self, model: PreTrainedModel, item_tokens: Tensor) -> None:
-        """``item_tokens`` [N, L] are the codes of the items as tokens."""
+    def __init__(self, model: PreTrainedModel, item_tokens: Tensor, device: str | None = None) -> None:
+        """``item_tokens`` [N, L] are the codes of the items as tokens; ``device``: see below.
+
+        None is the device of the model. Divided weights are gathered on another one than the model is on.
+        """
         self.model, self.count = model, len(item_tokens)
-        self.item_tokens = item_tokens.to(model.device)
+        self.item_tokens = item_tokens.to(device or model.device)
 
     def __call__(self, items: Tensor) -> Tensor:
         """The vectors [*, D] of catalog rows [*]."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from cemg.generator.branches import ItemInputs
@@ -45,10 +46,11 @@ class LlamaForward:
 
     def __init__(
         self, model: PreTrainedModel, vocabulary: Vocabulary, dtype: torch.dtype,
-        inputs: ItemInputs | None = None,
+        inputs: ItemInputs | None = None, *, checkpointed: bool = False,
     ) -> None:  # fmt: skip
-        """``inputs`` makes the inputs of histories with one token per item; None for tokens of codes."""
+        """``inputs`` and ``checkpointed``: see `forward_of`."""
         self.model, self.vocabulary, self.dtype, self.inputs = model, vocabulary, dtype, inputs
+        self.checkpointed = checkpointed
         config = model.config
         self.heads, self.eps = config.num_attention_heads, config.rms_norm_eps
         width = config.hidden_size // self.heads
@@ -79,7 +81,11 @@ class LlamaForward:
         shape = x.shape[:2]
         x = add_with_dropout(torch.zeros(()), x.flatten(0, 1), self._rate(body.embed_tokens))
         for layer in body.layers:
-            x = self._layer(layer, x, shape, rotations, reads)
+            arguments = layer, x, shape, rotations, reads
+            if self.checkpointed and torch.is_grad_enabled():
+                x = checkpoint(self._layer, *arguments, use_reentrant=False)
+            else:
+                x = self._layer(*arguments)
         return x
 
     def _layer(

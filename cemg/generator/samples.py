@@ -66,6 +66,11 @@ class Samples:
         """Number of items per sample, by which batches are bucketed."""
         return [end - first for _, first, _, end in self.spans]
 
+    def targets(self, indices: Sequence[int]) -> int:
+        """Number of target items of the samples with these indices."""
+        spans = (self._span(index) for index in indices)
+        return sum(end - target for _, _, target, end in spans)
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """The samples with these indices."""
         spans = [self._span(index) for index in indices]

@@ -2,6 +2,9 @@
 
 Dropout and batch order follow (seed, step) and (seed, epoch), so the step number is the whole random state:
 a run that was killed continues with the losses it would have had.
+
+A batch is computed in parts: one per process, or several with gradient accumulation. Each part has dropout of
+its own, so two processes have the losses of one process that computes the same parts.
 """
 
 from __future__ import annotations
@@ -18,15 +21,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 from pydantic import ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cemg.distributed import ALONE, World
 from cemg.errors import DamagedError, UserError
 from cemg.generator.branches import ItemInputs
 from cemg.generator.config import GeneratorConfig
 from cemg.generator.forward import forward_of
 from cemg.generator.item_tokens import ItemVectors
 from cemg.generator.losses import CodeLoss, ItemLoss
+from cemg.generator.parallel import Copied, Divided, Slots, Trained, spread_state
 from cemg.generator.prompts import Prompter
 from cemg.generator.samples import Batch, Buckets, Samples
 from cemg.generator.vocabulary import Vocabulary
@@ -35,6 +40,8 @@ from cemg.progress import Log, bar, console
 from cemg.storage import files
 from cemg.storage.read import STRICT, parse_json, read_tensor_file, tensors_digest
 from cemg_kernels import Trie
+
+PART_SEED = 2_654_435_769  # 2 ** 32 / golden ratio: seeds of parts differ in the 32 bits that torch reads
 
 
 @dataclass(slots=True)
@@ -52,6 +59,7 @@ class Progress:
     best_sha256: str = ""  # of the weights with the best validation
     train_seconds: float = 0.0  # of the steps, which the budget limits
     stopped: bool = False  # the budget was spent before the last step
+    parts: int = 1  # of a batch
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -70,8 +78,12 @@ def train_generator(
     dtype: str = "float32",
     log: Log | None = None,
     identity: str = "",
+    world: World = ALONE,
 ) -> Progress:
     """Train a model in place. It ends with the weights of the best validation.
+
+    Several processes call this with equal models and arguments, and only the main one reads and writes
+    ``folder``, validates, and ends with the best weights.
 
     A later call with the same arguments resumes from the last checkpoint. If that is damaged or has another
     ``identity``, training starts from the beginning and prints the reason.
@@ -89,10 +101,13 @@ def train_generator(
         dtype: "float32" or "bfloat16" (mixed precision).
         log: Receives loss and validation metric.
         identity: Key of the stage; checkpoints of another key are not resumed.
+        world: The processes that divide each batch.
 
     Raises:
-        UserError: There is no training sample, the loss is not finite, or the device is out of memory.
+        UserError: There is no training sample, the parts do not divide the batch, the loss is not finite, or
+            the device is out of memory.
     """
+    check_parts(config, world)
     samples = Samples(prompter, train, crop=config.crop, first_item=config.first_item, seed=config.seed)
     if len(samples) == 0:
         raise UserError(
@@ -101,7 +116,7 @@ def train_generator(
         )
     try:
         return _Training(
-            model, vocabulary, samples, trie, validate, config, folder, device, dtype, log, identity
+            model, vocabulary, samples, trie, validate, config, folder, device, dtype, log, identity, world
         ).run()  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -111,46 +126,106 @@ def train_generator(
         ) from error
 
 
-class _Training:
+def check_parts(config: GeneratorConfig, world: World) -> None:
+    """Raise UserError if the parts of all processes do not divide a batch evenly."""
+    parts = world.size * config.accumulation_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"generator.batch_size={config.batch_size} cannot be divided into {parts} equal parts",
+            cause=f"{world.size} processes, generator.accumulation_steps={config.accumulation_steps}",
+            fix=f"--set generator.batch_size={-(-config.batch_size // parts) * parts}, or another number of "
+            "processes",
+        )
+
+
+class TrainingLoss(nn.Module):
+    """The loss of a batch, as a module that contains the model."""
+
     def __init__(
-        self, model: PreTrainedModel, vocabulary: Vocabulary, samples: Samples, trie: Trie,
-        validate: Callable[[PreTrainedModel], float], config: GeneratorConfig, folder: Path, device: str,
-        dtype: str, log: Log | None, identity: str,
+        self, model: PreTrainedModel, vocabulary: Vocabulary, prompter: Prompter, trie: Trie,
+        config: GeneratorConfig, device: str, dtype: str, *, plain: bool = False,
     ) -> None:  # fmt: skip
-        self.config, self.folder, self.log, self.validate = config, folder, log, validate
-        self.identity, self.device = identity, device
-        self.samples, self.vocabulary = samples, vocabulary
-        self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
-        self.model = model
-        torch.nn.Module.to(model, device)
-        prompter = samples.prompter
+        """``plain`` trains through the model's own forward pass, which gathers divided weights."""
+        super().__init__()
+        self.model, self.config = model, config
         self.code_loss = CodeLoss(prompter.item_tokens, trie.to(device), vocabulary, config)
         self.item_loss: ItemLoss | None = None
         inputs = None
         if config.item_tokens:
-            vectors = ItemVectors(model, prompter.item_tokens)
+            vectors = ItemVectors(model, prompter.item_tokens, device)
             inputs = ItemInputs(vectors, self.code_loss.depths, prompter.opening)
             self.item_loss = ItemLoss(vectors) if config.item_loss else None
-        self.predict = forward_of(model, vocabulary, dtype, inputs)
-        self.optimizer = torch.optim.AdamW(
-            _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=True
-        )
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        checkpointed = config.gradient_checkpointing
+        self.predict = forward_of(model, vocabulary, dtype, inputs, plain=plain, checkpointed=checkpointed)
+
+    def forward(self, batch: Batch) -> Tensor:
+        predictions = self.predict(batch)
+        loss = self.code_loss(predictions, batch.targets)
+        if self.item_loss is not None:
+            loss = loss + self.config.item_loss * self.item_loss(predictions, batch.targets)
+        return loss
+
+
+class _Training:
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: Vocabulary, samples: Samples, trie: Trie,
+        validate: Callable[[PreTrainedModel], float], config: GeneratorConfig, folder: Path, device: str,
+        dtype: str, log: Log | None, identity: str, world: World,
+    ) -> None:  # fmt: skip
+        self.config, self.folder, self.log, self.validate = config, folder, log, validate
+        self.identity, self.device, self.dtype, self.world = identity, device, dtype, world
+        self.samples, self.vocabulary, self.trie = samples, vocabulary, trie
+        self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
+        self.model = model
+        nn.Module.to(model, "cpu" if world.sharded else device)
         self.total = len(self.buckets) * config.epochs
-        self.state = Progress()
+        self.parts = world.size * config.accumulation_steps
+        self.state = Progress(parts=self.parts)
         self.saved_at = time.monotonic()
 
     def run(self) -> Progress:
-        self._resume()
+        self.trained = self._start()
         started = time.monotonic() - self.state.seconds
-        with bar("generator", total=self.total, done=self.state.step) as advance:
+        with bar("generator", total=self.total, done=self.state.step, shown=self.world.main) as advance:
             while self.state.epoch < self.config.epochs and not self._stale() and not self._spent():
                 self._epoch(started, advance)
                 self.state.seconds = time.monotonic() - started
                 self._close_epoch()
-        if self.state.best_sha256:
+        if self.world.main and self.state.best_sha256:
             self._load_best()
         return self.state
+
+    def _start(self) -> Trained:
+        """Resume in the main process, then give all processes the same weights and state."""
+        optimizer = self._optimizer(self.model)
+        if self.world.main:
+            self._resume(optimizer)
+        slots: Slots = {}
+        if self.world.size > 1:
+            self.state = self.world.agree(self.state)
+            for parameter in self.model.parameters():
+                self.world.broadcast(parameter)
+            slots = spread_state(optimizer, self.world)
+        if not self.world.sharded:
+            if slots:
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+            of_hub = bool(self.model.name_or_path)
+            return Copied(self._loss(self.model), optimizer, self.world, unused=of_hub)
+        del optimizer
+        divided = Divided(self.model, self._loss, self._optimizer, self.world, device=self.device)
+        if slots:
+            divided.load(slots)
+        return divided
+
+    def _optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
+        groups = _groups(model, self.config.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.98), fused=True)
+
+    def _loss(self, model: PreTrainedModel) -> TrainingLoss:
+        return TrainingLoss(
+            model, self.vocabulary, self.samples.prompter, self.trie, self.config, self.device, self.dtype,
+            plain=self.world.sharded,
+        )  # fmt: skip
 
     def _load_best(self) -> None:
         path = self.folder / "best.safetensors"
@@ -164,32 +239,36 @@ class _Training:
         done = self.state.step - self.state.epoch * len(self.buckets)
         for indices in self.buckets.of_epoch(self.state.epoch)[done:]:
             began = time.monotonic()
-            batch = self.samples.batch(indices).to(self.device)
-            self.state.epoch_loss += self._step(batch)
+            self.state.epoch_loss += self._step(indices)
             self.state.epoch_steps += 1
             self.state.step += 1
             self.state.train_seconds += time.monotonic() - began
             advance(1)
-            if self._spent():  # before a checkpoint: one that is resumed within an epoch has budget left
+            spent, due = self._times()
+            if spent:  # before a checkpoint: one that is resumed within an epoch has budget left
                 self.state.stopped = self.state.step < self.total
                 return
-            if time.monotonic() - self.saved_at > self.config.checkpoint_seconds:
+            if due:
                 self.state.seconds = time.monotonic() - started
                 self._checkpoint()
 
-    def _step(self, batch: Batch) -> float:
-        self.model.train()
-        torch.manual_seed(self.config.seed * 1_000_003 + self.state.step)
-        for group in self.optimizer.param_groups:
+    def _times(self) -> tuple[bool, bool]:
+        """Whether the budget is spent, and whether a checkpoint is due, by the main process's clock."""
+        due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds
+        both = self.world.totals([self._spent(), due] if self.world.main else [0, 0])
+        return bool(both[0]), bool(both[1])
+
+    def _step(self, indices: list[int]) -> float:
+        self.trained.loss.train()
+        optimizer = self.trained.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = self.config.learning_rate * learning_rate_share(
                 self.state.step, self.total, self.config
             )
-        loss = self._loss(batch)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)
-        self.optimizer.step()
-        value = float(loss.detach())
+        optimizer.zero_grad()
+        (value,) = self.world.totals([self._backward(indices)])
+        nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.clip)
+        optimizer.step()
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {self.state.step}", fix="reduce generator.learning_rate"
@@ -198,14 +277,28 @@ class _Training:
             self.log(self.state.step, {"generator/loss": value})
         return value
 
-    def _loss(self, batch: Batch) -> Tensor:
-        predictions = self.predict(batch)
-        loss = self.code_loss(predictions, batch.targets)
-        if self.item_loss is not None:
-            loss = loss + self.config.item_loss * self.item_loss(predictions, batch.targets)
-        return loss
+    def _backward(self, indices: list[int]) -> float:
+        """Compute the gradient of a batch in this process's parts of it. Returns their shares of the loss."""
+        steps, value = self.config.accumulation_steps, 0.0
+        targets = self.samples.targets(indices)
+        for step in range(steps):
+            number = self.world.rank * steps + step
+            part = indices[number :: self.parts]  # batches are sorted by length, so parts are about as long
+            share = self.samples.targets(part) / targets
+            batch = self.samples.batch(part or indices[:1]).to(self.device)  # an empty part has the share 0
+            torch.manual_seed(self.config.seed * 1_000_003 + self.state.step + number * PART_SEED)
+            value += self.trained.backward(batch, share, last=step == steps - 1)
+        return value
 
     def _close_epoch(self) -> None:
+        """Validate and write a checkpoint, in the main process."""
+        slots = self.trained.collect()
+        if self.world.main:
+            self._judge()
+            self._save(slots)
+        self.state = self.world.agree(self.state)
+
+    def _judge(self) -> None:
         state = self.state
         loss, state.epoch_loss, state.epoch_steps = state.epoch_loss / max(state.epoch_steps, 1), 0.0, 0
         state.epoch += 1
@@ -217,11 +310,13 @@ class _Training:
         if state.stopped:
             console.print(f"generator: the budget of {self.config.budget_hours:g} h is spent at step "
                           f"{state.step} of {self.total}", highlight=False)  # fmt: skip
-        self._checkpoint()
 
     def _validate(self) -> float:
         self.model.eval()
+        nn.Module.to(self.model, self.device)
         score = self.validate(self.model)
+        if self.world.sharded:
+            nn.Module.to(self.model, "cpu")
         state = self.state
         if score > state.best:
             state.best, state.best_epoch, state.stale = score, state.epoch, 0
@@ -240,9 +335,14 @@ class _Training:
         return 0 < 3600 * self.config.budget_hours <= self.state.train_seconds
 
     def _checkpoint(self) -> None:
+        slots = self.trained.collect()
+        if self.world.main:
+            self._save(slots)
+
+    def _save(self, slots: Slots) -> None:
         """Write weights, optimizer state and progress to one file, atomically."""
         tensors = {f"model.{k}": v for k, v in weights_of(self.model).items()}
-        for index, slot in self.optimizer.state_dict()["state"].items():
+        for index, slot in slots.items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in slot.items()}
         self._write(tensors, self.folder / "checkpoint.safetensors", state=json.dumps(asdict(self.state)))
         self.saved_at = time.monotonic()
@@ -265,7 +365,7 @@ class _Training:
             raise DamagedError(f"{path} is damaged", cause=cause, fix=_restart(path.parent))
         return tensors, about
 
-    def _resume(self) -> None:
+    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
         """Continue from the checkpoint; start from the beginning if there is none or it is damaged."""
         path = self.folder / "checkpoint.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -276,7 +376,7 @@ class _Training:
             state = parse_json(about.get("state", ""), Progress, name=f"the state in {path}")
             if state.best_sha256:
                 self._read(self.folder / "best.safetensors")  # checks it; a later one is written again
-            self._restore(tensors, state)
+            self._restore(tensors, state, optimizer)
         except DamagedError as error:
             reason = f"{error.message} ({error.cause})" if error.cause else error.message
             message = f"generator: {reason}; the training starts from the beginning"
@@ -285,8 +385,12 @@ class _Training:
             self.folder.mkdir()
             return
         console.print(f"generator: resumed at step {self.state.step} of {self.total}", highlight=False)
+        if state.parts != self.parts:
+            console.print(f"generator: a batch has {self.parts} parts now and had {state.parts}, so dropout "
+                          "differs from that of an uninterrupted training", highlight=False)  # fmt: skip
+            state.parts = self.parts
 
-    def _restore(self, tensors: dict[str, Tensor], state: Progress) -> None:
+    def _restore(self, tensors: dict[str, Tensor], state: Progress, optimizer: torch.optim.Optimizer) -> None:
         path = self.folder / "checkpoint.safetensors"
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -295,7 +399,7 @@ class _Training:
                 slots.setdefault(int(index), {})[name] = value
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         assign(self.model, weights, path)
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
         self.state = state
 
 
@@ -318,7 +422,7 @@ def _groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, objec
     embeddings = {
         id(m.weight)
         for m in model.modules()
-        if isinstance(m, torch.nn.Embedding) or getattr(m, "is_embedding", False)
+        if isinstance(m, nn.Embedding) or getattr(m, "is_embedding", False)
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]

@@ -18,7 +18,10 @@ from cemg.settings import flat
 from cemg.storage import files
 from cemg.storage.read import digest, read_json
 
-UNTRAINED = ("generator.checkpoint_seconds", "decoding.beams", "decoding.batch_size")  # no effect on training
+UNTRAINED = (  # no effect on the weights
+    "generator.checkpoint_seconds", "generator.gradient_checkpointing", "decoding.beams",
+    "decoding.batch_size",
+)  # fmt: skip
 GATE = "gate."  # settings of the gate, which is fitted again in a minute and keeps the generator
 IMAGES = "images.json"  # in the data stage: sha256 of each item's picture, or null
 HASHES = ".image-hashes.json"  # in a run's folder: path to size, time, inode and sha256

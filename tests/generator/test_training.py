@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -278,6 +279,43 @@ def test_a_loss_over_valid_codes_learns_the_planted_rule_too(tmp_path, backbone)
     assert before < 0.3 and trial.hits(trial.model) >= 12 / 16
 
 
+@pytest.mark.parametrize("backbone", [SCRATCH, LLAMA], ids=["gpt2", "llama"])
+def test_gradient_checkpointing_computes_activations_again_and_changes_no_loss(tmp_path, backbone):
+    def run(name: str, checkpointed: bool) -> tuple[Trial, int]:
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        with pytest.MonkeyPatch.context() as patch:
+            entered = Mock(side_effect=hooks.__enter__, autospec=True)
+            patch.setattr(hooks, "__enter__", lambda self: entered(self))
+            trial = Trial(tmp_path / name, backbone, epochs=1, gradient_checkpointing=checkpointed)
+            trial.run(noisy)
+        return trial, entered.call_count
+
+    (kept, none), (again, some) = run("kept", False), run("again", True)
+    assert none == 0 < some and again.losses == kept.losses
+    assert_equal_weights(again.model, kept.model)
+
+
+@pytest.mark.parametrize("backbone", [SCRATCH, T5], ids=["gpt2", "t5"])
+def test_a_batch_in_parts_has_the_losses_of_the_whole_without_dropout(tmp_path, backbone):
+    backbone, users = replace(backbone, dropout=0.0), 26 if backbone is SCRATCH else 6
+    whole = Trial(tmp_path / "whole", backbone)
+    whole.run(noisy, users)
+    parts = Trial(tmp_path / "parts", backbone, accumulation_steps=4)  # the last batch of an epoch has 2
+    parts.run(noisy, users)
+    assert parts.losses == pytest.approx(whole.losses, abs=1e-5, rel=0)  # sums in another order
+
+
+def test_a_training_that_resumes_with_other_parts_says_so(tmp_path, capsys):
+    torn = Trial(tmp_path)
+    torn.die_at = 9
+    with pytest.raises(KeyboardInterrupt):
+        torn.run(noisy)
+    resumed = Trial(tmp_path, accumulation_steps=2)
+    resumed.run(noisy)
+    assert min(resumed.losses) == 7
+    assert "a batch has 2 parts now and had 1" in capsys.readouterr().err
+
+
 def test_training_without_a_sample_is_refused(tmp_path):
     trial = Trial(tmp_path)
     with pytest.raises(UserError, match="no training sample"):
@@ -362,7 +400,7 @@ def test_the_learning_rate_warms_up_then_falls_to_zero_or_by_the_inverse_root():
     "values",
     [
         *({"history_items": 0}, {"epochs": 0}, {"batch_size": 0}, {"label_smoothing": 1.0}),
-        *({"temperature": 0}, {"budget_hours": -1}),
+        *({"temperature": 0}, {"budget_hours": -1}, {"accumulation_steps": 0}),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_name(values):
