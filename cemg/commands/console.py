@@ -50,7 +50,8 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print(f"\ninterrupted: {_interrupt_message}", file=sys.stderr)
+            if _interrupt_message:
+                print(f"\ninterrupted: {_interrupt_message}", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
@@ -81,7 +82,7 @@ def examples(*lines: str) -> str:
 
 
 def set_interrupt_message(message: str) -> None:
-    """Set what Ctrl-C prints from here on: what is kept, and the command that continues."""
+    """Set what Ctrl-C prints from here on: what is kept, and the command that continues; "" is nothing."""
     global _interrupt_message
     _interrupt_message = message
 
@@ -177,7 +178,7 @@ def run(app: Callable[[], Any]) -> None:
     """Run ``app`` on ``sys.argv``.
 
     A UserError, an OSError or a failed allocation is printed as ``error: …``, ``cause: …`` and ``fix: …``,
-    and the process exits with code 2.
+    and the process exits with code 2. Of several processes, the first that fails prints its error.
     """
     set_interrupt_message(NOTHING_WRITTEN)
     follow_parent()
@@ -201,6 +202,15 @@ def _quieten() -> None:
     warnings.showwarning = _show_warning
 
 
+def _end_quietly() -> None:
+    """Exit without a message if another process of a distributed training has printed one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from cemg.distributed import first_to_fail
+
+        if not first_to_fail():
+            sys.exit(2)
+
+
 def _show_warning(message: Warning | str, *location: Any, **options: Any) -> None:
     console.print(f"warning: {message}", soft_wrap=True)
 
@@ -218,14 +228,19 @@ def _run(app: Callable[[], Any]) -> None:
         lines = storage.lines() if storage is not None else [text]
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
+            _end_quietly()
             raise
         lines = UserError(
             "not enough memory",
             cause=str(error).split("\n")[0],
             fix="use smaller batches, fewer beams or a smaller model",
         ).lines()
+    except Exception:
+        _end_quietly()
+        raise
     else:
         return
+    _end_quietly()
     for line in (f"error: {lines[0]}", *lines[1:]):
         print(printable(line), file=sys.stderr)
     sys.exit(2)

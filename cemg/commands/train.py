@@ -158,16 +158,24 @@ def train(
     After an interruption, the same command continues. An existing run keeps its own settings unless --data,
     --config or --preset is given. A finished run is replaced only with --force, or after you confirm.
     """
-    from cemg.artifacts import settings_file
-    from cemg.pipeline import Pipeline
-    from cemg.settings import config_file, explained
-    from cemg.storage.run import Run
+    from cemg.distributed import World
     from cemg_kernels import use_fast_kernels
 
     command.check_device(device)
     use_fast_kernels(fast_kernels)
     command.check_result(result)
     one_shard = read_shard(shard, join=join)
+    world = World.join(device)
+    if not world.main:
+        command.set_interrupt_message("")  # the main process prints it
+        world.serve()
+        return
+    from cemg.artifacts import settings_file
+    from cemg.pipeline import Pipeline
+    from cemg.pipeline.preflight import check_world
+    from cemg.settings import config_file, explained
+    from cemg.storage.run import Run
+
     source = one_source(Path(data) if data else None, interactions, option="--data")
     files = {
         "items": items,
@@ -187,33 +195,34 @@ def train(
     }
     file = config_file(config) if config is not None else None
     overrides = list(set or [])
-    chosen = _config(
-        run, str(source or ""), file, overrides, rebuild=rebuild, only_print=print_config, **options
-    )
-    if print_config:
-        print(explained(chosen), end="")
-        return
-    known = None
-    if file is None and not preset and chosen.data.path and (source or settings_file(run) is None):
-        chosen, known = _sized(run, chosen, str(source or ""), overrides, **options)
-    if dry_run:
-        _print_plan(run, chosen, device=device, data=known)
-        return
-    folder = Run(run)
-    if one_shard:
-        pipeline = Pipeline(folder, chosen, device=device, cache=cache, data=known)
-        write_features(pipeline.feature_work(), run / FEATURES, shard=one_shard)
-        return
-    console.print(_kernels(device))
-    with folder.locked():
-        command.set_interrupt_message(
-            f"finished stages and the last checkpoint are kept; cemg-train --run {quote(str(run))} continues"
+    with world:
+        chosen = _config(
+            run, str(source or ""), file, overrides, rebuild=rebuild, only_print=print_config, **options
         )
-        pipeline = Pipeline(folder, chosen, device=device, cache=cache, data=known)
-        if join:
-            load_features(pipeline.feature_work(), run / FEATURES, pipeline.cache)
-        pipeline.train(agree=None if force else partial(_agree, run), rebuild=rebuild)
-        _test(pipeline, chosen, copy=result)
+        if print_config:
+            print(explained(chosen), end="")
+            return
+        known = None
+        if file is None and not preset and chosen.data.path and (source or settings_file(run) is None):
+            chosen, known = _sized(run, chosen, str(source or ""), overrides, **options)
+        if dry_run:
+            _print_plan(run, chosen, device=device, data=known)
+            return
+        folder = Run(run)
+        if one_shard:
+            pipeline = Pipeline(folder, chosen, device=device, cache=cache, data=known)
+            write_features(pipeline.feature_work(), run / FEATURES, shard=one_shard)
+            return
+        check_world(chosen, world)
+        console.print(_kernels(device))
+        with folder.locked():
+            continued = f"cemg-train --run {quote(str(run))} continues"
+            command.set_interrupt_message(f"finished stages and the last checkpoint are kept; {continued}")
+            pipeline = Pipeline(folder, chosen, device=device, cache=cache, data=known, world=world)
+            if join:
+                load_features(pipeline.feature_work(), run / FEATURES, pipeline.cache)
+            pipeline.train(agree=None if force else partial(_agree, run), rebuild=rebuild)
+            _test(pipeline, chosen, copy=result)
 
 
 def _config(
@@ -369,3 +378,7 @@ def _test(pipeline: Pipeline, config: RunConfig, *, copy: Path | None) -> None:
 def main() -> None:
     """Run ``cemg-train`` on the command line's arguments."""
     command.run(app)
+
+
+if __name__ == "__main__":  # accelerate launch -m cemg.commands.train
+    main()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,15 +18,16 @@ from cemg.artifacts import RunArtifacts
 from cemg.config import DataConfig, RunConfig, keyed
 from cemg.data import Dataset, read_dataset, synthetic_dataset
 from cemg.data.readers import ColumnNames
+from cemg.distributed import ALONE, World
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation import evaluate
 from cemg.evaluation.ranker import beam_ranker
 from cemg.evaluation.selection import checkpoint_selection
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
 from cemg.features.shards import FeatureWork
-from cemg.generator import start_from_codebooks, weights_of
+from cemg.generator import Vocabulary, start_from_codebooks, weights_of
 from cemg.generator.item_softmax import ItemSoftmax
-from cemg.generator.training import train_generator
+from cemg.generator.training import Progress, train_generator
 from cemg.graph.lightgcn import train_lightgcn
 from cemg.memory.build import fit_memory
 from cemg.pipeline.changes import IMAGES, content_digest, image_digests
@@ -45,9 +47,11 @@ class Pipeline(RunArtifacts):
 
     def __init__(
         self, run: Run, config: RunConfig, *, device: str = "cpu", cache: Path | None = None,
-        verify: bool = True, data: Dataset | None = None,
+        verify: bool = True, data: Dataset | None = None, world: World = ALONE,
     ) -> None:  # fmt: skip
+        """``world``: the processes that train. This is the pipeline of the main one."""
         super().__init__(run, config, device=device, verify=verify)
+        self.world = world
         self.asked = config
         self.given = data  # the data set that the configuration names, if it was read before
         self.transition: Transition | None = None  # of a training
@@ -162,8 +166,9 @@ class Pipeline(RunArtifacts):
             ("generator", "checkpoint_seconds"),
             ("decoding", "beams"),
             ("decoding", "batch_size"),
+            ("generator", "gradient_checkpointing"),
         ):
-            del parts[part][name]  # does not change the weights
+            parts[part].pop(name, None)  # does not change the weights
         catalog = self.load_catalog().first(self.load_data().num_items)
         config = parts | {
             "dtype": self.config.dtype,
@@ -238,9 +243,10 @@ class Pipeline(RunArtifacts):
     def _build_graph(self, folder: Path) -> None:
         data = self.load_data()
         with StageLog(folder) as log:
-            made = train_lightgcn(
-                data.split().train, data.num_items, config=self.config.graph, device=self.device, log=log
-            )
+            made = self.world.call(
+                train_lightgcn, data.split().train, data.num_items, config=self.config.graph,
+                device=self.device, own={"log": log},
+            )  # fmt: skip
         files.save_tensors(
             {"collab": made.values, "collab_present": made.present}, folder / "graph.safetensors"
         )
@@ -258,9 +264,10 @@ class Pipeline(RunArtifacts):
         values, present = self.load_features()
         without = tuple(k for k in self.config.without if k in MODALITIES)
         with StageLog(folder) as log:
-            made = train_tokenizer(
-                values, present, config=self.config.tokenizer, without=without, device=self.device, log=log
-            )
+            made = self.world.call(
+                train_tokenizer, values, present, config=self.config.tokenizer, without=without,
+                device=self.device, own={"log": log},
+            )  # fmt: skip
         made.save(folder)
         items = made.features(values, present)
         codes, z = made.tokenize(items)
@@ -304,7 +311,6 @@ class Pipeline(RunArtifacts):
         if self.config.backbone.codebook_init:
             codebooks = self.load_tokenizer().model.codebooks.detach()
             start_from_codebooks(model, vocabulary, codebooks)
-        prompter = self.prompter(model, vocabulary, catalog)
         split = data.split()
         selection = checkpoint_selection(split, self.config)
         beams = self.config.decoding.validation_beams
@@ -331,10 +337,16 @@ class Pipeline(RunArtifacts):
         )  # refuses what cannot be decoded before it trains
         resumes = (folder / "checkpoints" / "checkpoint.safetensors").is_file()
         with StageLog(folder, resumes=resumes) as log:
-            progress = train_generator(
-                model, vocabulary, prompter, split.train, catalog.trie, validate=validate,
-                config=self.config.generator, folder=folder / "checkpoints", device=self.device,
-                dtype=self.config.dtype, log=log, identity=self.run.keys.get("generator", ""),
+            own = {
+                "validate": validate,
+                "folder": folder / "checkpoints",
+                "log": log,
+                "identity": self.run.keys.get("generator", ""),
+                "made": (model, vocabulary, catalog),
+            }
+            progress = self.world.call(
+                train_with_settings, self.config, catalog.codes, catalog.codebook_sizes, split.train,
+                device=self.device, own=own,
             )  # fmt: skip
         files.save_tensors(weights_of(model), folder / "weights.safetensors")
         files.write_json(folder / "vocabulary.json", vocabulary.to_dict())
@@ -347,6 +359,39 @@ class Pipeline(RunArtifacts):
             best["stopped"] = "the budget of training time was spent"
         files.write_json(folder / "training.json", best)
         write_clock(folder, progress.seconds)
+
+
+def train_with_settings(
+    config: RunConfig, codes: Tensor, sizes: Sequence[int], train: Sequence[np.ndarray], *, device: str,
+    world: World, made: tuple[PreTrainedModel, Vocabulary, Catalog] | None = None,
+    validate: Callable[[PreTrainedModel], float] | None = None, folder: Path = Path(), **own: Any,
+) -> Progress:  # fmt: skip
+    """`train_generator` with the settings of a run, in any process: only the main one has the run.
+
+    Args:
+        config: The settings, with the run's seed.
+        codes: [N, L] the semantic IDs.
+        sizes: Codes per level.
+        train: Training items (catalog rows) of each user.
+        device: "cpu" or a CUDA device.
+        world: All processes.
+        made: Model, vocabulary and catalog, which the main process has already.
+        validate: Of the main process; so are ``folder`` and ``own``, which has ``log`` and ``identity``.
+    """
+    artifacts = RunArtifacts(Run(folder), config, device=device)
+    if made is None:
+        catalog = Catalog.from_codes(codes, sizes)
+        torch.manual_seed(config.seed)
+        made = *artifacts._backbone(catalog), catalog
+    model, vocabulary, catalog = made
+    return train_generator(
+        model, vocabulary, artifacts.prompter(*made), train, catalog.trie, validate=validate or _not_called,
+        config=config.generator, folder=folder, device=device, dtype=config.dtype, world=world, **own,
+    )  # fmt: skip
+
+
+def _not_called(model: PreTrainedModel) -> float:
+    raise AssertionError("only the main process validates")
 
 
 def read_source(source: DataConfig) -> Dataset:

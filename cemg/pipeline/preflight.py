@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cemg.dense import DenseRanker
+from cemg.distributed import World
 from cemg.errors import UserError
 from cemg.features import check_image_model, check_text_model
+from cemg.generator.training import check_parts
+from cemg.graph.lightgcn import check_columns
 from cemg.storage.manifest import Manifest
 from cemg_kernels.trie.arrays import MAX_LEVELS
 
@@ -42,6 +45,18 @@ def check_before_training(config: RunConfig, data: Dataset, run: Run) -> None:
         DenseRanker.load(config.gate.dense).check_data(config.gate.dense, data.split())
     if config.backbone.pretrained and generator.get("backbone") != plain["backbone"]:
         _check_pretrained(config)
+
+
+def check_world(config: RunConfig, world: World) -> None:
+    """Raise UserError if the processes do not divide what they share: batches, and columns of embeddings."""
+    check_parts(config.generator, world)
+    check_columns(config.graph, world)
+    if config.tokenizer.batch_size % world.size:
+        size = -(-config.tokenizer.batch_size // world.size) * world.size
+        raise UserError(
+            f"{world.size} processes cannot divide tokenizer.batch_size={config.tokenizer.batch_size} evenly",
+            fix=f"--set tokenizer.batch_size={size}, or another number of processes",
+        )
 
 
 def _config_of(run: Run, stage: str) -> dict[str, Any]:

@@ -167,6 +167,10 @@ def checked(words: list[str]) -> None:
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(arguments) <= set(targets)
+    elif program == "accelerate":
+        module = arguments.index("-m") + 1
+        assert arguments[module] == "cemg.commands.train"
+        parse("cemg-train", arguments[module + 1 :])
     elif program == "python" and arguments[0] == "-m":
         assert importlib.util.find_spec(arguments[1])
     elif program in ("python", "bash", "pytest"):
