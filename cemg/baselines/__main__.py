@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from cemg.baselines.registry import FITTED, MODELS, Job, check_fitted, fit, parse_settings
+from cemg.baselines.registry import FITTED, MODELS, Job, check_fitted, check_settings, fit, parse_settings
 from cemg.commands import console as command
 from cemg.data import Dataset, read_dataset
 from cemg.data.choices import SplitBy
@@ -95,6 +95,7 @@ def run(
     started = time.perf_counter()
     changes = _parse_settings(settings or []) | _parse_fold(users_fold)
     changes |= {k: v for k, v in (("loss", loss and loss.value), ("epochs", epochs)) if v is not None}
+    check_settings(model, changes)
     if folder is None and (model not in MODELS or MODELS[model].trains):
         fix = f"add --run runs/{Path(model).stem}"
         raise UserError(f"{model} needs a folder for its checkpoints", fix=fix)

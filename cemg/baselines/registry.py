@@ -185,16 +185,15 @@ class _SettingsOnly(Job):
         raise _SettingsRead
 
 
-def check_settings(name: str, settings: Sequence[str]) -> None:
+def check_settings(name: str, changes: Mapping[str, Any]) -> None:
     """Raise UserError if a model that `fit` trains does not have these settings, without training it.
 
     A model of a file that reads its data before its settings is not checked.
 
     Args:
         name: The model.
-        settings: NAME=VALUE.
+        changes: Values by name, as in `Job`.
     """
-    changes = parse_settings(settings)
     if not changes:
         return
     try:

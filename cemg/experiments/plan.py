@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cemg.baselines.registry import MODELS, check_model, check_settings, title_of
+from cemg.baselines.registry import MODELS, check_model, check_settings, parse_settings, title_of
 from cemg.config import load_config
 from cemg.data.choices import SPLITS
 from cemg.errors import UserError
@@ -301,7 +301,7 @@ def check_task(task: Task, items: int) -> None:
         items: Number of items of its data, which chooses the preset of CEMG.
     """
     if not task.runs_pipeline:
-        check_settings(task.model, task.settings)
+        check_settings(task.model, parse_settings(task.settings))
     elif task.config:
         load_config(config_file(Path(task.config)), task.settings)
     else:

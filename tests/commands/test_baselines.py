@@ -92,9 +92,11 @@ def test_a_user_error_names_the_mistake_and_exits_with_code_2(
     words: list[str],
     message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
     needed = ["--data", prepared, "--model", "sasrec", "--out", tmp_path / "x.json"]
     assert call(monkeypatch, *needed, *words) == 2
-    assert not (tmp_path / "x.json").exists()
+    assert sorted(tmp_path.iterdir()) == before
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said
 
