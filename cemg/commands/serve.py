@@ -85,6 +85,9 @@ def serve(
             help="Serve --run even if the store belongs to another run: added items get new semantic IDs.",
         ),
     ] = False,
+    rate: Annotated[
+        float, typer.Option(min=0.0, help="Requests per second that are answered per client; 0 for no limit.")
+    ] = 0.0,
     device: command.DeviceOption = "cpu",
     version: command.VersionOption = False,
 ) -> None:
@@ -126,7 +129,7 @@ def serve(
         )  # fmt: skip
     finally:
         gc.enable()
-    app = create_app(service, Settings(keys=known, hosts=hosts, timeout=timeout))
+    app = create_app(service, Settings(keys=known, hosts=hosts, timeout=timeout, rate=rate))
     console.print(
         f"serving {service.loaded.run} on http://{host}:{port}, catalog version {service.store.version}",
         soft_wrap=True,

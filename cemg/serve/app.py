@@ -37,12 +37,14 @@ class Settings:
         hosts: Names that the Host header may have.
         timeout: Seconds that a request may wait for its search.
         max_bytes: Largest size of a body.
+        rate: Requests per second that are answered per client; 0 for no limit.
     """
 
     keys: Keys = field(default_factory=lambda: Keys({}))
     hosts: Sequence[str] = LOOPBACK
     timeout: float = 10.0
     max_bytes: int = 4 << 20
+    rate: float = 0.0
 
 
 def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
@@ -62,7 +64,9 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     app.state.keys, app.state.metrics = settings.keys, Metrics(service)
     problems.install(app)
     app.add_middleware(EncodedSlashes)
-    app.add_middleware(Guard, hosts=settings.hosts, max_bytes=settings.max_bytes)
+    app.add_middleware(
+        Guard, hosts=settings.hosts, max_bytes=settings.max_bytes, keys=settings.keys, rate=settings.rate
+    )
     app.add_middleware(
         Observed, metrics=app.state.metrics, status=service.status
     )  # outermost: sees all answers

@@ -64,6 +64,7 @@ _REASONS = {
     413: "The body is too large",
     421: "The Host header is not a name of this service",
     422: "A field is not valid; errors name it",
+    429: "The client sends too many requests, see Retry-After",
     503: "Too many requests wait, or the service starts or shuts down",
     507: "The disk is full or fails",
 }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hmac
+import math
+import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ Role = Literal["read", "write", "admin"]
 ROLES: tuple[Role, ...] = ("read", "write", "admin")  # each may do what those before it may
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 MIN_KEY = 16  # characters
+CLIENTS = 10_000  # whose requests are counted; beyond, those that were quiet for longest start anew
 
 _bearer = HTTPBearer(auto_error=False)
 _header = APIKeyHeader(name="X-API-Key", auto_error=False)
@@ -95,17 +99,48 @@ def requires(role: Role) -> Any:
     return Depends(check)
 
 
+class Rate:
+    """How many requests per second a client may send: a bucket of one second's requests, which refills.
+
+    Args:
+        per_second: Requests per second; 0 for no limit.
+    """
+
+    def __init__(self, per_second: float) -> None:
+        self.per_second, self.size = per_second, max(1.0, per_second)
+        self._left = OrderedDict[str, tuple[float, float]]()  # requests, and when they were so many
+
+    def wait(self, client: str, now: float) -> float:
+        """Count a request at a time in seconds; return 0, or the seconds until the client may send one."""
+        if not self.per_second:
+            return 0.0
+        left, before = self._left.pop(client, (self.size, now))
+        left = min(self.size, left + (now - before) * self.per_second)
+        admitted = left >= 1
+        self._left[client] = (left - admitted, now)
+        if len(self._left) > CLIENTS:
+            self._left.popitem(last=False)
+        return 0.0 if admitted else (1 - left) / self.per_second
+
+
 class Guard:
-    """Refuses requests for other hosts, from pages of other origins, and with bodies that are too large.
+    """Refuses requests for other hosts, of other origins, with large bodies, and too many of a client.
+
+    A client is an API key, or without one the address that a request is from.
 
     Args:
         app: The application.
         hosts: Names that the Host header may have, without ports; "*" admits any.
         max_bytes: Largest size of a body.
+        keys: The API keys.
+        rate: Requests per second of a client, see `Rate`.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], max_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, hosts: Sequence[str], max_bytes: int, keys: Keys, rate: float
+    ) -> None:
         self.app, self.hosts, self.max_bytes = app, {host.lower() for host in hosts}, max_bytes
+        self.keys, self.rate = keys, Rate(rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -114,7 +149,7 @@ class Guard:
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
-        refusal = self._refusal(headers)
+        refusal = self._refusal(headers) or self._too_many(headers, scope)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
@@ -132,6 +167,18 @@ class Guard:
         if length.isdecimal() and int(length) > self.max_bytes:
             return problem(413, f"the body has {length} bytes; at most {self.max_bytes} are read")
         return None
+
+    def _too_many(self, headers: dict[str, str], scope: Scope) -> Any:
+        if not scope["path"].startswith("/v1/"):
+            return None
+        given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+        known = self.keys.role(given) is not None  # others could send a new key with each request
+        client = given if known else str((scope.get("client") or [""])[0])
+        seconds = self.rate.wait(client, time.monotonic())
+        if not seconds:
+            return None
+        limit = f"at most {self.rate.per_second:g} requests per second are answered per client"
+        return problem(429, limit, headers={"Retry-After": str(math.ceil(seconds))})
 
     def _limited(self, receive: Receive) -> Receive:
         """Stop reading a body without a length once it is too large."""

@@ -16,6 +16,8 @@ import httpx
 import pytest
 
 from cemg.commands import serve as serve_command
+from cemg.serve import security
+from cemg.serve.security import Rate
 from cemg.serve.server import bind
 from cemg.storage.run import Run
 
@@ -157,6 +159,35 @@ def refused(capsys: pytest.CaptureFixture[str], command: object, *arguments: obj
     text = capsys.readouterr().err
     assert code == 2 and text.startswith("error: ") and "Traceback" not in text and "\n  fix:" in text, text
     return text
+
+
+def test_a_client_with_too_many_requests_gets_429_and_others_are_answered(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    keys = {"ann": "a" * 16, "bob": "b" * 16}
+    (tmp_path / "keys.yaml").write_text(f"admin: [{', '.join(keys.values())}]")
+    options = ("--rate", "0.01", "--keys", tmp_path / "keys.yaml")
+    with ServerProcess(copy_of(tiny_run, tmp_path), *options) as server:
+        for header in ({"X-API-Key": keys["ann"]}, {"Authorization": f"Bearer {keys['bob']}"}):
+            assert server.http.get("/v1/catalog", headers=header).status_code == 200
+            again = server.http.get("/v1/catalog", headers=header)
+            assert again.status_code == 429 and 90 < int(again.headers["retry-after"]) <= 100
+            assert again.headers["content-type"] == "application/problem+json"
+            assert server.http.get("/metrics", headers=header).status_code == 200  # only /v1 is limited
+        wrong = [server.http.get("/v1/catalog", headers={"X-API-Key": "c" * 16 + n}) for n in "xyz"]
+        assert [one.status_code for one in wrong] == [401, 429, 429]  # all are of one address
+
+
+def test_a_bucket_refills_and_forgets_quiet_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = Rate(2.0)
+    assert [rate.wait("ann", 10.0) for _ in range(3)] == [0.0, 0.0, 0.5]
+    assert rate.wait("bob", 10.0) == 0.0 and rate.wait("ann", 10.25) == 0.25
+    assert rate.wait("ann", 10.5) == 0.0 and rate.wait("ann", 1e9) == rate.wait("ann", 1e9) == 0.0
+    assert rate.wait("ann", 1e9) == 0.5 and all(Rate(0.0).wait("ann", 0.0) == 0.0 for _ in range(100))
+    monkeypatch.setattr(security, "CLIENTS", 2)
+    for client in ("ann", "bob", "carl"):
+        rate.wait(client, 1e9)
+    assert len(rate._left) == 2
 
 
 def test_a_busy_port_is_an_error_before_the_run_is_loaded(
