@@ -9,6 +9,7 @@ from typing import Any
 
 TAG = re.compile(r"<[^<>]{1,200}>")
 SPACE = re.compile(r"\s+")
+WORD = re.compile(r"\w")
 
 
 def clean(value: Any) -> str:
@@ -42,5 +43,6 @@ def item_text(title: str, parts: Iterable[str]) -> str | None:
         The text; None if title and parts are empty.
     """
     rest = [part for part in dict.fromkeys(parts) if part and part != title]
-    has_title = bool(title and rest) and re.match(rf"{re.escape(title)}(?!\w)", rest[0]) is not None
+    begins = bool(title and rest) and rest[0].startswith(title)
+    has_title = begins and WORD.match(rest[0], len(title)) is None  # not a longer word
     return sentences(rest if has_title else [title, *rest])
