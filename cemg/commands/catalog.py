@@ -11,7 +11,7 @@ import typer
 
 from cemg.commands import catalog_items
 from cemg.commands import console as command
-from cemg.commands.shards import ADDED, load_features, read_shard, write_features
+from cemg.commands.shards import ADDED, RayOption, load_features, read_shard, write_features
 from cemg.commands.sources import ColumnsOption, EncodingOption, ImagesOption, SeparatorOption
 from cemg.errors import UserError
 from cemg.progress import console
@@ -90,6 +90,7 @@ def add(
     join: Annotated[
         bool, typer.Option("--join", help="Add the items with the features that --shard 1/N to N/N computed.")
     ] = False,
+    ray: RayOption = "",
     no_verify: command.NoVerifyOption = False,
 ) -> None:
     """Add new items to the catalog, without retraining.
@@ -105,7 +106,7 @@ def add(
     from cemg.storage.run import Run
     from cemg.tokenizer import symbol
 
-    one_shard = read_shard(shard, join=join)
+    one_shard = read_shard(shard, join=join, ray=ray)
     table = _read(items, columns, separator=separator, encoding=encoding, pictures=images is not None)
     artifacts = RunArtifacts.open(run, verify=not no_verify)  # before the lock, which would create a folder
     pictures, notes = image_paths(table, items.parent, images)
@@ -117,7 +118,7 @@ def add(
         return FeatureWork(table["text"].to_list(), pictures, text=settings.text, image=settings.image)
 
     if one_shard:
-        write_features(work(), run / ADDED, shard=one_shard)
+        write_features(work(), run / ADDED, shard=one_shard, ray=ray)
         return
     with Run(run).locked(), TemporaryDirectory() as folder_of_cache:
         recommender = Recommender.from_run(run, verify=not no_verify)
@@ -127,9 +128,9 @@ def add(
             raise UserError(f"{items}: item {existing} is already in the catalog")
         for note in _similar_ids(table["item"], known, items):
             console.print(f"note: {note}", highlight=False)
-        cache = FeatureCache(folder_of_cache) if join else None
+        cache = FeatureCache(folder_of_cache) if join or ray else None
         if cache is not None:
-            load_features(work(), run / ADDED, cache)
+            load_features(work(), run / ADDED, cache, ray=ray)
         codes = recommender.encode_items(table["text"].to_list(), pictures, cache=cache)
         titles = recommender.artifacts.added_titles()
         titles |= {i: t for i, t in zip(table["item"], table["title"], strict=True) if t}

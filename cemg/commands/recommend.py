@@ -23,7 +23,7 @@ from cemg.commands.histories import (
     read_requests,
 )
 from cemg.commands.items import allowed_items, read_ids
-from cemg.commands.shards import print_note, read_shard, write_parts
+from cemg.commands.shards import RayOption, print_note, read_shard, write_parts
 from cemg.errors import UserError
 from cemg.progress import console, plain_console, printable
 
@@ -97,6 +97,7 @@ def recommend(
             "--join", help="Join the shards of --all-users to one file, the same as without --shard."
         ),
     ] = False,
+    ray: RayOption = "",
     top: Annotated[int, typer.Option(help="Number of items to recommend.")] = 10,
     beams: Annotated[int, typer.Option(help="Number of beams, raised to --top if that is larger.")] = 50,
     engine: Annotated[
@@ -160,7 +161,7 @@ def recommend(
             "give exactly one of --history, --user, --histories and --all-users",
             fix='for example --history "12 7 105"',
         )
-    one_shard = _check_all(everyone, part, shard, join=join)
+    one_shard = _check_all(everyone, part, shard, join=join, ray=ray, device=device)
     items = parse_history(history) if history is not None else []
     if histories and histories != STDIN and not histories.exists():
         raise UserError(f"{histories} does not exist")
@@ -191,7 +192,7 @@ def recommend(
         if join:
             print_note(join_shards(everyone, work.about, schema=work.schema))
         else:
-            path = write_parts(work, everyone, shard=one_shard, label="recommend")
+            path = write_parts(work, everyone, shard=one_shard, label="recommend", ray=ray)
         console.print(f"wrote {path}: {users:,} users, at most {top} items each", soft_wrap=True)
         return
     if histories:
@@ -213,7 +214,7 @@ def recommend(
     plain_console().print(table)
 
 
-def _check_all(out: Path | None, part: str, shard: str, *, join: bool) -> Shard | None:
+def _check_all(out: Path | None, part: str, shard: str, *, join: bool, ray: str, device: str) -> Shard | None:
     """Return the shard. Raises UserError for invalid options of --all-users."""
     if part not in ("all", "test", "valid"):
         raise UserError(f"--part must be all, test or valid, got {part!r}")
@@ -221,6 +222,7 @@ def _check_all(out: Path | None, part: str, shard: str, *, join: bool) -> Shard 
         f"--part {part}": part != "all",
         f"--shard {shard}": bool(shard),
         "--join": join,
+        "--ray": bool(ray),
     }
     given = [name for name, used in options.items() if used]
     if out is None and given:
@@ -230,7 +232,7 @@ def _check_all(out: Path | None, part: str, shard: str, *, join: bool) -> Shard 
             f"--all-users {out} must end in .parquet",
             fix=f"--all-users {quote(str(out.with_suffix('.parquet')))}",
         )
-    return read_shard(shard, join=join)
+    return read_shard(shard, join=join, ray=ray, device=device)
 
 
 def _serve(recommender: Recommender, path: Path, options: dict[str, Any]) -> None:

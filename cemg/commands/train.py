@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cemg.commands import console as command
-from cemg.commands.shards import FEATURES, load_features, read_shard, write_features
+from cemg.commands.shards import FEATURES, RayOption, load_features, read_shard, write_features
 from cemg.commands.sources import (
     ColumnsOption,
     DropDuplicatesOption,
@@ -138,6 +138,7 @@ def train(
     join: Annotated[
         bool, typer.Option("--join", help="Train with the features that --shard 1/N to N/N computed.")
     ] = False,
+    ray: RayOption = "",
     result: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also copy the result file to this path.")
     ] = None,
@@ -164,7 +165,7 @@ def train(
     command.check_device(device)
     use_fast_kernels(fast_kernels)
     command.check_result(result)
-    one_shard = read_shard(shard, join=join)
+    one_shard = read_shard(shard, join=join, ray=ray, device=device)
     world = World.join(device)
     if not world.main:
         command.set_interrupt_message("")  # the main process prints it
@@ -211,7 +212,7 @@ def train(
         folder = Run(run)
         if one_shard:
             pipeline = Pipeline(folder, chosen, device=device, cache=cache, data=known)
-            write_features(pipeline.feature_work(), run / FEATURES, shard=one_shard)
+            write_features(pipeline.feature_work(), run / FEATURES, shard=one_shard, ray=ray)
             return
         check_world(chosen, world)
         console.print(_kernels(device))
@@ -219,8 +220,8 @@ def train(
             continued = f"cemg-train --run {quote(str(run))} continues"
             command.set_interrupt_message(f"finished stages and the last checkpoint are kept; {continued}")
             pipeline = Pipeline(folder, chosen, device=device, cache=cache, data=known, world=world)
-            if join:
-                load_features(pipeline.feature_work(), run / FEATURES, pipeline.cache)
+            if join or ray:
+                load_features(pipeline.feature_work(), run / FEATURES, pipeline.cache, ray=ray)
             pipeline.train(agree=None if force else partial(_agree, run), rebuild=rebuild)
             _test(pipeline, chosen, copy=result)
 

@@ -13,13 +13,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,6 +61,49 @@ class Shard:
 
 
 WHOLE = Shard(1, 1)
+
+
+Compute = Callable[[Sequence[int]], Iterable[tuple[int, pa.Table]]]  # numbers -> parts, in any order
+Encode = Callable[[Any], pa.Table]  # payload of a part -> the part
+
+
+class Work(Protocol):
+    """A table that is computed in parts, in this process or in others."""
+
+    @property
+    def schema(self) -> pa.Schema: ...
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What determines the table, for `Parts`."""
+        ...
+
+    @property
+    def made_on(self) -> Mapping[str, Any]:
+        """What may change its last bits from one machine to another."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """Number of parts."""
+        ...
+
+    def size_of(self, number: int) -> int:
+        """Number of users or items of a part."""
+        ...
+
+    def table(self, number: int) -> pa.Table:
+        """Compute a part in this process."""
+        ...
+
+    def payload(self, number: int) -> Any:
+        """What another process needs for a part; it can be pickled."""
+        ...
+
+    def worker(self) -> Callable[[], Encode]:
+        """A function that another process calls once, and that returns how it computes parts; it can be
+        pickled."""
+        ...
 
 
 class Parts:
