@@ -235,6 +235,32 @@ def synthetic(
 
 @app.command(
     cls=command.Command,
+    epilog=command.examples("cemg-data synth data/large --items 1e7 --users 1e7"),
+)
+def synth(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    users: Annotated[str, typer.Option(metavar="N", help="Number of users, as 50000 or 1e7.")],
+    items: Annotated[str, typer.Option(metavar="N", help="Number of items, as 50000 or 1e7.")],
+    seed: SeedOption = 0,
+    force: ForceOption = False,
+) -> None:
+    """Generate a dataset of any size, with texts and without pictures, in bounded memory.
+
+    Items are in clusters that follow each other in most histories.
+    """
+    from cemg.data.large import write_large
+
+    counts = {"users": _count(users, "--users"), "items": _count(items, "--items")}
+    _check_output(out, force=force)
+    with _renamed_when_complete(out) as folder:
+        interactions = write_large(folder, **counts, seed=seed)
+    numbers = f"{counts['users']:,} users, {counts['items']:,} items, {interactions:,} interactions"
+    print(f"wrote {out}: {numbers}", file=sys.stderr)
+    print(out)
+
+
+@app.command(
+    cls=command.Command,
     epilog=command.examples(
         "cemg-data export --run runs/demo data/next", "cemg-train --data data/next --run runs/next"
     ),
@@ -273,6 +299,17 @@ def export(
 def main() -> None:
     """Run ``cemg-data`` on the command line's arguments."""
     command.run(app)
+
+
+def _count(text: str, option: str) -> int:
+    """Parse a whole number, as 50000 or 1e7."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value.is_integer() or value < 0:
+        raise UserError(f"{option} must be a whole number, got {text!r}", fix=f"{option} 1e6")
+    return int(value)
 
 
 def _source_and_out(paths: list[Path], interactions: Path | None) -> tuple[Path, Path]:
