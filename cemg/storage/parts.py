@@ -173,7 +173,7 @@ class Parts:
         files.make_folder(self.folder)
         files.sweep(self.folder)
         path = self.folder / ABOUT
-        if path.exists():
+        if any(self.folder.glob("part-*.parquet")):
             difference = describe_difference(read_json(path, dict[str, Any], fix=self._discard), self.about)
             if difference:
                 raise UserError(
