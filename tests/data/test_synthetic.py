@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 from PIL import Image
 
@@ -150,8 +148,6 @@ def test_missing_labels_are_refused_with_the_file(tmp_path):
         planted_clusters(tmp_path)
 
 
-def test_the_default_dataset_is_generated_in_ten_seconds(tmp_path):
-    start = time.perf_counter()
-    synthetic_dataset(tmp_path)
-    assert time.perf_counter() - start < 10
-    assert isinstance(planted_clusters(tmp_path), pl.DataFrame)
+def test_the_default_dataset_says_which_clusters_were_planted(tmp_path):
+    data = synthetic_dataset(tmp_path)
+    assert planted_clusters(tmp_path).height == data.num_items
