@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -54,6 +55,9 @@ def outside_picture(folder: Path) -> tuple[UserError, Path]:
     return raised(image_paths, table, folder / "here", folder / "here"), folder
 
 
+CHECK_ALL = partial(_check_all, shard="", join=False, ray="", device="cpu")
+
+
 def raised(function: Callable[..., object], *arguments: object) -> UserError:
     with pytest.raises(UserError) as caught:
         function(*arguments)
@@ -79,7 +83,7 @@ ERRORS: dict[str, Callable[[Path], tuple[UserError | None, Path]]] = {
         raised(console.check_result, folder), folder / "beauty.json",
     ),
     "a table of another type": lambda folder: (
-        raised(_check_all, folder / "all.csv", "all"), folder / "all.parquet",
+        raised(CHECK_ALL, folder / "all.csv", "all"), folder / "all.parquet",
     ),
     "data that are named twice": lambda folder: (
         raised(lambda: sources.one_source(folder, folder / "b.csv", option="--data")), folder / "b.csv",
