@@ -1,10 +1,11 @@
 """Latency of cemg-serve under an open load on loopback, beside a server of ``generate()`` with a Python trie.
 
-python bench/serve.py --run runs/demo [--rates 5 20 80] [--seconds 10] [--json PATH]
+python bench/serve.py --run runs/demo [--rates 5 20 80] [--seconds 10] [--threads 1] [--json PATH]
 
 Arrival times are drawn before a load starts (Poisson), and a latency counts from the intended arrival, so a
 server that stalls cannot hide it. One server runs at a time. Requests are the histories of the run's test
-users. "search alone" is the time of the same search in this process, one after the other.
+users. "search alone" is the time of the same search in this process: one after the other, and once per mean
+gap of a rate, since a processor that was idle is slower.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ from cemg.recommender import Recommender
 
 CONNECTIONS = 64
 TOP = 10
+WARM, SEARCHES = 5, 100  # searches of "search alone"
 PEER = """
 import json, sys, threading
-import uvicorn
+import torch, uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 from cemg.recommender import Recommender
 
+torch.set_num_threads(int(sys.argv[3]))
 recommender, lock = Recommender.from_run(sys.argv[1], engine="transformers"), threading.Lock()
 beams = recommender.artifacts.config.decoding.beams
 app = FastAPI()
@@ -153,21 +156,25 @@ async def request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, bo
     return int(answer.split(" ", 2)[1])
 
 
-def search_alone(run: Path, histories: Sequence[list[str]], *, engine: str, seconds: float) -> float:
-    """Median milliseconds of one search in this process."""
+def search_alone(
+    run: Path, histories: Sequence[list[str]], *, engine: str, gaps: Sequence[float]
+) -> list[float]:
+    """Median milliseconds of a search in this process, for each pause in seconds before a search."""
     recommender = Recommender.from_run(run, engine=engine)
-    beams, taken = recommender.artifacts.config.decoding.beams, list[float]()
-    exclude = engine == "cemg" and not recommender.artifacts.load_gate().repeats
-    until = time.monotonic() + seconds
-    for number in range(10**6):
-        begun = time.perf_counter()
-        recommender.recommend(
-            [histories[number % len(histories)]], top=TOP, beams=beams, exclude_history=exclude
-        )
-        taken.append(1000 * (time.perf_counter() - begun))
-        if number >= 5 and time.monotonic() > until:
-            break
-    return float(np.median(taken[2:]))
+    beams, medians = recommender.artifacts.config.decoding.beams, []
+    repeats = recommender.artifacts.has_gate() and recommender.artifacts.load_gate().repeats
+    for gap in gaps:
+        taken: list[float] = []
+        for number in range(WARM + SEARCHES):
+            time.sleep(gap)
+            begun = time.perf_counter()
+            recommender.recommend(
+                [histories[number % len(histories)]], top=TOP, beams=beams,
+                exclude_history=engine == "cemg" and not repeats,
+            )  # fmt: skip
+            taken.append(1000 * (time.perf_counter() - begun))
+        medians.append(float(np.median(taken[WARM:])))
+    return medians
 
 
 def main() -> None:
@@ -178,23 +185,33 @@ def main() -> None:
     )
     parser.add_argument("--peer-rates", type=float, nargs="*", default=[2.0, 5.0], help="those of the peer")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a load")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each search")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     data = Recommender.from_run(options.run).artifacts.load_data()
     histories = [[data.item_ids[row] for row in items] for items in data.split().histories("test")[:500]]
     bodies = [json.dumps({"history": history, "limit": TOP}).encode() for history in histories]
     rows: list[dict[str, Any]] = []
-    for engine in ("cemg", "transformers"):
-        alone = search_alone(options.run, histories, engine=engine, seconds=options.seconds)
-        rows.append({"server": f"search alone, {engine}", "p50_ms": round(alone, 2)})
+    for engine, rates in (("cemg", options.rates), ("transformers", options.peer_rates)):
+        paces = [0.0, *(1 / rate for rate in rates)]
+        medians = search_alone(options.run, histories, engine=engine, gaps=paces)
+        for rate, median in zip(("", *rates), medians, strict=True):
+            name = f"search alone, {engine}"
+            rows.append({"server": name, "p50_ms": round(median, 2), "offered_per_s": rate})
+            print(rows[-1], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "run"
         shutil.copytree(options.run, copy, ignore=shutil.ignore_patterns("serve", "report", "results"))
         port = free_port()
         own = ["-c", "from cemg.commands.serve import main; main()", "--run", str(copy), "--port", str(port)]
+        own += ["--threads", str(options.threads)]
         servers = {
             "cemg-serve": ([sys.executable, *own], options.rates),
-            "FastAPI + generate()": ([sys.executable, "-c", PEER, str(copy), str(port)], options.peer_rates),
+            "FastAPI + generate()": (
+                [sys.executable, "-c", PEER, str(copy), str(port), str(options.threads)],
+                options.peer_rates,
+            ),
         }
         for name, (command, rates) in servers.items():
             with running(command, port):

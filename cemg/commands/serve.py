@@ -88,6 +88,9 @@ def serve(
     rate: Annotated[
         float, typer.Option(min=0.0, help="Requests per second that are answered per client; 0 for no limit.")
     ] = 0.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a search. Default: one per core.")
+    ] = None,
     device: command.DeviceOption = "cpu",
     version: command.VersionOption = False,
 ) -> None:
@@ -106,8 +109,11 @@ def serve(
         from cemg.storage.run import Run
     except ModuleNotFoundError as error:
         raise _missing(error) from error
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     disable_progress_bar()  # the log has JSON lines
     command.check_device(device)
     known = Keys.read(keys) if keys is not None else Keys({})

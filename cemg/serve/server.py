@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from cemg.errors import UserError
 from cemg.serve.service import Service
 
+KEEP_ALIVE = 75  # seconds; proxies and clients, which keep connections for up to a minute, close them first
 CLOSING = 1  # seconds of the shutdown that are left for connections whose request does not end
 
 
@@ -60,7 +61,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, log_level="warning", access_log=False, server_header=False,
-                timeout_graceful_shutdown=CLOSING,
+                timeout_graceful_shutdown=CLOSING, timeout_keep_alive=KEEP_ALIVE,
             )
         )  # fmt: skip
         self.service, self.shutdown_timeout = service, shutdown_timeout

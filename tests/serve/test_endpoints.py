@@ -459,7 +459,7 @@ def test_unknown_paths_and_methods(server: ServerProcess) -> None:
     answer = server.http.delete("/v1/recommend")
     problem(answer, 405)
     assert answer.headers["allow"] == "POST"
-    problem(server.http.request("BREW", "/v1/catalog"), 405)
+    problem(server.http.request("PURGE", "/v1/catalog"), 405)
 
 
 def test_every_answer_has_the_id_of_its_request(server: ServerProcess) -> None:
