@@ -11,7 +11,14 @@ import typer
 
 from cemg.commands import catalog_items
 from cemg.commands import console as command
-from cemg.commands.shards import ADDED, RayOption, load_features, read_shard, write_features
+from cemg.commands.shards import (
+    ADDED,
+    FeatureShardOption,
+    RayOption,
+    load_features,
+    read_shard,
+    write_features,
+)
 from cemg.commands.sources import ColumnsOption, EncodingOption, ImagesOption, SeparatorOption
 from cemg.errors import UserError
 from cemg.progress import console
@@ -79,14 +86,7 @@ def add(
     images: ImagesOption = None,
     separator: SeparatorOption = "",
     encoding: EncodingOption = "",
-    shard: Annotated[
-        str,
-        typer.Option(
-            metavar="i/N",
-            help="Only encode the i-th of N shards of the texts and images, into a file in the folder of the "
-            "run.",
-        ),
-    ] = "",
+    shard: FeatureShardOption = "",
     join: Annotated[
         bool, typer.Option("--join", help="Add the items with the features that --shard 1/N to N/N computed.")
     ] = False,

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from cemg.storage.parts import Compute, Shard, Work
 
 FEATURES, ADDED = Path("shards/features.parquet"), Path("shards/added.parquet")  # in the folder of a run
+FeatureShardOption = Annotated[
+    str,
+    typer.Option(
+        metavar="i/N",
+        help="Only encode the i-th of N shards of the texts and images, into a file in the folder of the "
+        "run.",
+    ),
+]
 RayOption = Annotated[
     str,
     typer.Option(

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cemg.commands import console as command
-from cemg.commands.shards import FEATURES, RayOption, load_features, read_shard, write_features
+from cemg.commands.shards import (
+    FEATURES,
+    FeatureShardOption,
+    RayOption,
+    load_features,
+    read_shard,
+    write_features,
+)
 from cemg.commands.sources import (
     ColumnsOption,
     DropDuplicatesOption,
@@ -127,14 +134,7 @@ def train(
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for cached text and image features; runs can share it."),
     ] = None,
-    shard: Annotated[
-        str,
-        typer.Option(
-            metavar="i/N",
-            help="Only encode the i-th of N shards of the texts and images, into a file in the folder of the "
-            "run.",
-        ),
-    ] = "",
+    shard: FeatureShardOption = "",
     join: Annotated[
         bool, typer.Option("--join", help="Train with the features that --shard 1/N to N/N computed.")
     ] = False,

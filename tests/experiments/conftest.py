@@ -6,10 +6,13 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cemg.baselines.__main__ import main
+from cemg.data import Dataset
 from cemg.experiments import work
 from cemg.processes import run_command
 
@@ -27,3 +30,14 @@ def _in_process(command: Callable[..., int], monkeypatch: pytest.MonkeyPatch) ->
                 return 1
 
     monkeypatch.setattr(work, "run_command", run)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A ring: item i + 1 follows item i."""
+    rng = np.random.default_rng(0)
+    sequences = [((s + np.arange(6)) % 30).astype(np.int32) for s in rng.integers(30, size=60)]
+    ids, blank = [str(i) for i in range(60)], [None] * 30
+    toy = Dataset("toy", ids, ids[:30], sequences, [""] * 30, [*blank], [*blank], "as written")
+    toy.save(tmp_path / "toy")
+    return tmp_path / "toy"

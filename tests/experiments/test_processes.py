@@ -11,11 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cemg.baselines.__main__ import main
-from cemg.data import Dataset
 from cemg.errors import UserError
 from cemg.experiments import Store, plan
 from cemg.experiments.work import Options, Source, run_tasks
@@ -109,15 +107,10 @@ def fit(job: Job) -> Fitted:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A data set, and a model of a file."""
-    rng = np.random.default_rng(0)
-    sequences = [((s + np.arange(6)) % 30).astype(np.int32) for s in rng.integers(30, size=60)]
-    ids, blank = [str(i) for i in range(60)], [None] * 30
-    toy = Dataset("toy", ids, ids[:30], sequences, [""] * 30, [*blank], [*blank], "as written")
-    toy.save(tmp_path / "toy")
+def source(source: Path, tmp_path: Path) -> Path:
+    """The ring, with a model of a file beside it."""
     (tmp_path / "mine.py").write_text(MODEL)
-    return tmp_path / "toy"
+    return source
 
 
 def test_the_seconds_of_a_result_are_those_of_all_its_processes(source: Path, tmp_path: Path) -> None:

@@ -26,17 +26,6 @@ QUICK = ["popularity", "memory"]
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A ring: item i + 1 follows item i."""
-    rng = np.random.default_rng(0)
-    sequences = [((s + np.arange(6)) % 30).astype(np.int32) for s in rng.integers(30, size=60)]
-    ids, blank = [str(i) for i in range(60)], [None] * 30
-    toy = Dataset("toy", ids, ids[:30], sequences, [""] * 30, [*blank], [*blank], "as written")
-    toy.save(tmp_path / "toy")
-    return tmp_path / "toy"
-
-
-@pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "out")
 
