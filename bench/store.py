@@ -22,7 +22,8 @@ from pathlib import Path
 
 from harness import Report, apply_options, make_parser
 
-from cemg.serve.store import Event, Item, Store
+from cemg.serve.rows import Event, Item
+from cemg.serve.store import Store
 
 PER_USER, ITEMS, BATCH, THREADS = 100, 12_000, 100, 16
 TABLE = """

@@ -15,35 +15,31 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from cemg.errors import UserError
 from cemg.serve.batching import ModelThread, StoppedError
-from cemg.serve.database import STORE_FILE, BusyError
+from cemg.serve.database import STORE_FILE
 from cemg.serve.engine import Answer, Engine, Query
 from cemg.serve.expressions import Filter, NamedFilter
 from cemg.serve.models import Attempt, Loader, LoadingError
 from cemg.serve.named_filters import NamedFilters
+from cemg.serve.new_items import NewItems
 from cemg.serve.rows import (
     Event,
     Item,
     Models,
     ServedModel,
-    State,
     StoredItem,
     UnknownItemError,
     patched,
 )
-from cemg.serve.served_run import ServedRun, images_of, run_of, text_of
+from cemg.serve.served_run import ServedRun, run_of
 from cemg.serve.shadow import Shadow
 from cemg.serve.store import Store
-from cemg.storage.files import StorageError
 from cemg.storage.run import Run
 from cemg.tokenizer import Catalog
 
-PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
-RETRY = 10  # seconds after which new items are tried again when the store has failed
 JOIN = 1.0  # seconds to wait for the search of a shadow
 FEW = 100  # changes that a run may still lack when writes wait for it
 
@@ -99,6 +95,13 @@ class Service:
         models: Runs below this folder may be loaded; None: those beside ``run``.
         move_store: Whether ``run`` is served even if the store belongs to another one, and is moved to it.
 
+    Attributes:
+        store: The durable store.
+        model: The thread that searches.
+        loader: Loads other runs.
+        status: What the service is doing.
+        order: Held while a change is stored and queued for the engine.
+
     Raises:
         UserError: The run or the store cannot be opened, or they do not belong together.
     """
@@ -120,25 +123,22 @@ class Service:
         self.loader = Loader(run.resolve().parent if models is None else models)
         self._sorted: tuple[Catalog, list[str]] | None = None
         self._shadow: Shadow | None = None
-        self._order = threading.Lock()  # held while a change is stored and queued for the engine
-        self._new = threading.Event()
-        self._new.set()
-        self._worker = threading.Thread(target=self._place_new_items, name="cemg-items", daemon=True)
-        self._worker.start()
+        self.order = threading.Lock()
+        self._new_items = NewItems(self)
         self.status.ready = True
 
     def drain(self, timeout: float) -> None:
         """Prepare to close, within ``timeout`` seconds: health says so, and new requests are refused."""
         self.status.draining, self.status.ready = True, False
         self._end = time.monotonic() + timeout
-        self._new.set()
+        self._new_items.wake()
 
     def close(self, *, timeout: float = 10.0) -> None:
         """Answer what is queued, and close the store, within the time of `drain` or ``timeout`` seconds."""
         if not self.status.draining:
             self.drain(timeout)
         self.model.stop(timeout=max(0.1, self._end - time.monotonic()))
-        self._worker.join(max(0.1, self._end - time.monotonic()))
+        self._new_items.join(max(0.1, self._end - time.monotonic()))
         self.loader.join(max(0.1, self._end - time.monotonic()))
         self.stop_shadow()
         self.store.close()
@@ -220,13 +220,13 @@ class Service:
         loaded.warm_up()
         while loaded.follow(self.store) > FEW and not self.status.draining:
             pass
-        with self._order:  # nothing is written meanwhile; searches go on
+        with self.order:  # nothing is written meanwhile; searches go on
             if self.status.draining:
                 raise StoppedError("the service shuts down")
             loaded.follow(self.store)
             self._record(loaded, self.models().current)
             self.model.change(partial(self._take, loaded)).result()
-        self._new.set()
+        self._new_items.wake()
         self.stop_shadow()  # semantic IDs in the store are others from here on
 
     def _record(self, loaded: ServedRun, previous: ServedModel | None) -> None:
@@ -302,7 +302,7 @@ class Service:
 
     def add_events(self, events: Sequence[Event]) -> list[bool]:
         """Store events and learn them. Returns which were new: see `Store.append_events`."""
-        with self._order:
+        with self.order:
             now = time.time()
             stored = self.store.append_events(events)
             new = [event for event, is_new in zip(events, stored, strict=True) if is_new]
@@ -326,7 +326,7 @@ class Service:
 
     def delete_user(self, user: str) -> int:
         """Delete a user's events, and the interactions of the run's data from history and memory."""
-        with self._order:
+        with self.order:
             deleted = self.store.delete_user(user)
             forgotten = self.model.change(lambda engine: engine.forget(user))
         return max(deleted, forgotten.result())
@@ -398,7 +398,7 @@ class Service:
         Raises:
             UserError: A value cannot be stored, or has another type than the attribute has in other items.
         """
-        with self._order:
+        with self.order:
             self._loaded.table.check({item.item_id: item.attributes for item in items})
             version = self.store.put_items(items)
             applied = self._apply_items(items, version)
@@ -412,7 +412,7 @@ class Service:
             UnknownItemError: There is no such item.
             UserError: As in `put_items`.
         """
-        with self._order:
+        with self.order:
             known = self.get_item(item)
             if known is None or known.state == "removed":
                 raise UnknownItemError(f"there is no item {item}")
@@ -429,7 +429,7 @@ class Service:
         for item in items:
             self.status.failed_items.pop(item.item_id, None)
         if len(here) < len({item.item_id for item in items}):
-            self._new.set()
+            self._new_items.wake()
 
         def apply(engine: Engine) -> None:
             engine.titles |= {name: item.title for name, item in here.items()}
@@ -443,90 +443,11 @@ class Service:
         Raises:
             UnknownItemError: There is no such item.
         """
-        with self._order:
+        with self.order:
             version = self.store.remove_item(item)
             removed = self.model.change(lambda engine: engine.remove([item], version))
         removed.result()
         return version
-
-    def _place_new_items(self) -> None:
-        """Compute the semantic IDs of pending items, in the background, until the service closes."""
-        again = None
-        while True:
-            self._new.wait(again)
-            self._new.clear()
-            if self.status.draining:
-                return
-            try:
-                while self._place_some() and not self.status.draining:
-                    pass
-                again = None
-            except StoppedError:
-                return
-            except Exception:
-                log.exception("new items could not be stored; the next try is in %d s", RETRY)
-                again = RETRY
-
-    def _place_some(self) -> bool:
-        """Place up to PLACED_AT_ONCE pending items. Returns whether there may be more."""
-        state: State = "pending"
-        waiting = self.store.items(states=(state,))
-        new = (one for one in waiting if one.item.item_id not in self.status.failed_items)
-        pending = [*islice(new, PLACED_AT_ONCE)]
-        if pending:
-            self._place(pending)
-        return bool(pending)
-
-    def _place(self, pending: Sequence[StoredItem]) -> None:
-        """Compute the semantic IDs of items and add them; those that fail are noted in the status."""
-        loaded = self._loaded
-        try:
-            self._add(pending)
-        except (StorageError, BusyError, StoppedError):  # not the fault of an item
-            raise
-        except Exception as error:
-            if loaded is not self._loaded:  # another run may have them
-                return
-            if len(pending) > 1:
-                for one in pending:
-                    self._place([one])
-                return
-            item_id = pending[0].item.item_id
-            if not isinstance(error, UserError):
-                log.exception("the semantic ID of item %s could not be computed", item_id)
-            problem = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self.status.failed_items[item_id] = problem
-
-    def _add(self, pending: Sequence[StoredItem]) -> None:
-        """Add items to the catalog, unless one of them was changed or removed in the meantime."""
-        items = {one.item.item_id: one.item for one in pending}
-        attributes = {name: item.attributes for name, item in items.items()}
-        texts = [text_of(item) for item in items.values()]
-        if any(text is None and not one.has_image for text, one in zip(texts, pending, strict=True)):
-            raise UserError("it has neither a title nor a text nor an image")
-        loaded = self._loaded
-        loaded.table.check(attributes)
-        found = loaded.engine.encode(texts, images_of(pending, self.store)).tolist()
-        codes = dict(zip(items, found, strict=True))
-        titles = {name: item.title for name, item in items.items()}
-        extended = loaded.engine.extended(codes, {name: title for name, title in titles.items() if title})
-
-        def add(engine: Engine) -> None:  # a filter of a search needs the table to have the trie's items
-            loaded.table.extend([*codes], attributes)
-            engine.titles |= titles
-            engine.add(extended, texts, version)
-
-        with self._order:
-            changed = any(self._version_of(one.item.item_id) != one.version for one in pending)
-            if changed or loaded is not self._loaded:
-                return
-            loaded.table.check(attributes)
-            version = self.store.place_items(codes)
-            self.model.change(add).result()  # within the lock, as `check` must hold for `extend`
-
-    def _version_of(self, item: str) -> int | None:
-        stored = self.store.get_item(item)
-        return None if stored is None else stored.version
 
 
 def _offer(shadow: Shadow, query: Query, future: Future[Answer]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,15 @@ import pytest
 
 from cemg.serve.store import Store
 
+from .pages import MARKUP, serving, wait_for, web
+from .process import KEYS, ServerProcess, copy_of
+
 schemas = itertools.count()
+FILTERS = """
+below:
+  parameters: {price: number}
+  filter: {must: [{key: price, range: {lt: $price}}]}
+"""
 
 
 def _binaries() -> Path | None:
@@ -135,3 +144,40 @@ def other_run(tiny_run: Path, make_once: Any, command: Any) -> Path:
         assert command(main, "--run", folder / "run", "--force", *settings) == 0
 
     return make_once("other", train) / "run"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("endpoints")
+    (folder / "keys.yaml").write_text(json.dumps({role: [key] for role, key in KEYS.items()}))
+    (folder / "filters.yaml").write_text(FILTERS)
+    options = ("--keys", folder / "keys.yaml", "--filters", folder / "filters.yaml")
+    with ServerProcess(
+        copy_of(tiny_run, folder), *options, "--allow-host", "shop.example", wait=False
+    ) as process:
+        process.http.headers["Authorization"] = f"Bearer {KEYS['admin']}"
+        process.wait_until_ready()
+        items = [one["item_id"] for one in process.json("GET", "/v1/items")["items"]]
+        body = [
+            {"item_id": item, "attributes": {"price": n, "kind": "old"}} for n, item in enumerate(items[:20])
+        ]
+        process.json("POST", "/v1/items", {"items": body})
+        yield process
+
+
+@pytest.fixture(scope="module")
+def page_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(tiny_run, tmp_path_factory.mktemp("page") / "run")
+
+
+@pytest.fixture(scope="module")
+def service(page_run: Path) -> Iterator[str]:
+    """A service with an added item whose title is markup, and a run's item with attributes."""
+    with serving(page_run) as address:
+        body = {"title": MARKUP, "text": "A sturdy <script>rudder</script>", "attributes": {"price": 5}}
+        assert web.put(f"{address}/v1/items/added", json=body).status_code == 200
+        for number in range(1, 6):
+            patch = {"attributes": {"price": number, "tags": ["toy", "<i>sale</i>"]}}
+            assert web.patch(f"{address}/v1/items/item-000{number}", json=patch).status_code == 200
+        wait_for(lambda: web.get(f"{address}/v1/items/added").json()["codes"], seconds=120)
+        yield address

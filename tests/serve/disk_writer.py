@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
-from cemg.serve.store import Event, Item, Store
+from cemg.serve.rows import Event, Item
+from cemg.serve.store import Store
 from cemg.storage.files import StorageError
 
 folder, synchronous, calls = sys.argv[1:]

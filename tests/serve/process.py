@@ -19,6 +19,11 @@ from typing import Any
 import httpx
 
 COMMAND = "from cemg.commands.serve import main; main()"
+KEYS = {
+    "read": "r" * 8 + "ead-key-1234",
+    "write": "w" * 8 + "rite-key-1234",
+    "admin": "a" * 8 + "dmin-key-1234",
+}
 PATIENCE = 120  # seconds; a start takes few, but the machine may be busy
 
 
@@ -155,3 +160,13 @@ def eventually(check: Any, *, seconds: float = PATIENCE) -> Any:
             return found
         time.sleep(0.02)
     raise AssertionError("it did not happen in time")
+
+
+def problem(answer: httpx.Response, status: int, *words: str) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    found = answer.json()
+    assert found["status"] == status and found["type"] == "about:blank" and found["title"]
+    for word in words:
+        assert word in json.dumps(found), found
+    return dict(found)

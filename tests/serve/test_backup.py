@@ -11,7 +11,8 @@ import pytest
 
 from cemg.commands.serve import main
 from cemg.serve.database import STORE_FILE
-from cemg.serve.store import Event, Store
+from cemg.serve.rows import Event
+from cemg.serve.store import Store
 
 from .process import COMMAND, ServerProcess, copy_of
 from .test_shutdown import refused

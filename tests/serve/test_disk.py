@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cemg.serve.store import Event, Store
+from cemg.serve.rows import Event
+from cemg.serve.store import Store
 
 CUTS = int(os.environ.get("CEMG_TEST_CUTS", "100"))
 COMPILER = shutil.which("gcc") or shutil.which("cc")

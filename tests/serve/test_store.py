@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cemg.errors import UserError
 from cemg.serve import log
-from cemg.serve.rows import DroppedError
-from cemg.serve.store import Event, Item, Store, UnknownItemError
+from cemg.serve.rows import DroppedError, Event, Item, UnknownItemError
+from cemg.serve.store import Store
 
 
 def event(name: str, user: str = "ann", item: str = "item", timestamp: float | None = None) -> Event:

@@ -16,7 +16,8 @@ import pytest
 import sqlalchemy as sa
 
 from cemg.errors import UserError
-from cemg.serve.store import Item, Store
+from cemg.serve.rows import Item
+from cemg.serve.store import Store
 from cemg.storage.files import StorageError
 
 from .test_store import event, ids
@@ -149,7 +150,8 @@ def test_an_exception_in_a_transaction_undoes_all_of_it(store, monkeypatch):
 
 def test_two_processes_write_to_one_store(location):
     code = (
-        "import sys; from cemg.serve.store import *; s = Store.open(sys.argv[1])\n"
+        "import sys; from cemg.serve.rows import Event, Item; from cemg.serve.store import Store\n"
+        "s = Store.open(sys.argv[1])\n"
         "for n in range(40):\n"
         "    me = sys.argv[2]\n"
         "    s.append_events([Event(f'{me}-{n}', me, 'i'), Event(f'both-{n}', 'both', 'i')])\n"

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from cemg.errors import DamagedError, UserError
 from cemg.serve import database, schema
 from cemg.serve.database import BusyError
-from cemg.serve.rows import MAX_ID, MAX_IMAGE, MAX_TEXT
-from cemg.serve.store import Item, Store
+from cemg.serve.rows import MAX_ID, MAX_IMAGE, MAX_TEXT, Item
+from cemg.serve.store import Store
 from cemg.storage.files import StorageError
 
 from .test_store import event, ids

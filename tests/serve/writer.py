@@ -9,7 +9,8 @@ import itertools
 import os
 import sys
 
-from cemg.serve.store import Event, Item, Store
+from cemg.serve.rows import Event, Item
+from cemg.serve.store import Store
 
 
 def say(*words: object) -> None:

@@ -1,0 +1,127 @@
+"""The semantic IDs of new items, computed in the background and added to the catalog of a service."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from cemg.errors import UserError
+from cemg.serve.batching import StoppedError
+from cemg.serve.database import BusyError
+from cemg.serve.engine import Engine
+from cemg.serve.rows import State, StoredItem
+from cemg.serve.served_run import images_of, text_of
+from cemg.storage.files import StorageError
+
+if TYPE_CHECKING:
+    from cemg.serve.service import Service
+
+PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
+RETRY = 10  # seconds after which new items are tried again when the store has failed
+
+log = logging.getLogger("cemg.serve")
+
+
+class NewItems:
+    """A thread that gives the pending items of a service their semantic IDs, until the service drains.
+
+    Args:
+        service: The service, whose store, model and status are used.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._new = threading.Event()
+        self._new.set()
+        self._thread = threading.Thread(target=self._run, name="cemg-items", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look for pending items, or for the end of the service."""
+        self._new.set()
+
+    def join(self, timeout: float) -> None:
+        """Wait for the thread to end, at most ``timeout`` seconds."""
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        """Compute the semantic IDs of pending items, in the background, until the service closes."""
+        again = None
+        while True:
+            self._new.wait(again)
+            self._new.clear()
+            if self._service.status.draining:
+                return
+            try:
+                while self._place_some() and not self._service.status.draining:
+                    pass
+                again = None
+            except StoppedError:
+                return
+            except Exception:
+                log.exception("new items could not be stored; the next try is in %d s", RETRY)
+                again = RETRY
+
+    def _place_some(self) -> bool:
+        """Place up to PLACED_AT_ONCE pending items. Returns whether there may be more."""
+        state: State = "pending"
+        waiting = self._service.store.items(states=(state,))
+        new = (one for one in waiting if one.item.item_id not in self._service.status.failed_items)
+        pending = [*islice(new, PLACED_AT_ONCE)]
+        if pending:
+            self._place(pending)
+        return bool(pending)
+
+    def _place(self, pending: Sequence[StoredItem]) -> None:
+        """Compute the semantic IDs of items and add them; those that fail are noted in the status."""
+        loaded = self._service.loaded
+        try:
+            self._add(pending)
+        except (StorageError, BusyError, StoppedError):  # not the fault of an item
+            raise
+        except Exception as error:
+            if loaded is not self._service.loaded:  # another run may have them
+                return
+            if len(pending) > 1:
+                for one in pending:
+                    self._place([one])
+                return
+            item_id = pending[0].item.item_id
+            if not isinstance(error, UserError):
+                log.exception("the semantic ID of item %s could not be computed", item_id)
+            problem = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self._service.status.failed_items[item_id] = problem
+
+    def _add(self, pending: Sequence[StoredItem]) -> None:
+        """Add items to the catalog, unless one of them was changed or removed in the meantime."""
+        items = {one.item.item_id: one.item for one in pending}
+        attributes = {name: item.attributes for name, item in items.items()}
+        texts = [text_of(item) for item in items.values()]
+        if any(text is None and not one.has_image for text, one in zip(texts, pending, strict=True)):
+            raise UserError("it has neither a title nor a text nor an image")
+        loaded = self._service.loaded
+        loaded.table.check(attributes)
+        found = loaded.engine.encode(texts, images_of(pending, self._service.store)).tolist()
+        codes = dict(zip(items, found, strict=True))
+        titles = {name: item.title for name, item in items.items()}
+        extended = loaded.engine.extended(codes, {name: title for name, title in titles.items() if title})
+
+        def add(engine: Engine) -> None:  # a filter of a search needs the table to have the trie's items
+            loaded.table.extend([*codes], attributes)
+            engine.titles |= titles
+            engine.add(extended, texts, version)
+
+        with self._service.order:
+            changed = any(self._version_of(one.item.item_id) != one.version for one in pending)
+            if changed or loaded is not self._service.loaded:
+                return
+            loaded.table.check(attributes)
+            version = self._service.store.place_items(codes)
+            self._service.model.change(add).result()  # within the lock, as `check` must hold for `extend`
+
+    def _version_of(self, item: str) -> int | None:
+        stored = self._service.store.get_item(item)
+        return None if stored is None else stored.version
