@@ -85,6 +85,10 @@ def serve(
             help="Serve --run even if the store belongs to another run: added items get new semantic IDs.",
         ),
     ] = False,
+    replica: Annotated[
+        bool,
+        typer.Option("--replica", help="Share the store with other replicas: see docs/scale.md."),
+    ] = False,
     rate: Annotated[
         float, typer.Option(min=0.0, help="Requests per second that are answered per client; 0 for no limit.")
     ] = 0.0,
@@ -122,6 +126,11 @@ def serve(
             f"--host {host}: anyone who reaches this address could change the catalog",
             fix="add --keys keys.yaml, or --insecure if the network is closed",
         )
+    if replica and move_store:
+        raise UserError(
+            "--move-store changes the store under the other replicas",
+            fix="load the run into the replicas: POST /v1/models; or move it before, without --replica",
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     hosts = [*LOOPBACK, *([] if host in ("0.0.0.0", "::") else [host]), *(allow_host or [])]
     named = None if filters is None else NamedFilters.read(filters)
@@ -131,7 +140,7 @@ def serve(
     try:
         service = Service(
             run, store=store or None, filters=named, device=device, max_batch=max_batch, max_queue=max_queue,
-            models=models, move_store=move_store,
+            models=models, move_store=move_store, replica=replica,
         )  # fmt: skip
     finally:
         gc.enable()

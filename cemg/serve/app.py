@@ -16,11 +16,11 @@ from starlette.exceptions import HTTPException
 
 from cemg.serve import browse, images, problems, schemas
 from cemg.serve.engine import Answer
+from cemg.serve.engine import Request as Asked
 from cemg.serve.metrics import Metrics, Observed
 from cemg.serve.paths import EncodedSlashes, PathId
 from cemg.serve.rows import MAX_INTEGER, ServedModel, StoredItem, UnknownItemError
 from cemg.serve.security import LOOPBACK, Guard, Keys, requires
-from cemg.serve.service import Request as Asked
 from cemg.serve.service import Service
 from cemg.version import __version__
 
@@ -87,10 +87,12 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/health/ready", tags=["health"])
     async def ready() -> dict[str, str]:
-        """Requests are answered; 503 while the service starts or shuts down."""
+        """Requests are answered; 503 while the service starts or shuts down, or lags behind its replicas."""
         if not service.status.ready:
             state = "shuts down" if service.status.draining else "starts"
             raise HTTPException(503, f"the service {state}", problems.RETRY_AFTER)
+        if service.status.behind:
+            raise HTTPException(503, service.status.behind, problems.RETRY_AFTER)
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["health"], response_class=PlainTextResponse, dependencies=[requires("read")])

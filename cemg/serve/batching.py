@@ -57,11 +57,15 @@ class ModelThread:
         engine: The engine; nothing else may call it while the thread runs.
         max_batch: Largest number of queries in one search.
         max_queue: Number of waiting queries beyond which another one is refused.
+
+    Attributes:
+        before_search: Called with the engine before each search.
     """
 
     def __init__(self, engine: Engine, *, max_batch: int = 64, max_queue: int = 1024) -> None:
         self.engine, self.max_batch, self.max_queue = engine, max_batch, max_queue
         self.figures = Figures()
+        self.before_search: Callable[[Engine], None] | None = None
         self._queries: deque[_Waiting] = deque()
         self._changes: deque[tuple[Callable[[Engine], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
@@ -138,6 +142,8 @@ class ModelThread:
             for change, future in changes:
                 self._apply(change, future)
             if batch:
+                if self.before_search is not None:
+                    self.before_search(self.engine)
                 self._search(batch)
 
     def _take(self) -> list[_Waiting]:

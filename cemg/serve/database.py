@@ -36,8 +36,12 @@ READERS, MORE_READERS = 8, 56  # connections that stay open, and further ones at
 # Flushing on macOS needs more than fsync. Deleted rows are overwritten, as they are about people.
 PRAGMAS = ("fullfsync=1", "checkpoint_fullfsync=1", "secure_delete=1")
 Synchronous = Literal["FULL", "NORMAL"]
+Claim = Literal["alone", "replica"]  # of a store by services: one of them, or any number of replicas
 # Of the schema in which the tables are, so that several stores fit into a database.
-CLAIM = text(f"SELECT pg_try_advisory_lock({schema.LOCK}, hashtext(current_schema()))")
+CLAIMS = {
+    claim: text(f"SELECT {lock}({schema.LOCK}, hashtext(current_schema()))")
+    for claim, lock in (("alone", "pg_try_advisory_lock"), ("replica", "pg_try_advisory_lock_shared"))
+}
 BUSY = {"SQLITE_BUSY", "SQLITE_LOCKED", "55P03", "40P01", "40001"}
 DISK_FULL = {"SQLITE_FULL", "53100"}
 READ_ONLY = {"SQLITE_READONLY", "SQLITE_PERM", "SQLITE_CANTOPEN", "25006", "42501"}
@@ -53,10 +57,10 @@ class Database:
     """An open database with the tables of the store. Threads may share it; a fork must open its own."""
 
     def __init__(
-        self, engine: Engine, where: str, *, lock: TextIO | None = None, exclusive: bool = False
+        self, engine: Engine, where: str, *, lock: TextIO | None = None, claim: Claim | None = None
     ) -> None:
         self.where = where  # for errors; without a password
-        self._lock_file, self._exclusive = lock, exclusive
+        self._lock_file, self._claim = lock, claim
         self.is_sqlite = engine.dialect.name == "sqlite"
         self._engine = engine
         self._readers = engine if self.is_sqlite else engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -69,19 +73,19 @@ class Database:
     @classmethod
     def open(
         cls, url_or_path: str | Path, *, synchronous: Synchronous = "FULL", create: bool = True,
-        exclusive: bool = False,
+        claim: Claim | None = None,
     ) -> Database:  # fmt: skip
         """Connect to PostgreSQL by its URL, or to an SQLite file: see `Store.open`.
 
         Raises:
             UserError: The database cannot be used, or is missing and not to be created.
-            BusyError: Another process has opened it as ``exclusive``.
+            BusyError: Services have opened it, and this claim does not go with theirs.
         """
         url, path = _parse(url_or_path), sqlite_path(url_or_path)
         if path is not None:
             if not create and not path.exists():
                 raise UserError(f"there is no store {path}", fix="name another one: --store PATH")
-            lock = lock_file(path) if exclusive else None
+            lock = None if claim is None else lock_file(path, claim)
             try:
                 return cls._open_sqlite(url, synchronous, lock)
             except BaseException:
@@ -104,7 +108,7 @@ class Database:
             ) from error
         event.listen(engine, "connect", _set_up_postgres)
         shown = url.set(drivername="postgresql", query={})
-        return cls(engine, shown.render_as_string(hide_password=True), exclusive=exclusive)
+        return cls(engine, shown.render_as_string(hide_password=True), claim=claim)
 
     @classmethod
     def _open_sqlite(cls, url: URL, synchronous: Synchronous, lock: TextIO | None) -> Database:
@@ -237,12 +241,12 @@ class Database:
         connection = self._engine.connect().execution_options(writes=True)
         if self.is_sqlite:
             connection.connection.cursor().execute(f"PRAGMA cache_size={-WRITER_CACHE}")
-        elif self._exclusive:  # the lock is of the session that writes, and ends with it
-            mine = connection.execute(CLAIM).scalar_one()
+        elif self._claim is not None:  # the lock is of the session that writes, and ends with it
+            mine = connection.execute(CLAIMS[self._claim]).scalar_one()
             connection.rollback()
             if not mine:
                 connection.close()
-                raise _claimed(self.where)
+                raise _claimed(self.where, self._claim)
         return connection
 
     def _drop_writer(self) -> None:
@@ -275,7 +279,7 @@ def sqlite_path(url_or_path: str | Path) -> Path | None:
     return Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
 
 
-def lock_file(store: Path) -> TextIO:
+def lock_file(store: Path, claim: Claim = "alone") -> TextIO:
     """Lock an SQLite store against other services; the system releases the lock when the process ends.
 
     Raises:
@@ -285,18 +289,19 @@ def lock_file(store: Path) -> TextIO:
     _make_folder(path.parent)
     file = path.with_name(f"{path.name}.lock").open("a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_EX if claim == "alone" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise _claimed(str(store)) from None
+        raise _claimed(str(store), claim) from None
     return file
 
 
-def _claimed(where: str) -> BusyError:
+def _claimed(where: str, claim: Claim) -> BusyError:
     """The error of a second service, which would not see the changes of the first one."""
-    return BusyError(
-        f"{where} is in use by another cemg-serve", fix="stop that process, or use another --store"
-    )
+    fix = "stop that process, use another --store, or start all processes of the store with --replica"
+    if claim == "replica":
+        fix = "stop the process that was started without --replica"
+    return BusyError(f"{where} is in use by another cemg-serve", fix=fix)
 
 
 def _parse(url_or_path: str | Path) -> URL:

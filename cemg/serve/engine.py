@@ -63,6 +63,31 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """What a client asks for: a known user or a history.
+
+    Attributes:
+        user: A user; empty for a history.
+        history: Item ids, oldest first.
+        limit: Number of items.
+        beams: Beams of the search; None: those of the run, or ``limit`` if that is more.
+        exclude_history: Whether items of the history are left out; None: unless users return to items.
+        exact: Whether the list is proven to be the true top.
+        filter: Admits only some of the items.
+        explain: Whether the answer says what each item rests on.
+    """
+
+    user: str = ""
+    history: tuple[str, ...] = ()
+    limit: int = 10
+    beams: int | None = None
+    exclude_history: bool | None = None
+    exact: bool = False
+    filter: Filter | NamedFilter | None = None
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EventShare:
     """How much of the probability of an item is from one event, by the memory.
 
@@ -266,6 +291,10 @@ class Engine:
         """Whether the run or an event has this user."""
         return user in self._histories or user in self._unplaced
 
+    def interactions(self, user: str) -> int:
+        """The number of interactions that are known of a user."""
+        return len(self._histories.get(user, _History()).rows) + len(self._unplaced.get(user, ()))
+
     def in_data(self, user: str, item: str) -> bool:
         """Whether the run's data have an interaction of a user with an item, and the user was not deleted."""
         history, row = self._histories.get(user), self._rows.get(item)
@@ -291,12 +320,12 @@ class Engine:
         history.times.insert(place, time)
         return True
 
-    def forget(self, user: str) -> int:
-        """Delete the history of a user, also from the memory. Returns the number of its interactions."""
-        history, unplaced = self._histories.pop(user, _History()), self._unplaced.pop(user, [])
+    def forget(self, user: str) -> None:
+        """Delete the history of a user, also from the memory."""
+        history = self._histories.pop(user, _History())
+        self._unplaced.pop(user, None)
         if self.learns and history.rows:
             self.recommender.memory.forget(history.rows)
-        return len(history.rows) + len(unplaced)
 
     # ---- the catalog
 

@@ -5,24 +5,26 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from cemg.errors import UserError
 from cemg.serve.batching import StoppedError
 from cemg.serve.database import BusyError
 from cemg.serve.engine import Engine
+from cemg.serve.host import Host
 from cemg.serve.rows import State, StoredItem
 from cemg.serve.served_run import images_of, text_of
 from cemg.storage.files import StorageError
-
-if TYPE_CHECKING:
-    from cemg.serve.service import Service
 
 PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
 RETRY = 10  # seconds after which new items are tried again when the store has failed
 
 log = logging.getLogger("cemg.serve")
+
+
+class _ChangedError(UserError):
+    """Another replica has changed or placed items while their semantic IDs were computed."""
 
 
 class NewItems:
@@ -32,7 +34,7 @@ class NewItems:
         service: The service, whose store, model and status are used.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Host) -> None:
         self._service = service
         self._new = threading.Event()
         self._new.set()
@@ -104,6 +106,7 @@ class NewItems:
             raise UserError("it has neither a title nor a text nor an image")
         loaded = self._service.loaded
         loaded.table.check(attributes)
+        size = len(loaded.engine.recommender.catalog)
         found = loaded.engine.encode(texts, images_of(pending, self._service.store)).tolist()
         codes = dict(zip(items, found, strict=True))
         titles = {name: item.title for name, item in items.items()}
@@ -114,13 +117,22 @@ class NewItems:
             engine.titles |= titles
             engine.add(extended, texts, version)
 
-        with self._service.order:
-            changed = any(self._version_of(one.item.item_id) != one.version for one in pending)
-            if changed or loaded is not self._service.loaded:
+        def changed() -> bool:
+            return any(self._version_of(one.item.item_id) != one.version for one in pending)
+
+        attributes_fit = self._service.check_of(attributes)
+
+        def check() -> None:
+            attributes_fit()
+            # new semantic IDs differ from those in the catalog, as it was when they were computed
+            if changed() or len(loaded.engine.recommender.catalog) != size:
+                raise _ChangedError("another replica has changed the catalog")
+
+        with self._service.order, suppress(_ChangedError):
+            if changed() or loaded is not self._service.loaded:
                 return
-            loaded.table.check(attributes)
-            version = self._service.store.place_items(codes)
-            self._service.model.change(add).result()  # within the lock, as `check` must hold for `extend`
+            version = self._service.store.place_items(codes, check=check)
+            self._service.apply(add).result()  # within the lock, as `check` must hold for `extend`
 
     def _version_of(self, item: str) -> int | None:
         stored = self._service.store.get_item(item)

@@ -108,17 +108,19 @@ class ServedRun:
     def follow(self, store: Store) -> int:
         """Apply what the store has since the last call. Returns how many changes and events that were.
 
-        Only one thread may call it, and no search may run at the same time.
+        Only one thread may call it, and no search may run at the same time. After an error of the store, the
+        next call continues.
 
         Raises:
             UserError: The items of the run are numbers, so it cannot have the added items.
         """
-        before = self.version
-        self.version = store.version  # changes after it are applied again by the next call
-        changed = [*_changed(store, before)]
+        version, last = store.position()  # changes after it are applied again by the next call
+        changed = [*_changed(store, self.version)]
+        if store.catalog not in ("", self.catalog):  # read last: the codes may be of another catalog
+            self.keeps_codes = False
         self._apply(changed, store)
-        self.engine.version, count = self.version, len(changed)
-        last = store.last_number
+        self.version = self.engine.version = version
+        count = len(changed)
         # deletions and events are read one after the other: later ones may be in one of the answers only
         for entry in takewhile(lambda entry: entry.number <= last, store.log(after=self.number)):
             count += 1
@@ -126,7 +128,7 @@ class ServedRun:
                 self.engine.forget(entry.user_id)
             elif not self._has_event(entry.number, entry.user_id, entry.item_id):
                 self.engine.learn(entry.user_id, entry.item_id, entry.time)
-        self.number = last
+            self.number = entry.number  # here, so that an error of the store repeats nothing
         return count
 
     def _has_event(self, number: int, user: str, item: str) -> bool:

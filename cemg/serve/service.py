@@ -11,20 +11,20 @@ import bisect
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from cemg.errors import UserError
-from cemg.serve.batching import ModelThread, StoppedError
+from cemg.serve.batching import ModelThread, Result, StoppedError
 from cemg.serve.database import STORE_FILE
-from cemg.serve.engine import Answer, Engine, Query
-from cemg.serve.expressions import Filter, NamedFilter
+from cemg.serve.engine import Answer, Engine, Query, Request
+from cemg.serve.host import Status
 from cemg.serve.models import Attempt, Loader, LoadingError
 from cemg.serve.named_filters import NamedFilters
 from cemg.serve.new_items import NewItems
+from cemg.serve.replica import Follower
 from cemg.serve.rows import (
     Event,
     Item,
@@ -46,42 +46,6 @@ FEW = 100  # changes that a run may still lack when writes wait for it
 log = logging.getLogger("cemg.serve")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a client asks for: a known user or a history.
-
-    Attributes:
-        user: A user; empty for a history.
-        history: Item ids, oldest first.
-        limit: Number of items.
-        beams: Beams of the search; None: those of the run, or ``limit`` if that is more.
-        exclude_history: Whether items of the history are left out; None: unless users return to items.
-        exact: Whether the list is proven to be the true top.
-        filter: Admits only some of the items.
-        explain: Whether the answer says what each item rests on.
-    """
-
-    user: str = ""
-    history: tuple[str, ...] = ()
-    limit: int = 10
-    beams: int | None = None
-    exclude_history: bool | None = None
-    exact: bool = False
-    filter: Filter | NamedFilter | None = None
-    explain: bool = False
-
-
-@dataclass(slots=True)
-class Status:
-    """What the service is doing, for its health endpoints."""
-
-    ready: bool = False
-    draining: bool = False
-    requests: int = 0  # that are not answered yet
-    started: float = field(default_factory=time.time)
-    failed_items: dict[str, str] = field(default_factory=dict)  # id: why it has no semantic ID
-
-
 class Service:
     """A run with its store.
 
@@ -94,6 +58,7 @@ class Service:
         max_queue: Number of waiting requests beyond which another one is refused.
         models: Runs below this folder may be loaded; None: those beside ``run``.
         move_store: Whether ``run`` is served even if the store belongs to another one, and is moved to it.
+        replica: Whether other replicas may use the store at the same time: see `cemg.serve.replica`.
 
     Attributes:
         store: The durable store.
@@ -101,6 +66,7 @@ class Service:
         loader: Loads other runs.
         status: What the service is doing.
         order: Held while a change is stored and queued for the engine.
+        new_items: The thread that computes semantic IDs.
 
     Raises:
         UserError: The run or the store cannot be opened, or they do not belong together.
@@ -109,36 +75,48 @@ class Service:
     def __init__(
         self, run: Path, *, store: str | Path | None = None, filters: NamedFilters | None = None,
         device: str = "cpu", max_batch: int = 64, max_queue: int = 1024, models: Path | None = None,
-        move_store: bool = False,
+        move_store: bool = False, replica: bool = False,
     ) -> None:  # fmt: skip
         self.status, self._device, self._named = Status(), device, filters
+        self._follower: Follower | None = None
         Run.existing(run)  # before the store makes a folder in it
-        self.store = Store.open(run / STORE_FILE if store is None else store, exclusive=True)
+        place = run / STORE_FILE if store is None else store
+        self.store = Store.open(place, claim="replica" if replica else "alone")
         try:
             self._loaded = loaded = self._opened(run, move_store=move_store)
         except BaseException:
             self.store.close()
             raise
+        if replica:
+            self.store.required = loaded.catalog
         self.model = ModelThread(loaded.engine, max_batch=max_batch, max_queue=max_queue)
         self.loader = Loader(run.resolve().parent if models is None else models)
         self._sorted: tuple[Catalog, list[str]] | None = None
         self._shadow: Shadow | None = None
         self.order = threading.Lock()
-        self._new_items = NewItems(self)
+        if replica:
+            self._follower = Follower(self)
+        self.new_items = NewItems(self)
         self.status.ready = True
+
+    def wake(self) -> None:
+        """Look for new items without semantic IDs."""
+        self.new_items.wake()
 
     def drain(self, timeout: float) -> None:
         """Prepare to close, within ``timeout`` seconds: health says so, and new requests are refused."""
         self.status.draining, self.status.ready = True, False
         self._end = time.monotonic() + timeout
-        self._new_items.wake()
+        self.new_items.wake()
 
     def close(self, *, timeout: float = 10.0) -> None:
         """Answer what is queued, and close the store, within the time of `drain` or ``timeout`` seconds."""
         if not self.status.draining:
             self.drain(timeout)
         self.model.stop(timeout=max(0.1, self._end - time.monotonic()))
-        self._new_items.join(max(0.1, self._end - time.monotonic()))
+        self.new_items.join(max(0.1, self._end - time.monotonic()))
+        if self._follower is not None:
+            self._follower.close(max(0.1, self._end - time.monotonic()))
         self.loader.join(max(0.1, self._end - time.monotonic()))
         self.stop_shadow()
         self.store.close()
@@ -197,7 +175,8 @@ class Service:
         path = Path(before.run)
         return self.loader.start(path, partial(self._replace, path, before.events, before.version))
 
-    def _load(self, run: Path, events: int | None) -> ServedRun:
+    def load(self, run: Path, events: int | None) -> ServedRun:
+        """Open a run for `swap`; ``events`` as in `load_model`."""
         loaded = ServedRun.load(run, self.store, device=self._device, named=self._named)
         if events is not None:
             loaded.events = events
@@ -205,7 +184,7 @@ class Service:
 
     def _replace(self, run: Path, events: int | None, version: str | None = None) -> None:
         """Load a run beside the present one, and let it answer all searches from some moment on."""
-        loaded = self._load(run, events)
+        loaded = self.load(run, events)
         found = loaded.engine.model_version
         if found == self.model_version and run == self._loaded.run.resolve():
             raise UserError(f"{run} is served already, as model {found}")
@@ -215,31 +194,59 @@ class Service:
                 cause=f"it is model {found} now, not {version}",
                 fix="to serve it as it is now, load it: POST /v1/models",
             )
+        self.swap(loaded, choose=True)
+
+    def swap(self, loaded: ServedRun, *, choose: bool = False) -> None:
+        """Let a loaded run answer all searches from some moment on.
+
+        Args:
+            loaded: The run, from `load`.
+            choose: Whether the store says so, for the next start and for other replicas.
+        """
         while loaded.follow(self.store) > FEW and not self.status.draining:
             pass
         loaded.warm_up()
         while loaded.follow(self.store) > FEW and not self.status.draining:
             pass
-        with self.order:  # nothing is written meanwhile; searches go on
+        with self.order:  # nothing is written here meanwhile; searches go on
             if self.status.draining:
                 raise StoppedError("the service shuts down")
             loaded.follow(self.store)
-            self._record(loaded, self.models().current)
+            if choose:
+                self._record(loaded, self.models().current)
             self.model.change(partial(self._take, loaded)).result()
-        self._new_items.wake()
+        self.wake()
         self.stop_shadow()  # semantic IDs in the store are others from here on
 
     def _record(self, loaded: ServedRun, previous: ServedModel | None) -> None:
         """Store that a run is served from now on. Its items get their new semantic IDs at the same time."""
         models = Models(_as_served(loaded), previous)
-        loaded.version = loaded.engine.version = self.store.change_catalog(
-            loaded.catalog, loaded.ids, codes=loaded.codes, models=models
-        )
+        version = self.store.change_catalog(loaded.catalog, loaded.ids, codes=loaded.codes, models=models)
+        loaded.keeps_codes = True
+        if self._follower is None:  # else other replicas may have written since the last `follow`
+            loaded.version = loaded.engine.version = version
 
     def _take(self, loaded: ServedRun, _: Engine) -> None:
         """Called by the thread of the model, between two searches."""
         self._loaded, self.model.engine = loaded, loaded.engine
         self.status.failed_items.clear()
+        if self._follower is not None:
+            self.store.required, self.store.run_items = loaded.catalog, loaded.ids
+            self._follower.catch_up(loaded.engine)
+
+    def apply(self, change: Callable[[Engine], None]) -> Future[None]:
+        """Queue what a stored change does to the engine. A replica applies all that the store has."""
+        return self.model.change(change if self._follower is None else self._follower.catch_up)
+
+    def _read(self, read: Callable[[Engine], Result]) -> Result:
+        """Read something from the engine, after all that the store has."""
+
+        def read_now(engine: Engine) -> Result:
+            if self._follower is not None:
+                self._follower.catch_up(engine)
+            return read(engine)
+
+        return self.model.change(read_now).result()
 
     # ---- a shadow
 
@@ -266,7 +273,7 @@ class Service:
         return self.loader.start(path, partial(self._compare_with, path, sample, events))
 
     def _compare_with(self, run: Path, sample: float, events: int | None) -> None:
-        loaded = self._load(run, events)
+        loaded = self.load(run, events)
         loaded.follow(self.store)
         loaded.warm_up()
         self.stop_shadow()
@@ -312,13 +319,13 @@ class Service:
                     when = now if event.timestamp is None else event.timestamp
                     engine.learn(event.user_id, event.item_id, when)
 
-            learned = self.model.change(learn)
+            learned = self.apply(learn)
         learned.result()
         return stored
 
     def history(self, user: str) -> list[str] | None:
         """The item ids of a user, oldest first; None for an unknown user."""
-        return self.model.change(lambda engine: engine.history(user) if engine.knows(user) else None).result()
+        return self._read(lambda engine: engine.history(user) if engine.knows(user) else None)
 
     def users(self, prefix: str, after: str, limit: int) -> list[str]:
         """The first ids of users that begin with ``prefix``, those after ``after``."""
@@ -327,9 +334,11 @@ class Service:
     def delete_user(self, user: str) -> int:
         """Delete a user's events, and the interactions of the run's data from history and memory."""
         with self.order:
+            known = self._read(lambda engine: engine.interactions(user))
             deleted = self.store.delete_user(user)
-            forgotten = self.model.change(lambda engine: engine.forget(user))
-        return max(deleted, forgotten.result())
+            forgotten = self.apply(lambda engine: engine.forget(user))
+        forgotten.result()
+        return max(deleted, known)
 
     # ---- the catalog
 
@@ -390,7 +399,7 @@ class Service:
 
     def similar(self, item: str, limit: int) -> list[tuple[str, float]]:
         """The items that the memory connects most with an item: see `Engine.similar`."""
-        return self.model.change(lambda engine: engine.similar(item, limit)).result()
+        return self._read(lambda engine: engine.similar(item, limit))
 
     def put_items(self, items: Sequence[Item]) -> int:
         """Insert or replace items. New ones are recommended once they have semantic IDs.
@@ -399,8 +408,8 @@ class Service:
             UserError: A value cannot be stored, or has another type than the attribute has in other items.
         """
         with self.order:
-            self._loaded.table.check({item.item_id: item.attributes for item in items})
-            version = self.store.put_items(items)
+            check = self.check_of({item.item_id: item.attributes for item in items})
+            version = self.store.put_items(items, check=check)
             applied = self._apply_items(items, version)
         applied.result()
         return version
@@ -417,25 +426,36 @@ class Service:
             if known is None or known.state == "removed":
                 raise UnknownItemError(f"there is no item {item}")
             changed = patched(known.item, values)
-            self._loaded.table.check({item: changed.attributes})
-            version = self.store.patch_item(item, values, base=known.item)
+            check = self.check_of({item: changed.attributes})
+            version = self.store.patch_item(item, values, base=known.item, check=check)
             applied = self._apply_items([changed], version)
         applied.result()
         return version
 
     def _apply_items(self, items: Sequence[Item], version: int) -> Future[None]:
         here = {item.item_id: item for item in items if item.item_id in self._loaded.table}
-        self._loaded.table.update({name: item.attributes for name, item in here.items()})
+        if self._follower is None:
+            self._loaded.table.update({name: item.attributes for name, item in here.items()})
         for item in items:
             self.status.failed_items.pop(item.item_id, None)
         if len(here) < len({item.item_id for item in items}):
-            self._new_items.wake()
+            self.new_items.wake()
 
         def apply(engine: Engine) -> None:
             engine.titles |= {name: item.title for name, item in here.items()}
             engine.restore([*here], version)
 
-        return self.model.change(apply)
+        return self.apply(apply)
+
+    def check_of(self, attributes: Mapping[str, Mapping[str, object]]) -> Callable[[], None]:
+        """The check of attributes that a write to the store makes, when no other write can come between."""
+
+        def check() -> None:
+            if self._follower is not None:
+                self.model.change(self._follower.catch_up).result()
+            self._loaded.table.check(attributes)
+
+        return check
 
     def remove_item(self, item: str) -> int:
         """Never recommend an item again, from the next request on.
@@ -445,7 +465,7 @@ class Service:
         """
         with self.order:
             version = self.store.remove_item(item)
-            removed = self.model.change(lambda engine: engine.remove([item], version))
+            removed = self.apply(lambda engine: engine.remove([item], version))
         removed.result()
         return version
 

@@ -7,14 +7,14 @@ fails, see `cemg.serve.database`. Any number of threads and processes may use a 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from sqlalchemy import func, null, select
+from sqlalchemy import Connection, func, null, select
 
-from cemg.serve.database import Database, Synchronous
+from cemg.serve.database import BusyError, Claim, Database, Synchronous
 from cemg.serve.event_store import EventStore, limit_of
 from cemg.serve.log import (
     ITEM,
@@ -43,6 +43,7 @@ from cemg.serve.rows import (
 from cemg.serve.schema import changes, check_catalog, items, meta, prepare, set_meta
 from cemg.storage.read import parse_json
 
+Check = Callable[[], None]
 PAGE = 1_000  # items in one query of an iteration
 
 
@@ -59,11 +60,13 @@ class Store(EventStore):
     Attributes:
         run_items: The items of the run that is served, for a test of membership. They are active before the
             store has a row for them. None: unknown, so any item may be one of the run.
+        required: Digest of the catalog that the store must belong to when items are added or changed; ""
+            does not require any.
     """
 
-    def __init__(self, database: Database, catalog: str, run_items: Container[str] | None) -> None:
+    def __init__(self, database: Database, run_items: Container[str] | None) -> None:
         super().__init__(database)
-        self.run_items, self._catalog = run_items, catalog
+        self.run_items, self.required = run_items, ""
 
     @classmethod
     def open(
@@ -74,7 +77,7 @@ class Store(EventStore):
         run_items: Container[str] | None = None,
         synchronous: Synchronous = "FULL",
         create: bool = True,
-        exclusive: bool = False,
+        claim: Claim | None = None,
     ) -> Store:
         """Open a store, and create or migrate it first if necessary.
 
@@ -86,26 +89,26 @@ class Store(EventStore):
             synchronous: "NORMAL" is faster, and may lose the last acknowledged rows in a power cut, though
                 not when the process is killed. Only for SQLite.
             create: Whether a missing SQLite file is created.
-            exclusive: Whether no other process may open the store in this way until it is closed. A service
-                does so, because it does not see the changes of others.
+            claim: "alone": no other process may claim the store until it is closed. A service does so, as it
+                does not see the changes of others. "replica": only others that claim it as replicas.
 
         Raises:
             UserError: The store belongs to another catalog, is newer than this version, is not a store, is
                 missing, or cannot be reached.
-            BusyError: Another process has opened it as ``exclusive``.
+            BusyError: Other processes have claimed the store.
         """
-        database = Database.open(url_or_path, synchronous=synchronous, create=create, exclusive=exclusive)
+        database = Database.open(url_or_path, synchronous=synchronous, create=create, claim=claim)
         try:
             with database.write() as connection:
-                found = prepare(connection, catalog=catalog, where=database.where)
+                prepare(connection, catalog=catalog, where=database.where)
         except BaseException:
             database.close()
             raise
-        return cls(database, found, run_items)
+        return cls(database, run_items)
 
     def check_catalog(self, catalog: str) -> None:
         """Raise UserError if the store belongs to another catalog than that with this digest."""
-        check_catalog(self._catalog, catalog, where=self._database.where)
+        check_catalog(self.catalog, catalog, where=self._database.where)
 
     def adopt(self, catalog: str, run_items: Container[str]) -> None:
         """Let the store belong to a catalog, unless it belongs to one.
@@ -118,7 +121,7 @@ class Store(EventStore):
             UserError: It belongs to another one.
         """
         with self._database.write() as connection:
-            self._catalog = prepare(connection, catalog=catalog, where=self._database.where)
+            prepare(connection, catalog=catalog, where=self._database.where)
         self.run_items = run_items
 
     def close(self) -> None:
@@ -134,7 +137,12 @@ class Store(EventStore):
     @property
     def catalog(self) -> str:
         """The digest of the catalog that the store belongs to, or ""."""
-        return self._catalog
+        return self._meta("catalog") or ""
+
+    def position(self) -> tuple[int, int]:
+        """The version of the catalog, and the number of the last event or deletion."""
+        state = self._state()
+        return int(state.version), int(state.number)
 
     @property
     def version(self) -> int:
@@ -149,11 +157,16 @@ class Store(EventStore):
         """
         return self.put_items([item])
 
-    def put_items(self, new: Iterable[Item]) -> int:
-        """Add or replace items in one transaction, and return the last version. Each item is one change."""
+    def put_items(self, new: Iterable[Item], *, check: Check | None = None) -> int:
+        """Add or replace items in one transaction, and return the last version. Each item is one change.
+
+        Args:
+            new: The items.
+            check: Called when no other process can write; if it raises, nothing is stored.
+        """
         rows = [check_item(item) for item in new]
         with self._database.write() as connection:
-            log = ChangeLog(connection)
+            log = self._change_log(connection, check)
             for chunk in chunks(rows):
                 before = states_of(connection, [item.item_id for item in chunk])
                 for item in chunk:
@@ -164,7 +177,14 @@ class Store(EventStore):
                     log.save(item, before[item.item_id][0])
             return log.write()
 
-    def patch_item(self, item_id: str, values: Mapping[str, object], *, base: Item | None = None) -> int:
+    def patch_item(
+        self,
+        item_id: str,
+        values: Mapping[str, object],
+        *,
+        base: Item | None = None,
+        check: Check | None = None,
+    ) -> int:
         """Change some of title, text, image and attributes, and return the new version of the catalog.
 
         Attributes are merged: None removes one, and those that are not in ``values`` are kept.
@@ -173,6 +193,7 @@ class Store(EventStore):
             item_id: The item.
             values: The new values.
             base: The item as it is in the run, used if the store has no row for it yet.
+            check: As in `put_items`.
 
         Raises:
             UnknownItemError: There is no such item, or it was removed.
@@ -180,7 +201,7 @@ class Store(EventStore):
         """
         merged = values.get("attributes")
         with self._database.write() as connection:
-            log = ChangeLog(connection)
+            log = self._change_log(connection, check)
             row = connection.execute(ITEM_OF, {"item": item_id}).one_or_none()
             old = base if row is None else stored_items([row])[0].item
             if old is None or old.item_id != item_id or (row is not None and row.state == "removed"):
@@ -213,7 +234,7 @@ class Store(EventStore):
                 log.mark(item_id, state="removed")
             return log.write()
 
-    def place_items(self, codes: Mapping[str, Sequence[int]]) -> int:
+    def place_items(self, codes: Mapping[str, Sequence[int]], *, check: Check | None = None) -> int:
         """Give pending items their semantic IDs. They become active together, in one new version.
 
         Items that are not pending are skipped, because they were removed in the meantime or have an ID that
@@ -221,7 +242,7 @@ class Store(EventStore):
         """
         plain = check_codes(codes)
         with self._database.write() as connection:
-            log = ChangeLog(connection)
+            log = self._change_log(connection, check)
             waiting: dict[str, list[int]] = {}
             for chunk in chunks(list(plain)):
                 found = states_of(connection, chunk)
@@ -256,13 +277,13 @@ class Store(EventStore):
             log = ChangeLog(connection)
             version_of = {} if models is None else {"model_version": models.current.version}
             log.add("catalog", "", {"catalog": catalog, **version_of})
-            if catalog != self._catalog:
+            if catalog != _catalog_of(connection):
                 log.place_again(plain, run_items)
             if models is not None:
                 set_meta(connection, "models", to_json(asdict(models)))
             set_meta(connection, "catalog", catalog)
             version = log.write()
-        self._catalog, self.run_items = catalog, run_items
+        self.run_items = run_items
         return version
 
     @property
@@ -341,7 +362,7 @@ class Store(EventStore):
     def snapshot(self) -> Iterator[Store]:
         """The store as it is now, to be read by one thread; later changes do not reach it."""
         with self._database.snapshot() as frozen:
-            yield Store(frozen, self._catalog, self.run_items)
+            yield Store(frozen, self.run_items)
 
     def backup(self, path: Path | str) -> None:
         """Write a copy of the store to one file, completely or not at all, while others read and write.
@@ -354,8 +375,24 @@ class Store(EventStore):
         """
         self._database.backup(path)
 
+    def _change_log(self, connection: Connection, check: Check | None) -> ChangeLog:
+        """The log of a transaction, if the store belongs to the required catalog and ``check`` agrees."""
+        log = ChangeLog(connection)  # which locks, so the catalog is the same until the end
+        if self.required and _catalog_of(connection) != self.required:
+            raise BusyError(
+                "the store has moved to another model, which this process is loading; nothing was stored",
+                fix="try again",
+            )
+        if check is not None:
+            check()
+        return log
+
     def _in_run(self, item_id: str) -> bool:
         return self.run_items is not None and item_id in self.run_items
+
+
+def _catalog_of(connection: Connection) -> str:
+    return str(connection.execute(select(meta.c.value).where(meta.c.name == "catalog")).scalar_one())
 
 
 def _unknown(item_id: str) -> UnknownItemError:

@@ -78,14 +78,14 @@ def test_a_store_of_a_newer_version_is_refused(location, monkeypatch):
 
 
 def test_a_store_has_one_service_and_any_number_of_readers(location, new_location):
-    with Store.open(location, exclusive=True) as first:
+    with Store.open(location, claim="alone") as first:
         with pytest.raises(BusyError, match="in use by another cemg-serve") as caught:
-            Store.open(location, exclusive=True)
+            Store.open(location, claim="alone")
         assert "--store" in caught.value.fix
-        with Store.open(location) as reader, Store.open(new_location(), exclusive=True):
+        with Store.open(location) as reader, Store.open(new_location(), claim="alone"):
             first.append_events([event("e1")])
             assert ids(reader.history("ann")) == ["e1"]
-    with Store.open(location, exclusive=True) as second:
+    with Store.open(location, claim="alone") as second:
         assert second.append_events([event("e1"), event("e2")]) == [False, True]
 
 
@@ -93,12 +93,12 @@ def test_a_service_that_lost_postgres_does_not_write_beside_its_successor(new_po
     import psycopg
 
     location = new_postgres()
-    with Store.open(location, exclusive=True) as first:
+    with Store.open(location, claim="alone") as first:
         first.append_events([event("e1")])
         with psycopg.connect(location, autocommit=True) as admin:
             mine = "objid = (hashtext(current_schema())::bigint & 4294967295)::oid"
             admin.execute(f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE objsubid = 2 AND {mine}")
-        with Store.open(location, exclusive=True) as second:
+        with Store.open(location, claim="alone") as second:
             for error in (StorageError, BusyError):  # the connection is lost, and so is the lock
                 with pytest.raises(error):
                     first.append_events([event("e2")])

@@ -1,0 +1,58 @@
+"""What a service is to the threads that work for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from cemg.serve.batching import ModelThread
+from cemg.serve.engine import Engine
+from cemg.serve.models import Loader
+from cemg.serve.served_run import ServedRun
+from cemg.serve.store import Store
+
+
+@dataclass(slots=True)
+class Status:
+    """What the service is doing, for its health endpoints."""
+
+    ready: bool = False
+    draining: bool = False
+    behind: str = ""  # why a replica does not serve what the others do
+    requests: int = 0  # that are not answered yet
+    started: float = field(default_factory=time.time)
+    failed_items: dict[str, str] = field(default_factory=dict)  # id: why it has no semantic ID
+
+
+class Host(Protocol):
+    """A `cemg.serve.service.Service`, as its threads see it. Attributes and methods are described there."""
+
+    store: Store
+    model: ModelThread
+    loader: Loader
+    status: Status
+    order: threading.Lock
+
+    @property
+    def loaded(self) -> ServedRun:
+        """The run that is served."""
+
+    def apply(self, change: Callable[[Engine], None]) -> Future[None]:
+        """Queue what a stored change does to the engine."""
+
+    def check_of(self, attributes: Mapping[str, Mapping[str, object]]) -> Callable[[], None]:
+        """The check of attributes that a write to the store makes."""
+
+    def load(self, run: Path, events: int | None) -> ServedRun:
+        """Open a run for `swap`."""
+
+    def swap(self, loaded: ServedRun, *, choose: bool = False) -> None:
+        """Let a loaded run answer all searches from some moment on."""
+
+    def wake(self) -> None:
+        """Look for new items without semantic IDs."""
