@@ -213,14 +213,12 @@ def record(name: str) -> dict[str, Any]:
 def figure(names: Sequence[str], part: str, metric: str) -> str:
     """A metric of result files: its mean over seeds with the half width of Student's 95 % interval.
 
-    Of one file, HR has the half width of Wilson's interval over users. Earlier files have none of NDCG.
+    Of one file, half the width of its interval over users, for HR Wilson's. Earlier files have none of NDCG.
     """
     values = [float(pick(record(name), part)[metric]) for name in names]
     if len(values) == 1:
-        users = users_of(record(names[0]), part)
-        return (
-            f"{short(values[0])} ± {short(wilson(values[0], users))}" if "HR" in metric else short(values[0])
-        )
+        low, high = interval(record(names[0]), part, metric)
+        return short(values[0]) + (f" ± {short((high - low) / 2)}" if high > low else "")
     half = seed_interval(values)
     assert half is not None, f"{names}: an interval over seeds needs three"
     return f"{short(statistics.mean(values))} ± {short(half)}"
@@ -231,12 +229,16 @@ def users_of(result: dict[str, Any], part: str) -> int:
     return int(result["cold"]["targets"] if part.startswith("cold") else result["split"]["users"])
 
 
-def wilson(share: float, users: int) -> float:
-    """Half the width of the 95 % Wilson interval of a share."""
-    ranks = torch.full((users,), MISS)
-    ranks[: round(share * users)] = 0
-    low, high = hr_interval(ranks, 1)
-    return (high - low) / 2
+def interval(result: dict[str, Any], part: str, metric: str) -> tuple[float, float]:
+    """The 95 % interval of a metric over users; (0, 0) if it is not known."""
+    if metric.startswith("HR"):
+        users = users_of(result, part)
+        ranks = torch.full((users,), MISS)
+        ranks[: round(float(pick(result, part)[metric]) * users)] = 0
+        return hr_interval(ranks, 1)
+    stored = result.get(part.replace("metrics", "intervals_95"), {})
+    low, high = stored.get(metric, (0.0, 0.0))
+    return low, high
 
 
 def pick(tree: dict[str, Any], path: str) -> dict[str, Any]:
@@ -251,6 +253,12 @@ def short(value: float) -> str:
 
 def seeds(name: str, count: int = 3) -> list[str]:
     return [f"{name}-seed{seed}" for seed in range(count)]
+
+
+def experiment(dataset: str, model: str, *, count: int = 1, part: str = "result") -> list[str]:
+    """The result files of ``cemg-experiment`` for a model; ``part="search"``: of its search alone."""
+    tasks = f"experiments/{dataset}/tasks"
+    return [f"{tasks}/{name}/{part}" for name in seeds(f"{dataset}-{model}", count)]
 
 
 def mixtures(dataset: str, count: int) -> dict[str, list[str]]:
@@ -299,18 +307,18 @@ YELP = {
 }
 README_ROWS = {
     "Beauty": {
-        "BSARec": BEAUTY["BSARec, 30 epochs"],
-        "item memory alone": BEAUTY["item memory alone"],
-        "CEMG, search by semantic IDs alone": BEAUTY["CEMG, search alone"],
-        "CEMG": BEAUTY["CEMG, search, item softmax and memory (default)"],
+        "BSARec": experiment("beauty", "bsarec"),
+        "item memory alone": experiment("beauty", "memory"),
+        "CEMG, search by semantic IDs alone": experiment("beauty", "cemg", part="search"),
+        "CEMG": experiment("beauty", "cemg"),
     },
     "Sports": {
         "item memory alone": SPORTS["item memory alone"],
         "CEMG": SPORTS["CEMG, search, item softmax and memory (default)"],
     },
     "MovieLens 100K": {
-        "item memory alone": MOVIELENS["item memory alone"],
-        "CEMG": MOVIELENS["CEMG, search, item softmax and memory (default)"],
+        "item memory alone": experiment("ml-100k", "memory"),
+        "CEMG": experiment("ml-100k", "cemg", count=3),
     },
 }
 KEPT, REMOVED = "metrics", "metrics_history_removed"

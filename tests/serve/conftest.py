@@ -90,18 +90,20 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def new_schema(postgres: str) -> str:
+    """The URL of a new empty schema of a server."""
+    import psycopg
+
+    name = f"cemg_{os.getpid()}_{next(schemas)}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {name}")
+    return f"{postgres}{'&' if '?' in postgres else '?'}options={quote(f'-csearch_path={name}')}"
+
+
 @pytest.fixture
 def new_postgres(postgres: str) -> Callable[[], str]:
     """Returns the URL of a new empty schema at each call."""
-    import psycopg
-
-    def create() -> str:
-        name = f"cemg_{os.getpid()}_{next(schemas)}"
-        with psycopg.connect(postgres, autocommit=True) as connection:
-            connection.execute(f"CREATE SCHEMA {name}")
-        return f"{postgres}{'&' if '?' in postgres else '?'}options={quote(f'-csearch_path={name}')}"
-
-    return create
+    return lambda: new_schema(postgres)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -147,11 +149,16 @@ def other_run(tiny_run: Path, make_once: Any, command: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(
+    request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A process with keys and a named filter. Its store is in SQLite, or for the parameter in PostgreSQL."""
     folder = tmp_path_factory.mktemp("endpoints")
     (folder / "keys.yaml").write_text(json.dumps({role: [key] for role, key in KEYS.items()}))
     (folder / "filters.yaml").write_text(FILTERS)
-    options = ("--keys", folder / "keys.yaml", "--filters", folder / "filters.yaml")
+    options = ["--keys", folder / "keys.yaml", "--filters", folder / "filters.yaml"]
+    if getattr(request, "param", "sqlite") == "postgres":
+        options += ["--store", new_schema(request.getfixturevalue("postgres"))]
     with ServerProcess(
         copy_of(tiny_run, folder), *options, "--allow-host", "shop.example", wait=False
     ) as process:

@@ -1,4 +1,4 @@
-"""Every endpoint against the real process, socket and SQLite file."""
+"""Every endpoint against the real process, socket and store, in SQLite and in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image
 from .process import ServerProcess, eventually, problem
 
 names = itertools.count()
+pytestmark = pytest.mark.parametrize("server", ["sqlite", "postgres"], indirect=True, scope="module")
 
 
 @pytest.fixture
