@@ -3,7 +3,7 @@
 docs/settings.md   every setting of a run, from the configuration classes and the presets
 docs/commands.md   every command and option, from the command line itself
 docs/experiments/  the tables of the experiments in results/experiments/
-docs/results.md, docs/training.md, docs/performance-*.md, README.md
+docs/results.md, docs/training.md, docs/performance-*.md, docs/scale.md, README.md
                    the tables between the ``generated`` and ``end`` marks, from results/ and bench/results/
 """
 
@@ -30,6 +30,7 @@ from speed_tables import (
     memory_use,
     parts_of_a_search,
     readme_speed,
+    scale_costs,
     table,
     training_step,
     valid_speed,
@@ -271,8 +272,8 @@ def mixtures(dataset: str, count: int) -> dict[str, list[str]]:
 
 
 MOVIELENS = {
-    "popularity": ["ml-100k-popularity"],
-    "item memory alone": ["ml-100k-memory"],
+    "popularity": experiment("ml-100k", "popularity"),
+    "item memory alone": experiment("ml-100k", "memory"),
     **mixtures("ml-100k", 3),
     "Codes in the history, search alone": seeds("ml-100k-cemg"),
     "– without collaborative signal": seeds("ml-100k-without-collab"),
@@ -282,11 +283,11 @@ MOVIELENS = {
 }
 AS_IN_THE_PAPER = "CEMG as in the paper, search alone"
 BEAUTY = {
-    "popularity": ["beauty-popularity"],
-    "GRU4Rec, 30 epochs": ["beauty-gru4rec"],
-    "SASRec, 30 epochs": ["beauty-sasrec"],
-    "BSARec, 30 epochs": ["beauty-bsarec"],
-    "item memory alone": ["beauty-memory"],
+    "popularity": experiment("beauty", "popularity"),
+    "GRU4Rec, 30 epochs": experiment("beauty", "gru4rec"),
+    "SASRec, 30 epochs": experiment("beauty", "sasrec"),
+    "BSARec, 30 epochs": experiment("beauty", "bsarec"),
+    "item memory alone": experiment("beauty", "memory"),
     "– titles as its only texts": ["beauty-titles-memory"],
     AS_IN_THE_PAPER: ["beauty-paper-seed0"],
     "– tied embeddings, dropout 0.2, 30 epochs": ["beauty-cemg-30-epochs"],
@@ -307,8 +308,8 @@ YELP = {
 }
 README_ROWS = {
     "Beauty": {
-        "BSARec": experiment("beauty", "bsarec"),
-        "item memory alone": experiment("beauty", "memory"),
+        "BSARec": BEAUTY["BSARec, 30 epochs"],
+        "item memory alone": BEAUTY["item memory alone"],
         "CEMG, search by semantic IDs alone": experiment("beauty", "cemg", part="search"),
         "CEMG": experiment("beauty", "cemg"),
     },
@@ -317,8 +318,8 @@ README_ROWS = {
         "CEMG": SPORTS["CEMG, search, item softmax and memory (default)"],
     },
     "MovieLens 100K": {
-        "item memory alone": experiment("ml-100k", "memory"),
-        "CEMG": experiment("ml-100k", "cemg", count=3),
+        "item memory alone": MOVIELENS["item memory alone"],
+        "CEMG": experiment("ml-100k", "cemg"),
     },
 }
 KEPT, REMOVED = "metrics", "metrics_history_removed"
@@ -407,6 +408,7 @@ def pages() -> dict[Path, str]:
         docs / "results.md": with_tables(docs / "results.md", results),
         docs / "training.md": with_tables(docs / "training.md", training),
         docs / "performance-cpu.md": with_tables(docs / "performance-cpu.md", cpu),
+        docs / "scale.md": with_tables(docs / "scale.md", {"costs": scale_costs}),
         docs / "performance-gpu.md": with_tables(docs / "performance-gpu.md", {"speed": gpu_speed}),
         **{docs / "experiments" / f"{folder.name}.md": NOTE + markdown(folder) for folder in experiments()},
         ROOT / "README.md": with_tables(ROOT / "README.md", {"speed": readme_speed, "results": readme_table}),

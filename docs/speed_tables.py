@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,87 @@ def training_step() -> str:
 
 def medians(cells: Cells, case: str, peers: Sequence[str]) -> list[float]:
     return [cells[case, peers[0]]["p50_ms"], *(cells[case, peer]["peer_p50_ms"] for peer in peers)]
+
+
+SIZES = (10**6, 10**7, 10**8, 10**9)  # items, and as many users with ten interactions each
+BEAUTY = RESULTS.parents[1] / "results" / "experiments" / "beauty" / "tasks" / "beauty-cemg-seed0"  # one core
+
+
+def scale_costs() -> str:
+    """Seconds and bytes of each stage by number of items: measured at sizes in bold, else in proportion."""
+    run, took = (
+        json.loads((BEAUTY / f"{name}.json").read_text(encoding="utf-8")) for name in ("result", "took")
+    )
+    config, items, users = run["config"], run["split"]["items"], run["split"]["users"]
+    seconds, trained = (
+        config["stage_seconds"],
+        took["interactions"] - 2 * users,
+    )  # two of each user are held out
+    steps = trained / config["graph"]["batch_size"]
+    per_edge = seconds["graph"] / config["graph"]["epochs"] / steps / (2 * trained)
+    vectors = config["tokenizer"]["dim"] * 4
+    query = next(row for row in rows_of("memory-cpu") if row["case"] == "N1e+06 query")
+    tries = {row["case"]: row for row in rows_of("trie-build-cpu")}
+    search = {row["case"]: row for row in rows_of("latency-memory-cpu")}
+
+    def graph(n: int) -> float:  # one epoch in batches of 16,384 interactions
+        return (10 * n / 16_384) * (20 * n) * per_edge
+
+    def trie(n: int) -> str:
+        row = tries.get(f"N {n:.0e} K 256, sorting included")
+        if row is None:
+            row = tries["N 1e+08 K 256, sorting included"]
+            row = {name: row[name] * n / 10**8 for name in ("p50_ms", "bytes")}
+            return cost(row["p50_ms"] / 1000, row["bytes"])
+        return bold(cost(row["p50_ms"] / 1000, row["bytes"]))
+
+    def memory(n: int) -> str:
+        at = n / 10**6
+        text = cost(query["build_seconds"] * at, query["loaded_mib"] * 2**20 * at)
+        return bold(text) if at == 1 else text
+
+    def one_search(n: int) -> str:
+        row = search.get(f"tiger B1 W50 N{n:.0e}")
+        return "" if row is None else bold(f"{row['p50_ms']:.1f} ms")
+
+    rows: list[tuple[str, Callable[[int], str]]] = [
+        ("texts through MiniLM", lambda n: cost(seconds["features"] / items * n, 384 * 4 * n)),
+        ("LightGCN, one epoch", lambda n: cost(graph(n), 3 * 4 * config["graph"]["dim"] * 2 * n)),
+        ("RQ-VAE, ten epochs",
+         lambda n: cost(10 * seconds["tokenizer"] / config["tokenizer"]["epochs"] / items * n, vectors * n)),
+        ("trie", trie),
+        ("item memory", memory),
+        ("generator, one epoch",
+         lambda n: cost(seconds["generator"] / config["generator"]["epochs"] / users * n,
+                        3 * 4 * config["backbone"]["dim"] * n)),
+        ("one search, 50 beams, with the memory", one_search),
+        ("lists for all users, in batches of 8",
+         lambda n: cost(search["tiger B8 W50"]["p50_ms"] / 8e3 * n, 0)),
+    ]  # fmt: skip
+    cells = [(name, *(cell(size) for size in SIZES)) for name, cell in rows]
+    return table(("stage", *(f"{size:.0e}".replace("e+0", "e") for size in SIZES)), cells)
+
+
+def bold(text: str) -> str:
+    return f"**{text}**"
+
+
+def cost(seconds: float, size: float) -> str:
+    """``3.2 h, 14 GB``; a size of 0 is left out."""
+    for name, unit in (("days", 86_400), ("h", 3_600), ("min", 60), ("s", 1), ("ms", 1e-3)):
+        if seconds >= unit or name == "ms":
+            break
+    text = f"{significant(seconds / unit)} {name}"
+    if not size:
+        return text
+    for name, unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= unit or name == "MB":
+            break
+    return f"{text}, {significant(size / unit)} {name}"
+
+
+def significant(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def latency(name: str) -> Cells:
