@@ -1,11 +1,13 @@
 """Latency of cemg-serve under an open load on loopback, beside a server of ``generate()`` with a Python trie.
 
-python bench/serve.py --run runs/demo [--rates 5 20 80] [--seconds 10] [--threads 1] [--json PATH]
+python bench/serve.py --run runs/demo [--rates 5 20 80] [--seconds 10] [--threads 1] [--p99 500]
+    [--vllm PYTHON] [--json PATH]
 
 Arrival times are drawn before a load starts (Poisson), and a latency counts from the intended arrival, so a
 server that stalls cannot hide it. One server runs at a time. Requests are the histories of the run's test
 users. "search alone" is the time of the same search in this process: one after the other, and once per mean
-gap of a rate, since a processor that was idle is slower.
+gap of a rate, since a processor that was idle is slower. With --p99, the rate of each server
+is raised by 40 % at a time until the p99 is above that limit.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from cemg.recommender import Recommender
 
 CONNECTIONS = 64
 TOP = 10
+STEP = 1.4  # from one rate to the next of `highest_rate`
 WARM, SEARCHES = 5, 100  # searches of "search alone"
 PEER = """
 import json, sys, threading
@@ -44,7 +47,7 @@ from pydantic import BaseModel
 from cemg.recommender import Recommender
 
 torch.set_num_threads(int(sys.argv[3]))
-recommender, lock = Recommender.from_run(sys.argv[1], engine="transformers"), threading.Lock()
+recommender, lock = Recommender.from_run(sys.argv[1], engine=sys.argv[4]), threading.Lock()
 beams = recommender.artifacts.config.decoding.beams
 app = FastAPI()
 
@@ -143,6 +146,16 @@ async def offer(port: int, bodies: Sequence[bytes], rate: float, seconds: float,
     return Load(rate, answered, refused, len(outcome) - len(answered) - refused)
 
 
+def highest_rate(port: int, bodies: Sequence[bytes], limit: float, seconds: float) -> float:
+    """The highest rate of a series whose p99 is within ``limit`` ms, without a failure; 0 for none."""
+    rate, best = 1.0, 0.0
+    while True:
+        load = asyncio.run(offer(port, bodies, rate, max(seconds, 20 / rate), 0))
+        if load.refused or load.failed or np.quantile(load.milliseconds, 0.99) > limit:
+            return best
+        best, rate = rate, STEP * rate
+
+
 async def request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> int:
     """One POST on an open connection; returns the status."""
     head = (
@@ -187,6 +200,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a load")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each search")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.add_argument("--p99", type=float, help="limit in ms: also find the highest rate within it")
+    parser.add_argument(
+        "--vllm", metavar="PYTHON",
+        help="interpreter with vLLM and CEMG: also load a server that searches by vLLM (decoder-only runs)",
+    )  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = Recommender.from_run(options.run).artifacts.load_data()
@@ -208,17 +226,23 @@ def main() -> None:
         own += ["--threads", str(options.threads)]
         servers = {
             "cemg-serve": ([sys.executable, *own], options.rates),
-            "FastAPI + generate()": (
-                [sys.executable, "-c", PEER, str(copy), str(port), str(options.threads)],
-                options.peer_rates,
-            ),
         }
+        peers = [("FastAPI + generate()", sys.executable, "transformers")]
+        if options.vllm:
+            peers.append(("FastAPI + vLLM with the trie", options.vllm, "vllm"))
+        for name, python, engine in peers:
+            peer = [python, "-c", PEER, str(copy), str(port), str(options.threads), engine]
+            servers[name] = (peer, options.peer_rates)
         for name, (command, rates) in servers.items():
             with running(command, port):
                 asyncio.run(offer(port, bodies, min(rates, default=1.0), 3.0, 1))  # warm up
                 for rate in rates:
                     load = asyncio.run(offer(port, bodies, rate, options.seconds, 0))
                     rows.append(load.row(name))
+                    print(rows[-1], flush=True)
+                if options.p99:
+                    best = highest_rate(port, bodies, options.p99, options.seconds)
+                    rows.append({"server": name, "p99_limit_ms": options.p99, "highest_rate": round(best, 2)})
                     print(rows[-1], flush=True)
     names = list(dict.fromkeys(key for row in rows for key in row))
     print(format_columns([names, *([str(row.get(name, "")) for name in names] for row in rows)]))
