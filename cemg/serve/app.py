@@ -205,11 +205,12 @@ def _add_users(app: FastAPI, service: Service) -> None:
 def _add_items(app: FastAPI, service: Service) -> None:
     def item_answer(stored: StoredItem) -> schemas.ItemAnswer:
         item, codes = stored.item, service.codes(stored.item.item_id)
+        failed, problem = service.status.failed_items.get(item.item_id, (None, None))
         placing = stored.state == "active" and codes is None  # stored, but not searched yet
         return schemas.ItemAnswer(
             item_id=item.item_id, title=item.title, text=item.text, attributes=dict(item.attributes),
             state="pending" if placing else stored.state, codes=codes, version=stored.version,
-            image=service.has_picture(stored), problem=service.status.failed_items.get(item.item_id),
+            image=service.has_picture(stored), problem=problem if failed == stored.version else None,
         )  # fmt: skip
 
     @app.get("/v1/items/{item_id:path}", tags=["catalog"], dependencies=[requires("read")])

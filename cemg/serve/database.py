@@ -32,6 +32,9 @@ STORE_FILE = "serve/store.sqlite"  # in the folder of a run
 WRITER_CACHE = 64 * 1024  # KiB; with less, SQLite writes pages of a large transaction twice
 BUSY_SECONDS = 5.0  # how long a write waits for another process
 CONNECT_SECONDS = 10  # to PostgreSQL
+ALIVE = {  # of libpq: a connection that the network has cut is noticed after some ten seconds
+    "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000,
+}  # fmt: skip
 READERS, MORE_READERS = 8, 56  # connections that stay open, and further ones at peaks
 # Flushing on macOS needs more than fsync. Deleted rows are overwritten, as they are about people.
 PRAGMAS = ("fullfsync=1", "checkpoint_fullfsync=1", "secure_delete=1")
@@ -98,7 +101,7 @@ class Database:
                 pool_size=READERS,
                 max_overflow=MORE_READERS,
                 pool_pre_ping=True,
-                connect_args={"connect_timeout": CONNECT_SECONDS},
+                connect_args={"connect_timeout": CONNECT_SECONDS, **ALIVE},
             )
         except ImportError as error:
             raise UserError(
@@ -344,6 +347,8 @@ def _set_up_postgres(connection: Any, _: object) -> None:
     """A commit waits for the disk also where the server's default is not to."""
     connection.autocommit = True
     connection.execute(f"SET lock_timeout = {int(BUSY_SECONDS * 1000)}")
+    # a replica that the network has cut off does not hold the lock of the others for longer
+    connection.execute(f"SET idle_in_transaction_session_timeout = {int(CONNECT_SECONDS * 1000)}")
     if connection.execute("SHOW synchronous_commit").fetchone() == ("off",):
         connection.execute("SET synchronous_commit = on")
     connection.autocommit = False

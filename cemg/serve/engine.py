@@ -144,7 +144,7 @@ class _History:
     """The interactions of a user in order of time."""
 
     rows: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    order: list[tuple[float, int]] = field(default_factory=list)  # time and number of each
 
 
 class Engine:
@@ -164,7 +164,8 @@ class Engine:
         self.titles = {str(item): title or "" for item, title in recommender.titles().items()}
         self._rows = {str(item): row for row, item in enumerate(recommender.catalog.item_ids)}
         self._histories: dict[str, _History] = {}
-        self._unplaced: dict[str, list[tuple[str, float]]] = {}  # events of unknown items, by user
+        self._unplaced: dict[str, list[tuple[str, float, int]]] = {}  # events of unknown items, by user
+        self._arrived = 0
         artifacts = recommender.artifacts
         self.learns = artifacts.has_memory()
         self._read_run()
@@ -175,7 +176,7 @@ class Engine:
         train = data.split().train
         for user, (items, known) in enumerate(zip(data.sequences, train, strict=True)):
             rows = items.tolist()
-            self._histories[data.user_ids[user]] = _History(rows, [EARLIER] * len(rows))
+            self._histories[data.user_ids[user]] = _History(rows, [(EARLIER, 0)] * len(rows))
             if self.learns:
                 for place in range(len(known), len(rows)):
                     self.recommender.memory.observe(rows[:place], rows[place])
@@ -300,24 +301,26 @@ class Engine:
         history, row = self._histories.get(user), self._rows.get(item)
         if history is None or row is None:
             return False
-        return row in history.rows[: bisect.bisect_right(history.times, EARLIER)]
+        return row in history.rows[: bisect.bisect_right(history.order, (EARLIER, 0))]
 
-    def learn(self, user: str, item: str, time: float) -> bool:
+    def learn(self, user: str, item: str, time: float, number: int | None = None) -> bool:
         """Add an event to a user's history and to the memory. Returns whether the catalog has the item.
 
-        An event that is older than others of the user is placed before them. One of an item that the catalog
-        does not have is learned when the item is added.
+        Events of a user are ordered by time, then by ``number``; None is the next number. One of an item that
+        the catalog does not have is learned when the item is added.
         """
+        number = self._arrived + 1 if number is None else number
+        self._arrived = max(self._arrived, number)
         row = self._rows.get(item)
         if row is None:
-            self._unplaced.setdefault(user, []).append((item, time))
+            self._unplaced.setdefault(user, []).append((item, time, number))
             return False
         history = self._histories.setdefault(user, _History())
-        place = bisect.bisect_right(history.times, time)
+        place = bisect.bisect_right(history.order, (time, number))
         if self.learns:
             self.recommender.memory.observe(history.rows, row, position=place)
         history.rows.insert(place, row)
-        history.times.insert(place, time)
+        history.order.insert(place, (time, number))
         return True
 
     def forget(self, user: str) -> None:
@@ -402,9 +405,9 @@ class Engine:
                 self._unplaced[user] = left
                 if not left:
                     del self._unplaced[user]
-                for item, time in events:
+                for item, time, number in events:
                     if item in new:
-                        self.learn(user, item, time)
+                        self.learn(user, item, time, number)
 
 
 def _shares(found: Recommendations, number: int, count: int) -> list[dict[str, float]] | None:

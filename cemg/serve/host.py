@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from cemg.errors import UserError
 from cemg.serve.batching import ModelThread
 from cemg.serve.engine import Engine
 from cemg.serve.models import Loader
@@ -26,7 +27,12 @@ class Status:
     behind: str = ""  # why a replica does not serve what the others do
     requests: int = 0  # that are not answered yet
     started: float = field(default_factory=time.time)
-    failed_items: dict[str, str] = field(default_factory=dict)  # id: why it has no semantic ID
+    failed_items: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Of items without a semantic ID, by id: the version that failed, and why."""
+
+
+class LaggingError(UserError):
+    """A replica does not have all changes of the store yet."""
 
 
 class Host(Protocol):
@@ -53,6 +59,9 @@ class Host(Protocol):
 
     def swap(self, loaded: ServedRun, *, choose: bool = False) -> None:
         """Let a loaded run answer all searches from some moment on."""
+
+    def level(self) -> None:
+        """Let a replica apply all that the store has."""
 
     def wake(self) -> None:
         """Look for new items without semantic IDs."""

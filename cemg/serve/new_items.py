@@ -12,19 +12,16 @@ from cemg.errors import UserError
 from cemg.serve.batching import StoppedError
 from cemg.serve.database import BusyError
 from cemg.serve.engine import Engine
-from cemg.serve.host import Host
+from cemg.serve.host import Host, LaggingError
 from cemg.serve.rows import State, StoredItem
 from cemg.serve.served_run import images_of, text_of
 from cemg.storage.files import StorageError
 
 PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
+TRIES = 20  # while other replicas write
 RETRY = 10  # seconds after which new items are tried again when the store has failed
 
 log = logging.getLogger("cemg.serve")
-
-
-class _ChangedError(UserError):
-    """Another replica has changed or placed items while their semantic IDs were computed."""
 
 
 class NewItems:
@@ -68,14 +65,18 @@ class NewItems:
                 again = RETRY
 
     def _place_some(self) -> bool:
-        """Place up to PLACED_AT_ONCE pending items. Returns whether there may be more."""
+        """Place up to PLACED_AT_ONCE pending items. Returns whether there may be more: something changed."""
         state: State = "pending"
+        before = self._progress()
         waiting = self._service.store.items(states=(state,))
-        new = (one for one in waiting if one.item.item_id not in self._service.status.failed_items)
+        new = (one for one in waiting if one.version != self._failed_version(one.item.item_id))
         pending = [*islice(new, PLACED_AT_ONCE)]
         if pending:
             self._place(pending)
-        return bool(pending)
+        return bool(pending) and self._progress() != before
+
+    def _progress(self) -> tuple[int, dict[str, tuple[int, str]]]:
+        return self._service.store.version, dict(self._service.status.failed_items)
 
     def _place(self, pending: Sequence[StoredItem]) -> None:
         """Compute the semantic IDs of items and add them; those that fail are noted in the status."""
@@ -85,7 +86,7 @@ class NewItems:
         except (StorageError, BusyError, StoppedError):  # not the fault of an item
             raise
         except Exception as error:
-            if loaded is not self._service.loaded:  # another run may have them
+            if loaded is not self._service.loaded or self._some_placed(pending):  # another run, or replica
                 return
             if len(pending) > 1:
                 for one in pending:
@@ -95,7 +96,7 @@ class NewItems:
             if not isinstance(error, UserError):
                 log.exception("the semantic ID of item %s could not be computed", item_id)
             problem = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self._service.status.failed_items[item_id] = problem
+            self._service.status.failed_items[item_id] = pending[0].version, problem
 
     def _add(self, pending: Sequence[StoredItem]) -> None:
         """Add items to the catalog, unless one of them was changed or removed in the meantime."""
@@ -104,7 +105,10 @@ class NewItems:
         texts = [text_of(item) for item in items.values()]
         if any(text is None and not one.has_image for text, one in zip(texts, pending, strict=True)):
             raise UserError("it has neither a title nor a text nor an image")
+        self._service.level()
         loaded = self._service.loaded
+        if self._some_placed(pending):
+            return
         loaded.table.check(attributes)
         size = len(loaded.engine.recommender.catalog)
         found = loaded.engine.encode(texts, images_of(pending, self._service.store)).tolist()
@@ -117,22 +121,26 @@ class NewItems:
             engine.titles |= titles
             engine.add(extended, texts, version)
 
-        def changed() -> bool:
-            return any(self._version_of(one.item.item_id) != one.version for one in pending)
+        check = self._service.check_of(attributes)
+        with self._service.order:
+            for _ in range(TRIES):
+                self._service.level()
+                changed = any(self._version_of(one.item.item_id) != one.version for one in pending)
+                # new semantic IDs differ from those in the catalog, as it was when they were computed
+                if changed or loaded is not self._service.loaded:
+                    return
+                if len(loaded.engine.recommender.catalog) != size:
+                    return
+                with suppress(LaggingError):
+                    version = self._service.store.place_items(codes, check=check)
+                    self._service.apply(add).result()  # within the lock, as `check` must hold for `extend`
+                    return
 
-        attributes_fit = self._service.check_of(attributes)
+    def _some_placed(self, pending: Sequence[StoredItem]) -> bool:
+        return any(self._service.loaded.engine.has(one.item.item_id) for one in pending)
 
-        def check() -> None:
-            attributes_fit()
-            # new semantic IDs differ from those in the catalog, as it was when they were computed
-            if changed() or len(loaded.engine.recommender.catalog) != size:
-                raise _ChangedError("another replica has changed the catalog")
-
-        with self._service.order, suppress(_ChangedError):
-            if changed() or loaded is not self._service.loaded:
-                return
-            version = self._service.store.place_items(codes, check=check)
-            self._service.apply(add).result()  # within the lock, as `check` must hold for `extend`
+    def _failed_version(self, item: str) -> int | None:
+        return self._service.status.failed_items.get(item, (None, ""))[0]
 
     def _version_of(self, item: str) -> int | None:
         stored = self._service.store.get_item(item)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from cemg.serve.database import BusyError
 from cemg.serve.engine import Engine
 from cemg.serve.host import Host
 from cemg.serve.models import LoadingError
-from cemg.serve.served_run import ServedRun
+from cemg.serve.rows import ServedModel
 from cemg.storage.files import StorageError
 
 EVERY = 1.0  # seconds between two looks at the store of a replica without requests
+PATIENCE = 1.0  # seconds that a search waits for the store
 PAUSE = 5.0  # seconds in which searches do not ask a store that failed
 RETRY = 10.0  # seconds between two looks at new items of others, and between two attempts to load a run
 
@@ -42,36 +44,57 @@ class Follower:
         self._behind = ""
         self._load_after = 0.0
         self._closed = threading.Event()
-        service.model.before_search = self.catch_up
+        self._stuck = ""
+        self._position: Future[tuple[int, int]] | None = None
+        self._reader = ThreadPoolExecutor(1, "cemg-position")
+        service.model.before_search = self.before_search
         self._thread = threading.Thread(target=self._run, name="cemg-follower", daemon=True)
         self._thread.start()
 
     def close(self, timeout: float) -> None:
         """End the thread."""
         self._closed.set()
+        self._reader.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout)
 
-    def catch_up(self, engine: Engine) -> None:
-        """Apply what the store has. Only the thread of the model may call it.
+    def before_search(self, engine: Engine) -> None:
+        """Apply what the store has, in the thread of the model.
 
-        While the store cannot be reached, searches go on with what is known, and changes are refused.
+        While the store cannot be reached, searches go on with what is known.
         """
-        if time.monotonic() < self._paused:
+        if time.monotonic() < self._paused or not (self._position is None or self._position.done()):
             return
         try:
-            self.follow(self._service.loaded)
-        except (StorageError, BusyError) as error:
+            self._position = self._reader.submit(self._service.store.position)
+            if self._position.result(timeout=PATIENCE) != self._reached():
+                self.follow(engine)
+        except (StorageError, BusyError, TimeoutError) as error:
             self._paused = time.monotonic() + PAUSE
-            log.warning("the store cannot be followed for the moment: %s", error.message)
+            log.warning("the store cannot be followed for the moment: %s", error or "it does not answer")
         except Exception:  # searches go on
             self._paused = time.monotonic() + PAUSE
-            log.exception("the store could not be followed")
 
-    def follow(self, loaded: ServedRun) -> None:
-        """Apply what the store has to a run."""
-        store = self._service.store
-        if store.position() != (loaded.version, loaded.number):
-            loaded.follow(store)
+    def follow(self, engine: Engine) -> None:
+        """Apply what the store has, in the thread of the model.
+
+        Raises:
+            StorageError, BusyError: The store fails. The next call continues.
+        """
+        service = self._service
+        try:
+            if service.store.position() != self._reached():
+                service.loaded.follow(service.store)
+        except (StorageError, BusyError):
+            raise
+        except Exception as error:
+            self._stuck = f"the store cannot be followed: {type(error).__name__}: {error}"
+            log.exception("the store could not be followed")
+            raise
+        self._paused, self._stuck = 0.0, ""
+
+    def _reached(self) -> tuple[int | None, int]:
+        loaded = self._service.loaded
+        return loaded.version, loaded.number
 
     def _run(self) -> None:
         looked = time.monotonic()
@@ -81,7 +104,7 @@ class Follower:
                 return
             try:
                 self._load_if_replaced()
-                service.model.change(self.catch_up).result()
+                service.model.change(self.follow).result()
                 if time.monotonic() > looked + RETRY:  # a replica that took an item may have ended
                     looked = time.monotonic()
                     service.wake()
@@ -89,35 +112,42 @@ class Follower:
                 return
             except UserError as error:
                 log.warning("the store cannot be followed for the moment: %s", error.message)
+            except Exception:
+                log.exception("the store could not be followed")
+            service.status.behind = self._stuck or self._behind
+
+    def _current(self) -> ServedModel:
+        """The run that the store says is served; this one if nobody has chosen another."""
+        stored, loaded = self._service.store.models, self._service.loaded
+        if stored is not None:
+            return stored.current
+        return ServedModel(str(loaded.run.resolve()), loaded.engine.model_version, loaded.events)
 
     def _load_if_replaced(self) -> None:
-        """Load the run that another replica has chosen."""
-        service, loaded = self._service, self._service.loaded
-        models = service.store.models
-        moved = models is not None and models.current.version != loaded.engine.model_version
+        """Load the run that another replica has chosen, or this one again if its semantic IDs are stale."""
+        service, loaded, current = self._service, self._service.loaded, self._current()
         returned = not loaded.keeps_codes and service.store.catalog == loaded.catalog
-        if models is None or not (moved or returned):
-            service.status.behind = ""
+        if current.version == loaded.engine.model_version and not returned:
+            self._behind = ""
             return
         last = service.loader.last
-        if last is not None and last.state == "failed" and last.run == Path(models.current.run):
-            service.status.behind = f"{last.run}, which is served now, cannot be loaded: {last.reason}"
+        if last is not None and last.state == "failed" and last.run == Path(current.run):
+            self._behind = f"{last.run}, which is served now, cannot be loaded: {last.reason}"
         if time.monotonic() > self._load_after:
             self._load_after = time.monotonic() + RETRY
             try:
-                service.loader.start(Path(models.current.run), partial(self._join, Path(models.current.run)))
+                service.loader.start(Path(current.run), partial(self._join, current))
             except LoadingError:  # it is loaded already, or another one is, and this one comes next
                 self._load_after = 0.0
 
-    def _join(self, run: Path) -> None:
+    def _join(self, current: ServedModel) -> None:
         """Load a run, and let it answer all searches from some moment on."""
-        service, models = self._service, self._service.store.models
-        assert models is not None
-        loaded = service.load(run, models.current.events)
-        if loaded.engine.model_version != models.current.version:
+        run = Path(current.run)
+        loaded = self._service.load(run, current.events)
+        if loaded.engine.model_version != current.version:
             raise UserError(
                 f"{run} is not the run that is served now",
-                cause=f"it is model {loaded.engine.model_version}, and {models.current.version} is served",
+                cause=f"it is model {loaded.engine.model_version}, and {current.version} is served",
                 fix="copy the run to this machine, or load it anew: POST /v1/models",
             )
-        service.swap(loaded)
+        self._service.swap(loaded)

@@ -115,8 +115,8 @@ class ServedRun:
             UserError: The items of the run are numbers, so it cannot have the added items.
         """
         version, last = store.position()  # changes after it are applied again by the next call
-        changed = [*_changed(store, self.version)]
-        if store.catalog not in ("", self.catalog):  # read last: the codes may be of another catalog
+        changed, moved = _changed(store, self.version, self.catalog)
+        if moved or store.catalog not in ("", self.catalog):  # read last: the codes may be of another catalog
             self.keeps_codes = False
         self._apply(changed, store)
         self.version = self.engine.version = version
@@ -127,7 +127,7 @@ class ServedRun:
             if isinstance(entry, Deletion):
                 self.engine.forget(entry.user_id)
             elif not self._has_event(entry.number, entry.user_id, entry.item_id):
-                self.engine.learn(entry.user_id, entry.item_id, entry.time)
+                self.engine.learn(entry.user_id, entry.item_id, entry.time, entry.number)
             self.number = entry.number  # here, so that an error of the store repeats nothing
         return count
 
@@ -152,6 +152,7 @@ class ServedRun:
         here = [one for one in changed if self.engine.has(one.item.item_id)]
         active = [one.item for one in here if one.state != "removed"]
         removed = [one.item.item_id for one in here if one.state == "removed"]
+        self.table.update({item: {} for item in removed})  # first: their types bind no other item
         self.table.update({item.item_id: item.attributes for item in active})
         self.engine.titles |= {item.item_id: item.title for item in active}
         version = self.engine.version
@@ -192,26 +193,27 @@ class ServedRun:
         self.engine.recommend([query(user=user) for user in users] or [query()])
 
 
-def _changed(store: Store, version: int | None) -> Iterator[StoredItem]:
-    """The items that changed after a version, as they are now; None for all."""
+def _changed(store: Store, version: int | None, catalog: str) -> tuple[list[StoredItem], bool]:
+    """The items that changed after a version, as they are now, and whether the store left ``catalog`` since.
+
+    None for all items.
+    """
     if version is None:
-        yield from store.items()
-        return
+        return [*store.items()], False
     items: dict[str, None] = {}
+    moved = False
     try:
         while changes := store.changes_after(version, CHANGES):
             version = changes[-1].version
             for change in changes:
+                moved |= change.kind == "catalog" and change.payload["catalog"] != catalog
                 items |= dict.fromkeys(
                     [change.item_id] if change.item_id else change.payload.get("codes", {})
                 )
-    except DroppedError:
-        yield from store.items()
-        return
-    for item in items:
-        stored = store.get_item(item)
-        if stored is not None:
-            yield stored
+    except DroppedError:  # what they were is not known
+        return [*store.items()], True
+    found = (store.get_item(item) for item in items)
+    return [one for one in found if one is not None], moved
 
 
 def run_of(run: Path, store: Store) -> Path:

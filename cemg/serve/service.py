@@ -13,14 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from cemg.errors import UserError
 from cemg.serve.batching import ModelThread, Result, StoppedError
-from cemg.serve.database import STORE_FILE
+from cemg.serve.database import STORE_FILE, BusyError
 from cemg.serve.engine import Answer, Engine, Query, Request
-from cemg.serve.host import Status
+from cemg.serve.host import LaggingError, Status
 from cemg.serve.models import Attempt, Loader, LoadingError
 from cemg.serve.named_filters import NamedFilters
 from cemg.serve.new_items import NewItems
@@ -41,6 +42,7 @@ from cemg.storage.run import Run
 from cemg.tokenizer import Catalog
 
 JOIN = 1.0  # seconds to wait for the search of a shadow
+TRIES = 20  # of a write to the catalog while other replicas write
 FEW = 100  # changes that a run may still lack when writes wait for it
 
 log = logging.getLogger("cemg.serve")
@@ -186,7 +188,10 @@ class Service:
         """Load a run beside the present one, and let it answer all searches from some moment on."""
         loaded = self.load(run, events)
         found = loaded.engine.model_version
-        if found == self.model_version and run == self._loaded.run.resolve():
+        served = self.models().current
+        if self._follower is not None and (stored := self.store.models) is not None:
+            served = stored.current  # which this replica may not have loaded yet
+        if (found, str(run)) == (served.version, served.run):
             raise UserError(f"{run} is served already, as model {found}")
         if version is not None and found != version:
             raise UserError(
@@ -232,21 +237,22 @@ class Service:
         self.status.failed_items.clear()
         if self._follower is not None:
             self.store.required, self.store.run_items = loaded.catalog, loaded.ids
-            self._follower.catch_up(loaded.engine)
+            self._follower.follow(loaded.engine)
 
     def apply(self, change: Callable[[Engine], None]) -> Future[None]:
         """Queue what a stored change does to the engine. A replica applies all that the store has."""
-        return self.model.change(change if self._follower is None else self._follower.catch_up)
+        return self.model.change(change if self._follower is None else self._follower.follow)
 
     def _read(self, read: Callable[[Engine], Result]) -> Result:
         """Read something from the engine, after all that the store has."""
 
-        def read_now(engine: Engine) -> Result:
-            if self._follower is not None:
-                self._follower.catch_up(engine)
-            return read(engine)
+        self.level()
+        return self.model.change(read).result()
 
-        return self.model.change(read_now).result()
+    def level(self) -> None:
+        """Let a replica apply all that the store has."""
+        if self._follower is not None:
+            self.model.change(self._follower.follow).result()
 
     # ---- a shadow
 
@@ -329,6 +335,7 @@ class Service:
 
     def users(self, prefix: str, after: str, limit: int) -> list[str]:
         """The first ids of users that begin with ``prefix``, those after ``after``."""
+        self.level()
         return self._loaded.engine.users(prefix, after, limit)
 
     def delete_user(self, user: str) -> int:
@@ -344,6 +351,7 @@ class Service:
 
     def sizes(self) -> dict[str, int]:
         """Version and sizes of the catalog, and numbers of stored events and of users with events."""
+        self.level()
         engine = self._loaded.engine
         removed = len(engine.recommender.removed)
         return {
@@ -409,7 +417,7 @@ class Service:
         """
         with self.order:
             check = self.check_of({item.item_id: item.attributes for item in items})
-            version = self.store.put_items(items, check=check)
+            version = self._written(lambda: self.store.put_items(items, check=check))
             applied = self._apply_items(items, version)
         applied.result()
         return version
@@ -427,7 +435,8 @@ class Service:
                 raise UnknownItemError(f"there is no item {item}")
             changed = patched(known.item, values)
             check = self.check_of({item: changed.attributes})
-            version = self.store.patch_item(item, values, base=known.item, check=check)
+            base = known.item
+            version = self._written(lambda: self.store.patch_item(item, values, base=base, check=check))
             applied = self._apply_items([changed], version)
         applied.result()
         return version
@@ -451,11 +460,21 @@ class Service:
         """The check of attributes that a write to the store makes, when no other write can come between."""
 
         def check() -> None:
-            if self._follower is not None:
-                self.model.change(self._follower.catch_up).result()
+            if self._follower is not None and self.store.version != self._loaded.version:
+                raise LaggingError("another replica has changed the catalog")
             self._loaded.table.check(attributes)
 
         return check
+
+    def _written(self, write: Callable[[], int]) -> int:
+        """Write to the catalog from its newest version. The lock of the store is not held meanwhile."""
+        for _ in range(TRIES):
+            self.level()
+            with suppress(LaggingError):
+                return write()
+        raise BusyError(
+            "the catalog is changed by others at this moment; nothing was stored", fix="try again"
+        )
 
     def remove_item(self, item: str) -> int:
         """Never recommend an item again, from the next request on.
@@ -465,6 +484,8 @@ class Service:
         """
         with self.order:
             version = self.store.remove_item(item)
+            if self._follower is None and item in self._loaded.table:
+                self._loaded.table.update({item: {}})
             removed = self.apply(lambda engine: engine.remove([item], version))
         removed.result()
         return version

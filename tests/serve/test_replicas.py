@@ -128,6 +128,88 @@ def test_attributes_of_two_types_are_refused_by_one_of_two_replicas(
     assert listed(two[0], history=["item-0002"]) == listed(two[1], history=["item-0002"])
 
 
+@pytest.fixture
+def pair(runs: Path, location: str) -> Iterator[tuple[Service, Service]]:
+    """Two replicas in this process."""
+    one, other = (Service(runs, store=location, replica=True) for _ in range(2))
+    yield one, other
+    one.close()
+    other.close()
+
+
+def test_the_types_of_removed_items_bind_no_other_item(
+    pair: tuple[Service, Service], runs: Path, location: str
+) -> None:
+    one, other = pair
+    one.put_items([Item("item-0002", "x", attributes={"weight": 1})])
+    one.remove_item("item-0002")
+    other.put_items([Item("item-0003", "x", attributes={"weight": "heavy"})])
+    third = Service(runs, store=location, replica=True)
+    for service in (*pair, third):
+        assert service.recommend(Request(user="none"), timeout=60).result().catalog_version == 3
+    third.close()
+
+
+def test_a_write_is_checked_although_searches_do_not_ask_the_store(
+    pair: tuple[Service, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = pair
+    monkeypatch.setattr(replicas, "PAUSE", 60.0)
+
+    def fails() -> Any:
+        raise StorageError("the server is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.store, "position", fails)
+        one.recommend(Request(user="u"), timeout=60).result()
+    other.put_items([Item("item-0002", "x", attributes={"weight": 1})])
+    with pytest.raises(UserError, match="weight"):
+        one.put_items([Item("item-0003", "x", attributes={"weight": "heavy"})])
+    one.add_events([Event("e1", "u", "item-0002")])
+    assert one.history("u") == ["item-0002"]
+    assert one.recommend(Request(user="u"), timeout=60).result().catalog_version == 1
+
+
+def test_events_of_an_item_that_is_not_placed_yet_have_one_order(
+    pair: tuple[Service, Service], runs: Path, location: str
+) -> None:
+    one, other = pair
+    one.add_events([Event("e1", "u", "nova"), Event("e2", "u", "item-0004")])
+    assert other.history("u") == ["item-0004"]
+    one.put_items([Item("nova", "Sturdy rudder")])
+    eventually(lambda: one.codes("nova"))
+    third = Service(runs, store=location, replica=True)
+    assert [service.history("u") for service in (*pair, third)] == [["nova", "item-0004"]] * 3
+    third.close()
+
+
+def test_a_failed_item_is_tried_again_after_a_correction_by_another_replica(
+    pair: tuple[Service, Service],
+) -> None:
+    one, other = pair
+    one.put_items([Item("bad")])
+    eventually(lambda: "bad" in one.status.failed_items)
+    other.put_items([Item("bad", "Sturdy rudder")])
+    eventually(lambda: one.codes("bad") and other.codes("bad"))
+    stored = one.store.get_item("bad")
+    assert stored is not None and one.status.failed_items["bad"][0] != stored.version
+
+
+def test_a_store_that_returns_to_the_catalog_is_read_again(
+    pair: tuple[Service, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = pair
+    one.put_items([Item("nova", "Sturdy rudder")])
+    eventually(lambda: one.codes("nova") and other.codes("nova"))
+    assert one.loaded.keeps_codes
+    for catalog in ("another", one.loaded.catalog):
+        other.store.change_catalog(catalog, other.loaded.ids, codes={"nova": [1, 2, 3]})
+    before = one.loaded
+    one.level()
+    eventually(lambda: one.loaded is not before)
+    assert one.codes("nova") == [1, 2, 3]
+
+
 def test_a_model_that_one_replica_loads_is_loaded_by_all(
     two: tuple[ServerProcess, ServerProcess], runs: Path
 ) -> None:
