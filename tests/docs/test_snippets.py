@@ -171,6 +171,12 @@ def checked(words: list[str]) -> None:
         module = arguments.index("-m") + 1
         assert arguments[module] == "cemg.commands.train"
         parse("cemg-train", arguments[module + 1 :])
+    elif program == "opentelemetry-instrument":
+        checked(arguments)
+    elif program == "serve":  # of Ray Serve
+        module, _, name = arguments[1].partition(":")
+        source = Path(*module.split(".")).with_suffix(".py")
+        assert f"def {name}(" in (ROOT / source).read_text()
     elif program == "python" and arguments[0] == "-m":
         assert importlib.util.find_spec(arguments[1])
     elif program in ("python", "bash", "pytest"):
