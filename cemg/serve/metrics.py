@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cemg.serve.host import Status
+from cemg.serve.interface import Status
 from cemg.serve.problems import draining, problem
 from cemg.serve.service import Service
 

@@ -12,7 +12,7 @@ from cemg.errors import UserError
 from cemg.serve.batching import StoppedError
 from cemg.serve.database import BusyError
 from cemg.serve.engine import Engine
-from cemg.serve.host import Host, LaggingError
+from cemg.serve.interface import LaggingError, ServiceInterface
 from cemg.serve.rows import State, StoredItem
 from cemg.serve.served_run import images_of, text_of
 from cemg.storage.files import StorageError
@@ -31,7 +31,7 @@ class NewItems:
         service: The service, whose store, model and status are used.
     """
 
-    def __init__(self, service: Host) -> None:
+    def __init__(self, service: ServiceInterface) -> None:
         self._service = service
         self._new = threading.Event()
         self._new.set()
@@ -86,7 +86,7 @@ class NewItems:
         except (StorageError, BusyError, StoppedError):  # not the fault of an item
             raise
         except Exception as error:
-            if loaded is not self._service.loaded or self._some_placed(pending):  # another run, or replica
+            if loaded is not self._service.loaded or self._any_placed(pending):  # another run, or replica
                 return
             if len(pending) > 1:
                 for one in pending:
@@ -105,9 +105,9 @@ class NewItems:
         texts = [text_of(item) for item in items.values()]
         if any(text is None and not one.has_image for text, one in zip(texts, pending, strict=True)):
             raise UserError("it has neither a title nor a text nor an image")
-        self._service.level()
+        self._service.catch_up()
         loaded = self._service.loaded
-        if self._some_placed(pending):
+        if self._any_placed(pending):
             return
         loaded.table.check(attributes)
         size = len(loaded.engine.recommender.catalog)
@@ -121,10 +121,10 @@ class NewItems:
             engine.titles |= titles
             engine.add(extended, texts, version)
 
-        check = self._service.check_of(attributes)
+        check = self._service.attribute_check(attributes)
         with self._service.order:
             for _ in range(TRIES):
-                self._service.level()
+                self._service.catch_up()
                 changed = any(self._version_of(one.item.item_id) != one.version for one in pending)
                 # new semantic IDs differ from those in the catalog, as it was when they were computed
                 if changed or loaded is not self._service.loaded:
@@ -136,7 +136,7 @@ class NewItems:
                     self._service.apply(add).result()  # within the lock, as `check` must hold for `extend`
                     return
 
-    def _some_placed(self, pending: Sequence[StoredItem]) -> bool:
+    def _any_placed(self, pending: Sequence[StoredItem]) -> bool:
         return any(self._service.loaded.engine.has(one.item.item_id) for one in pending)
 
     def _failed_version(self, item: str) -> int | None:

@@ -18,13 +18,13 @@ from cemg.errors import UserError
 from cemg.serve.batching import StoppedError
 from cemg.serve.database import BusyError
 from cemg.serve.engine import Engine
-from cemg.serve.host import Host
+from cemg.serve.interface import ServiceInterface
 from cemg.serve.models import LoadingError
 from cemg.serve.rows import ServedModel
 from cemg.storage.files import StorageError
 
-EVERY = 1.0  # seconds between two looks at the store of a replica without requests
-PATIENCE = 1.0  # seconds that a search waits for the store
+POLL = 1.0  # seconds between two looks at the store of a replica without requests
+STORE_TIMEOUT = 1.0  # seconds that a search waits for the store
 PAUSE = 5.0  # seconds in which searches do not ask a store that failed
 RETRY = 10.0  # seconds between two looks at new items of others, and between two attempts to load a run
 
@@ -32,13 +32,13 @@ log = logging.getLogger("cemg.serve")
 
 
 class Follower:
-    """Keeps a replica level with the store, until it is closed.
+    """Keeps a replica up to date with the store, until it is closed.
 
     Args:
         service: The replica.
     """
 
-    def __init__(self, service: Host) -> None:
+    def __init__(self, service: ServiceInterface) -> None:
         self._service = service
         self._paused = 0.0  # of time.monotonic
         self._behind = ""
@@ -66,7 +66,7 @@ class Follower:
             return
         try:
             self._position = self._reader.submit(self._service.store.position)
-            if self._position.result(timeout=PATIENCE) != self._reached():
+            if self._position.result(timeout=STORE_TIMEOUT) != self._reached():
                 self.follow(engine)
         except (StorageError, BusyError, TimeoutError) as error:
             self._paused = time.monotonic() + PAUSE
@@ -98,7 +98,7 @@ class Follower:
 
     def _run(self) -> None:
         looked = time.monotonic()
-        while not self._closed.wait(EVERY):
+        while not self._closed.wait(POLL):
             service = self._service
             if service.status.draining:
                 return
@@ -116,16 +116,9 @@ class Follower:
                 log.exception("the store could not be followed")
             service.status.behind = self._stuck or self._behind
 
-    def _current(self) -> ServedModel:
-        """The run that the store says is served; this one if nobody has chosen another."""
-        stored, loaded = self._service.store.models, self._service.loaded
-        if stored is not None:
-            return stored.current
-        return ServedModel(str(loaded.run.resolve()), loaded.engine.model_version, loaded.events)
-
     def _load_if_replaced(self) -> None:
         """Load the run that another replica has chosen, or this one again if its semantic IDs are stale."""
-        service, loaded, current = self._service, self._service.loaded, self._current()
+        service, loaded, current = self._service, self._service.loaded, self._service.chosen()
         returned = not loaded.keeps_codes and service.store.catalog == loaded.catalog
         if current.version == loaded.engine.model_version and not returned:
             self._behind = ""

@@ -18,7 +18,7 @@ from cemg.serve.attributes import AttributeTable
 from cemg.serve.engine import Engine, Query
 from cemg.serve.filters import Filters
 from cemg.serve.named_filters import NamedFilters
-from cemg.serve.rows import Deletion, DroppedError, Item, StoredItem
+from cemg.serve.rows import Deletion, DroppedError, Item, ServedModel, StoredItem
 from cemg.serve.run_items import ItemSearch, RunItems
 from cemg.serve.store import Store
 from cemg.storage.run import Run
@@ -97,6 +97,11 @@ class ServedRun:
     def catalog(self) -> str:
         """The digest of the catalog that the run was trained on."""
         return self.recommender.catalog.digest()
+
+    @property
+    def served_model(self) -> ServedModel:
+        """The run as the store records it."""
+        return ServedModel(str(self.run.resolve()), self.engine.model_version, self.events)
 
     @property
     def ids(self) -> frozenset[str]:

@@ -21,7 +21,7 @@ from cemg.errors import UserError
 from cemg.serve.batching import ModelThread, Result, StoppedError
 from cemg.serve.database import STORE_FILE, BusyError
 from cemg.serve.engine import Answer, Engine, Query, Request
-from cemg.serve.host import LaggingError, Status
+from cemg.serve.interface import LaggingError, Status
 from cemg.serve.models import Attempt, Loader, LoadingError
 from cemg.serve.named_filters import NamedFilters
 from cemg.serve.new_items import NewItems
@@ -149,7 +149,12 @@ class Service:
     def models(self) -> Models:
         """The run that is served, and the one before it."""
         stored = self.store.models
-        return Models(_as_served(self._loaded), None if stored is None else stored.previous)
+        return Models(self._loaded.served_model, None if stored is None else stored.previous)
+
+    def chosen(self) -> ServedModel:
+        """The run that the store says is served. A replica may not have loaded it yet."""
+        stored = self.store.models
+        return self._loaded.served_model if stored is None else stored.current
 
     def load_model(self, run: str, *, events: int | None = None) -> Attempt:
         """Load another run in the background, and serve it from then on: see `Loader`.
@@ -188,10 +193,8 @@ class Service:
         """Load a run beside the present one, and let it answer all searches from some moment on."""
         loaded = self.load(run, events)
         found = loaded.engine.model_version
-        served = self.models().current
-        if self._follower is not None and (stored := self.store.models) is not None:
-            served = stored.current  # which this replica may not have loaded yet
-        if (found, str(run)) == (served.version, served.run):
+        chosen = self.chosen()
+        if (found, str(run)) == (chosen.version, chosen.run):
             raise UserError(f"{run} is served already, as model {found}")
         if version is not None and found != version:
             raise UserError(
@@ -225,7 +228,7 @@ class Service:
 
     def _record(self, loaded: ServedRun, previous: ServedModel | None) -> None:
         """Store that a run is served from now on. Its items get their new semantic IDs at the same time."""
-        models = Models(_as_served(loaded), previous)
+        models = Models(loaded.served_model, previous)
         version = self.store.change_catalog(loaded.catalog, loaded.ids, codes=loaded.codes, models=models)
         loaded.keeps_codes = True
         if self._follower is None:  # else other replicas may have written since the last `follow`
@@ -246,10 +249,10 @@ class Service:
     def _read(self, read: Callable[[Engine], Result]) -> Result:
         """Read something from the engine, after all that the store has."""
 
-        self.level()
+        self.catch_up()
         return self.model.change(read).result()
 
-    def level(self) -> None:
+    def catch_up(self) -> None:
         """Let a replica apply all that the store has."""
         if self._follower is not None:
             self.model.change(self._follower.follow).result()
@@ -335,7 +338,7 @@ class Service:
 
     def users(self, prefix: str, after: str, limit: int) -> list[str]:
         """The first ids of users that begin with ``prefix``, those after ``after``."""
-        self.level()
+        self.catch_up()
         return self._loaded.engine.users(prefix, after, limit)
 
     def delete_user(self, user: str) -> int:
@@ -351,7 +354,7 @@ class Service:
 
     def sizes(self) -> dict[str, int]:
         """Version and sizes of the catalog, and numbers of stored events and of users with events."""
-        self.level()
+        self.catch_up()
         engine = self._loaded.engine
         removed = len(engine.recommender.removed)
         return {
@@ -416,7 +419,7 @@ class Service:
             UserError: A value cannot be stored, or has another type than the attribute has in other items.
         """
         with self.order:
-            check = self.check_of({item.item_id: item.attributes for item in items})
+            check = self.attribute_check({item.item_id: item.attributes for item in items})
             version = self._written(lambda: self.store.put_items(items, check=check))
             applied = self._apply_items(items, version)
         applied.result()
@@ -434,7 +437,7 @@ class Service:
             if known is None or known.state == "removed":
                 raise UnknownItemError(f"there is no item {item}")
             changed = patched(known.item, values)
-            check = self.check_of({item: changed.attributes})
+            check = self.attribute_check({item: changed.attributes})
             base = known.item
             version = self._written(lambda: self.store.patch_item(item, values, base=base, check=check))
             applied = self._apply_items([changed], version)
@@ -456,7 +459,7 @@ class Service:
 
         return self.apply(apply)
 
-    def check_of(self, attributes: Mapping[str, Mapping[str, object]]) -> Callable[[], None]:
+    def attribute_check(self, attributes: Mapping[str, Mapping[str, object]]) -> Callable[[], None]:
         """The check of attributes that a write to the store makes, when no other write can come between."""
 
         def check() -> None:
@@ -469,7 +472,7 @@ class Service:
     def _written(self, write: Callable[[], int]) -> int:
         """Write to the catalog from its newest version. The lock of the store is not held meanwhile."""
         for _ in range(TRIES):
-            self.level()
+            self.catch_up()
             with suppress(LaggingError):
                 return write()
         raise BusyError(
@@ -495,7 +498,3 @@ def _offer(shadow: Shadow, query: Query, future: Future[Answer]) -> None:
     """Called by the thread of the model when a request is answered."""
     if not future.cancelled() and future.exception() is None:
         shadow.offer(query, future.result())
-
-
-def _as_served(loaded: ServedRun) -> ServedModel:
-    return ServedModel(str(loaded.run.resolve()), loaded.engine.model_version, loaded.events)

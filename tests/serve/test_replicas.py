@@ -205,7 +205,7 @@ def test_a_store_that_returns_to_the_catalog_is_read_again(
     for catalog in ("another", one.loaded.catalog):
         other.store.change_catalog(catalog, other.loaded.ids, codes={"nova": [1, 2, 3]})
     before = one.loaded
-    one.level()
+    one.catch_up()
     eventually(lambda: one.loaded is not before)
     assert one.codes("nova") == [1, 2, 3]
 
@@ -306,7 +306,7 @@ def test_searches_go_on_while_the_store_fails_and_follow_it_again(
 def test_an_item_of_the_old_model_is_not_stored_under_the_new_one(
     runs: Path, location: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replicas, "EVERY", 3600.0)  # the replica does not see the new model by itself
+    monkeypatch.setattr(replicas, "POLL", 3600.0)  # the replica does not see the new model by itself
     one = Service(runs, store=location, replica=True)
     other = Service(runs, store=location, replica=True)
     try:

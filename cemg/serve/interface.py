@@ -1,4 +1,4 @@
-"""What a service is to the threads that work for it."""
+"""The interface of a service that its background threads use."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cemg.errors import UserError
 from cemg.serve.batching import ModelThread
 from cemg.serve.engine import Engine
 from cemg.serve.models import Loader
+from cemg.serve.rows import ServedModel
 from cemg.serve.served_run import ServedRun
 from cemg.serve.store import Store
 
@@ -35,8 +36,8 @@ class LaggingError(UserError):
     """A replica does not have all changes of the store yet."""
 
 
-class Host(Protocol):
-    """A `cemg.serve.service.Service`, as its threads see it. Attributes and methods are described there."""
+class ServiceInterface(Protocol):
+    """Implemented by `cemg.serve.service.Service`, which describes the attributes and methods."""
 
     store: Store
     model: ModelThread
@@ -51,7 +52,10 @@ class Host(Protocol):
     def apply(self, change: Callable[[Engine], None]) -> Future[None]:
         """Queue what a stored change does to the engine."""
 
-    def check_of(self, attributes: Mapping[str, Mapping[str, object]]) -> Callable[[], None]:
+    def chosen(self) -> ServedModel:
+        """The run that the store says is served."""
+
+    def attribute_check(self, attributes: Mapping[str, Mapping[str, object]]) -> Callable[[], None]:
         """The check of attributes that a write to the store makes."""
 
     def load(self, run: Path, events: int | None) -> ServedRun:
@@ -60,7 +64,7 @@ class Host(Protocol):
     def swap(self, loaded: ServedRun, *, choose: bool = False) -> None:
         """Let a loaded run answer all searches from some moment on."""
 
-    def level(self) -> None:
+    def catch_up(self) -> None:
         """Let a replica apply all that the store has."""
 
     def wake(self) -> None:
