@@ -59,17 +59,18 @@ class Log(Protocol):
     def __call__(self, step: int, values: dict[str, float]) -> None: ...
 
 
-def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], label: str, *, total: int | None = None, done: int = 0) -> Iterator[T]:
     """Iterate with a progress bar on stderr, or without one if stderr is not a terminal.
 
     Args:
         items: What to iterate over.
         label: Label of the bar.
-        total: Number of items; None takes the length of ``items``, if it has one.
+        total: Number of items; None takes the length of ``items``, if it has one, and ``done``.
+        done: Number of items that were done before.
     """
     if total is None and isinstance(items, Sized):
-        total = len(items)
-    with bar(label, total=total) as advance:
+        total = len(items) + done
+    with bar(label, total=total, done=done) as advance:
         for item in items:
             yield item
             advance(1)

@@ -58,7 +58,7 @@ class GeneratorConfig:
     gradient_checkpointing: bool = False
     """Whether the activations of a layer are computed again in the backward pass: less memory, more time."""
     checkpoint_seconds: int = 60
-    """Seconds between checkpoints."""
+    """Seconds between checkpoints, also of LightGCN and the RQ-VAE; longer if writing one takes long."""
     seed: int = 0
     """Random seed; the run's seed replaces it."""
 

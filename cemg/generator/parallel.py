@@ -23,8 +23,7 @@ from transformers import PreTrainedModel
 
 from cemg.distributed import World
 from cemg.generator.samples import Batch
-
-Slots = dict[int, dict[str, Tensor]]  # state of the optimizer, by number of the parameter and by name
+from cemg.storage.checkpoint import Slots, load_slots
 
 
 class Trained(ABC):
@@ -116,7 +115,7 @@ class Divided(Trained):
             index: {name: _like(value, parameters[index]) for name, value in slot.items()}
             for index, slot in slots.items()
         }
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": divided})
+        load_slots(self.optimizer, divided)
 
     def _summing(self, last: bool) -> AbstractContextManager[object]:
         cast(Any, self.loss).set_requires_gradient_sync(last)
@@ -136,19 +135,6 @@ class Divided(Trained):
             if self.world.main:
                 slots[index] = {name: value.cpu() for name, value in values.items()}
         return slots
-
-
-def spread_state(optimizer: Optimizer, world: World) -> Slots:
-    """The state of the main process's optimizer, in every process."""
-    own: Slots = optimizer.state_dict()["state"]
-    shapes = {i: {k: (v.shape, v.dtype, v.device.type) for k, v in s.items()} for i, s in own.items()}
-    slots: Slots = {}
-    for index, shapes_of in world.agree(shapes).items():
-        slots[index] = {}
-        for name, (shape, dtype, kind) in shapes_of.items():
-            value = own[index][name] if world.main else torch.empty(shape, dtype=dtype, device=kind)
-            slots[index][name] = world.broadcast(value)
-    return slots
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:

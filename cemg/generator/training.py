@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,14 +30,14 @@ from cemg.generator.config import GeneratorConfig
 from cemg.generator.forward import forward_of
 from cemg.generator.item_tokens import ItemVectors
 from cemg.generator.losses import CodeLoss, ItemLoss
-from cemg.generator.parallel import Copied, Divided, Slots, Trained, spread_state
+from cemg.generator.parallel import Copied, Divided, Trained
 from cemg.generator.prompts import Prompter
 from cemg.generator.samples import Batch, Buckets, Samples
 from cemg.generator.vocabulary import Vocabulary
 from cemg.generator.weights import assign, weights_of
 from cemg.progress import Log, bar, console
-from cemg.storage import files
-from cemg.storage.read import STRICT, parse_json, read_tensor_file, tensors_digest
+from cemg.storage.checkpoint import Checkpoint, Slots, load_slots, slot_tensors, slots_of, spread_slots
+from cemg.storage.read import STRICT
 from cemg_kernels import Trie
 
 PART_SEED = 2_654_435_769  # 2 ** 32 / golden ratio: seeds of parts differ in the 32 bits that torch reads
@@ -172,8 +171,12 @@ class _Training:
         validate: Callable[[PreTrainedModel], float], config: GeneratorConfig, folder: Path, device: str,
         dtype: str, log: Log | None, identity: str, world: World,
     ) -> None:  # fmt: skip
-        self.config, self.folder, self.log, self.validate = config, folder, log, validate
-        self.identity, self.device, self.dtype, self.world = identity, device, dtype, world
+        self.config, self.log, self.validate = config, log, validate
+        self.device, self.dtype, self.world = device, dtype, world
+        self.checkpoint = Checkpoint(
+            folder, stage="generator", identity=identity, seconds=config.checkpoint_seconds
+        )
+        self.best = folder / "best.safetensors"
         self.samples, self.vocabulary, self.trie = samples, vocabulary, trie
         self.buckets = Buckets(samples.lengths(), batch_size=config.batch_size, seed=config.seed)
         self.model = model
@@ -181,7 +184,6 @@ class _Training:
         self.total = len(self.buckets) * config.epochs
         self.parts = world.size * config.accumulation_steps
         self.state = Progress(parts=self.parts)
-        self.saved_at = time.monotonic()
 
     def run(self) -> Progress:
         self.trained = self._start()
@@ -205,10 +207,10 @@ class _Training:
             self.state = self.world.agree(self.state)
             for parameter in self.model.parameters():
                 self.world.broadcast(parameter)
-            slots = spread_state(optimizer, self.world)
+            slots = spread_slots(optimizer, self.world)
         if not self.world.sharded:
             if slots:
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+                load_slots(optimizer, slots)
             of_hub = bool(self.model.name_or_path)
             return Copied(self._loss(self.model), optimizer, self.world, unused=of_hub)
         del optimizer
@@ -228,11 +230,12 @@ class _Training:
         )  # fmt: skip
 
     def _load_best(self) -> None:
-        path = self.folder / "best.safetensors"
-        tensors, about = self._read(path)
+        tensors, about = self.checkpoint.read(self.best)
         if about["sha256"] != self.state.best_sha256:
-            raise DamagedError(f"{path} has the weights of another validation", fix=_restart(self.folder))
-        assign(self.model, tensors, path)
+            raise DamagedError(
+                f"{self.best} has the weights of another validation", fix=self.checkpoint.restart
+            )
+        assign(self.model, tensors, self.best)
 
     def _epoch(self, started: float, advance: Callable[[int], None]) -> None:
         self.samples.epoch = self.state.epoch
@@ -254,8 +257,8 @@ class _Training:
 
     def _times(self) -> tuple[bool, bool]:
         """Whether the budget is spent, and whether a checkpoint is due, by the main process's clock."""
-        due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds
-        both = self.world.totals([self._spent(), due] if self.world.main else [0, 0])
+        own = [self._spent(), self.checkpoint.due()] if self.world.main else [0, 0]
+        both = self.world.totals(own)
         return bool(both[0]), bool(both[1])
 
     def _step(self, indices: list[int]) -> float:
@@ -320,7 +323,7 @@ class _Training:
         state = self.state
         if score > state.best:
             state.best, state.best_epoch, state.stale = score, state.epoch, 0
-            state.best_sha256 = self._write(weights_of(self.model), self.folder / "best.safetensors")
+            state.best_sha256 = self.checkpoint.write(self.best, weights_of(self.model))
         else:
             state.stale += 1
         if self.log is not None:
@@ -340,67 +343,29 @@ class _Training:
             self._save(slots)
 
     def _save(self, slots: Slots) -> None:
-        """Write weights, optimizer state and progress to one file, atomically."""
-        tensors = {f"model.{k}": v for k, v in weights_of(self.model).items()}
-        for index, slot in slots.items():
-            tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in slot.items()}
-        self._write(tensors, self.folder / "checkpoint.safetensors", state=json.dumps(asdict(self.state)))
-        self.saved_at = time.monotonic()
-
-    def _write(self, tensors: dict[str, Tensor], path: Path, *, state: str = "") -> str:
-        """Write tensors with the identity of the training and the digest of both. Returns the digest."""
-        kept = {k: v.cpu().contiguous() for k, v in tensors.items()}
-        sha = tensors_digest(kept, state + self.identity)
-        about = {"state": state, "identity": self.identity, "sha256": sha}
-        files.save_tensors(kept, path, metadata=about)
-        return sha
-
-    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors and metadata that `_write` wrote in this training."""
-        tensors, about = read_tensor_file(path, finite=False, fix=_restart(path.parent))
-        if about.get("identity") != self.identity:
-            raise DamagedError(f"{path} belongs to another training", fix=_restart(path.parent))
-        if tensors_digest(tensors, about.get("state", "") + self.identity) != about.get("sha256"):
-            cause = "its tensors do not have the sha256 that they were written with"
-            raise DamagedError(f"{path} is damaged", cause=cause, fix=_restart(path.parent))
-        return tensors, about
+        """Write weights, optimizer state and progress."""
+        tensors = {f"model.{k}": v for k, v in weights_of(self.model).items()} | slot_tensors(slots)
+        self.checkpoint.save(tensors, json.dumps(asdict(self.state)))
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:
         """Continue from the checkpoint; start from the beginning if there is none or it is damaged."""
-        path = self.folder / "checkpoint.safetensors"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and not path.is_symlink():
-            return
-        try:
-            tensors, about = self._read(path)
-            state = parse_json(about.get("state", ""), Progress, name=f"the state in {path}")
+
+        def restore(tensors: dict[str, Tensor], state: Progress) -> None:
             if state.best_sha256:
-                self._read(self.folder / "best.safetensors")  # checks it; a later one is written again
-            self._restore(tensors, state, optimizer)
-        except DamagedError as error:
-            reason = f"{error.message} ({error.cause})" if error.cause else error.message
-            message = f"generator: {reason}; the training starts from the beginning"
-            console.print(message, highlight=False, soft_wrap=True, markup=False)
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
+                self.checkpoint.read(self.best)  # checks it; a later one is written again
+            weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+            assign(self.model, weights, self.checkpoint.path)
+            load_slots(optimizer, slots_of(tensors))
+            self.state = state
+
+        if not self.checkpoint.resume(Progress, restore):
             return
-        console.print(f"generator: resumed at step {self.state.step} of {self.total}", highlight=False)
+        state = self.state
+        console.print(f"generator: resumed at step {state.step} of {self.total}", highlight=False)
         if state.parts != self.parts:
             console.print(f"generator: a batch has {self.parts} parts now and had {state.parts}, so dropout "
                           "differs from that of an uninterrupted training", highlight=False)  # fmt: skip
             state.parts = self.parts
-
-    def _restore(self, tensors: dict[str, Tensor], state: Progress, optimizer: torch.optim.Optimizer) -> None:
-        path = self.folder / "checkpoint.safetensors"
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                slots.setdefault(int(index), {})[name] = value
-        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        assign(self.model, weights, path)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
-        self.state = state
 
 
 def learning_rate_share(step: int, total: int, config: GeneratorConfig) -> float:
@@ -411,10 +376,6 @@ def learning_rate_share(step: int, total: int, config: GeneratorConfig) -> float
     if config.schedule == "inverse-sqrt":
         return math.sqrt(warm / (step + 1))
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
-
-
-def _restart(folder: Path) -> str:
-    return f"delete {folder} and run the same command again: the training starts from the beginning"
 
 
 def _groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:

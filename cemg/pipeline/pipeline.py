@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from cemg.pipeline.preflight import check_before_training
 from cemg.pipeline.transition import Transition
 from cemg.progress import StageLog, console
 from cemg.storage import files
+from cemg.storage.checkpoint import CHECKPOINTS, FILE, Checkpoint
 from cemg.storage.manifest import STAGES, read_clock, write_clock
 from cemg.storage.run import Guard, Run
 from cemg.tokenizer import MODALITIES, Catalog, make_unique, read_items
@@ -240,12 +240,18 @@ class Pipeline(RunArtifacts):
         )
         return {name: pca.transform(features.values, features.present), f"{name}_present": features.present}
 
+    def _checkpoint(self, stage: str, folder: Path) -> Checkpoint:
+        """The checkpoint of the training of a stage, in the folder of the unfinished stage."""
+        identity, seconds = self.run.keys.get(stage, ""), self.config.generator.checkpoint_seconds
+        return Checkpoint(folder / CHECKPOINTS, stage=stage, identity=identity, seconds=seconds)
+
     def _build_graph(self, folder: Path) -> None:
         data = self.load_data()
-        with StageLog(folder) as log:
+        checkpoint = self._checkpoint("graph", folder)
+        with StageLog(folder, resumes=checkpoint.exists()) as log:
             made = self.world.call(
                 train_lightgcn, data.split().train, data.num_items, config=self.config.graph,
-                device=self.device, own={"log": log},
+                device=self.device, own={"log": log, "checkpoint": checkpoint},
             )  # fmt: skip
         files.save_tensors(
             {"collab": made.values, "collab_present": made.present}, folder / "graph.safetensors"
@@ -263,10 +269,11 @@ class Pipeline(RunArtifacts):
     def _build_tokenizer(self, folder: Path) -> None:
         values, present = self.load_features()
         without = tuple(k for k in self.config.without if k in MODALITIES)
-        with StageLog(folder) as log:
+        checkpoint = self._checkpoint("tokenizer", folder)
+        with StageLog(folder, resumes=checkpoint.exists()) as log:
             made = self.world.call(
                 train_tokenizer, values, present, config=self.config.tokenizer, without=without,
-                device=self.device, own={"log": log},
+                device=self.device, own={"log": log, "checkpoint": checkpoint},
             )  # fmt: skip
         made.save(folder)
         items = made.features(values, present)
@@ -301,7 +308,6 @@ class Pipeline(RunArtifacts):
             trained = False
         if not trained:
             self._train_generator(folder)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # five times the size of the weights
 
     def _train_generator(self, folder: Path) -> None:
         data = self.load_data()
@@ -335,11 +341,11 @@ class Pipeline(RunArtifacts):
         beam_ranker(
             self, *self.served(model, vocabulary, catalog), catalog, beams=1
         )  # refuses what cannot be decoded before it trains
-        resumes = (folder / "checkpoints" / "checkpoint.safetensors").is_file()
+        resumes = (folder / CHECKPOINTS / FILE).is_file()
         with StageLog(folder, resumes=resumes) as log:
             own = {
                 "validate": validate,
-                "folder": folder / "checkpoints",
+                "folder": folder / CHECKPOINTS,
                 "log": log,
                 "identity": self.run.keys.get("generator", ""),
                 "made": (model, vocabulary, catalog),

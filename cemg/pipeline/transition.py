@@ -135,7 +135,7 @@ class Transition:
         return [f"{DISCARDED} with {', '.join(changes)}" if changes else DISCARDED]
 
     def _valuable(self) -> bool:
-        """Whether there is a trained generator, or one in training."""
+        """Whether there is a trained generator, or a training with a checkpoint."""
         return self.run.finished() or self.run.path("generator").exists() or self.run.trains()
 
     def withdraw(self) -> None:

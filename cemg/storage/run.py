@@ -23,6 +23,7 @@ from cemg.errors import DamagedError, UserError
 from cemg.processes import Stopwatch
 from cemg.progress import console
 from cemg.storage import files
+from cemg.storage.checkpoint import CHECKPOINTS, FILE
 from cemg.storage.manifest import (
     CONFIG,
     KEY,
@@ -43,7 +44,6 @@ from cemg.version import __version__
 from cemg_kernels.runtime.ranges import named_range
 
 PENDING, NEXT = ".config.next.yaml", ".next"  # configuration and stages of a training in progress
-CHECKPOINT = Path(".generator.part") / "checkpoints" / "checkpoint.safetensors"
 SECONDS = ".seconds"  # of a stage in progress, by all processes that built it
 ADDING = ".adding"  # holds the copies of stages that a command changes
 Guard = Callable[[str, Path, Mapping[str, Any]], None]
@@ -136,10 +136,12 @@ class Run:
         inputs: tuple[str, ...], settings: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
         part = base / f".{name}.part"
-        if _key_of(part) != key:
+        made_of = {name: Manifest.read(self.path(name)) for name in inputs}
+        contents = digest({name: manifest.contents for name, manifest in made_of.items()})
+        if not _continues(part, key, contents):
             shutil.rmtree(part, ignore_errors=True)
             files.make_folder(part)
-            files.write_json(part / KEY, signed({"key": key}))
+            files.write_json(part / KEY, signed({"key": key, "contents": contents}))
         console.print(f"{name}: started", highlight=False)
         clock = part / SECONDS
         with Stopwatch(clock) as watch:
@@ -148,7 +150,6 @@ class Run:
         files.sweep(part)
         trained = read_clock(part) or 0.0  # of a training that an earlier version began
         seconds = round(max(watch.seconds, trained), 2)
-        made_of = {name: Manifest.read(self.path(name)) for name in inputs}
         manifest = describe(part, key=key, config=config, seconds=seconds, made_of=made_of, settings=settings)
         files.sync_tree(part)
         files.write_json(part / MANIFEST, manifest)
@@ -174,13 +175,13 @@ class Run:
         return (self.folder / NEXT).is_dir()
 
     def trains(self) -> bool:
-        """Whether there is a checkpoint of an unfinished generator."""
-        return any((base / CHECKPOINT).exists() for base in (self.folder, self.folder / NEXT))
+        """Whether there is a checkpoint of an unfinished stage."""
+        return any(map(_has_checkpoint, (self.folder, self.folder / NEXT)))
 
     def retrained(self) -> bool:
         """Whether there are stages or a checkpoint of an unfinished retraining."""
         new = self.folder / NEXT
-        return any(new.glob(f"*/{MANIFEST}")) or (new / CHECKPOINT).exists()
+        return any(new.glob(f"*/{MANIFEST}")) or _has_checkpoint(new)
 
     def commit(self, config: str) -> None:
         """Publish the stages of this training with their configuration, atomically."""
@@ -346,25 +347,30 @@ def _in_use(lock: Path) -> UserError:
     )
 
 
-def _key_of(part: Path) -> str | None:
-    """The key of the stage being built in ``part``; None if there is none or it cannot be read."""
+def _has_checkpoint(base: Path) -> bool:
+    return any(base.glob(f".*.part/{CHECKPOINTS}/{FILE}"))
+
+
+def _continues(part: Path, key: str, contents: str) -> bool:
+    """Whether ``part`` has the beginning of the stage ``key``, made from inputs of these contents."""
     path = part / KEY
     if not part.is_dir():
-        return None
+        return False
     try:
         record = read_json(path, dict[str, str])
         check_signature(record, name=str(path))
-        return record.get("key")
     except DamagedError as error:
         if path.exists():
             console.print(f"{error.message}: its stage starts from the beginning", highlight=False)
-        return None
+        return False
+    return record.get("key") == key and record.get("contents", contents) == contents
 
 
 def _move_into_place(base: Path, name: str) -> Path:
     """Rename a finished stage. If the process is killed, the next call finds a complete stage."""
     finished, part = base / name, base / f".{name}.part"
     (part / KEY).unlink(missing_ok=True)
+    shutil.rmtree(part / CHECKPOINTS, ignore_errors=True)  # a generator's: five times the size of its weights
     _remove(finished)  # built with other settings and never published
     files.move(part, finished)
     return finished

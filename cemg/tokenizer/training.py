@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from cemg.distributed import ALONE, Rows, World
 from cemg.errors import UserError
-from cemg.progress import Log, track
+from cemg.progress import Log, console, track
+from cemg.storage.checkpoint import Checkpoint, load_slots, slot_tensors, slots_of, spread_slots
 from cemg.tokenizer.clusters import balanced_clusters
 from cemg.tokenizer.fusion import MODALITIES, ItemFeatures, Scaling
 from cemg.tokenizer.rqvae import RQVAE, Collaborative, Losses, TokenizerConfig
@@ -27,6 +29,7 @@ def train_tokenizer(
     without: Sequence[str] = (),
     device: str = "cpu",
     log: Log | None = None,
+    checkpoint: Checkpoint | None = None,
     world: World = ALONE,
 ) -> Tokenizer:
     """Train fusion and RQ-VAE on the features of N items.
@@ -42,6 +45,8 @@ def train_tokenizer(
             collaborative embeddings also if they are masked.
         device: "cpu" or a CUDA device.
         log: Receives the metrics of every epoch.
+        checkpoint: Of the main process, written between two epochs: an interrupted training continues there,
+            with the same result.
         world: The processes that divide each batch. All of them return the same tokenizer.
 
     Raises:
@@ -57,37 +62,38 @@ def train_tokenizer(
     if config.collab_loss:
         centred = scaling["collab"](values["collab"]) * values["collab"].shape[1] ** 0.5
         collab = Collaborative(centred.to(device), present["collab"].to(device))
-    _fit(model, items.to(device), collab, config=config, log=log, world=world)
+    _fit(model, items.to(device), collab, config=config, log=log, checkpoint=checkpoint, world=world)
     return Tokenizer(model.cpu().eval(), scaling, tuple(without))
 
 
 def _fit(
     model: RQVAE, items: ItemFeatures, collab: Collaborative | None, *, config: TokenizerConfig,
-    log: Log | None, world: World,
+    log: Log | None, checkpoint: Checkpoint | None, world: World,
 ) -> None:  # fmt: skip
     steps = -(-len(items) // config.batch_size)
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _warm_then_linear(step / steps, config)
-    )
     generator = torch.Generator().manual_seed(config.seed)
-    initialise_codebooks(model, items, generator=generator)
-    for parameter in model.parameters():
-        world.broadcast(parameter)
+    state = _State(model, optimizer, generator, checkpoint, world)
+    if not state.resume():
+        initialise_codebooks(model, items, generator=generator)
+        for parameter in model.parameters():
+            world.broadcast(parameter)
     divided = [p for p in model.parameters() if p is not model.codebooks]
-    clusters = None
-    for epoch in track(range(config.epochs), "RQ-VAE"):
+    for epoch in track(range(state.epoch, config.epochs), "RQ-VAE", done=state.epoch):
         batches = []
         used = torch.zeros(config.levels, config.codebook_size)
         if config.diversity and config.diversity_kind == "clusters" and epoch % CLUSTER_EPOCHS == 0:
-            clusters = torch.stack(
+            state.clusters = torch.stack(
                 [balanced_clusters(book, config.clusters, seed=config.seed) for book in model.codebooks]
             )
-        for batch in torch.randperm(len(items), generator=generator).split(config.batch_size):
+        order = torch.randperm(len(items), generator=generator)
+        for step, batch in enumerate(order.split(config.batch_size), epoch * steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * _warm_then_linear(step / steps, config)
             index, rows = batch.to(items.present.device), Rows(world, len(batch))
             losses, codes = model(
                 items.rows(rows.own(index)), collab=None if collab is None else collab.rows(index),
-                clusters=clusters, rows=rows,
+                clusters=state.clusters, rows=rows,
             )  # fmt: skip
             if not bool(losses.total.isfinite()):
                 raise UserError(
@@ -100,7 +106,6 @@ def _fit(
             if model.codebooks.grad is not None:
                 world.broadcast(model.codebooks.grad)  # of all rows in every process
             optimizer.step()
-            schedule.step()
             batches.append(_metrics(losses))
             used += torch.stack([torch.bincount(c, minlength=config.codebook_size) for c in codes.cpu().T])
         if log is not None:
@@ -112,6 +117,77 @@ def _fit(
         ):
             reseed_dead_codes(model, items, used=used, generator=generator)
             world.broadcast(model.codebooks)
+        state.close_epoch()
+
+
+class _State:
+    """The state of a training between two epochs. A checkpoint does not depend on the number of processes.
+
+    Attributes:
+        epoch: The next epoch, from 0.
+        clusters: int64 [M, K], the cluster of each code; None if the loss does not use them.
+    """
+
+    def __init__(
+        self, model: RQVAE, optimizer: torch.optim.Optimizer, generator: torch.Generator,
+        checkpoint: Checkpoint | None, world: World,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.generator = model, optimizer, generator
+        self.checkpoint, self.world = checkpoint, world
+        self.device = model.codebooks.device
+        self.epoch = 0
+        self.clusters: Tensor | None = None
+
+    def resume(self) -> bool:
+        """Continue at the checkpoint, in all processes. Returns whether there is one."""
+        randoms = self._randoms()
+
+        def restore(tensors: dict[str, Tensor], state: dict[str, int]) -> None:
+            self.model.load_state_dict(_part(tensors, "model."))
+            load_slots(self.optimizer, slots_of(tensors))
+            randoms.update(_part(tensors, "random."))
+            self.epoch = state["epoch"]
+            if "clusters" in tensors:
+                self.clusters = tensors["clusters"].to(self.device)
+
+        resumed = self.checkpoint is not None and self.checkpoint.resume(dict[str, int], restore)
+        if resumed:
+            console.print(f"tokenizer: resumed after {self.epoch} epochs", highlight=False)
+        if not self.world.agree(resumed):
+            return False
+        if self.world.size > 1:
+            self.epoch, self.clusters = self.world.agree((self.epoch, self.clusters))
+            for tensor in (*self.model.parameters(), *randoms.values()):
+                self.world.broadcast(tensor)
+            load_slots(self.optimizer, spread_slots(self.optimizer, self.world))
+        self.generator.set_state(randoms["generator"])
+        torch.set_rng_state(randoms["cpu"])
+        if "cuda" in randoms:
+            torch.cuda.set_rng_state(randoms["cuda"], self.device)
+        return True
+
+    def close_epoch(self) -> None:
+        """Go on to the next epoch. Writes a checkpoint if it is due, in the main process."""
+        self.epoch += 1
+        if self.checkpoint is None or not self.checkpoint.due():
+            return
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= slot_tensors(self.optimizer.state_dict()["state"])
+        tensors |= {f"random.{k}": v for k, v in self._randoms().items()}
+        if self.clusters is not None:
+            tensors["clusters"] = self.clusters
+        self.checkpoint.save(tensors, json.dumps({"epoch": self.epoch}))
+
+    def _randoms(self) -> dict[str, Tensor]:
+        """The states of the random generators: batches and replaced codes, and torch's, for cluster_loss."""
+        states = {"generator": self.generator.get_state(), "cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _groups(model: RQVAE, weight_decay: float) -> list[dict[str, object]]:

@@ -2,7 +2,9 @@
 
 ``torchrun --nproc_per_node 4 tests/distributed/compare.py OUT [CASE …]`` writes the largest differences to
 OUT (JSON). ``… compare.py OUT killed FOLDER STEP`` trains one generator with checkpoints in FOLDER and writes
-the losses. The last process kills itself in this step, unless it was restarted.
+the losses. The last process kills itself in this step, unless it was restarted. ``killed graph FOLDER STEP``
+and ``killed tokenizer FOLDER STEP`` train it again without an interruption, and write both losses and whether
+the results are equal.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from cemg.generator import BackboneConfig, GeneratorConfig, Prompter, build_back
 from cemg.generator.item_tokens import add_item_embedding
 from cemg.generator.samples import Samples
 from cemg.generator.training import train_generator
-from cemg.graph import GraphConfig
+from cemg.graph import GraphConfig, lightgcn
 from cemg.graph.lightgcn import train_lightgcn
-from cemg.tokenizer import Catalog, TokenizerConfig
+from cemg.storage.checkpoint import Checkpoint
+from cemg.tokenizer import RQVAE, Catalog, TokenizerConfig
 from cemg.tokenizer.training import train_tokenizer
 
 USERS, ITEMS, LEVELS, SIZE = 60, 96, 3, 5
@@ -71,17 +74,20 @@ def histories() -> list[np.ndarray]:
     return [draw.integers(0, ITEMS, draw.integers(4, 9)).astype(np.int32) for _ in range(USERS)]
 
 
-def graph(world: World) -> tuple[Losses, torch.Tensor]:
+def graph(world: World, checkpoint: Checkpoint | None = None) -> tuple[Losses, torch.Tensor]:
     """LightGCN: 100 epochs of three or four steps, of columns that the processes divide unevenly."""
     losses: Losses = []
     config = GraphConfig(dim=9, layers=2, epochs=100, batch_size=128)
     made = train_lightgcn(
-        histories(), ITEMS, config=config, log=lambda _, values: losses.append(values), world=world
-    )
+        histories(), ITEMS, config=config, log=lambda _, values: losses.append(values), world=world,
+        checkpoint=checkpoint,
+    )  # fmt: skip
     return losses, made.values
 
 
-def tokenizer(world: World, **values: Any) -> tuple[Losses, torch.Tensor]:
+def tokenizer(
+    world: World, checkpoint: Checkpoint | None = None, **values: Any
+) -> tuple[Losses, torch.Tensor]:
     """RQ-VAE: 100 steps; the last batch of an epoch has a row that not every process gets."""
     draw, losses = torch.Generator().manual_seed(0), list[dict[str, float]]()
     features = {
@@ -100,8 +106,9 @@ def tokenizer(world: World, **values: Any) -> tuple[Losses, torch.Tensor]:
         **values,
     )
     made = train_tokenizer(
-        features, present, config=config, log=lambda _, values: losses.append(values), world=world
-    )
+        features, present, config=config, log=lambda _, values: losses.append(values), world=world,
+        checkpoint=checkpoint,
+    )  # fmt: skip
     return losses, made.model.codebooks.detach()
 
 
@@ -140,17 +147,28 @@ def resumable(world: World, folder: Path, *, accumulation_steps: int = 1, die_at
     return generator(world, LLAMA, config, folder=folder)[0]
 
 
-def die_in(step: int) -> None:
-    """Kill this process in a step, counted from 0."""
-    batch, made = Samples.batch, [0]
+def die_in(step: int, owner: Any = Samples, name: str = "batch") -> None:
+    """Kill this process in a step, counted from 0, by the calls of a function."""
+    function, made = getattr(owner, name), [0]
 
-    def counted(samples: Samples, indices: list[int]) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         made[0] += 1
         if made[0] > step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return batch(samples, indices)
+        return function(*arguments, **options)
 
-    Samples.batch = counted  # type: ignore[method-assign]
+    setattr(owner, name, counted)
+
+
+def killed_stage(world: World, name: str, folder: Path, *, die_at: int) -> dict[str, Any]:
+    """Losses of a training that was killed, and of one that was not; whether their results are equal."""
+    train = {"graph": graph, "tokenizer": partial(tokenizer, **TOKENIZERS["tokenizer, letter"])}[name]
+    if die_at >= 0:
+        die_in(die_at, *{"graph": (lightgcn, "_step"), "tokenizer": (RQVAE, "forward")}[name])
+    checkpoint = Checkpoint(folder, stage=name, identity="", seconds=0) if world.main else None
+    losses, final = train(world, checkpoint)
+    whole, whole_final = train(world)
+    return {"resumed": losses, "whole": whole, "equal": torch.equal(final, whole_final)}
 
 
 def difference(world: World, train: Train, alone: Train, *, exact: bool = False) -> float:
@@ -199,7 +217,9 @@ def main() -> None:
     out, world = Path(sys.argv[1]), World.join("cpu")
     if sys.argv[2:3] == ["killed"]:
         dies = world.rank == world.size - 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        found: Any = resumable(world, Path(sys.argv[3]), die_at=int(sys.argv[4]) if dies else -1)
+        *names, folder, step = sys.argv[3:]
+        resume = partial(killed_stage, world, *names) if names else partial(resumable, world)
+        found: Any = resume(Path(folder), die_at=int(step) if dies else -1)
     else:
         with tempfile.TemporaryDirectory() as folder:
             found = {name: compared(world, name, Path(folder)) for name in sys.argv[2:] or CASES}

@@ -71,6 +71,21 @@ def test_after_a_process_was_killed_the_command_continues_with_the_same_losses(t
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("name, step, steps_per_epoch", [("graph", 41, 3), ("tokenizer", 50, 4)])
+def test_after_a_process_was_killed_a_stage_ends_with_the_result_of_an_uninterrupted_one(
+    tmp_path, name, step, steps_per_epoch
+):
+    """The graph has a checkpoint after each step, the tokenizer after each epoch."""
+    ended = launched(tmp_path / "out.json", "killed", name, tmp_path / "checkpoints", step, restarts=1)
+    assert ended.returncode == 0 and "exitcode: -9" in ended.stderr, ended.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    epochs = len(found["whole"]) - len(found["resumed"])
+    last = step // steps_per_epoch  # the main process may have been killed before its last checkpoint
+    assert last - 1 <= epochs <= last
+    assert found["equal"] and found["resumed"] == found["whole"][epochs:]
+
+
+@pytest.mark.medium
 def test_processes_that_do_not_divide_a_batch_end_with_one_error_before_anything_is_written(tmp_path):
     run = tmp_path / "run"
     ended = launched(

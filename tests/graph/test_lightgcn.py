@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from cemg.errors import UserError
-from cemg.graph import GraphConfig
+from cemg.graph import GraphConfig, lightgcn
 from cemg.graph.lightgcn import train_lightgcn
+from cemg.storage.checkpoint import Checkpoint
 from cemg_kernels import BipartiteGraph, lightgcn_propagate
 
 USERS, ITEMS, HALF = 60, 24, 10  # items 0 … 9 and 10 … 19 are the communities; 20 … 23 are never bought
@@ -97,6 +99,67 @@ def test_the_embedding_is_the_mean_of_the_propagated_layers():
     wanted = (x + a_hat + a_hat @ a_hat) / 3
     # 0.5 ** 0.5 is kept as float32 by the graph: two factors of 2**-24 each
     torch.testing.assert_close(lightgcn_propagate(graph, x, 2), wanted, rtol=0, atol=2 * 2**-23)
+
+
+class Dying:
+    """A training with a checkpoint after each step, or after ``seconds``, that dies in a step."""
+
+    def __init__(self, folder: Path, *, die_at: int = -1, seconds: float = 0.0, identity: str = "") -> None:
+        self.checkpoint = Checkpoint(folder, stage="graph", identity=identity, seconds=seconds)
+        self.die_at, self.steps, self.logged = die_at, 0, dict[int, dict[str, float]]()
+
+    def run(self, monkeypatch: pytest.MonkeyPatch) -> lightgcn.Collaborative:
+        step = lightgcn._step
+
+        def counted(*arguments):
+            if self.steps == self.die_at:
+                raise KeyboardInterrupt
+            self.steps += 1
+            return step(*arguments)
+
+        config = dataclasses.replace(QUICK, epochs=4, batch_size=100)  # of three steps each
+        with monkeypatch.context() as patch:
+            patch.setattr(lightgcn, "_step", counted)
+            return train_lightgcn(
+                two_communities(), ITEMS, config=config, checkpoint=self.checkpoint,
+                log=lambda epoch, values: self.logged.update({epoch: values}),
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 5, 8, 11])
+def test_a_training_that_died_ends_with_the_values_and_losses_of_one_that_did_not(
+    tmp_path, monkeypatch, die_at
+):
+    whole = Dying(tmp_path / "whole", seconds=1e9)
+    expected = whole.run(monkeypatch)
+    assert whole.steps == 12 and not whole.checkpoint.exists()
+    torn = Dying(tmp_path / "torn", die_at=die_at)
+    with pytest.raises(KeyboardInterrupt):
+        torn.run(monkeypatch)
+    middle = Dying(tmp_path / "torn", die_at=0)  # dies before another step
+    with pytest.raises(KeyboardInterrupt):
+        middle.run(monkeypatch)
+    resumed = Dying(tmp_path / "torn")
+    found = resumed.run(monkeypatch)
+    assert resumed.steps == 12 - die_at
+    assert torn.logged | resumed.logged == whole.logged
+    assert torch.equal(found.values, expected.values) and torch.equal(found.present, expected.present)
+
+
+def test_a_checkpoint_of_another_training_or_a_damaged_one_is_not_resumed(tmp_path, monkeypatch, capsys):
+    expected = Dying(tmp_path / "whole", seconds=1e9).run(monkeypatch)
+    for identity, damage in (("other", False), ("", True)):
+        torn = Dying(tmp_path / "torn", die_at=5)
+        with pytest.raises(KeyboardInterrupt):
+            torn.run(monkeypatch)
+        if damage:
+            content = bytearray(torn.checkpoint.path.read_bytes())
+            content[-5] ^= 1
+            torn.checkpoint.path.write_bytes(content)
+        again = Dying(tmp_path / "torn", identity=identity, seconds=1e9)
+        assert torch.equal(again.run(monkeypatch).values, expected.values) and again.steps == 12
+        said = "is damaged (its tensors do not have the sha256" if damage else "belongs to another training"
+        assert said in capsys.readouterr().err and not torn.checkpoint.exists()
 
 
 @pytest.mark.parametrize("train", [[], [np.array([], dtype=np.int32)] * 3])

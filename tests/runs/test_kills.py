@@ -15,13 +15,15 @@ SCRIPT = Path(__file__).with_name("kills.py")
 @pytest.mark.parametrize(
     "name",
     [
+        "the first graph",
+        "the first tokenizer",
         "the first memory",
         pytest.param("the first gate", marks=pytest.mark.slow),
         pytest.param("another memory", marks=pytest.mark.slow),
         "another gate",
     ],
 )
-def test_killing_a_training_inside_the_memory_or_the_gate_loses_nothing(tiny_run, tmp_path, name):
+def test_killing_a_training_inside_a_stage_loses_nothing(tiny_run, tmp_path, name):
     ended = subprocess.run(
         [sys.executable, SCRIPT, "stage", name, tiny_run, tmp_path / "runs"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -87,6 +87,21 @@ def test_an_interrupted_stage_of_another_configuration_leaves_nothing_behind(tmp
     assert "half.txt" not in again.found
 
 
+def test_an_interrupted_stage_does_not_continue_with_an_input_of_other_contents(tmp_path):
+    """The key of the input is the same: a training on a GPU may give other weights when it is repeated."""
+
+    def interrupted(content: str) -> Stage:
+        run, stage = Run(tmp_path), Stage(dies=True)
+        run.stage("a", {}, Stage(content))
+        with pytest.raises(KeyboardInterrupt):
+            run.stage("b", {}, stage, inputs=("a",))
+        return stage
+
+    assert "half.txt" not in interrupted("one").found and "half.txt" in interrupted("one").found
+    shutil.rmtree(tmp_path / "a")
+    assert "half.txt" not in interrupted("another").found
+
+
 def dying_at(patch: pytest.MonkeyPatch, call: int) -> list[int]:
     """From the ``call``-th disk operation on, counted from 0, every operation raises KeyboardInterrupt."""
     count = [0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cemg.errors import UserError
+from cemg.storage.checkpoint import Checkpoint
 from cemg.tokenizer import MODALITIES, RQVAE, ItemFeatures, Tokenizer, TokenizerConfig
 from cemg.tokenizer.training import codebook_use, initialise_codebooks, reseed_dead_codes, train_tokenizer
 
@@ -131,6 +132,57 @@ def test_the_same_seed_trains_the_same_tokenizer_and_another_seed_another():
     other = train_tokenizer(values, present, config=dataclasses.replace(QUICK, seed=8))
     assert torch.equal(one.model.codebooks, again.model.codebooks)
     assert not torch.equal(one.model.codebooks, other.model.codebooks)
+
+
+class Dying:
+    """A training with a checkpoint after each epoch, or after ``seconds``, that dies in an epoch."""
+
+    def __init__(self, folder: Path, *, die_at: int = -1, seconds: float = 0.0, **values: object) -> None:
+        self.checkpoint = Checkpoint(folder, stage="tokenizer", identity="", seconds=seconds)
+        self.config = dataclasses.replace(QUICK, epochs=12, reseed_every=3, **values)
+        self.die_at, self.logged = die_at, dict[int, dict[str, float]]()
+
+    def log(self, epoch: int, values: dict[str, float]) -> None:
+        if epoch == self.die_at:
+            raise KeyboardInterrupt
+        self.logged[epoch] = values
+
+    def run(self) -> Tokenizer:
+        return train_tokenizer(*features(), config=self.config, log=self.log, checkpoint=self.checkpoint)
+
+
+LETTER = {"collab_loss": 0.1, "diversity": 0.1, "diversity_kind": "clusters", "clusters": 3, "latent": 2}
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 6, 11])
+@pytest.mark.parametrize("values", [{}, LETTER], ids=["entropy", "letter"])
+def test_a_training_that_died_ends_with_the_weights_and_losses_of_one_that_did_not(tmp_path, die_at, values):
+    """Dead codes are replaced after epochs 3 and 6, and the loss of LETTER draws random codes."""
+    whole = Dying(tmp_path / "whole", seconds=1e9, **values)
+    expected = whole.run()
+    assert not whole.checkpoint.exists()
+    torn = Dying(tmp_path / "torn", die_at=die_at, **values)
+    with pytest.raises(KeyboardInterrupt):
+        torn.run()
+    torch.rand(7)  # a new process has another state of torch's random generator
+    resumed = Dying(tmp_path / "torn", **values)
+    found = resumed.run()
+    assert min(resumed.logged) == die_at and torn.logged | resumed.logged == whole.logged
+    wanted, weights = expected.model.state_dict(), found.model.state_dict()
+    assert wanted.keys() == weights.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path, capsys):
+    expected = Dying(tmp_path / "whole", seconds=1e9).run()
+    torn = Dying(tmp_path / "torn", die_at=5)
+    with pytest.raises(KeyboardInterrupt):
+        torn.run()
+    torn.checkpoint.path.write_bytes(torn.checkpoint.path.read_bytes()[:-9])
+    again = Dying(tmp_path / "torn", seconds=1e9)
+    found = again.run()
+    assert torch.equal(found.model.codebooks, expected.model.codebooks) and min(again.logged) == 0
+    assert "is not a valid safetensors file" in capsys.readouterr().err
 
 
 def test_an_item_gets_the_same_codes_alone_as_among_others():
