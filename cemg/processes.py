@@ -16,6 +16,7 @@ from typing import Self
 
 FOLLOWS = "CEMG_ENDS_WITH_STDIN"  # environment variable of a process that `run_command` started
 GRACE = 30.0  # seconds for a process to end after Ctrl-C
+POLL = 0.5  # seconds between two looks for a signal that interrupts no system call, as that of Ray
 BEAT = 5.0  # seconds between two writes of a stopwatch: what a killed process loses at most
 
 
@@ -30,7 +31,7 @@ def run_command(command: Sequence[str], log: int) -> int:
         command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, process_group=0
     ) as process:  # a process group of its own: Ctrl-C of a terminal reaches it once, through this process
         try:
-            return process.wait()
+            return _wait(process)
         except BaseException:
             process.send_signal(signal.SIGINT)
             try:
@@ -41,10 +42,19 @@ def run_command(command: Sequence[str], log: int) -> int:
             raise
 
 
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(POLL)
+
+
 def follow_parent() -> None:
     """End this process with the one that started it, if that is `run_command`."""
     if os.environ.pop(FOLLOWS, ""):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM)
+        )  # workers of Ray block them
         threading.Thread(target=_end_with_input, daemon=True).start()
 
 

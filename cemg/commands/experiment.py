@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cemg.commands import console as command
+from cemg.commands.shards import RayOption
 from cemg.errors import UserError
 from cemg.processes import signals_raise
 from cemg.progress import console, print_table
@@ -91,6 +92,10 @@ def experiment(
     dtype: Annotated[
         str, typer.Option(metavar="NAME", help="Precision of the generator: float32 or bfloat16.")
     ] = "float32",
+    ray: RayOption = "",
+    cpus: Annotated[
+        int | None, typer.Option(metavar="N", help="With --ray: CPUs and threads of each task. Default: 1.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print the tasks, with an estimate of their time.")
     ] = False,
@@ -105,15 +110,16 @@ def experiment(
 ) -> None:
     """Answer questions of the paper on any data set: train what is missing, test it, and write a report.
 
-    Tasks run one after the other. After an interruption, the same command continues; finished tasks are not
-    repeated. FOLDER/report.html and FOLDER/results.csv have everything that is finished in FOLDER.
+    Tasks run one after the other, or side by side with --ray. After an interruption, the same command
+    continues; finished tasks are not repeated. FOLDER/report.html and FOLDER/results.csv have everything that
+    is finished in FOLDER.
     """
     from cemg.experiments import Store, plan, write_experiment_report
     from cemg.experiments.plan import NEW_ITEMS, check_task, sources_of
     from cemg.experiments.work import Options, Source, measure_latencies, run_tasks
 
-    command.check_device(device)
     _check_options(budget, users, dtype)
+    _check_machines(ray, cpus, device)
     store = Store(out)
     names, chosen, splits = (_parts(text) for text in (",".join(data or ()), models, split))
     questions = [name.lower() for name in questions]
@@ -147,7 +153,7 @@ def experiment(
             store.check(task, options.identity(task))
         repeat = f"cemg-experiment {' '.join(questions)} … --out {quote(str(out))}"
         if not report_only:
-            _print_plan(store, tasks, options)
+            _print_plan(store, tasks, options, ray=bool(ray))
             if "rq5" in questions and "time" in splits:
                 console.print(f"note: {NEW_ITEMS} are tested with --split leave-one-out only")
         if dry_run:
@@ -158,7 +164,12 @@ def experiment(
         stack.enter_context(store.locked())
         tables = {task.table: known[task.data, task.split].about for task in tasks}
         store.remember(questions, tables)
-        failed = [] if report_only else run_tasks(tasks, store, options)
+        run = None
+        if ray:
+            from cemg.commands.tasks_on_ray import tasks_on_ray
+
+            run = tasks_on_ray(ray, store, options, cpus=cpus or 1)
+        failed = [] if report_only else run_tasks(tasks, store, options, run=run)
         if not report_only and "rq3" in questions:
             failed += measure_latencies([t for t in tasks if t.belongs_to("rq3")], store, options)
         page = write_experiment_report(store, tasks, questions)
@@ -180,6 +191,24 @@ def _check_options(budget: float | None, users: int, dtype: str) -> None:
         raise UserError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
 
 
+def _check_machines(ray: str, cpus: int | None, device: str) -> None:
+    """Raise UserError if the tasks cannot run there."""
+    if not ray:
+        if cpus is not None:
+            raise UserError("--cpus needs --ray", fix="OMP_NUM_THREADS=N sets the threads without --ray")
+        command.check_device(device)
+        return
+    if cpus is not None and cpus < 1:
+        raise UserError(f"--cpus must be 1 or more, got {cpus}")
+    if device not in ("cpu", "cuda"):
+        raise UserError(
+            f"--ray with --device {device}", fix="--device cuda: each task gets a GPU of its node"
+        )
+    from cemg.commands.on_ray import check_ray
+
+    check_ray(ray)
+
+
 def _parts(text: str) -> list[str]:
     """The different parts of a list that is separated by commas, without empty ones."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
@@ -192,7 +221,7 @@ def _read(source: Path, split: str) -> Dataset:
     return read_source(source, split=split)
 
 
-def _print_plan(store: Store, tasks: list[Task], options: Options) -> None:
+def _print_plan(store: Store, tasks: list[Task], options: Options, *, ray: bool) -> None:
     """Print each task with the time that it will take, and the sum."""
     from rich.table import Table
 
@@ -215,7 +244,8 @@ def _print_plan(store: Store, tasks: list[Task], options: Options) -> None:
         total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
     print_table(table)
     more = f", and {unknown} of unknown length" if unknown else ""
-    console.print(f"about {duration(total)} in all{more}, one task at a time", highlight=False)
+    order = "several tasks" if ray else "one task"
+    console.print(f"about {duration(total)} in all{more}, {order} at a time", highlight=False)
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """``--ray``: the parts of a table computed on a Ray cluster, by Ray Data.
 
 Workers send finished parts to this process, which keeps them. Ray computes the parts of a worker or a node
-that died again elsewhere. Only this module imports Ray.
+that died again elsewhere. `cemg.commands.tasks_on_ray` runs the tasks of an experiment.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import importlib.util
 import logging
 import os
 import pickle
+import signal
 import socket
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +28,10 @@ SECONDS = 10  # until an address counts as unreachable
 SETTINGS = {  # of Ray, which reads them when it is imported
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # failures reach this process as errors
+    "RAY_worker_niceness": "0",  # of a cluster that the command starts; else its work has a low priority
     "RAY_NUM_REDIS_GET_RETRIES": "2",  # else a server that is not Ray is tried for ten minutes
 }
-PROBE_SECONDS = 120  # until a node counts as hanging; it imports CEMG
+PROBE_SECONDS = 300  # until a node counts as hanging; it imports CEMG
 
 
 def check_ray(address: str) -> None:
@@ -67,8 +70,8 @@ def on_ray(address: str, work: Work) -> Compute:
     def compute(numbers: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
         if not numbers:
             return
-        with _connected(address):
-            _check_nodes()
+        with connected(address, kept="finished parts"):
+            check_nodes()
             yield from _parts(work, numbers)
 
     return compute
@@ -81,7 +84,7 @@ class Worker:
         self.error: UserError | None = None
         try:
             if version != __version__:
-                raise _other_version(__version__, version)
+                raise other_version(__version__, version)
             self.encode: Encode = pickle.loads(make)()
         except UserError as error:
             self.error = error
@@ -119,8 +122,16 @@ def _parts(work: Work, numbers: Sequence[int]) -> Iterator[tuple[int, pa.Table]]
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[None]:
-    """Connect to a cluster, or start one on this machine, until the end of the block."""
+def connected(address: str, *, kept: str) -> Iterator[None]:
+    """Connect to a cluster, or start one on this machine, until the end of the block.
+
+    Args:
+        address: "local", or HOST:PORT of its head.
+        kept: What an error keeps, for its message.
+
+    Raises:
+        UserError: The cluster cannot be reached, or fails in the block.
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
@@ -128,25 +139,26 @@ def _connected(address: str) -> Iterator[None]:
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
     if address == LOCAL:
         options |= {"include_dashboard": False}
+    ends = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:  # of any class, even of this one: a cluster that does not start in time
         raise _unreachable(address, str(error).split("\n")[0]) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ends)  # which Ray has replaced
     try:
         yield
     except ray.exceptions.RayError as error:
         raise UserError(
             "the Ray cluster failed", cause=str(error).strip().split("\n")[-1][:300],
-            fix="finished parts are kept; check the cluster with `ray status`, and repeat the command",
+            fix=f"{kept} are kept; check the cluster with `ray status`, and repeat the command",
         ) from error  # fmt: skip
     finally:
         ray.shutdown()
 
 
-def _check_nodes() -> None:
+def check_nodes() -> None:
     """Raise UserError if a node has no CEMG, or another version than this process."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def version() -> str | None:  # a nested function is sent by value, so it needs no CEMG there
         try:
@@ -155,21 +167,35 @@ def _check_nodes() -> None:
             return None
         return str(found)
 
-    probe = ray.remote(num_cpus=0, max_retries=0)(version)
+    for node, found in on_nodes(version):
+        if found != __version__:
+            raise other_version(found, __version__, node=node["NodeManagerAddress"])
+
+
+def on_nodes(function: Callable[..., Any], *arguments: Any) -> list[tuple[dict[str, Any], Any]]:
+    """Call a function on each node. Returns what Ray knows of each node, and the result of the call there.
+
+    Raises UserError if a node does not run it.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    probe = ray.remote(num_cpus=0, max_retries=0)(function)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    answers = [probe.options(scheduling_strategy=strategy).remote() for strategy in strategies]
+    answers = [probe.options(scheduling_strategy=strategy).remote(*arguments) for strategy in strategies]
+    results = []
     for node, answer in zip(nodes, answers, strict=True):
         try:
-            found = ray.get(answer, timeout=PROBE_SECONDS)
+            results.append((node, ray.get(answer, timeout=PROBE_SECONDS)))
         except ray.exceptions.RayError as error:
             cause = str(error).strip().split("\n")[-1][:300]
             raise UserError(f"node {node['NodeManagerAddress']} does not run tasks", cause=cause) from error
-        if found != __version__:
-            raise _other_version(found, __version__, node=node["NodeManagerAddress"])
+    return results
 
 
-def _other_version(found: str | None, version: str, node: str | None = None) -> UserError:
+def other_version(found: str | None, version: str, node: str | None = None) -> UserError:
+    """The error for a node with another version of CEMG than the command; None: it has no CEMG."""
     where = "a node of the Ray cluster" if node is None else f"node {node} of the Ray cluster"
     has = f"has version {found} of CEMG" if found else "has no CEMG"
     return UserError(

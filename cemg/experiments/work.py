@@ -1,4 +1,4 @@
-"""Running the tasks of an experiment, one after the other, each by the command that a person would type."""
+"""Running the tasks of an experiment, each by the command that a person would type."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,20 @@ class Options:
         return about | {"budget": NO_BUDGET if self.budget is None else f"{self.budget:g} h"}
 
 
-def run_tasks(tasks: Sequence[Task], store: Store, options: Options) -> list[str]:
+Run = Callable[[Sequence[Task]], Iterator[tuple[Task, str]]]  # yields each task with why it failed, or ""
+
+
+def run_tasks(tasks: Sequence[Task], store: Store, options: Options, *, run: Run | None = None) -> list[str]:
     """Run the tasks that are not finished. Returns the names of those that failed, whose reasons are printed.
 
-    A failed task does not keep the others from running. Ctrl-C ends the running task, too; the next call
-    continues it.
+    A failed task does not keep the others from running. Ctrl-C ends running tasks, too; the next call
+    continues them.
+
+    Args:
+        tasks: The tasks. A task comes after its base.
+        store: The folder of the experiment.
+        options: Options of all tasks.
+        run: Runs unfinished tasks in any order; None for one after the other.
 
     Raises:
         UserError: The folder has a task with other settings.
@@ -110,19 +119,31 @@ def run_tasks(tasks: Sequence[Task], store: Store, options: Options) -> list[str
     for task in tasks:
         store.check(task, options.identity(task))
     failed = []
-    for number, task in enumerate(tasks, start=1):
-        if store.finished(task, users=options.users):
-            continue
-        console.print(f"[{number}/{len(tasks)}] {task.name}", highlight=False, markup=False)
-        with Stopwatch(store.path(task) / SECONDS) as watch:
-            problem = run_task(task, store, options)
+    left = [task for task in tasks if not store.finished(task, users=options.users)]
+    for task, problem in run(left) if run else _in_turn(tasks, left, store, options):
         if problem:
             failed.append(task.name)
             console.print(f"{task.name} failed: {problem}", highlight=False, markup=False)
-        else:
-            size = options.sources[task.data, task.split].interactions
-            store.record_seconds(task, watch.seconds, size)
     return failed
+
+
+def _in_turn(
+    tasks: Sequence[Task], left: Sequence[Task], store: Store, options: Options
+) -> Iterator[tuple[Task, str]]:
+    for number, task in enumerate(tasks, start=1):
+        if task in left:
+            console.print(f"[{number}/{len(tasks)}] {task.name}", highlight=False, markup=False)
+            yield task, run_timed(task, store, options)
+
+
+def run_timed(task: Task, store: Store, options: Options) -> str:
+    """`run_task`, which also records the seconds of a task that did not fail."""
+    with Stopwatch(store.path(task) / SECONDS) as watch:
+        problem = run_task(task, store, options)
+    if not problem:
+        size = options.sources[task.data, task.split].interactions
+        store.record_seconds(task, watch.seconds, size)
+    return problem
 
 
 def measure_latencies(tasks: Sequence[Task], store: Store, options: Options) -> list[str]:

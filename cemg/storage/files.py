@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,7 +24,8 @@ from cemg.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPORARY = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")  # .NAME.PID.part, and the names that safetensors uses
+TEMPORARY = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")  # see `durable`, and the names that safetensors uses
+HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:64]
 CONTINUE = "then run the same command again; it continues where it stopped"
 ABANDONED = 3600.0  # seconds after which a temporary file is not in use any more
 MODE = 0o666  # reduced by the umask, as for any new file
@@ -46,7 +48,7 @@ def durable(path: Path | str) -> Iterator[Path]:
         StorageError: The disk is full, read-only or not writable for this user.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.@{HOST}.{os.getpid()}.part")
     try:
         make_folder(path.parent)
         os.close(_open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, MODE))
@@ -203,9 +205,11 @@ def _in_use(path: Path) -> bool:
     with suppress(OSError):
         if time.time() - path.stat().st_mtime > ABANDONED:
             return False
-    match = re.search(r"\.(\d+)\.part$", path.name)
+    match = re.search(r"(?:\.@([\w-]*))?\.(\d+)\.part$", path.name)
+    if match and match[1] not in (None, HOST):  # of another machine that shares the folder
+        return True
     try:
-        os.kill(int(match[1]), 0) if match else None
+        os.kill(int(match[2]), 0) if match else None
     except ProcessLookupError:
         return False
     except OSError:

@@ -152,6 +152,21 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     files.sweep(tmp_path / "absent")
 
 
+def test_a_temporary_file_of_another_machine_is_removed_when_it_is_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "HOST", "elsewhere")
+    with files.durable(tmp_path / "a.json") as part:
+        name = part.name
+    monkeypatch.setattr(files, "HOST", "here")
+    dead = name.replace(f".{os.getpid()}.", ".99999999.")  # a number that no process has
+    for one in (dead, dead.replace("elsewhere", "here")):
+        (tmp_path / one).write_text("")
+    files.sweep(tmp_path, shared=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [dead, "a.json"]
+    os.utime(tmp_path / dead, (1, 1))
+    files.sweep(tmp_path, shared=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_tensors_of_any_stride_are_saved(tmp_path):
     files.save_tensors({"a": torch.arange(6.0).view(2, 3).T}, tmp_path / "a")
     assert load_file(tmp_path / "a")["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
