@@ -19,11 +19,12 @@ from cemg.decoding.beams import check_beams
 from cemg.decoding.pretrained import save_pretrained
 from cemg.decoding.priors import PRIOR_WEIGHT, prior_of_rows, prior_tensors
 from cemg.errors import UserError
-from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
+from cemg.features import FeatureCache
 from cemg.generator.item_tokens import keep_items
+from cemg.item_encoder import ItemEncoder
 from cemg.memory import Memory
 from cemg.mixture import Experts, Gate, Mixed, Source
-from cemg.tokenizer import CONTENT, Catalog, Tokenizer, place_new
+from cemg.tokenizer import Catalog
 from cemg_kernels import ItemFilter, ItemPrior, RequestFilter, Trie
 
 
@@ -272,7 +273,7 @@ class Recommender:
         if not isinstance(self.decoder, Decoder):
             found = self.decoder.decode(ids, mask, width)
             gone = [[*(items if exclude else ()), *self.removed_leaves] for items in known]
-            return (without_history(found, gone) if any(gone) else found).top(top).padded(top)
+            return (found.without(gone) if any(gone) else found).top(top).padded(top)
         if exact:
             found = self.decoder.decode_exact(
                 ids, mask, min(top, width), width, filter=allowed, prior=prior, prior_weight=prior_weight
@@ -392,52 +393,16 @@ class Recommender:
         Raises:
             UserError: An item has neither a text nor an image that the tokenizer uses.
         """
-        if len(texts) != len(images):
-            raise UserError(f"{len(texts)} texts for {len(images)} images")
-        tokenizer = self.artifacts.load_tokenizer()
-        items = tokenizer.features(*self._content(tokenizer, texts, images, cache))
-        if not bool(items.present.any(1).all()):
-            bare = torch.nonzero(~items.present.any(1)).flatten()[0].item()
-            raise UserError(f"new item {bare} has neither a text nor an image that this run's tokenizer uses")
-        codes, z = tokenizer.tokenize(items)
-        books, method = tokenizer.model.codebooks.detach(), self.artifacts.config.tokenizer.unique
-        return place_new(codes, z, books, taken=self.catalog.codes, method=method)
+        return self._encoder.codes(texts, images, self.catalog.codes, cache=cache)
 
-    @cached_property
+    @property
     def content(self) -> set[str]:
         """What `encode_items` reads: "text", "image" or both."""
-        widths = self.artifacts.load_tokenizer().model.widths
-        return {
-            name for name in CONTENT
-            if name in widths and self.artifacts.has_file("features", f"pca_{name}.safetensors")
-        }  # fmt: skip
+        return self._encoder.content
 
-    def _content(
-        self,
-        tokenizer: Tokenizer,
-        texts: Sequence[str | None],
-        images: Sequence[Path | str | None],
-        cache: FeatureCache | None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        config, widths = self.artifacts.config, tokenizer.model.widths
-        paths = [Path(p) if p else None for p in images]
-        raw: dict[str, Features] = {}
-        if any(texts):
-            raw["text"] = encode_texts(texts, config=config.text, device=self.artifacts.device, cache=cache)
-        if any(paths):
-            raw["image"] = encode_images(
-                paths, config=config.image, device=self.artifacts.device, cache=cache
-            )
-        values = {k: torch.zeros(len(texts), w) for k, w in widths.items()}
-        present = {k: torch.zeros(len(texts), dtype=torch.bool) for k in widths}
-        for name in CONTENT:
-            projection = f"pca_{name}.safetensors"
-            if name in raw and self.artifacts.has_file("features", projection):
-                pca = PCA.load(self.artifacts.file("features", projection))
-                values[name] = pca.transform(raw[name].values, raw[name].present)
-                present[name] = raw[name].present
-        self.artifacts.check_unchanged()
-        return values, present
+    @cached_property
+    def _encoder(self) -> ItemEncoder:
+        return ItemEncoder(self.artifacts)
 
     def _id(self, item: str | int) -> str | int:
         return str(item) if self.catalog.named else item
@@ -517,22 +482,3 @@ def allowed_items(
         return allowed
     own = RequestFilter.excluding(trie, histories)
     return own if allowed is None else own & allowed
-
-
-def without_history(found: Recommendations, histories: Sequence[Sequence[Any]]) -> Recommendations:
-    """The lists without the items of each history. ``certified`` counts the remaining certified results."""
-    keep = torch.stack(
-        [
-            ~torch.isin(row, torch.tensor(list(own), dtype=row.dtype))
-            for row, own in zip(found.items, histories, strict=True)
-        ]
-    ) & (found.items >= 0)  # [B, W]
-    order = (~keep).to(torch.int8).argsort(dim=1, stable=True)  # kept ones first, in their order
-    gone = ~keep.gather(1, order)
-    lead = torch.arange(keep.shape[1])[None] < found.certified[:, None]
-    return Recommendations(
-        found.items.gather(1, order).masked_fill(gone, -1),
-        found.scores.gather(1, order).masked_fill(gone, float("-inf")),
-        found.codes.gather(1, order[:, :, None].expand_as(found.codes)).masked_fill(gone[:, :, None], -1),
-        (keep & lead).sum(1),
-    )

@@ -5,6 +5,7 @@ B users, W beams, S prompt tokens, M levels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,6 +55,24 @@ class Recommendations:
         items = torch.empty(0, top, dtype=torch.int64)
         codes = torch.empty(0, top, levels, dtype=torch.int64)
         return cls(items, items.float(), codes, torch.empty(0, dtype=torch.int64))
+
+    def without(self, histories: Sequence[Sequence[int]]) -> Recommendations:
+        """The lists without the ``items`` of each of B histories; ``certified`` counts the remaining ones."""
+        keep = torch.stack(
+            [
+                ~torch.isin(row, torch.tensor(list(own), dtype=row.dtype))
+                for row, own in zip(self.items, histories, strict=True)
+            ]
+        ) & (self.items >= 0)  # [B, top]
+        order = (~keep).to(torch.int8).argsort(dim=1, stable=True)  # kept ones first, in their order
+        gone = ~keep.gather(1, order)
+        lead = torch.arange(keep.shape[1])[None] < self.certified[:, None]
+        return Recommendations(
+            self.items.gather(1, order).masked_fill(gone, -1),
+            self.scores.gather(1, order).masked_fill(gone, float("-inf")),
+            self.codes.gather(1, order[:, :, None].expand_as(self.codes)).masked_fill(gone[:, :, None], -1),
+            (keep & lead).sum(1),
+        )
 
     @classmethod
     def of_leaves(

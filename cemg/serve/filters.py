@@ -23,7 +23,8 @@ from torch import Tensor
 from cemg.errors import UserError
 from cemg_kernels import ItemFilter, Trie
 
-from .attributes import AttributeTable, Field, Snapshot
+from .attribute_fields import Field
+from .attributes import AttributeTable, Snapshot
 from .dates import microseconds
 from .expressions import (
     Filter,
