@@ -37,7 +37,7 @@ from cemg.memory.checks import (
 from cemg.memory.config import RANGES, Constants, MemoryConfig
 from cemg.memory.native_scores import NativeScores
 from cemg.memory.rows import Rows, best_positions, joined, largest, sum_by_key
-from cemg.memory.similarity import Similarity, TextIndex
+from cemg.memory.similarity import AddedRows, Similarity, TextIndex
 from cemg.memory.transitions import Transitions
 from cemg.storage import files
 from cemg.storage.manifest import MANIFEST
@@ -244,6 +244,32 @@ class Memory:
             self.similar.extend(texts)
         self.added = None
         return rows
+
+    def change_text(self, item: int, text: str | None) -> None:
+        """Replace the text of an added item. The result equals a memory to which it was added with this text.
+
+        Args:
+            item: The row of the item, which must be one of `add_items`.
+            text: The new text; None is an item without a text.
+
+        Raises:
+            UserError: The item was not added since the memory was loaded.
+        """
+        check_texts([text])
+        if self.similar is None:
+            return
+        try:
+            self.similar.change(integer("the row of an item", item), text)
+        except IndexError as error:
+            raise UserError(f"the text of item {item} cannot be changed", cause=str(error)) from error
+
+    def restore_items(self, rows: AddedRows) -> None:
+        """Append the items whose rows of the text similarity are known: see `Similarity.restore`."""
+        if self.similar is None:
+            raise ValueError("the memory has no texts")
+        self.transitions.extend(rows.vectors.shape[0])
+        self.similar.restore(rows)
+        self.added = None
 
     def record_ids(self, item_ids: Sequence[str | int]) -> None:
         """Record the ids of the items that were added, for `check_catalog`.

@@ -6,9 +6,13 @@ a later item is compared by the words that it shares with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import heapq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +27,13 @@ TEXTS_FILE = "texts.safetensors"
 
 MAX_SHARE = 0.2  # words in more than this share of the items are left out
 BLOCK = 512  # items per block of the product
+COMPARED = 64  # added items per block of the product
 MAX_PRODUCTS = 4_000_000_000  # of an exact search; beyond it, common words find no neighbors
 CANDIDATES = 300  # per item of an inexact search, compared exactly
 TOKENS = r"(?u)\b\w+\b"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, for the cached vectorizer
 class TextIndex:
     """Word vectors of the items.
 
@@ -60,12 +65,19 @@ class TextIndex:
 
     def vectors_of(self, texts: Sequence[str | None]) -> sparse.csr_matrix:
         """Return the vectors of further texts, [B, V]."""
+        return _unit(self._vectorizer.transform([text or "" for text in texts]), self.weights)
+
+    @cached_property
+    def _vectorizer(self) -> Any:
         from sklearn.feature_extraction.text import CountVectorizer
 
-        vectorizer = CountVectorizer(
-            binary=True, vocabulary=self.words, token_pattern=TOKENS, dtype=np.float32
-        )
-        return _unit(vectorizer.transform([text or "" for text in texts]), self.weights)
+        known = {word: number for number, word in enumerate(self.words)}
+        return CountVectorizer(binary=True, vocabulary=known, token_pattern=TOKENS, dtype=np.float32)
+
+    @cached_property
+    def by_word(self) -> sparse.csr_matrix:
+        """The vectors by word, [V, N]: the product with a vector reads only the items that share a word."""
+        return sparse.csr_matrix(self.vectors.T)
 
     def most_similar(self, top: int) -> Rows:
         """Return the ``top`` most similar other items of each item, most similar first.
@@ -161,6 +173,29 @@ class TextIndex:
         return finding, False
 
 
+@dataclass(frozen=True, slots=True)
+class AddedRows:
+    """What items that were added have changed in C, as arrays.
+
+    Attributes:
+        numbers: Rows that differ from those of the base, [R] int64 ascending; among them those of the A added
+            items.
+        rows: Their entries, R rows.
+        vectors: Word vectors of the added items, [A, V] float32.
+    """
+
+    numbers: np.ndarray
+    rows: Rows
+    vectors: sparse.csr_matrix
+
+    def get(self, row: int) -> Row | None:
+        """Return a row; None if it is that of the base."""
+        place = int(np.searchsorted(self.numbers, row))
+        if place == len(self.numbers) or self.numbers[place] != row:
+            return None
+        return self.rows.row(place)
+
+
 class Similarity:
     """C as it was built, and the items since then.
 
@@ -172,84 +207,225 @@ class Similarity:
 
     def __init__(self, base: Rows, *, top: int, index: TextIndex | Callable[[], TextIndex]) -> None:
         self.base, self.top = base, top
-        self._index = index
-        self._rows: dict[int, Row] = {}  # rows that differ from those of ``base``
+        self._base_index = index
+        self._rows: dict[int, Row] = {}  # rows that differ from those of ``base`` and ``_stored``
+        self._stored: AddedRows | None = None  # rows that differ from those of ``base``
+        self._vectors: sparse.csr_matrix | None = None  # of the added items, [A, V]
+        self._lowest: np.ndarray | None = None  # `_lowest_of` each row, [N] float32, once it is needed
         self.num_items = len(base)
 
     @property
     def index(self) -> TextIndex:
-        """The index of the texts."""
-        if not isinstance(self._index, TextIndex):
-            self._index = self._index()
-        return self._index
+        """The index of all texts."""
+        base = self.base_index
+        if self._vectors is None:
+            return base
+        vectors = sparse.csr_matrix(sparse.vstack((base.vectors, self._vectors), format="csr"))
+        return TextIndex(base.words, base.weights, vectors)
+
+    @property
+    def base_index(self) -> TextIndex:
+        """The index of the texts of the items in ``base``."""
+        if not isinstance(self._base_index, TextIndex):
+            self._base_index = self._base_index()
+        return self._base_index
 
     @property
     def changed(self) -> bool:
         """Whether a row differs from that of ``base``."""
-        return bool(self._rows)
+        return bool(self._rows) or self._stored is not None
+
+    def prepare(self) -> None:
+        """Read and compute what the first `extend` needs, which takes long for many items."""
+        _ = self.base_index.by_word
+        self.base_index.vectors_of([None])
 
     def row(self, item: int, top: int) -> Row:
         """Return the ``top`` most similar items of an item."""
-        if self._rows and item in self._rows:
-            items, values = self._rows[item]
-            return items[:top], values[:top]
-        return self.base.row(item, top)
+        if not self.changed:
+            return self.base.row(item, top)
+        items, values = self._whole_row(item)
+        return items[:top], values[:top]
 
     def extend(self, texts: Sequence[str | None]) -> None:
         """Append an item per text: its own row, and an entry in the rows of its neighbors."""
-        new = self.index.vectors_of(texts)
-        known = sparse.csr_matrix(sparse.vstack((self.index.vectors, new), format="csr"))
-        lowest = np.concatenate((self._lowest_values(), np.full(len(texts), -np.inf)))
-        for low in range(0, len(texts), BLOCK):
-            block = (known @ new[low : low + BLOCK].T).tocsc()
-            for column in range(block.shape[1]):
-                part = slice(block.indptr[column], block.indptr[column + 1])
-                items, values = block.indices[part], block.data[part]
-                row = self.num_items
-                older = items < row
-                items, values = items[older], values[older]
-                self._rows[row] = best(items, values, self.top)
-                lowest[row] = self._lowest(row)
-                enters = values > lowest[items]
-                for other, value in zip(items[enters].tolist(), values[enters].tolist(), strict=True):
-                    self._insert(other, row, value)
-                    lowest[other] = self._lowest(other)
-                self.num_items += 1
-        self._index = TextIndex(self.index.words, self.index.weights, known)
+        new = self.base_index.vectors_of(texts)
+        lowest = np.append(self._lowest_values(), np.full(len(texts), -np.inf, np.float32))
+        self._lowest = lowest
+        vectors = new if self._vectors is None else sparse.vstack((self._vectors, new), format="csr")
+        self._vectors = sparse.csr_matrix(vectors)
+        for row, (items, values) in enumerate(self._compared(new), start=self.num_items):
+            older = items < row
+            items, values = items[older], values[older]
+            self._set_row(row, best(items, values, self.top))
+            enters = values > lowest[items]
+            for other, value in zip(items[enters].tolist(), values[enters], strict=True):
+                self._insert(other, row, value)
+        self.num_items += len(texts)
+
+    def change(self, item: int, text: str | None) -> None:
+        """Replace the text of an added item. The rows are those of an item that was added with this text.
+
+        Raises:
+            IndexError: The item was not added.
+        """
+        place = item - len(self.base)
+        if self._vectors is None or not 0 <= place < self._vectors.shape[0]:
+            raise IndexError(f"item {item} was not added")
+        before, after = self._vectors[place], self.base_index.vectors_of([text])
+        if (before != after).nnz == 0:
+            return
+        self._lowest_values()
+        (known,) = self._compared(before)
+        holders = [row for row in known[0].tolist() if row != item and self._has(row, item)]
+        parts = (self._vectors[:place], after, self._vectors[place + 1 :])
+        self._vectors = sparse.csr_matrix(sparse.vstack(parts, format="csr"))
+        changed = [*holders, item]
+        for row, (items, values) in zip(changed, self._compared(self._vectors_of(changed)), strict=True):
+            self._set_row(row, self._row_of(row, items, values))
+        lowest = self._lowest_values()
+        ((items, values),) = self._compared(after)
+        enters = (values >= lowest[items]) & ~np.isin(items, changed)
+        for other, value in zip(items[enters].tolist(), values[enters], strict=True):
+            if value > lowest[other] or item < self._whole_row(other)[0][self.top - 1]:
+                self._insert(other, item, value)
 
     def first(self, count: int) -> Similarity:
         """Return C of the first ``count`` items, as it was before later ones were added."""
-        index = self._index
+        index = self._base_index if self._vectors is None else self.index
         return Similarity(
             self.merged().first(count), top=self.top,
             index=lambda: (index if isinstance(index, TextIndex) else index()).first(count),
         )  # fmt: skip
 
-    def _insert(self, row: int, item: int, value: float) -> None:
-        """Add an entry to a row. Entries beyond the best ``top`` stay, for `first`."""
-        items, values = self._rows.get(row) or self.base.row(row)
-        items, values = np.append(items, np.int32(item)), np.append(values, np.float32(value))
-        self._rows[row] = best(items, values, len(items))
+    # ---- the rows as arrays
 
-    def _lowest(self, row: int) -> float:
-        """The value that an entry must exceed to be among the best ``top`` of a row."""
-        values = self._rows[row][1]
-        return float(values[self.top - 1]) if len(values) >= self.top else float("-inf")
+    def frozen(self) -> Similarity:
+        """Return a copy for `added_rows`, which may run while another thread changes this object."""
+        other = copy.copy(self)
+        other._rows = dict(self._rows)
+        return other
+
+    def added_rows(self) -> AddedRows | None:
+        """Return what the added items have changed; None if there are none."""
+        if self._vectors is None:
+            return None
+        stored = [] if self._stored is None else self._stored.numbers.tolist()
+        numbers = sorted({*stored, *self._rows})
+        rows = Rows.stacked([self._whole_row(row) for row in numbers])
+        return AddedRows(np.array(numbers, dtype=np.int64), rows, self._vectors)
+
+    def replace_rows(self, added: AddedRows, source: Similarity) -> None:
+        """Read rows that have not changed since from arrays, which take less memory.
+
+        Args:
+            added: The `added_rows` of ``source``.
+            source: What `frozen` returned.
+        """
+        self._stored = added
+        self._rows = {n: row for n, row in self._rows.items() if source._rows.get(n) is not row}
+
+    def restore(self, added: AddedRows) -> None:
+        """Append the items of `added_rows`, which was called on an object with the same base."""
+        if self.num_items != len(self.base):
+            raise ValueError("items were added already; restore the rows before that")
+        self._stored, self._vectors, self._lowest = added, added.vectors, None
+        self.num_items += added.vectors.shape[0]
+
+    # ---- inner functions
+
+    def _vectors_of(self, rows: Sequence[int]) -> sparse.csr_matrix:
+        """The word vectors of items, [n, V]."""
+        begin, base = len(self.base), self.base_index.vectors
+        vectors = [base[row] if row < begin else self._vectors[row - begin] for row in rows]
+        return sparse.csr_matrix(sparse.vstack(vectors, format="csr"))
+
+    def _compared(self, vectors: sparse.csr_matrix) -> Iterator[Row]:
+        """The items that share words with each of some vectors, and their cosines."""
+        assert self._vectors is not None
+        begin, added = len(self.base), sparse.csr_matrix(self._vectors.T)
+        for low in range(0, vectors.shape[0], COMPARED):
+            block = vectors[low : low + COMPARED]
+            old, new = (block @ self.base_index.by_word).tocsr(), (block @ added).tocsr()
+            for row in range(block.shape[0]):
+                one = slice(old.indptr[row], old.indptr[row + 1])
+                other = slice(new.indptr[row], new.indptr[row + 1])
+                items = np.concatenate((old.indices[one], new.indices[other] + begin))
+                yield items, np.concatenate((old.data[one], new.data[other]))
+
+    def _row_of(self, row: int, items: np.ndarray, values: np.ndarray) -> Row:
+        """A row as `extend` makes it, from the cosines with all items."""
+        begin = len(self.base)
+        if row < begin:
+            kept_items, kept_values = self.base.row(row)
+            later = items >= begin
+        else:
+            older, later = items < row, items > row
+            kept_items, kept_values = best(items[older], values[older], self.top)
+        items, values = items[later], values[later]
+        order = np.argsort(items)
+        lowest = [float(value) for value in kept_values[: self.top]]
+        heapq.heapify(lowest)
+        chosen = []
+        for place, value in zip(order.tolist(), values[order].tolist(), strict=True):
+            if len(lowest) < self.top:
+                heapq.heappush(lowest, value)
+            elif value > lowest[0]:
+                heapq.heapreplace(lowest, value)
+            else:
+                continue
+            chosen.append(place)
+        items = np.concatenate((kept_items, items[chosen].astype(np.int32)))
+        return best(items, np.concatenate((kept_values, values[chosen])), len(items))
+
+    def _whole_row(self, row: int) -> Row:
+        found = self._changed_row(row)
+        return self.base.row(row) if found is None else found
+
+    def _changed_row(self, row: int) -> Row | None:
+        """A row that differs from that of the base."""
+        found = self._rows.get(row)
+        return self._stored.get(row) if found is None and self._stored is not None else found
+
+    def _has(self, row: int, added: int) -> bool:
+        """Whether an added item is in a row."""
+        found = self._changed_row(row)
+        return found is not None and bool((found[0] == added).any())
+
+    def _set_row(self, row: int, entries: Row) -> None:
+        self._rows[row] = entries
+        assert self._lowest is not None
+        self._lowest[row] = entries[1][self.top - 1] if len(entries[1]) >= self.top else -np.inf
+
+    def _insert(self, row: int, item: int, value: np.float32) -> None:
+        """Add an entry to a row. Entries beyond the best ``top`` stay, for `first`."""
+        items, values = self._whole_row(row)
+        low, high = (len(values) - np.searchsorted(values[::-1], value, side) for side in ("right", "left"))
+        place = low + int(np.searchsorted(items[low:high], item))  # the lower item wins ties
+        self._set_row(row, (np.insert(items, place, item), np.insert(values, place, value)))
 
     def _lowest_values(self) -> np.ndarray:
-        """`_lowest` of all rows, [N] float64."""
-        lowest = np.full(self.num_items, -np.inf)
-        full = np.flatnonzero(np.diff(self.base.starts) >= self.top)
-        lowest[full] = self.base.values[self.base.starts[full] + self.top - 1]
-        for row in self._rows:
-            lowest[row] = self._lowest(row)
-        return lowest
+        """The value that an entry must exceed to be among the best ``top`` of each row, [N] float32."""
+        if self._lowest is None:
+            self._lowest = np.full(self.num_items, -np.inf, np.float32)
+            self._set_lowest(np.arange(len(self.base)), self.base)
+            if self._stored is not None:
+                self._set_lowest(self._stored.numbers, self._stored.rows)
+            for row, entries in self._rows.items():
+                self._set_row(row, entries)
+        return self._lowest
+
+    def _set_lowest(self, numbers: np.ndarray, rows: Rows) -> None:
+        assert self._lowest is not None
+        full = np.flatnonzero(np.diff(rows.starts) >= self.top)
+        self._lowest[numbers] = -np.inf
+        self._lowest[numbers[full]] = rows.values[rows.starts[full] + self.top - 1]
 
     def merged(self) -> Rows:
         """Return C with all items, sorted as ``base``. A row may have more than ``top`` entries."""
-        if not self._rows:
+        if not self.changed:
             return self.base
-        return Rows.stacked([self._rows.get(item) or self.base.row(item) for item in range(self.num_items)])
+        return Rows.stacked([self._whole_row(item) for item in range(self.num_items)])
 
 
 def _unit(counts: sparse.csr_matrix, weights: np.ndarray) -> sparse.csr_matrix:

@@ -21,6 +21,7 @@ ITEMS = 12
 TEXTS: list[str | None] = [f"word{i % 5} word{i % 7} kind{i}" for i in range(ITEMS)]
 CONFIG = MemoryConfig(window=3, transition_items=4, similar_items=3)  # rows are cut, so their order counts
 CONSTANTS = Constants(exponent=0.3, text_weight=0.5, repeat_weight=0.3, scale=0.7)
+added_texts = st.sampled_from([*TEXTS, "word1 word2", "word2 word6 kind3", "unknown", None])
 sequences = st.lists(st.lists(st.integers(0, ITEMS - 1), min_size=1, max_size=9), min_size=1, max_size=6)
 
 
@@ -104,6 +105,61 @@ def test_new_items_equal_a_rebuild_with_the_same_words(
     assert_equal(live, rebuilt)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.lists(added_texts, min_size=1, max_size=8), st.data())
+def test_a_changed_text_equals_an_item_that_was_added_with_it(
+    texts: list[str | None], data: st.DataObject
+) -> None:
+    live, final = built([[0, 1], [1, 2]]), list[str | None]()
+    for text in texts:
+        live.add_items([text])
+        final.append(text)
+        if data.draw(st.booleans()):
+            place, other = data.draw(st.integers(0, len(final) - 1)), data.draw(added_texts)
+            live.change_text(ITEMS + place, other)
+            final[place] = other
+    rebuilt = built([[0, 1], [1, 2]])
+    rebuilt.add_items(final)
+    assert_equal(live, rebuilt)
+    count = ITEMS + data.draw(st.integers(0, len(final)))
+    assert_equal(live.first(count), rebuilt.first(count))
+    for memory in (live, rebuilt):
+        memory.add_items(["word1 kind3"])
+    assert_equal(live, rebuilt)
+
+
+def test_the_text_of_an_item_that_was_not_added_is_not_changed() -> None:
+    live = built([[0, 1], [1, 2]])
+    live.add_items(["word1"])
+    for item in (0, ITEMS + 1, -1):
+        with pytest.raises(UserError, match=f"the text of item {item} cannot be changed"):
+            live.change_text(item, "word2")
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(added_texts, min_size=1, max_size=8), st.data())
+def test_restored_rows_equal_those_that_were_computed(texts: list[str | None], data: st.DataObject) -> None:
+    """Also where items are added, and texts are changed, before and after rows move into arrays."""
+    live, count = built([[0, 1]]), data.draw(st.integers(1, len(texts)))
+    live.add_items(texts[:count])
+    assert live.similar is not None
+    frozen = live.similar.frozen()
+    live.add_items(texts[count:])  # while the arrays are made
+    rows = frozen.added_rows()
+    assert rows is not None
+    restored = built([[0, 1]])
+    restored.restore_items(rows)
+    live.similar.replace_rows(rows, frozen)
+    restored.add_items(texts[count:])
+    assert_equal(restored, live)
+    for memory in (live, restored):
+        memory.change_text(ITEMS, "word2 word6")
+    assert_equal(restored, live)
+    rebuilt = built([[0, 1]])
+    rebuilt.add_items(["word2 word6", *texts[1:]])
+    assert_equal(live, rebuilt)
+
+
 @settings(deadline=None, max_examples=15)
 @given(sequences, st.lists(st.sampled_from([*TEXTS, "word1 word2", None]), min_size=1, max_size=6), st.data())
 def test_the_first_items_of_an_extended_memory_are_the_memory_before(
@@ -126,7 +182,7 @@ def test_items_that_are_added_in_blocks_equal_items_that_are_added_one_by_one(
     texts = [f"word{i % 5} kind{i % 12}" for i in range(40)]
     together, blocks, alone = (built([[0, 1], [1, 2]]) for _ in range(3))
     together.add_items(texts)
-    monkeypatch.setattr(similarity, "BLOCK", 7)
+    monkeypatch.setattr(similarity, "COMPARED", 7)
     blocks.add_items(texts)
     for text in texts:
         alone.add_items([text])
