@@ -13,6 +13,7 @@ from cemg.artifacts import RunArtifacts
 from cemg.errors import UserError
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
 from cemg.tokenizer import CONTENT, Tokenizer, place_new
+from cemg_kernels import Trie
 
 
 class ItemEncoder:
@@ -32,7 +33,7 @@ class ItemEncoder:
         return {name for name in CONTENT if name in widths and self._has_projection(name)}
 
     def codes(
-        self, texts: Sequence[str | None], images: Sequence[Path | str | None], taken: Tensor, *,
+        self, texts: Sequence[str | None], images: Sequence[Path | str | None], taken: Trie, *,
         cache: FeatureCache | None = None,
     ) -> Tensor:  # fmt: skip
         """Compute the semantic IDs of n new items. They differ from each other.
@@ -40,7 +41,7 @@ class ItemEncoder:
         Args:
             texts: Text of each new item, or None.
             images: Picture file of each new item, or None.
-            taken: Semantic IDs that other items have, [N, levels] int64.
+            taken: The semantic IDs that other items have.
             cache: Texts and images in it are not encoded again.
 
         Returns:

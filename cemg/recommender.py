@@ -234,17 +234,22 @@ class Recommender:
         Args:
             codes: Semantic IDs of the items, [n, levels]: see `encode_items`.
             item_ids: Ids of the items.
-            titles: Titles of all items.
+            titles: Titles of all items, which are not copied.
         """
         other = copy.copy(self)
         for name in ("_experts", "_not_removed", "removed_leaves", "_titles"):  # cached
             other.__dict__.pop(name, None)
         other.catalog = self.catalog.extended(codes, item_ids)
         if titles is not None:
-            other.__dict__["_titles"] = dict(titles)
+            other.__dict__["_titles"] = titles
         if self.artifacts.has_memory():
             other.__dict__["memory"] = self.memory
-        other._prepare()
+        vocabulary = self.prompter.vocabulary
+        if isinstance(self.decoder, Decoder) and not vocabulary.items:  # the model stays as it is
+            other.prompter = self.artifacts.prompter(self.decoder.model, vocabulary, other.catalog)
+            other.decoder = self.decoder.with_catalog(other.catalog)
+        else:
+            other._prepare()
         return other
 
     def without_items(self, removed: Sequence[str | int]) -> Recommender:
@@ -393,7 +398,7 @@ class Recommender:
         Raises:
             UserError: An item has neither a text nor an image that the tokenizer uses.
         """
-        return self._encoder.codes(texts, images, self.catalog.codes, cache=cache)
+        return self._encoder.codes(texts, images, self.catalog.trie, cache=cache)
 
     @property
     def content(self) -> set[str]:

@@ -9,6 +9,7 @@ B users, W beams, M levels, K codes per level, S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -147,6 +148,28 @@ class Decoder:
         if self.plan.steps_in_torch and (model.device.type == "cuda" if graphs is None else graphs):
             self.graphs = GraphCache(pad_left=self.causal, device=self.trie.device)
             self.path += ", CUDA graphs"
+
+    def with_catalog(self, catalog: Catalog) -> Decoder:
+        """A decoder of the same model for a catalog with other items. This one does not change.
+
+        Args:
+            catalog: A catalog with the levels, codebook sizes and tokens of this one.
+
+        Raises:
+            UserError: Its codes have other tokens.
+        """
+        other = copy.copy(self)
+        tokens = check_fit(self.model, catalog, self.tokens.to("cpu"), self.normalize)
+        other.catalog, other.trie = catalog, catalog.trie.to(self.model.device)
+        if (catalog.levels, catalog.codebook_sizes) != (self.catalog.levels, self.catalog.codebook_sizes):
+            raise UserError(
+                "the catalog has other levels or codebooks than the decoder",
+                cause=f"{list(catalog.codebook_sizes)} codes, not {list(self.catalog.codebook_sizes)}",
+            )
+        other.tokens = tokens.to(self.model.device)
+        if self.graphs is not None:  # recordings read the trie
+            other.graphs = GraphCache(pad_left=self.causal, device=other.trie.device)
+        return other
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model, its token map, the catalog and ``normalize`` to a folder.

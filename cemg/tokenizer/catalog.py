@@ -130,12 +130,7 @@ class Catalog:
         ids: list[Any] = list(range(len(codes))) if item_ids is None else as_list(item_ids)
         if len(ids) != len(codes):
             raise UserError(f"{len(ids)} item ids for {len(codes)} rows of codes")
-        if len({isinstance(i, str) for i in ids}) > 1:
-            raise UserError("item ids must be all integers or all strings, got both")
-        if len(set(ids)) != len(ids):
-            raise UserError(f"item id {Counter(ids).most_common(1)[0][0]!r} occurs more than once")
-        if ids and isinstance(ids[0], str):
-            check_ids(ids, "item", source="catalog")
+        _check_item_ids(ids)
         if shared and not ids_are_valid(ids):
             raise UserError("item ids must be strings, or integers from 0 on")
         interactions = None if counts is None else _as_counts(counts)
@@ -310,14 +305,33 @@ class Catalog:
         return dict(zip(self.item_ids, range(len(self)), strict=True))
 
     def extended(self, codes: Tensor, item_ids: Sequence[str] | Sequence[int]) -> Catalog:
-        """A new catalog with items added at the end. Existing rows and codes do not change."""
-        counts = self.counts
+        """A new catalog with items added at the end. Existing rows and codes do not change.
+
+        Args:
+            codes: Semantic IDs of the items, integers [n, levels].
+            item_ids: Their ids.
+
+        Raises:
+            UserError: As in `from_codes`.
+        """
+        counts, new = self.counts, as_list(item_ids)
+        _check_item_ids([*self.item_ids[:1], *new])  # the others are valid
+        known = next((item for item in new if item in self._row_of), None)
+        if known is not None:
+            raise UserError(f"item id {known!r} occurs more than once")
+        if len(new) != len(codes):
+            raise UserError(f"{len(new)} item ids for {len(codes)} rows of codes")
+        if self.shared is not None and not ids_are_valid(new):
+            raise UserError("item ids must be strings, or integers from 0 on")
         if counts is not None:
             counts = torch.cat([counts, counts.new_zeros(len(codes))])
-        return Catalog.from_codes(
-            torch.cat([self.codes, codes.to(torch.int64)]), self.codebook_sizes,
-            [*self.item_ids, *item_ids], tokens=self.tokens, shared=self.shared is not None, counts=counts,
+        catalog = Catalog(
+            torch.cat([self.codes, codes.to(torch.int64)]), self.codebook_sizes, [*self.item_ids, *new],
+            tokens=self.tokens, shared=self.shared is not None, counts=counts,
         )  # fmt: skip
+        rows = zip(new, range(len(self), len(catalog)), strict=True)
+        catalog.__dict__["_row_of"] = self._row_of | dict(rows)
+        return catalog
 
     def with_tokens(self, tokens: TokenMap | CodeTokens) -> Catalog:
         """The same catalog with a token map. Raises UserError if it already has a different one."""
@@ -377,6 +391,10 @@ class Catalog:
 
     def digest(self) -> str:
         """sha256 of all that is saved."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         extras = self._extras()
         fields = [list(self.codes.shape), self.codebook_size, self.item_ids, *([extras] if extras else [])]
         tensors = b"".join(tensor.numpy().tobytes() for tensor in self._tensors().values())
@@ -420,6 +438,16 @@ def level_sizes(size: int | Sequence[int], levels: int) -> tuple[int, ...]:
     if max(sizes, default=1) > MAX_CODEBOOK_SIZE:
         raise UserError(f"codebook_size must be at most {MAX_CODEBOOK_SIZE}, got {max(sizes)}")
     return sizes
+
+
+def _check_item_ids(ids: list[Any]) -> None:
+    """Raise UserError for ids that are not unique, of mixed types, or not valid as text."""
+    if len({isinstance(i, str) for i in ids}) > 1:
+        raise UserError("item ids must be all integers or all strings, got both")
+    if len(set(ids)) != len(ids):
+        raise UserError(f"item id {Counter(ids).most_common(1)[0][0]!r} occurs more than once")
+    if ids and isinstance(ids[0], str):
+        check_ids(ids, "item", source="catalog")
 
 
 def ids_are_valid(ids: list[int] | list[str]) -> bool:

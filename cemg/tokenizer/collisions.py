@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cemg.errors import UserError
+from cemg_kernels import Trie
 
 SINKHORN_EPSILON, SINKHORN_ITERATIONS, SINKHORN_ROUNDS, SINKHORN_GROUP = 0.003, 50, 20, 64
 
@@ -79,10 +80,8 @@ def make_unique(codes: Tensor, z: Tensor, codebooks: Tensor, *, method: str = "a
     return Uniqueness(unique, colliding, int((unique != codes).sum()), moved)
 
 
-def place_new(
-    codes: Tensor, z: Tensor, codebooks: Tensor, *, taken: Tensor, method: str = "assign"
-) -> Tensor:
-    """Unique codes for new items that do not occur in ``taken`` [N, levels].
+def place_new(codes: Tensor, z: Tensor, codebooks: Tensor, *, taken: Trie, method: str = "assign") -> Tensor:
+    """Unique codes for new items that do not occur in the trie ``taken``, [n, levels].
 
     Items are placed in order. Each takes the nearest free last code of its prefix (or the first free suffix);
     if there is none, that of the nearest prefix with a free code.
@@ -90,17 +89,23 @@ def place_new(
     Raises:
         UserError: No suffix is free.
     """
-    used = {tuple(row) for row in taken.tolist()}
     size, suffix = codebooks.shape[1], method == "suffix"
+    used: dict[tuple[int, ...], list[bool]] = {}  # last codes that are not free, by prefix
     placed = []
     for row, latent in zip(codes.tolist(), z, strict=True):
         options = ((*row, k) for k in range(size)) if suffix else _nearest_ids(row, latent, codebooks)
-        chosen = next((option for option in options if option not in used), None)
-        if chosen is None:
+        for option in options:
+            prefix, last = option[:-1], option[-1]
+            if prefix not in used:
+                nodes = taken.lookup(torch.tensor([prefix], dtype=torch.int64, device=taken.device))
+                used[prefix] = taken.mask(nodes)[0].tolist()
+            if not used[prefix][last]:
+                used[prefix][last] = True
+                placed.append(option)
+                break
+        else:
             raise UserError(f"no semantic ID is free for the codes {tuple(row)}", fix="train a new tokenizer")
-        used.add(chosen)
-        placed.append(chosen)
-    return torch.tensor(placed, dtype=torch.int64).reshape(len(placed), taken.shape[1])
+    return torch.tensor(placed, dtype=torch.int64).reshape(len(placed), taken.levels)
 
 
 def _colliding(codes: Tensor) -> Tensor:

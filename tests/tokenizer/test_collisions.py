@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cemg.errors import UserError
 from cemg.tokenizer import make_unique, place_new
-from cemg_kernels import residual_quantize
+from cemg_kernels import Trie, residual_quantize
 
 
 def draw(items: int, levels: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -117,11 +117,12 @@ def test_an_unknown_method_is_refused() -> None:
 def test_new_items_get_unused_semantic_ids(new: int, seed: int, method: str) -> None:
     codes, z, books = draw(24, 2, 24, seed)  # as many codes as items: no suffix group can be too large
     taken = make_unique(codes[: 24 - new], z[: 24 - new], books, method=method).codes
-    placed = place_new(codes[24 - new :], z[24 - new :], books, taken=taken, method=method)
+    trie = Trie.from_codes(taken, 24)
+    placed = place_new(codes[24 - new :], z[24 - new :], books, taken=trie, method=method)
     assert distinct(torch.cat([taken, placed]))
 
 
 def test_a_new_item_keeps_its_nearest_code_where_that_is_free() -> None:
     codes, z, books = draw(1, 2, 8, 3)
-    taken = (codes + 1) % 8
+    taken = Trie.from_codes((codes + 1) % 8, 8)
     assert torch.equal(place_new(codes, z, books, taken=taken), codes)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cemg.errors import UserError
 from cemg.tokenizer import make_unique, place_new
 from cemg.tokenizer.collisions import _transport
-from cemg_kernels import residual_quantize
+from cemg_kernels import Trie, residual_quantize
 
 
 def crowd(items: int, levels: int, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +141,7 @@ def test_a_new_item_never_gets_an_id_that_is_taken_or_given_already(new, seed):
     codes, z, codebooks = crowd(27, 3, 3, seed)
     taken = make_unique(codes[new:], z[new:], codebooks).codes
     before = taken.clone()
-    placed = place_new(codes[:new], z[:new], codebooks, taken=taken)
+    placed = place_new(codes[:new], z[:new], codebooks, taken=Trie.from_codes(taken, 3))
     assert placed.shape == (new, 3) and torch.equal(taken, before)
     assert bool(alone(torch.cat([taken, placed])).all())
 
@@ -149,21 +149,22 @@ def test_a_new_item_never_gets_an_id_that_is_taken_or_given_already(new, seed):
 def test_a_new_item_keeps_its_prefix_while_that_has_room_and_takes_the_nearest_free_code():
     codebooks = torch.tensor([[[0.0], [9.0]], [[0.0], [1.0]]])
     codes, z = torch.tensor([[0, 0]] * 3), torch.tensor([[0.1]] * 3)
-    assert place_new(codes, z, codebooks, taken=torch.tensor([[1, 1]])).tolist() == [[0, 0], [0, 1], [1, 0]]
+    taken = Trie.from_codes([[1, 1]], 2)
+    assert place_new(codes, z, codebooks, taken=taken).tolist() == [[0, 0], [0, 1], [1, 0]]
 
 
 def test_a_new_suffix_continues_after_the_used_ones():
-    taken = torch.tensor([[1, 2, 0], [1, 2, 1], [0, 0, 0]])
+    taken = Trie.from_codes([[1, 2, 0], [1, 2, 1], [0, 0, 0]], 4)
     codes = torch.tensor([[1, 2], [3, 3], [1, 2]])
     placed = place_new(codes, torch.zeros(3, 1), torch.zeros(2, 4, 1), taken=taken, method="suffix")
     assert placed.tolist() == [[1, 2, 2], [3, 3, 0], [1, 2, 3]]
 
 
 def test_a_new_item_is_refused_where_its_suffixes_or_all_semantic_ids_are_taken():
-    full = torch.tensor([[0, 0, k] for k in range(4)])
+    full = Trie.from_codes([[0, 0, k] for k in range(4)], 4)
     one, z = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 1)
     with pytest.raises(UserError, match=r"no semantic ID is free for the codes \(0, 0\)"):
         place_new(one, z, torch.zeros(2, 4, 1), taken=full, method="suffix")
-    every = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    every = Trie.from_codes(torch.cartesian_prod(torch.arange(2), torch.arange(2)), 2)
     with pytest.raises(UserError, match="no semantic ID is free"):
         place_new(one, z, torch.zeros(2, 2, 1), taken=every)
