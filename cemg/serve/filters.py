@@ -45,6 +45,7 @@ from .named_filters import NamedFilters
 
 V = TypeVar("V")
 
+ENTRY_BYTES = 2_000  # of an entry of a cache beside its value, so that small filters are bounded, too
 MAX_TRIES = 2  # filters of older tries are dropped, because each keeps its trie in memory
 _WORD = r"[\p{Alphabetic}\p{N}]"
 _WORDS = rf"{_WORD}+"
@@ -329,13 +330,13 @@ class _Cache(Generic[V]):
         self.max_bytes, self.size_of = max_bytes, size_of
         self.hits = self.misses = self.bytes = 0
         self._lock = threading.Lock()
-        self._values: OrderedDict[Hashable, V] = OrderedDict()
-        self._pending: dict[Hashable, Future[V]] = {}
+        self._values: OrderedDict[tuple[Hashable, ...], V] = OrderedDict()
+        self._pending: dict[tuple[Hashable, ...], Future[V]] = {}
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def get(self, key: Hashable, make: Callable[[], V]) -> V:
+    def get(self, key: tuple[Hashable, ...], make: Callable[[], V]) -> V:
         """Returns the value of a key; makes it if it is not there. An error goes to all that wait for it."""
         with self._lock:
             if key in self._values:
@@ -363,26 +364,33 @@ class _Cache(Generic[V]):
         own.set_result(value)
         return value
 
-    def find(self, key: Hashable) -> V | None:
+    def find(self, key: tuple[Hashable, ...]) -> V | None:
         """Returns the value of a key if it is there."""
         with self._lock:
             return self._values.get(key)
 
-    def put(self, key: Hashable, value: V) -> None:
+    def put(self, key: tuple[Hashable, ...], value: V) -> None:
         """Adds or replaces a value."""
         with self._lock:
             if key in self._values:
-                self.bytes -= self.size_of(self._values.pop(key))
+                self._drop(key)
             self._insert(key, value)
 
     def keep(self, wanted: Callable[[Any], bool]) -> None:
         """Drops the values of all other keys."""
         with self._lock:
             for key in [key for key in self._values if not wanted(key)]:
-                self.bytes -= self.size_of(self._values.pop(key))
+                self._drop(key)
 
-    def _insert(self, key: Hashable, value: V) -> None:
+    def _insert(self, key: tuple[Hashable, ...], value: V) -> None:
         self._values[key] = value
-        self.bytes += self.size_of(value)
+        self.bytes += self._size(key, value)
         while self.bytes > self.max_bytes and self._values:
-            self.bytes -= self.size_of(self._values.popitem(last=False)[1])
+            self._drop(next(iter(self._values)))
+
+    def _drop(self, key: tuple[Hashable, ...]) -> None:
+        self.bytes -= self._size(key, self._values.pop(key))
+
+    def _size(self, key: tuple[Hashable, ...], value: V) -> int:
+        """Bytes of an entry; the expression in the key may be longer than the filter."""
+        return ENTRY_BYTES + sum(len(part) for part in key if isinstance(part, str)) + self.size_of(value)

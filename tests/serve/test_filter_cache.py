@@ -89,15 +89,24 @@ def test_an_error_reaches_every_request_and_is_not_cached():
 
 
 def test_the_cache_keeps_to_its_bytes_and_drops_filters_of_old_tries():
-    filters, trie = Filters(AttributeTable(list(ITEMS), ITEMS), max_bytes=150), trie_of(5)
+    filters, trie = Filters(AttributeTable(list(ITEMS), ITEMS), max_bytes=20_000), trie_of(5)
     for limit in range(50):
         filters.compile(parse_filter({"must": [key("price", lt=limit)]}), trie, 1)
-    assert 0 < filters.statistics().bytes <= 150
+    assert 0 < filters.statistics().bytes <= 20_000
     filters = Filters(AttributeTable(list(ITEMS), ITEMS))
     for version in range(5):
         codes = torch.tensor([[version, i] for i in range(5)])
         filters.compile(parse_filter({"must": [key("price", lt=9)]}), Trie.from_codes(codes, 8), version)
     assert filters.statistics().entries == filters_module.MAX_TRIES
+
+
+def test_many_different_filters_of_a_small_catalog_are_bounded_by_the_memory_of_their_expressions():
+    filters, trie = Filters(AttributeTable(list(ITEMS), ITEMS), max_bytes=300_000), trie_of(5)
+    for number in range(400):
+        wanted = parse_filter({"must": [{"has_id": [f"{number}-{n}" for n in range(100)]}]})  # 1 kB
+        filters.compile(wanted, trie, 1)
+    kept = filters.statistics()
+    assert kept.misses == 400 and 0 < kept.entries <= 50 and kept.bytes <= 300_000
 
 
 def test_many_updates_are_merged_in_the_background(monkeypatch):
