@@ -31,7 +31,6 @@ from cemg.errors import UserError
 from cemg.version import __version__
 
 Migration = Callable[[Connection], None]
-MIGRATIONS: list[Migration] = []  # the first one makes version 2 out of version 1
 LOCK = 0x63656D67  # of PostgreSQL, held while the schema is checked: "cemg"
 
 metadata = MetaData()
@@ -92,6 +91,7 @@ items = Table(
     Column("time", Double, nullable=False),
     Column("image", LargeBinary),  # last, so that SQLite reads the others without it
 )
+items_by_state = Index("cemg_items_by_state", items.c.state, items.c.item_id)
 changes = Table(
     "cemg_changes",
     metadata,
@@ -101,6 +101,11 @@ changes = Table(
     Column("payload", Text, nullable=False),  # JSON
     Column("time", Double, nullable=False),
 )
+
+
+MIGRATIONS: list[Migration] = [  # the first one makes version 2 out of version 1
+    lambda connection: items_by_state.create(connection, checkfirst=True),
+]
 
 
 def prepare(connection: Connection, *, catalog: str, where: str) -> str:

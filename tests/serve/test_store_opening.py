@@ -32,7 +32,8 @@ def test_migrations_run_once_and_in_one_transaction(location, monkeypatch):
         connection.execute(sa.text("UPDATE cemg_events SET place = 'shop'"))
         runs.append("column")
 
-    monkeypatch.setattr(schema, "MIGRATIONS", [add_column, lambda _: runs.append("second")])
+    known = schema.MIGRATIONS
+    monkeypatch.setattr(schema, "MIGRATIONS", [*known, add_column, lambda _: runs.append("second")])
     for _ in range(2):
         with Store.open(location) as store, store._database.read() as connection:
             assert connection.execute(sa.text("SELECT place FROM cemg_events")).scalar_one() == "shop"
@@ -51,7 +52,9 @@ def test_a_failing_migration_leaves_the_store_as_it_was(location, monkeypatch):
 
     before = _dump(location)
     monkeypatch.setattr(
-        schema, "MIGRATIONS", [lambda c: c.execute(sa.text("CREATE TABLE extra (a INT)")), fail]
+        schema,
+        "MIGRATIONS",
+        [*schema.MIGRATIONS, lambda c: c.execute(sa.text("CREATE TABLE extra (a INT)")), fail],
     )
     with pytest.raises(RuntimeError, match="a mistake"):
         Store.open(location)
@@ -70,11 +73,30 @@ def _dump(location: str) -> list[str]:
 
 def test_a_store_of_a_newer_version_is_refused(location, monkeypatch):
     with monkeypatch.context() as newer:
-        newer.setattr(schema, "MIGRATIONS", [lambda _: None])
+        newer.setattr(schema, "MIGRATIONS", [*schema.MIGRATIONS, lambda _: None])
         Store.open(location).close()
     with pytest.raises(UserError, match="newer version of CEMG") as caught:
         Store.open(location)
-    assert "version 2; this version reads up to 1" in caught.value.cause
+    newest = schema.newest()
+    assert f"version {newest + 1}; this version reads up to {newest}" in caught.value.cause
+
+
+def test_a_store_of_the_first_version_gets_an_index_by_which_pending_items_are_found(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with Store.open(path) as store:
+        store.put_items([Item("a"), Item("b")])
+        store.place_items({"a": [1]})
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP INDEX cemg_items_by_state")
+        connection.execute("UPDATE cemg_meta SET value = '1' WHERE name = 'schema'")
+        connection.commit()
+    with Store.open(path) as store:
+        assert [one.item.item_id for one in store.list_items(states=("pending",))] == ["b"]
+        assert store.count_items("pending") == 1
+    with closing(sqlite3.connect(path)) as connection:
+        query = "SELECT title FROM cemg_items WHERE item_id > '' AND state IN (?) ORDER BY item_id LIMIT 9"
+        plan = connection.execute(f"EXPLAIN QUERY PLAN {query}", ("pending",)).fetchall()
+        assert "cemg_items_by_state" in str(plan) and "TEMP B-TREE" not in str(plan)
 
 
 def test_a_store_has_one_service_and_any_number_of_readers(location, new_location):
