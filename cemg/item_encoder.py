@@ -12,6 +12,7 @@ from torch import Tensor
 from cemg.artifacts import RunArtifacts
 from cemg.errors import UserError
 from cemg.features import PCA, FeatureCache, Features, encode_images, encode_texts
+from cemg.features.text import TextEncoder
 from cemg.tokenizer import CONTENT, Tokenizer, place_new
 from cemg_kernels import Trie
 
@@ -31,6 +32,12 @@ class ItemEncoder:
         """What the encoders read: "text", "image" or both."""
         widths = self._artifacts.load_tokenizer().model.widths
         return {name for name in CONTENT if name in widths and self._has_projection(name)}
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        """Loaded once, since a service encodes items one by one."""
+        config, device = self._artifacts.config.text, self._artifacts.device
+        return TextEncoder(config, device=device, dtype=torch.float32)
 
     def codes(
         self, texts: Sequence[str | None], images: Sequence[Path | str | None], taken: Trie, *,
@@ -74,7 +81,8 @@ class ItemEncoder:
         paths = [Path(p) if p else None for p in images]
         raw: dict[str, Features] = {}
         if any(texts):
-            raw["text"] = encode_texts(texts, config=config.text, device=device, cache=cache)
+            encoder = self._text_encoder if any(text and text.strip() for text in texts) else None
+            raw["text"] = encode_texts(texts, config=config.text, device=device, cache=cache, encoder=encoder)
         if any(paths):
             raw["image"] = encode_images(paths, config=config.image, device=device, cache=cache)
         values = {k: torch.zeros(len(texts), w) for k, w in widths.items()}

@@ -54,6 +54,7 @@ def encode_texts(
     dtype: torch.dtype = torch.float32,
     cache: FeatureCache | None = None,
     progress: bool = True,
+    encoder: TextEncoder | None = None,
 ) -> Features:
     """Encode the texts of items.
 
@@ -64,6 +65,7 @@ def encode_texts(
         dtype: Precision to compute in.
         cache: Texts in it are not encoded again.
         progress: Whether a progress bar is shown.
+        encoder: The encoder of ``config``, if it is loaded already.
 
     Returns:
         The features, [N, F]. If there is no text at all, no model is loaded and F is 1.
@@ -77,7 +79,7 @@ def encode_texts(
     """
     if not any(text and text.strip() for text in texts):
         return Features(torch.zeros(len(texts), 1), torch.zeros(len(texts), dtype=torch.bool))
-    encoder = TextEncoder(config, device=device, dtype=dtype)
+    encoder = encoder or TextEncoder(config, device=device, dtype=dtype)
     return encode_rows(
         encoder.keys(texts),
         lambda rows: encoder.batches([texts[row] or "" for row in rows], rows),

@@ -336,8 +336,9 @@ class Similarity:
 
     def _vectors_of(self, rows: Sequence[int]) -> sparse.csr_matrix:
         """The word vectors of items, [n, V]."""
-        begin, base = len(self.base), self.base_index.vectors
-        vectors = [base[row] if row < begin else self._vectors[row - begin] for row in rows]
+        begin, base, added = len(self.base), self.base_index.vectors, self._vectors
+        assert added is not None
+        vectors = [base[row] if row < begin else added[row - begin] for row in rows]
         return sparse.csr_matrix(sparse.vstack(vectors, format="csr"))
 
     def _compared(self, vectors: sparse.csr_matrix) -> Iterator[Row]:

@@ -78,6 +78,11 @@ class ModelThread:
         """Number of queries that wait."""
         return len(self._queries)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has ended, so that another one may call the engine."""
+        return not self._thread.is_alive()
+
     def search(self, query: Query, *, timeout: float) -> Future[Answer]:
         """Queue a query. The future fails with `LateError` if no search has begun after ``timeout`` seconds.
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from cemg.decoding import Recommendations
 from cemg.errors import UserError
 from cemg.memory.rows import largest
+from cemg.memory.similarity import AddedRows
 from cemg.mixture.sources import MEMORY
 from cemg.recommender import Recommender
 from cemg.serve.expressions import Filter, NamedFilter
@@ -355,6 +356,9 @@ class Engine:
         self._replace_removed(self.removed - {*items}, version)
 
     def _replace_removed(self, removed: set[str], version: int) -> None:
+        if removed == self.removed:
+            self.version = version
+            return
         known = [item for item in sorted(removed) if item in self._rows]
         self.recommender = self.recommender.without_items(self._ids(known))
         self.version = version
@@ -374,7 +378,7 @@ class Engine:
                     (Path(folder) / str(number)).write_bytes(content)
             return self.recommender.encode_items(texts, paths)
 
-    def extended(self, codes: Mapping[str, Sequence[int]], titles: Mapping[str, str]) -> Recommender:
+    def extended(self, codes: Mapping[str, Sequence[int]]) -> Recommender:
         """Prepare a recommender with further items, for `add`. It may run beside the searches.
 
         Raises:
@@ -386,14 +390,26 @@ class Engine:
         if not self.recommender.catalog.named:
             raise UserError("the items of this run are numbers: added items would need names")
         if self.learns and self.recommender.memory.similar is not None:
-            self.recommender.memory.similar.index.vectors_of([None])  # read now: `add` holds up the searches
-        every: dict[Any, str] = {**self.titles, **titles}
-        return self.recommender.with_items(torch.tensor([*codes.values()]), [*codes], titles=every)
+            self.recommender.memory.similar.prepare()  # now: `add` holds up the searches
+        titles: dict[Any, str] = self.titles
+        return self.recommender.with_items(torch.tensor([*codes.values()]), [*codes], titles=titles)
 
-    def add(self, recommender: Recommender, texts: Sequence[str | None], version: int) -> None:
-        """Search the catalog of `extended` from now on; ``texts`` are those of the added items."""
+    def add(
+        self, recommender: Recommender, texts: Sequence[str | None], version: int, *,
+        rows: AddedRows | None = None,
+    ) -> None:  # fmt: skip
+        """Search the catalog of `extended` from now on.
+
+        Args:
+            recommender: What `extended` returned.
+            texts: The texts of the added items, without those of ``rows``.
+            version: The number of the catalog.
+            rows: The text similarities of the first added items, if they are known.
+        """
         added = recommender.catalog.item_ids[len(self.recommender.catalog) :]
         if self.learns:
+            if rows is not None:
+                recommender.memory.restore_items(rows)
             recommender.memory.add_items(texts)
         self.recommender = recommender.without_items(self.recommender.removed)
         new = {str(item): len(self._rows) + n for n, item in enumerate(added)}
@@ -408,6 +424,11 @@ class Engine:
                 for item, time, number in events:
                     if item in new:
                         self.learn(user, item, time, number)
+
+    def change_text(self, item: str, text: str | None) -> None:
+        """Compare an added item by another text from now on. Its semantic ID stays as it is."""
+        if self.learns:
+            self.recommender.memory.change_text(self._rows[item], text)
 
 
 def _shares(found: Recommendations, number: int, count: int) -> list[dict[str, float]] | None:

@@ -1,24 +1,29 @@
-"""The semantic IDs of new items, computed in the background and added to the catalog of a service."""
+"""The background work on added items: their semantic IDs, and the file of their text similarities."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 
 from cemg.errors import UserError
+from cemg.memory.similarity import Similarity
 from cemg.serve.batching import StoppedError
 from cemg.serve.database import BusyError
 from cemg.serve.engine import Engine
 from cemg.serve.interface import LaggingError, ServiceInterface
 from cemg.serve.rows import State, StoredItem
-from cemg.serve.served_run import images_of, text_of
+from cemg.serve.served_run import ServedRun, images_of, text_of
 from cemg.storage.files import StorageError
 
 PLACED_AT_ONCE = 256  # new items whose semantic IDs are computed together
 TRIES = 20  # while other replicas write
+SAVE_PAUSE = 10.0  # seconds between two writes of text similarities
+SAVE_SHARE = 20  # and as many times the seconds of the last write
+SAVE_RETRY = 600.0  # seconds after which a write is tried again when the disk has failed
 RETRY = 10  # seconds after which new items are tried again when the store has failed
 
 log = logging.getLogger("cemg.serve")
@@ -33,6 +38,7 @@ class NewItems:
 
     def __init__(self, service: ServiceInterface) -> None:
         self._service = service
+        self._save_after = 0.0  # of time.monotonic
         self._new = threading.Event()
         self._new.set()
         self._thread = threading.Thread(target=self._run, name="cemg-items", daemon=True)
@@ -50,11 +56,13 @@ class NewItems:
         """Compute the semantic IDs of pending items, in the background, until the service closes."""
         again = None
         while True:
-            self._new.wait(again)
+            self._new.wait(self._pause(again))
             self._new.clear()
             if self._service.status.draining:
                 return
             try:
+                if time.monotonic() >= self._save_after:
+                    self._save_similarity()
                 while self._place_some() and not self._service.status.draining:
                     pass
                 again = None
@@ -63,6 +71,32 @@ class NewItems:
             except Exception:
                 log.exception("new items could not be stored; the next try is in %d s", RETRY)
                 again = RETRY
+
+    def _pause(self, again: float | None) -> float | None:
+        """Seconds until there is something to do by itself; None: never."""
+        if not self._service.loaded.unsaved:
+            return again
+        save = max(0.0, self._save_after - time.monotonic())
+        return save if again is None else min(save, again)
+
+    def _save_similarity(self) -> None:
+        """Write the text similarities of the added items for the next start, if some are not written."""
+        loaded, begun = self._service.loaded, time.monotonic()
+        frozen = self._service.model.change(lambda _: loaded.frozen_similarity()).result()
+        if frozen is None:
+            return
+        replace = _saved(loaded, frozen)
+        if replace is None:
+            self._save_after = time.monotonic() + SAVE_RETRY
+            return
+        self._service.model.change(lambda _: replace()).result()
+        self._save_after = time.monotonic() + max(SAVE_PAUSE, SAVE_SHARE * (time.monotonic() - begun))
+
+    def save_at_end(self) -> None:
+        """Write the text similarities that are not written, after the model's thread has ended."""
+        frozen = self._service.loaded.frozen_similarity()
+        if frozen is not None:
+            _saved(self._service.loaded, frozen)
 
     def _place_some(self) -> bool:
         """Place up to PLACED_AT_ONCE pending items. Returns whether there may be more: something changed."""
@@ -113,13 +147,11 @@ class NewItems:
         size = len(loaded.engine.recommender.catalog)
         found = loaded.engine.encode(texts, images_of(pending, self._service.store)).tolist()
         codes = dict(zip(items, found, strict=True))
-        titles = {name: item.title for name, item in items.items()}
-        extended = loaded.engine.extended(codes, {name: title for name, title in titles.items() if title})
+        extended = loaded.engine.extended(codes)
 
-        def add(engine: Engine) -> None:  # a filter of a search needs the table to have the trie's items
+        def add(_: Engine) -> None:  # a filter of a search needs the table to have the trie's items
             loaded.table.extend([*codes], attributes)
-            engine.titles |= titles
-            engine.add(extended, texts, version)
+            loaded.add([*items.values()], extended, version)
 
         check = self._service.attribute_check(attributes)
         with self._service.order:
@@ -145,3 +177,13 @@ class NewItems:
     def _version_of(self, item: str) -> int | None:
         stored = self._service.store.get_item(item)
         return None if stored is None else stored.version
+
+
+def _saved(loaded: ServedRun, frozen: tuple[dict[str, bytes], Similarity]) -> Callable[[], None] | None:
+    """`ServedRun.save_similarity`; None, and a warning, if the disk fails."""
+    try:
+        return loaded.save_similarity(*frozen)
+    except (StorageError, OSError) as error:
+        loaded.unsaved = True
+        log.warning("the next start computes similarities anew: %s", error)
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -13,6 +13,7 @@ from pathlib import Path
 from cemg.artifacts import RunArtifacts
 from cemg.data.readers.text import clean, item_text
 from cemg.errors import UserError
+from cemg.memory.similarity import Similarity
 from cemg.recommender import Recommender
 from cemg.serve.attributes import AttributeTable
 from cemg.serve.engine import Engine, Query
@@ -20,6 +21,7 @@ from cemg.serve.filters import Filters
 from cemg.serve.named_filters import NamedFilters
 from cemg.serve.rows import Deletion, DroppedError, Item, ServedModel, StoredItem
 from cemg.serve.run_items import ItemSearch, RunItems
+from cemg.serve.similarity_file import SavedSimilarity, SimilarityFile, digest_of
 from cemg.serve.store import Store
 from cemg.storage.run import Run
 
@@ -44,6 +46,9 @@ class ServedRun:
         beams: Beams of a search by default.
         excludes_history: Whether items of the history are left out by default: unless users return to items.
         codes: Semantic IDs of the added items.
+        saved: The text similarities of the added items, in a file.
+        texts: Digests of the texts by which the memory compares the added items, in the order of their rows.
+        unsaved: Whether ``saved`` lacks some of them.
         number: Number of the last event or deletion that the engine has.
         version: Version of the catalog that the engine has; None before the first `follow`.
     """
@@ -59,7 +64,10 @@ class ServedRun:
     keeps_codes: bool
     beams: int
     excludes_history: bool
+    saved: SimilarityFile
     codes: dict[str, Sequence[int]] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+    unsaved: bool = False
     number: int = 0
     version: int | None = None
 
@@ -91,6 +99,7 @@ class ServedRun:
             keeps_codes=store.catalog in ("", recommender.catalog.digest()),
             beams=artifacts.config.decoding.beams,
             excludes_history=not (artifacts.has_gate() and artifacts.load_gate().repeats),
+            saved=SimilarityFile(run, model_version=engine.model_version, store=store.created),
         )  # fmt: skip
 
     @property
@@ -145,6 +154,7 @@ class ServedRun:
 
     def _apply(self, changed: Sequence[StoredItem], store: Store) -> None:
         new = [one for one in changed if not self.engine.has(one.item.item_id)]
+        old = [one.item for one in changed if self.engine.has(one.item.item_id)]
         codes: dict[str, Sequence[int]]
         if self.keeps_codes:
             codes = {one.item.item_id: one.codes for one in new if one.codes is not None}
@@ -154,12 +164,13 @@ class ServedRun:
             codes = self._encoded(placed, store)
         if codes:
             self._add({one.item.item_id: one.item for one in new}, codes)
+            self.codes |= codes
         here = [one for one in changed if self.engine.has(one.item.item_id)]
         active = [one.item for one in here if one.state != "removed"]
         removed = [one.item.item_id for one in here if one.state == "removed"]
         self.table.update({item: {} for item in removed})  # first: their types bind no other item
         self.table.update({item.item_id: item.attributes for item in active})
-        self.engine.titles |= {item.item_id: item.title for item in active}
+        self.describe(old)
         version = self.engine.version
         if active:
             self.engine.restore([item.item_id for item in active], version)
@@ -167,11 +178,78 @@ class ServedRun:
             self.engine.remove(removed, version)
 
     def _add(self, items: Mapping[str, Item], codes: Mapping[str, Sequence[int]]) -> None:
-        titles = {name: items[name].title for name in codes if items[name].title}
-        extended = self.engine.extended(codes, titles)
-        self.table.extend([*codes])
-        self.engine.add(extended, [text_of(items[name]) for name in codes], self.engine.version)
-        self.codes |= codes
+        saved = None if self.texts else self.saved.read()
+        if saved is not None and not saved.texts.keys() <= codes.keys():  # of a later state of the store
+            saved = None
+        first = {} if saved is None else saved.texts
+        order = [*first, *(name for name in codes if name not in first)]
+        extended = self.engine.extended({name: codes[name] for name in order})
+        self.table.extend(order)
+        self.add([items[name] for name in order], extended, self.engine.version, saved=saved)
+
+    def add(
+        self, items: Sequence[Item], extended: Recommender, version: int, *,
+        saved: SavedSimilarity | None = None,
+    ) -> None:  # fmt: skip
+        """Search further items from now on. The table must have them. See `follow` for threads.
+
+        Args:
+            items: The items, in the order of their rows.
+            extended: What `Engine.extended` returned for them.
+            version: The version of the catalog.
+            saved: The text similarities of the first ones.
+        """
+        known, rows = ({}, None) if saved is None else (saved.texts, saved.rows)
+        first, later = items[: len(known)], items[len(known) :]
+        texts = [text_of(item) for item in later]
+        self.engine.add(extended, texts, version, rows=rows)
+        self.texts |= known
+        self.texts |= {item.item_id: digest_of(text) for item, text in zip(later, texts, strict=True)}
+        self.unsaved |= len(later) > 0
+        self.engine.titles |= {item.item_id: item.title for item in later}
+        self.describe(first)
+
+    def describe(self, items: Sequence[Item]) -> None:
+        """Take the titles and texts of items that have semantic IDs. See `follow` for threads.
+
+        The memory compares items that were added to the service by their present texts. Semantic IDs, and
+        the similarities of the run's own items, stay as they are.
+        """
+        self.engine.titles |= {item.item_id: item.title for item in items}
+        for item in items:
+            text, known = text_of(item), self.texts.get(item.item_id)
+            if known is not None and known != digest_of(text):
+                self.engine.change_text(item.item_id, text)
+                self.texts[item.item_id] = digest_of(text)
+                self.unsaved = True
+
+    def frozen_similarity(self) -> tuple[dict[str, bytes], Similarity] | None:
+        """What `save_similarity` writes; None if the file has all. See `follow` for threads."""
+        similar = self.engine.recommender.memory.similar if self.engine.learns else None
+        if similar is None or not self.unsaved:
+            return None
+        self.unsaved = False
+        return dict(self.texts), similar.frozen()
+
+    def save_similarity(self, texts: dict[str, bytes], frozen: Similarity) -> Callable[[], None]:
+        """Write the text similarities of the added items to the file, in any thread.
+
+        Args:
+            texts: From `frozen_similarity`.
+            frozen: From `frozen_similarity`.
+
+        Returns:
+            Called like `follow`, it moves the rows into the arrays that were written.
+
+        Raises:
+            StorageError: They cannot be written.
+        """
+        rows = frozen.added_rows()
+        assert rows is not None, "items were added"
+        self.saved.write(SavedSimilarity(texts, rows))
+        similar = self.engine.recommender.memory.similar
+        assert similar is not None
+        return partial(similar.replace_rows, rows, frozen)
 
     def _encoded(self, items: Sequence[StoredItem], store: Store) -> dict[str, Sequence[int]]:
         """The semantic IDs of items; those that say nothing to the encoder are left out, and stay pending."""

@@ -121,6 +121,8 @@ class Service:
             self._follower.close(max(0.1, self._end - time.monotonic()))
         self.loader.join(max(0.1, self._end - time.monotonic()))
         self.stop_shadow()
+        if self.model.ended and time.monotonic() < self._end:
+            self.new_items.save_at_end()
         self.store.close()
 
     # ---- models
@@ -454,7 +456,7 @@ class Service:
             self.new_items.wake()
 
         def apply(engine: Engine) -> None:
-            engine.titles |= {name: item.title for name, item in here.items()}
+            self._loaded.describe([*here.values()])
             engine.restore([*here], version)
 
         return self.apply(apply)
@@ -487,6 +489,7 @@ class Service:
         """
         with self.order:
             version = self.store.remove_item(item)
+            self.status.failed_items.pop(item, None)
             if self._follower is None and item in self._loaded.table:
                 self._loaded.table.update({item: {}})
             removed = self.apply(lambda engine: engine.remove([item], version))

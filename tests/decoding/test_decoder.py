@@ -41,6 +41,20 @@ def test_the_lists_equal_those_of_transformers(bench, same_lists, family, normal
     assert torch.equal(theirs.codes[live], made.catalog.codes[theirs.items[live]])
 
 
+def test_a_decoder_with_another_catalog_equals_a_new_one_and_leaves_the_first_as_it_was(bench):
+    made = bench(FAMILIES[0], 30)
+    decoder, prompts = Decoder(made.model, made.catalog, START), made.prompts([5, 2])
+    before, less = decoder.decode(*prompts, 5), made.catalog.take(range(20))
+    mine, new = decoder.with_catalog(less).decode(*prompts, 20), Decoder(made.model, less, START)
+    expected = new.decode(*prompts, 20)
+    assert torch.equal(mine.items, expected.items) and torch.equal(mine.scores, expected.scores)
+    again = decoder.decode(*prompts, 5)
+    assert torch.equal(again.items, before.items) and bool((before.items >= 20).any())
+    larger = Catalog.from_codes(less.codes, SIZE + 1)
+    with pytest.raises(UserError):
+        decoder.with_catalog(larger)
+
+
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_one_beam_per_item_the_list_is_the_exact_ranking(bench, family, normalize):

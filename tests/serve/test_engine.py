@@ -92,7 +92,7 @@ def test_an_added_item_is_searched_and_others_keep_their_ids(engine: Engine, tmp
     before = engine.recommender.catalog
     texts = ["sturdy rudder for the garden", "plain music telescope"]
     codes = engine.encode(texts, [None] * len(texts)).tolist()
-    extended = engine.extended({"n1": codes[0], "n2": codes[1]}, {"n1": "Rudder"})
+    extended = engine.extended({"n1": codes[0], "n2": codes[1]})
     assert len(engine.recommender.catalog) == len(before)  # nothing changes before it is added
     engine.add(extended, texts, 9)
     after = engine.recommender.catalog
@@ -103,7 +103,7 @@ def test_an_added_item_is_searched_and_others_keep_their_ids(engine: Engine, tmp
     assert engine.learn("u1", "n1", 1.0) and engine.history("u1")[-1] == "n1"
     assert len(ask(engine, engine.history("u1"), limit=5)) == 5
     with pytest.raises(UserError, match="n1 is already in the catalog"):
-        engine.extended({"n1": codes[0]}, {})
+        engine.extended({"n1": codes[0]})
 
 
 def test_live_additions_equal_those_of_the_command(
@@ -115,7 +115,7 @@ def test_live_additions_equal_those_of_the_command(
     assert command(catalog_command.app, *words) == 0
     stored = Engine(Recommender.from_run(tmp_path / "run"))
     texts = ["sturdy rudder for the garden."]  # composed as by the readers
-    engine.add(engine.extended({"n1": engine.encode(texts, [None] * len(texts)).tolist()[0]}, {}), texts, 1)
+    engine.add(engine.extended({"n1": engine.encode(texts, [None] * len(texts)).tolist()[0]}), texts, 1)
     assert (stored.recommender.catalog.codes == engine.recommender.catalog.codes).all()
     history = engine.history(next(iter(engine._histories)))
     queries = [Query(tuple(history), limit=10, beams=20), Query((*history, "n1"), limit=10, beams=20)]
