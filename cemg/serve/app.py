@@ -317,7 +317,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         A shadow answers none: a sample of the requests is searched by it, too, and compared.
         """
         if body.shadow:
-            service.load_shadow(body.run, sample=body.sample, events=body.events)
+            service.shadows.load(body.run, sample=body.sample, events=body.events)
         else:
             service.load_model(body.run, events=body.events)
         return answer()
@@ -325,7 +325,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.delete("/v1/models/shadow", tags=["models"], dependencies=[requires("admin")])
     def stop_shadow() -> schemas.ModelsAnswer:
         """End the comparison with a shadow."""
-        if not service.stop_shadow():
+        if not service.shadows.stop():
             raise HTTPException(404, "there is no shadow")
         return answer()
 
@@ -341,7 +341,7 @@ def _model(served: ServedModel) -> schemas.ModelAnswer:
 
 
 def _shadow(service: Service) -> schemas.ShadowAnswer | None:
-    shadow = service.shadow
+    shadow = service.shadows.current
     if shadow is None:
         return None
     done = shadow.compared

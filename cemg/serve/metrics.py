@@ -201,7 +201,7 @@ class _Figures(Collector):
             "cemg_late_requests": ("Requests that waited until their deadline", model.figures.late),
             "cemg_cancelled_requests": ("Requests whose client had gone", model.figures.cancelled),
         }
-        shadow = self.service.shadow
+        shadow = self.service.shadows.current
         if shadow is not None:
             done = shadow.compared
             counters |= {

@@ -186,6 +186,19 @@ class Models:
     previous: ServedModel | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ShadowModel:
+    """A run that is compared with the one that answers.
+
+    Attributes:
+        model: The run.
+        sample: Share of the requests that are compared, above 0 to 1.
+    """
+
+    model: ServedModel
+    sample: float
+
+
 def check_names(names: Sequence[str], kind: str, *, source: str, limit: int = MAX_ID) -> None:
     """Raise UserError for an id that is empty, too long or has control characters."""
     wrong = next((name for name in names if not isinstance(name, str)), None)

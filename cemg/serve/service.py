@@ -36,12 +36,11 @@ from cemg.serve.rows import (
     patched,
 )
 from cemg.serve.served_run import ServedRun, run_of
-from cemg.serve.shadow import Shadow
+from cemg.serve.shadow import Shadows
 from cemg.serve.store import Store
 from cemg.storage.run import Run
 from cemg.tokenizer import Catalog
 
-JOIN = 1.0  # seconds to wait for the search of a shadow
 TRIES = 20  # of a write to the catalog while other replicas write
 FEW = 100  # changes that a run may still lack when writes wait for it
 
@@ -68,6 +67,7 @@ class Service:
         loader: Loads other runs.
         status: What the service is doing.
         order: Held while a change is stored and queued for the engine.
+        shadows: Compares another run with the one that answers.
         new_items: The thread that computes semantic IDs.
 
     Raises:
@@ -94,11 +94,12 @@ class Service:
         self.model = ModelThread(loaded.engine, max_batch=max_batch, max_queue=max_queue)
         self.loader = Loader(run.resolve().parent if models is None else models)
         self._sorted: tuple[Catalog, list[str]] | None = None
-        self._shadow: Shadow | None = None
+        self.shadows = Shadows(self, kept=not replica)
         self.order = threading.Lock()
         if replica:
             self._follower = Follower(self)
         self.new_items = NewItems(self)
+        self.shadows.resume()
         self.status.ready = True
 
     def wake(self) -> None:
@@ -120,7 +121,7 @@ class Service:
         if self._follower is not None:
             self._follower.close(max(0.1, self._end - time.monotonic()))
         self.loader.join(max(0.1, self._end - time.monotonic()))
-        self.stop_shadow()
+        self.shadows.close()
         if self.model.ended and time.monotonic() < self._end:
             self.new_items.save_at_end()
         self.store.close()
@@ -226,7 +227,7 @@ class Service:
                 self._record(loaded, self.models().current)
             self.model.change(partial(self._take, loaded)).result()
         self.wake()
-        self.stop_shadow()  # semantic IDs in the store are others from here on
+        self.shadows.stop()  # semantic IDs in the store are others from here on
 
     def _record(self, loaded: ServedRun, previous: ServedModel | None) -> None:
         """Store that a run is served from now on. Its items get their new semantic IDs at the same time."""
@@ -259,45 +260,6 @@ class Service:
         if self._follower is not None:
             self.model.change(self._follower.follow).result()
 
-    # ---- a shadow
-
-    @property
-    def shadow(self) -> Shadow | None:
-        """The run that is compared with the one that answers."""
-        return self._shadow
-
-    def load_shadow(self, run: str, *, sample: float, events: int | None = None) -> Attempt:
-        """Load a run in the background that is only compared with the one that answers: see `Shadow`.
-
-        It ends with `stop_shadow`, with another shadow, when another model answers, and with the service.
-
-        Args:
-            run: A folder below that of the loader.
-            sample: Share of the requests that are compared.
-            events: As in `load_model`.
-
-        Raises:
-            UserError: The folder is not allowed.
-            LoadingError: Another run is being loaded.
-        """
-        path = self.loader.path_of(run)
-        return self.loader.start(path, partial(self._compare_with, path, sample, events))
-
-    def _compare_with(self, run: Path, sample: float, events: int | None) -> None:
-        loaded = self.load(run, events)
-        loaded.follow(self.store)
-        loaded.warm_up()
-        self.stop_shadow()
-        if not self.status.draining:
-            self._shadow = Shadow(loaded, self.store, sample=sample)
-
-    def stop_shadow(self) -> bool:
-        """End the comparison. Returns whether there was one."""
-        shadow, self._shadow = self._shadow, None
-        if shadow is not None:
-            shadow.stop(timeout=JOIN)
-        return shadow is not None
-
     # ---- recommendations
 
     def recommend(self, request: Request, *, timeout: float) -> Future[Answer]:
@@ -311,9 +273,7 @@ class Service:
             exact=request.exact, filter=request.filter, explain=request.explain,
         )  # fmt: skip
         future = self.model.search(query, timeout=timeout)
-        shadow = self._shadow
-        if shadow is not None:
-            future.add_done_callback(partial(_offer, shadow, query))
+        self.shadows.offer(query, future)
         return future
 
     # ---- events and users
@@ -495,9 +455,3 @@ class Service:
             removed = self.apply(lambda engine: engine.remove([item], version))
         removed.result()
         return version
-
-
-def _offer(shadow: Shadow, query: Query, future: Future[Answer]) -> None:
-    """Called by the thread of the model when a request is answered."""
-    if not future.cancelled() and future.exception() is None:
-        shadow.offer(query, future.result())

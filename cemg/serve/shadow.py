@@ -8,13 +8,21 @@ import queue
 import random
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
+from cemg.errors import UserError
 from cemg.serve.engine import Answer, Query
+from cemg.serve.interface import ServiceInterface
+from cemg.serve.models import Attempt
+from cemg.serve.rows import ShadowModel
 from cemg.serve.served_run import ServedRun
 from cemg.serve.store import Store
 
+JOIN = 1.0  # seconds to wait for the search of a shadow that ends
 WAITING = 64  # requests that may wait for the comparison; beyond it, they are left out
 
 log = logging.getLogger("cemg.serve.shadow")
@@ -100,3 +108,85 @@ class Shadow:
             "items": answer.items, "shadow_items": other.items, "shadow_ms": round(1000 * seconds, 2),
         }  # fmt: skip
         log.info(json.dumps(about))
+
+
+class Shadows:
+    """The shadow of a service: at most one, which the store names, so that it continues after a restart.
+
+    Args:
+        service: The service, whose store, loader and status are used.
+        kept: Whether the store names the shadow. Replicas share a store, and each has a shadow of its own.
+    """
+
+    def __init__(self, service: ServiceInterface, *, kept: bool) -> None:
+        self._service, self._kept = service, kept
+        self.current: Shadow | None = None
+
+    def load(self, run: str, *, sample: float, events: int | None = None) -> Attempt:
+        """Load a run in the background that is only compared with the one that answers: see `Shadow`.
+
+        It ends with `stop`, with another shadow, and when another model answers.
+
+        Args:
+            run: A folder below that of the loader.
+            sample: Share of the requests that are compared.
+            events: As in `Service.load_model`.
+
+        Raises:
+            UserError: The folder is not allowed.
+            LoadingError: Another run is being loaded.
+        """
+        loader = self._service.loader
+        path = loader.path_of(run)
+        return loader.start(path, partial(self._begin, path, sample, events))
+
+    def resume(self) -> None:
+        """Load the shadow that the store names, in the background. `Loader.last` says if that fails."""
+        stored = self._service.store.shadow if self._kept else None
+        if stored is not None:
+            path, model = Path(stored.model.run), stored.model
+            begin = partial(self._begin, path, stored.sample, model.events, version=model.version)
+            self._service.loader.start(path, begin)
+
+    def stop(self) -> bool:
+        """End the comparison, also for later starts. Returns whether there was one."""
+        stored = self._kept and self._service.store.shadow is not None
+        if stored:
+            self._service.store.set_shadow(None)
+        return self.close() or stored
+
+    def close(self) -> bool:
+        """End the comparison until the next start. Returns whether there was one."""
+        shadow, self.current = self.current, None
+        if shadow is not None:
+            shadow.stop(timeout=JOIN)
+        return shadow is not None
+
+    def offer(self, query: Query, future: Future[Answer]) -> None:
+        """Compare a request with the shadow, if there is one, once it is answered."""
+        if self.current is not None:
+            future.add_done_callback(partial(_offer, self.current, query))
+
+    def _begin(self, run: Path, sample: float, events: int | None, version: str | None = None) -> None:
+        service = self._service
+        loaded = service.load(run, events)
+        found = loaded.engine.model_version
+        if version is not None and found != version:
+            raise UserError(
+                f"{run}, the shadow, was changed since it was loaded",
+                cause=f"it is model {found} now, not {version}",
+                fix="load it again, or end it: DELETE /v1/models/shadow",
+            )
+        loaded.follow(service.store)
+        loaded.warm_up()
+        self.close()
+        if not service.status.draining:
+            if self._kept:
+                service.store.set_shadow(ShadowModel(loaded.served_model, sample))
+            self.current = Shadow(loaded, service.store, sample=sample)
+
+
+def _offer(shadow: Shadow, query: Query, future: Future[Answer]) -> None:
+    """Called by the thread of the model when a request is answered."""
+    if not future.cancelled() and future.exception() is None:
+        shadow.offer(query, future.result())

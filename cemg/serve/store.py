@@ -30,6 +30,7 @@ from cemg.serve.rows import (
     DroppedError,
     Item,
     Models,
+    ShadowModel,
     State,
     StoredItem,
     UnknownItemError,
@@ -291,6 +292,17 @@ class Store(EventStore):
         """The run that was chosen last, and the one before it; None if none was chosen."""
         found = self._meta("models")
         return None if found is None else parse_json(found, Models, name="the store's choice of a model")
+
+    @property
+    def shadow(self) -> ShadowModel | None:
+        """The run that is compared with the one that answers, also after a restart; None if there is none."""
+        found = self._meta("shadow")
+        return parse_json(found, ShadowModel, name="the store's choice of a shadow") if found else None
+
+    def set_shadow(self, shadow: ShadowModel | None) -> None:
+        """Store which run is compared from now on."""
+        with self._database.write() as connection:
+            set_meta(connection, "shadow", "" if shadow is None else to_json(asdict(shadow)))
 
     @property
     def created(self) -> str:

@@ -24,6 +24,7 @@ from cemg.serve.engine import Answer, Query
 from cemg.serve.models import Loader, LoadingError
 from cemg.serve.rows import Event, Item
 from cemg.serve.served_run import ServedRun
+from cemg.serve.service import Service
 from cemg.serve.shadow import WAITING, Shadow
 from cemg.serve.store import Store
 
@@ -168,6 +169,36 @@ def test_a_shadow_is_compared_and_answers_nothing(server: ServerProcess) -> None
     server.json("DELETE", "/v1/models/shadow")
     assert server.json("GET", "/v1/models")["shadow"] is None
     server.json("DELETE", "/v1/models/shadow", status=404)
+
+
+def test_a_shadow_continues_after_a_restart_until_it_is_ended_or_its_run_changes(runs: Path) -> None:
+    def shadow_of(service: Service) -> tuple[Path, float] | None:
+        eventually(lambda: service.loader.last is None or service.loader.last.state != "loading")
+        now = service.shadows.current
+        return None if now is None else (now.loaded.run.resolve(), now.sample)
+
+    service = Service(runs / "run")
+    service.shadows.load("other", sample=0.5, events=3)
+    expected = ((runs / "other").resolve(), 0.5)
+    assert shadow_of(service) == expected
+    service.close()
+    service = Service(runs / "run")
+    assert shadow_of(service) == expected
+    assert service.shadows.current is not None and service.shadows.current.loaded.events == 3
+    service.close()
+    (runs / "other").rename(runs / "away")
+    service = Service(runs / "run")  # it serves, and says why there is no shadow
+    assert shadow_of(service) is None and service.loader.last is not None
+    assert service.loader.last.state == "failed" and "other" in str(service.loader.last.reason)
+    (runs / "away").rename(runs / "other")
+    service.close()
+    service = Service(runs / "run")
+    assert shadow_of(service) == expected
+    assert service.shadows.stop() and not service.shadows.stop()
+    service.close()
+    service = Service(runs / "run")
+    assert shadow_of(service) is None and service.loader.last is None
+    service.close()
 
 
 def test_a_shadow_that_fails_or_is_slow_costs_the_answers_nothing(tiny_run: Path, tmp_path: Path) -> None:
