@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -58,7 +59,9 @@ def build_memory(
     return _assembled(config, constants, counts, transitions, similar, index, item_ids)
 
 
-def fit_memory(data: Dataset, split: Split, *, config: MemoryConfig, log: Log | None = None) -> Memory:
+def fit_memory(
+    data: Dataset, split: Split, *, config: MemoryConfig, log: Log | None = None, scratch: Path | None = None
+) -> Memory:
     """Build the memory of a data set from its training part, with constants chosen on its validation users.
 
     Args:
@@ -66,19 +69,26 @@ def fit_memory(data: Dataset, split: Split, *, config: MemoryConfig, log: Log | 
         split: Its split. The test items are not read.
         config: Settings.
         log: Receives the search of `fit_constants`.
+        scratch: A folder for the entries of the memory while it is built, and for as long as it is used; see
+            `RowsWriter`. None keeps them in memory: about 800 bytes per item for the most similar texts, and
+            8 bytes per transition, of which there are up to 20 per training event with the default window.
 
     Raises:
         UserError: There is no training interaction.
+        StorageError: The disk of ``scratch`` is full.
     """
     counts = _counts(split.train, data.num_items)
     index = TextIndex.fit(data.texts) if config.text == "tfidf" else None
-    similar = None if index is None else index.most_similar(config.similar_items)
+    similar = None if index is None else index.most_similar(config.similar_items, scratch=scratch)
     default = Constants()
-    transitions = count_transitions(split.train, data.num_items, window=config.window, constants=default)
+    transitions = count_transitions(
+        split.train, data.num_items, window=config.window, constants=default, scratch=scratch
+    )
     constants = fit_constants(split, transitions, similar, config=config, log=log)
     if constants.exponent != default.exponent:  # it orders the rows
+        del transitions  # before the new ones are counted
         transitions = count_transitions(
-            split.train, data.num_items, window=config.window, constants=constants
+            split.train, data.num_items, window=config.window, constants=constants, scratch=scratch
         )
     return _assembled(config, constants, counts, transitions, similar, index, data.item_ids)
 

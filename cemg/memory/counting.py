@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
 from cemg.memory.config import Constants
-from cemg.memory.rows import Rows, item_factors
+from cemg.memory.rows import Rows, RowsWriter, item_factors
 from cemg.memory.transitions import step_weights
 
 BLOCK_PAIRS = 4_000_000  # pairs per block of rows: bounds the scratch memory of a build to some 300 MB
 
 
 def count_transitions(
-    train: Sequence[np.ndarray], num_items: int, *, window: int, constants: Constants
-) -> Rows:
+    train: Sequence[np.ndarray], num_items: int, *, window: int, constants: Constants,
+    scratch: Path | None = None,
+) -> Rows:  # fmt: skip
     """Count the transitions T of training sequences.
 
     Args:
@@ -24,30 +26,35 @@ def count_transitions(
         num_items: N.
         window: Largest distance.
         constants: Weights, and the exponent that orders the entries of a row.
+        scratch: A folder for the entries, see `RowsWriter`. The memory that is used is then 24 bytes per
+            event, 16 per item, and that of a block.
 
     Returns:
         T with N rows.
+
+    Raises:
+        StorageError: The disk of ``scratch`` is full.
     """
     items, users = flatten(train)
-    window = min(window, max(map(len, train), default=1))
-    factors = item_factors(np.bincount(items, minlength=num_items), constants.exponent)
-    weights_of = step_weights(window, constants)
-    blocks = list(_blocks(items, users, num_items, window))
-    starts = np.zeros(num_items + 1, dtype=np.int64)
-    size = sum(pairs for _, _, pairs in blocks)
-    columns, weights = (
-        np.empty(size, np.int32),
-        np.empty(size, np.float32),
-    )  # pages beyond the end stay unused
-    end = 0
-    for low, high, _ in blocks:
-        block = _count_block(items, users, low, high, num_items, *weights_of)
+    window = max(1, min(window, max(map(len, train), default=1)))
+    counts = np.bincount(items, minlength=num_items)
+    factors = item_factors(counts, constants.exponent)
+    forward, backward = step_weights(window, constants)
+    events = _by_item(items, window)
+    # the sequences between ``window`` positions of no user, so that an event has a position at each distance
+    items, users = np.pad(items, window), np.pad(users, window, constant_values=-1)
+    steps = [
+        step
+        for distance in range(1, window + 1)
+        for step in ((distance, forward[distance - 1]), (-distance, backward[distance - 1]))
+    ]
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    rows = RowsWriter(num_items, scratch)
+    for low, high in _blocks(starts, 2 * window):
+        block = _count_block(items, users, events[starts[low] : starts[high]], (low, high, num_items), steps)
         order = _best_first(block, factors)
-        stop = end + block.nnz
-        columns[end:stop], weights[end:stop] = block.indices[order], block.data[order]
-        starts[low + 1 : high + 1] = end + block.indptr[1:]
-        end = stop
-    return Rows(starts, columns[:end], weights[:end])
+        rows.append(np.diff(block.indptr), block.indices[order], block.data[order])
+    return rows.finish()
 
 
 def flatten(train: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -58,42 +65,50 @@ def flatten(train: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(train).astype(np.int32, copy=False), users
 
 
-def _blocks(
-    items: np.ndarray, users: np.ndarray, num_items: int, window: int
-) -> Iterator[tuple[int, int, int]]:
-    """Split the rows into ranges (low, high) of about BLOCK_PAIRS pairs, and yield the pairs of each too."""
-    per_item = np.zeros(num_items, dtype=np.int64)
-    for distance in range(1, window + 1):
-        same = users[distance:] == users[:-distance]
-        per_item += np.bincount(items[:-distance][same], minlength=num_items)
-        per_item += np.bincount(items[distance:][same], minlength=num_items)
-    total = np.concatenate(([0], np.cumsum(per_item)))
-    low = 0
+def _by_item(items: np.ndarray, window: int) -> np.ndarray:
+    """The positions of the events of each item, item after item, [E], counted from ``window``."""
+    positions = np.argsort(items)  # sums do not depend on the order of the events of an item
+    positions += window
+    return positions
+
+
+def _blocks(starts: np.ndarray, pairs: int) -> Iterator[tuple[int, int]]:
+    """Split the rows into ranges (low, high) of at most BLOCK_PAIRS pairs, or of one row.
+
+    ``pairs``: of an event, at most.
+    """
+    low, num_items = 0, len(starts) - 1
     while low < num_items:
-        high = int(np.searchsorted(total, total[low] + BLOCK_PAIRS, side="right")) - 1
+        high = int(np.searchsorted(starts, starts[low] + BLOCK_PAIRS // pairs, side="right")) - 1
         high = min(max(high, low + 1), num_items)
-        yield low, high, int(total[high] - total[low])
+        yield low, high
         low = high
 
 
 def _count_block(
-    items: np.ndarray, users: np.ndarray, low: int, high: int, num_items: int, forward: list[float],
-    backward: list[float],
+    items: np.ndarray, users: np.ndarray, events: np.ndarray, rows: tuple[int, int, int],
+    steps: list[tuple[int, float]],
 ) -> sparse.csr_matrix:  # fmt: skip
-    """Rows ``low`` to ``high`` of T, float64."""
+    """Rows ``low`` to ``high`` of T, float64.
+
+    Args:
+        items: [E] items of all events.
+        users: [E] their users.
+        events: Positions of the events of the items ``low`` to ``high``.
+        rows: ``low``, ``high`` and N.
+        steps: Position of another event, relative to the first, and the weight of the pair.
+    """
+    low, high, num_items = rows
+    source, owner = items[events], users[events]
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    inside = (items >= low) & (items < high)
-    for distance, (ahead, back) in enumerate(zip(forward, backward, strict=True), start=1):
-        earlier, later = items[:-distance], items[distance:]
-        other = (users[distance:] == users[:-distance]) & (earlier != later)
-        for mask, source, target, value in (
-            (inside[:-distance] & other, earlier, later, ahead),
-            (inside[distance:] & other, later, earlier, back),
-        ):
-            chosen = source[mask]
-            parts.append((chosen - np.int32(low), target[mask], np.full(len(chosen), value)))
-    rows, columns, values = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return sparse.coo_matrix((values, (rows, columns)), shape=(high - low, num_items)).tocsr()
+    for step, weight in steps:
+        at = events + step
+        target = items[at]
+        paired = (users[at] == owner) & (target != source)
+        chosen = source[paired]
+        parts.append((chosen - np.int32(low), target[paired], np.full(len(chosen), weight)))
+    sources, targets, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return sparse.coo_matrix((weights, (sources, targets)), shape=(high - low, num_items)).tocsr()
 
 
 def _best_first(block: sparse.csr_matrix, factors: np.ndarray) -> np.ndarray:

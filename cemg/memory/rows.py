@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 import numpy as np
+
+from cemg.storage.files import storage_error
 
 DIGIT = 16  # bits per pass of the radix sort that NumPy uses for 16-bit keys
 Row = tuple[np.ndarray, np.ndarray]  # items, int32, and values, float32
@@ -55,6 +61,54 @@ class Rows:
         items = np.concatenate([np.zeros(0, np.int32), *(items for items, _ in rows)])
         values = np.concatenate([np.zeros(0, np.float32), *(values for _, values in rows)])
         return cls(starts, items.astype(np.int32, copy=False), values.astype(np.float32, copy=False))
+
+
+class RowsWriter:
+    """Builds `Rows` block by block.
+
+    Args:
+        num_rows: R.
+        scratch: A folder. The entries are then in files without a name in it, which are read by memory map
+            and which the system removes when they are not used any more, also if the process is killed. None
+            keeps the entries in memory.
+    """
+
+    def __init__(self, num_rows: int, scratch: Path | None = None) -> None:
+        self.starts = np.zeros(num_rows + 1, dtype=np.int64)
+        self.scratch = scratch
+        self.items, self.values = self._open(), self._open()
+        self._rows = 0
+
+    def append(self, lengths: np.ndarray, items: np.ndarray, values: np.ndarray) -> None:
+        """Append rows with ``lengths`` entries each, row after row.
+
+        Raises:
+            StorageError: The disk of ``scratch`` is full.
+        """
+        end = self._rows + len(lengths)
+        np.cumsum(lengths, out=self.starts[self._rows + 1 : end + 1])
+        self.starts[self._rows + 1 : end + 1] += self.starts[self._rows]
+        self._rows = end
+        try:
+            self.items.write(np.ascontiguousarray(items, dtype=np.int32).data)
+            self.values.write(np.ascontiguousarray(values, dtype=np.float32).data)
+        except OSError as error:
+            raise storage_error(error, self.scratch) or error from error
+
+    def finish(self) -> Rows:
+        """Return the matrix. Nothing can be appended after that."""
+        return Rows(self.starts, self._read(self.items, np.int32), self._read(self.values, np.float32))
+
+    def _open(self) -> IO[bytes]:
+        return io.BytesIO() if self.scratch is None else tempfile.TemporaryFile(dir=self.scratch)
+
+    def _read(self, file: IO[bytes], dtype: type[np.generic]) -> np.ndarray:
+        if isinstance(file, io.BytesIO):
+            return np.frombuffer(file.getbuffer(), dtype)
+        with file:
+            file.flush()
+            # copy on write: nothing is written to the file, but tensors of the array are not read-only
+            return np.memmap(file, dtype, mode="c") if self.starts[-1] else np.zeros(0, dtype)
 
 
 def joined(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, list[int]]:

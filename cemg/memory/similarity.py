@@ -19,7 +19,7 @@ import torch
 from scipy import sparse
 
 from cemg.errors import DamagedError
-from cemg.memory.rows import Row, Rows, largest
+from cemg.memory.rows import Row, Rows, RowsWriter, largest
 from cemg.storage import files
 from cemg.storage.read import RESTORE, read_tensors
 
@@ -28,8 +28,10 @@ TEXTS_FILE = "texts.safetensors"
 MAX_SHARE = 0.2  # words in more than this share of the items are left out
 BLOCK = 512  # items per block of the product
 COMPARED = 64  # added items per block of the product
-MAX_PRODUCTS = 4_000_000_000  # of an exact search; beyond it, common words find no neighbors
-CANDIDATES = 300  # per item of an inexact search, compared exactly
+MAX_PRODUCTS = 4_000_000_000  # of the search in a small catalog
+LARGE_BLOCK = 16_384  # items per block of the search in a large catalog: it clears 8 bytes per item of N
+PRODUCTS_PER_ITEM = 25_000  # of the search in a large catalog; beyond it, common words find no neighbors
+CANDIDATES = 300  # per item of a large catalog, compared by all words
 TOKENS = r"(?u)\b\w+\b"
 
 
@@ -79,34 +81,81 @@ class TextIndex:
         """The vectors by word, [V, N]: the product with a vector reads only the items that share a word."""
         return sparse.csr_matrix(self.vectors.T)
 
-    def most_similar(self, top: int) -> Rows:
+    def most_similar(self, top: int, *, scratch: Path | None = None) -> Rows:
         """Return the ``top`` most similar other items of each item, most similar first.
 
-        Above MAX_PRODUCTS multiplications, the most common words do not find neighbors: the CANDIDATES items
-        that share the heaviest rarer words are compared by all words.
+        Up to MAX_PRODUCTS multiplications, items are compared by all their words, and the lower item wins
+        ties. Above, sparse_dot_topn finds the CANDIDATES items that share the heaviest words, which are then
+        compared by all words. Above PRODUCTS_PER_ITEM multiplications per item, the most common words do not
+        find candidates.
+
+        Args:
+            top: Number of items per row.
+            scratch: A folder for the entries, see `RowsWriter`.
+
+        Raises:
+            StorageError: The disk of ``scratch`` is full.
         """
-        finding, is_exact = self._finding()
-        transposed = finding.T.tocsr()
-        num_items = self.vectors.shape[0]
-        size = num_items * min(top, num_items)
-        # pages beyond the end stay unused
-        columns, cosines = np.empty(size, np.int32), np.empty(size, np.float32)
-        ends = np.zeros(num_items + 1, dtype=np.int64)
-        for low in range(0, num_items, BLOCK):
-            block = (finding[low : low + BLOCK] @ transposed).tocsr()
+        df = np.bincount(self.vectors.indices, minlength=len(self.words)).astype(np.float64)
+        is_small = float(np.square(df).sum()) <= MAX_PRODUCTS
+        rows = RowsWriter(self.vectors.shape[0], scratch)
+        for block in self._compared(top) if is_small else self._found(top, df):
+            rows.append(*block)
+        return rows.finish()
+
+    def _compared(self, top: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Blocks of rows of `most_similar`: lengths, items and cosines, from the product of all words."""
+        transposed = self.vectors.T.tocsr()
+        for low in range(0, self.vectors.shape[0], BLOCK):
+            block = (self.vectors[low : low + BLOCK] @ transposed).tocsr()
+            rows = []
             for row in range(block.shape[0]):
                 part = slice(block.indptr[row], block.indptr[row + 1])
                 items, values = block.indices[part], block.data[part]
                 other = items != low + row
-                items, values = items[other], values[other]
-                if not is_exact:
-                    items, _ = best(items, values, CANDIDATES)
-                    values = (self.vectors[items] @ self.vectors[low + row].T).toarray().ravel()
-                items, values = best(items, values, top)
-                begin, end = ends[low + row], ends[low + row] + len(items)
-                columns[begin:end], cosines[begin:end] = items, values
-                ends[low + row + 1] = end
-        return Rows(ends, columns[: ends[-1]], cosines[: ends[-1]])
+                rows.append(best(items[other], values[other], top))
+            items, cosines = (np.concatenate(column) for column in zip(*rows, strict=True))
+            yield np.array([len(each) for each, _ in rows]), items, cosines
+
+    def _found(self, top: int, df: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Blocks of rows of `most_similar` in a large catalog; ``df`` [V] is the number of items per word."""
+        from sparse_dot_topn import sp_matmul_topn  # needed only for building
+
+        finding = self._without_common_words(df)
+        transposed = finding.T.tocsr()
+        count, threads = max(CANDIDATES, top) + 1, torch.get_num_threads()  # the item itself is one of them
+        for start in range(0, finding.shape[0], LARGE_BLOCK):
+            found = sp_matmul_topn(
+                finding[start : start + LARGE_BLOCK], transposed, top_n=count, n_threads=threads
+            )
+            for low in range(0, found.shape[0], BLOCK):
+                yield self._ranked(found[low : low + BLOCK], start + low, top)
+
+    def _ranked(
+        self, found: sparse.csr_matrix, first: int, top: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Compare candidates by all words: lengths, items and cosines of the rows from item ``first`` on."""
+        rows = np.repeat(np.arange(found.shape[0]), np.diff(found.indptr))
+        other = found.indices != rows + first
+        rows, items = rows[other], found.indices[other]
+        products = self.vectors[rows + first].multiply(self.vectors[items])
+        cosines = np.asarray(products.sum(axis=1)).ravel()
+        order = np.lexsort((items, -cosines, rows))
+        lengths = np.bincount(rows, minlength=found.shape[0])
+        rank = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        kept = order[rank < top]
+        return np.minimum(lengths, top), items[kept], cosines[kept]
+
+    def _without_common_words(self, df: np.ndarray) -> sparse.csr_matrix:
+        """The vectors with the rarest words only, within PRODUCTS_PER_ITEM."""
+        limit = max(MAX_PRODUCTS, PRODUCTS_PER_ITEM * self.vectors.shape[0])
+        ordered = np.sort(df)
+        last = np.searchsorted(np.cumsum(np.square(ordered)), limit, side="right")
+        if last == len(ordered):
+            return self.vectors
+        kept = sparse.csr_matrix(self.vectors @ sparse.diags((df < ordered[last]).astype(np.float32)))
+        kept.eliminate_zeros()
+        return kept
 
     def first(self, count: int) -> TextIndex:
         """Return the index of the first ``count`` items. Words and weights do not depend on later ones."""
@@ -158,19 +207,6 @@ class TextIndex:
             raise DamagedError(f"{folder / TEXTS_FILE} is damaged", cause=problem, fix=fix)
         vectors = sparse.csr_matrix((found["values"], items, starts), shape=shape)
         return cls(words, found["weights"], vectors).first(num_items)
-
-    def _finding(self) -> tuple[sparse.csr_matrix, bool]:
-        """The vectors, without the most common words if the product with all of them is too large."""
-        df = np.sort(np.bincount(self.vectors.indices, minlength=len(self.words)))
-        products = np.cumsum(df.astype(np.float64) ** 2)
-        if products[-1] <= MAX_PRODUCTS:
-            return self.vectors, True
-        limit = df[np.searchsorted(products, MAX_PRODUCTS)]
-        counts = np.bincount(self.vectors.indices, minlength=len(self.words))
-        kept = sparse.diags((counts < limit).astype(np.float32))
-        finding = sparse.csr_matrix(self.vectors @ kept)
-        finding.eliminate_zeros()
-        return finding, False
 
 
 @dataclass(frozen=True, slots=True)

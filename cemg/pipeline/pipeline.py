@@ -260,7 +260,7 @@ class Pipeline(RunArtifacts):
     def _build_memory(self, folder: Path) -> None:
         data = self.load_data()
         with StageLog(folder) as log:
-            made = fit_memory(data, data.split(), config=self.config.memory, log=log)
+            made = fit_memory(data, data.split(), config=self.config.memory, log=log, scratch=folder)
         made.save(folder)
 
     def _build_gate(self, folder: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import math
 import pickle
 import re
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cemg.data import Dataset
+from cemg.data import Dataset, synthetic_dataset
 from cemg.errors import DamagedError, UserError
 from cemg.evaluation import evaluate
-from cemg.memory import MEMORY_FILE, TEXTS_FILE, Constants, Memory, MemoryConfig, counting
-from cemg.memory.build import build_memory
+from cemg.memory import MEMORY_FILE, TEXTS_FILE, Constants, Memory, MemoryConfig, counting, similarity
+from cemg.memory.build import build_memory, fit_memory
 from cemg.memory.memory import ids_digest
-from cemg.memory.rows import best_positions, largest, sum_by_key
+from cemg.memory.rows import Rows, RowsWriter, best_positions, largest, sum_by_key
+from cemg.memory.similarity import TextIndex
+from cemg.storage.files import StorageError
 from cemg_kernels import use_fast_kernels
 
 WORDS = ["red", "lip", "nail", "cream", "soap", "brush", "mint", "oil", "a", "5"]
@@ -132,13 +137,95 @@ def test_histories_of_a_batch_get_the_scores_that_each_gets_alone() -> None:
         assert items.tolist() == alone.tolist() and masses.tolist() == mass.tolist()
 
 
-def test_building_in_blocks_of_rows_gives_the_same_transitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, texts = draw(users=200)
-    whole = build_memory(train, texts).transitions.base
-    monkeypatch.setattr(counting, "BLOCK_PAIRS", 50)
-    parts = build_memory(train, texts).transitions.base
-    assert parts.starts.tolist() == whole.starts.tolist()
-    assert parts.items.tolist() == whole.items.tolist() and parts.values.tolist() == whole.values.tolist()
+def same(one: Rows, other: Rows) -> bool:
+    """Whether two matrices have the same arrays, bit for bit."""
+    parts = [(getattr(one, name), getattr(other, name)) for name in ("starts", "items", "values")]
+    return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in parts)
+
+
+@given(
+    seed=st.integers(0, 99), window=st.sampled_from([1, 3, 10, 50]), pairs=st.sampled_from([1, 60, 4000]),
+    backward=st.sampled_from([0.25, 0.5, 1.0]), exponent=st.sampled_from([0.0, 0.3, 1.0]),
+    on_disk=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_transitions_in_blocks_and_on_disk_are_those_of_the_loops(
+    seed: int, window: int, pairs: int, backward: float, exponent: float, on_disk: bool
+) -> None:
+    train, texts = draw(users=20, seed=seed)
+    use = Constants(backward=backward, exponent=exponent)
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "BLOCK_PAIRS", pairs)
+        scratch = Path(name) if on_disk else None
+        found = counting.count_transitions(train, len(texts), window=window, constants=use, scratch=scratch)
+        assert not list(Path(name).iterdir())  # the files have no name, so a killed process leaves none
+        expected = transitions_by_loops(train, len(texts), use, window)
+        factors = np.maximum(np.bincount(np.concatenate(train), minlength=len(texts)), 1.0) ** -exponent
+        for row in range(len(texts)):
+            items, values = found.row(row)
+            order = [i for i in np.argsort(-expected[row] * factors, kind="stable") if expected[row, i] > 0]
+            assert items.tolist() == order and values.tolist() == expected[row, order].tolist()
+
+
+def test_a_memory_fitted_on_disk_is_the_same_file(tmp_path: Path) -> None:
+    data = synthetic_dataset(tmp_path / "data", users=80, items=60)
+    (tmp_path / "scratch").mkdir()
+    for name, scratch in (("one", None), ("other", tmp_path / "scratch")):
+        fit_memory(data, data.split(), config=MemoryConfig(), scratch=scratch).save(tmp_path / name)
+    for name in (MEMORY_FILE, TEXTS_FILE):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(data: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rows = RowsWriter(2, tmp_path)
+    monkeypatch.setattr(rows, "items", SimpleNamespace(write=full))
+    with pytest.raises(StorageError, match="disk full"):
+        rows.append(np.array([1]), np.array([0]), np.array([1.0]))
+
+
+def test_rows_without_entries_have_empty_arrays_on_disk(tmp_path: Path) -> None:
+    rows = RowsWriter(2, tmp_path)
+    rows.append(np.zeros(2, np.int64), np.zeros(0), np.zeros(0))
+    assert same(rows.finish(), Rows(np.zeros(3, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)))
+
+
+def test_the_library_for_large_catalogs_finds_the_same_neighbors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, texts = draw(items=200)
+    texts += [f"{word} {word} rare{i % 7}" for i, word in enumerate(WORDS * 6)]
+    index = TextIndex.fit(texts)
+    assert index is not None
+    exact = index.most_similar(30)
+    monkeypatch.setattr(similarity, "MAX_PRODUCTS", 0)
+    monkeypatch.setattr(similarity, "LARGE_BLOCK", 100)
+    monkeypatch.setattr(similarity, "BLOCK", 17)
+    large = index.most_similar(30, scratch=tmp_path)
+    assert large.starts.tolist() == exact.starts.tolist()
+    np.testing.assert_allclose(large.values, exact.values, rtol=1e-6)  # sums of at most three terms
+    for row in range(len(texts)):  # the order of cosines that differ in the last bit may differ
+        clear = exact.row(row)[1] > exact.row(row)[1][-1:] * (1 + 1e-6)
+        assert set(exact.row(row)[0][clear]) <= set(large.row(row)[0])
+
+
+def test_common_words_find_no_neighbors_in_a_large_catalog_but_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts: list[str | None] = [f"group{i // 4} common{i % 8}" for i in range(400)]
+    index = TextIndex.fit(texts)
+    assert index is not None
+    monkeypatch.setattr(similarity, "MAX_PRODUCTS", 0)
+    monkeypatch.setattr(similarity, "PRODUCTS_PER_ITEM", 10)  # 1600 by groups, 20000 by common words
+    found = index.most_similar(10)
+    cosine = similarity_by_loops(texts)
+    for row in range(len(texts)):
+        items, values = found.row(row)
+        assert set(items) == {i for i in range(row // 4 * 4, row // 4 * 4 + 4) if i != row}
+        np.testing.assert_allclose(values, cosine[row, items], rtol=1e-5)  # float32, all words
 
 
 def test_a_cut_takes_the_best_transitions_of_each_history_item() -> None:
