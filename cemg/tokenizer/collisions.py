@@ -8,8 +8,9 @@ codes.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def make_unique(codes: Tensor, z: Tensor, codebooks: Tensor, *, method: str = "a
         UserError: N > K^M, or more than K items of one group with "suffix".
     """
     levels, size = codebooks.shape[:2]
-    colliding = int(_colliding(codes).sum())
+    colliding = int(_colliding(codes, size).sum())
     if method == "suffix":
         return Uniqueness(_suffix(codes, size), colliding, 0, 0)
     if len(codes) > size**levels:
@@ -74,7 +75,7 @@ def make_unique(codes: Tensor, z: Tensor, codebooks: Tensor, *, method: str = "a
         _sinkhorn_rounds(unique, z, codebooks)
     elif method != "assign":
         raise UserError(f"tokenizer.unique must be assign, sinkhorn or suffix, got {method!r}")
-    movable = _colliding(unique)
+    movable = _colliding(unique, size)
     moved = _spread_full_groups(unique, movable, z, codebooks)
     _assign_groups(unique, movable, z, codebooks)
     return Uniqueness(unique, colliding, int((unique != codes).sum()), moved)
@@ -108,35 +109,84 @@ def place_new(codes: Tensor, z: Tensor, codebooks: Tensor, *, taken: Trie, metho
     return torch.tensor(placed, dtype=torch.int64).reshape(len(placed), taken.levels)
 
 
-def _colliding(codes: Tensor) -> Tensor:
+def _is_packable(size: int, levels: int) -> bool:
+    return bool(size**levels < 1 << 63)
+
+
+def _keys(codes: Tensor, size: int) -> Tensor:
+    """One integer per row of codes below ``size``, [N] int64; rows are equal if their integers are."""
+    if not _is_packable(size, codes.shape[1]):
+        inverse: Tensor = codes.unique(dim=0, return_inverse=True)[1]
+        return inverse
+    keys = torch.zeros(len(codes), dtype=torch.int64)
+    for level in codes.T:
+        keys = keys * size + level
+    return keys
+
+
+def _colliding(codes: Tensor, size: int) -> Tensor:
     """[N] bool: whether an item has the same codes as another one."""
-    inverse: Tensor
-    counts: Tensor
-    _, inverse, counts = codes.unique(dim=0, return_inverse=True, return_counts=True)
-    return counts[inverse] > 1
+    ordered, items = _keys(codes, size).sort()
+    same = ordered[1:] == ordered[:-1]
+    colliding = torch.zeros(len(codes), dtype=torch.bool)
+    colliding[items[1:][same]] = True
+    colliding[items[:-1][same]] = True
+    return colliding
 
 
-def _groups(codes: Tensor) -> dict[tuple[int, ...], list[int]]:
-    """Items by their first M − 1 codes, in item order."""
-    groups = defaultdict(list)
-    for item, prefix in enumerate(codes[:, :-1].tolist()):
-        groups[tuple(prefix)].append(item)
-    return groups
+def _groups(codes: Tensor, size: int, movable: Tensor) -> dict[tuple[int, ...], list[int]]:
+    """The items of each group with a movable item ([N] bool), in item order, by the first M − 1 codes.
+
+    The groups are in the order of their first items. Of other groups, nothing is held.
+    """
+    keys = _keys(codes[:, :-1], size)
+    ordered, order = keys.sort(stable=True)
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64), torch.nonzero(ordered.diff()).flatten() + 1))
+    stops = torch.cat((starts[1:], torch.tensor([len(keys)])))
+    before = torch.cat((torch.zeros(1, dtype=torch.int64), movable[order].cumsum(0)))
+    wanted = torch.nonzero(before[stops] > before[starts]).flatten()
+    wanted = wanted[order[starts[wanted]].argsort()]
+    return {
+        tuple(codes[order[start], :-1].tolist()): order[start:stop].tolist()
+        for start, stop in zip(starts[wanted].tolist(), stops[wanted].tolist(), strict=True)
+    }
+
+
+class _Sizes(dict[tuple[int, ...], int]):
+    """The number of items per group. Only the groups that were asked for are held as Python objects."""
+
+    def __init__(self, keys: Tensor, size: int) -> None:
+        self.keys_found, self.counts = keys.unique(return_counts=True)
+        self.size = size
+
+    def __missing__(self, prefix: tuple[int, ...]) -> int:
+        key = functools.reduce(lambda key, code: key * self.size + code, prefix, 0)
+        at = int(torch.searchsorted(self.keys_found, key))
+        is_found = at < len(self.keys_found) and int(self.keys_found[at]) == key
+        return int(self.counts[at]) if is_found else 0
+
+
+def _sizes(codes: Tensor, size: int) -> dict[tuple[int, ...], int]:
+    """The number of items per first M − 1 codes, 0 for those of no item."""
+    if _is_packable(size, codes.shape[1] - 1):
+        return _Sizes(_keys(codes[:, :-1], size), size)
+    return Counter(map(tuple, codes[:, :-1].tolist()))
 
 
 def _suffix(codes: Tensor, size: int) -> Tensor:
-    seen: Counter[tuple[int, ...]] = Counter()
-    suffix = []
-    for row in map(tuple, codes.tolist()):
-        suffix.append(seen[row])
-        seen[row] += 1
-    largest = seen.most_common(1)[0] if seen else ((), 0)
-    if largest[1] > size:
+    """Append the number of earlier items with the same codes."""
+    ordered, items = _keys(codes, size).sort(stable=True)
+    _, counts = ordered.unique_consecutive(return_counts=True)
+    if len(counts) and int(counts.max()) > size:
+        row = codes[items[counts.cumsum(0)[counts.argmax()] - 1]]
         raise UserError(
-            f"{largest[1]} items share the codes {largest[0]}, but a suffix has only {size} values",
+            f"{int(counts.max())} items share the codes {tuple(row.tolist())}, but a suffix has only {size} "
+            "values",
             fix="use tokenizer.unique=assign, or increase tokenizer.codebook_size",
         )
-    return torch.cat([codes, torch.tensor(suffix, dtype=codes.dtype).reshape(-1, 1)], dim=1)
+    suffix = torch.empty(len(codes), dtype=codes.dtype)
+    suffix[items] = torch.arange(len(codes)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.cat([codes, suffix[:, None]], dim=1)
 
 
 def _last_cost(z: Tensor, prefix: tuple[int, ...], codebooks: Tensor) -> Tensor:
@@ -151,7 +201,7 @@ def _assign_groups(codes: Tensor, movable: Tensor, z: Tensor, codebooks: Tensor)
     """Assign the movable items ([N] bool) of each group to its free last codes at minimum cost, in place."""
     from scipy.optimize import linear_sum_assignment  # not needed at inference
 
-    for prefix, members in _groups(codes).items():
+    for prefix, members in _groups(codes, codebooks.shape[1], movable).items():
         group = torch.tensor(members)
         items, others = group[movable[group]], group[~movable[group]]
         if len(items) == 0:
@@ -170,19 +220,17 @@ def _spread_full_groups(codes: Tensor, movable: Tensor, z: Tensor, codebooks: Te
     codes. Returns the number of moved items.
     """
     size = codebooks.shape[1]
-    groups = _groups(codes)
-    group_size = Counter({prefix: len(members) for prefix, members in groups.items()})
+    full = {p: members for p, members in _groups(codes, size, movable).items() if len(members) > size}
+    sizes = _sizes(codes, size) if full else {}
     moved = 0
-    for prefix, members in groups.items():
-        if len(members) <= size:
-            continue
+    for prefix, members in full.items():
         candidates = [i for i in members if movable[i]]  # at most K − 1 others are fixed
         distance = _last_cost(z[candidates], prefix, codebooks).min(1).values
         for index in distance.argsort(descending=True, stable=True)[: len(members) - size].tolist():
             item = candidates[index]
-            target = next(p for p in _nearest_prefixes(prefix, z[item], codebooks) if group_size[p] < size)
-            group_size[prefix] -= 1
-            group_size[target] += 1
+            target = next(p for p in _nearest_prefixes(prefix, z[item], codebooks) if sizes[p] < size)
+            sizes[prefix] -= 1
+            sizes[target] += 1
             codes[item, :-1] = torch.tensor(target, dtype=codes.dtype)
             moved += 1
     return moved
@@ -214,7 +262,7 @@ def _nearest_ids(row: list[int], z: Tensor, codebooks: Tensor) -> Iterator[tuple
 def _sinkhorn_rounds(codes: Tensor, z: Tensor, codebooks: Tensor) -> None:
     """Choose new last codes for colliding items by entropic transport in small groups, in place."""
     for _ in range(SINKHORN_ROUNDS):
-        items = torch.nonzero(_colliding(codes)).flatten()
+        items = torch.nonzero(_colliding(codes, codebooks.shape[1])).flatten()
         if len(items) == 0:
             return
         for group in items.split(SINKHORN_GROUP):

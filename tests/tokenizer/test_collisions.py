@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemg.errors import UserError
-from cemg.tokenizer import make_unique, place_new
+from cemg.tokenizer import collisions, make_unique, place_new
 from cemg_kernels import Trie, residual_quantize
 
 
@@ -126,3 +126,30 @@ def test_a_new_item_keeps_its_nearest_code_where_that_is_free() -> None:
     codes, z, books = draw(1, 2, 8, 3)
     taken = Trie.from_codes((codes + 1) % 8, 8)
     assert torch.equal(place_new(codes, z, books, taken=taken), codes)
+
+
+@pytest.mark.parametrize("method", ["assign", "sinkhorn", "suffix"])
+@pytest.mark.parametrize("seed", range(4))
+def test_ids_too_long_for_one_integer_are_repaired_like_short_ones(
+    method: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, z, books = draw(60, 3, 6, seed)
+    codes[:10, :-1] = codes[0, :-1]  # more than a group holds
+    packed = make_unique(codes, z, books, method=method) if method != "suffix" else None
+    monkeypatch.setattr(collisions, "_is_packable", lambda size, levels: False)
+    if packed is None:
+        wanted = [codes[:i].eq(row).all(1).sum().item() for i, row in enumerate(codes)]
+        assert collisions._suffix(codes, 60)[:, -1].tolist() == wanted
+        return
+    rows = make_unique(codes, z, books, method=method)
+    assert torch.equal(rows.codes, packed.codes)
+    assert rows.moved_items == packed.moved_items > 0
+
+
+def test_only_groups_with_colliding_items_are_held_in_the_order_of_their_first_items() -> None:
+    codes = torch.tensor([[2, 0], [1, 3], [0, 1], [2, 0], [1, 3], [0, 2], [2, 5]])
+    movable = collisions._colliding(codes, 6)
+    assert movable.tolist() == [True, True, False, True, True, False, False]
+    assert list(collisions._groups(codes, 6, movable).items()) == [((2,), [0, 3, 6]), ((1,), [1, 4])]
+    sizes = collisions._sizes(codes, 6)
+    assert [sizes[(prefix,)] for prefix in (0, 1, 2, 5)] == [2, 2, 3, 0]
