@@ -276,10 +276,7 @@ class Pipeline(RunArtifacts):
                 device=self.device, own={"log": log, "checkpoint": checkpoint},
             )  # fmt: skip
         made.save(folder)
-        items = made.features(values, present)
-        codes, z = made.tokenize(items)
-        tensors = {"codes": codes, "z": z, "attention": made.attention(items), "present": items.present}
-        files.save_tensors(tensors, folder / "items.safetensors")
+        files.save_tensors(made.encode(values, present), folder / "items.safetensors")
 
     def _build_catalog(self, folder: Path) -> None:
         items = read_items(self.file("tokenizer", "items.safetensors"))

@@ -5,7 +5,7 @@ N items, d = ``dim`` of the fused content, D_v, D_t, D_c widths of the three inp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from cemg.errors import UserError
 
 CONTENT = ("image", "text")
 MODALITIES = (*CONTENT, "collab")
+BLOCK = 1 << 16  # items that are scaled or encoded at once
+WHOLE = 1 << 18  # rows up to which a mean is computed from one copy of them
+COLUMNS = 64  # of a mean of more rows; with so many, it has the bits of the mean of all columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +29,19 @@ class Scaling:
 
     @classmethod
     def of(cls, values: Tensor, present: Tensor) -> Scaling:
-        """Computed over the present rows. If they are all equal, rms is 1."""
-        rows = values[present]
-        if len(rows) == 0:
+        """Computed over the present rows, in blocks. If they are all equal, rms is 1."""
+        count = int(present.sum())
+        if count == 0:
             return cls(torch.zeros(values.shape[1]), 1.0)
-        mean = rows.mean(0)
-        rms = (rows - mean).square().sum(1).mean().sqrt().item()
-        rounding = 1e-6 * rows.norm(dim=1).max().item()  # error of the mean, which must not be scaled up
+        columns = COLUMNS if count > WHOLE else values.shape[1]
+        mean = torch.cat([part[present].mean(0) for part in values.split(columns, dim=1)])
+        squares, norms = [], []
+        for block, here in zip(values.split(BLOCK), present.split(BLOCK), strict=True):
+            rows = block[here]
+            squares.append((rows - mean).square().sum(1))
+            norms.append(rows.norm(dim=1))
+        rms = torch.cat(squares).mean().sqrt().item()
+        rounding = 1e-6 * torch.cat(norms).max().item()  # error of the mean, which must not be scaled up
         return cls(mean, rms if rms > rounding else 1.0)
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -61,10 +70,6 @@ class ItemFeatures:
     def to(self, device: str | torch.device) -> ItemFeatures:
         return ItemFeatures({k: v.to(device) for k, v in self.values.items()}, self.present.to(device))
 
-    def widths(self) -> dict[str, int]:
-        """D_k of each modality."""
-        return {name: self.values[name].shape[1] for name in MODALITIES}
-
     @classmethod
     def scaled(
         cls,
@@ -73,10 +78,61 @@ class ItemFeatures:
         scaling: dict[str, Scaling],
         without: Sequence[str] = (),
     ) -> ItemFeatures:
-        """Scale raw features.
+        """Scale raw features. See `FeatureTable.of` for the arguments and errors."""
+        return FeatureTable.of(values, present, scaling, without).rows(slice(None))
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureTable:
+    """The raw features of N items, which may be in a file by memory map. Rows are scaled when they are read.
+
+    Attributes:
+        values: [N, D_k] per modality. Rows of absent items are ignored, even if they are NaN.
+        present: [N, 3] bool, columns in the order of MODALITIES.
+        scaling: The scaling of each modality.
+    """
+
+    values: dict[str, Tensor]
+    present: Tensor
+    scaling: dict[str, Scaling]
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+    def rows(self, index: Tensor | slice) -> ItemFeatures:
+        """The scaled features of some of the items."""
+        present = self.present[index]
+        scaled = {
+            k: self.scaling[k](self.values[k][index]).masked_fill(~present[:, column, None], 0.0)
+            for column, k in enumerate(MODALITIES)
+        }
+        return ItemFeatures(scaled, present)
+
+    def blocks(self) -> Iterator[ItemFeatures]:
+        """The scaled features of all items, BLOCK at a time."""
+        return (self.rows(slice(low, low + BLOCK)) for low in range(0, len(self), BLOCK))
+
+    def to(self, device: str | torch.device) -> FeatureTable | ItemFeatures:
+        """The table itself on a CPU; on other devices, the scaled features of all items."""
+        on_cpu = torch.device(device).type == "cpu"
+        return self if on_cpu else self.rows(slice(None)).to(device)
+
+    def widths(self) -> dict[str, int]:
+        """D_k of each modality."""
+        return {name: self.values[name].shape[1] for name in MODALITIES}
+
+    @classmethod
+    def of(
+        cls,
+        values: dict[str, Tensor],
+        present: dict[str, Tensor],
+        scaling: dict[str, Scaling],
+        without: Sequence[str] = (),
+    ) -> FeatureTable:
+        """Combine what the modalities have.
 
         Args:
-            values: [N, D_k] per modality. Rows of absent items are ignored, even if they are NaN.
+            values: [N, D_k] per modality.
             present: [N] bool per modality.
             scaling: The scaling of each modality.
             without: Modalities that are masked for every item (the ablations).
@@ -88,10 +144,7 @@ class ItemFeatures:
             if name not in MODALITIES:
                 raise UserError(f"unknown modality {name!r}", fix=f"choose from {', '.join(MODALITIES)}")
         mask = {k: torch.zeros_like(p) if k in without else p for k, p in present.items()}
-        columns = torch.stack([mask[k] for k in MODALITIES], dim=1)  # [N, 3]
-        return cls(
-            {k: scaling[k](values[k]).masked_fill(~mask[k][:, None], 0.0) for k in MODALITIES}, columns
-        )
+        return cls(values, torch.stack([mask[k] for k in MODALITIES], dim=1), scaling)
 
 
 class Fusion(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 from cemg.errors import DamagedError, UserError
 from cemg.storage import files
 from cemg.storage.read import STRICT, Shape, read_json, read_tensors
-from cemg.tokenizer.fusion import MODALITIES, ItemFeatures, Scaling
+from cemg.tokenizer.fusion import MODALITIES, FeatureTable, ItemFeatures, Scaling
 from cemg.tokenizer.rqvae import RQVAE, TokenizerConfig
 
 Modality = Literal["image", "text", "collab"]
@@ -37,6 +37,22 @@ class Tokenizer:
     def tokenize(self, items: ItemFeatures) -> tuple[Tensor, Tensor]:
         """Codes [N, M] int64, which may collide, and latents z [N, Z]."""
         return self.model.tokenize(items)
+
+    @torch.no_grad()
+    def encode(self, values: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Encode all items, a block at a time. Features by memory map are not copied.
+
+        Args:
+            values: [N, D_k] raw features per modality.
+            present: [N] bool per modality.
+
+        Returns:
+            ``codes``, ``z``, ``attention`` and ``present``, as in `ITEMS`.
+        """
+        table = FeatureTable.of(values, present, self.scaling, self.without)
+        parts = [(*self.tokenize(items), self.attention(items)) for items in table.blocks()]
+        codes, z, attention = (torch.cat(part) for part in zip(*parts, strict=True))
+        return {"codes": codes, "z": z, "attention": attention, "present": table.present}
 
     @torch.no_grad()
     def attention(self, items: ItemFeatures) -> Tensor:

@@ -13,12 +13,13 @@ from cemg.errors import UserError
 from cemg.progress import Log, console, track
 from cemg.storage.checkpoint import Checkpoint, load_slots, slot_tensors, slots_of, spread_slots
 from cemg.tokenizer.clusters import balanced_clusters
-from cemg.tokenizer.fusion import MODALITIES, ItemFeatures, Scaling
+from cemg.tokenizer.fusion import BLOCK, MODALITIES, FeatureTable, ItemFeatures, Scaling
 from cemg.tokenizer.rqvae import RQVAE, Collaborative, Losses, TokenizerConfig
 from cemg.tokenizer.tokenizer import Tokenizer
 
 INIT_ROWS = 8192  # items that k-means initializes a codebook from
 CLUSTER_EPOCHS = 10  # epochs between two clusterings of the codes
+Items = FeatureTable | ItemFeatures
 
 
 def train_tokenizer(
@@ -38,7 +39,7 @@ def train_tokenizer(
     perplexity and number of dead codes per level.
 
     Args:
-        values: [N, D_k] per modality.
+        values: [N, D_k] per modality. On a CPU, tensors of a file by memory map are not copied.
         present: [N] bool per modality.
         config: Settings of the tokenizer.
         without: Modalities that are masked for every item (the ablations). The contrastive loss reads the
@@ -53,7 +54,7 @@ def train_tokenizer(
         UserError: No item has any modality, or the loss is not finite.
     """
     scaling = {k: Scaling.of(values[k], present[k]) for k in MODALITIES}
-    items = ItemFeatures.scaled(values, present, scaling, without)
+    items = FeatureTable.of(values, present, scaling, without)
     if not bool(items.present.any()):
         raise UserError("no item has any modality left", cause=f"without: {', '.join(without) or 'nothing'}")
     torch.manual_seed(config.seed)
@@ -67,7 +68,7 @@ def train_tokenizer(
 
 
 def _fit(
-    model: RQVAE, items: ItemFeatures, collab: Collaborative | None, *, config: TokenizerConfig,
+    model: RQVAE, items: Items, collab: Collaborative | None, *, config: TokenizerConfig,
     log: Log | None, checkpoint: Checkpoint | None, world: World,
 ) -> None:  # fmt: skip
     steps = -(-len(items) // config.batch_size)
@@ -232,7 +233,7 @@ def codebook_use(counts: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def initialise_codebooks(model: RQVAE, items: ItemFeatures, *, generator: torch.Generator) -> None:
+def initialise_codebooks(model: RQVAE, items: Items, *, generator: torch.Generator) -> None:
     """Set the codebooks, level by level, to the k-means centers of the residuals of INIT_ROWS items.
 
     If fewer than K residuals differ, the remaining codes keep their random start.
@@ -251,18 +252,25 @@ def initialise_codebooks(model: RQVAE, items: ItemFeatures, *, generator: torch.
 
 
 @torch.no_grad()
-def reseed_dead_codes(model: RQVAE, items: ItemFeatures, *, used: Tensor, generator: torch.Generator) -> int:
+def reseed_dead_codes(model: RQVAE, items: Items, *, used: Tensor, generator: torch.Generator) -> int:
     """Move each code that no item used (``used`` [M, K]) to the residual of a random item.
 
     Returns the number of moved codes.
     """
-    moved = 0
-    codes, residual = model.tokenize(items)
+    dead = [torch.nonzero(level == 0).flatten() for level in used]
+    drawn = torch.cat([torch.randint(len(items), (len(codes),), generator=generator) for codes in dead])
+    if not len(drawn):
+        return 0
+    drawn = drawn.to(items.present.device)
+    if len(items) > BLOCK:
+        codes, residual = model.tokenize(items.rows(drawn))
+    else:  # the bits of a product may depend on the number of rows: those of all, as in earlier versions
+        codes, residual = (part[drawn] for part in model.tokenize(items.rows(slice(None))))
+    start = 0
     for level, codebook in enumerate(model.codebooks):
-        dead = torch.nonzero(used[level] == 0).flatten().to(codebook.device)
-        rows = torch.randint(len(items), (len(dead),), generator=generator).to(codebook.device)
+        stop = start + len(dead[level])
         chosen = codebook[codes[:, level]].clone()
-        model.codebooks[level, dead] = residual[rows]
+        model.codebooks[level, dead[level].to(codebook.device)] = residual[start:stop]
         residual = residual - chosen
-        moved += len(dead)
-    return moved
+        start = stop
+    return len(drawn)

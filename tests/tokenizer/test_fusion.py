@@ -10,6 +10,7 @@ import torch
 
 from cemg.errors import UserError
 from cemg.tokenizer import MODALITIES, Fusion, ItemFeatures, Scaling
+from cemg.tokenizer import fusion as fusion_module
 
 WIDTHS = {"image": 5, "text": 3, "collab": 4}
 ALL_PATTERNS = torch.tensor([[bool(n & 4), bool(n & 2), bool(n & 1)] for n in range(8)])  # [8, 3]
@@ -107,6 +108,16 @@ def test_scaling_centers_and_gives_a_root_mean_square_norm_of_one():
     assert scaling.mean.tolist() == [2.0, 2.0]
     assert scaling.rms == pytest.approx(5**0.5)  # both rows lie (1, 2) away from the mean
     assert scaling(values[:2]).square().sum(1).mean().item() == pytest.approx(1.0)
+
+
+def test_scaling_in_blocks_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    values, present = torch.randn(1000, 128, generator=generator), torch.rand(1000, generator=generator) < 0.9
+    whole = Scaling.of(values, present)
+    monkeypatch.setattr(fusion_module, "WHOLE", 10)
+    monkeypatch.setattr(fusion_module, "BLOCK", 64)
+    blocks = Scaling.of(values, present)
+    assert torch.equal(blocks.mean, whole.mean) and blocks.rms == whole.rms
 
 
 def test_a_modality_with_equal_values_scales_to_zero():

@@ -11,7 +11,18 @@ import torch
 
 from cemg.errors import UserError
 from cemg.storage.checkpoint import Checkpoint
-from cemg.tokenizer import MODALITIES, RQVAE, ItemFeatures, Tokenizer, TokenizerConfig
+from cemg.storage.files import save_tensors
+from cemg.storage.read import read_tensors
+from cemg.tokenizer import (
+    MODALITIES,
+    RQVAE,
+    ItemFeatures,
+    Scaling,
+    Tokenizer,
+    TokenizerConfig,
+    fusion,
+    training,
+)
 from cemg.tokenizer.training import codebook_use, initialise_codebooks, reseed_dead_codes, train_tokenizer
 
 WIDTHS = {"image": 4, "text": 3, "collab": 2}
@@ -192,6 +203,43 @@ def test_an_item_gets_the_same_codes_alone_as_among_others():
     codes, _ = made.tokenize(items)
     alone = torch.cat([made.tokenize(items.rows(slice(i, i + 1)))[0] for i in range(len(items))])
     assert torch.equal(alone, codes)
+
+
+def test_features_of_a_file_give_the_same_tokenizer_and_the_same_codes(tmp_path: Path):
+    values, present = features()
+    config = dataclasses.replace(QUICK, epochs=12, reseed_every=3, codebook_size=40)  # has dead codes
+    save_tensors(values, tmp_path / "values.safetensors")
+    mapped = read_tensors(tmp_path / "values.safetensors")
+    made, again = (train_tokenizer(each, present, config=config) for each in (values, mapped))
+    for name, weight in made.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], weight)
+    items, found = made.features(values, present), again.encode(mapped, present)
+    codes, z = made.tokenize(items)
+    for name, wanted in (
+        ("codes", codes), ("z", z), ("attention", made.attention(items)), ("present", items.present),
+    ):  # fmt: skip
+        assert torch.equal(found[name], wanted)
+
+
+def test_no_more_than_a_block_of_features_is_scaled_at_once(monkeypatch: pytest.MonkeyPatch):
+    values, present = features(300)
+    sizes = []
+
+    def counted(self: Scaling, rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return (rows - self.mean) / self.rms
+
+    monkeypatch.setattr(Scaling, "__call__", counted)
+    monkeypatch.setattr(training, "INIT_ROWS", 40)
+    monkeypatch.setattr(training, "BLOCK", 50)
+    monkeypatch.setattr(fusion, "BLOCK", 50)
+    config = dataclasses.replace(QUICK, reseed_every=1, codebook_size=40)
+    made = train_tokenizer(values, present, config=config)
+    found = made.encode(values, present)
+    assert max(sizes) == 50 and found["codes"].shape == (300, QUICK.levels)
+    assert torch.equal(
+        found["z"][50:100], made.tokenize(made.features(values, present).rows(slice(50, 100)))[1]
+    )
 
 
 def test_a_saved_tokenizer_gives_the_same_codes_after_loading(tmp_path: Path):
