@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch import Tensor
 from cemg.errors import UserError
 from cemg.features.cache import Shelf
 from cemg.progress import bar
+from cemg.storage.files import scratch_tensor
 
+BLOCK = 1 << 16  # rows that are compared at once
 Batches = Iterator[tuple[list[int], Tensor]]  # computed rows and their values [B, F]; rows may be missing
 
 
@@ -49,6 +52,14 @@ class Features:
         """F, the width of one vector."""
         return self.values.shape[1]
 
+    def differ(self) -> bool:
+        """Return whether two items that have this modality have different vectors."""
+        first = self.values[self.present.nonzero()[:1, 0]]
+        return any(
+            bool((rows[here] != first).any())
+            for rows, here in zip(self.values.split(BLOCK), self.present.split(BLOCK), strict=True)
+        )
+
 
 def hash_model(model: torch.nn.Module, *, description: str, skip: Iterable[str] = ()) -> str:
     """Compute the sha256 of ``description`` and of the names, dtypes, shapes and bytes of all weights.
@@ -80,6 +91,7 @@ def encode_rows(
     shelf: Shelf | None,
     label: str,
     progress: bool,
+    scratch: Path | None = None,
 ) -> Features:
     """Encode N items. Rows in the cache are not computed again.
 
@@ -90,6 +102,7 @@ def encode_rows(
         shelf: The cache, which every batch is written to, so that an interrupted run loses nothing.
         label: Label of the progress bar.
         progress: Whether a progress bar is shown.
+        scratch: A folder for the features, see `scratch_tensor`. None keeps them in memory.
 
     Returns:
         The features, [N, F].
@@ -97,7 +110,7 @@ def encode_rows(
     known = shelf.find([key for key in keys if key is not None]) if shelf else {}
     missing = [row for row in first_rows(keys) if keys[row] not in known]
     known |= _compute_rows(keys, missing, compute, shelf=shelf, label=label if progress else "")
-    values = torch.zeros(len(keys), width)  # [N, F]
+    values = scratch_tensor((len(keys), width), scratch)  # [N, F]
     present = torch.tensor([key is not None and key in known for key in keys], dtype=torch.bool)  # [N]
     for row, key in enumerate(keys):
         if key is not None and key in known:

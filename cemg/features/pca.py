@@ -5,6 +5,7 @@ N items, F feature width, D components.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from torch import Tensor
 from cemg.errors import DamagedError, UserError
 from cemg.features.encoding import Features
 from cemg.storage import files
+from cemg.storage.files import scratch_tensor
 from cemg.storage.read import check_tensors, read_tensor_file
 
 SPEC = {
     "mean": (torch.float64, ("F",)), "components": (torch.float64, ("D", "F")),
     "variance": (torch.float64, ("D",)), "explained_variance_ratio": (torch.float64, ("D",)),
 }  # fmt: skip
+BLOCK = 1 << 16  # rows that are converted to float64 at once
+WHOLE = 1 << 18  # items up to which scikit-learn fits the components to all rows at once
 NOISE = 1e-12  # times the largest variance: what is below is rounding noise
 
 
@@ -50,7 +54,8 @@ class PCA:
     def fit(cls, features: Features, *, dim: int = 128, whiten: bool = False, seed: int = 0) -> PCA:
         """Fit the first ``dim`` principal components to the items that have this modality.
 
-        The solvers are exact and deterministic: the same features give the same components and signs.
+        The solvers are exact and deterministic: the same features give the same components and signs. Above
+        WHOLE items, the covariance is summed in blocks, so features by memory map are not copied.
 
         Args:
             features: The features, [N, F].
@@ -62,14 +67,10 @@ class PCA:
             UserError: There are fewer than ``dim`` items or columns, a value is not finite, or all vectors
                 are equal.
         """
-        from sklearn.decomposition import PCA as ExactPCA
-
-        rows = features.values[features.present].double()  # [n, F]
-        _check_rows(rows, dim)
-        solver = "covariance_eigh" if rows.shape[0] >= rows.shape[1] else "full"
-        fitted = ExactPCA(n_components=dim, svd_solver=solver, random_state=seed).fit(rows.numpy())
-        names = ("mean_", "components_", "explained_variance_", "explained_variance_ratio_")
-        mean, components, variance, ratio = (torch.tensor(getattr(fitted, name)) for name in names)
+        if int(features.present.sum()) > WHOLE:
+            mean, components, variance, ratio = _fit_in_blocks(features, dim)
+        else:
+            mean, components, variance, ratio = _fit_whole(features, dim, seed)
         if whiten:
             _check_variance(variance)
         return cls(mean, components, variance.clamp(min=0), ratio.clamp(min=0), whiten)
@@ -80,12 +81,13 @@ class PCA:
         parts = (self.components[:rank], self.variance[:rank], self.explained_variance_ratio[:rank])
         return PCA(self.mean, *parts, self.whiten)
 
-    def transform(self, values: Tensor, present: Tensor) -> Tensor:
-        """Project features.
+    def transform(self, values: Tensor, present: Tensor, *, scratch: Path | None = None) -> Tensor:
+        """Project features, in blocks.
 
         Args:
             values: Features, [N, F].
             present: Which items have this modality, bool [N].
+            scratch: A folder for the projected features, see `scratch_tensor`.
 
         Returns:
             The projected features, [N, D] float32; zero for the other items.
@@ -98,11 +100,13 @@ class PCA:
                 f"this PCA was fitted to vectors of {len(self.mean)} numbers, got {list(values.shape)}",
                 fix="use the encoder that the PCA was fitted to, or fit it again",
             )
-        projected = torch.zeros(len(values), self.dim, device=values.device)  # [N, D]
-        centred = values[present].double() - self.mean.to(values.device)  # [n, F]
-        reduced = centred @ self.components.T.to(values.device)  # [n, D]
+        mean, components = self.mean.to(values.device), self.components.T.to(values.device)
         scale = self.variance.sqrt().to(values.device) if self.whiten else 1.0
-        projected[present] = (reduced / scale).float()
+        projected = scratch_tensor((len(values), self.dim), scratch).to(values.device)  # [N, D]
+        for block, here, out in zip(
+            values.split(BLOCK), present.split(BLOCK), projected.split(BLOCK), strict=True
+        ):
+            out[here] = (((block[here].double() - mean) @ components) / scale).float()
         return projected
 
     def save(self, path: str | Path) -> None:
@@ -130,8 +134,53 @@ class PCA:
         return cls(**tensors, whiten=metadata["whiten"] == "true")
 
 
+Fitted = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, components, variance and its shares
+
+
+def _fit_whole(features: Features, dim: int, seed: int) -> Fitted:
+    from sklearn.decomposition import PCA as ExactPCA
+
+    rows = features.values[features.present].double()  # [n, F]
+    _check_rows(rows, dim)
+    solver = "covariance_eigh" if rows.shape[0] >= rows.shape[1] else "full"
+    fitted = ExactPCA(n_components=dim, svd_solver=solver, random_state=seed).fit(rows.numpy())
+    names = ("mean_", "components_", "explained_variance_", "explained_variance_ratio_")
+    mean, components, variance, ratio = (torch.tensor(getattr(fitted, name)) for name in names)
+    return mean, components, variance, ratio
+
+
+def _fit_in_blocks(features: Features, dim: int) -> Fitted:
+    """The eigenvectors of the covariance, with the signs of scikit-learn: the largest entry is positive."""
+
+    def blocks() -> Iterator[Tensor]:
+        for rows, here in zip(features.values.split(BLOCK), features.present.split(BLOCK), strict=True):
+            yield rows[here].double()
+
+    count, width = int(features.present.sum()), features.width
+    total = torch.zeros(width).double()
+    for rows in blocks():
+        total += rows.sum(0)
+    mean = total / count
+    covariance = torch.zeros(width, width).double()
+    for rows in blocks():
+        centred = rows - mean
+        covariance += centred.T @ centred
+    covariance /= count - 1
+    _check_fit(count, width, dim, is_finite=bool(covariance.isfinite().all()), differ=features.differ())
+    values, vectors = torch.linalg.eigh(covariance)  # ascending
+    variance = values.flip(0).clamp(min=0)
+    components = vectors.T.flip(0)[:dim]
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    return mean, components * largest.sign(), variance[:dim], variance[:dim] / variance.sum()
+
+
 def _check_rows(rows: Tensor, dim: int) -> None:
-    count, width = rows.shape
+    is_finite = bool(torch.isfinite(rows).all())
+    differ = not bool((rows == rows[:1]).all())
+    _check_fit(len(rows), rows.shape[1], dim, is_finite=is_finite, differ=differ)
+
+
+def _check_fit(count: int, width: int, dim: int, *, is_finite: bool, differ: bool) -> None:
     if dim < 1:
         raise UserError(f"PCA cannot project to {dim} dimensions", fix="use a dim of at least 1")
     if count < 2 or dim > min(count, width):
@@ -140,11 +189,11 @@ def _check_rows(rows: Tensor, dim: int) -> None:
             cause=f"{count} items have this modality, with {width} numbers each",
             fix=f"use dim={min(count, width)} or less" if count >= 2 else "leave this modality out",
         )
-    if not torch.isfinite(rows).all():
+    if not is_finite:
         raise UserError(
             "the features have values that are not finite", fix="encode in float32, without the cache"
         )
-    if bool((rows == rows[0]).all()):
+    if not differ:
         raise UserError(f"all {count} items have the same vector", fix="leave this modality out")
 
 

@@ -55,6 +55,7 @@ def encode_texts(
     cache: FeatureCache | None = None,
     progress: bool = True,
     encoder: TextEncoder | None = None,
+    scratch: Path | None = None,
 ) -> Features:
     """Encode the texts of items.
 
@@ -66,6 +67,7 @@ def encode_texts(
         cache: Texts in it are not encoded again.
         progress: Whether a progress bar is shown.
         encoder: The encoder of ``config``, if it is loaded already.
+        scratch: A folder for the features, see `scratch_tensor`. None keeps them in memory.
 
     Returns:
         The features, [N, F]. If there is no text at all, no model is loaded and F is 1.
@@ -87,6 +89,7 @@ def encode_texts(
         shelf=cache.shelf(encoder.identity) if cache else None,
         label=f"text features ({config.model})",
         progress=progress,
+        scratch=scratch,
     )
 
 

@@ -57,6 +57,7 @@ def encode_images(
     dtype: torch.dtype = torch.float32,
     cache: FeatureCache | None = None,
     progress: bool = True,
+    scratch: Path | None = None,
 ) -> Features:
     """Encode the images of items. One warning counts the files that are missing or broken.
 
@@ -67,6 +68,7 @@ def encode_images(
         dtype: Precision to compute in.
         cache: Images in it are not encoded again.
         progress: Whether a progress bar is shown.
+        scratch: A folder for the features, see `scratch_tensor`. None keeps them in memory.
 
     Returns:
         The features, [N, F]. Files that are missing or broken are masked, with the reason in ``reasons``.
@@ -84,6 +86,7 @@ def encode_images(
         shelf=cache.shelf(encoder.identity) if cache else None,
         label=f"image features ({config.label})",
         progress=progress,
+        scratch=scratch,
     )
     _spread_reasons(keys, features, reasons)
     _warn_of_broken(paths, reasons)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ UNTRAINED = (  # no effect on the weights
 )  # fmt: skip
 GATE = "gate."  # settings of the gate, which is fitted again in a minute and keeps the generator
 IMAGES = "images.json"  # in the data stage: sha256 of each item's picture, or null
+BLOCK = 1 << 16  # entries of a list that are JSON text at once
 HASHES = ".image-hashes.json"  # in a run's folder: path to size, time, inode and sha256
 
 
@@ -134,8 +135,24 @@ def _read_hashes(path: Path) -> dict[str, list[Any]]:
 
 def content_digest(data: Dataset, images: Sequence[str | None]) -> str:
     """sha256 of the training data: interactions, ids, titles, texts and pictures."""
-    sequences = [s.tolist() for s in data.sequences]
-    return digest(
-        [data.name, data.user_ids, data.item_ids, sequences, data.titles, data.texts, list(images),
-         data.tie_rule, *([] if data.cuts is None else [data.cuts.tolist()])]
-    )  # fmt: skip
+    parts = [data.name, data.user_ids, data.item_ids, data.sequences, data.titles, data.texts, list(images),
+             data.tie_rule, *([] if data.cuts is None else [data.cuts.tolist()])]  # fmt: skip
+    sha = hashlib.sha256()
+    for number, part in enumerate(parts):
+        sha.update(b", " if number else b"[")
+        for piece in _json_pieces(part):
+            sha.update(piece.encode())
+    sha.update(b"]")
+    return sha.hexdigest()
+
+
+def _json_pieces(value: Any) -> Iterator[str]:
+    """The JSON text of a value; that of a list block by block, since it is large in a large data set."""
+    if not isinstance(value, list):
+        yield json.dumps(value)
+        return
+    yield "["
+    for low in range(0, len(value), BLOCK):
+        entries = [e.tolist() if isinstance(e, np.ndarray) else e for e in value[low : low + BLOCK]]
+        yield (", " if low else "") + json.dumps(entries)[1:-1]
+    yield "]"

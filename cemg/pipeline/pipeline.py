@@ -196,8 +196,10 @@ class Pipeline(RunArtifacts):
         data = self.load_data()
         if self.images is not None:
             data = dataclasses.replace(data, images=self.images)
-        text = encode_texts(data.texts, config=self.config.text, device=self.device, cache=self.cache)
-        image = self._encode_images(data)
+        text = encode_texts(
+            data.texts, config=self.config.text, device=self.device, cache=self.cache, scratch=folder
+        )
+        image = self._encode_images(data, folder)
         tensors: dict[str, Tensor] = {}
         for name, features in (("text", text), ("image", image)):
             tensors |= self._project(name, features, folder)
@@ -206,17 +208,18 @@ class Pipeline(RunArtifacts):
             folder / "missing.json", {"text": _missing(text, data), "image": _missing(image, data)}
         )
 
-    def _encode_images(self, data: Dataset) -> Features:
+    def _encode_images(self, data: Dataset, scratch: Path) -> Features:
         if not any(data.images):  # then no backbone is loaded or downloaded
             return Features(torch.zeros(data.num_items, 1), torch.zeros(data.num_items, dtype=torch.bool))
-        return encode_images(data.images, config=self.config.image, device=self.device, cache=self.cache)
+        return encode_images(
+            data.images, config=self.config.image, device=self.device, cache=self.cache, scratch=scratch
+        )
 
     def _project(self, name: str, features: Features, folder: Path) -> dict[str, Tensor]:
         """PCA of one modality; zeros if fewer than two different items have it."""
         rows = int(features.present.sum())
         dim = min(self.config.pca.dim, rows, features.width)
-        first = features.values[features.present][:1]
-        identical = rows > 1 and bool((features.values[features.present] == first).all())
+        identical = rows > 1 and not features.differ()
         if identical:
             console.print(
                 f"{name}: the features of all {rows} items are identical, so they are not used",
@@ -238,7 +241,8 @@ class Pipeline(RunArtifacts):
             f"{name}: {rows} of {len(features.present)} items, PCA keeps {explained:.1%} of the variance",
             highlight=False,
         )
-        return {name: pca.transform(features.values, features.present), f"{name}_present": features.present}
+        values = pca.transform(features.values, features.present, scratch=folder)
+        return {name: values, f"{name}_present": features.present}
 
     def _checkpoint(self, stage: str, folder: Path) -> Checkpoint:
         """The checkpoint of the training of a stage, in the folder of the unfinished stage."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -92,6 +94,29 @@ def save_tensors(
     with durable(path) as part:
         dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(dense, part, metadata=dict(metadata) if metadata is not None else None)
+
+
+def scratch_tensor(shape: tuple[int, ...], folder: Path | str | None) -> Tensor:
+    """Return zeros, float32, in a file without a name in ``folder``; None keeps them in memory.
+
+    The file is read and written by memory map. The system removes it when the tensor is not used any more,
+    also if the process is killed.
+
+    Raises:
+        StorageError: The disk is full, read-only or not writable for this user.
+    """
+    import numpy as np
+    import torch
+
+    size = math.prod(shape)
+    if folder is None or not size:
+        return torch.zeros(shape)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * size)  # a write to a full disk would end the process
+            return torch.from_numpy(np.memmap(file, np.float32, mode="r+", shape=shape))
+    except OSError as error:
+        raise storage_error(error, folder) or error from error
 
 
 def copy_file(source: Path | str, target: Path | str) -> None:

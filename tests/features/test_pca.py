@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cemg.errors import UserError
-from cemg.features import PCA, Features
+from cemg.features import PCA, Features, pca
 
 
 def drawn(rows: int, width: int, *, seed: int = 0) -> Features:
@@ -34,6 +34,37 @@ def test_explained_variance_ratios_fall_and_sum_to_one_at_full_width():
     ratio = PCA.fit(drawn(40, 12), dim=12).explained_variance_ratio
     assert bool((ratio[:-1] >= ratio[1:]).all())
     assert ratio.sum().item() == pytest.approx(1, abs=1e-12)  # 12 float64 terms
+
+
+def test_a_fit_and_a_projection_in_blocks_equal_those_of_all_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    features = drawn(400, 12)
+    features.present[::7] = False
+    features.values[::7] = float("nan")  # of items without the modality
+    whole = PCA.fit(features, dim=5, whiten=True)
+    expected = whole.transform(features.values, features.present)
+    monkeypatch.setattr(pca, "WHOLE", 10)
+    monkeypatch.setattr(pca, "BLOCK", 33)
+    blocks = PCA.fit(features, dim=5, whiten=True)
+    for name in ("mean", "components", "variance", "explained_variance_ratio"):
+        # 400 float64 terms, and eigenvalues that are well apart
+        torch.testing.assert_close(getattr(blocks, name), getattr(whole, name), rtol=1e-9, atol=1e-10)
+    found = blocks.transform(features.values, features.present, scratch=tmp_path)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # rounded to float32
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [(torch.ones(40, 3), "same vector"), (torch.full((40, 3), torch.inf), "not finite")],
+)
+def test_a_fit_in_blocks_refuses_what_the_fit_of_all_rows_refuses(
+    rows: torch.Tensor, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pca, "WHOLE", 10)
+    with pytest.raises(UserError, match=message):
+        PCA.fit(Features(rows, torch.ones(40, dtype=torch.bool)), dim=2)
 
 
 def test_items_without_the_modality_are_not_fitted_and_stay_zero():

@@ -7,13 +7,17 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cemg.data import Dataset
 from cemg.errors import DamagedError, UserError
+from cemg.pipeline import changes
 from cemg.progress import console
 from cemg.storage.manifest import Manifest, check_origin, read_clock, renew, stages_of, verify, write_clock
+from cemg.storage.read import digest
 from cemg.storage.run import Run
 
 
@@ -179,3 +183,21 @@ def test_moved_data_are_the_same_data(tmp_path: Path) -> None:
         return Manifest.read(Run(tmp_path / place).stage("data", {"content": "c"}, write)).contents
 
     assert contents("here") == contents("there")
+
+
+@pytest.mark.parametrize("cuts", [None, np.array([[1, 2], [0, 1], [2, 2]], np.int32)])
+def test_the_digest_of_the_data_is_that_of_their_json_text(
+    cuts: np.ndarray | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Dataset(
+        name='a "name"', user_ids=["u", "v", "w"], item_ids=["ä", "b"], tie_rule="source",
+        sequences=[np.array(s, np.int32) for s in ([0, 1], [1], [0, 0, 1])], titles=["", "T"],
+        texts=[None, "x, y"], images=[None, None], cuts=cuts,
+    )  # fmt: skip
+    monkeypatch.setattr(changes, "BLOCK", 2)
+    sequences = [row.tolist() for row in data.sequences]
+    parts = [
+        data.name, data.user_ids, data.item_ids, sequences, data.titles, data.texts, ["sha", None],
+        data.tie_rule, *([] if cuts is None else [cuts.tolist()]),
+    ]  # fmt: skip
+    assert changes.content_digest(data, ["sha", None]) == digest(parts)

@@ -296,7 +296,9 @@ def test_images_are_read_from_their_current_folder(shop, training, monkeypatch):
     seen = []
     encode = Pipeline._encode_images
     monkeypatch.setattr(
-        Pipeline, "_encode_images", lambda self, data: seen.extend(data.images) or encode(self, data)
+        Pipeline,
+        "_encode_images",
+        lambda self, data, scratch: seen.extend(data.images) or encode(self, data, scratch),
     )
     options = ("--data", folder, "--config", run / "config.yaml", "--set", "pca.dim=4", "--force")
     assert training(run, *options) == 0
