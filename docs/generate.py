@@ -263,7 +263,16 @@ def experiment(dataset: str, model: str, *, count: int = 1, part: str = "result"
 
 
 def mixtures(dataset: str, count: int) -> dict[str, list[str]]:
-    """The rows of runs with the preset of a data set's size, in which every expert is one of CEMG's own."""
+    """The rows of runs with the preset of a data set's size, in which every expert is one of CEMG's own.
+
+    One seed is that of ``cemg-experiment``.
+    """
+    if count == 1:
+        return {
+            "CEMG, search alone": experiment(dataset, "cemg", part="search"),
+            "CEMG, search and item softmax": experiment(dataset, "cemg-without-memory"),
+            "CEMG, search, item softmax and memory (default)": experiment(dataset, "cemg"),
+        }
     return {
         "CEMG, search alone": seeds(f"{dataset}-cemg-search", count),
         "CEMG, search and item softmax": seeds(f"{dataset}-cemg-without-memory", count),
@@ -295,14 +304,16 @@ BEAUTY = {
     "CEMG, all of these and BSARec": seeds("beauty-cemg-all-experts"),
 }
 SPORTS = {
-    "SASRec, 16 epochs": ["sports-sasrec"],
+    "popularity": experiment("sports", "popularity"),
+    "SASRec": experiment("sports", "sasrec"),
     "BSARec, 18 epochs": ["sports-bsarec"],
-    "item memory alone": ["sports-memory"],
+    "item memory alone": experiment("sports", "memory"),
     AS_IN_THE_PAPER: ["sports-paper-seed0"],
     **mixtures("sports", 1),
 }
 YELP = {
-    "item memory alone": ["yelp-memory"],
+    "popularity": experiment("yelp", "popularity"),
+    "item memory alone": experiment("yelp", "memory"),
     AS_IN_THE_PAPER: ["yelp-paper-seed0"],
     **mixtures("yelp", 1),
 }
