@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cemg.errors import DamagedError, UserError
+from cemg.errors import UserError
 from cemg.memory.checks import (
     check_count,
     check_histories,
@@ -36,7 +36,7 @@ from cemg.memory.checks import (
 )
 from cemg.memory.config import RANGES, Constants, MemoryConfig
 from cemg.memory.native_scores import NativeScores
-from cemg.memory.rows import Rows, best_positions, joined, largest, sum_by_key
+from cemg.memory.rows import Rows, best_positions, check_rows, joined, largest, sum_by_key
 from cemg.memory.similarity import AddedRows, Similarity, TextIndex
 from cemg.memory.transitions import Transitions
 from cemg.storage import files
@@ -450,7 +450,7 @@ class Memory:
             for name in names
         }
         for name, matrix in rows.items():
-            _check_rows(path, name, matrix, fix=fix)
+            check_rows(path, name, matrix, fix=fix)
         similar = None
         if "similar" in rows:
             similar = Similarity(
@@ -499,17 +499,3 @@ def ids_digest(item_ids: Sequence[str | int]) -> str:
 
 def _tensors(name: str, rows: Rows) -> dict[str, np.ndarray]:
     return {f"{name}.{part.name}": getattr(rows, part.name) for part in dataclasses.fields(rows)}
-
-
-def _check_rows(path: Path, name: str, rows: Rows, *, fix: str) -> None:
-    """Raise DamagedError for rows that are not within the file, or name items that do not exist."""
-    starts, items = rows.starts, rows.items
-    problem = None
-    if starts[0] != 0 or starts[-1] != len(items) or bool((np.diff(starts) < 0).any()):
-        problem = f"the rows of {name} are not consecutive"
-    elif len(items) and not (items.min() >= 0 and items.max() < len(rows)):
-        problem = f"{name} refers to an item that does not exist (there are {len(rows)})"
-    elif len(items) and not bool(np.isfinite(rows.values).all()):
-        problem = f"{name} has values that are not finite"
-    if problem is not None:
-        raise DamagedError(f"{path} is damaged", cause=problem, fix=fix)

@@ -11,6 +11,7 @@ from typing import IO
 
 import numpy as np
 
+from cemg.errors import DamagedError
 from cemg.storage.files import storage_error
 
 DIGIT = 16  # bits per pass of the radix sort that NumPy uses for 16-bit keys
@@ -109,6 +110,20 @@ class RowsWriter:
             file.flush()
             # copy on write: nothing is written to the file, but tensors of the array are not read-only
             return np.memmap(file, dtype, mode="c") if self.starts[-1] else np.zeros(0, dtype)
+
+
+def check_rows(path: Path, name: str, rows: Rows, *, fix: str) -> None:
+    """Raise DamagedError for rows that are not within the file, or name items that do not exist."""
+    starts, items = rows.starts, rows.items
+    problem = None
+    if starts[0] != 0 or starts[-1] != len(items) or bool((np.diff(starts) < 0).any()):
+        problem = f"the rows of {name} are not consecutive"
+    elif len(items) and not (items.min() >= 0 and items.max() < len(rows)):
+        problem = f"{name} refers to an item that does not exist (there are {len(rows)})"
+    elif len(items) and not bool(np.isfinite(rows.values).all()):
+        problem = f"{name} has values that are not finite"
+    if problem is not None:
+        raise DamagedError(f"{path} is damaged", cause=problem, fix=fix)
 
 
 def joined(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, list[int]]:
