@@ -1,13 +1,15 @@
 """Latency of cemg-serve under an open load on loopback, beside a server of ``generate()`` with a Python trie.
 
 python bench/serve.py --run runs/demo [--rates 5 20 80] [--seconds 10] [--threads 1] [--p99 500]
-    [--vllm PYTHON] [--json PATH]
+    [--additions N] [--vllm PYTHON] [--no-peers] [--json PATH]
 
 Arrival times are drawn before a load starts (Poisson), and a latency counts from the intended arrival, so a
 server that stalls cannot hide it. One server runs at a time. Requests are the histories of the run's test
 users. "search alone" is the time of the same search in this process: one after the other, and once per mean
-gap of a rate, since a processor that was idle is slower. With --p99, the rate of each server
-is raised by 40 % at a time until the p99 is above that limit.
+gap of a rate, since a processor that was idle is slower. With --p99, the rate of each server is raised by
+40 % at a time until the p99 is above that limit. "start" is the time until cemg-serve is ready. With
+--additions, items with a title are added one after the other while no other request is sent; the time is that
+from the request to the answer that the item is active.
 """
 
 from __future__ import annotations
@@ -91,8 +93,9 @@ class Load:
 
 
 @contextmanager
-def running(command: Sequence[str], port: int) -> Iterator[None]:
-    """A server, once it is ready."""
+def running(command: Sequence[str], port: int) -> Iterator[float]:
+    """A server, once it is ready; yields the seconds that this took."""
+    begun = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             until = time.monotonic() + 300
@@ -101,10 +104,10 @@ def running(command: Sequence[str], port: int) -> Iterator[None]:
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5).close()
                     break
                 except (urllib.error.URLError, OSError):
-                    time.sleep(0.2)
+                    time.sleep(0.1)
             else:
                 raise SystemExit(f"the server did not start: {' '.join(command)}")
-            yield
+            yield time.monotonic() - begun
         finally:
             process.terminate()
             process.wait(60)
@@ -156,6 +159,20 @@ def highest_rate(port: int, bodies: Sequence[bytes], limit: float, seconds: floa
         best, rate = rate, STEP * rate
 
 
+def addition(port: int, number: int) -> float:
+    """Add an item with a title over HTTP; return the milliseconds until it is active."""
+    address = f"http://127.0.0.1:{port}/v1/items/added-{number}"
+    body = json.dumps({"title": f"Sturdy rudder {number}"}).encode()
+    headers = {"Content-Type": "application/json"}
+    begun = time.perf_counter()
+    urllib.request.urlopen(urllib.request.Request(address, body, headers, method="PUT"), timeout=60).close()
+    while True:
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            if json.load(answer)["state"] == "active":
+                return 1000 * (time.perf_counter() - begun)
+        time.sleep(0.005)
+
+
 async def request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> int:
     """One POST on an open connection; returns the status."""
     head = (
@@ -201,6 +218,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each search")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--p99", type=float, help="limit in ms: also find the highest rate within it")
+    parser.add_argument("--additions", type=int, default=0, help="number of items to add to cemg-serve")
+    parser.add_argument("--no-peers", action="store_true", help="only cemg-serve")
     parser.add_argument(
         "--vllm", metavar="PYTHON",
         help="interpreter with vLLM and CEMG: also load a server that searches by vLLM (decoder-only runs)",
@@ -211,7 +230,8 @@ def main() -> None:
     histories = [[data.item_ids[row] for row in items] for items in data.split().histories("test")[:500]]
     bodies = [json.dumps({"history": history, "limit": TOP}).encode() for history in histories]
     rows: list[dict[str, Any]] = []
-    for engine, rates in (("cemg", options.rates), ("transformers", options.peer_rates)):
+    alone = [("cemg", options.rates), ("transformers", options.peer_rates)]
+    for engine, rates in alone[:1] if options.no_peers else alone:
         paces = [0.0, *(1 / rate for rate in rates)]
         medians = search_alone(options.run, histories, engine=engine, gaps=paces)
         for rate, median in zip(("", *rates), medians, strict=True):
@@ -227,14 +247,16 @@ def main() -> None:
         servers = {
             "cemg-serve": ([sys.executable, *own], options.rates),
         }
-        peers = [("FastAPI + generate()", sys.executable, "transformers")]
+        peers = [] if options.no_peers else [("FastAPI + generate()", sys.executable, "transformers")]
         if options.vllm:
             peers.append(("FastAPI + vLLM with the trie", options.vllm, "vllm"))
         for name, python, engine in peers:
             peer = [python, "-c", PEER, str(copy), str(port), str(options.threads), engine]
             servers[name] = (peer, options.peer_rates)
         for name, (command, rates) in servers.items():
-            with running(command, port):
+            with running(command, port) as seconds:
+                rows.append({"server": name, "start_s": round(seconds, 2)})
+                print(rows[-1], flush=True)
                 asyncio.run(offer(port, bodies, min(rates, default=1.0), 3.0, 1))  # warm up
                 for rate in rates:
                     load = asyncio.run(offer(port, bodies, rate, options.seconds, 0))
@@ -243,6 +265,12 @@ def main() -> None:
                 if options.p99:
                     best = highest_rate(port, bodies, options.p99, options.seconds)
                     rows.append({"server": name, "p99_limit_ms": options.p99, "highest_rate": round(best, 2)})
+                    print(rows[-1], flush=True)
+                if name == "cemg-serve" and options.additions:
+                    taken = [addition(port, number) for number in range(options.additions)]
+                    median, longest = float(np.median(taken)), max(taken)
+                    rows.append({"server": name, "additions": options.additions,
+                                 "p50_ms": round(median, 1), "max_ms": round(longest, 1)})  # fmt: skip
                     print(rows[-1], flush=True)
     names = list(dict.fromkeys(key for row in rows for key in row))
     print(format_columns([names, *([str(row.get(name, "")) for name in names] for row in rows)]))
