@@ -31,6 +31,8 @@ from speed_tables import (
     parts_of_a_search,
     readme_speed,
     scale_costs,
+    service_latency,
+    service_limits,
     table,
     training_step,
     valid_speed,
@@ -420,6 +422,9 @@ def pages() -> dict[Path, str]:
         docs / "training.md": with_tables(docs / "training.md", training),
         docs / "performance-cpu.md": with_tables(docs / "performance-cpu.md", cpu),
         docs / "scale.md": with_tables(docs / "scale.md", {"costs": scale_costs}),
+        docs / "http-service.md": with_tables(
+            docs / "http-service.md", {"latency": service_latency, "limits": service_limits}
+        ),
         docs / "performance-gpu.md": with_tables(docs / "performance-gpu.md", {"speed": gpu_speed}),
         **{docs / "experiments" / f"{folder.name}.md": NOTE + markdown(folder) for folder in experiments()},
         ROOT / "README.md": with_tables(ROOT / "README.md", {"speed": readme_speed, "results": readme_table}),

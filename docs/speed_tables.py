@@ -212,6 +212,54 @@ def scale_costs() -> str:
     return table(("stage", *(f"{size:.0e}".replace("e+0", "e") for size in SIZES)), cells)
 
 
+SERVED = {  # file of bench/serve.py: run
+    "serve-tiger-cpu": "Beauty, T5 at TIGER's size, 12,101 items",
+    "serve-llama-cpu": "Beauty, 4-layer Llama of width 128, 12,101 items",
+    "serve-million-cpu": "synthetic, 6-layer Llama of width 256, 1e6 items",
+    "serve-demo-cpu": "demo, 1 thread, 400 items",
+}
+
+
+def service_latency() -> str:
+    """Latency by offered rate, of a search alone at that pace and of each server."""
+    rows = []
+    for name, run in SERVED.items():
+        found = rows_of(name)
+        alone = {
+            (row["server"].removeprefix("search alone, "), row["offered_per_s"]): row
+            for row in found
+            if row["server"].startswith("search alone")
+        }
+        for row in found:
+            if "requests" not in row:
+                continue
+            rate = row["offered_per_s"]
+            engine = {"cemg-serve": "cemg", "FastAPI + generate()": "transformers"}.get(row["server"])
+            search = alone.get((engine or "", rate))
+            rows.append((
+                run, row["server"], f"{rate:g}", "" if search is None else milliseconds(search["p50_ms"]),
+                *(milliseconds(row[f"{which}_ms"]) for which in ("p50", "p95", "p99")),
+            ))  # fmt: skip
+    return table(("run", "server", "requests per second", "search alone, p50", "p50", "p95", "p99"), rows)
+
+
+def service_limits() -> str:
+    """The highest rate within a p99, the start, and additions, by server."""
+    rows = []
+    for name, run in SERVED.items():
+        servers: dict[str, Row] = {}
+        for row in rows_of(name):
+            if not row["server"].startswith("search alone") and "requests" not in row:
+                added = {"added_ms": row["p50_ms"]} if "additions" in row else {}
+                servers.setdefault(row["server"], {}).update(row | added)
+        for server, row in servers.items():
+            limit = f"{row['p99_limit_ms']:g} ms: {row['highest_rate']:g}" if "highest_rate" in row else ""
+            added = f"{milliseconds(row['added_ms'])} ms" if "added_ms" in row else ""
+            rows.append((run, server, limit, f"{row['start_s']:.1f} s", added))
+    head = ("run", "server", "requests per second within a p99", "start", "item with a title, until active")
+    return table(head, rows)
+
+
 def bold(text: str) -> str:
     return f"**{text}**"
 

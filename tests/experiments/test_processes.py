@@ -36,10 +36,12 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
 PARENT = """
+import signal
 import sys
 from pathlib import Path
 from cemg.processes import run_command, signals_raise
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 with signals_raise("the same command continues"), Path("log").open("a") as log:
     run_command([sys.executable, "child.py"], log.fileno())
 """
