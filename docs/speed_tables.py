@@ -253,7 +253,7 @@ def service_limits() -> str:
                 added = {"added_ms": row["p50_ms"]} if "additions" in row else {}
                 servers.setdefault(row["server"], {}).update(row | added)
         for server, row in servers.items():
-            limit = f"{row['p99_limit_ms']:g} ms: {row['highest_rate']:g}" if "highest_rate" in row else ""
+            limit = f"{row['p99_limit_ms']:g} ms: {row['highest_rate']:.3g}" if "highest_rate" in row else ""
             added = f"{milliseconds(row['added_ms'])} ms" if "added_ms" in row else ""
             rows.append((run, server, limit, f"{row['start_s']:.1f} s", added))
     head = ("run", "server", "requests per second within a p99", "start", "item with a title, until active")
