@@ -55,7 +55,7 @@ class PCA:
         """Fit the first ``dim`` principal components to the items that have this modality.
 
         The solvers are exact and deterministic: the same features give the same components and signs. Above
-        WHOLE items, the covariance is summed in blocks, so features by memory map are not copied.
+        WHOLE items, the covariance is summed in blocks, so memory-mapped features are not copied.
 
         Args:
             features: The features, [N, F].

@@ -36,7 +36,7 @@ from cemg.generator.samples import Batch, Buckets, Samples
 from cemg.generator.vocabulary import Vocabulary
 from cemg.generator.weights import assign, weights_of
 from cemg.progress import Log, bar, console
-from cemg.storage.checkpoint import Checkpoint, Slots, load_slots, slot_tensors, slots_of, spread_slots
+from cemg.storage.checkpoint import Checkpoint, Slots, broadcast_slots, load_slots, slot_tensors, slots_of
 from cemg.storage.read import STRICT
 from cemg_kernels import Trie
 
@@ -207,7 +207,7 @@ class _Training:
             self.state = self.world.agree(self.state)
             for parameter in self.model.parameters():
                 self.world.broadcast(parameter)
-            slots = spread_slots(optimizer, self.world)
+            slots = broadcast_slots(optimizer, self.world)
         if not self.world.sharded:
             if slots:
                 load_slots(optimizer, slots)

@@ -397,9 +397,9 @@ class Memory:
                 f"{folder} belongs to a run, whose memory is that of its training and its added items",
                 fix=f"save it to another folder, such as {folder.parent / 'live-memory'}",
             )
-        tensors = {"counts": self.counts, **_tensors("transitions", self.transitions.merged())}
+        tensors = {"counts": self.counts, **self.transitions.merged().arrays("transitions")}
         if self.similar is not None:
-            tensors |= _tensors("similar", self.similar.merged())
+            tensors |= self.similar.merged().arrays("similar")
             self.similar.index.save(folder)
         about: dict[str, Any] = {
             "format": FORMAT, "catalog": self.catalog, "catalog_items": self.catalog_items,
@@ -495,7 +495,3 @@ class _About:
 def ids_digest(item_ids: Sequence[str | int]) -> str:
     """sha256 of item ids in row order."""
     return hashlib.sha256("\n".join(map(str, item_ids)).encode()).hexdigest()
-
-
-def _tensors(name: str, rows: Rows) -> dict[str, np.ndarray]:
-    return {f"{name}.{part.name}": getattr(rows, part.name) for part in dataclasses.fields(rows)}

@@ -54,6 +54,10 @@ class Rows:
         before = np.searchsorted(left_out, starts)
         return Rows(starts - before, np.delete(items, left_out), np.delete(values, left_out))
 
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Return the arrays by the names that they have in a file, ``name`` first."""
+        return {f"{name}.starts": self.starts, f"{name}.items": self.items, f"{name}.values": self.values}
+
     @classmethod
     def stacked(cls, rows: Sequence[Row]) -> Rows:
         """Build the matrix from its rows."""

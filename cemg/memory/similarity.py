@@ -211,7 +211,7 @@ class TextIndex:
 
 @dataclass(frozen=True, slots=True)
 class AddedRows:
-    """What items that were added have changed in C, as arrays.
+    """The changes of C by items that were added, as arrays.
 
     Attributes:
         numbers: Rows that differ from those of the base, [R] int64 ascending; among them those of the A added
@@ -272,7 +272,7 @@ class Similarity:
         return bool(self._rows) or self._stored is not None
 
     def prepare(self) -> None:
-        """Read and compute what the first `extend` needs, which takes long for many items."""
+        """Read the texts and index them by word for the first `extend`, which takes long for many items."""
         _ = self.base_index.by_word
         self.base_index.vectors_of([None])
 
@@ -343,7 +343,7 @@ class Similarity:
         return other
 
     def added_rows(self) -> AddedRows | None:
-        """Return what the added items have changed; None if there are none."""
+        """Return the changes by added items; None if there are none."""
         if self._vectors is None:
             return None
         stored = [] if self._stored is None else self._stored.numbers.tolist()
@@ -356,7 +356,7 @@ class Similarity:
 
         Args:
             added: The `added_rows` of ``source``.
-            source: What `frozen` returned.
+            source: The copy, from `frozen`.
         """
         self._stored = added
         self._rows = {n: row for n, row in self._rows.items() if source._rows.get(n) is not row}

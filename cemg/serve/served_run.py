@@ -224,7 +224,7 @@ class ServedRun:
                 self.unsaved = True
 
     def frozen_similarity(self) -> tuple[dict[str, bytes], Similarity] | None:
-        """What `save_similarity` writes; None if the file has all. See `follow` for threads."""
+        """The arguments of `save_similarity`; None if the file is up to date. See `follow` for threads."""
         similar = self.engine.recommender.memory.similar if self.engine.learns else None
         if similar is None or not self.unsaved:
             return None

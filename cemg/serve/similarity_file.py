@@ -30,7 +30,7 @@ log = logging.getLogger("cemg.serve")
 
 @dataclass(frozen=True, slots=True)
 class SavedSimilarity:
-    """What the file has.
+    """The content of the file.
 
     Attributes:
         texts: A digest of the text of each added item, by id, in the order of their rows: see `digest_of`.
@@ -56,7 +56,7 @@ class SimilarityFile:
         self._about = {"format": FORMAT, "model": model_version}
 
     def read(self) -> SavedSimilarity | None:
-        """Return what `write` wrote; None if it is missing, damaged, or of another state of the run."""
+        """Read the file; None if it is missing, damaged, or of another state of the run."""
         if not self.path.is_file():
             return None
         try:

@@ -135,7 +135,7 @@ def load_slots(optimizer: Optimizer, slots: Slots) -> None:
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
 
 
-def spread_slots(optimizer: Optimizer, world: World) -> Slots:
+def broadcast_slots(optimizer: Optimizer, world: World) -> Slots:
     """The state of the main process's optimizer, in every process."""
     own: Slots = optimizer.state_dict()["state"]
     shapes = {i: {k: (v.shape, v.dtype, v.device.type) for k, v in s.items()} for i, s in own.items()}

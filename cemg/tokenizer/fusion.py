@@ -70,17 +70,6 @@ class ItemFeatures:
     def to(self, device: str | torch.device) -> ItemFeatures:
         return ItemFeatures({k: v.to(device) for k, v in self.values.items()}, self.present.to(device))
 
-    @classmethod
-    def scaled(
-        cls,
-        values: dict[str, Tensor],
-        present: dict[str, Tensor],
-        scaling: dict[str, Scaling],
-        without: Sequence[str] = (),
-    ) -> ItemFeatures:
-        """Scale raw features. See `FeatureTable.of` for the arguments and errors."""
-        return FeatureTable.of(values, present, scaling, without).rows(slice(None))
-
 
 @dataclass(frozen=True, slots=True)
 class FeatureTable:
@@ -129,7 +118,7 @@ class FeatureTable:
         scaling: dict[str, Scaling],
         without: Sequence[str] = (),
     ) -> FeatureTable:
-        """Combine what the modalities have.
+        """Collect the features of all modalities, and mask those that are left out.
 
         Args:
             values: [N, D_k] per modality.

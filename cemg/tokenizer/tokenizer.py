@@ -31,7 +31,7 @@ class Tokenizer:
 
     def features(self, values: dict[str, Tensor], present: dict[str, Tensor]) -> ItemFeatures:
         """Scale raw features (e_v, e_t, e_c by name, [N, D_k]) as in training."""
-        return ItemFeatures.scaled(values, present, self.scaling, self.without)
+        return FeatureTable.of(values, present, self.scaling, self.without).rows(slice(None))
 
     @torch.no_grad()
     def tokenize(self, items: ItemFeatures) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ class Tokenizer:
 
     @torch.no_grad()
     def encode(self, values: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Encode all items, a block at a time. Features by memory map are not copied.
+        """Encode all items, a block at a time. Memory-mapped features are not copied.
 
         Args:
             values: [N, D_k] raw features per modality.

@@ -11,7 +11,7 @@ from torch import Tensor
 from cemg.distributed import ALONE, Rows, World
 from cemg.errors import UserError
 from cemg.progress import Log, console, track
-from cemg.storage.checkpoint import Checkpoint, load_slots, slot_tensors, slots_of, spread_slots
+from cemg.storage.checkpoint import Checkpoint, broadcast_slots, load_slots, slot_tensors, slots_of
 from cemg.tokenizer.clusters import balanced_clusters
 from cemg.tokenizer.fusion import BLOCK, MODALITIES, FeatureTable, ItemFeatures, Scaling
 from cemg.tokenizer.rqvae import RQVAE, Collaborative, Losses, TokenizerConfig
@@ -160,7 +160,7 @@ class _State:
             self.epoch, self.clusters = self.world.agree((self.epoch, self.clusters))
             for tensor in (*self.model.parameters(), *randoms.values()):
                 self.world.broadcast(tensor)
-            load_slots(self.optimizer, spread_slots(self.optimizer, self.world))
+            load_slots(self.optimizer, broadcast_slots(self.optimizer, self.world))
         self.generator.set_state(randoms["generator"])
         torch.set_rng_state(randoms["cpu"])
         if "cuda" in randoms:

@@ -11,6 +11,7 @@ import torch
 from cemg.errors import UserError
 from cemg.tokenizer import MODALITIES, Fusion, ItemFeatures, Scaling
 from cemg.tokenizer import fusion as fusion_module
+from cemg.tokenizer.fusion import FeatureTable
 
 WIDTHS = {"image": 5, "text": 3, "collab": 4}
 ALL_PATTERNS = torch.tensor([[bool(n & 4), bool(n & 2), bool(n & 1)] for n in range(8)])  # [8, 3]
@@ -94,8 +95,8 @@ def test_without_collab_treats_every_item_like_one_without_an_embedding(fusion):
     here, none = torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)
     scaling = {k: Scaling.of(raw[k], here) for k in MODALITIES}
     present = {"image": here, "text": here, "collab": here}
-    ablated = ItemFeatures.scaled(raw, present, scaling, without=["collab"])
-    absent = ItemFeatures.scaled(raw, present | {"collab": none}, scaling)
+    ablated = FeatureTable.of(raw, present, scaling, without=["collab"]).rows(slice(None))
+    absent = FeatureTable.of(raw, present | {"collab": none}, scaling).rows(slice(None))
     for one, other in zip(fusion(ablated), fusion(absent), strict=True):
         assert torch.equal(one, other)
     assert not ablated.values["collab"].any() and not ablated.present[:, 2].any()
@@ -136,7 +137,7 @@ def test_absent_rows_become_zeros_whatever_their_values():
     values["image"][1] = float("nan")
     present = {k: torch.tensor([True, k != "image"]) for k in MODALITIES}
     scaling = {k: Scaling.of(values[k], present[k]) for k in MODALITIES}
-    items = ItemFeatures.scaled(values, present, scaling)
+    items = FeatureTable.of(values, present, scaling).rows(slice(None))
     assert items.values["image"][1].tolist() == [0.0] * WIDTHS["image"]
     assert items.present.tolist() == [[True] * 3, [False, True, True]]
 
@@ -146,7 +147,7 @@ def test_a_modality_that_does_not_exist_cannot_be_left_out():
     present = {k: torch.ones(1, dtype=torch.bool) for k in MODALITIES}
     scaling = {k: Scaling.of(values[k], present[k]) for k in MODALITIES}
     with pytest.raises(UserError, match="unknown modality 'images'"):
-        ItemFeatures.scaled(values, present, scaling, without=["images"])
+        FeatureTable.of(values, present, scaling, without=["images"]).rows(slice(None))
 
 
 def test_without_guidance_h_is_the_concatenation_and_absent_modalities_are_zero() -> None:
