@@ -4,7 +4,8 @@ Building is in ``cemg.memory.build``, which inference does not import.
 """
 
 from cemg.memory.config import Constants, MemoryConfig
-from cemg.memory.memory import MEMORY_FILE, Memory
+from cemg.memory.memory import Memory
+from cemg.memory.memory_file import MEMORY_FILE
 from cemg.memory.similarity import TEXTS_FILE
 
 __all__ = ["MEMORY_FILE", "TEXTS_FILE", "Constants", "Memory", "MemoryConfig"]

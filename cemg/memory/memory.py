@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -35,17 +34,16 @@ from cemg.memory.checks import (
     newest_rows,
 )
 from cemg.memory.config import RANGES, Constants, MemoryConfig
+from cemg.memory.memory_file import FORMAT, MEMORY_FILE, read_memory
 from cemg.memory.native_scores import NativeScores
-from cemg.memory.rows import Rows, best_positions, check_rows, joined, largest, sum_by_key
+from cemg.memory.rows import Rows, best_positions, joined, largest, sum_by_key
 from cemg.memory.similarity import AddedRows, Similarity, TextIndex
 from cemg.memory.transitions import Transitions
 from cemg.storage import files
 from cemg.storage.manifest import MANIFEST
-from cemg.storage.read import RESTORE, check_tensors, parse_json, read_tensor_file
+from cemg.storage.read import RESTORE
 from cemg_kernels.runtime.dispatch import fast_kernels_enabled, native_available
 
-MEMORY_FILE = "memory.safetensors"
-FORMAT = 1  # of the file; increased when the meaning of a tensor changes
 MASSES = 1000  # items of a prior, by default
 
 
@@ -208,6 +206,25 @@ class Memory:
         low, high = max(0, position - self.config.window), position + self.config.window
         older, newer = known[low:position], known[position:high]
         self.transitions.change([*older, *newer], [*older, new, *newer])
+
+    def observe_many(self, histories: Sequence[np.ndarray], known: Sequence[int] | np.ndarray) -> None:
+        """Add the newest events of many users. The result equals `observe` event by event, which is slower.
+
+        Args:
+            histories: Item rows of each user, oldest first, U arrays of integers.
+            known: How many items of each history the memory has learned before, [U].
+
+        Raises:
+            UserError: An item does not exist, or ``known`` does not fit the histories.
+        """
+        check_histories(histories)
+        lengths, before = np.array([*map(len, histories)], np.int64), np.asarray(known, np.int64)
+        if before.shape != lengths.shape or not ((before >= 0) & (before <= lengths)).all():
+            raise UserError("known must be a number per history, from 0 to its length")
+        items = np.concatenate([np.zeros(0, np.int32), *histories])
+        if len(items) and not 0 <= items.min() <= items.max() < self.num_items:
+            self._checked(items)  # it names the item
+        self.transitions.append_many(items, np.append(0, np.cumsum(lengths)), before)
 
     def forget(self, history: Sequence[int] | np.ndarray) -> None:
         """Remove a user's events. The result equals a memory that never had them.
@@ -424,41 +441,15 @@ class Memory:
             DamagedError: The file is missing or damaged.
             UserError: The file has a format that this version does not read.
         """
-        folder = Path(folder)
-        path = folder / MEMORY_FILE
-        tensors, metadata = read_tensor_file(path, finite=False, fix=fix)
-        record = parse_json(metadata.get("memory", ""), dict[str, Any], name=f"the header of {path}", fix=fix)
-        if record.get("format") != FORMAT:
-            raise UserError(
-                f"{path} has format {record.get('format')!r:.80}; this version reads format {FORMAT!r}",
-                fix="build the memory again: cemg-train --run RUN",
-            )
-        about = parse_json(json.dumps(record), _About, name=f"the header of {path}", fix=fix)
-        names = ("transitions", "similar") if "similar.items" in tensors else ("transitions",)
-        spec: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {"counts": (torch.int64, ("N",))}
-        for name in names:
-            spec[f"{name}.starts"] = (
-                torch.int64,
-                (len(tensors["counts"]) + 1 if "counts" in tensors else 1,),
-            )
-            spec[f"{name}.items"] = (torch.int32, (name,))
-            spec[f"{name}.values"] = (torch.float32, (name,))
-        check_tensors(path, tensors, spec, fix=fix)
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        rows = {
-            name: Rows(*(arrays[f"{name}.{part}"] for part in ("starts", "items", "values")))
-            for name in names
-        }
-        for name, matrix in rows.items():
-            check_rows(path, name, matrix, fix=fix)
+        about, counts, rows = read_memory(Path(folder), fix=fix)
         similar = None
         if "similar" in rows:
             similar = Similarity(
                 rows["similar"], top=about.config.similar_items,
-                index=lambda: TextIndex.load(folder, len(arrays["counts"]), fix=fix),
+                index=lambda: TextIndex.load(Path(folder), len(counts), fix=fix),
             )  # fmt: skip
         return cls(
-            about.config, about.constants, arrays["counts"], rows["transitions"], similar, about.catalog,
+            about.config, about.constants, counts, rows["transitions"], similar, about.catalog,
             about.catalog_items, about.added,
         )  # fmt: skip
 
@@ -478,18 +469,6 @@ class Memory:
                 cause=f"the first {self.num_items} items of the catalog have other ids",
                 fix=f"build the memory of this catalog: {command} --rebuild",
             )
-
-
-@dataclass(frozen=True, slots=True)
-class _About:
-    """The header of the file."""
-
-    format: int
-    catalog: str
-    catalog_items: int
-    config: MemoryConfig
-    constants: Constants
-    added: str | None = None
 
 
 def ids_digest(item_ids: Sequence[str | int]) -> str:

@@ -16,6 +16,7 @@ from cemg.memory.config import Constants
 from cemg.memory.rows import Row, Rows, best_positions, item_factors, largest, sum_by_key
 
 UNIT = 2.0**-12
+NOTHING: Row = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
 def step_weights(window: int, constants: Constants) -> tuple[list[float], list[float]]:
@@ -41,7 +42,8 @@ class Transitions:
         self.forward, self.backward = step_weights(window, constants)
         self._built: np.ndarray | None = None  # factors when T was built; None before the first event
         self._raised: set[int] = set()  # items with fewer events than when T was built
-        self._added: dict[int, dict[int, float]] = {}  # row -> item -> what events added to T
+        self._many: Rows | None = None  # what `append_many` added to T
+        self._added: dict[int, dict[int, float]] = {}  # row -> item -> what single events added to T
         self._rows: dict[int, Row] = {}  # rows with what was added
 
     # ---- reading
@@ -55,7 +57,8 @@ class Transitions:
         """Return the ``top`` entries of a row with the largest ``T[j, i] * factors[i]``, in any order."""
         if self._built is None:
             return self.base.row(item, top)
-        if item not in self._added and not self._reordered(item, top):
+        is_changed = item in self._added or len(self._many_row(item)[0]) > 0
+        if not is_changed and not self._reordered(item, top):
             return self.base.row(item, top)
         items, values = self.whole_row(item)
         if len(items) <= top:
@@ -66,17 +69,22 @@ class Transitions:
     def whole_row(self, item: int) -> Row:
         """Return all entries of a row. Rows that were not sorted again are sorted by item."""
         if item not in self._rows:
-            items, values = self.base.row(item)
+            (items, values), (many_items, many_values) = self.base.row(item), self._many_row(item)
             added = self._added.get(item, {})
-            items = np.concatenate((items, np.fromiter(added.keys(), np.int32, len(added))))
-            values = np.concatenate((values, np.fromiter(added.values(), np.float64, len(added))))
+            items = np.concatenate((items, many_items, np.fromiter(added.keys(), np.int32, len(added))))
+            values = np.concatenate(
+                (values, many_values, np.fromiter(added.values(), np.float64, len(added)))
+            )
             items, values = sum_by_key(items, values.astype(np.float64), len(self.counts))
             present = values > UNIT / 2
             row = items[present], values[present].astype(np.float32)
-            if not added:
+            if not added and not len(many_items):
                 return row
             self._rows[item] = row
         return self._rows[item]
+
+    def _many_row(self, item: int) -> Row:
+        return NOTHING if self._many is None else self._many.row(item)
 
     def _reordered(self, item: int, top: int) -> bool:
         """Whether changed counts may have changed the first ``top`` entries of a row of ``base``.
@@ -107,6 +115,42 @@ class Transitions:
         for distance, earlier in enumerate(reversed(history[-self.window :])):
             self._add(earlier, item, distance, 1)
 
+    def append_many(self, items: np.ndarray, starts: np.ndarray, known: np.ndarray) -> None:
+        """Add events at the ends of U histories at once.
+
+        Args:
+            items: Histories with these events, one after the other, [n] integers.
+            starts: Where each history begins in ``items``, and n, [U + 1] int64.
+            known: Number of items of each history that were added before, [U] int64.
+        """
+        lengths, places = np.diff(starts), np.arange(len(items))
+        places -= np.repeat(starts[:-1], lengths)  # within its history
+        events = np.flatnonzero(places >= np.repeat(known, lengths))
+        if not len(events):
+            return
+        self._start()
+        size = len(self.counts)
+        self.counts += np.bincount(items[events], minlength=size)
+        self._recompute_factors(np.unique(items[events]))
+        keys, values = list[np.ndarray](), list[np.ndarray]()
+        for distance, weights in enumerate(zip(self.forward, self.backward, strict=True), start=1):
+            later = events[places[events] >= distance]
+            one, other = items[later - distance].astype(np.int64), items[later].astype(np.int64)
+            one, other = one[one != other], other[one != other]
+            for key, weight in zip((one * size + other, other * size + one), weights, strict=True):
+                keys.append(key)
+                values.append(np.full(len(key), weight))
+        if self._many is not None:
+            rows = np.repeat(np.arange(len(self._many), dtype=np.int64), np.diff(self._many.starts))
+            keys.append(rows * size + self._many.items)
+            values.append(self._many.values.astype(np.float64))
+        cells, sums = sum_by_key(np.concatenate(keys), np.concatenate(values), size * size)
+        ends = np.searchsorted(cells, np.arange(1, size + 1) * size)
+        self._many = Rows(
+            np.append(0, ends), (cells % size).astype(np.int32), sums.astype(np.float32)
+        )  # fmt: skip
+        self._rows.clear()
+
     def change(self, before: Sequence[int], after: Sequence[int]) -> None:
         """Replace the sequence ``before`` by ``after``."""
         self._start()
@@ -132,6 +176,14 @@ class Transitions:
         else:
             self._raised.discard(item)
 
+    def _recompute_factors(self, items: np.ndarray) -> None:
+        """Compute the factors of items whose counts have grown."""
+        assert self._built is not None
+        self.factors[items] = item_factors(self.counts[items], self.exponent)
+        if self._raised:
+            lower = items[self.factors[items] <= self._built[items]]
+            self._raised.difference_update(lower.tolist())
+
     def _add(self, earlier: int, later: int, distance: int, sign: int) -> None:
         if earlier == later:
             return
@@ -147,7 +199,9 @@ class Transitions:
         """Return T with all events, sorted as ``base``."""
         if self._built is None:
             return self.base
-        if not self._added and np.array_equal(self.factors, self._built):  # there are only new items
+        if (
+            not self._added and self._many is None and np.array_equal(self.factors, self._built)
+        ):  # there are only new items
             starts = np.append(
                 self.base.starts, np.full(len(self.counts) - len(self.base), self.base.starts[-1])
             )

@@ -174,13 +174,10 @@ class Engine:
     def _read_run(self) -> None:
         """Take the histories of the run's data, and let the memory learn the items that were held out."""
         data = self.recommender.artifacts.load_data()
-        train = data.split().train
-        for user, (items, known) in enumerate(zip(data.sequences, train, strict=True)):
-            rows = items.tolist()
-            self._histories[data.user_ids[user]] = _History(rows, [(EARLIER, 0)] * len(rows))
-            if self.learns:
-                for place in range(len(known), len(rows)):
-                    self.recommender.memory.observe(rows[:place], rows[place])
+        for user, items in zip(data.user_ids, data.sequences, strict=True):
+            self._histories[user] = _History(items.tolist(), [(EARLIER, 0)] * len(items))
+        if self.learns:
+            self.recommender.memory.observe_many(data.sequences, [*map(len, data.split().train)])
 
     # ---- searches
 

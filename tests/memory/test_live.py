@@ -53,6 +53,49 @@ def test_observed_events_equal_a_rebuild(users: list[list[int]], events: list[tu
     assert_equal(live, built(histories))
 
 
+@settings(deadline=None, max_examples=50)
+@given(sequences, st.data())
+def test_events_of_many_users_at_once_equal_a_rebuild(users: list[list[int]], data: st.DataObject) -> None:
+    """Also after and before single events, and a second time."""
+    live, histories = built(users), [list(user) for user in users]
+    for _ in range(data.draw(st.integers(1, 3))):
+        known = [*map(len, histories)]
+        for history in histories:
+            history.extend(data.draw(st.lists(st.integers(0, ITEMS - 1), max_size=3)))
+        live.observe_many([np.array(history, np.int32) for history in histories], known)
+        live.scores(histories[0])
+        if data.draw(st.booleans()):
+            live.observe(histories[0], 3)
+            histories[0].append(3)
+        elif data.draw(st.booleans()):
+            live.forget(histories.pop())
+            histories.append([])
+    assert_equal(live, built(histories))
+
+
+def test_events_of_many_users_survive_a_file(tmp_path: Path) -> None:
+    live = built([[0, 1], [4]])
+    live.observe_many([np.array([0, 1, 2]), np.array([4, 4, 5])], [2, 1])
+    live.save(tmp_path)
+    assert_equal(Memory.load(tmp_path), built([[0, 1, 2], [4, 4, 5]]))
+
+
+@pytest.mark.parametrize(
+    ("histories", "known", "message"),
+    [
+        ([[0, 99]], [1], "the memory has no item 99"),
+        ([[0, 1]], [3], "known must be a number per history, from 0 to its length"),
+        ([[0, 1]], [1, 1], "known must be a number per history"),
+        ([0, 1], [1, 1], "is not a list of histories"),
+    ],
+)
+def test_events_of_many_users_are_checked(histories: list[list[int]], known: list[int], message: str) -> None:
+    live = built([[0, 1]])
+    with pytest.raises(UserError, match=message):
+        live.observe_many(histories, known)  # type: ignore[arg-type]
+    assert_equal(live, built([[0, 1]]))
+
+
 @settings(deadline=None, max_examples=25)
 @given(sequences, st.data())
 def test_a_late_event_equals_a_rebuild_with_it_in_its_place(
