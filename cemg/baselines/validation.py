@@ -41,15 +41,15 @@ def validate(ranker: Scorer, split: Split, users: np.ndarray | None = None) -> M
     """
     histories, targets = split.histories("valid"), split.targets("valid")
     rows = np.arange(len(targets)) if users is None else users
-    rows = rows[np.argsort([len(histories[r]) for r in rows], kind="stable")]
+    rows = rows[np.argsort(histories.lengths[rows], kind="stable")]
     ranks = [
-        _ranks(ranker, [histories[r] for r in rows[i : i + BATCH]], targets[rows[i : i + BATCH]])
+        _ranks(ranker, histories.of_users(rows[i : i + BATCH]), targets[rows[i : i + BATCH]])
         for i in range(0, len(rows), BATCH)
     ]
     return metrics_at(torch.cat(ranks), (10,))
 
 
-def _ranks(ranker: Scorer, histories: list[np.ndarray], targets: np.ndarray) -> torch.Tensor:
+def _ranks(ranker: Scorer, histories: Sequence[np.ndarray], targets: np.ndarray) -> torch.Tensor:
     """Compute the rank [B] int64 of each target among the items that are not in its history."""
     logits = ranker.logits(histories)  # [B, N]
     rows = torch.from_numpy(np.repeat(np.arange(len(histories)), [len(h) for h in histories]))

@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 from pydantic import ConfigDict
 
+from cemg.data.sequences import Sequences
 from cemg.errors import DamagedError, UserError
 from cemg.progress import UNPRINTABLE
 from cemg.storage import files
@@ -57,7 +58,8 @@ class Dataset:
         name: Name of the dataset.
         user_ids: Ids of the users, [U].
         item_ids: Ids of the items, [N].
-        sequences: Item rows of each user's history, oldest first, U arrays of int32.
+        sequences: Item rows of each user's history, oldest first, U arrays of int32; kept as
+            `Sequences`.
         titles: Titles of the items, [N], "" if missing.
         texts: Texts of the items, [N].
         images: Paths of the items' images, [N].
@@ -74,7 +76,7 @@ class Dataset:
     name: str
     user_ids: list[str]
     item_ids: list[str]
-    sequences: list[np.ndarray]
+    sequences: Sequence[np.ndarray]
     titles: list[str]
     texts: list[str | None]
     images: list[Path | None]
@@ -85,6 +87,7 @@ class Dataset:
     served: Served | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sequences", Sequences.of(self.sequences))
         if self.cuts is not None and self.cuts.shape != (len(self.user_ids), 2):
             raise UserError(f"{self.name}: cuts must be [{len(self.user_ids)}, 2], got {self.cuts.shape}")
         if len(self.user_ids) != len(self.sequences):
@@ -108,7 +111,7 @@ class Dataset:
     @property
     def num_interactions(self) -> int:
         """Number of interactions."""
-        return int(sum(map(len, self.sequences)))
+        return int(Sequences.of(self.sequences).lengths.sum())
 
     def stats(self) -> dict[str, float]:
         """Compute the columns of Table 1 of the CEMG paper.
@@ -136,10 +139,10 @@ class Dataset:
 
     def save(self, folder: Path) -> None:
         """Write a prepared folder: the tables interactions, users and items as Parquet, and dataset.json."""
-        lengths = [len(s) for s in self.sequences]
+        sequences = Sequences.of(self.sequences)
         pairs = {
-            "user": np.repeat(np.arange(self.num_users, dtype=np.int32), lengths),
-            "item": _flat(self.sequences),
+            "user": np.repeat(np.arange(self.num_users, dtype=np.int32), sequences.lengths),
+            "item": sequences.flat(),
         }
         _write(pl.DataFrame(pairs), folder / "interactions.parquet")
         users = pl.DataFrame({"user_id": self.user_ids}, schema={"user_id": pl.String})
@@ -185,7 +188,8 @@ class Dataset:
                 raise DamagedError(f"{folder / name} is damaged", cause=cause, fix=REMEDY)
         users, items, pairs = (read_parquet(folder / name, TABLES[name], fix=REMEDY) for name in TABLES)
         _check_tables(folder, users, items, pairs)
-        sequences = _unflatten(pairs["user"].to_numpy(), pairs["item"].to_numpy(), len(users))
+        lengths = np.bincount(pairs["user"].to_numpy(), minlength=len(users))
+        sequences = Sequences.of_lengths(pairs["item"].to_numpy(), lengths)
         return cls(
             name=about.name,
             user_ids=users["user_id"].to_list(),
@@ -249,17 +253,16 @@ def _check_tables(folder: Path, users: pl.DataFrame, items: pl.DataFrame, pairs:
         raise DamagedError(f"the dataset in {folder} is damaged", cause=problem, fix=REMEDY)
 
 
-def _read_cuts(folder: Path, sequences: Sequence[np.ndarray]) -> np.ndarray:
+def _read_cuts(folder: Path, sequences: Sequences) -> np.ndarray:
     """Read the cuts in time. Raises DamagedError if they do not fit the histories."""
     table = read_parquet(folder / CUTS, CUTS_SCHEMA, fix=REMEDY)
     cuts = np.stack([table[name].to_numpy() for name in CUTS_SCHEMA], axis=1) if len(table) else None
-    lengths = [len(s) for s in sequences]
     if (
         cuts is None
-        or len(cuts) != len(lengths)
-        or not ((cuts[:, 0] >= 0) & (cuts[:, 0] <= cuts[:, 1]) & (cuts[:, 1] <= lengths)).all()
+        or len(cuts) != len(sequences)
+        or not ((cuts[:, 0] >= 0) & (cuts[:, 0] <= cuts[:, 1]) & (cuts[:, 1] <= sequences.lengths)).all()
     ):
-        cause = f"{CUTS} does not fit the histories of {len(lengths)} users"
+        cause = f"{CUTS} does not fit the histories of {len(sequences)} users"
         raise DamagedError(f"the dataset in {folder} is damaged", cause=cause, fix=REMEDY)
     return cuts
 
@@ -269,23 +272,28 @@ class Split:
     """A split of the histories into training, validation targets and test targets.
 
     Attributes:
-        train: Item rows for training, per user, U arrays of int32. They are the histories of the validation
-            targets.
+        train: Item rows for training, per user, U arrays of int32; kept as `Sequences`. They are the
+            histories of the validation targets.
         users: Rows of the users that have a test target, [T] int32.
         valid_users: Rows of the users that have a validation target, [V] int32: leave-one-out, the same.
         valid: Validation targets, [V] int32.
         test: Test targets, [T] int32.
-        before_test: What the histories of the test targets have after ``train``, T arrays of int32.
+        before_test: What the histories of the test targets have after ``train``, T arrays of int32; kept as
+            `Sequences`.
         fingerprint: Identifies the split; results of different splits are not compared.
     """
 
-    train: list[np.ndarray]
+    train: Sequence[np.ndarray]
     users: np.ndarray
     valid_users: np.ndarray
     valid: np.ndarray
     test: np.ndarray
-    before_test: list[np.ndarray]
+    before_test: Sequence[np.ndarray]
     fingerprint: dict[str, int | str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "train", Sequences.of(self.train))
+        object.__setattr__(self, "before_test", Sequences.of(self.before_test))
 
     @classmethod
     def leave_one_out(cls, data: Dataset) -> Split:
@@ -295,12 +303,12 @@ class Split:
 
         Source: CEMG paper, section 4.1.3, https://arxiv.org/abs/2512.21543.
         """
-        lengths = np.array([len(s) for s in data.sequences], dtype=np.int64)
-        users = np.flatnonzero(lengths >= 3).astype(np.int32)
-        valid = np.array([data.sequences[u][-2] for u in users], dtype=np.int32)
-        test = np.array([data.sequences[u][-1] for u in users], dtype=np.int32)
-        train = [s[:-2] if len(s) >= 3 else s for s in data.sequences]
-        between = [data.sequences[u][-2:-1].astype(np.int32) for u in users]
+        sequences = Sequences.of(data.sequences)
+        users = np.flatnonzero(sequences.lengths >= 3).astype(np.int32)
+        tested = sequences.of_users(users)
+        valid, test = tested.at(tested.lengths - 2), tested.at(tested.lengths - 1)
+        train = sequences.part(0, sequences.lengths - np.where(sequences.lengths >= 3, 2, 0))
+        between = tested.part(tested.lengths - 2, tested.lengths - 1)
         return cls(train, users, users, valid, test, between, _fingerprint(data, users, test))
 
     @classmethod
@@ -316,13 +324,13 @@ class Split:
         """
         assert data.cuts is not None
         first, second = data.cuts.astype(np.int64).T  # [U]
-        lengths = np.array([len(s) for s in data.sequences], dtype=np.int64)
+        sequences = Sequences.of(data.sequences)
         valid_users = np.flatnonzero((first > 0) & (second > first)).astype(np.int32)
-        users = np.flatnonzero((second > 0) & (lengths > second)).astype(np.int32)
-        valid = np.array([data.sequences[u][first[u]] for u in valid_users], dtype=np.int32)
-        test = np.array([data.sequences[u][second[u]] for u in users], dtype=np.int32)
-        train = [s[:cut].astype(np.int32) for s, cut in zip(data.sequences, first, strict=True)]
-        between = [data.sequences[u][first[u] : second[u]].astype(np.int32) for u in users]
+        users = np.flatnonzero((second > 0) & (sequences.lengths > second)).astype(np.int32)
+        valid = sequences.of_users(valid_users).at(first[valid_users])
+        tested = sequences.of_users(users)
+        test = tested.at(second[users])
+        train, between = sequences.part(0, first), tested.part(first[users], second[users])
         shares = " and ".join(f"{share:.0%}" for share in CUT_SHARES)
         about: dict[str, int | str] = {"split": f"in time, at {shares} of the interactions"}
         return cls(train, users, valid_users, valid, test, between, _fingerprint(data, users, test) | about)
@@ -331,17 +339,17 @@ class Split:
         """Return the rows of the users that have a target in ``part`` ("valid" or "test")."""
         return {"valid": self.valid_users, "test": self.users}[part]
 
-    def histories(self, part: str) -> list[np.ndarray]:
+    def histories(self, part: str) -> Sequences:
         """Return the history before each target of ``part`` ("valid" or "test"), arrays of int32.
 
         Raises:
             ValueError: ``part`` has another value.
         """
+        train = Sequences.of(self.train)
         if part == "valid":
-            return [self.train[u] for u in self.valid_users]
+            return train.of_users(self.valid_users)
         if part == "test":
-            pairs = zip(self.users, self.before_test, strict=True)
-            return [np.append(self.train[u], items).astype(np.int32) for u, items in pairs]
+            return train.of_users(self.users).followed_by(Sequences.of(self.before_test))
         raise ValueError(f"part must be 'valid' or 'test', got {part!r}")
 
     def targets(self, part: str) -> np.ndarray:
@@ -350,7 +358,7 @@ class Split:
 
     def train_counts(self, num_items: int) -> np.ndarray:
         """Count the training interactions of each item, [N] int64."""
-        return np.bincount(_flat(self.train), minlength=num_items)
+        return np.bincount(Sequences.of(self.train).flat(), minlength=num_items)
 
 
 def _fingerprint(data: Dataset, users: np.ndarray, test: np.ndarray) -> dict[str, int | str]:
@@ -386,12 +394,3 @@ def check_ids(ids: Sequence[str], kind: str, *, source: str) -> None:
 def _write(table: pl.DataFrame, path: Path) -> None:
     with files.durable(path) as part:
         table.write_parquet(part)
-
-
-def _flat(sequences: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(sequences).astype(np.int32) if sequences else np.zeros(0, np.int32)
-
-
-def _unflatten(users: np.ndarray, items: np.ndarray, num_users: int) -> list[np.ndarray]:
-    ends = np.searchsorted(users, np.arange(num_users), side="right")
-    return [np.asarray(part, dtype=np.int32) for part in np.split(items, ends[:-1])] if num_users else []

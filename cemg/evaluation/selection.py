@@ -12,6 +12,7 @@ import numpy as np
 
 from cemg.config import RunConfig
 from cemg.data.dataset import Split
+from cemg.data.sequences import Sequences
 from cemg.evaluation.metrics import Metrics
 from cemg.evaluation.protocol import Evaluation, seeded_sample
 
@@ -57,6 +58,6 @@ def checkpoint_selection(split: Split, config: RunConfig) -> Selection:
 
 def users_return(split: Split) -> bool:
     """Whether users return to items: a share of RETURNS of the training interactions or more are repeats."""
-    total = sum(map(len, split.train))
+    total = int(Sequences.of(split.train).lengths.sum())
     repeats = total - sum(len(np.unique(items)) for items in split.train)
     return repeats >= RETURNS * max(total, 1)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cemg.data.sequences import Sequences
 from cemg.generator.prompts import Prompter
 
 Span = tuple[int, int, int, int]  # user, first item, first target, end
@@ -43,7 +44,7 @@ class Batch:
 
 
 class Samples:
-    """Spans (user, first item, first target, end) of training sequences.
+    """Spans of training sequences: [user, first item, first target, end], n of them, [n, 4] int32.
 
     A decoder trains on windows whose positions are all targets, an encoder-decoder on one sample per prefix.
     """
@@ -56,15 +57,17 @@ class Samples:
         self.prompter, self.train = prompter, train
         self.crop, self.first_item, self.seed = crop, first_item, seed
         self.epoch = 0  # set by the trainer
-        spans = _prefixes(train) if prompter.seq2seq else _windows(train, prompter.history_items)
-        self.spans = [span for span in spans if first_item or span[3] - span[1] > 1]
+        lengths = Sequences.of(train).lengths
+        spans = _prefixes(lengths) if prompter.seq2seq else _windows(lengths, prompter.history_items)
+        self.spans = spans if first_item else spans[spans[:, 3] - spans[:, 1] > 1]
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def lengths(self) -> list[int]:
-        """Number of items per sample, by which batches are bucketed."""
-        return [end - first for _, first, _, end in self.spans]
+    def lengths(self) -> np.ndarray:
+        """Number of items per sample, by which batches are bucketed, [n] int32."""
+        lengths: np.ndarray = self.spans[:, 3] - self.spans[:, 1]
+        return lengths
 
     def targets(self, indices: Sequence[int]) -> int:
         """Number of target items of the samples with these indices."""
@@ -96,7 +99,7 @@ class Samples:
 
     def _span(self, index: int) -> Span:
         """The span of a sample in this epoch."""
-        user, first, target, end = self.spans[index]
+        user, first, target, end = self.spans[index].tolist()
         begin = self._cropped(index) if self.crop else first
         if begin > first or not self.first_item:
             target = max(target, begin + 1)
@@ -104,7 +107,7 @@ class Samples:
 
     def _cropped(self, index: int) -> int:
         """The first item of a cropped sample, drawn per epoch; a target and an item before it remain."""
-        _, first, target, end = self.spans[index]
+        _, first, target, end = self.spans[index].tolist()
         last = target - 1 if target > first else end - 2
         visible = max(first, target - self.prompter.history_items) if self.prompter.seq2seq else first
         draw = np.random.default_rng((self.seed, self.epoch, index))
@@ -119,38 +122,45 @@ def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def _windows(train: Sequence[np.ndarray], history_items: int) -> Iterator[Span]:
+def _windows(lengths: np.ndarray, history_items: int) -> np.ndarray:
     """Windows of history_items + 1 items. In later windows the first half is context, not a target."""
     size, step = history_items + 1, max(history_items // 2, 1)
-    for user, items in enumerate(train):
-        if len(items) > 0:
-            yield user, 0, 0, min(size, len(items))
-        for target in range(size, len(items), step):
-            end = min(target + step, len(items))
-            yield user, max(end - size, 0), target, end
+    later = -(-np.maximum(lengths - size, 0) // step)
+    users = np.repeat(np.arange(len(lengths)), (lengths > 0) + later)
+    number = _numbers(users)
+    targets = np.where(number > 0, size + (number - 1) * step, 0)
+    ends = np.minimum(np.where(number > 0, targets + step, size), lengths[users])
+    return np.stack((users, np.maximum(ends - size, 0), targets, ends), axis=1).astype(np.int32)
 
 
-def _prefixes(train: Sequence[np.ndarray]) -> Iterator[Span]:
-    for user, items in enumerate(train):
-        for target in range(1, len(items)):
-            yield user, 0, target, target + 1
+def _prefixes(lengths: np.ndarray) -> np.ndarray:
+    users = np.repeat(np.arange(len(lengths)), np.maximum(lengths - 1, 0))
+    targets = 1 + _numbers(users)
+    return np.stack((users, np.zeros_like(users), targets, targets + 1), axis=1).astype(np.int32)
+
+
+def _numbers(users: np.ndarray) -> np.ndarray:
+    """The number of each entry among those of its user, from 0. ``users`` is sorted."""
+    numbers: np.ndarray = np.arange(len(users)) - np.searchsorted(users, users)
+    return numbers
 
 
 class Buckets:
     """Batches of samples of similar length, shuffled per epoch from (seed, epoch)."""
 
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
-        self.lengths = torch.tensor(lengths)
+    def __init__(self, lengths: Sequence[int] | np.ndarray, *, batch_size: int, seed: int) -> None:
+        self.lengths = torch.as_tensor(lengths)
         self.batch_size, self.seed = batch_size, seed
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
 
-    def of_epoch(self, epoch: int) -> list[list[int]]:
-        """The indices of the samples of each batch."""
+    def of_epoch(self, epoch: int, first: int = 0) -> Iterator[list[int]]:
+        """The indices of the samples of each batch, from batch number ``first`` on."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         shuffled = torch.randperm(len(self.lengths), generator=generator)
         pools = shuffled.split(self.batch_size * 64)
         by_length = torch.cat([pool[self.lengths[pool].argsort(stable=True)] for pool in pools])
         batches = by_length.split(self.batch_size)
-        return [batches[b].tolist() for b in torch.randperm(len(batches), generator=generator).tolist()]
+        order = torch.randperm(len(batches), generator=generator)[first:].tolist()
+        return (batches[b].tolist() for b in order)

@@ -240,7 +240,7 @@ class _Training:
     def _epoch(self, started: float, advance: Callable[[int], None]) -> None:
         self.samples.epoch = self.state.epoch
         done = self.state.step - self.state.epoch * len(self.buckets)
-        for indices in self.buckets.of_epoch(self.state.epoch)[done:]:
+        for indices in self.buckets.of_epoch(self.state.epoch, done):
             began = time.monotonic()
             self.state.epoch_loss += self._step(indices)
             self.state.epoch_steps += 1

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cemg.data.sequences import Sequences
 from cemg.distributed import ALONE, World
 from cemg.errors import UserError
 from cemg.graph.config import GraphConfig
@@ -216,10 +217,9 @@ def _all_columns(own: Tensor, dim: int, world: World, *, main: bool = False) -> 
 
 def edges_of(train: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Users and items of all interactions, int64 [E] each, from the item sequence of each user."""
-    lengths = torch.tensor([len(s) for s in train], dtype=torch.int64)
-    users = torch.repeat_interleave(torch.arange(len(train)), lengths)
-    items = torch.from_numpy(np.concatenate(train).astype(np.int64)) if len(train) else users
-    return users, items
+    sequences = Sequences.of(train)
+    users = torch.repeat_interleave(torch.arange(len(train)), torch.from_numpy(sequences.lengths))
+    return users, torch.from_numpy(sequences.flat().astype(np.int64))
 
 
 def _batches(

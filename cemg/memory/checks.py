@@ -9,6 +9,7 @@ from operator import index
 
 import numpy as np
 
+from cemg.data.sequences import Sequences
 from cemg.errors import UserError
 
 BATCH = "pass a list of histories, for one user [[3, 1, 4]]"
@@ -67,7 +68,7 @@ def check_sequences(train: Sequence[np.ndarray], num_items: int) -> None:
     """Raise UserError unless ``train`` has sequences of item rows from 0 to ``num_items - 1``."""
     check_histories(train)
     with suppress(TypeError, ValueError):  # else, and if a row is wrong, the loop below names the sequence
-        rows = np.concatenate([np.zeros(0, np.int32), *train])
+        rows = Sequences.of(train).flat()
         if _are_rows(rows) and (not len(rows) or 0 <= rows.min() <= rows.max() < num_items):
             return
     for user, sequence in enumerate(train):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from cemg.data.sequences import Sequences
 from cemg.memory.config import Constants
 from cemg.memory.rows import Rows, RowsWriter, item_factors
 from cemg.memory.transitions import step_weights
@@ -61,8 +62,8 @@ def flatten(train: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return all items, int32, user after user, and the user of each."""
     if not len(train):
         return np.zeros(0, np.int32), np.zeros(0, np.int32)
-    users = np.repeat(np.arange(len(train), dtype=np.int32), [len(sequence) for sequence in train])
-    return np.concatenate(train).astype(np.int32, copy=False), users
+    sequences = Sequences.of(train)
+    return sequences.flat(), np.repeat(np.arange(len(train), dtype=np.int32), sequences.lengths)
 
 
 def _by_item(items: np.ndarray, window: int) -> np.ndarray:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cemg.data.sequences import Sequences
 from cemg.errors import UserError
 from cemg.memory.checks import (
     check_count,
@@ -218,10 +219,10 @@ class Memory:
             UserError: An item does not exist, or ``known`` does not fit the histories.
         """
         check_histories(histories)
-        lengths, before = np.array([*map(len, histories)], np.int64), np.asarray(known, np.int64)
+        sequences, before = Sequences.of(histories), np.asarray(known, np.int64)
+        lengths, items = sequences.lengths, sequences.flat()
         if before.shape != lengths.shape or not ((before >= 0) & (before <= lengths)).all():
             raise UserError("known must be a number per history, from 0 to its length")
-        items = np.concatenate([np.zeros(0, np.int32), *histories])
         if len(items) and not 0 <= items.min() <= items.max() < self.num_items:
             self._checked(items)  # it names the item
         self.transitions.append_many(items, np.append(0, np.cumsum(lengths)), before)

@@ -12,6 +12,7 @@ import numpy as np
 
 from cemg.config import RunConfig
 from cemg.data import Dataset
+from cemg.data.sequences import Sequences
 from cemg.errors import UserError
 from cemg.features.vision import read_image_file
 from cemg.settings import flat
@@ -148,7 +149,7 @@ def content_digest(data: Dataset, images: Sequence[str | None]) -> str:
 
 def _json_pieces(value: Any) -> Iterator[str]:
     """The JSON text of a value; that of a list block by block, since it is large in a large data set."""
-    if not isinstance(value, list):
+    if not isinstance(value, list | Sequences):
         yield json.dumps(value)
         return
     yield "["

@@ -57,7 +57,8 @@ def test_observed_events_equal_a_rebuild(users: list[list[int]], events: list[tu
 @given(sequences, st.data())
 def test_events_of_many_users_at_once_equal_a_rebuild(users: list[list[int]], data: st.DataObject) -> None:
     """Also after and before single events, and a second time."""
-    live, histories = built(users), [list(user) for user in users]
+    histories = [[0, 1], *(list(user) for user in users)]
+    live = built(histories)
     for _ in range(data.draw(st.integers(1, 3))):
         known = [*map(len, histories)]
         for history in histories:
@@ -68,8 +69,8 @@ def test_events_of_many_users_at_once_equal_a_rebuild(users: list[list[int]], da
             live.observe(histories[0], 3)
             histories[0].append(3)
         elif data.draw(st.booleans()):
-            live.forget(histories.pop())
-            histories.append([])
+            live.forget(histories[-1])
+            histories[-1] = []
     assert_equal(live, built(histories))
 
 
