@@ -263,9 +263,9 @@ class RunArtifacts:
             return {}
         return read_json(self.file("catalog", ADDED_TEXTS), dict[str, str])
 
-    def titles(self) -> dict[int | str, str]:
-        """Titles by item id, those of added items included."""
-        data = self.load_data()
+    def titles(self, data: Dataset | None = None) -> dict[int | str, str]:
+        """Titles by item id, also of added items. ``data`` are those of the run; None reads them."""
+        data = self.load_data() if data is None else data
         known: dict[int | str, str] = dict(zip(data.item_ids, data.titles, strict=True))
         return known | self.added_titles()
 
@@ -286,12 +286,15 @@ class RunArtifacts:
         Raises:
             UserError: The generator was trained on another catalog.
         """
-        model, vocabulary = self.served(*self.load_trained(), self.load_catalog())
+        catalog = self.load_catalog()
+        model, vocabulary = self.served(*self.load_trained(catalog), catalog)
         model.to(torch.device(self.device))  # type: ignore[arg-type]  # transformers wraps Module.to
         return model.eval(), vocabulary
 
-    def load_trained(self) -> tuple[PreTrainedModel, Vocabulary]:
+    def load_trained(self, catalog: Catalog | None = None) -> tuple[PreTrainedModel, Vocabulary]:
         """The model as it was trained, on the CPU, and its vocabulary; ``served`` prepares it for searches.
+
+        ``catalog`` is that of the run; None reads it.
 
         Raises:
             UserError: The generator was trained on another catalog.
@@ -302,7 +305,7 @@ class RunArtifacts:
                 fix=f"cemg-train --run {quote(str(self.run.folder))}",
             )
         path = self.file("generator", "weights.safetensors")
-        catalog = self.load_catalog()
+        catalog = self.load_catalog() if catalog is None else catalog
         trained = self._check_catalog(catalog)
         torch.manual_seed(self.config.seed)
         model, vocabulary = self._backbone(catalog.first(trained.items or len(catalog)))

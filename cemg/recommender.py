@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cemg.artifacts import RunArtifacts
+from cemg.data import Dataset
 from cemg.decoding import Decoder, Normalize, Recommendations, TransformersDecoder, make_decoder
 from cemg.decoding.beams import check_beams
 from cemg.decoding.pretrained import save_pretrained
@@ -43,7 +44,7 @@ class Recommender:
         self.catalog: Catalog = artifacts.load_catalog()
         known = set(self.catalog.item_ids)  # a retraining may have dropped some of the removed
         self.removed = [item for item in artifacts.removed_items() if item in known]
-        self._normalize, self._trained = artifacts.normalize(normalize), artifacts.load_trained()
+        self._normalize, self._trained = artifacts.normalize(normalize), artifacts.load_trained(self.catalog)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -370,6 +371,10 @@ class Recommender:
     @cached_property
     def _titles(self) -> dict[int | str, str]:
         return self.artifacts.titles()
+
+    def use_data(self, data: Dataset) -> None:
+        """Take the titles from the data of the run, which is not read again for them then."""
+        self.__dict__["_titles"] = self.artifacts.titles(data)
 
     def titles(self) -> Mapping[int | str, str]:
         """Titles by item id, those of added items included."""

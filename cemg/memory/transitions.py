@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import sparse
 
 from cemg.memory.config import Constants
 from cemg.memory.rows import Row, Rows, best_positions, item_factors, largest, sum_by_key
@@ -132,23 +133,21 @@ class Transitions:
         size = len(self.counts)
         self.counts += np.bincount(items[events], minlength=size)
         self._recompute_factors(np.unique(items[events]))
-        keys, values = list[np.ndarray](), list[np.ndarray]()
-        for distance, weights in enumerate(zip(self.forward, self.backward, strict=True), start=1):
+        cells = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()  # rows, items and weights
+        for distance, (forward, backward) in enumerate(
+            zip(self.forward, self.backward, strict=True), start=1
+        ):
             later = events[places[events] >= distance]
-            one, other = items[later - distance].astype(np.int64), items[later].astype(np.int64)
+            one, other = items[later - distance], items[later]
             one, other = one[one != other], other[one != other]
-            for key, weight in zip((one * size + other, other * size + one), weights, strict=True):
-                keys.append(key)
-                values.append(np.full(len(key), weight))
+            cells.append((one, other, np.full(len(one), forward)))
+            cells.append((other, one, np.full(len(one), backward)))
         if self._many is not None:
-            rows = np.repeat(np.arange(len(self._many), dtype=np.int64), np.diff(self._many.starts))
-            keys.append(rows * size + self._many.items)
-            values.append(self._many.values.astype(np.float64))
-        cells, sums = sum_by_key(np.concatenate(keys), np.concatenate(values), size * size)
-        ends = np.searchsorted(cells, np.arange(1, size + 1) * size)
-        self._many = Rows(
-            np.append(0, ends), (cells % size).astype(np.int32), sums.astype(np.float32)
-        )  # fmt: skip
+            rows = np.repeat(np.arange(len(self._many)), np.diff(self._many.starts))
+            cells.append((rows, self._many.items, self._many.values))
+        rows, columns, weights = (np.concatenate(column) for column in zip(*cells, strict=True))
+        sums = sparse.coo_matrix((weights, (rows, columns)), shape=(size, size)).tocsr()
+        self._many = Rows(sums.indptr.astype(np.int64), sums.indices, sums.data.astype(np.float32))
         self._rows.clear()
 
     def change(self, before: Sequence[int], after: Sequence[int]) -> None:

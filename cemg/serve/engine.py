@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cemg.data.sequences import Sequences
 from cemg.decoding import Recommendations
 from cemg.errors import UserError
 from cemg.memory.rows import largest
@@ -157,27 +158,27 @@ class Engine:
         titles: Titles by item id, "" where there is none.
         model_version: Identifies the run in answers.
         filters: Compiles the filters of queries; None: queries have none.
+        data_events: Which events of a service the data of the run have; None for none.
     """
 
     def __init__(self, recommender: Recommender, *, version: int = 0, model_version: str = "") -> None:
         self.recommender, self.version, self.model_version = recommender, version, model_version
         self.filters: Filters | None = None
-        self.titles = {str(item): title or "" for item, title in recommender.titles().items()}
-        self._rows = {str(item): row for row, item in enumerate(recommender.catalog.item_ids)}
-        self._histories: dict[str, _History] = {}
-        self._unplaced: dict[str, list[tuple[str, float, int]]] = {}  # events of unknown items, by user
-        self._arrived = 0
         artifacts = recommender.artifacts
         self.learns = artifacts.has_memory()
-        self._read_run()
-
-    def _read_run(self) -> None:
-        """Take the histories of the run's data, and let the memory learn the items that were held out."""
-        data = self.recommender.artifacts.load_data()
-        for user, items in zip(data.user_ids, data.sequences, strict=True):
-            self._histories[user] = _History(items.tolist(), [(EARLIER, 0)] * len(items))
-        if self.learns:
-            self.recommender.memory.observe_many(data.sequences, [*map(len, data.split().train)])
+        data = artifacts.load_data()
+        recommender.use_data(data)
+        self.data_events = data.served
+        self.titles = {str(item): title or "" for item, title in recommender.titles().items()}
+        self._rows = {str(item): row for row, item in enumerate(recommender.catalog.item_ids)}
+        self._known = Sequences.of(data.sequences)
+        self._known_users = {user: row for row, user in enumerate(data.user_ids)}  # whom no event has changed
+        self._histories: dict[str, _History] = {}  # of the other users
+        self._unplaced: dict[str, list[tuple[str, float, int]]] = {}  # events of unknown items, by user
+        self._arrived = 0
+        if self.learns:  # the items that were held out
+            known = Sequences.of(data.split().train).lengths
+            recommender.memory.observe_many(data.sequences, known)
 
     # ---- searches
 
@@ -278,28 +279,43 @@ class Engine:
 
     def users(self, prefix: str, after: str, limit: int) -> list[str]:
         """The first ids of users that begin with ``prefix``, those after ``after``."""
-        every = list(self._histories)
+        every = {*self._known_users, *self._histories}  # in this order: `_changed` may run beside it
         return heapq.nsmallest(limit, (user for user in every if user.startswith(prefix) and user > after))
+
+    def _rows_of(self, user: str) -> list[int]:
+        """The history of a user as rows, oldest first; empty for an unknown user."""
+        if user in self._known_users:
+            rows: list[int] = self._known[self._known_users[user]].tolist()
+            return rows
+        return self._histories[user].rows if user in self._histories else []
+
+    def _changed(self, user: str) -> _History:
+        """The history of a user, to be changed."""
+        if user not in self._histories:
+            rows = self._rows_of(user)
+            self._histories[user] = _History(rows, [(EARLIER, 0)] * len(rows))
+            self._known_users.pop(user, None)
+        return self._histories[user]
 
     def history(self, user: str) -> list[str]:
         """The item ids of a user, oldest first; empty for an unknown user."""
         ids = self.recommender.catalog.item_ids
-        return [str(ids[row]) for row in self._histories.get(user, _History()).rows]
+        return [str(ids[row]) for row in self._rows_of(user)]
 
     def knows(self, user: str) -> bool:
         """Whether the run or an event has this user."""
-        return user in self._histories or user in self._unplaced
+        return user in self._known_users or user in self._histories or user in self._unplaced
 
     def interactions(self, user: str) -> int:
         """The number of interactions that are known of a user."""
-        return len(self._histories.get(user, _History()).rows) + len(self._unplaced.get(user, ()))
+        return len(self._rows_of(user)) + len(self._unplaced.get(user, ()))
 
     def in_data(self, user: str, item: str) -> bool:
         """Whether the run's data have an interaction of a user with an item, and the user was not deleted."""
-        history, row = self._histories.get(user), self._rows.get(item)
-        if history is None or row is None:
-            return False
-        return row in history.rows[: bisect.bisect_right(history.order, (EARLIER, 0))]
+        rows, row = self._rows_of(user), self._rows.get(item)
+        if user in self._histories:
+            rows = rows[: bisect.bisect_right(self._histories[user].order, (EARLIER, 0))]
+        return row in rows
 
     def learn(self, user: str, item: str, time: float, number: int | None = None) -> bool:
         """Add an event to a user's history and to the memory. Returns whether the catalog has the item.
@@ -313,7 +329,7 @@ class Engine:
         if row is None:
             self._unplaced.setdefault(user, []).append((item, time, number))
             return False
-        history = self._histories.setdefault(user, _History())
+        history = self._changed(user)
         place = bisect.bisect_right(history.order, (time, number))
         if self.learns:
             self.recommender.memory.observe(history.rows, row, position=place)
@@ -323,10 +339,11 @@ class Engine:
 
     def forget(self, user: str) -> None:
         """Delete the history of a user, also from the memory."""
-        history = self._histories.pop(user, _History())
-        self._unplaced.pop(user, None)
-        if self.learns and history.rows:
-            self.recommender.memory.forget(history.rows)
+        rows = self._rows_of(user)
+        for known in (self._known_users, self._histories, self._unplaced):
+            known.pop(user, None)
+        if self.learns and rows:
+            self.recommender.memory.forget(rows)
 
     # ---- the catalog
 

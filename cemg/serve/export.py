@@ -56,7 +56,7 @@ def export(
         artifacts = RunArtifacts.open(run_of(run, stored))
         data, catalog = artifacts.load_data(), artifacts.load_catalog()
         stored.check_catalog(catalog.digest())
-        known = events_in_data(artifacts, stored)
+        known = events_in_data(artifacts, data.served, stored)
         served = Served(stored.created, stored.last_number)
         items = _items(artifacts, data, stored, folder)
         rows = {item: row for row, item in enumerate(items)}

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from cemg.artifacts import RunArtifacts
+from cemg.data.dataset import Served
 from cemg.data.readers.text import clean, item_text
 from cemg.errors import UserError
 from cemg.memory.similarity import Similarity
@@ -95,7 +96,7 @@ class ServedRun:
         artifacts = recommender.artifacts
         return cls(
             run, recommender, engine, table, engine.filters, items, ItemSearch(store, items),
-            events=events_in_data(artifacts, store),
+            events=events_in_data(artifacts, engine.data_events, store),
             keeps_codes=store.catalog in ("", recommender.catalog.digest()),
             beams=artifacts.config.decoding.beams,
             excludes_history=not (artifacts.has_gate() and artifacts.load_gate().repeats),
@@ -317,15 +318,14 @@ def run_of(run: Path, store: Store) -> Path:
     return chosen
 
 
-def events_in_data(artifacts: RunArtifacts, store: Store) -> int:
+def events_in_data(artifacts: RunArtifacts, served: Served | None, store: Store) -> int:
     """Number of the last stored event that the data of a run have; 0 for none.
 
-    The service was told so when it loaded the run, or ``cemg-data export`` noted it in the data.
+    The service was told so when it loaded the run, or ``cemg-data export`` noted ``served`` in the data.
     """
     models = store.models
     if models is not None and models.current.version == model_version(artifacts):
         return models.current.events
-    served = artifacts.load_data().served
     return served.events if served is not None and served.store == store.created else 0
 
 
