@@ -319,11 +319,10 @@ class Similarity:
         changed = [*holders, item]
         for row, (items, values) in zip(changed, self._compared(self._vectors_of(changed)), strict=True):
             self._set_row(row, self._row_of(row, items, values))
-        lowest = self._lowest_values()
         ((items, values),) = self._compared(after)
-        enters = (values >= lowest[items]) & ~np.isin(items, changed)
-        for other, value in zip(items[enters].tolist(), values[enters], strict=True):
-            if value > lowest[other] or item < self._whole_row(other)[0][self.top - 1]:
+        may_enter = (values >= self._lowest_of_base(items)) & ~np.isin(items, changed)
+        for other, value in zip(items[may_enter].tolist(), values[may_enter], strict=True):
+            if self._enters(other, item, value):
                 self._insert(other, item, value)
 
     def first(self, count: int) -> Similarity:
@@ -428,6 +427,24 @@ class Similarity:
         """Whether an added item is in a row."""
         found = self._changed_row(row)
         return found is not None and bool((found[0] == added).any())
+
+    def _enters(self, row: int, item: int, value: np.float32) -> bool:
+        """Whether an added item was among the best ``top`` of a row when the later of both was added."""
+        items, values = self._whole_row(row)
+        earlier = np.flatnonzero(items < max(row, item))
+        if len(earlier) < self.top:
+            return True
+        last = earlier[self.top - 1]
+        return bool(value > values[last] or (value == values[last] and item < items[last]))
+
+    def _lowest_of_base(self, rows: np.ndarray) -> np.ndarray:
+        """The value of the last of the best ``top`` of each row in ``base``, [n]; -inf if there are fewer."""
+        lowest = np.full(len(rows), -np.inf, np.float32)
+        old = np.flatnonzero(rows < len(self.base))
+        ends = self.base.starts[rows[old]] + self.top
+        full = ends <= self.base.starts[rows[old] + 1]
+        lowest[old[full]] = self.base.values[ends[full] - 1]
+        return lowest
 
     def _set_row(self, row: int, entries: Row) -> None:
         self._rows[row] = entries

@@ -65,7 +65,7 @@ def test_an_event_is_in_the_history_and_a_late_one_in_its_place(engine: Engine) 
     assert not engine.learn("new", "no such item", 40.0) and len(engine.history("new")) == 4
     answer = engine.recommend([Query(tuple(engine.history("new")), limit=5, beams=20)])[0]
     assert len(answer.items) == 5 and not {*answer.items} & {*items[1:5]}
-    user = engine.users("", "", 1)[0]  # one of the data: its interactions come before any event
+    user = engine.users("user", "", 1)[0]  # one of the data: its interactions come before any event
     engine.learn(user, items[0], -5.0)
     assert engine.history(user)[-1] == items[0]
 
@@ -79,7 +79,7 @@ def test_unknown_items_are_skipped_and_a_user_without_history_gets_what_is_popul
 
 
 def test_a_removal_holds_from_the_next_search_and_can_be_undone(engine: Engine) -> None:
-    history = engine.history("u1") or engine.history(engine.users("", "", 1)[0])
+    history = engine.history("u1") or engine.history(engine.users("user", "", 1)[0])
     first = ask(engine, history, limit=3)
     engine.remove([first[0]], 5)
     second = ask(engine, history, limit=3)
@@ -117,7 +117,7 @@ def test_live_additions_equal_those_of_the_command(
     texts = ["sturdy rudder for the garden."]  # composed as by the readers
     engine.add(engine.extended({"n1": engine.encode(texts, [None] * len(texts)).tolist()[0]}), texts, 1)
     assert (stored.recommender.catalog.codes == engine.recommender.catalog.codes).all()
-    history = engine.history(engine.users("", "", 1)[0])
+    history = engine.history(engine.users("user", "", 1)[0])
     queries = [Query(tuple(history), limit=10, beams=20), Query((*history, "n1"), limit=10, beams=20)]
     for one, other in zip(stored.recommend(queries), engine.recommend(queries), strict=True):
         assert one.items == other.items
