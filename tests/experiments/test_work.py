@@ -152,9 +152,9 @@ def test_a_report_or_a_plan_of_other_settings_is_refused(
 ) -> None:
     words = ["rq1", "--data", source, "--models", "popularity", "--out", tmp_path / "out"]
     assert command(experiment.main, *words) == 0
-    other = Dataset.load(source)
-    other.sequences[0] = other.sequences[0][::-1].copy()
-    other.save(source)
+    data = Dataset.load(source)
+    first, *others = data.sequences
+    dataclasses.replace(data, sequences=[first[::-1], *others]).save(source)
     for option in ("--report-only", "--dry-run"):
         assert command(experiment.main, *words, option) == 2
         assert "was trained with data_sha256" in capsys.readouterr().err
