@@ -307,14 +307,19 @@ BEAUTY = {
 }
 SPORTS = {
     "popularity": experiment("sports", "popularity"),
+    "GRU4Rec": experiment("sports", "gru4rec"),
     "SASRec": experiment("sports", "sasrec"),
-    "BSARec, 18 epochs": ["sports-bsarec"],
+    "BSARec": experiment("sports", "bsarec"),
+    "LLM-ESR": experiment("sports", "llm-esr"),
     "item memory alone": experiment("sports", "memory"),
     AS_IN_THE_PAPER: ["sports-paper-seed0"],
     **mixtures("sports", 1),
 }
 YELP = {
     "popularity": experiment("yelp", "popularity"),
+    "GRU4Rec": experiment("yelp", "gru4rec"),
+    "SASRec": experiment("yelp", "sasrec"),
+    "LLM-ESR": experiment("yelp", "llm-esr"),
     "item memory alone": experiment("yelp", "memory"),
     AS_IN_THE_PAPER: ["yelp-paper-seed0"],
     **mixtures("yelp", 1),
