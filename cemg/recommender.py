@@ -373,7 +373,7 @@ class Recommender:
         return self.artifacts.titles()
 
     def use_data(self, data: Dataset) -> None:
-        """Take the titles from the data of the run, which is not read again for them then."""
+        """Take the titles from the data of the run, so that these are not read again."""
         self.__dict__["_titles"] = self.artifacts.titles(data)
 
     def titles(self) -> Mapping[int | str, str]:

@@ -92,6 +92,8 @@ class Dataset:
             raise UserError(f"{self.name}: cuts must be [{len(self.user_ids)}, 2], got {self.cuts.shape}")
         if len(self.user_ids) != len(self.sequences):
             raise UserError(f"{self.name}: {len(self.user_ids)} user ids for {len(self.sequences)} sequences")
+        if self.cuts is not None and not _cuts_fit(self.cuts, Sequences.of(self.sequences)):
+            raise UserError(f"{self.name}: cuts must be ascending and within the history of each user")
         for plural, column in (("titles", self.titles), ("texts", self.texts), ("images", self.images)):
             if len(column) != len(self.item_ids):
                 raise UserError(f"{self.name}: {len(column)} {plural} for {len(self.item_ids)} items")
@@ -257,14 +259,15 @@ def _read_cuts(folder: Path, sequences: Sequences) -> np.ndarray:
     """Read the cuts in time. Raises DamagedError if they do not fit the histories."""
     table = read_parquet(folder / CUTS, CUTS_SCHEMA, fix=REMEDY)
     cuts = np.stack([table[name].to_numpy() for name in CUTS_SCHEMA], axis=1) if len(table) else None
-    if (
-        cuts is None
-        or len(cuts) != len(sequences)
-        or not ((cuts[:, 0] >= 0) & (cuts[:, 0] <= cuts[:, 1]) & (cuts[:, 1] <= sequences.lengths)).all()
-    ):
+    if cuts is None or len(cuts) != len(sequences) or not _cuts_fit(cuts, sequences):
         cause = f"{CUTS} does not fit the histories of {len(sequences)} users"
         raise DamagedError(f"the dataset in {folder} is damaged", cause=cause, fix=REMEDY)
     return cuts
+
+
+def _cuts_fit(cuts: np.ndarray, sequences: Sequences) -> bool:
+    first, second = cuts.T
+    return bool(((first >= 0) & (first <= second) & (second <= sequences.lengths)).all())
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,10 @@ from typing import overload
 
 import numpy as np
 
+from cemg.errors import UserError
+
+LARGEST = 2**31 - 1  # of an item row
+
 
 class Sequences(Sequence[np.ndarray]):
     """Arrays of item rows, one per user, that are parts of one array.
@@ -24,14 +28,28 @@ class Sequences(Sequence[np.ndarray]):
 
     @classmethod
     def of(cls, sequences: Sequence[np.ndarray]) -> Sequences:
-        """Copy arrays of item rows into one array; `Sequences` are returned as they are."""
+        """Copy arrays of item rows into one array; `Sequences` are returned as they are.
+
+        Raises:
+            UserError: A sequence has something else than integers from 0 to 2^31 - 1.
+        """
         if isinstance(sequences, Sequences):
             return sequences
-        lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-        items = np.concatenate([np.zeros(0, np.int32), *sequences])
-        if len(items) and items.dtype.kind not in "iu":
-            raise TypeError(f"item rows are integers, got {items.dtype}")
-        return cls.of_lengths(items.astype(np.int32, copy=False), lengths)
+        parts = [*map(np.asarray, sequences)]
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        for user in np.flatnonzero(lengths).tolist():
+            if parts[user].ndim != 1 or parts[user].dtype.kind not in "iu":
+                raise UserError(
+                    f"sequence {user} does not have item rows, which are integers: {parts[user]!r:.80}"
+                )
+        items = np.concatenate(
+            [np.zeros(0, np.int32), *(part for part in parts if len(part))], dtype=np.int64, casting="unsafe"
+        )
+        if len(items) and not 0 <= items.min() <= items.max() <= LARGEST:
+            wrong = int(np.flatnonzero((items < 0) | (items > LARGEST))[0])
+            user = int(np.searchsorted(np.cumsum(lengths), wrong, side="right"))
+            raise UserError(f"sequence {user} has item row {items[wrong]}; rows are from 0 to {LARGEST}")
+        return cls.of_lengths(items.astype(np.int32), lengths)
 
     @classmethod
     def of_lengths(cls, items: np.ndarray, lengths: np.ndarray) -> Sequences:
@@ -52,7 +70,7 @@ class Sequences(Sequence[np.ndarray]):
         return self.items[self.starts[user] : self.ends[user]]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for start, end in zip(self.starts, self.ends, strict=True):
+        for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True):
             yield self.items[start:end]
 
     @property

@@ -44,9 +44,12 @@ class Batch:
 
 
 class Samples:
-    """Spans of training sequences: [user, first item, first target, end], n of them, [n, 4] int32.
+    """Parts of training sequences with target items.
 
     A decoder trains on windows whose positions are all targets, an encoder-decoder on one sample per prefix.
+
+    Attributes:
+        spans: User, first item, first target and end of each sample, [n, 4] int32.
     """
 
     def __init__(
@@ -130,13 +133,20 @@ def _windows(lengths: np.ndarray, history_items: int) -> np.ndarray:
     number = _numbers(users)
     targets = np.where(number > 0, size + (number - 1) * step, 0)
     ends = np.minimum(np.where(number > 0, targets + step, size), lengths[users])
-    return np.stack((users, np.maximum(ends - size, 0), targets, ends), axis=1).astype(np.int32)
+    return _spans(users, np.maximum(ends - size, 0), targets, ends)
 
 
 def _prefixes(lengths: np.ndarray) -> np.ndarray:
     users = np.repeat(np.arange(len(lengths)), np.maximum(lengths - 1, 0))
     targets = 1 + _numbers(users)
-    return np.stack((users, np.zeros_like(users), targets, targets + 1), axis=1).astype(np.int32)
+    return _spans(users, np.int64(0), targets, targets + 1)
+
+
+def _spans(users: np.ndarray, *others: np.ndarray | np.int64) -> np.ndarray:
+    spans = np.empty((len(users), 1 + len(others)), dtype=np.int32)
+    for column, values in enumerate((users, *others)):
+        spans[:, column] = values
+    return spans
 
 
 def _numbers(users: np.ndarray) -> np.ndarray:

@@ -67,7 +67,9 @@ def check_histories(histories: object) -> None:
 def check_sequences(train: Sequence[np.ndarray], num_items: int) -> None:
     """Raise UserError unless ``train`` has sequences of item rows from 0 to ``num_items - 1``."""
     check_histories(train)
-    with suppress(TypeError, ValueError):  # else, and if a row is wrong, the loop below names the sequence
+    with suppress(
+        TypeError, ValueError, UserError
+    ):  # else, and if a row is wrong, the loop below names the sequence
         rows = Sequences.of(train).flat()
         if _are_rows(rows) and (not len(rows) or 0 <= rows.min() <= rows.max() < num_items):
             return

@@ -219,13 +219,15 @@ class Memory:
             UserError: An item does not exist, or ``known`` does not fit the histories.
         """
         check_histories(histories)
-        sequences, before = Sequences.of(histories), np.asarray(known, np.int64)
+        sequences, before = Sequences.of(histories), np.asarray(known)
         lengths, items = sequences.lengths, sequences.flat()
+        if len(before) and before.dtype.kind not in "iu":
+            raise UserError("known must have integers")
         if before.shape != lengths.shape or not ((before >= 0) & (before <= lengths)).all():
             raise UserError("known must be a number per history, from 0 to its length")
         if len(items) and not 0 <= items.min() <= items.max() < self.num_items:
             self._checked(items)  # it names the item
-        self.transitions.append_many(items, np.append(0, np.cumsum(lengths)), before)
+        self.transitions.append_many(items, np.append(0, np.cumsum(lengths)), before.astype(np.int64))
 
     def forget(self, history: Sequence[int] | np.ndarray) -> None:
         """Remove a user's events. The result equals a memory that never had them.

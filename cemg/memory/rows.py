@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from scipy import sparse
 
 from cemg.errors import DamagedError
 from cemg.storage.files import storage_error
@@ -57,6 +58,10 @@ class Rows:
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """Return the arrays by the names that they have in a file, ``name`` first."""
         return {f"{name}.starts": self.starts, f"{name}.items": self.items, f"{name}.values": self.values}
+
+    def matrix(self, num_items: int) -> sparse.csr_matrix:
+        """Return the matrix [R, N] for a product or a sum."""
+        return sparse.csr_matrix((self.values, self.items, self.starts), shape=(len(self), num_items))
 
     @classmethod
     def stacked(cls, rows: Sequence[Row]) -> Rows:

@@ -17,6 +17,7 @@ from cemg.memory.config import Constants
 from cemg.memory.rows import Row, Rows, best_positions, item_factors, largest, sum_by_key
 
 UNIT = 2.0**-12
+EVENTS = 1 << 20  # whose pairs are listed at once, about 300 bytes each with the default window
 NOTHING: Row = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
@@ -133,22 +134,26 @@ class Transitions:
         size = len(self.counts)
         self.counts += np.bincount(items[events], minlength=size)
         self._recompute_factors(np.unique(items[events]))
+        sums = None if self._many is None else self._many.matrix(size)
+        for low in range(0, len(events), EVENTS):
+            block = self._pairs(items, places, events[low : low + EVENTS])
+            sums = block if sums is None else sums + block
+        assert sums is not None
+        self._many = Rows(sums.indptr.astype(np.int64), sums.indices, sums.data)
+        self._rows.clear()
+
+    def _pairs(self, items: np.ndarray, places: np.ndarray, events: np.ndarray) -> sparse.csr_matrix:
+        """What events add to T, [N, N] float32. ``events`` are positions in ``items``, see `append_many`."""
         cells = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()  # rows, items and weights
-        for distance, (forward, backward) in enumerate(
-            zip(self.forward, self.backward, strict=True), start=1
-        ):
+        for distance, weights in enumerate(zip(self.forward, self.backward, strict=True), start=1):
             later = events[places[events] >= distance]
             one, other = items[later - distance], items[later]
             one, other = one[one != other], other[one != other]
-            cells.append((one, other, np.full(len(one), forward)))
-            cells.append((other, one, np.full(len(one), backward)))
-        if self._many is not None:
-            rows = np.repeat(np.arange(len(self._many)), np.diff(self._many.starts))
-            cells.append((rows, self._many.items, self._many.values))
-        rows, columns, weights = (np.concatenate(column) for column in zip(*cells, strict=True))
-        sums = sparse.coo_matrix((weights, (rows, columns)), shape=(size, size)).tocsr()
-        self._many = Rows(sums.indptr.astype(np.int64), sums.indices, sums.data.astype(np.float32))
-        self._rows.clear()
+            for (row, item), weight in zip(((one, other), (other, one)), weights, strict=True):
+                cells.append((row, item, np.full(len(row), weight, np.float32)))
+        rows, columns, values = (np.concatenate(column) for column in zip(*cells, strict=True))
+        size = len(self.counts)
+        return sparse.csr_matrix(sparse.coo_matrix((values, (rows, columns)), shape=(size, size)))
 
     def change(self, before: Sequence[int], after: Sequence[int]) -> None:
         """Replace the sequence ``before`` by ``after``."""

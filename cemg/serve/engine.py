@@ -279,8 +279,9 @@ class Engine:
 
     def users(self, prefix: str, after: str, limit: int) -> list[str]:
         """The first ids of users that begin with ``prefix``, those after ``after``."""
-        every = {*self._known_users, *self._histories}  # in this order: `_changed` may run beside it
-        return heapq.nsmallest(limit, (user for user in every if user.startswith(prefix) and user > after))
+        every = [*self._known_users, *self._histories]  # in this order: `_changed` may run beside it
+        wanted = (user for user in every if user.startswith(prefix) and user > after)
+        return list(dict.fromkeys(heapq.nsmallest(2 * limit, wanted)))[:limit]  # one may be in both
 
     def _rows_of(self, user: str) -> list[int]:
         """The history of a user as rows, oldest first; empty for an unknown user."""

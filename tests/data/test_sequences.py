@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cemg.data.sequences import Sequences
+from cemg.errors import UserError
 
 lists = st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=6)
 
@@ -38,8 +39,21 @@ def test_every_part_equals_that_of_lists(given: list[list[int]], data: st.DataOb
     assert full.at(full.lengths - 1).tolist() == [one[-1] for one in given if one]
 
 
-def test_they_are_kept_as_they_are_and_their_items_are_integers() -> None:
-    made = Sequences.of([np.array([1, 2])])
+def test_they_are_kept_as_they_are_and_any_integers_become_int32() -> None:
+    made = Sequences.of([np.array([1, 2], np.uint64), np.array([]), [], np.array([3], np.int64)])
     assert Sequences.of(made) is made and made.items.dtype == np.int32
-    with pytest.raises(TypeError, match="item rows are integers, got float64"):
-        Sequences.of([np.array([0.5])])
+    assert contents(made) == [[1, 2], [], [], [3]]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.array([0.5]), "sequence 1 does not have item rows, which are integers"),
+        (np.zeros((1, 2), int), "sequence 1 does not have item rows"),
+        (np.array([4, 2**32 + 1]), "sequence 1 has item row 4294967297; rows are from 0 to 2147483647"),
+        (np.array([-1]), "sequence 1 has item row -1"),
+    ],
+)
+def test_what_is_not_an_item_row_is_refused(wrong: np.ndarray, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sequences.of([np.array([0]), wrong])

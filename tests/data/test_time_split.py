@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Callable
@@ -131,3 +132,12 @@ def test_each_part_is_evaluated_on_its_own_users(tmp_path: Path) -> None:
     valid, test = (evaluate(ranker, split, part=part, progress=False) for part in ("valid", "test"))
     assert len(valid.ranks) == len(split.valid) == 2 and len(test.ranks) == len(split.test) == 2
     assert valid.fingerprint["part"] == "valid" and "part" not in test.fingerprint
+
+
+@pytest.mark.parametrize("cuts", [[[3, 4], [1, 2]], [[1, 0], [1, 2]], [[-1, 0], [1, 2]]])
+def test_cuts_beyond_a_history_are_refused(tmp_path: Path, cuts: list[list[int]]) -> None:
+    data = read_dataset(write_events(tmp_path / "shop.csv"), min_count=0, split="time")
+    with pytest.raises(UserError, match="cuts must be ascending and within the history of each user"):
+        dataclasses.replace(
+            data, user_ids=["a", "b"], sequences=[np.array([0, 1]), np.array([1, 2, 3])], cuts=np.array(cuts)
+        )

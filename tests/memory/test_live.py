@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemg.errors import DamagedError, UserError
-from cemg.memory import TEXTS_FILE, Constants, Memory, MemoryConfig, similarity
+from cemg.memory import TEXTS_FILE, Constants, Memory, MemoryConfig, similarity, transitions
 from cemg.memory.build import build_memory
 from cemg.memory.similarity import TextIndex
 from cemg.storage import files
@@ -74,6 +74,13 @@ def test_events_of_many_users_at_once_equal_a_rebuild(users: list[list[int]], da
     assert_equal(live, built(histories))
 
 
+def test_events_of_many_users_are_added_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transitions, "EVENTS", 2)
+    live = built([[0, 1], [4]])
+    live.observe_many([np.array([0, 1, 2, 0, 1]), np.array([4, 4, 5])], [2, 1])
+    assert_equal(live, built([[0, 1, 2, 0, 1], [4, 4, 5]]))
+
+
 def test_events_of_many_users_survive_a_file(tmp_path: Path) -> None:
     live = built([[0, 1], [4]])
     live.observe_many([np.array([0, 1, 2]), np.array([4, 4, 5])], [2, 1])
@@ -87,6 +94,8 @@ def test_events_of_many_users_survive_a_file(tmp_path: Path) -> None:
         ([[0, 99]], [1], "the memory has no item 99"),
         ([[0, 1]], [3], "known must be a number per history, from 0 to its length"),
         ([[0, 1]], [1, 1], "known must be a number per history"),
+        ([[0, 1]], [0.5], "known must have integers"),
+        ([[0, 2**32 + 1]], [1], "sequence 0 has item row 4294967297"),
         ([0, 1], [1, 1], "is not a list of histories"),
     ],
 )
