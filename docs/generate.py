@@ -319,6 +319,7 @@ YELP = {
     "popularity": experiment("yelp", "popularity"),
     "GRU4Rec": experiment("yelp", "gru4rec"),
     "SASRec": experiment("yelp", "sasrec"),
+    "BSARec": experiment("yelp", "bsarec"),
     "LLM-ESR": experiment("yelp", "llm-esr"),
     "item memory alone": experiment("yelp", "memory"),
     AS_IN_THE_PAPER: ["yelp-paper-seed0"],
