@@ -136,14 +136,12 @@ def serve(
     named = None if filters is None else NamedFilters.read(filters)
     bound = bind(host, port)
     Run(run).check_unlocked()
-    gc.disable()  # a start makes millions of objects that stay, and each collection would look at all of them
-    try:
-        service = Service(
-            run, store=store or None, filters=named, device=device, max_batch=max_batch, max_queue=max_queue,
-            models=models, move_store=move_store, replica=replica,
-        )  # fmt: skip
-    finally:
-        gc.enable()
+    service = Service(
+        run, store=store or None, filters=named, device=device, max_batch=max_batch, max_queue=max_queue,
+        models=models, move_store=move_store, replica=replica,
+    )  # fmt: skip
+    gc.freeze()  # the garbage collector leaves out what a start makes: it stays
+    gc.enable()
     app = create_app(service, Settings(keys=known, hosts=hosts, timeout=timeout, rate=rate))
     console.print(
         f"serving {service.loaded.run} on http://{host}:{port}, catalog version {service.store.version}",
@@ -219,4 +217,8 @@ def _missing(error: ModuleNotFoundError) -> UserError:
 
 def main() -> None:
     """Run ``cemg-serve`` on the command line's arguments."""
-    command.run(app)
+    gc.disable()  # a start makes millions of objects that stay, and each collection would look at all of them
+    try:
+        command.run(app)
+    finally:
+        gc.enable()

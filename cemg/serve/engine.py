@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from cemg.serve.filters import Filters
 from cemg.serve.rows import UnknownItemError
 from cemg_kernels import ItemFilter
 
+Value = TypeVar("Value")
 EVENTS = 10  # that explain an item
 EARLIER = float("-inf")  # time of the interactions that the run was trained on
 
@@ -169,8 +170,8 @@ class Engine:
         data = artifacts.load_data()
         recommender.use_data(data)
         self.data_events = data.served
-        self.titles = {str(item): title or "" for item, title in recommender.titles().items()}
-        self._rows = {str(item): row for row, item in enumerate(recommender.catalog.item_ids)}
+        self.titles = _by_text(recommender.titles())
+        self._rows = _by_text(recommender.catalog.row_of)
         self._known = Sequences.of(data.sequences)
         self._known_users = {user: row for row, user in enumerate(data.user_ids)}  # whom no event has changed
         self._histories: dict[str, _History] = {}  # of the other users
@@ -444,6 +445,13 @@ class Engine:
         """Compare an added item by another text from now on. Its semantic ID stays as it is."""
         if self.learns:
             self.recommender.memory.change_text(self._rows[item], text)
+
+
+def _by_text(values: Mapping[Any, Value]) -> dict[str, Value]:
+    """Values by item id, where some catalogs number their items. A copy is faster than a loop."""
+    if {*map(type, values)} <= {str}:
+        return dict(values)
+    return {str(item): value for item, value in values.items()}
 
 
 def _shares(found: Recommendations, number: int, count: int) -> list[dict[str, float]] | None:

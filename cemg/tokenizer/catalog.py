@@ -265,7 +265,7 @@ class Catalog:
 
     def rows_of(self, item_ids: Sequence[int | str]) -> list[int]:
         """Rows of item ids. Raises UserError with the first id that is not in the catalog."""
-        row_of = self._row_of
+        row_of = self.row_of
         try:
             return [row_of[item] for item in item_ids]
         except KeyError as error:
@@ -301,7 +301,8 @@ class Catalog:
         return SharedFilter(self.shared, allowed)
 
     @cached_property
-    def _row_of(self) -> dict[int | str, int]:
+    def row_of(self) -> dict[int | str, int]:
+        """The row of each item id, not to be changed."""
         return dict(zip(self.item_ids, range(len(self)), strict=True))
 
     def extended(self, codes: Tensor, item_ids: Sequence[str] | Sequence[int]) -> Catalog:
@@ -316,7 +317,7 @@ class Catalog:
         """
         counts, new = self.counts, as_list(item_ids)
         _check_item_ids([*self.item_ids[:1], *new])  # the others are valid
-        known = next((item for item in new if item in self._row_of), None)
+        known = next((item for item in new if item in self.row_of), None)
         if known is not None:
             raise UserError(f"item id {known!r} occurs more than once")
         if len(new) != len(codes):
@@ -330,7 +331,7 @@ class Catalog:
             tokens=self.tokens, shared=self.shared is not None, counts=counts,
         )  # fmt: skip
         rows = zip(new, range(len(self), len(catalog)), strict=True)
-        catalog.__dict__["_row_of"] = self._row_of | dict(rows)
+        catalog.__dict__["row_of"] = self.row_of | dict(rows)
         return catalog
 
     def with_tokens(self, tokens: TokenMap | CodeTokens) -> Catalog:
