@@ -372,7 +372,7 @@ class Recommender:
     def _titles(self) -> dict[int | str, str]:
         return self.artifacts.titles()
 
-    def use_data(self, data: Dataset) -> None:
+    def take_titles_from(self, data: Dataset) -> None:
         """Take the titles from the data of the run, so that these are not read again."""
         self.__dict__["_titles"] = self.artifacts.titles(data)
 

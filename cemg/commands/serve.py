@@ -140,7 +140,7 @@ def serve(
         run, store=store or None, filters=named, device=device, max_batch=max_batch, max_queue=max_queue,
         models=models, move_store=move_store, replica=replica,
     )  # fmt: skip
-    gc.freeze()  # the garbage collector leaves out what a start makes: it stays
+    gc.freeze()  # the objects of the start stay, so later collections skip them
     gc.enable()
     app = create_app(service, Settings(keys=known, hosts=hosts, timeout=timeout, rate=rate))
     console.print(
@@ -217,7 +217,7 @@ def _missing(error: ModuleNotFoundError) -> UserError:
 
 def main() -> None:
     """Run ``cemg-serve`` on the command line's arguments."""
-    gc.disable()  # a start makes millions of objects that stay, and each collection would look at all of them
+    gc.disable()  # a start makes millions of objects that stay; every collection would traverse them
     try:
         command.run(app)
     finally:

@@ -31,7 +31,7 @@ class Sequences(Sequence[np.ndarray]):
         """Copy arrays of item rows into one array; `Sequences` are returned as they are.
 
         Raises:
-            UserError: A sequence has something else than integers from 0 to 2^31 - 1.
+            UserError: A sequence has values other than integers from 0 to 2^31 - 1.
         """
         if isinstance(sequences, Sequences):
             return sequences
@@ -112,11 +112,6 @@ class Sequences(Sequence[np.ndarray]):
 
 def _positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The positions from each start on, as many as its length, one start after the other."""
-    positions = np.ones(int(lengths.sum()), dtype=np.int64)
-    nonempty = np.flatnonzero(lengths)
-    if len(nonempty):
-        starts, lengths = starts[nonempty], lengths[nonempty]
-        positions[0] = starts[0]
-        positions[np.cumsum(lengths[:-1])] = starts[1:] - starts[:-1] - lengths[:-1] + 1
-    np.cumsum(positions, out=positions)
+    before = np.cumsum(lengths) - lengths
+    positions: np.ndarray = np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
     return positions

@@ -203,9 +203,8 @@ class Transitions:
         """Return T with all events, sorted as ``base``."""
         if self._built is None:
             return self.base
-        if (
-            not self._added and self._many is None and np.array_equal(self.factors, self._built)
-        ):  # there are only new items
+        no_events = not self._added and self._many is None and np.array_equal(self.factors, self._built)
+        if no_events:  # there are only new items
             starts = np.append(
                 self.base.starts, np.full(len(self.counts) - len(self.base), self.base.starts[-1])
             )

@@ -168,12 +168,12 @@ class Engine:
         artifacts = recommender.artifacts
         self.learns = artifacts.has_memory()
         data = artifacts.load_data()
-        recommender.use_data(data)
+        recommender.take_titles_from(data)
         self.data_events = data.served
         self.titles = _by_text(recommender.titles())
         self._rows = _by_text(recommender.catalog.row_of)
-        self._known = Sequences.of(data.sequences)
-        self._known_users = {user: row for row, user in enumerate(data.user_ids)}  # whom no event has changed
+        self._data_histories = Sequences.of(data.sequences)
+        self._data_users = {user: row for row, user in enumerate(data.user_ids)}  # without events
         self._histories: dict[str, _History] = {}  # of the other users
         self._unplaced: dict[str, list[tuple[str, float, int]]] = {}  # events of unknown items, by user
         self._arrived = 0
@@ -280,14 +280,14 @@ class Engine:
 
     def users(self, prefix: str, after: str, limit: int) -> list[str]:
         """The first ids of users that begin with ``prefix``, those after ``after``."""
-        every = [*self._known_users, *self._histories]  # in this order: `_changed` may run beside it
+        every = [*self._data_users, *self._histories]  # in this order: `_changed` may run beside it
         wanted = (user for user in every if user.startswith(prefix) and user > after)
         return list(dict.fromkeys(heapq.nsmallest(2 * limit, wanted)))[:limit]  # one may be in both
 
     def _rows_of(self, user: str) -> list[int]:
         """The history of a user as rows, oldest first; empty for an unknown user."""
-        if user in self._known_users:
-            rows: list[int] = self._known[self._known_users[user]].tolist()
+        if user in self._data_users:
+            rows: list[int] = self._data_histories[self._data_users[user]].tolist()
             return rows
         return self._histories[user].rows if user in self._histories else []
 
@@ -296,7 +296,7 @@ class Engine:
         if user not in self._histories:
             rows = self._rows_of(user)
             self._histories[user] = _History(rows, [(EARLIER, 0)] * len(rows))
-            self._known_users.pop(user, None)
+            self._data_users.pop(user, None)
         return self._histories[user]
 
     def history(self, user: str) -> list[str]:
@@ -306,7 +306,7 @@ class Engine:
 
     def knows(self, user: str) -> bool:
         """Whether the run or an event has this user."""
-        return user in self._known_users or user in self._histories or user in self._unplaced
+        return user in self._data_users or user in self._histories or user in self._unplaced
 
     def interactions(self, user: str) -> int:
         """The number of interactions that are known of a user."""
@@ -342,8 +342,8 @@ class Engine:
     def forget(self, user: str) -> None:
         """Delete the history of a user, also from the memory."""
         rows = self._rows_of(user)
-        for known in (self._known_users, self._histories, self._unplaced):
-            known.pop(user, None)
+        for users in (self._data_users, self._histories, self._unplaced):
+            users.pop(user, None)
         if self.learns and rows:
             self.recommender.memory.forget(rows)
 
