@@ -181,7 +181,8 @@ def plan(
     """
     for name in questions:
         if name not in QUESTIONS:
-            raise UserError(f"there is no question {name}", fix=f"one of {', '.join(QUESTIONS)}")
+            fix = f"one of {', '.join(QUESTIONS)}; separate several models or data sets by commas"
+            raise UserError(f"there is no question {name}", fix=fix)
     models = list(dict.fromkeys(_model(name) for name in models))
     trained = by_model(settings, _trained(questions, models))
     for split in splits:
