@@ -292,7 +292,7 @@ def export(
 
     _check_output(out, force=force, source=run)
     with _renamed_when_complete(out) as folder:
-        data = served.export(run, store or run / STORE_FILE, folder, name=name or "", final=out)
+        data = served.export(run, store or run / STORE_FILE, folder, name=name or "")
     _print_written(data, out)
 
 

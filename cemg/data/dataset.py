@@ -140,8 +140,12 @@ class Dataset:
         return Split.leave_one_out(self) if self.cuts is None else Split.in_time(self)
 
     def save(self, folder: Path) -> None:
-        """Write a prepared folder: the tables interactions, users and items as Parquet, and dataset.json."""
-        sequences = Sequences.of(self.sequences)
+        """Write a prepared folder: the tables interactions, users and items as Parquet, and dataset.json.
+
+        Images in the folder move with it; others are named by their absolute paths.
+        """
+        sequences, here = Sequences.of(self.sequences), folder.resolve()
+        paths = [path.resolve() if path else None for path in self.images]
         pairs = {
             "user": np.repeat(np.arange(self.num_users, dtype=np.int32), sequences.lengths),
             "item": sequences.flat(),
@@ -154,7 +158,10 @@ class Dataset:
                 "item_id": self.item_ids,
                 "title": self.titles,
                 "text": self.texts,
-                "image": [str(p.resolve()) if p else None for p in self.images],
+                "image": [
+                    None if p is None else str(p.relative_to(here) if p.is_relative_to(here) else p)
+                    for p in paths
+                ],
             },
             schema={"item_id": pl.String, "title": pl.String, "text": pl.String, "image": pl.String},
         )
@@ -199,7 +206,7 @@ class Dataset:
             sequences=sequences,
             titles=items["title"].to_list(),
             texts=items["text"].to_list(),
-            images=[Path(p) if p else None for p in items["image"]],
+            images=[folder.resolve() / p if p else None for p in items["image"]],  # / keeps absolute ones
             tie_rule=about.tie_rule,
             synthetic=about.synthetic,
             notes=about.notes,

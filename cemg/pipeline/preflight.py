@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cemg.generator import BackboneConfig
     from cemg.storage.run import Run
 
+MISSING = 0.5  # share of the images that may not exist
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
 
@@ -41,6 +42,8 @@ def check_before_training(config: RunConfig, data: Dataset, run: Run) -> None:
         check_text_model(config.text)
     if any(data.images) and features.get("image") != plain["image"]:
         check_image_model(config.image)
+    if any(data.images) and not run.path("features").exists():
+        _check_images(config, data)
     if config.gate.dense:
         DenseRanker.load(config.gate.dense).check_data(config.gate.dense, data.split())
     if config.backbone.pretrained and generator.get("backbone") != plain["backbone"]:
@@ -77,6 +80,18 @@ def _check_modalities(config: RunConfig, data: Dataset) -> None:
             cause=f"without: {', '.join(config.without)}"
             + (f"; the items have no {absent}" if absent else ""),
             fix="--set 'without=[]', or remove fewer parts",
+        )
+
+
+def _check_images(config: RunConfig, data: Dataset) -> None:
+    """Most images exist. A few that do not are masked; more are a folder that was moved."""
+    named = [path for path in data.images if path is not None]
+    missing = [path for path in named if not path.is_file()]
+    if "image" not in config.without and len(missing) > MISSING * len(named):
+        raise UserError(
+            f"{len(missing):,} of the {len(named):,} images of {data.name} do not exist",
+            cause=f"the first is {missing[0]}",
+            fix="bring them back, prepare the data again with --images, or train --without image",
         )
 
 

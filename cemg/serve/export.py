@@ -30,9 +30,7 @@ class _Exported:
     image: Path | None
 
 
-def export(
-    run: Path, store: str | Path, folder: Path, *, name: str = "", final: Path | None = None
-) -> Dataset:
+def export(run: Path, store: str | Path, folder: Path, *, name: str = "") -> Dataset:
     """Write the data of a run and what its service has stored since as one prepared folder.
 
     The histories are those of the run's data, followed by the stored events that these lack, in the order of
@@ -47,7 +45,6 @@ def export(
         store: Its store: a path or a URL.
         folder: Folder to write, which exists.
         name: Name of the data set; "" for that of the run's data.
-        final: Where the folder will be moved to; None: it stays.
 
     Raises:
         UserError: The store is missing, or belongs to another run.
@@ -61,10 +58,9 @@ def export(
         items = _items(artifacts, data, stored, folder)
         rows = {item: row for row, item in enumerate(items)}
         histories, unknown = _histories(data, stored, rows, known=known)
-    place = folder if final is None else final
     notes = list(data.notes)
     if unknown:
-        notes.append(f"{unknown:,} events of removed and unknown items are left out")
+        notes.append(f"{unknown:,} interactions with removed and unknown items are left out")
     if data.cuts is not None:
         notes.append("the run's data were split in time; the export is split leave-one-out")
     users = [user for user, rows_of_user in histories.items() if rows_of_user]
@@ -75,7 +71,7 @@ def export(
         sequences=[np.array(histories[user], dtype=np.int32) for user in users],
         titles=[item.title for item in items.values()],
         texts=[item.text for item in items.values()],
-        images=[place / item.image if item.image else None for item in items.values()],
+        images=[folder / item.image if item.image else None for item in items.values()],
         tie_rule=data.tie_rule,
         synthetic=data.synthetic,
         notes=notes,
@@ -130,7 +126,7 @@ def _image(one: StoredItem, stored: Store, folder: Path, *, number: int) -> Path
 def _histories(
     data: Dataset, stored: Store, rows: dict[str, int], *, known: int
 ) -> tuple[dict[str, list[int]], int]:
-    """Item rows per user, oldest first, and the number of events whose item is not in ``rows``.
+    """Item rows per user, oldest first, and the number of interactions whose item is not in ``rows``.
 
     The data have the events up to the number ``known``: see `cemg.serve.served_run.ServedRun.events`.
     """
@@ -138,12 +134,16 @@ def _histories(
         user: [rows[item] for item in (data.item_ids[row] for row in sequence.tolist()) if item in rows]
         for user, sequence in zip(data.user_ids, data.sequences, strict=True)
     }
+    left_out = {
+        user: len(sequence) - len(histories[user])
+        for user, sequence in zip(data.user_ids, data.sequences, strict=True)
+    }
     in_data = {user: {*history} for user, history in histories.items()} if known else {}
     served: dict[str, list[tuple[float, int]]] = {}
-    unknown = 0
     for entry in stored.log():
         if isinstance(entry, Deletion):
             histories.pop(entry.user_id, None)
+            left_out.pop(entry.user_id, None)
             in_data.pop(entry.user_id, None)
             served.pop(entry.user_id, None)
         elif entry.number <= known and rows.get(entry.item_id) in in_data.get(entry.user_id, ()):
@@ -151,8 +151,8 @@ def _histories(
         elif entry.item_id in rows:
             served.setdefault(entry.user_id, []).append((entry.time, rows[entry.item_id]))
         else:
-            unknown += 1
+            left_out[entry.user_id] = left_out.get(entry.user_id, 0) + 1
     for user, events in served.items():
         events.sort(key=lambda event: event[0])  # stable: equal times stay in the order of arrival
         histories.setdefault(user, []).extend(row for _, row in events)
-    return histories, unknown
+    return histories, sum(left_out.values())

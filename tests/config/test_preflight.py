@@ -14,6 +14,7 @@ from transformers import GPT2Config, LlamaConfig, T5Config
 
 from cemg.commands import recommend, train
 from cemg.config import load_config
+from cemg.data import read_dataset
 from cemg.errors import UserError
 from cemg.pipeline import Pipeline
 from cemg.storage.run import Run
@@ -156,6 +157,23 @@ def test_a_model_is_not_needed_again_after_the_stage_that_used_it(shop, run_of, 
     run_of(orders, f"text.model={moved}").data()
     with pytest.raises(UserError, match="cannot be loaded"):
         run_of(orders, f"text.model={moved}", "text.max_tokens=64").data()
+
+
+def test_a_data_set_whose_images_were_moved_is_refused(shop, run_of, tmp_path):
+    orders, inside = shop(), tmp_path / "prepared" / "images"
+    inside.mkdir(parents=True)
+    for n in range(6):
+        Image.new("RGB", (8, 8), (40 * n, 0, 0)).save((inside if n < 2 else tmp_path) / f"i{n}.png")
+    data = read_dataset(orders, min_count=0)
+    data.images[:2] = [inside / f"i{n}.png" for n in range(2)]
+    data.save(tmp_path / "prepared")
+    (tmp_path / "prepared").rename(tmp_path / "moved")  # with the images inside
+    run_of(tmp_path / "moved", "data.min_count=null").data()
+    for n in range(2, 6):
+        (tmp_path / f"i{n}.png").unlink()
+    with pytest.raises(UserError, match="4 of the 6 images of"):
+        run_of(tmp_path / "moved", "data.min_count=null").data()
+    run_of(tmp_path / "moved", "data.min_count=null", "without=[image]").data()
 
 
 def test_a_text_shared_by_all_items_is_left_out_with_a_note(shop, run_of, tmp_path, capsys):

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -64,7 +65,9 @@ def test_a_served_catalog_is_exported_trained_and_served_again(
     assert gone_user not in found.user_ids
     assert items_of(found, user) == [*(i for i in items_of(old, user) if i != removed), "new/1"]
     assert items_of(found, "fresh") == [old.item_ids[0]]
-    assert "2 events of removed and unknown items are left out" in found.notes
+    kept = [s for u, s in zip(old.user_ids, old.sequences, strict=True) if u != gone_user]
+    gone = int((np.concatenate(kept) == 3).sum()) + 2
+    assert f"{gone} interactions with removed and unknown items are left out" in found.notes
 
     again = tmp_path / "again"
     settings = [word for one in tiny_settings if "synthetic" not in one for word in ("--set", one)]
@@ -107,6 +110,20 @@ def test_images_and_changed_texts_are_those_of_the_store(run: Path, tmp_path: Pa
     assert (found.titles[1], found.texts[1]) == ("Plain telescope", "Plain telescope. to the office.")
     assert found.images[1] is not None and found.images[1].read_bytes() == picture.getvalue()
     assert found.item_ids[len(old.item_ids) :] == ["added"] and found.texts[-1] is None
+    (tmp_path / "next").rename(tmp_path / "moved")
+    moved = Dataset.load(tmp_path / "moved").images[1]
+    assert moved is not None and moved.read_bytes() == picture.getvalue()
+
+
+def test_all_interactions_that_are_left_out_are_counted(run: Path, tmp_path: Path) -> None:
+    old = RunArtifacts.open(run).load_data()
+    gone = old.item_ids[0]
+    with open_store(run) as store:
+        store.remove_item(gone)
+        store.append_events([Event("1", "new", gone), Event("2", "new", "nowhere")])
+    count = int((np.concatenate([*old.sequences]) == 0).sum()) + 2
+    found = exported(run, tmp_path / "next")
+    assert f"{count:,} interactions with removed and unknown items are left out" in found.notes
 
 
 def test_events_are_in_the_order_of_their_times_and_deletions_hold_from_then_on(
