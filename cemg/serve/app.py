@@ -14,12 +14,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 
+from cemg.errors import UserError
 from cemg.serve import browse, images, problems, schemas
 from cemg.serve.engine import Answer
 from cemg.serve.engine import Request as Asked
 from cemg.serve.metrics import Metrics, Observed
 from cemg.serve.paths import EncodedSlashes, PathId
-from cemg.serve.rows import MAX_INTEGER, ServedModel, StoredItem, UnknownItemError
+from cemg.serve.rows import MAX_INTEGER, DroppedError, ServedModel, StoredItem, UnknownItemError
 from cemg.serve.security import LOOPBACK, Guard, Keys, requires
 from cemg.serve.service import Service
 from cemg.version import __version__
@@ -135,6 +136,12 @@ def _add_recommendations(app: FastAPI, service: Service, settings: Settings) -> 
     ) -> schemas.Recommendation | schemas.RecommendationBatch:
         """Recommend the next items, for a known user or for a history; several requests in one call."""
         if isinstance(body, schemas.RecommendBatch):
+            most = service.model.max_queue
+            if len(body.requests) > most:
+                raise UserError(
+                    f"requests: the queue of the service has room for {most}, got {len(body.requests)}",
+                    fix="send fewer in a call, or start cemg-serve with a larger --max-queue",
+                )
             return schemas.RecommendationBatch(recommendations=await answered(body.requests, request))
         return (await answered([body], request))[0]
 
@@ -184,7 +191,9 @@ def _add_users(app: FastAPI, service: Service) -> None:
         """Store interactions. The next recommendations for their users reflect them."""
         stored = service.add_events([one.event() for one in body.events])
         known = [one.event_id for one, new in zip(body.events, stored, strict=True) if not new]
-        return schemas.EventsAnswer(stored=sum(stored), known=known)
+        items = dict.fromkeys(one.item_id for one in body.events)
+        unknown = [item for item in items if service.codes(item) is None]
+        return schemas.EventsAnswer(stored=sum(stored), known=known, unknown_items=unknown)
 
     @app.get("/v1/users/{user_id:path}", tags=["users"], dependencies=[requires("read")])
     def get_user(user_id: PathId) -> schemas.UserAnswer:
@@ -271,6 +280,11 @@ def _add_items(app: FastAPI, service: Service) -> None:
     ) -> schemas.ChangesAnswer:
         """The numbered log of changes, which replicas follow."""
         found = service.store.changes_after(after, limit)
+        if after > (last := service.store.version):
+            raise DroppedError(
+                f"the catalog has version {last}, and no change {after}: its store was restored or replaced",
+                fix="read all items again, then the changes after the version that the catalog had before",
+            )
         rows = [
             schemas.ChangeAnswer(
                 version=one.version,

@@ -30,6 +30,8 @@ class Status:
     started: float = field(default_factory=time.time)
     failed_items: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Of items without a semantic ID, by id: the version that failed, and why."""
+    placing: int = 0  # items with stored semantic IDs that the searches do not have yet
+    placing_lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class LaggingError(UserError):

@@ -153,7 +153,7 @@ class NewItems:
             loaded.table.extend([*codes], attributes)
             loaded.add([*items.values()], extended, version)
 
-        check = self._service.attribute_check(attributes)
+        check, status = self._service.attribute_check(attributes), self._service.status
         with self._service.order:
             for _ in range(TRIES):
                 self._service.catch_up()
@@ -164,8 +164,13 @@ class NewItems:
                 if len(loaded.engine.recommender.catalog) != size:
                     return
                 with suppress(LaggingError):
-                    version = self._service.store.place_items(codes, check=check)
-                    self._service.apply(add).result()  # within the lock, as `check` must hold for `extend`
+                    with status.placing_lock:
+                        version = self._service.store.place_items(codes, check=check)
+                        status.placing = len(codes)
+                    try:
+                        self._service.apply(add).result()  # in the lock, as `check` must hold for `extend`
+                    finally:
+                        status.placing = 0
                     return
 
     def _any_placed(self, pending: Sequence[StoredItem]) -> bool:

@@ -23,7 +23,6 @@ from cemg.storage.files import StorageError
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
-TAGS = ("body", "request", "batch")  # parts of a place that name no field
 STATUS: Sequence[tuple[type[Exception], int]] = (
     (UnknownItemError, 404),
     (DroppedError, 410),
@@ -60,7 +59,7 @@ _REASONS = {
     404: "There is no such item, user or path",
     405: "The path has other methods",
     409: "Another model is being loaded, or there is none to go back to",
-    410: "The changes are too old to be kept",
+    410: "The changes are too old to be kept, or newer than the store",
     413: "The body is too large",
     421: "The Host header is not a name of this service",
     422: "A field is not valid; errors name it",
@@ -88,12 +87,17 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        found: dict[str, list[str]] = {}
+        for one in error.errors():
+            message = str(one["msg"]).removeprefix("Value error, ")
+            if one.get("type") == "json_invalid":
+                message = f"it is not JSON: {one['ctx']['error']}, at character {one['loc'][-1]}"
+            if isinstance(error.body, bytes):
+                message = "send JSON, with the header content-type: application/json"
+            found.setdefault(_field(one, error.body), []).append(message)
         errors = [
-            {
-                "field": ".".join(str(part) for part in one["loc"] if part not in TAGS) or "body",
-                "message": str(one["msg"]).removeprefix("Value error, "),
-            }
-            for one in error.errors()
+            {"field": field, "message": "; or ".join(dict.fromkeys(messages))}
+            for field, messages in found.items()
         ]
         first = errors[0] if errors else {"field": "body", "message": "invalid"}
         return problem(422, f"{first['field']}: {first['message']}", errors=errors)
@@ -110,6 +114,22 @@ def install(app: FastAPI) -> None:
 
     for kind, _ in STATUS:
         app.exception_handler(kind)(failed)
+
+
+def _field(error: Mapping[str, Any], body: object) -> str:
+    """The place of an error in the body, without the names of the types that were tried there."""
+    source, *parts = error["loc"]
+    if source != "body" or "type" not in error:  # the latter is raised by the service itself
+        return ".".join(str(part) for part in parts) or str(source)
+    named: list[str] = []
+    for number, part in enumerate(parts, start=1):
+        is_key = isinstance(body, dict) and part in body
+        is_place = isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if is_key or is_place:
+            body = body[part]  # type: ignore[index]
+        if is_key or is_place or (number == len(parts) and error["type"] == "missing"):
+            named.append(str(part))
+    return ".".join(named) or "body"
 
 
 def draining() -> JSONResponse:

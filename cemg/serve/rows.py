@@ -34,7 +34,7 @@ class UnknownItemError(UserError):
 
 
 class DroppedError(UserError):
-    """Changes of the catalog are too old to be in the log."""
+    """Changes of the catalog are too old to be in the log, or of another store."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,6 +158,9 @@ class EventsAnswer(BaseModel):
 
     stored: int = Field(description="Number of new events.")
     known: list[str] = Field(description="Ids of the events that were stored before.")
+    unknown_items: list[str] = Field(
+        description="Items that the catalog does not have. Their events count once it has them."
+    )
 
 
 class ItemFields(Strict):
@@ -266,11 +269,11 @@ class CatalogAnswer(BaseModel):
 
     catalog_version: int
     model_version: str
-    items: int
-    removed: int
-    pending: int
-    events: int
-    users: int
+    items: int = Field(description="Items that may be recommended.")
+    removed: int = Field(description="Removed items that had a semantic ID.")
+    pending: int = Field(description="Items that the searches do not have yet.")
+    events: int = Field(description="Stored events.")
+    users: int = Field(description="Users with stored events.")
 
 
 class ModelBody(Strict):

@@ -158,7 +158,8 @@ class Guard:
     def _refusal(self, headers: dict[str, str]) -> Any:
         host = headers.get("host", "")
         if "*" not in self.hosts and _name(f"//{host}") not in self.hosts:
-            return problem(421, f"this service does not serve the host {host[:200]!r}")
+            fix = "start cemg-serve with --allow-host and this name"
+            return problem(421, f"this service does not serve the host {host[:200]!r}", fix=fix)
         origin = headers.get("origin")
         own = host and origin and origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}")
         if origin is not None and not own:

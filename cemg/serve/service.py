@@ -317,11 +317,13 @@ class Service:
     def sizes(self) -> dict[str, int]:
         """Version and sizes of the catalog, and numbers of stored events and of users with events."""
         self.catch_up()
+        with self.status.placing_lock:  # before the others: an item is never in none of the counts
+            pending = self.store.count_items("pending") + self.status.placing
         engine = self._loaded.engine
         removed = len(engine.recommender.removed)
         return {
             "catalog_version": engine.version, "items": len(engine.recommender.catalog) - removed,
-            "removed": removed, "pending": self.store.count_items("pending"),
+            "removed": removed, "pending": pending,
             "events": self.store.count_events(), "users": self.store.users(),
         }  # fmt: skip
 
@@ -448,7 +450,8 @@ class Service:
             UnknownItemError: There is no such item.
         """
         with self.order:
-            version = self.store.remove_item(item)
+            known = self.get_item(item)
+            version = self.store.remove_item(item, base=None if known is None else known.item)
             self.status.failed_items.pop(item, None)
             if self._follower is None and item in self._loaded.table:
                 self._loaded.table.update({item: {}})

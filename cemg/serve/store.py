@@ -214,8 +214,12 @@ class Store(EventStore):
             log.save(item, "active" if row is None else row.state)
             return log.write()
 
-    def remove_item(self, item_id: str) -> int:
+    def remove_item(self, item_id: str, *, base: Item | None = None) -> int:
         """Remove an item, and return the version of the catalog. A second removal changes nothing.
+
+        Args:
+            item_id: The item.
+            base: As in `patch_item`.
 
         Raises:
             UnknownItemError: The item is neither in the store nor in ``run_items``.
@@ -230,7 +234,7 @@ class Store(EventStore):
                 raise _unknown(item_id)
             log.add("remove", item_id, {})
             if found is None:
-                log.save(Item(item_id), "removed")
+                log.save(Item(item_id) if base is None else base, "removed")
             else:
                 log.mark(item_id, state="removed")
             return log.write()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,6 +188,24 @@ def test_replicas_compare_a_changed_text_alike(run: Path, location: str) -> None
     finally:
         one.close(timeout=60)
         other.close(timeout=60)
+
+
+def test_an_item_is_pending_until_the_searches_have_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, seen = Service(run), list[tuple[int, int]]()
+    size, add = service.sizes()["items"], ServedRun.add
+
+    def slow(loaded: ServedRun, *args: Any, **options: Any) -> None:
+        seen.append((service.sizes()["pending"], service.sizes()["items"]))
+        add(loaded, *args, **options)
+
+    monkeypatch.setattr(ServedRun, "add", slow)
+    try:
+        service.put_items(items(3))
+        placed(service, "new-2")
+        assert seen[0] == (3, size)
+        eventually(lambda: (service.sizes()["pending"], service.sizes()["items"]) == (0, size + 3))
+    finally:
+        service.close(timeout=60)
 
 
 def test_a_removed_item_without_a_semantic_id_leaves_no_problem_behind(run: Path) -> None:

@@ -107,6 +107,37 @@ def test_an_invalid_request_names_the_field(server: ServerProcess, body: Any, fi
     problem(server.http.post("/v1/recommend", json=body), 422, field)
 
 
+@pytest.mark.parametrize(
+    "body, headers, errors",
+    [
+        (b'{"history": [],', {}, {"body": "it is not JSON"}),
+        (b'{"history": []}', {"content-type": "text/plain"}, {"body": "content-type: application/json"}),
+        (b'{"history": [], "filter": {"must": [{"key": "price", "rnge": {}}]}}', {},
+         {"filter.must.0": "a condition is"}),
+        (b'{"requests": [{"history": [1]}]}', {}, {"requests.0.history.0": "string"}),
+        (b'{"user_id": 3, "limit": 0}', {}, {"user_id": "string", "limit": "greater"}),
+    ],
+)  # fmt: skip
+def test_an_error_names_each_field_once_as_the_body_spells_it(
+    server: ServerProcess, body: bytes, headers: dict[str, str], errors: dict[str, str]
+) -> None:
+    headers = {"content-type": "application/json"} | headers
+    found = problem(server.http.post("/v1/recommend", content=body, headers=headers), 422)["errors"]
+    assert [one["field"] for one in found] == [*errors]
+    assert all(text in one["message"] for one, text in zip(found, errors.values(), strict=True))
+
+
+def test_a_nested_attribute_is_one_error(server: ServerProcess, items: list[str]) -> None:
+    answer = server.http.patch(f"/v1/items/{items[0]}", json={"attributes": {"bad": {"x": 1}}})
+    assert [one["field"] for one in problem(answer, 422)["errors"]] == ["attributes.bad"]
+
+
+def test_changes_that_the_store_never_had_are_refused(server: ServerProcess) -> None:
+    last = server.json("GET", "/v1/catalog")["catalog_version"]
+    assert server.json("GET", f"/v1/catalog/changes?after={last}")["changes"] == []
+    problem(server.http.get(f"/v1/catalog/changes?after={last + 1}"), 410, "restored")
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"history": [NaN', b"[" * 100_000])
 def test_malformed_json_is_refused(server: ServerProcess, body: bytes) -> None:
     answer = server.http.post("/v1/recommend", content=body, headers={"content-type": "application/json"})
@@ -147,12 +178,14 @@ def test_the_next_answer_reflects_an_event(server: ServerProcess, items: list[st
     user = "reader"
     for n, item in enumerate(items[:5]):
         sent = event(user, item)
-        assert server.json("POST", "/v1/events", {"events": [sent]}) == {"stored": 1, "known": []}
+        assert server.json("POST", "/v1/events", {"events": [sent]}) == {
+            "stored": 1, "known": [], "unknown_items": [],
+        }  # fmt: skip
         assert server.json("GET", f"/v1/users/{user}")["history"] == items[: n + 1]
         seen = recommended(server, user_id=user, limit=40, exclude_history=True)
         assert not {*seen} & {*items[: n + 1]}
         again = server.json("POST", "/v1/events", {"events": [sent, sent]})
-        assert again == {"stored": 0, "known": [sent["event_id"]] * 2}
+        assert again == {"stored": 0, "known": [sent["event_id"]] * 2, "unknown_items": []}
     early = event(user, items[9], timestamp=1.0)
     server.json("POST", "/v1/events", {"events": [early]})
     assert server.json("GET", f"/v1/users/{user}")["history"][0] == items[9]
@@ -182,15 +215,27 @@ def test_a_deleted_user_is_forgotten(server: ServerProcess, items: list[str]) ->
     assert server.json("DELETE", "/v1/users/leaver")["deleted"] == 2
     problem(server.http.get("/v1/users/leaver"), 404, "leaver")
     problem(server.http.delete("/v1/users/leaver"), 404, "leaver")
-    server.json("POST", "/v1/events", {"events": [event("ghost", "not there")]})
+    asked = {"events": [event("ghost", "not there"), event("ghost", "not there", event_id="again")]}
+    assert server.json("POST", "/v1/events", asked)["unknown_items"] == ["not there"]
     assert server.json("GET", "/v1/users/ghost")["history"] == []  # has an event, so it can be deleted
-    assert server.json("DELETE", "/v1/users/ghost")["deleted"] == 1
+    assert server.json("DELETE", "/v1/users/ghost")["deleted"] == 2
     run_user = next(user for user in ("u1", "user-0001") if server.http.get(f"/v1/users/{user}").is_success)
     assert server.json("DELETE", f"/v1/users/{run_user}")["deleted"] > 0
     assert server.json("POST", "/v1/recommend", {"user_id": run_user})["strategy"] == "popularity"
 
 
 # ---- the catalog
+
+
+def test_a_removed_item_of_the_run_keeps_its_texts(server: ServerProcess, items: list[str]) -> None:
+    before = server.json("GET", f"/v1/items/{items[-1]}")
+    server.json("DELETE", f"/v1/items/{items[-1]}")
+    after = server.json("GET", f"/v1/items/{items[-1]}")
+    assert before["title"] and before["text"] and after["state"] == "removed"
+    assert [after[name] for name in ("title", "text")] == [before[name] for name in ("title", "text")]
+    again = {name: after[name] for name in ("title", "text", "attributes")}
+    server.json("PUT", f"/v1/items/{items[-1]}", again)  # as docs/http-service.md undoes a removal
+    assert server.json("GET", f"/v1/items/{items[-1]}")["state"] == "active"
 
 
 def test_an_added_item_becomes_active_and_can_be_removed_and_added_again(

@@ -124,6 +124,9 @@ def test_a_full_queue_answers_503_and_late_and_gone_requests_are_not_searched(
         batch = {"requests": [{"history": []}] * 3}
         assert httpx.post(f"{server.url}/v1/recommend", json=batch).status_code == 503
         assert server.waiting() == 4  # nothing of the batch
+        batch = {"requests": [{"history": []}] * 5}
+        refused = httpx.post(f"{server.url}/v1/recommend", json=batch)
+        assert refused.status_code == 422 and "--max-queue" in refused.json()["fix"]  # no use in another try
         assert server.http.get("/health/ready").status_code == 200
         time.sleep(1.1)  # their deadline
         server.release()
