@@ -4,8 +4,9 @@
     python import_csv.py http://localhost:8000 --items products.csv --id sku --title name --text description
 
 The first line of a file names its columns. Those that are no id, title or text become attributes for filters:
-numbers, true and false, texts, lists with "|" between the values, and the values of a JSON object.
-Items with a true ``is_hidden`` are removed. CEMG keeps nothing about users but their events, so Gorse's
+numbers, true and false, texts, dates, lists with "|" between the values, and the values of a JSON object. A
+column with values of several types is one of texts. Items with a true ``is_hidden`` are not sent, and removed
+if the service has them. CEMG keeps nothing about users but their events, so Gorse's
 users.csv is not needed. An import that stopped may be repeated: event ids are computed from the lines.
 """
 
@@ -46,45 +47,81 @@ def main() -> None:
         parser.add_argument(f"--{name}", default=column, help=f"column of the feedback (default: {column})")
     options = parser.parse_args()
     client = Client(options.url, options.key)
-    if options.items:
-        print("items:", import_items(client, options))
-    if options.feedback:
-        print("new events:", import_feedback(client, options))
+    try:
+        if options.items:
+            print("items:", import_items(client, options))
+        if options.feedback:
+            print("new events:", import_feedback(client, options))
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def import_items(client: Client, options: argparse.Namespace) -> int:
     """Sends the items, and removes the hidden ones. Returns their number."""
-    count = 0
+    texts, count = columns_of_texts(options), 0
     for rows in batches(options.items, options.id):
-        items = [item_of(row, options) for row in rows]
-        client.call("POST", "/v1/items", {"items": items})
+        shown = [row for row in rows if row.get("is_hidden") != "true"]
+        if shown:
+            items = [item_of(row, options, texts) for row in shown]
+            client.call("POST", "/v1/items", {"items": items})
         for row in rows:
             if row.get("is_hidden") == "true":
-                client.call("DELETE", f"/v1/items/{quote(row[options.id], safe='')}")
+                remove(client, row[options.id])
         count += len(rows)
     return count
 
 
-def item_of(row: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
+def remove(client: Client, item: str) -> None:
+    try:
+        client.call("DELETE", f"/v1/items/{quote(item, safe='')}")
+    except RuntimeError as error:
+        if ": 404 " not in str(error):  # the service never had it
+            raise
+
+
+def columns_of_texts(options: argparse.Namespace) -> set[str]:
+    """The columns whose cells have values of several types, such as the sizes M and 38."""
+    found: dict[str, set[type]] = {}
+    for rows in batches(options.items, options.id):
+        for row in rows:
+            for name, text in row.items():
+                if text not in ("", "null"):
+                    found.setdefault(name, set()).add(kind_of(value_of(name, text)))
+    return {name for name, kinds in found.items() if len(kinds) > 1}
+
+
+def kind_of(value: Any) -> type:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float if is_number else type(value)
+
+
+def item_of(row: dict[str, str], options: argparse.Namespace, texts: set[str]) -> dict[str, Any]:
     """An item as the service takes it."""
     fields = {"item_id": options.id, "title": options.title, "text": options.text}
     attributes: dict[str, Any] = {}
     for name, text in row.items():
         if name not in fields.values() and name != "is_hidden" and text not in ("", "null"):
-            attributes |= attributes_of(name, text)
+            attributes |= {name: text} if name in texts else attributes_of(name, text)
     item = {field: row[column] for field, column in fields.items() if row.get(column)}
     return item | {"attributes": attributes}
 
 
 def attributes_of(name: str, text: str) -> dict[str, Any]:
     """The attributes in a cell."""
-    try:
-        value = json.loads(text, parse_constant=str)
-    except ValueError:
-        value = text.split("|") if "|" in text or name == "categories" else text
+    value = value_of(name, text)
     if isinstance(value, dict):
         return {key: one for key, one in value.items() if one is not None and not isinstance(one, dict)}
     return {name: [str(one) for one in value] if isinstance(value, list) else value}
+
+
+def value_of(name: str, text: str) -> Any:
+    """What a cell means."""
+    try:
+        return json.loads(text, parse_constant=str)
+    except ValueError:
+        if text.endswith("+0000 UTC"):  # a time as Go prints it
+            return f"{text[:10]}T{text[11:19]}Z"
+        return text.split("|") if "|" in text or name == "categories" else text
 
 
 def import_feedback(client: Client, options: argparse.Namespace) -> int:

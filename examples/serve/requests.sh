@@ -11,6 +11,7 @@ post() { # path, JSON
 post /v1/items '{"items": [
   {"item_id": "new/1", "title": "Sturdy rudder", "text": "for the garden", "attributes": {"price": 9.5}},
   {"item_id": "new/2", "title": "Plain telescope", "attributes": {"price": 99, "tags": ["toy", "sale"]}}]}'
+until curl -sS --fail-with-body "$url/v1/items/new%2F1" | grep -q '"state":"active"'; do sleep 0.2; done
 # An event with the same event_id is stored once, however often it is sent.
 post /v1/events '{"events": [{"event_id": "click-1", "user_id": "ann", "item_id": "item-0012", "type": "click"}]}'
 post /v1/recommend '{"user_id": "ann", "limit": 3, "exact": true}'

@@ -52,7 +52,7 @@ def test_the_curl_lines_of_a_page_work_as_printed(
         there = [line.replace("localhost:8000", f"localhost:{fresh.port}") for line in lines]
         listed, stored, put, removed = (json.loads(run("sh", "-c", line)) for line in there)
         assert len(listed["items"]) == 3 and listed["strategy"] == "mixture" and listed["complete"]
-        assert stored == {"stored": 1, "known": []}
+        assert stored == {"stored": 1, "known": [], "unknown_items": []}
         assert put["catalog_version"] == 1 and removed["catalog_version"] >= 2
         user = fresh.json("GET", "/v1/users/user-0001")["history"]
         assert user[-1] == "item-0012"
@@ -64,7 +64,7 @@ def test_the_curl_lines_of_a_page_work_as_printed(
 def test_the_script_of_calls_runs(server: ServerProcess) -> None:
     answers = [json.loads(line) for line in run("sh", EXAMPLES / "requests.sh", server.url).splitlines()]
     assert len(answers) == 10 and all("status" not in answer for answer in answers)
-    assert answers[1] == {"stored": 1, "known": []} and answers[6]["item_id"] == "new/1"
+    assert answers[1] == {"stored": 1, "known": [], "unknown_items": []} and answers[6]["item_id"] == "new/1"
     assert answers[6]["attributes"] == {"price": 8.5}
 
 
@@ -106,6 +106,7 @@ item_id,is_hidden,categories,time_stamp,labels,description
 shop/1,false,toy|garden,2020-01-01 01:01:01.1 +0000 UTC,"{""price"": 9.5, ""tags"": [""a"", ""b""]}","Sturdy
 rudder, plain"
 shop/2,true,,2022-01-01 01:01:01 +0000 UTC,null,Plain telescope
+item-0040,true,,,null,
 """
 GORSE_FEEDBACK = """\
 feedback_type,user_id,item_id,time_stamp
@@ -119,22 +120,27 @@ def test_files_of_gorse_are_imported_once(server: ServerProcess, tmp_path: Path)
     (tmp_path / "feedback.csv").write_text(GORSE_FEEDBACK)
     words = [sys.executable, EXAMPLES / "import_csv.py", server.url]
     words += ["--items", tmp_path / "items.csv", "--feedback", tmp_path / "feedback.csv"]
-    assert run(*words) == "items: 2\nnew events: 2\n"
-    assert run(*words) == "items: 2\nnew events: 0\n"
+    assert run(*words) == "items: 3\nnew events: 2\n"
+    assert run(*words) == "items: 3\nnew events: 0\n"
     found = eventually(lambda: (one := server.json("GET", "/v1/items/shop%2F1"))["codes"] and one)
     assert found["text"] == "Sturdy\nrudder, plain" and found["state"] == "active"
     assert found["attributes"] == {
-        "categories": ["toy", "garden"], "time_stamp": "2020-01-01 01:01:01.1 +0000 UTC", "price": 9.5,
+        "categories": ["toy", "garden"], "time_stamp": "2020-01-01T01:01:01Z", "price": 9.5,
         "tags": ["a", "b"],
     }  # fmt: skip
-    assert server.json("GET", "/v1/items/shop%2F2")["state"] == "removed"
+    before = {"must": [{"key": "time_stamp", "range": {"lt": "2021-01-01"}}]}
+    answer = server.json("POST", "/v1/recommend", {"history": ["item-0001"], "filter": before})
+    assert [one["item_id"] for one in answer["items"]] == ["shop/1"]
+    assert server.http.get("/v1/items/shop%2F2").status_code == 404, "hidden, so never sent"
+    assert server.json("GET", "/v1/items/item-0040")["state"] == "removed"
     assert server.json("GET", "/v1/users/carl")["history"] == ["item-0004", "item-0003"]
 
 
 def test_other_tables_are_imported_by_the_names_of_their_columns(
     server: ServerProcess, tmp_path: Path
 ) -> None:
-    (tmp_path / "products.csv").write_text("sku,name,price\n0012,Sturdy rudder,3\n")
+    lines = ("sku,name,price,fit", "0012,Sturdy rudder,3,38", "0013,Plain telescope,4.5,M")
+    (tmp_path / "products.csv").write_text("\n".join(lines))
     words = [sys.executable, EXAMPLES / "import_csv.py", server.url, "--items", tmp_path / "products.csv"]
     refused = subprocess.run([*map(str, words)], capture_output=True, text=True)
     assert (
@@ -143,7 +149,12 @@ def test_other_tables_are_imported_by_the_names_of_their_columns(
     )
     run(*words, "--id", "sku", "--title", "name")
     found = server.json("GET", "/v1/items/0012")
-    assert found["title"] == "Sturdy rudder" and found["attributes"] == {"price": 3}
+    assert found["title"] == "Sturdy rudder" and found["attributes"] == {"price": 3, "fit": "38"}
+    for broken, reason in (("nowhere.csv", "No such file"), ("products.csv", "is a string")):
+        (tmp_path / "products.csv").write_text("sku,name,price\n0014,Brown orbit,cheap\n")
+        words = [*words[:3], "--items", tmp_path / broken, "--id", "sku", "--title", "name"]
+        refused = subprocess.run([*map(str, words)], capture_output=True, text=True)
+        assert refused.returncode == 1 and reason in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_the_dashboard_reads_metrics_that_exist(server: ServerProcess) -> None:
