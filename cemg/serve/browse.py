@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from cemg.serve import images, schemas
 from cemg.serve.metrics import SLOT, Recent, Slot
-from cemg.serve.paths import PathId
+from cemg.serve.paths import Cursor, PathId
 from cemg.serve.security import requires
 from cemg.serve.service import Service
 from cemg.version import __version__
@@ -165,7 +165,7 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
     @app.get("/v1/users", tags=["users"], dependencies=[requires("read")])
     def list_users(
         query: Annotated[str, Query(max_length=256, description="The beginning of an id.")] = "",
-        cursor: Annotated[str, Query(max_length=256)] = "",
+        cursor: Cursor = "",
         limit: Limit = 20,
     ) -> schemas.UserPage:
         """Ids of users with a history, in their order, a page at a time."""

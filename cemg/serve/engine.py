@@ -334,7 +334,10 @@ class Engine:
         history = self._changed(user)
         place = bisect.bisect_right(history.order, (time, number))
         if self.learns:
-            self.recommender.memory.observe(history.rows, row, position=place)
+            window = self.recommender.memory.config.window  # what is further away changes nothing
+            low = max(0, place - window)
+            near = history.rows[low : place + window]
+            self.recommender.memory.observe(near, row, position=place - low)
         history.rows.insert(place, row)
         history.order.insert(place, (time, number))
         return True

@@ -12,6 +12,7 @@ Two differences from Qdrant: numbers compare by value (1 and 1.0 are equal), and
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -40,6 +41,7 @@ MAX_DEPTH = 8  # expressions within each other
 MAX_CONDITIONS = 256
 MAX_VALUES = 10_000  # numbers, strings and booleans of one expression
 MAX_TEXT = 1_000  # characters of a name or value
+MAX_WORDS = 64  # of all texts to match: each is a search in the values of the catalog
 MAX_NUMBER = sys.float_info.max
 CLAUSES = ("must", "should", "must_not", "min_should")
 _UNORDERED = {"must", "should", "must_not", "conditions", "any", "except", "has_id"}
@@ -297,7 +299,7 @@ def check_limits(given: Any) -> Any:
         UserError: It is nested too deeply, has too many conditions or values, or a string is too long or not
             valid Unicode.
     """
-    conditions = values = 0
+    conditions = values = words = 0
     stack = [(given, 0)]
     while stack:
         node, depth = stack.pop()
@@ -308,6 +310,8 @@ def check_limits(given: Any) -> Any:
                 raise UserError(f"the filter has more than {MAX_DEPTH} expressions within each other",
                                 fix="flatten it: nested must inside must is one must")  # fmt: skip
             conditions += sum(len(clause) if isinstance(clause, list) else 1 for clause in inner)
+            if isinstance(text := node.get("text"), str):
+                words += len(re.findall(r"\w+", text[:MAX_TEXT]))
             stack += [(name, depth) for name in node if isinstance(name, str) and name not in CLAUSES]
             stack += [(child, depth) for child in node.values()]
         elif isinstance(node, list):
@@ -316,6 +320,8 @@ def check_limits(given: Any) -> Any:
             values += 1
             if isinstance(node, str):
                 check_text(node, "a string of the filter")
+        if words > MAX_WORDS:
+            raise UserError(f"the texts to match have more than {MAX_WORDS} words", fix="use fewer words")
         if conditions > MAX_CONDITIONS or values + len(stack) > 4 * MAX_VALUES or values > MAX_VALUES:
             raise UserError(
                 "the filter is too large",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated
 from urllib.parse import unquote
 
-from fastapi import Path
+from fastapi import Path, Query
 from pydantic import AfterValidator, BeforeValidator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -25,7 +25,8 @@ class EncodedSlashes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw: bytes = scope.get("raw_path") or b""
         if b"%" in raw:
-            parts = (unquote(part) for part in raw.decode("latin-1").split("/"))
+            # what is not UTF-8 becomes surrogates, which no id has
+            parts = (unquote(part, errors="surrogateescape") for part in raw.decode("latin-1").split("/"))
             scope["path"] = "/".join(part.replace("%", "%25").replace("/", "%2F") for part in parts)
         await self.app(scope, receive, send)
 
@@ -35,4 +36,10 @@ def decoded(value: str) -> str:
     return value.replace("%2F", "/").replace("%25", "%")
 
 
+def is_cursor(value: str) -> str:
+    """Return an id or nothing. Raises ValueError for control characters."""
+    return is_text(value) if value else value
+
+
+Cursor = Annotated[str, Query(max_length=MAX_ID), AfterValidator(is_cursor)]
 PathId = Annotated[str, BeforeValidator(decoded), Path(max_length=MAX_ID), AfterValidator(is_text)]

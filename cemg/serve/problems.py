@@ -22,6 +22,7 @@ from cemg.serve.rows import DroppedError, UnknownItemError
 from cemg.storage.files import StorageError
 
 MEDIA_TYPE = "application/problem+json"
+MAX_ERRORS, MAX_FIELD = 20, 300  # errors of an answer, and characters of the name of a field
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 STATUS: Sequence[tuple[type[Exception], int]] = (
     (UnknownItemError, 404),
@@ -88,15 +89,17 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         found: dict[str, list[str]] = {}
-        for one in error.errors():
+        for one in error.errors()[:MAX_ERRORS]:
             message = str(one["msg"]).removeprefix("Value error, ")
             if one.get("type") == "json_invalid":
                 message = f"it is not JSON: {one['ctx']['error']}, at character {one['loc'][-1]}"
+            if one.get("type") == "too_long" and isinstance(one.get("input"), str):
+                message = f"must have at most {one['ctx']['max_length']} characters"
             if isinstance(error.body, bytes):
                 message = "send JSON, with the header content-type: application/json"
             found.setdefault(_field(one, error.body), []).append(message)
         errors = [
-            {"field": field, "message": "; or ".join(dict.fromkeys(messages))}
+            {"field": field[:MAX_FIELD], "message": "; or ".join(dict.fromkeys(messages))}
             for field, messages in found.items()
         ]
         first = errors[0] if errors else {"field": "body", "message": "invalid"}

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from cemg.serve.expressions import FilterInput
 from cemg.serve.rows import MAX_ID, MAX_INTEGER, MAX_TEXT, MAX_TITLE, MAX_TYPE, Attribute, Event, Item
@@ -15,7 +24,7 @@ MAX_BEAMS = 1_000  # of a request; a batch of searches has this many rows for ea
 MAX_REQUESTS = 256  # requests of a batch
 MAX_EVENTS = 1_000  # events of a call
 MAX_ITEMS = 1_000  # items of a call
-
+UNKNOWN_NAMES = 10  # of an object; each is an error of its own
 
 IMAGE = "Base64 of a PNG, JPEG, GIF or WebP file. Paths and URLs are not read."
 
@@ -30,10 +39,27 @@ def is_text(value: str) -> str:
 Id = Annotated[str, Field(max_length=MAX_ID), AfterValidator(is_text)]
 
 
+def are_attributes(given: Any) -> Any:
+    """Check the values of attributes: one error, however many are wrong."""
+    for name, value in given.items() if isinstance(given, dict) else ():
+        is_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if value is not None and not is_list and not isinstance(value, str | bool | int | float):
+            raise ValueError(f"{name[:100]!r} must be a text, a number, true, false or a list of texts")
+    return given
+
+
 class Strict(BaseModel):
     """JSON in which a name that does not exist is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown_names(cls, given: Any) -> Any:
+        unknown = given.keys() - cls.model_fields.keys() if isinstance(given, dict) else ()
+        if len(unknown) > UNKNOWN_NAMES:
+            raise ValueError(f"{len(unknown)} names do not exist; one is {min(unknown)[:100]!r}")
+        return given
 
 
 class RecommendRequest(Strict):
@@ -45,6 +71,7 @@ class RecommendRequest(Strict):
     history: list[Id] | None = Field(
         None,
         max_length=MAX_HISTORY,
+        fail_fast=True,
         description="Item ids, oldest first.",
         examples=[["item-0012", "item-0007"]],
     )
@@ -71,7 +98,7 @@ class RecommendRequest(Strict):
 class RecommendBatch(Strict):
     """Several requests, answered together."""
 
-    requests: list[RecommendRequest] = Field(min_length=1, max_length=MAX_REQUESTS)
+    requests: list[RecommendRequest] = Field(min_length=1, max_length=MAX_REQUESTS, fail_fast=True)
 
 
 def _kind(given: Any) -> str:
@@ -150,7 +177,7 @@ class EventBody(Strict):
 class EventsBody(Strict):
     """Events to store."""
 
-    events: list[EventBody] = Field(min_length=1, max_length=MAX_EVENTS)
+    events: list[EventBody] = Field(min_length=1, max_length=MAX_EVENTS, fail_fast=True)
 
 
 class EventsAnswer(BaseModel):
@@ -168,7 +195,7 @@ class ItemFields(Strict):
 
     title: str = Field("", max_length=MAX_TITLE, examples=["Sturdy rudder"])
     text: str = Field("", max_length=MAX_TEXT, examples=["for the garden"])
-    attributes: dict[str, Attribute] = Field(
+    attributes: Annotated[dict[str, Attribute], BeforeValidator(are_attributes)] = Field(
         default_factory=dict,
         description="Values that filters read.",
         examples=[{"price": 9.5, "tags": ["toy"]}],
@@ -191,7 +218,7 @@ class ItemPatch(Strict):
 
     title: str | None = Field(None, max_length=MAX_TITLE)
     text: str | None = Field(None, max_length=MAX_TEXT)
-    attributes: dict[str, Attribute | None] | None = Field(
+    attributes: Annotated[dict[str, Attribute | None] | None, BeforeValidator(are_attributes)] = Field(
         None, description="Attributes to change; null deletes one.", examples=[{"price": 8.5, "sale": None}]
     )
     image: str | None = Field(None, description=f"{IMAGE} null deletes it.")
@@ -200,7 +227,7 @@ class ItemPatch(Strict):
 class ItemsBody(Strict):
     """Items to insert or replace."""
 
-    items: list[ItemBody] = Field(min_length=1, max_length=MAX_ITEMS)
+    items: list[ItemBody] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
 
 
 class ItemAnswer(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
@@ -10,11 +11,14 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cemg.errors import UserError
 from cemg.serve.service import Service
 
 KEEP_ALIVE = 75  # seconds; proxies and clients, which keep connections for up to a minute, close them first
+ARRIVAL = 30  # seconds in which a request must arrive whole, also the first one of a connection
+MAX_HEADERS = 65_536  # bytes
 CLOSING = 1  # seconds of the shutdown that are left for connections whose request does not end
 
 
@@ -45,6 +49,46 @@ def bind(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}, port {port}", cause=cause, fix=fix) from error
 
 
+class Protocol(HttpToolsProtocol):
+    """Closes a connection whose headers are too large, or whose request does not arrive in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._headers, self._in_headers = 0, True  # bytes of them so far
+        self._deadline = self.loop.call_later(ARRIVAL, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came. Headers that do not end are parsed again with each part of them."""
+        self._headers += len(data)
+        super().data_received(data)
+        if self._in_headers and self._headers > MAX_HEADERS and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """Begin to wait for the rest of the request."""
+        super().on_message_begin()
+        self._deadline.cancel()
+        self._deadline = self.loop.call_later(ARRIVAL, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        """Answer the request."""
+        self._in_headers = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request is complete; the next one has `timeout_keep_alive`."""
+        self._deadline.cancel()
+        self._headers, self._in_headers = 0, True
+        super().on_message_complete()
+
+
 class Server(uvicorn.Server):
     """Serves an application until SIGTERM or Ctrl-C, which end it in two steps.
 
@@ -61,7 +105,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, log_level="warning", access_log=False, server_header=False,
-                timeout_graceful_shutdown=CLOSING, timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=CLOSING, timeout_keep_alive=KEEP_ALIVE, http=Protocol,
             )
         )  # fmt: skip
         self.service, self.shutdown_timeout = service, shutdown_timeout

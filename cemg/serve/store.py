@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Connection, func, null, select
+from sqlalchemy import Connection, Row, func, null, select
 
 from cemg.serve.database import BusyError, Claim, Database, Synchronous
 from cemg.serve.event_store import EventStore, limit_of
@@ -46,6 +47,10 @@ from cemg.storage.read import parse_json
 
 Check = Callable[[], None]
 PAGE = 1_000  # items in one query of an iteration
+CHANGES_AT_ONCE, CHANGE_BYTES = (
+    100,
+    2_000_000,
+)  # changes in one query, and after how many bytes it is the last
 
 
 class Store(EventStore):
@@ -357,14 +362,21 @@ class Store(EventStore):
             after = page[-1].item.item_id
 
     def changes_after(self, version: int, limit: int = 1000) -> list[Change]:
-        """The changes of the catalog after a version, in order.
+        """The changes of the catalog after a version, in order: fewer than ``limit`` if they are large.
 
         Raises:
             DroppedError: Some of them are too old to be kept.
         """
         columns = (changes.c.version, changes.c.kind, changes.c.item_id, changes.c.payload, changes.c.time)
-        query = select(*columns).where(changes.c.version > version).order_by(changes.c.version)
-        found = self._read(query.limit(limit_of(limit)))
+        found, last, size, limit = list[Row[Any]](), version, 0, limit_of(limit)
+        while len(found) < limit and size < CHANGE_BYTES:
+            count = min(limit - len(found), CHANGES_AT_ONCE)
+            query = select(*columns).where(changes.c.version > last).order_by(changes.c.version)
+            some = self._read(query.limit(count))
+            found += some
+            if len(some) < count:
+                break
+            last, size = some[-1].version, size + sum(len(row.payload) for row in some)
         if found and found[0].version != version + 1:  # versions have no gaps
             raise DroppedError(
                 f"the changes {version + 1} to {found[0].version - 1} of the catalog are not kept",

@@ -127,9 +127,55 @@ def test_an_error_names_each_field_once_as_the_body_spells_it(
     assert all(text in one["message"] for one, text in zip(found, errors.values(), strict=True))
 
 
-def test_a_nested_attribute_is_one_error(server: ServerProcess, items: list[str]) -> None:
-    answer = server.http.patch(f"/v1/items/{items[0]}", json={"attributes": {"bad": {"x": 1}}})
-    assert [one["field"] for one in problem(answer, 422)["errors"]] == ["attributes.bad"]
+def test_wrong_attributes_are_one_error(server: ServerProcess, items: list[str]) -> None:
+    many = {name: [1] for name in ("bad", *map(str, range(9999)))}
+    for bad in ({"bad": {"x": 1}}, {"bad": [1]}, many):
+        answer = server.http.patch(f"/v1/items/{items[0]}", json={"attributes": bad})
+        (error,) = problem(answer, 422)["errors"]
+        assert error["field"] == "attributes" and "'bad'" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/recommend", {"history": []} | dict.fromkeys(map(str, range(50_000)), 0)),
+        ("/v1/recommend", {"history": [0] * 10_000}),
+        ("/v1/recommend", {"requests": [{}] * 256}),
+        ("/v1/events", {"events": [{}] * 1000}),
+        ("/v1/items", {"items": [{"item_id": "a", "attributes": {str(n): [n] for n in range(500)}}] * 50}),
+    ],
+)  # fmt: skip
+def test_many_errors_have_a_short_answer(server: ServerProcess, path: str, body: Any) -> None:
+    answer = server.http.post(path, json=body)
+    assert 0 < len(problem(answer, 422)["errors"]) <= 20 and len(answer.content) < 10_000
+
+
+def test_ids_that_no_store_can_have_are_refused(server: ServerProcess) -> None:
+    for path in ("/v1/items?cursor=%00", "/v1/users?cursor=%00", "/v1/items/%FF", "/v1/users/%FE"):
+        problem(server.http.get(path), 422)
+
+
+def test_the_words_of_a_filter_are_bounded(server: ServerProcess) -> None:
+    for count, status in ((64, 200), (65, 422)):
+        text = {"key": "kind", "match": {"text": " ".join(f"w{n}" for n in range(count))}}
+        answer = server.http.post("/v1/recommend", json={"history": [], "filter": {"should": [text]}})
+        assert answer.status_code == status, answer.text
+
+
+def test_large_changes_come_in_several_answers(server: ServerProcess) -> None:
+    before = after = server.json("GET", "/v1/catalog")["catalog_version"]
+    for number in range(0, 300, 50):
+        body = [
+            {"item_id": f"large-{n}", "title": "x", "text": "y" * 20_000} for n in range(number, number + 50)
+        ]
+        server.json("POST", "/v1/items", {"items": body})
+    counts = []
+    while found := server.json("GET", f"/v1/catalog/changes?after={after}&limit=1000")["changes"]:
+        counts.append(len(found))
+        after = found[-1]["version"]
+    assert sum(counts) >= 300 and len(counts) > 1 and after - before == sum(counts)
+    for n in range(300):
+        server.json("DELETE", f"/v1/items/large-{n}")
 
 
 def test_changes_that_the_store_never_had_are_refused(server: ServerProcess) -> None:
