@@ -19,7 +19,7 @@ from cemg.serve import browse, images, problems, schemas
 from cemg.serve.engine import Answer
 from cemg.serve.engine import Request as Asked
 from cemg.serve.metrics import Metrics, Observed
-from cemg.serve.paths import EncodedSlashes, PathId
+from cemg.serve.paths import Cursor, EncodedSlashes, PathId
 from cemg.serve.rows import MAX_INTEGER, DroppedError, ServedModel, StoredItem, UnknownItemError
 from cemg.serve.security import LOOPBACK, Guard, Keys, requires
 from cemg.serve.service import Service
@@ -232,7 +232,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/items", tags=["catalog"], dependencies=[requires("read")])
     def list_items(
-        cursor: Annotated[str, Query(max_length=256)] = "",
+        cursor: Cursor = "",
         limit: Limit = 100,
         query: Annotated[
             str,
@@ -331,6 +331,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         A shadow answers none: a sample of the requests is searched by it, too, and compared.
         """
         if body.shadow:
+            service.check_number(body.events)
             service.shadows.load(body.run, sample=body.sample, events=body.events)
         else:
             service.load_model(body.run, events=body.events)

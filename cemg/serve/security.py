@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import math
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -45,23 +46,22 @@ class Keys:
             UserError: The file cannot be read, or has another form.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read", cause=type(error).__name__) from error
+            content = yaml.load(path.read_text(encoding="utf-8"), _UniqueNames)
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} cannot be read", cause=f"{type(error).__name__}: {error}"[:300]
+            ) from error
         example = "read: [a key of 16 characters or more]"
-        if not isinstance(content, dict) or not content or not {*content} <= {*ROLES}:
+        lists = [*content.values()] if isinstance(content, dict) and {*content} <= {*ROLES} else [None]
+        if not all(one is None or isinstance(one, list) for one in lists) or not any(lists):
             raise UserError(f"{path} must map the roles {', '.join(ROLES)} to lists of keys", fix=example)
         roles: dict[str, Role] = {}
         for role in ROLES:
             for key in content.get(role) or []:
-                if (
-                    not isinstance(key, str)
-                    or len(key) < MIN_KEY
-                    or not key.isascii()
-                    or not key.isprintable()
-                ):
+                if not isinstance(key, str) or len(key) < MIN_KEY or not re.fullmatch("[!-~]+", key):
                     raise UserError(
-                        f"{path}: a key of the role {role} is not ASCII text of {MIN_KEY} characters or more",
+                        f"{path}: a key of the role {role} is not ASCII text of {MIN_KEY} characters or more "
+                        "without spaces",
                         fix=example,
                     )
                 roles[key] = role
@@ -74,6 +74,16 @@ class Keys:
             if hmac.compare_digest(known.encode(), key.encode()):
                 found = role
         return found
+
+
+class _UniqueNames(yaml.SafeLoader):
+    """Refuses a name that is given twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(name, deep=True) for name, _ in node.value]
+        if len({*map(str, names)}) < len(names):
+            raise yaml.YAMLError("a role is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def requires(role: Role) -> Any:
@@ -165,14 +175,16 @@ class Guard:
         if origin is not None and not own:
             return problem(403, "requests from pages of other origins are refused")
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self.max_bytes:
-            return problem(413, f"the body has {length} bytes; at most {self.max_bytes} are read")
+        digits = length.lstrip("0") if length.isdecimal() else ""
+        if len(digits) > len(str(self.max_bytes)) or int(digits or 0) > self.max_bytes:
+            return problem(413, f"the body has {digits[:20]} bytes; at most {self.max_bytes} are read")
         return None
 
     def _too_many(self, headers: dict[str, str], scope: Scope) -> Any:
         if not scope["path"].startswith("/v1/"):
             return None
-        given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        given = bearer.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")  # as `requires`
         known = self.keys.role(given) is not None  # others could send a new key with each request
         client = given if known else str((scope.get("client") or [""])[0])
         seconds = self.rate.wait(client, time.monotonic())

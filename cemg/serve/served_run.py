@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from cemg.serve.attributes import AttributeTable
 from cemg.serve.engine import Engine, Query
 from cemg.serve.filters import Filters
 from cemg.serve.named_filters import NamedFilters
-from cemg.serve.rows import Deletion, DroppedError, Item, ServedModel, StoredItem
+from cemg.serve.rows import Attribute, Deletion, DroppedError, Item, ServedModel, StoredItem
 from cemg.serve.run_items import ItemSearch, RunItems
 from cemg.serve.similarity_file import SavedSimilarity, SimilarityFile, digest_of
 from cemg.serve.store import Store
@@ -28,6 +29,8 @@ from cemg.storage.run import Run
 
 CHANGES = 1_000  # of the catalog, read at once
 WARM_UP = 8  # histories of the first search
+
+log = logging.getLogger("cemg.serve")
 
 
 @dataclass(slots=True)
@@ -170,13 +173,32 @@ class ServedRun:
         active = [one.item for one in here if one.state != "removed"]
         removed = [one.item.item_id for one in here if one.state == "removed"]
         self.table.update({item: {} for item in removed})  # first: their types bind no other item
-        self.table.update({item.item_id: item.attributes for item in active})
+        self._describe({item.item_id: item.attributes for item in active})
         self.describe(old)
         version = self.engine.version
         if active:
             self.engine.restore([item.item_id for item in active], version)
         if removed:
             self.engine.remove(removed, version)
+
+    def _describe(self, attributes: Mapping[str, Mapping[str, Attribute]]) -> None:
+        """Set attributes. One of another type than in the items before it is left out, and logged.
+
+        Attributes of items without a semantic ID bind no other item when they are written, but this run may
+        have the items as its own.
+        """
+        try:
+            self.table.update(attributes)
+        except UserError:
+            for item, values in attributes.items():
+                fitting: dict[str, Attribute] = {}
+                for name, value in values.items():
+                    try:
+                        self.table.check({item: fitting | {name: value}})
+                        fitting[name] = value
+                    except UserError as error:
+                        log.warning("%s; filters do not see it until it is changed", error.message)
+                self.table.update({item: fitting})
 
     def _add(self, items: Mapping[str, Item], codes: Mapping[str, Sequence[int]]) -> None:
         saved = None if self.texts else self.saved.read()

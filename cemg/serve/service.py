@@ -167,11 +167,18 @@ class Service:
             events: Number of the last stored event that its data have; None: as its data say.
 
         Raises:
-            UserError: The folder is not allowed.
+            UserError: The folder is not allowed, or there is no such event.
             LoadingError: Another run is being loaded.
         """
+        self.check_number(events)
         path = self.loader.path_of(run)
         return self.loader.start(path, partial(self._replace, path, events))
+
+    def check_number(self, events: int | None) -> None:
+        """Raise UserError for a number that no stored event has: the next event would count as known."""
+        last = self.store.last_number
+        if events is not None and events > last:
+            raise UserError(f"events: the last stored event has the number {last}, got {events}")
 
     def roll_back(self) -> Attempt:
         """Load the run that was served before, with everything that changed since.

@@ -121,6 +121,8 @@ class Shadows:
     def __init__(self, service: ServiceInterface, *, kept: bool) -> None:
         self._service, self._kept = service, kept
         self.current: Shadow | None = None
+        self._loading = False
+        self._ended = 0  # number of times that a shadow was ended: also one that is loading
 
     def load(self, run: str, *, sample: float, events: int | None = None) -> Attempt:
         """Load a run in the background that is only compared with the one that answers: see `Shadow`.
@@ -150,10 +152,11 @@ class Shadows:
 
     def stop(self) -> bool:
         """End the comparison, also for later starts. Returns whether there was one."""
+        self._ended += 1
         stored = self._kept and self._service.store.shadow is not None
         if stored:
             self._service.store.set_shadow(None)
-        return self.close() or stored
+        return self.close() or stored or self._loading
 
     def close(self) -> bool:
         """End the comparison until the next start. Returns whether there was one."""
@@ -168,7 +171,14 @@ class Shadows:
             future.add_done_callback(partial(_offer, self.current, query))
 
     def _begin(self, run: Path, sample: float, events: int | None, version: str | None = None) -> None:
-        service = self._service
+        self._loading = True
+        try:
+            self._load(run, sample, events, version)
+        finally:
+            self._loading = False
+
+    def _load(self, run: Path, sample: float, events: int | None, version: str | None) -> None:
+        service, ended = self._service, self._ended
         loaded = service.load(run, events)
         found = loaded.engine.model_version
         if version is not None and found != version:
@@ -179,6 +189,8 @@ class Shadows:
             )
         loaded.follow(service.store)
         loaded.warm_up()
+        if ended != self._ended:
+            raise UserError(f"the comparison with {run} was ended while it was loaded")
         self.close()
         if not service.status.draining:
             if self._kept:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
+
+import cemg.serve.server
+from cemg.errors import UserError
+from cemg.serve.security import Guard, Keys
 
 from .process import KEYS, ServerProcess, eventually, problem
 
@@ -54,6 +63,33 @@ def test_keys_have_roles(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("read: []\nadmin:\n", "must map"), ("read: 5", "must map"), ("read: true", "must map"),
+        ("[" * 5000, "cannot be read"), ("read: 2024-13-45", "cannot be read"),
+        ("read: [first-key-of-many]\nread: [second-key-of-many]", "twice"),
+        ("read: {first-key-of-many: a name}", "must map"),
+        ("read: ['a-key-with-a-space ']", "without spaces"),
+    ],
+)  # fmt: skip
+def test_a_file_without_usable_keys_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "keys.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        Keys.read(tmp_path / "keys.yaml")
+    assert reason in f"{refused.value.message} {refused.value.cause}"
+
+
+def test_the_spelling_of_a_key_does_not_raise_its_rate() -> None:
+    async def nothing(*_: Any) -> None: ...
+
+    guard = Guard(nothing, hosts=["*"], max_bytes=1, keys=Keys({"a" * 16: "read"}), rate=1)
+    key = {"authorization": f"Bearer {'a' * 16}"}
+    scope = {"path": "/v1/recommend", "client": ("1.2.3.4", 5)}
+    spellings = [key, {"authorization": f"bearer  {'a' * 16}"}, key | {"x-api-key": "junk"}]
+    assert [guard._too_many(headers, scope) is None for headers in spellings] == [True, False, False]
+
+
+@pytest.mark.parametrize(
     "host", ["evil.example", "", "localhost.evil.example", "[::1", "127.0.0.1.evil.example:80"]
 )
 def test_an_unexpected_host_is_refused(server: ServerProcess, host: str) -> None:
@@ -91,6 +127,73 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server: ServerPro
     status, text = raw(server, "POST /v1/events HTTP/1.1", b"Content-Length: 99999999\r\n\r\n{")
     assert status == 413 and b"99999999" in text
     problem(server.http.post("/v1/events", content=b"x" * (4 << 20) + b"xx"), 413, "bytes")
+
+
+def test_a_length_with_many_digits_is_refused(server: ServerProcess) -> None:
+    assert raw(server, "POST /v1/events HTTP/1.1", b"Content-Length: %s2\r\n\r\n{}" % (b"0" * 5001))[0] == 422
+    assert raw(server, "POST /v1/events HTTP/1.1", b"Content-Length: 1%s\r\n\r\n{}" % (b"0" * 18))[0] == 413
+
+
+def test_headers_that_do_not_end_are_refused(server: ServerProcess) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
+        answer = b""
+        for _ in range(100):
+            try:
+                connection.sendall(b"a" * 4096)
+                time.sleep(0.01)
+            except OSError:  # closed
+                break
+        else:
+            pytest.fail("it read 400 kB of headers")
+        with suppress(OSError):
+            answer = connection.recv(100)
+        assert not answer or b" 431 " in answer  # a reset may overtake the answer
+    assert server.http.get("/health/live").status_code == 200
+
+
+def test_a_request_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Connection:
+        closed, written = False, b""
+
+        def close(self) -> None:
+            self.closed = True
+
+        def get_extra_info(self, name: str) -> None: ...
+
+        def is_closing(self) -> bool:
+            return self.closed
+
+        def write(self, data: bytes) -> None:
+            self.written += data
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await asyncio.sleep(0.3)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    async def sent(*parts: bytes) -> Connection:
+        config = uvicorn.Config(app, log_level="critical", timeout_keep_alive=60)
+        config.load()
+        connection: Any = Connection()
+        protocol = cemg.serve.server.Protocol(config, uvicorn.server.ServerState(), {})
+        protocol.connection_made(connection)
+        for part in parts:
+            await asyncio.sleep(0.06)
+            protocol.data_received(part)
+        await asyncio.sleep(0.6)
+        protocol.connection_lost(None)
+        return connection
+
+    monkeypatch.setattr(cemg.serve.server, "ARRIVAL", 0.2)
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n"
+    for parts in ((), (head[:20],), (head, b"{")):
+        connection = asyncio.run(sent(*parts))
+        assert connection.closed and b"200" not in connection.written
+    slow = asyncio.run(sent(head[:20], head[20:], b"{  }"))  # the answer may take longer than the request
+    assert b" 200 " in slow.written and b"done" in slow.written
 
 
 def test_a_body_without_a_length_is_refused_once_it_is_too_large(server: ServerProcess) -> None:

@@ -21,6 +21,7 @@ from cemg.data.dataset import Served
 from cemg.errors import UserError
 from cemg.features import encode_texts
 from cemg.serve.engine import Answer, Query
+from cemg.serve.expressions import Filter
 from cemg.serve.models import Loader, LoadingError
 from cemg.serve.rows import Event, Item
 from cemg.serve.served_run import ServedRun
@@ -169,6 +170,35 @@ def test_a_shadow_is_compared_and_answers_nothing(server: ServerProcess) -> None
     server.json("DELETE", "/v1/models/shadow")
     assert server.json("GET", "/v1/models")["shadow"] is None
     server.json("DELETE", "/v1/models/shadow", status=404)
+
+
+def test_a_shadow_that_is_loading_can_be_ended(server: ServerProcess) -> None:
+    server.json("POST", "/v1/models", {"run": "other", "shadow": True}, status=202)
+    server.json("DELETE", "/v1/models/shadow")
+    wait(server)
+    assert server.json("GET", "/v1/models")["shadow"] is None
+
+
+def test_the_number_of_an_event_that_is_not_stored_is_refused(server: ServerProcess) -> None:
+    for body in ({"run": "other", "events": 10**6}, {"run": "other", "events": 10**6, "shadow": True}):
+        assert "the last stored event" in server.json("POST", "/v1/models", body, status=422)["detail"]
+
+
+def test_attributes_of_two_types_do_not_stop_a_run_that_has_the_items(
+    other_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Store.open(tmp_path / "store.sqlite", catalog="another") as store:
+        loaded = ServedRun.load(other_run, store)
+        first, second = [str(item) for item in loaded.recommender.catalog.item_ids][:2]
+        store.put_item(Item(first, attributes={"size": "large", "price": 1}))  # without a semantic ID there
+        store.put_item(Item(second, attributes={"size": 5, "price": 2}))
+        loaded.follow(store)
+    assert "'size'" in caplog.text
+    large, cheap = (
+        Filter.model_validate({"must": [condition]})
+        for condition in ({"key": "size", "match": {"value": "large"}}, {"key": "price", "range": {"lt": 3}})
+    )
+    assert [int(loaded.filters.mask(one).sum()) for one in (large, cheap)] == [1, 2]
 
 
 def test_a_shadow_continues_after_a_restart_until_it_is_ended_or_its_run_changes(runs: Path) -> None:
