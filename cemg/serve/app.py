@@ -239,9 +239,9 @@ def _add_items(app: FastAPI, service: Service) -> None:
             Query(max_length=256, description="The beginning of an id or a part of a title, in any case."),
         ] = "",
     ) -> schemas.ItemPage:
-        """Items in the order of their ids, a page at a time; with a query, the item with that id first."""
+        """Items in the order of their ids, a page at a time; with a query, the item with that id before."""
         found = service.find_items(query, cursor, limit) if query else service.list_items(cursor, limit)
-        last = found[-1].item.item_id if len(found) == limit else None
+        last = found[-1].item.item_id if len(found) >= limit else None
         return schemas.ItemPage(items=[item_answer(one) for one in found], next=last)
 
     @app.put("/v1/items/{item_id:path}", tags=["catalog"], dependencies=[requires("write")])

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -17,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cemg.errors import UserError
 from cemg.serve.interface import Status
 from cemg.serve.problems import draining, problem
 from cemg.serve.service import Service
@@ -86,6 +88,8 @@ class Recent:
 
     def _slot(self, now: float) -> Slot:
         number = int(now // SLOT)
+        while self._slots and self._slots[-1].number > number + SLOTS:  # the clock was far ahead
+            self._slots.pop()
         if not self._slots or self._slots[-1].number < number:  # a clock that was set back adds to the last
             self._slots.append(Slot(number))
         return self._slots[-1]
@@ -188,7 +192,9 @@ class _Figures(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Read the figures at each scrape."""
-        model, sizes = self.service.model, self.service.sizes()
+        model, sizes = self.service.model, dict[str, int]()
+        with suppress(UserError):  # the store cannot be reached: the other figures say more than none
+            sizes = self.service.sizes()
         gauges: dict[str, tuple[str, float]] = {
             "cemg_waiting_requests": ("Requests that wait for a search", model.waiting),
             **{f"cemg_{name}": (name.replace("_", " "), value) for name, value in sizes.items()},

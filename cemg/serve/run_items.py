@@ -121,7 +121,7 @@ class ItemSearch:
         """The ids that begin with ``query`` or whose titles contain it, regardless of case.
 
         They are in the order of the ids, those after ``after``. The item whose id equals the query comes
-        first and is on the first page only.
+        first, on the first page only, and does not count for the limit.
         """
         folded = query.casefold()
         with self._lock:
@@ -139,7 +139,7 @@ class ItemSearch:
         run = table.lazy().filter(matches).head(kept).collect()["id"].to_list()
         found = sorted({*(item for item in run if item not in replaced), *(i for i in stored if i > after)})
         first = [query] if exact and not after else []
-        return [*first, *(item for item in found if not (exact and item == query))][:limit]
+        return [*first, *[item for item in found if not (exact and item == query)][:limit]]
 
     def _follow(self) -> None:
         """Read the titles that changed in the store since the last search."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cemg.serve.browse import POLICY, page_files
-from cemg.serve.metrics import SLOT, SLOTS, Recent
+from cemg.serve.metrics import SLOT, SLOTS, Metrics, Recent
+from cemg.storage.files import StorageError
 
 from .pages import web
 
@@ -82,6 +85,13 @@ def test_items_are_found_by_the_beginning_of_an_id_or_a_part_of_a_title_in_any_c
     assert find("<B>BOLD") == ["added"] and find(".*") == [] and find("added")[0] == "added"
     web.patch(f"{service}/v1/items/item-0040", json={"title": "Straße nach Łódź"}).raise_for_status()
     assert find("STRASSE") == find("łódź") == ["item-0040"]
+    web.patch(f"{service}/v1/items/item-0041", json={"title": "Box of item-0042"}).raise_for_status()
+    params, pages = {"query": "item-0042", "limit": 1}, []
+    while params.get("cursor", "") is not None:  # the exact id is on the first page and hides no other item
+        page = web.get(f"{service}/v1/items", params=params).json()
+        pages.append([item["item_id"] for item in page["items"]])
+        params["cursor"] = page["next"]
+    assert [item for page in pages for item in page] == ["item-0042", "item-0041"]
 
 
 def test_pictures_are_only_those_that_the_run_names(service: str, page_run: Path) -> None:
@@ -177,3 +187,18 @@ def test_recent_requests_are_kept_for_some_minutes_with_quantiles_to_nine_percen
     assert Recent.total(recent.series(now=100.0 + SLOT * (SLOTS + 1))).requests == 0
     recent.observe("/v1/recommend", 200, 1e9, now=50.0)  # a clock that was set back, and a long time
     assert Recent.total(recent.series(now=100.0 + SLOT)).requests == 1002
+    recent.observe("/v1/recommend", 200, 1.0, now=1e9)  # a clock that was far ahead for a moment
+    recent.observe("/v1/recommend", 200, 1.0, now=200.0)
+    assert Recent.total(recent.series(now=200.0)).requests == 1003
+
+
+def test_metrics_are_there_while_the_store_is_not() -> None:
+    def sizes() -> None:
+        raise StorageError("the store cannot be reached")
+
+    figures = SimpleNamespace(searches=3, queries=4, late=0, cancelled=0)
+    model = SimpleNamespace(waiting=2, figures=figures)
+    service: Any = SimpleNamespace(sizes=sizes, model=model, shadows=SimpleNamespace(current=None))
+    text = Metrics(service).page()[0].decode()
+    assert "cemg_waiting_requests 2.0" in text and "cemg_searches_total 3.0" in text
+    assert "cemg_items" not in text
