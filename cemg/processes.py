@@ -36,6 +36,8 @@ def run_command(command: Sequence[str], log: int) -> int:
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(GRACE)
+            except subprocess.TimeoutExpired:  # it ignores Ctrl-C
+                process.kill()
             except BaseException:
                 process.kill()
                 raise

@@ -89,6 +89,8 @@ def train(
             training.checkpoint(folder)
         if progress:
             _print_epoch(training.log[-1])
+    if training.log and training.spent() and not training.ended():
+        training.log[-1]["stopped"] = 1.0  # after the checkpoint, with which a larger budget continues
     model.load_state_dict(training.best)
     model.eval()
     files.write_json(folder / LOG, training.log)
@@ -127,7 +129,11 @@ class _Training:
 
     def unfinished(self) -> bool:
         """Whether there is another epoch to train."""
-        return self.epoch < self.config.epochs and self.stale < self.config.patience and not self.spent()
+        return not self.ended() and not self.spent()
+
+    def ended(self) -> bool:
+        """Whether all epochs are trained, or the last ones were no better."""
+        return self.epoch >= self.config.epochs or self.stale >= self.config.patience
 
     def spent(self, seconds: float = 0.0) -> bool:
         """Whether the budget is used up, ``seconds`` of the current epoch included."""

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,8 @@ class Job:
         changes: dict[str, Any] = {}
         for name, value in self.settings.items():
             if name not in allowed:
-                raise UserError(f"--set {name}={value}: unknown setting", fix=f"one of {', '.join(allowed)}")
+                fix = f"one of {', '.join(allowed)}" if allowed else "leave it out: the model has no settings"
+                raise UserError(f"--set {name}={value}: unknown setting", fix=fix)
             wanted = type(defaults[name])
             try:
                 read = json.loads(value) if isinstance(value, str) and wanted is not str else value
@@ -96,8 +98,8 @@ class Fitted:
         found: dict[str, Any] = {"best_epoch": best["epoch"], "epochs_run": len(log)}
         found |= {name: best[name] for name in ("valid_HR@10", "valid_NDCG@10")}
         found["train_seconds"] = round(sum(row["train_seconds"] for row in log), 1)
-        if log[-1].get("share", 1) < 1:
-            found["stopped"] = "the budget of training time was spent within an epoch"
+        if log[-1].get("share", 1) < 1 or log[-1].get("stopped"):
+            found["stopped"] = "the budget of training time was spent"
         rounded = [{name: round(value, 5) for name, value in row.items()} for row in log]
         return cls(rank, {**config, **found}, {"training": rounded})
 
@@ -243,9 +245,11 @@ def _fit_of_file(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"cemg_model_{Path(name).stem}", name)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look for the classes of the file
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise UserError(f"{name} cannot be imported", cause=f"{type(error).__name__}: {error}") from error
     if not callable(getattr(module, "fit", None)):
         raise UserError(f"{name} has no function fit", fix="def fit(job: Job) -> Fitted")

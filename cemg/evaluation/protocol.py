@@ -232,6 +232,8 @@ def _rows(users: np.ndarray | Sample | None, total: int) -> np.ndarray:
 
 
 def _checked(items: Tensor, users: int, num_items: int) -> Tensor:
+    if items.is_floating_point() or items.is_complex():
+        raise UserError(f"the ranker returned {items.dtype}, not rows of items", fix="return their indices")
     items = items.detach().cpu().long()
     if items.ndim != 2 or len(items) != users:
         raise UserError(f"the ranker returned {list(items.shape)} for {users} histories, not [{users}, top]")

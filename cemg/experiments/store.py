@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -117,10 +117,15 @@ class Store:
         """Raise UserError if the folder of a task is that of another one with the same name.
 
         The number of tested users may differ: a test is repeated alone. The budget may differ if the training
-        ended by itself.
+        ended by itself. Before the training has written anything, everything may differ.
         """
         path = self.path(task) / TASK
         if not path.exists():
+            if self._has_begun(task):
+                fix = f"delete {quote(str(path.parent))}, or use another --out folder"
+                raise UserError(f"{path.parent} has results, but no {TASK} that says of what", fix=fix)
+            return
+        if not self._has_begun(task):
             return
         stored = self._about(path)
         for key, value in identity.items():
@@ -134,6 +139,12 @@ class Store:
                 f"{path.parent} was trained with {key} {stored.get(key)!r}, this task has {value!r}",
                 fix=f"delete {quote(str(path.parent))}, or use another --out folder",
             )
+
+    def _has_begun(self, task: Task) -> bool:
+        """Whether a task has a result, or a file of its training other than locks and clocks."""
+        folder = self.path(task)
+        trained = (one for one in folder.glob("run/**/*") if one.is_file() and not one.name.startswith("."))
+        return (folder / RESULT).exists() or any(trained)
 
     def _check_budget(self, task: Task, stored: str, wanted: str) -> None:
         """Raise UserError for another budget, unless the training ended by itself."""
@@ -152,7 +163,7 @@ class Store:
     def results(self, task: Task) -> dict[str, dict[str, Any]]:
         """The results of a finished task by their titles in tables; empty if it is not finished.
 
-        A damaged result counts as missing, so that the task runs again.
+        If one of them is damaged or missing, all are, so that the task runs again.
         """
         folder = self.path(task)
         if not (folder / RESULT).exists():
@@ -164,7 +175,8 @@ class Store:
             found[f"{MODELS['memory'].title}, {NEW_ITEMS}"] = _read(folder / MEMORY)
         if task.config:
             found[f"{task.title}, free beams"] = _read(folder / FREE)
-        return {title: record for title, record in found.items() if record is not None}
+        whole = {title: record for title, record in found.items() if record is not None}
+        return whole if len(whole) == len(found) else {}
 
     def finished(self, task: Task, *, users: int | None = None) -> bool:
         """Whether the results of a task are there; with ``users``, those of a test of so many, 0 for all.
@@ -214,7 +226,7 @@ class Store:
         """
         size = interactions[task.data]
         measured = [
-            max(float(record["seconds"]) - START, 0.0) / max(int(record["interactions"]), 1)
+            max(record["seconds"] - START, 0.0) / max(record["interactions"], 1)
             for record in self._records(task.model, bool(task.base))
         ]
         if measured:
@@ -223,12 +235,14 @@ class Store:
             return None
         return START + (GATE_SECONDS if task.base else SECONDS_PER_1000[task.model]) * size / 1000
 
-    def _records(self, model: str, gate_only: bool) -> Iterator[dict[str, Any]]:
+    def _records(self, model: str, gate_only: bool) -> Iterator[dict[str, float]]:
         """What finished tasks of a model took."""
         for path in sorted(self.folder.glob("tasks/*/took.json")):
-            record = read_json(path, dict[str, Any])
-            if record["model"] == model and record["gate_only"] == gate_only:
-                yield record
+            with suppress(UserError, LookupError, TypeError, ValueError):  # then the estimate lacks one task
+                record = read_json(path, dict[str, Any])
+                found = {name: float(record[name]) for name in ("seconds", "interactions")}
+                if record["model"] == model and record["gate_only"] == gate_only:
+                    yield found
 
     def record_seconds(self, task: Task, seconds: float, interactions: int) -> None:
         """Record what a task took, for later estimates."""

@@ -114,6 +114,14 @@ def test_a_budget_stops_a_training_within_an_epoch_and_says_so(
     assert [row["share"] for row in loop_log(tmp_path)] == [1, 1] and "stopped" not in more.config
 
 
+def test_a_budget_that_ends_with_an_epoch_is_named_too(ring: Dataset, tmp_path: Path) -> None:
+    fitted = trained("sasrec", ring, tmp_path, budget=1e-6, batch_size=1_000_000)
+    (row,) = loop_log(tmp_path)
+    assert row["share"] == 1 and "budget" in fitted.config["stopped"]
+    more = trained("sasrec", ring, tmp_path, epochs=2, batch_size=1_000_000)
+    assert len(loop_log(tmp_path)) == 2 and "stopped" not in more.config
+
+
 MY_MODEL = """
 import torch
 from cemg.baselines.registry import Fitted, Job

@@ -152,7 +152,12 @@ def test_a_list_with_a_repeated_item_is_refused() -> None:
 
 def test_a_ranker_that_returns_another_number_of_lists_is_refused() -> None:
     with pytest.raises(UserError, match=r"\[2, 3\] for 1 histories"):
-        evaluate(lambda h, top: torch.zeros(2, 3), toy_data([[0, 1, 2]]).split(), progress=False)
+        evaluate(lambda h, top: torch.zeros(2, 3).long(), toy_data([[0, 1, 2]]).split(), progress=False)
+
+
+def test_scores_in_the_place_of_items_are_refused() -> None:
+    with pytest.raises(UserError, match="not rows of items"):
+        evaluate(lambda h, top: torch.zeros(1, 3), toy_data([[0, 1, 2]]).split(), progress=False)
 
 
 def test_data_without_a_target_are_refused() -> None:

@@ -64,6 +64,46 @@ def test_a_damaged_result_is_made_again(store: Store, source: Path) -> None:
     )
 
 
+def test_a_task_lacks_all_results_if_it_lacks_one(store: Store, source: Path) -> None:
+    (task,) = [one for one in plan(["rq1"], {"toy": source}, models=["tiger"])]
+    store.begin(task, options().identity(task))
+    for name in ("result.json", "free.json"):
+        assert not store.finished(task)
+        (store.path(task) / name).write_text(json.dumps(example_result()))
+    assert store.finished(task) and len(store.results(task)) == 2
+    (store.path(task) / "free.json").write_text("{")
+    assert store.results(task) == {}
+
+
+def test_results_without_a_description_are_refused_and_damaged_seconds_only_left_out(
+    store: Store, source: Path
+) -> None:
+    (task,) = plan(["rq1"], {"toy": source}, models=["popularity"])
+    run(store, [task])
+    for damaged in ("[]", "{", '{"model": "popularity", "gate_only": false, "seconds": "x"}'):
+        (store.path(task) / "took.json").write_text(damaged)
+        assert store.seconds(task, {"toy": 10**6}) == START + 4  # what the model takes elsewhere
+    (store.path(task) / "task.json").unlink()
+    with pytest.raises(UserError, match=r"has results, but no task\.json"):
+        run(store, [task])
+
+
+def test_a_model_file_that_failed_may_be_corrected(store: Store, source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("import nothing_of_this_name\n")
+    (task,) = plan(["rq1"], {"toy": source}, models=[str(mine)])
+    assert run(store, [task]) == [task.name]
+    mine.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport torch\n"
+        "from cemg.baselines.registry import Fitted\n\n"
+        "@dataclass\nclass Config:\n    first: int = 0\n\n"
+        "def fit(job):\n"
+        "    return Fitted(lambda histories, top: torch.arange(top).repeat(len(histories), 1), {})\n"
+    )
+    (task,) = plan(["rq1"], {"toy": source}, models=[str(mine)])
+    assert run(store, [task]) == [] and store.finished(task)
+
+
 def test_a_failed_task_names_its_log_and_does_not_keep_others_from_running(
     store: Store, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +139,9 @@ def test_a_task_with_another_budget_or_precision_is_not_taken_for_this_one(
         ("cemg", options(dtype="bfloat16"), "dtype 'float32', this task has 'bfloat16'"),
     ):
         run(store, [tasks[name]])
+        store.check(tasks[name], other.identity(tasks[name]))  # nothing was trained
+        (store.path(tasks[name]) / "run").mkdir()
+        (store.path(tasks[name]) / "run" / "checkpoint").touch()
         with pytest.raises(UserError, match=message):
             run_tasks([tasks[name]], store, other)
     (popularity,) = plan(["rq1"], {"toy": source}, models=["popularity"])
@@ -258,7 +301,8 @@ def test_tiger_is_tested_on_all_users_and_does_not_record_a_sample(store: Store,
     assert "users" not in identity
     store.begin(tiger, identity | {"users": "all"})  # as earlier versions wrote it
     store.check(tiger, identity)
-    (store.path(tiger) / "result.json").write_text(json.dumps(example_result()))
+    for name in ("result.json", "free.json"):
+        (store.path(tiger) / name).write_text(json.dumps(example_result()))
     assert store.finished(tiger, users=20)
 
 
