@@ -89,7 +89,7 @@ def train(
             training.checkpoint(folder)
         if progress:
             _print_epoch(training.log[-1])
-    if training.log and training.spent() and not training.ended():
+    if training.spent() and (training.log[-1]["share"] < 1 or not training.ended()):
         training.log[-1]["stopped"] = 1.0  # after the checkpoint, with which a larger budget continues
     model.load_state_dict(training.best)
     model.eval()

@@ -98,7 +98,7 @@ class Fitted:
         found: dict[str, Any] = {"best_epoch": best["epoch"], "epochs_run": len(log)}
         found |= {name: best[name] for name in ("valid_HR@10", "valid_NDCG@10")}
         found["train_seconds"] = round(sum(row["train_seconds"] for row in log), 1)
-        if log[-1].get("share", 1) < 1 or log[-1].get("stopped"):
+        if log[-1].get("stopped"):
             found["stopped"] = "the budget of training time was spent"
         rounded = [{name: round(value, 5) for name, value in row.items()} for row in log]
         return cls(rank, {**config, **found}, {"training": rounded})

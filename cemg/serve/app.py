@@ -139,7 +139,7 @@ def _add_recommendations(app: FastAPI, service: Service, settings: Settings) -> 
             most = service.model.max_queue
             if len(body.requests) > most:
                 raise UserError(
-                    f"requests: the queue of the service has room for {most}, got {len(body.requests)}",
+                    f"requests: at most {most} fit into the queue of the service, got {len(body.requests)}",
                     fix="send fewer in a call, or start cemg-serve with a larger --max-queue",
                 )
             return schemas.RecommendationBatch(recommendations=await answered(body.requests, request))
@@ -282,7 +282,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
         found = service.store.changes_after(after, limit)
         if after > (last := service.store.version):
             raise DroppedError(
-                f"the catalog has version {last}, and no change {after}: its store was restored or replaced",
+                f"the catalog is at version {last}, not {after} or later: the store was restored or replaced",
                 fix="read all items again, then the changes after the version that the catalog had before",
             )
         rows = [

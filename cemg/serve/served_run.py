@@ -173,7 +173,7 @@ class ServedRun:
         active = [one.item for one in here if one.state != "removed"]
         removed = [one.item.item_id for one in here if one.state == "removed"]
         self.table.update({item: {} for item in removed})  # first: their types bind no other item
-        self._describe({item.item_id: item.attributes for item in active})
+        self._set_attributes({item.item_id: item.attributes for item in active})
         self.describe(old)
         version = self.engine.version
         if active:
@@ -181,11 +181,11 @@ class ServedRun:
         if removed:
             self.engine.remove(removed, version)
 
-    def _describe(self, attributes: Mapping[str, Mapping[str, Attribute]]) -> None:
-        """Set attributes. One of another type than in the items before it is left out, and logged.
+    def _set_attributes(self, attributes: Mapping[str, Mapping[str, Attribute]]) -> None:
+        """Replace the attributes of items; log and skip a value of another type than in earlier items.
 
-        Attributes of items without a semantic ID bind no other item when they are written, but this run may
-        have the items as its own.
+        The type of an attribute is not checked against pending items when it is written, but such an item may
+        be one of this run's own.
         """
         try:
             self.table.update(attributes)

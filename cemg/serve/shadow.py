@@ -121,8 +121,8 @@ class Shadows:
     def __init__(self, service: ServiceInterface, *, kept: bool) -> None:
         self._service, self._kept = service, kept
         self.current: Shadow | None = None
-        self._loading = False
-        self._ended = 0  # number of times that a shadow was ended: also one that is loading
+        self._attempt: Attempt | None = None  # the last one to load a shadow
+        self._ended = 0  # number of times that a shadow was ended, also while it was loaded
 
     def load(self, run: str, *, sample: float, events: int | None = None) -> Attempt:
         """Load a run in the background that is only compared with the one that answers: see `Shadow`.
@@ -140,15 +140,18 @@ class Shadows:
         """
         loader = self._service.loader
         path = loader.path_of(run)
-        return loader.start(path, partial(self._begin, path, sample, events))
+        self._attempt = loader.start(path, partial(self._begin, path, sample, events, ended=self._ended))
+        return self._attempt
 
     def resume(self) -> None:
         """Load the shadow that the store names, in the background. `Loader.last` says if that fails."""
         stored = self._service.store.shadow if self._kept else None
         if stored is not None:
             path, model = Path(stored.model.run), stored.model
-            begin = partial(self._begin, path, stored.sample, model.events, version=model.version)
-            self._service.loader.start(path, begin)
+            begin = partial(
+                self._begin, path, stored.sample, model.events, version=model.version, ended=self._ended
+            )
+            self._attempt = self._service.loader.start(path, begin)
 
     def stop(self) -> bool:
         """End the comparison, also for later starts. Returns whether there was one."""
@@ -156,7 +159,8 @@ class Shadows:
         stored = self._kept and self._service.store.shadow is not None
         if stored:
             self._service.store.set_shadow(None)
-        return self.close() or stored or self._loading
+        is_loading = self._attempt is not None and self._attempt.state == "loading"
+        return self.close() or stored or is_loading
 
     def close(self) -> bool:
         """End the comparison until the next start. Returns whether there was one."""
@@ -170,15 +174,10 @@ class Shadows:
         if self.current is not None:
             future.add_done_callback(partial(_offer, self.current, query))
 
-    def _begin(self, run: Path, sample: float, events: int | None, version: str | None = None) -> None:
-        self._loading = True
-        try:
-            self._load(run, sample, events, version)
-        finally:
-            self._loading = False
-
-    def _load(self, run: Path, sample: float, events: int | None, version: str | None) -> None:
-        service, ended = self._service, self._ended
+    def _begin(
+        self, run: Path, sample: float, events: int | None, *, ended: int, version: str | None = None
+    ) -> None:
+        service = self._service
         loaded = service.load(run, events)
         found = loaded.engine.model_version
         if version is not None and found != version:

@@ -47,10 +47,8 @@ from cemg.storage.read import parse_json
 
 Check = Callable[[], None]
 PAGE = 1_000  # items in one query of an iteration
-CHANGES_AT_ONCE, CHANGE_BYTES = (
-    100,
-    2_000_000,
-)  # changes in one query, and after how many bytes it is the last
+CHANGES_AT_ONCE = 100  # changes in one query
+CHANGE_BYTES = 2_000_000  # of changes, after which no further query is made
 
 
 class Store(EventStore):

@@ -5,9 +5,9 @@
 
 The first line of a file names its columns. Those that are no id, title or text become attributes for filters:
 numbers, true and false, texts, dates, lists with "|" between the values, and the values of a JSON object. A
-column with values of several types is one of texts. Items with a true ``is_hidden`` are not sent, and removed
-if the service has them. CEMG keeps nothing about users but their events, so Gorse's
-users.csv is not needed. An import that stopped may be repeated: event ids are computed from the lines.
+column whose values have several types is imported as text. Items with a true ``is_hidden`` are not sent, and
+are removed if the service has them. CEMG stores nothing about users but their events, so Gorse's users.csv is
+not needed. An import that stopped may be repeated: event ids are computed from the lines.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 
 from cemg.evaluation.metrics import metrics_at
 from cemg.evaluation.results import KEPT, REMOVED, _packed, differences_of
-from cemg.experiments.tables import Board, cost_rows, difference_rows, ranking_rows
+from cemg.experiments.tables import Board, best_baseline, boards, cost_rows, difference_rows, ranking_rows
 
 USERS = 40
 
@@ -21,6 +21,17 @@ def result(seed: int, ranks: list[int], **more: Any) -> dict[str, Any]:
     packed = {key: _packed(of_users) for key in (KEPT, REMOVED)}
     split = {"users": USERS, "items": 30}
     return {"split": split, KEPT: metrics, REMOVED: metrics, "ranks": packed, "seed": seed, **more}
+
+
+def example_result(**changes: Any) -> dict[str, Any]:
+    metrics = {name: 0.1 for name in ("HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20")}
+    split = {"users": 60, "items": 30, "targets_sha256": "a" * 64}
+    return {
+        "dataset": "toy",
+        "split": split,
+        "metrics": metrics,
+        "metrics_history_removed": metrics,
+    } | changes
 
 
 def board(**rows: list[dict[str, Any]]) -> Board:
@@ -94,3 +105,48 @@ def test_different_users_are_not_paired() -> None:
     other = result(0, FIRST) | {"ranks": {KEPT: _packed(torch.zeros(8))}}
     with pytest.raises(Exception, match="needs the same users, got 40 and 8"):
         differences_of((result(0, FIRST), other))
+
+
+def test_results_of_different_splits_never_share_a_table() -> None:
+    other = example_result(split={"users": 60, "items": 31, "targets_sha256": "b" * 64})
+    made = boards([("toy", "A", example_result()), ("toy", "B", other), ("toy", "A", example_result())],
+                  {"toy": ["toy-c-seed0"], "shop": ["shop-c-seed0"]})  # fmt: skip
+    assert [(board.data, {title: len(r) for title, r in board.rows.items()}) for board in made] == [
+        ("toy", {"A": 2}), ("toy", {"B": 1}), ("shop", {}),
+    ]  # fmt: skip
+    assert made[0].missing == ["toy-c-seed0"]
+
+
+def test_the_best_baseline_is_not_cemg() -> None:
+    better = example_result(metrics_history_removed={"NDCG@10": 0.2})
+    best = example_result(metrics_history_removed={"NDCG@10": 0.3})
+    rows = [
+        ("toy", "SASRec", example_result()),
+        ("toy", "GRU4Rec", better),
+        ("toy", "CEMG, without memory", best),
+    ]
+    assert best_baseline(boards(rows, {})[0]) == "GRU4Rec"
+
+
+def test_what_papers_print_stands_beside_the_history_kept() -> None:
+    rows = [("beauty", title, example_result()) for title in ("SASRec", "TIGER", "CEMG")]
+    (board,) = boards(rows, {})
+    columns, table = ranking_rows(board, "metrics", paper=True)
+    assert columns[-4:] == [
+        "HR@10 in the paper", "NDCG@10 in the paper", "HR@10 in its own paper", "NDCG@10 in its own paper",
+    ]  # fmt: skip
+    assert [row[-4:] for row in table] == [
+        ["0.0434", "0.0147", "", ""], ["0.0533", "0.0251", "0.0648", "0.0384"], ["0.0665", "0.0348", "", ""],
+    ]  # fmt: skip
+    assert not any("paper" in name for name in ranking_rows(board, "metrics_history_removed", paper=True)[0])
+    (other,) = boards([("shop", "SASRec", example_result())], {})
+    assert len(ranking_rows(other, "metrics", paper=True)[0]) == 8
+
+
+def test_a_row_says_that_its_training_was_stopped() -> None:
+    log = [{"epoch": 1, "share": 1, "train_seconds": 8.0}, {"epoch": 2, "share": 0.25, "train_seconds": 2.0}]
+    stopped = example_result(config={"stopped": "the budget", "train_seconds": 10.0}, training=log)
+    (board,) = boards([("shop", "SASRec", example_result()), ("shop", "TIGER", stopped)], {})
+    columns, rows = ranking_rows(board, "metrics", paper=True)
+    assert columns[-1] == "training"
+    assert [row[-1] for row in rows] == ["", "stopped by the budget, 10 s, 1.2 epochs"]

@@ -19,8 +19,10 @@ from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 from cemg.experiments import Store, Task, plan, work, write_experiment_report
 from cemg.experiments.store import START
-from cemg.experiments.tables import best_baseline, boards, ranking_rows
+from cemg.experiments.tables import boards
 from cemg.experiments.work import Options, Source, command_of, run_task, run_tasks
+
+from .test_tables import example_result
 
 QUICK = ["popularity", "memory"]
 
@@ -255,27 +257,6 @@ def test_cemg_is_collected_and_without_its_memory_continues_from_its_run(
     assert set(store.results(without)) == {"CEMG, without memory"}
 
 
-def example_result(**changes: Any) -> dict[str, Any]:
-    metrics = {name: 0.1 for name in ("HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20")}
-    split = {"users": 60, "items": 30, "targets_sha256": "a" * 64}
-    return {
-        "dataset": "toy",
-        "split": split,
-        "metrics": metrics,
-        "metrics_history_removed": metrics,
-    } | changes
-
-
-def test_results_of_different_splits_never_share_a_table() -> None:
-    other = example_result(split={"users": 60, "items": 31, "targets_sha256": "b" * 64})
-    made = boards([("toy", "A", example_result()), ("toy", "B", other), ("toy", "A", example_result())],
-                  {"toy": ["toy-c-seed0"], "shop": ["shop-c-seed0"]})  # fmt: skip
-    assert [(board.data, {title: len(r) for title, r in board.rows.items()}) for board in made] == [
-        ("toy", {"A": 2}), ("toy", {"B": 1}), ("shop", {}),
-    ]  # fmt: skip
-    assert made[0].missing == ["toy-c-seed0"]
-
-
 def test_a_model_tested_on_a_sample_has_a_table_with_the_others_on_the_same_users(
     store: Store, source: Path
 ) -> None:
@@ -320,17 +301,6 @@ def test_the_model_of_the_documentation_is_trained(store: Store, source: Path, t
     page = write_experiment_report(store, [task], ["rq1"]).read_text()
     assert "Changed settings: my_model: dim=72 patience=30." in page
     assert (store.path(task) / "run" / "checkpoint.safetensors").exists()
-
-
-def test_the_best_baseline_is_not_cemg() -> None:
-    better = example_result(metrics_history_removed={"NDCG@10": 0.2})
-    best = example_result(metrics_history_removed={"NDCG@10": 0.3})
-    rows = [
-        ("toy", "SASRec", example_result()),
-        ("toy", "GRU4Rec", better),
-        ("toy", "CEMG, without memory", best),
-    ]
-    assert best_baseline(boards(rows, {})[0]) == "GRU4Rec"
 
 
 def test_the_command_plans_runs_and_reports(
@@ -496,27 +466,3 @@ def test_latencies_are_measured_in_turns_once_and_reported(
     store.remove(tasks[1])  # with other models they are measured again
     work.measure_latencies(tasks, store, options())
     assert len(ran) == 1
-
-
-def test_what_papers_print_stands_beside_the_history_kept() -> None:
-    rows = [("beauty", title, example_result()) for title in ("SASRec", "TIGER", "CEMG")]
-    (board,) = boards(rows, {})
-    columns, table = ranking_rows(board, "metrics", paper=True)
-    assert columns[-4:] == [
-        "HR@10 in the paper", "NDCG@10 in the paper", "HR@10 in its own paper", "NDCG@10 in its own paper",
-    ]  # fmt: skip
-    assert [row[-4:] for row in table] == [
-        ["0.0434", "0.0147", "", ""], ["0.0533", "0.0251", "0.0648", "0.0384"], ["0.0665", "0.0348", "", ""],
-    ]  # fmt: skip
-    assert not any("paper" in name for name in ranking_rows(board, "metrics_history_removed", paper=True)[0])
-    (other,) = boards([("shop", "SASRec", example_result())], {})
-    assert len(ranking_rows(other, "metrics", paper=True)[0]) == 8
-
-
-def test_a_row_says_that_its_training_was_stopped() -> None:
-    log = [{"epoch": 1, "share": 1, "train_seconds": 8.0}, {"epoch": 2, "share": 0.25, "train_seconds": 2.0}]
-    stopped = example_result(config={"stopped": "the budget", "train_seconds": 10.0}, training=log)
-    (board,) = boards([("shop", "SASRec", example_result()), ("shop", "TIGER", stopped)], {})
-    columns, rows = ranking_rows(board, "metrics", paper=True)
-    assert columns[-1] == "training"
-    assert [row[-1] for row in rows] == ["", "stopped by the budget, 10 s, 1.2 epochs"]
