@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cemg.errors import UserError
+from cemg.evaluation import read_result
+from cemg.experiments import Store
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -63,3 +67,19 @@ def test_pre_commit_hooks_use_tools_that_make_venv_installs():
         for hook in repository["hooks"]:
             tool = hook["entry"].split()[0].removeprefix(".venv/bin/")
             assert packages.get(tool, tool) in installed
+
+
+def test_the_results_that_the_docs_show_are_as_they_were_written():
+    signed = [
+        path for path in (ROOT / "results").glob("**/*.json") if '"sha256": "' in path.read_text()[-200:]
+    ]
+    changed = []
+    for path in signed:
+        try:
+            read_result(path)
+        except UserError as error:
+            changed.append(f"{path}: {error.cause}")
+    assert len(signed) > 100 and not changed
+    for folder in (ROOT / "results/experiments").iterdir():
+        store = Store(folder)
+        assert not [task.name for task in store.tasks() if store.damaged(task)]
