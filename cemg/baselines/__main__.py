@@ -161,7 +161,9 @@ def _parse_settings(settings: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command. A UserError is printed and exits with code 2."""
-    command.run(lambda: typer.run(run))
+    app = command.command_line()
+    app.command()(run)
+    command.run(app)
 
 
 if __name__ == "__main__":

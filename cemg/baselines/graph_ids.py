@@ -68,9 +68,6 @@ class GraphIdsConfig(LoopConfig):
     def __post_init__(self) -> None:
         if self.dim <= 2 * self.modal_dim:
             raise UserError(f"dim {self.dim} must be more than 2 * modal_dim, {2 * self.modal_dim}")
-        for name in ("graph_epochs", "graph_negatives", "graph_batch", "levels", "codes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)

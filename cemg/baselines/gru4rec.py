@@ -45,10 +45,6 @@ class GRU4RecConfig(LoopConfig):
     max_length: int = 50
     products: str = "bfloat16"
 
-    def __post_init__(self) -> None:
-        if self.samples not in ("prefixes", "positions"):
-            raise UserError(f"samples must be prefixes or positions, got {self.samples!r}")
-
 
 class GRU4Rec(nn.Module):
     """The network. Scores are products of the projected state with the item embeddings."""

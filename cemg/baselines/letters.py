@@ -67,9 +67,6 @@ class LetterConfig:
             raise UserError(f"candidates must be 2 … 26, one letter each, got {self.candidates}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        for name in ("history_items", "title_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
 
 
 class Prompts:

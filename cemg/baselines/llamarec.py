@@ -51,8 +51,6 @@ class LlamaRecConfig(LetterConfig):
 
     def __post_init__(self) -> None:
         LetterConfig.__post_init__(self)
-        if self.valid_users < 1:
-            raise UserError(f"valid_users must be 1 or more, got {self.valid_users}")
         if self.retriever not in RETRIEVERS and not (Path(self.retriever) / DENSE_FILES[0]).is_file():
             fix = f"{' or '.join(RETRIEVERS)}; or the folder of one that python -m cemg.baselines trained"
             raise UserError(f"retriever={self.retriever} is not a retriever", fix=fix)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from cemg.baselines.dense import draw_negatives
 from cemg.baselines.features import item_features
 from cemg.baselines.loop import LoopConfig, Loss
-from cemg.baselines.multimodal import STD, Attention, CatalogModel, check_sizes, draw_items, fit_model
+from cemg.baselines.multimodal import STD, Attention, CatalogModel, check_heads, draw_items, fit_model
 from cemg.baselines.registry import Fitted, Job
 from cemg.baselines.samples import Batch, Samples
 from cemg.dense import PRODUCTS, DenseConfig, linear_cross_entropy, pad_histories
@@ -70,7 +70,7 @@ class LLMESRConfig(LoopConfig):
     products: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        check_sizes(self, ("dim", "blocks", "heads", "cross_heads", "inner", "max_length", "drawn"))
+        check_heads(self)
         if self.loss not in ("ce", "bce"):
             raise UserError(f"loss must be ce or bce, got {self.loss!r}")
         if self.dim % self.cross_heads:

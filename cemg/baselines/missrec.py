@@ -35,7 +35,7 @@ from cemg.baselines.multimodal import (
     Layer,
     Modalities,
     causal,
-    check_sizes,
+    check_heads,
     draw_items,
     fit_model,
     sampled_cross_entropy,
@@ -44,7 +44,6 @@ from cemg.baselines.registry import Fitted, Job
 from cemg.baselines.samples import Batch, Samples
 from cemg.dense import pad_histories
 from cemg.dense.dropout import Dropout
-from cemg.errors import UserError
 from cemg.features import Features
 
 ROUNDS = 20  # of k-means
@@ -79,9 +78,7 @@ class MISSRecConfig(LoopConfig):
     epochs: int = 12
 
     def __post_init__(self) -> None:
-        check_sizes(self, ("dim", "layers", "heads", "inner", "max_length", "interests"))
-        if self.temperature <= 0:
-            raise UserError(f"temperature must be positive, got {self.temperature}")
+        check_heads(self)
 
 
 class MISSRec(CatalogModel):

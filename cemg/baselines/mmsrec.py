@@ -32,7 +32,7 @@ from cemg.baselines.multimodal import (
     Distances,
     Layer,
     Modalities,
-    check_sizes,
+    check_heads,
     draw_items,
     fit_model,
     sampled_cross_entropy,
@@ -41,7 +41,6 @@ from cemg.baselines.registry import Fitted, Job
 from cemg.baselines.samples import Batch, Samples
 from cemg.dense import pad_histories
 from cemg.dense.dropout import Dropout
-from cemg.errors import UserError
 from cemg.features import Features
 
 CHUNK = 4096  # items of the catalog encoded at once
@@ -69,9 +68,7 @@ class MMSRecConfig(LoopConfig):
     epochs: int = 8
 
     def __post_init__(self) -> None:
-        check_sizes(self, ("dim", "layers", "heads", "inner", "max_length"))
-        if self.temperature <= 0:
-            raise UserError(f"temperature must be positive, got {self.temperature}")
+        check_heads(self)
 
 
 class MMSRec(CatalogModel):

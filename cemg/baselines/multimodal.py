@@ -247,14 +247,7 @@ def digest(features: Mapping[str, Features]) -> str:
     return sha.hexdigest()
 
 
-def check_sizes(config: Any, names: Sequence[str]) -> None:
-    """Raise UserError for a setting of a model that is out of range."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be 1 or more, got {getattr(config, name)}")
+def check_heads(config: Any) -> None:
+    """Raise UserError if the attention heads do not divide the width of a model."""
     if config.dim % config.heads:
         raise UserError(f"dim {config.dim} is not divisible by heads {config.heads}")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"dropout must be in [0, 1), got {config.dropout}")
-    if config.samples not in ("positions", "prefixes"):
-        raise UserError(f"samples must be positions or prefixes, got {config.samples!r}")

@@ -10,8 +10,9 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,25 @@ from cemg.errors import UserError
 from cemg.evaluation import Rank
 
 Config = TypeVar("Config")
+# The values that settings of these names can have, in all models.
+COUNTS = (
+    "epochs", "batch_size", "patience", "dim", "state", "layers", "blocks", "heads", "cross_heads", "inner",
+    "interests", "drawn", "max_length", "valid_users", "graph_epochs", "graph_negatives", "graph_batch",
+    "levels", "codes", "latent", "modal_dim", "history_items", "title_tokens", "n_epochs", "max_len",
+    "embedding_dim",
+)  # fmt: skip
+SHARES = ("dropout", "lora_dropout", "dropout_p_embed", "dropout_p_hidden", "beta2")
+POSITIVE = ("learning_rate", "temperature", "graph_rate")
+NOT_NEGATIVE = (
+    "weight_decay", "negatives", "graph_decay", "graph_layers", "tokenizer_epochs", "n_sample", "similar",
+    "align", "orthogonality", "lora_rank",
+)  # fmt: skip
+CHOICES = {
+    "samples": ("positions", "prefixes"),
+    "products": ("bfloat16", "float32"),
+    "schedule": ("constant", "linear"),
+    "select": ("NDCG@10", "HR@10"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +73,7 @@ class Job:
             fixed: Fields that the model's name decides, so that they cannot be changed.
 
         Raises:
-            UserError: A setting does not exist, or its value has another type.
+            UserError: A setting does not exist, or its value has another type or is out of range.
         """
         defaults = dataclasses.asdict(kind())  # type: ignore[call-overload]
         allowed = [name for name in defaults if name not in (*fixed, "seed")]
@@ -71,8 +91,30 @@ class Job:
             except (ValueError, TypeError) as error:
                 message = f"--set {name}={value}: {value!r} is not a valid {wanted.__name__}"
                 raise UserError(message) from error
+            check_range(name, changes[name], default=defaults[name])
         seed = {"seed": self.seed} if "seed" in defaults else {}
         return kind(**{**changes, **fixed, **seed})
+
+
+def check_range(name: str, value: Any, *, default: Any) -> None:
+    """Raise UserError for a value that a setting cannot have.
+
+    A rule of a name counts only where the default obeys it: the model of a file can mean something else by
+    the name.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be finite, got {value}")
+    rules: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
+        (COUNTS, lambda number: number >= 1, "1 or more"),
+        (SHARES, lambda number: 0 <= number < 1, "in [0, 1)"),
+        (POSITIVE, lambda number: number > 0, "more than 0"),
+        (NOT_NEGATIVE, lambda number: number >= 0, "0 or more"),
+    ]
+    if name in CHOICES:
+        rules = [((name,), lambda word: word in CHOICES[name], f"one of {', '.join(CHOICES[name])}")]
+    for names, is_valid, wanted in rules:
+        if name in names and type(value) is type(default) and is_valid(default) and not is_valid(value):
+            raise UserError(f"{name} must be {wanted}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +264,10 @@ def title_of(name: str) -> str:
     return MODELS[name].title if name in MODELS else Path(name).stem
 
 
-def check_model(name: str) -> None:
-    """Raise UserError if there is no such model."""
+def check_model(name: str, *, also: Sequence[str] = ()) -> None:
+    """Raise UserError if there is no such model. ``also`` are names that the message lists, too."""
     if name not in MODELS and not (name.endswith(".py") and Path(name).is_file()):
-        known = ", ".join(MODELS)
+        known = ", ".join((*also, *MODELS))
         raise UserError(f"there is no model {name}", fix=f"one of {known}; or the path of a Python file")
 
 

@@ -125,6 +125,11 @@ def experiment(
     questions = [name.lower() for name in questions]
     if not names and not report_only:
         raise UserError("--data is missing", fix="--data data/beauty, or --data synthetic")
+    if "synthetic" in names and "time" in splits and not Path("synthetic").exists():
+        raise UserError(
+            "the synthetic data set has no times, so it has no --split time",
+            fix="--split leave-one-out, or --data of a data set with timestamps",
+        )
     for option, given, parts in (("--models", models, chosen), ("--split", split, splits)):
         if not parts and (given or option == "--split"):
             raise UserError(f"{option} {quote(given)} names nothing", fix=f"leave out {option}")
@@ -240,6 +245,8 @@ def _print_plan(store: Store, tasks: list[Task], options: Options, *, ray: bool)
         state = "to be continued" if store.path(task).exists() else "to do"
         if store.finished(task):
             state, seconds = "to be tested again", None
+        if damaged := store.damaged(task):
+            state = f"to be repeated: {damaged} is damaged"
         table.add_row(task.name, state, "unknown" if seconds is None else duration(seconds))
         total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
     print_table(table)

@@ -231,7 +231,7 @@ def _model(name: str) -> str:
     known = titles.get(spelled.lower(), spelled.lower().replace("_", "-"))
     if known == CEMG or known in MODELS:
         return known
-    check_model(spelled)
+    check_model(spelled, also=(CEMG,))
     path = os.path.normpath(spelled)
     return f"./{path}" if path.startswith("-") else path  # else it would be read as an option
 

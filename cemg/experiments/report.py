@@ -15,7 +15,7 @@ from cemg.evaluation.results import KEPT, REMOVED
 from cemg.evaluation.tables import RANKINGS
 from cemg.experiments.plan import ABLATIONS, QUESTIONS, SWEEPS, Task
 from cemg.experiments.settings import CEMG
-from cemg.experiments.store import CODES, Store
+from cemg.experiments.store import Store
 from cemg.experiments.tables import (
     Board,
     best_baseline,
@@ -31,7 +31,6 @@ from cemg.report.blocks import Block, Chart, Charts, Section, Table, Text
 from cemg.report.charts import interval_chart, line_chart
 from cemg.report.page import render
 from cemg.storage import files
-from cemg.storage.read import read_json
 
 PAGE, TABLE = "report.html", "results.csv"
 COLLIDING, PERPLEXITY = "share of colliding items", "perplexity of a level"
@@ -88,7 +87,9 @@ def experiment_sections(store: Store, tasks: Sequence[Task], questions: Sequence
         missing: dict[str, list[str]] = {}
         for task in chosen:
             if task.title not in found[task.name]:
-                missing.setdefault(task.table, []).append(task.name)
+                damaged = store.damaged(task)
+                name = f"{task.name} (damaged: {damaged})" if damaged else task.name
+                missing.setdefault(task.table, []).append(name)
         for board in boards(results, missing):
             title = f"{_label(board)}: {question.upper()}, {QUESTIONS[question].title.lower()}"
             blocks = _about(board, store, chosen) + _answer(question, board, store, chosen)
@@ -248,7 +249,7 @@ def _figures(store: Store, task: Task) -> dict[str, float]:
     record = store.results(task).get(f"{task.title}, search alone")
     if record is None:
         return {}
-    codes = read_json(store.path(task) / CODES, dict[str, float])
+    codes = store.codes(task)
     metrics = {name: record[KEPT][name] for name in ("HR@10", "NDCG@10")}
     return metrics | {COLLIDING: codes["colliding"], PERPLEXITY: codes["perplexity"]}
 

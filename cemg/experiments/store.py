@@ -21,6 +21,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from typing_extensions import TypedDict  # pydantic reads that of typing from Python 3.12 on
+
 from cemg.baselines.registry import MODELS
 from cemg.errors import UserError
 from cemg.evaluation import Sample, read_result
@@ -46,6 +48,42 @@ SECONDS_PER_1000 = {
 }  # fmt: skip
 START = 6.0  # seconds until a process has imported its libraries
 GATE_SECONDS = 1.3  # the same for the gate alone, with its test
+
+
+class AboutData(TypedDict):
+    """What was read of a data set and split, for the report."""
+
+    users: int
+    items: int
+    interactions: int
+    notes: list[str]
+
+
+class Codes(TypedDict):
+    """The share of items whose codes were not theirs alone, and the mean perplexity of a level."""
+
+    colliding: float
+    perplexity: float
+
+
+class Latency(TypedDict):
+    """The time that a model needs for the recommendations of some histories."""
+
+    model: str
+    engine: str
+    histories: int
+    p25_ms: float
+    p50_ms: float
+    p75_ms: float
+
+
+class Latencies(TypedDict):
+    """The times of the models of a data set and split, measured in turns."""
+
+    top: int
+    hardware: dict[str, Any]
+    tasks: list[str]
+    rows: list[Latency]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +192,8 @@ class Store:
         same = "no --budget" if stored == NO_BUDGET else f"--budget {stored.removesuffix(' h')}"
         delete = f"delete {quote(str(self.path(task)))} to train it anew"
         begun = "is unfinished" if result is None else "was stopped by its budget"
+        if damaged := self.damaged(task):
+            begun = f"has results that are damaged ({damaged})"
         raise UserError(
             f"{self.path(task)} {begun}, and has another budget than this command",
             cause=f"it has {stored}, this command {wanted}",
@@ -165,18 +205,26 @@ class Store:
 
         If one of them is damaged or missing, all are, so that the task runs again.
         """
-        folder = self.path(task)
-        if not (folder / RESULT).exists():
-            return {}
-        found = {task.title: _read(folder / RESULT)}
-        if task.has_search:
-            found[f"{task.title}, search alone"] = _read(folder / SEARCH)
-        if task.variant == NEW_ITEMS:
-            found[f"{MODELS['memory'].title}, {NEW_ITEMS}"] = _read(folder / MEMORY)
-        if task.config:
-            found[f"{task.title}, free beams"] = _read(folder / FREE)
+        found = {title: _read(path) for title, path in self._files(task).items()}
         whole = {title: record for title, record in found.items() if record is not None}
         return whole if len(whole) == len(found) else {}
+
+    def damaged(self, task: Task) -> str:
+        """The result files of a task that are there but cannot be read, for a message; or ""."""
+        there = self._files(task).values()
+        return ", ".join(path.name for path in there if path.exists() and _read(path) is None)
+
+    def _files(self, task: Task) -> dict[str, Path]:
+        """The result files of a finished task, by their titles in tables."""
+        folder = self.path(task)
+        found = {task.title: folder / RESULT}
+        if task.has_search:
+            found[f"{task.title}, search alone"] = folder / SEARCH
+        if task.variant == NEW_ITEMS:
+            found[f"{MODELS['memory'].title}, {NEW_ITEMS}"] = folder / MEMORY
+        if task.config:
+            found[f"{task.title}, free beams"] = folder / FREE
+        return found
 
     def finished(self, task: Task, *, users: int | None = None) -> bool:
         """Whether the results of a task are there; with ``users``, those of a test of so many, 0 for all.
@@ -189,7 +237,7 @@ class Store:
         sample = Sample.of(result["split"])
         return sample is None or sample.count == users
 
-    def remember(self, questions: Iterable[str], data: Mapping[str, dict[str, Any]]) -> None:
+    def remember(self, questions: Iterable[str], data: Mapping[str, AboutData]) -> None:
         """Record what was asked, and what was read of each data set and split, for the report."""
         files.write_json(self.folder / ASKED, sorted({*self.questions(), *questions}))
         files.write_json(self.folder / DATA, self.data() | dict(data))
@@ -199,19 +247,24 @@ class Store:
         path = self.folder / ASKED
         return read_json(path, list[str], fix=f"delete {quote(str(path))}") if path.exists() else []
 
-    def data(self) -> dict[str, dict[str, Any]]:
-        """What was read of each data set and split: users, items, interactions, and notes."""
-        path, kind = self.folder / DATA, dict[str, dict[str, Any]]
+    def data(self) -> dict[str, AboutData]:
+        """What was read of each data set and split."""
+        path, kind = self.folder / DATA, dict[str, AboutData]
         return read_json(path, kind, fix=f"delete {quote(str(path))}") if path.exists() else {}
 
     def latency_path(self, table: str) -> Path:
         """The file of the latencies of the models of a data set and split."""
         return self.folder / "latency" / f"{table.replace(', ', '-').replace(' ', '-')}.json"
 
-    def latencies(self, table: str) -> dict[str, Any]:
-        """The latencies of the models of a data set and split; empty if they were not measured."""
+    def latencies(self, table: str) -> Latencies | None:
+        """The latencies of the models of a data set and split; None if they were not measured."""
         path = self.latency_path(table)
-        return read_json(path, dict[str, Any], fix=f"delete {quote(str(path))}") if path.exists() else {}
+        return read_json(path, Latencies, fix=f"delete {quote(str(path))}") if path.exists() else None
+
+    def codes(self, task: Task) -> Codes:
+        """What the item codes of a task are like."""
+        path = self.path(task)
+        return read_json(path / CODES, Codes, fix=f"delete {quote(str(path))} to train it anew")
 
     def remove(self, task: Task) -> None:
         """Delete the folder of a task."""

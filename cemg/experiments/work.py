@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,19 @@ from cemg.data import Dataset
 from cemg.errors import UserError
 from cemg.experiments.plan import LEAVE_ONE_OUT, NEW_ITEMS, Task
 from cemg.experiments.settings import CEMG
-from cemg.experiments.store import ALL_USERS, CODES, FREE, NO_BUDGET, RESULT, SEARCH, SECONDS, Store, link_run
+from cemg.experiments.store import (
+    ALL_USERS,
+    CODES,
+    FREE,
+    NO_BUDGET,
+    RESULT,
+    SEARCH,
+    SECONDS,
+    AboutData,
+    Codes,
+    Store,
+    link_run,
+)
 from cemg.pipeline.changes import content_digest
 from cemg.processes import Stopwatch, run_command
 from cemg.progress import console
@@ -43,7 +54,7 @@ class Source:
     interactions: int
     sha256: str
     items: int = 0
-    about: dict[str, Any] = field(default_factory=dict)
+    about: AboutData = field(default_factory=lambda: AboutData(users=0, items=0, interactions=0, notes=[]))
 
     @classmethod
     def of(cls, data: Dataset, split: str) -> Source:
@@ -57,10 +68,9 @@ class Source:
         if split == LEAVE_ONE_OUT and data.cuts is not None:
             raise UserError(f"{data.name} was prepared with a split in time", fix="--split time")
         present = [None if path is None or not path.is_file() else "image" for path in data.images]
-        about = {
-            "users": data.num_users, "items": data.num_items, "interactions": data.num_interactions,
-            "notes": data.notes,
-        }  # fmt: skip
+        about = AboutData(
+            users=data.num_users, items=data.num_items, interactions=data.num_interactions, notes=data.notes
+        )
         return cls(data.num_interactions, content_digest(data, present), data.num_items, about)
 
 
@@ -158,7 +168,8 @@ def measure_latencies(tasks: Sequence[Task], store: Store, options: Options) -> 
             if task.table == table and task.seed == 0 and not task.variant and store.finished(task)
         ]  # fmt: skip
         names = [task.name for task in chosen]
-        if not chosen or store.latencies(table).get("tasks") == names:
+        found = store.latencies(table)
+        if not chosen or (found is not None and found["tasks"] == names):
             continue
         console.print(f"latency of {', '.join(names)}", highlight=False, markup=False)
         path = store.latency_path(table)
@@ -294,8 +305,8 @@ def _collect(folder: Path, *, mixture: bool) -> str:
     return ""
 
 
-def _codes(run: Path) -> dict[str, float]:
-    """The share of items whose codes were not theirs alone, and the mean perplexity of a level."""
+def _codes(run: Path) -> Codes:
+    """What the item codes of a run are like."""
     counts = read_json(run / "catalog" / "uniqueness.json", dict[str, float])
     codes = read_items(run / "tokenizer" / "items.safetensors")["codes"].numpy()  # [N, M]
     perplexities = []
@@ -303,4 +314,4 @@ def _codes(run: Path) -> dict[str, float]:
         shares = np.unique(level, return_counts=True)[1] / len(level)
         perplexities.append(float(np.exp(-(shares * np.log(shares)).sum())))
     colliding = counts["colliding_before"] / max(counts["items"], 1)
-    return {"colliding": colliding, "perplexity": statistics.mean(perplexities)}
+    return Codes(colliding=colliding, perplexity=statistics.mean(perplexities))

@@ -114,7 +114,7 @@ def test_a_failed_task_names_its_log_and_does_not_keep_others_from_running(
     tasks = plan(["rq1"], {"toy": source}, models=[str(wrong), "popularity"])
     assert run(store, tasks) == [tasks[0].name]
     printed = capsys.readouterr().err.replace("\n", "")
-    assert "no luck" in printed and "log.txt" in printed
+    assert "ValueError: no luck" in printed and "log.txt" in printed and "│" not in printed
     assert not store.finished(tasks[0]) and store.finished(tasks[1])
 
 
@@ -385,6 +385,24 @@ def test_what_is_missing_is_named_in_the_report(store: Store, source: Path) -> N
     run(store, tasks[:1])
     page = write_experiment_report(store, tasks, ["rq1"]).read_text()
     assert "Without a result: toy-memory-seed0." in page and "Popularity" in page
+    result = store.path(tasks[0]) / "result.json"
+    result.write_text(result.read_text().replace('"seed": 0', '"seed": 1', 1))
+    page = write_experiment_report(store, tasks, ["rq1"]).read_text()
+    assert "toy-popularity-seed0 (damaged: result.json)" in page
+
+
+@pytest.mark.parametrize("name", ["data.json", "latency/toy.json"])
+def test_damaged_parts_of_a_report_are_named_with_what_to_do(store: Store, source: Path, name: str) -> None:
+    tasks = plan(["rq3"], {"toy": source}, models=["popularity"])
+    run(store, tasks)
+    (store.folder / "latency").mkdir()
+    (store.folder / name).write_text('{"toy": {"users": 3}, "rows": [{"model": "CEMG"}]}')
+    with pytest.raises(UserError, match=f"{name} does not have the expected content") as raised:
+        write_experiment_report(store, tasks, ["rq3"])
+    (store.folder / name).unlink()
+    assert raised.value.fix == f"delete {store.folder / name}" and write_experiment_report(
+        store, tasks, ["rq3"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -394,7 +412,8 @@ def test_what_is_missing_is_named_in_the_report(store: Store, source: Path) -> N
         (["rq1", "--data", "nowhere"], "there is no data set nowhere"),
         (["rq1", "--data", "synthetic", "--budget", "0"], "--budget must be more than 0"),
         (["rq1", "--data", "synthetic", "--users", "-1"], "--users must be 0 or more"),
-        (["rq1", "--data", "synthetic", "--models", "sasrc"], "there is no model sasrc"),
+        (["rq1", "--data", "synthetic", "--models", "sasrc"], "one of cemg, popularity"),
+        (["rq1", "--data", "synthetic", "--split", "time"], "the synthetic data set has no times"),
         (["rq1", "--data", "synthetic", "--split", "random"], "there is no split random"),
         (["rq1"], "--data is missing"),
         (["rq1", "--data", "synthetic", "--dtype", "int8"], "--dtype must be"),
@@ -421,6 +440,11 @@ def test_wrong_options_are_refused_before_anything_is_written(
         ("tiger", "tiger:nonsense=3", "nonsense is not a setting"),
         ("sasrec", "sasrec:nonsense=3", "nonsense=3: unknown setting"),
         ("sasrec", "sasrec:dim", "not NAME=VALUE"),
+        ("gru4rec", "gru4rec:patience=0", "patience must be 1 or more, got 0"),
+        ("gru4rec", "gru4rec:select=foo", "select must be one of NDCG@10, HR@10"),
+        ("missrec", "missrec:dim=-5", "dim must be 1 or more, got -5"),
+        ("missrec", "missrec:temperature=0", "temperature must be more than 0, got 0"),
+        ("sasrec", "sasrec:learning_rate=NaN", "learning_rate must be finite, got nan"),
     ],
 )
 def test_settings_are_checked_before_anything_is_written(
