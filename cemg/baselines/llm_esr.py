@@ -29,11 +29,12 @@ from cemg.baselines.loop import LoopConfig, Loss
 from cemg.baselines.multimodal import STD, Attention, CatalogModel, check_heads, draw_items, fit_model
 from cemg.baselines.registry import Fitted, Job
 from cemg.baselines.samples import Batch, Samples
-from cemg.dense import PRODUCTS, DenseConfig, linear_cross_entropy, pad_histories
+from cemg.dense import DenseConfig, linear_cross_entropy, pad_histories
 from cemg.dense.dropout import Dropout
 from cemg.dense.encoder import Block
 from cemg.errors import UserError
 from cemg.features import PCA, Features
+from cemg.precision import product_dtype
 
 CELLS = 1 << 24  # similarities of users computed at once
 
@@ -147,7 +148,7 @@ class LLMESR(CatalogModel):
             drawn = None
             if 0 < config.negatives < len(table):
                 drawn = draw_items(len(table), config.negatives, generator).to(table.device)
-            dtype = PRODUCTS[config.products]
+            dtype = product_dtype(config.products, table.device)
             loss = linear_cross_entropy(states, table, targets=batch.targets, negatives=drawn, dtype=dtype)
         else:
             negatives = draw_negatives(batch, len(table), generator=generator)  # [P]

@@ -101,11 +101,10 @@ def _describe_device(device: torch.device) -> dict[str, str]:
 
 
 def _bfloat16() -> str:
-    import torch
+    from cemg.precision import multiplies_bfloat16
 
-    features = torch.cpu.get_capabilities()
-    fast = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bfloat16 products" if fast else "no bfloat16 products: --dtype bfloat16 is slow"
+    fast = multiplies_bfloat16("cpu")
+    return "bfloat16 products" if fast else "no bfloat16 products: --dtype bfloat16 computes in float32"
 
 
 def _describe_native() -> dict[str, str]:

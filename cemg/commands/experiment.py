@@ -90,7 +90,11 @@ def experiment(
     ] = None,
     device: command.DeviceOption = "cpu",
     dtype: Annotated[
-        str, typer.Option(metavar="NAME", help="Precision of the generator: float32 or bfloat16.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Precision of the generator: float32, or bfloat16 where the hardware multiplies it.",
+        ),
     ] = "float32",
     ray: RayOption = "",
     cpus: Annotated[

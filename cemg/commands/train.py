@@ -125,8 +125,8 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="float32 (the default), or bfloat16 for mixed precision: faster if the hardware multiplies "
-            "bfloat16.",
+            help="float32 (the default), or bfloat16 for mixed precision, which is faster; float32 where the "
+            "hardware does not multiply bfloat16.",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed of all stages. Default: 0.")] = None,

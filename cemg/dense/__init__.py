@@ -3,7 +3,7 @@
 This layer has the models. ``cemg.baselines`` trains them.
 """
 
-from cemg.dense.config import PRODUCTS, DenseConfig
+from cemg.dense.config import DenseConfig
 from cemg.dense.cross_entropy import linear_cross_entropy
 from cemg.dense.encoder import SequenceEncoder
 from cemg.dense.histories import pad_histories
@@ -11,7 +11,6 @@ from cemg.dense.ranker import DENSE_FILES, DenseRanker
 
 __all__ = [
     "DENSE_FILES",
-    "PRODUCTS",
     "DenseConfig",
     "DenseRanker",
     "SequenceEncoder",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from cemg.errors import UserError
 
 CHOICES = {
@@ -16,7 +14,6 @@ CHOICES = {
     "schedule": ("constant", "linear"),
     "select": ("NDCG@10", "HR@10"),
 }
-PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SIZES = ("dim", "blocks", "heads", "inner", "max_length", "frequencies")
 COUNTS = (*SIZES, "batch_size", "epochs", "patience", "folds")
 

@@ -17,6 +17,7 @@ from cemg.generator.llama import LlamaForward
 from cemg.generator.losses import FullPredictions, Predictions
 from cemg.generator.samples import Batch
 from cemg.generator.vocabulary import Vocabulary
+from cemg.precision import product_dtype
 
 
 def forward_of(
@@ -37,7 +38,8 @@ def forward_of(
         UserError: The model cannot compute them again.
     """
     if not plain and LlamaForward.supports(model):
-        return LlamaForward(model, vocabulary, getattr(torch, dtype), inputs, checkpointed=checkpointed)
+        products = product_dtype(dtype, model.device)
+        return LlamaForward(model, vocabulary, products, inputs, checkpointed=checkpointed)
     if checkpointed:
         if not model.supports_gradient_checkpointing:
             raise UserError(
@@ -54,7 +56,8 @@ class PlainForward:
     def __init__(
         self, model: PreTrainedModel, vocabulary: Vocabulary, dtype: str, inputs: ItemInputs | None = None
     ) -> None:
-        self.model, self.vocabulary, self.bfloat16 = model, vocabulary, dtype == "bfloat16"
+        self.model, self.vocabulary = model, vocabulary
+        self.bfloat16 = product_dtype(dtype, model.device) is torch.bfloat16
         self.inputs = inputs
 
     def __call__(self, batch: Batch) -> Predictions:

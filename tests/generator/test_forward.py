@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cemg import precision
 from cemg.generator import BackboneConfig, GeneratorConfig, Prompter, Vocabulary, build_backbone
 from cemg.generator.forward import PlainForward, forward_of
 from cemg.generator.fused import add_with_dropout
@@ -69,7 +70,8 @@ def test_the_fast_forward_of_a_llama_equals_the_modules(shape, loss):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_bfloat16_rounds_the_loss_and_gradients_of_float32(architecture):
+def test_bfloat16_rounds_the_loss_and_gradients_of_float32(architecture, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda kind: True)
     model, vocabulary = llama(architecture=architecture)
     exact = trained(model, vocabulary, forward_of(model, vocabulary, "float32"), "valid")
     rounded = trained(model, vocabulary, forward_of(model, vocabulary, "bfloat16"), "valid")
@@ -78,6 +80,17 @@ def test_bfloat16_rounds_the_loss_and_gradients_of_float32(architecture):
     for name, gradient in exact[3].items():  # a few roundings of 2 ** -9 on the way
         assert rounded[3][name].dtype == torch.float32
         assert (rounded[3][name] - gradient).norm() < 0.04 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_bfloat16_is_float32_on_hardware_that_does_not_multiply_it(architecture, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda kind: False)
+    precision._print_note.cache_clear()
+    model, vocabulary = llama(architecture=architecture)
+    exact = trained(model, vocabulary, forward_of(model, vocabulary, "float32"), "valid")
+    asked = trained(model, vocabulary, forward_of(model, vocabulary, "bfloat16"), "valid")
+    assert torch.equal(asked[2], exact[2])
+    assert capsys.readouterr().err.count("does not multiply bfloat16, so float32 is used") == 1
 
 
 def test_dropout_keeps_the_mean_and_follows_the_seed():
