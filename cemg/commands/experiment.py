@@ -234,7 +234,7 @@ def _print_plan(store: Store, tasks: list[Task], options: Options, *, ray: bool)
     """Print each task with the time that it will take, and the sum."""
     from rich.table import Table
 
-    from cemg.experiments.store import START
+    from cemg.experiments.store import START, TEST_SECONDS
 
     table = Table("task", "state", "estimate")
     total, unknown = 0.0, 0
@@ -245,7 +245,9 @@ def _print_plan(store: Store, tasks: list[Task], options: Options, *, ray: bool)
             continue
         seconds = store.seconds(task, sizes)
         if seconds is not None and options.budget is not None and task.model != "cemg":
-            seconds = min(seconds, START + 3600 * options.budget)
+            users = options.users or options.sources[task.data, task.split].about["users"]
+            tested = TEST_SECONDS.get(task.model, 0.0) * users
+            seconds = min(seconds, START + 3600 * options.budget + tested)
         state = "to be continued" if store.path(task).exists() else "to do"
         if store.finished(task):
             state, seconds = "to be tested again", None

@@ -310,6 +310,9 @@ def test_the_command_plans_runs_and_reports(
     words = ["rq1", "rq5", "--data", source, "--models", "popularity,memory", "--out", out]
     assert command(experiment.main, *words, "--dry-run") == 0
     assert "toy-memory-seed0" in capsys.readouterr().err and not out.exists()
+    slow = ["rq1", *words[2:4], "--models", "llamarec", "--budget", "0.01", "--users", "50", "--out", out]
+    assert command(experiment.main, *slow, "--dry-run") == 0
+    assert "about 87 s in all" in capsys.readouterr().err  # a start, 36 s of training and 50 users
     assert command(experiment.main, *words) == 0
     page = (out / "report.html").read_text()
     for text in (
