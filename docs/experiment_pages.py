@@ -5,16 +5,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from speed_tables import table
 
 from cemg.experiments import Store
-from cemg.experiments.plan import QUESTIONS, Task
+from cemg.experiments.plan import QUESTIONS, plan
 from cemg.experiments.report import experiment_sections
 from cemg.report.blocks import Section, Table, Text
 from cemg.report.page import render
 
+# The questions of each data set, with the number of seeds; a page names the tasks that were not run.
+BOTH = ("leave-one-out", "time")
+PLANNED: dict[str, list[tuple[list[str], int, Sequence[str]]]] = {
+    "beauty": [(["rq1", "rq3"], 1, BOTH), (["rq2", "rq4", "rq5"], 1, BOTH[:1])],
+    "sports": [(["rq1", "rq3"], 1, BOTH), (["rq5"], 1, BOTH[:1])],
+    "yelp": [(["rq1", "rq3", "rq5"], 1, BOTH[:1])],
+    "ml-100k": [(["rq1", "rq3", "rq4"], 1, BOTH[:1]), (["rq2"], 3, BOTH[:1])],
+}
 NARROW = "\u00a0±\u00a0"  # no line break inside a figure
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "results" / "experiments"
@@ -54,12 +63,12 @@ def html(folder: Path) -> str:
 
 
 def sections(folder: Path) -> list[Section]:
+    """The sections of the questions that were planned, with the tasks that were not run."""
     store = Store(folder)
-    tasks = store.tasks()
-    return experiment_sections(store, tasks, [name for name in QUESTIONS if _asked(name, tasks)])
-
-
-def _asked(question: str, tasks: list[Task]) -> bool:
-    """Whether a task belongs to this question and not only to rq1, whose tasks the others share."""
-    own = {"rq2": "without ", "rq4": " = "}.get(question, "")
-    return any(task.belongs_to(question) and own in task.variant for task in tasks)
+    tasks = {task.name: task for task in store.tasks()}
+    questions = {name for names, _, _ in PLANNED[folder.name] for name in names}
+    for names, seeds, splits in PLANNED[folder.name]:
+        for task in plan(names, {folder.name: Path()}, seeds=seeds, splits=splits):
+            tasks.setdefault(task.name, task)
+    asked = [name for name in QUESTIONS if name in questions]
+    return experiment_sections(store, list(tasks.values()), asked)

@@ -325,21 +325,16 @@ YELP = {
     AS_IN_THE_PAPER: ["yelp-paper-seed0"],
     **mixtures("yelp", 1),
 }
+DEFAULT = "CEMG, search, item softmax and memory (default)"
 README_ROWS = {
     "Beauty": {
         "BSARec": BEAUTY["BSARec, 30 epochs"],
         "item memory alone": BEAUTY["item memory alone"],
-        "CEMG, search by semantic IDs alone": experiment("beauty", "cemg", part="search"),
-        "CEMG": experiment("beauty", "cemg"),
+        "CEMG, search by semantic IDs alone": BEAUTY["CEMG, search alone"],
+        "CEMG": BEAUTY[DEFAULT],
     },
-    "Sports": {
-        "item memory alone": SPORTS["item memory alone"],
-        "CEMG": SPORTS["CEMG, search, item softmax and memory (default)"],
-    },
-    "MovieLens 100K": {
-        "item memory alone": MOVIELENS["item memory alone"],
-        "CEMG": experiment("ml-100k", "cemg", count=3),
-    },
+    "Yelp": {"item memory alone": YELP["item memory alone"], "CEMG": YELP[DEFAULT]},
+    "MovieLens 100K": {"item memory alone": MOVIELENS["item memory alone"], "CEMG": MOVIELENS[DEFAULT]},
 }
 KEPT, REMOVED = "metrics", "metrics_history_removed"
 COLD, COLD_REMOVED = "cold.metrics", "cold.metrics_history_removed"

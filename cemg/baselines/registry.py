@@ -212,6 +212,13 @@ def fit(name: str, job: Job) -> Fitted:
     fitted = function(job)
     if not isinstance(fitted, Fitted):
         raise UserError(f"fit of {name} returned {type(fitted).__name__}", fix="return Fitted(rank, config)")
+    for part in (fitted.config, fitted.further):
+        for key, value in part.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                message = f"fit of {name} returned {key} = {str(value)[:80]}, which JSON cannot hold"
+                raise UserError(message, cause=str(error)) from error
     return fitted
 
 
@@ -232,12 +239,16 @@ class _SettingsOnly(Job):
 def check_settings(name: str, changes: Mapping[str, Any]) -> None:
     """Raise UserError if a model that `fit` trains does not have these settings, without training it.
 
+    A Python file is imported: it must define ``fit``.
     A model of a file that reads its data before its settings is not checked.
 
     Args:
         name: The model.
         changes: Values by name, as in `Job`.
     """
+    check_fitted(name)
+    if name not in MODELS:
+        _fit_of_file(name)
     if not changes:
         return
     try:

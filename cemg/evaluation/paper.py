@@ -22,6 +22,8 @@ class PrintedRow:
 
 
 _DATASETS = ("beauty", "sports", "yelp")
+# Users and items of the sets of the papers; on other sets of the same name, their results say nothing.
+_SIZES = ((22_363, 12_101), (35_598, 18_357), (30_431, 20_033))
 
 # (HR@10, NDCG@10) on beauty, sports and yelp. The last row is the cold-start study of the CEMG paper.
 _PAPER: dict[str, tuple[tuple[float, float], ...]] = {
@@ -44,12 +46,17 @@ _OWN: dict[str, dict[str, tuple[float, float]]] = {  # what a model's own paper 
 }
 
 
-def printed_rows(dataset: str) -> list[PrintedRow]:
-    """Return the printed results on a data set, whose name may be in any case; empty if there are none."""
+def printed_rows(dataset: str, users: int | None = None, items: int | None = None) -> list[PrintedRow]:
+    """Return the printed results on a data set, whose name may be in any case; empty if there are none.
+
+    With ``users`` and ``items``, the set must have as many as that of the papers.
+    """
     name = dataset.lower()
     if name not in _DATASETS:
         return []
     column = _DATASETS.index(name)
+    if users is not None and items is not None and (users, items) != _SIZES[column]:
+        return []
     rows = [PrintedRow(model, "CEMG paper", *values[column]) for model, values in _PAPER.items()]
     own = [
         PrintedRow(model, f"{model} paper", *values[name]) for model, values in _OWN.items() if name in values

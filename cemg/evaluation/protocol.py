@@ -232,6 +232,11 @@ def _rows(users: np.ndarray | Sample | None, total: int) -> np.ndarray:
 
 
 def _checked(items: Tensor, users: int, num_items: int) -> Tensor:
+    if not isinstance(items, Tensor):
+        raise UserError(
+            f"the ranker returned {type(items).__name__}, not a tensor of item rows, [B, top]",
+            fix="return torch.tensor(lists)",
+        )
     if items.is_floating_point() or items.is_complex():
         raise UserError(f"the ranker returned {items.dtype}, not rows of items", fix="return their indices")
     items = items.detach().cpu().long()

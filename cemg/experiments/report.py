@@ -13,7 +13,7 @@ from cemg.baselines.registry import MODELS
 from cemg.evaluation import Sample
 from cemg.evaluation.results import KEPT, REMOVED
 from cemg.evaluation.tables import RANKINGS
-from cemg.experiments.plan import ABLATIONS, QUESTIONS, SWEEPS, Task
+from cemg.experiments.plan import ABLATIONS, NEW_ITEMS, QUESTIONS, SWEEPS, Task
 from cemg.experiments.settings import CEMG
 from cemg.experiments.store import Store
 from cemg.experiments.tables import (
@@ -41,7 +41,11 @@ OF_SEEDS = (
     "Student's 95 % interval (±). Of one seed, and of a deterministic model, ± is half of the 95 % interval "
     "over users."
 )
-OF_PAIRS = ": mean over users and over the seeds that both have (95 % interval over users)"
+OF_PAIRS = (
+    " (by NDCG@10, history removed): mean over users and over the seeds that both have, 95 % interval over "
+    "users"
+)
+FEWEST = 30  # targets of a table of rare items
 Rows = tuple[list[str], list[list[str]]]
 
 
@@ -91,10 +95,17 @@ def experiment_sections(store: Store, tasks: Sequence[Task], questions: Sequence
                 name = f"{task.name} (damaged: {damaged})" if damaged else task.name
                 missing.setdefault(task.table, []).append(name)
         for board in boards(results, missing):
-            title = f"{_label(board)}: {question.upper()}, {QUESTIONS[question].title.lower()}"
+            title = f"{_label(board)}: {question.upper()}, {_topic(question, board)}"
             blocks = _about(board, store, chosen) + _answer(question, board, store, chosen)
             sections.append(Section(title, blocks))
     return sections
+
+
+def _topic(question: str, board: Board) -> str:
+    """What a section is about; the two parts of RQ5 have a section each."""
+    if question == "rq5" and board.rows:
+        return NEW_ITEMS if "added" in str(board.split.get("split")) else "cold items"
+    return QUESTIONS[question].title.lower()
 
 
 def _ordered(tasks: Sequence[Task]) -> list[Task]:
@@ -159,10 +170,12 @@ def _answer(question: str, board: Board, store: Store, tasks: Sequence[Task]) ->
         blocks.append(
             _table("Coverage and popularity of the recommendations, history kept", spread_rows(board))
         )
-        baseline = best_baseline(board)
-        if baseline is not None:
-            caption = f"Difference to {baseline}, the best model other than CEMG{OF_PAIRS}"
-            blocks.append(_table(caption, difference_rows(board, baseline)))
+        best = {best_baseline(board): "the best model other than CEMG"}
+        best.setdefault(best_baseline(board, trained=True), "the best trained model other than CEMG")
+        for baseline, label in best.items():
+            if baseline is not None:
+                caption = f"Difference to {baseline}, {label}{OF_PAIRS}"
+                blocks.append(_table(caption, difference_rows(board, baseline)))
     if question == "rq3":
         blocks.append(_table("Seconds", cost_rows(board)))
         blocks += _latencies(store, board)
@@ -172,7 +185,12 @@ def _answer(question: str, board: Board, store: Store, tasks: Sequence[Task]) ->
         caption = "Targets with at most 5 training interactions"
         if "split" in board.split and "added" in str(board.split["split"]):
             caption = "Targets that were added to the catalog after training"
-        blocks.append(_table(caption, cold_rows(board)))
+        columns, rows = cold_rows(board)
+        targets = max((int(row[1].replace(",", "")) for row in rows), default=0)
+        if rows and targets < FEWEST:
+            blocks.append(Text(f"{caption}: only {targets}, too few for a table."))
+        else:
+            blocks.append(Table(caption, columns, rows))
         if board.split.get("split") and "added" not in str(board.split["split"]):
             blocks.append(Text(NO_NEW_ITEMS))
     return [block for block in blocks if not isinstance(block, Table) or block.rows]
@@ -219,6 +237,7 @@ def _sweeps(store: Store, board: Board, tasks: Sequence[Task]) -> list[Block]:
     rows: list[list[str]] = []
     for axis in SWEEPS:
         curves: dict[str, list[tuple[float, float]]] = {}
+        is_default = {task.variant: bool(task.base) for task in tasks}
         found: dict[str, list[dict[str, float]]] = {}  # a variant: the figures of its seeds
         for task in tasks:
             if task.table == board.data and task.variant.startswith(f"{axis} = "):
@@ -227,7 +246,8 @@ def _sweeps(store: Store, board: Board, tasks: Sequence[Task]) -> list[Block]:
                     found.setdefault(task.variant, []).append(figures)
         for variant, seeds in found.items():
             figures = {label: statistics.mean(one[label] for one in seeds) for label in seeds[0]}
-            rows.append([variant, str(len(seeds)),
+            name = f"{variant} (the default)" if is_default.get(variant) else variant
+            rows.append([name, str(len(seeds)),
                          *(f"{figures[metric]:.4f}" for metric in figures if "@" in metric),
                          f"{figures[COLLIDING]:.1%}", f"{figures[PERPLEXITY]:.0f}"])  # fmt: skip
             for label, figure in figures.items():

@@ -18,6 +18,7 @@ from cemg.evaluation.results import KEPT, REMOVED, intervals_key, same_results
 Record = dict[str, Any]
 DETERMINISTIC = "deterministic"
 PAPER = "CEMG paper"  # source of what it prints
+SEARCH = {"CEMG": "CEMG, search alone"}  # a model of the paper: the title of its method
 OWN = "CEMG"  # titles of what is compared with the best baseline begin with it
 
 
@@ -77,17 +78,20 @@ def _on_samples(data: str, record: Record, results: Sequence[tuple[str, str, Rec
 def ranking_rows(board: Board, key: str, *, paper: bool) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the metrics with the history kept or removed, and what papers print beside them.
 
-    The papers are CEMG's and, where it prints a result on this data set, the one of the model itself.
+    The papers are CEMG's and, where it prints a result on this data set, the one of the model itself. What
+    the CEMG paper prints for CEMG is beside the search alone: the paper has neither memory nor item softmax.
     """
     names = board.metrics
-    shown = printed_rows(board.data) if paper and key == KEPT else []
+    whole = paper and key == KEPT and Sample.of(board.split) is None
+    shown = printed_rows(board.data, board.split.get("users"), board.split.get("items")) if whole else []
     printed = [
-        {row.model: row for row in shown if (row.source == PAPER) == is_cemg} for is_cemg in (True, False)
+        {SEARCH.get(row.model, row.model): row for row in shown if (row.source == PAPER) == is_cemg}
+        for is_cemg in (True, False)
     ]
     labels = ("in the paper", "in its own paper")
     used = [(by, label) for by, label in zip(printed, labels, strict=True) if by.keys() & board.rows.keys()]
     of_papers = [f"{name} {label}" for _, label in used for name in ("HR@10", "NDCG@10")]
-    notes = {title: _stopped(records) for title, records in board.rows.items()}
+    notes = {title: _training(records) for title, records in board.rows.items()}
     columns = ["model", "seeds", *names, *of_papers, *(["training"] if any(notes.values()) else [])]
     rows = []
     for title, records in board.rows.items():
@@ -110,17 +114,26 @@ def _is_deterministic(title: str, records: Sequence[Record]) -> bool:
     return untrained or same_results(records)
 
 
-def _stopped(records: Sequence[Record]) -> str:
-    """What a row says of a model that was not trained to its end, with some seed; "" for the others."""
+def _training(records: Sequence[Record]) -> str:
+    """What a row says of a model that was not trained to its end, with some seed; "" for the others.
+
+    Where the best epoch is the last one, more epochs would probably be better.
+    """
+    configs = [record.get("config", {}) for record in records]
     stopped = [record for record in records if record.get("config", {}).get("stopped")]
+    epochs_of = [config.get("epochs") or config.get("generator", {}).get("epochs") for config in configs]
+    wanted = next((f" of {epochs} epochs" for epochs in epochs_of if epochs), "")
     if not stopped:
-        return ""
+        last = [config.get("best_epoch") for config in configs if config.get("best_epoch")]
+        is_last = any(best == epochs for best, epochs in zip(last, epochs_of, strict=False))
+        return f"the best epoch is the last{wanted}" if is_last else ""
     config = stopped[0]["config"]
     seconds = config.get("train_seconds") or config.get("stage_seconds", {}).get("generator")
     epochs = sum(row.get("share", 1) for row in stopped[0].get("training", ()))
-    parts = [f"{seconds:,.0f} s" if seconds else "", f"{epochs:.1f} epochs" if epochs else ""]
+    done = f"{epochs:.1f}{wanted or ' epochs'}" if epochs else f"a part{wanted}" if wanted else ""
     which = f" with {len(stopped)} of {len(records)} seeds" if len(stopped) < len(records) else ""
-    return ", ".join([f"stopped by the budget{which}", *(part for part in parts if part)])
+    parts = [f"stopped by the budget{which}", f"{seconds:,.0f} s" if seconds else "", done]
+    return ", ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +196,13 @@ def cold_rows(board: Board) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def best_baseline(board: Board) -> str | None:
-    """The model other than CEMG with the highest NDCG@10, the history removed; None without one."""
-    baselines = [title for title in board.rows if not title.startswith(OWN)]
+def best_baseline(board: Board, *, trained: bool = False) -> str | None:
+    """The model other than CEMG with the highest NDCG@10, the history removed; None without one.
+
+    ``trained`` leaves out popularity and the item memory.
+    """
+    untrained = {model.title for model in MODELS.values() if trained and not model.trains}
+    baselines = [title for title in board.rows if not title.startswith(OWN) and title not in untrained]
     if not baselines:
         return None
     return max(baselines, key=lambda title: _mean(board.rows[title], REMOVED, "NDCG@10"))
@@ -233,7 +250,7 @@ def _pairs(board: Board, title: str, baseline: str) -> tuple[list[tuple[Record, 
 def cost_rows(board: Board) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of seconds, means over the seeds: the whole task, and the stages of CEMG's runs."""
     stages = ["features", "graph", "memory", "tokenizer", "generator", "gate"]
-    columns = ["model", "seconds", "of them training", *stages, "threads", "note"]
+    columns = ["model", "seconds", "training alone", *stages, "threads", "processor", "note"]
     rows = []
     for title, records in board.rows.items():
         configs = [record.get("config", {}) for record in records]
@@ -242,8 +259,10 @@ def cost_rows(board: Board) -> tuple[list[str], list[list[str]]]:
         spent = _mean_seconds([record.get("seconds", 0) for record in records])
         training = _mean_seconds([config.get("train_seconds") for config in configs])
         threads = {str(record.get("hardware", {}).get("threads", "")) for record in records}
+        processors = {str(record.get("hardware", {}).get("cpu", "")) for record in records}
         note = next((str(config["stopped"]) for config in configs if config.get("stopped")), "")
-        rows.append([title, spent, training, *cells, ", ".join(sorted(threads)), note])
+        of_machine = [", ".join(sorted(found)) for found in (threads, processors)]
+        rows.append([title, spent, training, *cells, *of_machine, note])
     used = [i for i, _ in enumerate(columns) if any(row[i] for row in rows)]
     return [columns[i] for i in used], [[row[i] for i in used] for row in rows]
 

@@ -95,7 +95,7 @@ def test_seconds_are_means_over_the_seeds_and_a_stopped_seed_is_named() -> None:
             result(1, SECOND, seconds=40, config=stopped)]  # fmt: skip
     columns, (row,) = cost_rows(board(SASRec=rows))
     assert dict(zip(columns, row, strict=True)) == {
-        "model": "SASRec", "seconds": "25", "of them training": "19", "note": "the budget",
+        "model": "SASRec", "seconds": "25", "training alone": "19", "note": "the budget",
     }  # fmt: skip
     _, (row,) = ranking_rows(board(SASRec=rows), KEPT, paper=False)
     assert row[-1] == "stopped by the budget with 1 of 2 seeds, 30 s"
@@ -129,15 +129,34 @@ def test_the_best_baseline_is_not_cemg() -> None:
 
 
 def test_what_papers_print_stands_beside_the_history_kept() -> None:
-    rows = [("beauty", title, example_result()) for title in ("SASRec", "TIGER", "CEMG")]
+    split = {"users": 22_363, "items": 12_101, "targets_sha256": "a" * 64}
+    titles = ("SASRec", "TIGER", "CEMG", "CEMG, search alone")
+    rows = [("beauty", title, example_result(split=split)) for title in titles]
     (board,) = boards(rows, {})
     columns, table = ranking_rows(board, "metrics", paper=True)
     assert columns[-4:] == [
         "HR@10 in the paper", "NDCG@10 in the paper", "HR@10 in its own paper", "NDCG@10 in its own paper",
     ]  # fmt: skip
     assert [row[-4:] for row in table] == [
-        ["0.0434", "0.0147", "", ""], ["0.0533", "0.0251", "0.0648", "0.0384"], ["0.0665", "0.0348", "", ""],
+        ["0.0434", "0.0147", "", ""], ["0.0533", "0.0251", "0.0648", "0.0384"], ["", "", "", ""],
+        ["0.0665", "0.0348", "", ""],
     ]  # fmt: skip
+    (other,) = boards([("beauty", "SASRec", example_result())], {})  # another set of this name
+    assert not [name for name in ranking_rows(other, "metrics", paper=True)[0] if "paper" in name]
+
+
+def test_a_row_says_whether_more_epochs_would_probably_be_better() -> None:
+    last, earlier = ({"epochs": 8, "best_epoch": best, "epochs_run": 8} for best in (8, 5))
+    rows = [("toy", title, example_result(config=one)) for title, one in (("A", last), ("B", earlier))]
+    _, table = ranking_rows(boards(rows, {})[0], "metrics", paper=False)
+    assert [row[-1] for row in table] == ["the best epoch is the last of 8 epochs", ""]
+
+
+def test_the_best_trained_baseline_is_neither_popularity_nor_the_memory() -> None:
+    high = example_result(metrics_history_removed={"NDCG@10": 0.3})
+    rows = [("toy", "Item memory", high), ("toy", "SASRec", example_result())]
+    (board,) = boards(rows, {})
+    assert (best_baseline(board), best_baseline(board, trained=True)) == ("Item memory", "SASRec")
     assert not any("paper" in name for name in ranking_rows(board, "metrics_history_removed", paper=True)[0])
     (other,) = boards([("shop", "SASRec", example_result())], {})
     assert len(ranking_rows(other, "metrics", paper=True)[0]) == 8

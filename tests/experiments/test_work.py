@@ -344,7 +344,7 @@ def test_the_report_has_all_tasks_of_the_folder_and_all_questions_that_were_aske
     assert command(experiment.main, "rq5", *words, "--models", "popularity") == 0
     assert command(experiment.main, "rq1", *words, "--models", " Memory ", "--report-only") == 0
     page = (out / "report.html").read_text()
-    assert "RQ1, overall performance" in page and "RQ5, cold and new items" in page
+    assert "RQ1, overall performance" in page and "RQ5, cold items" in page
     assert "Without a result: toy-memory-seed0." in page
     assert command(experiment.main, "rq1", *words, "--models", "memory") == 0
     models = [row["model"] for row in csv.DictReader((out / "results.csv").open())]
