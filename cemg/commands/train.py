@@ -142,6 +142,9 @@ def train(
     result: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also copy the result file to this path.")
     ] = None,
+    no_test: Annotated[
+        bool, typer.Option("--no-test", help="Only train: cemg-eval --run RUN tests the model later.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only print which stages would be built or reused, and why."),
@@ -165,6 +168,8 @@ def train(
     command.check_device(device)
     use_fast_kernels(fast_kernels)
     command.check_result(result)
+    if no_test and result is not None:
+        raise UserError("--no-test has no result that --result could copy", fix="leave out one of them")
     one_shard = read_shard(shard, join=join, ray=ray, device=device)
     world = World.join(device)
     if not world.main:
@@ -223,7 +228,10 @@ def train(
             if join or ray:
                 load_features(pipeline.feature_work(), run / FEATURES, pipeline.cache, ray=ray)
             pipeline.train(agree=None if force else partial(_agree, run), rebuild=rebuild)
-            _test(pipeline, chosen, copy=result)
+            if no_test:
+                console.print(f"trained, not tested: cemg-eval --run {quote(str(run))}", soft_wrap=True)
+            else:
+                _test(pipeline, chosen, copy=result)
 
 
 def _config(

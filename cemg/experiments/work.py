@@ -226,7 +226,7 @@ def commands_of(task: Task, store: Store, options: Options) -> list[list[str]]:
     folder, module = store.path(task), [sys.executable, "-m", "cemg.commands.new_items"]
     left_out, data = folder / "left-out", ["--data", str(task.source), "--seed", str(task.seed)]
     prepare = [*module, "prepare", *data, "--out", str(left_out)]
-    train = command_of(replace(task, source=left_out / "data"), store, options)
+    train = [*command_of(replace(task, source=left_out / "data"), store, options), "--no-test"]
     table = left_out / "items.parquet"
     test = [*module, "test", *data, "--items", str(table), "--run", str(folder / "run"), "--out", str(folder)]
     return [*([] if table.exists() else [prepare]), train, test]

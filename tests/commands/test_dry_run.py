@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,12 @@ def test_a_damaged_stage_is_listed_as_one_to_rebuild(tiny_run, tmp_path, command
     said = verdicts(capsys.readouterr().out)
     assert said["features"] == "reused" and said["graph"] == "built: it is damaged"
     assert said["tokenizer"] == "built: graph is built again"
+
+
+def test_a_training_without_a_test_has_no_result_to_copy(
+    tmp_path: Path, command: Callable[..., int], capsys
+) -> None:
+    words = ["--run", tmp_path / "run", "--no-test", "--result", tmp_path / "result.json"]
+    assert command(train.main, *words) == 2
+    assert "--no-test has no result that --result could copy" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

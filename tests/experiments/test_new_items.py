@@ -89,6 +89,7 @@ def test_the_task_trains_adds_and_tests(
     store = Store(tmp_path / "out")
     options = Options(sources={("shop", "leave-one-out"): Source(840, "a" * 64)})
     assert run_tasks([task], store, options) == [] and ran == ["prepare", "train", "test"]
+    assert not list((store.path(task) / "run").glob("results/*"))  # the items in training are not tested
     found = store.results(task)
     assert set(found) == {"CEMG, new items", "CEMG, new items, search alone", "Item memory, new items"}
     record = found["CEMG, new items"]
