@@ -30,6 +30,7 @@ BLOCK = 512  # items per block of the product
 COMPARED = 64  # added items per block of the product
 MAX_PRODUCTS = 4_000_000_000  # of the search in a small catalog
 LARGE_BLOCK = 16_384  # items per block of the search in a large catalog: it clears 8 bytes per item of N
+PART = 2**19  # items that such a block is compared with at once: the sums of a row stay in the caches
 PRODUCTS_PER_ITEM = 25_000  # of the search in a large catalog; beyond it, common words find no neighbors
 CANDIDATES = 300  # per item of a large catalog, compared by all words
 TOKENS = r"(?u)\b\w+\b"
@@ -119,15 +120,15 @@ class TextIndex:
 
     def _found(self, top: int, df: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Blocks of rows of `most_similar` in a large catalog; ``df`` [V] is the number of items per word."""
-        from sparse_dot_topn import sp_matmul_topn  # needed only for building
+        from sparse_dot_topn import sp_matmul_topn, zip_sp_matmul_topn  # needed only for building
 
         finding = self._without_common_words(df)
-        transposed = finding.T.tocsr()
+        parts = [finding[i : i + PART].T.tocsr() for i in range(0, finding.shape[0], PART)]
         count, threads = max(CANDIDATES, top) + 1, torch.get_num_threads()  # the item itself is one of them
         for start in range(0, finding.shape[0], LARGE_BLOCK):
-            found = sp_matmul_topn(
-                finding[start : start + LARGE_BLOCK], transposed, top_n=count, n_threads=threads
-            )
+            block = finding[start : start + LARGE_BLOCK]
+            best_of = [sp_matmul_topn(block, part, top_n=count, n_threads=threads) for part in parts]
+            found = best_of[0] if len(parts) == 1 else zip_sp_matmul_topn(count, best_of)
             for low in range(0, found.shape[0], BLOCK):
                 yield self._ranked(found[low : low + BLOCK], start + low, top)
 

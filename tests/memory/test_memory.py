@@ -193,8 +193,9 @@ def test_rows_without_entries_have_empty_arrays_on_disk(tmp_path: Path) -> None:
     assert same(rows.finish(), Rows(np.zeros(3, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)))
 
 
+@pytest.mark.parametrize("part", [similarity.PART, 64])
 def test_the_library_for_large_catalogs_finds_the_same_neighbors(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    part: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, texts = draw(items=200)
     texts += [f"{word} {word} rare{i % 7}" for i, word in enumerate(WORDS * 6)]
@@ -203,6 +204,7 @@ def test_the_library_for_large_catalogs_finds_the_same_neighbors(
     exact = index.most_similar(30)
     monkeypatch.setattr(similarity, "MAX_PRODUCTS", 0)
     monkeypatch.setattr(similarity, "LARGE_BLOCK", 100)
+    monkeypatch.setattr(similarity, "PART", part)
     monkeypatch.setattr(similarity, "BLOCK", 17)
     large = index.most_similar(30, scratch=tmp_path)
     assert large.starts.tolist() == exact.starts.tolist()
