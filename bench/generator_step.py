@@ -20,6 +20,7 @@ from cemg.generator import BackboneConfig, GeneratorConfig, Prompter, build_back
 from cemg.generator.forward import PlainForward, forward_of
 from cemg.generator.losses import CodeLoss, Predictions
 from cemg.generator.samples import Batch, Samples
+from cemg.precision import has_native_bfloat16
 from cemg_kernels import Trie
 
 LEVELS, SIZE, HISTORY = 4, 256, 20
@@ -102,6 +103,9 @@ def main() -> None:
     device = apply_options(options)
     if device.type != "cpu":
         raise SystemExit("the fast step is one for CPUs; leave out --device")
+    if not has_native_bfloat16("cpu"):
+        print("this CPU has no native bfloat16 support: float32 only")
+        del ALLOWED["bfloat16"]
     report = Report("generator_step", options, device)
     codes = make_codes(options.items)
     trie = Trie.from_codes(codes, SIZE)

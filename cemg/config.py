@@ -182,7 +182,7 @@ class RunConfig:
     seed: int = 0
     """Random seed of all stages."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of training: float32, or bfloat16 for mixed precision where the hardware multiplies it."""
+    """Precision of training: float32, or bfloat16 for mixed precision where it is native."""
 
     def __post_init__(self) -> None:
         _check_finite(self)

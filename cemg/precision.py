@@ -1,4 +1,4 @@
-"""The type of matrix products: bfloat16 only where the hardware multiplies it."""
+"""The precision of matrix products: bfloat16 only where the hardware supports it natively."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and Arm
 
 
 @cache
-def multiplies_bfloat16(kind: str) -> bool:
-    """Whether the hardware multiplies bfloat16. Otherwise, products take 15 to 50 times as long.
+def has_native_bfloat16(kind: str) -> bool:
+    """Whether the hardware has bfloat16 matrix products. Emulated ones are 15 to 50 times as slow.
 
     Args:
         kind: The type of the device, "cpu" or "cuda".
@@ -29,12 +29,12 @@ def product_dtype(name: str, device: torch.device | str) -> torch.dtype:
     """Return the type of the matrix products of a training.
 
     Args:
-        name: "float32" or "bfloat16", which is asked for because it is faster. Where the hardware does not
-            multiply it, float32 is used, and a note says so.
+        name: "float32" or "bfloat16". Without native support, where bfloat16 would be slower, it means
+            float32, and a note says so.
         device: The device of the training.
     """
     wanted = DTYPES[name]
-    if wanted is torch.bfloat16 and not multiplies_bfloat16(torch.device(device).type):
+    if wanted is torch.bfloat16 and not has_native_bfloat16(torch.device(device).type):
         _print_note(torch.device(device).type)
         return torch.float32
     return wanted
@@ -42,5 +42,7 @@ def product_dtype(name: str, device: torch.device | str) -> torch.dtype:
 
 @cache
 def _print_note(kind: str) -> None:
-    hardware = "processor" if kind == "cpu" else "GPU"
-    console.print(f"note: this {hardware} does not multiply bfloat16, so float32 is used: it is faster")
+    hardware = "CPU" if kind == "cpu" else "GPU"
+    console.print(
+        f"note: this {hardware} has no native bfloat16 support; using float32, which is faster here"
+    )

@@ -18,29 +18,33 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cemg.data import Dataset
+from cemg.dense.config import CHOICES
 from cemg.errors import UserError
 from cemg.evaluation import Rank
 
 Config = TypeVar("Config")
-# The values that settings of these names can have, in all models.
-COUNTS = (
+_COUNTS = (
     "epochs", "batch_size", "patience", "dim", "state", "layers", "blocks", "heads", "cross_heads", "inner",
     "interests", "drawn", "max_length", "valid_users", "graph_epochs", "graph_negatives", "graph_batch",
     "levels", "codes", "latent", "modal_dim", "history_items", "title_tokens", "n_epochs", "max_len",
     "embedding_dim",
 )  # fmt: skip
-SHARES = ("dropout", "lora_dropout", "dropout_p_embed", "dropout_p_hidden", "beta2")
-POSITIVE = ("learning_rate", "temperature", "graph_rate")
-NOT_NEGATIVE = (
+_RATES = ("dropout", "lora_dropout", "dropout_p_embed", "dropout_p_hidden", "beta2")
+_NOT_NEGATIVE = (
     "weight_decay", "negatives", "graph_decay", "graph_layers", "tokenizer_epochs", "n_sample", "similar",
     "align", "orthogonality", "lora_rank",
 )  # fmt: skip
-CHOICES = {
-    "samples": ("positions", "prefixes"),
-    "products": ("bfloat16", "float32"),
-    "schedule": ("constant", "linear"),
-    "select": ("NDCG@10", "HR@10"),
-}
+# The values that settings of these names can have, in all models.
+RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (_COUNTS, lambda value: value >= 1, "1 or more"),
+    (_RATES, lambda value: 0 <= value < 1, "in [0, 1)"),
+    (("learning_rate", "temperature", "graph_rate"), lambda value: value > 0, "more than 0"),
+    (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+    *(
+        ((name,), CHOICES[name].__contains__, f"one of {', '.join(CHOICES[name])}")
+        for name in ("samples", "products", "schedule", "select")
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +108,7 @@ def check_range(name: str, value: Any, *, default: Any) -> None:
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be finite, got {value}")
-    rules: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
-        (COUNTS, lambda number: number >= 1, "1 or more"),
-        (SHARES, lambda number: 0 <= number < 1, "in [0, 1)"),
-        (POSITIVE, lambda number: number > 0, "more than 0"),
-        (NOT_NEGATIVE, lambda number: number >= 0, "0 or more"),
-    ]
-    if name in CHOICES:
-        rules = [((name,), lambda word: word in CHOICES[name], f"one of {', '.join(CHOICES[name])}")]
-    for names, is_valid, wanted in rules:
+    for names, is_valid, wanted in RANGES:
         if name in names and type(value) is type(default) and is_valid(default) and not is_valid(value):
             raise UserError(f"{name} must be {wanted}, got {value!r}")
 

@@ -101,10 +101,10 @@ def _describe_device(device: torch.device) -> dict[str, str]:
 
 
 def _bfloat16() -> str:
-    from cemg.precision import multiplies_bfloat16
+    from cemg.precision import has_native_bfloat16
 
-    fast = multiplies_bfloat16("cpu")
-    return "bfloat16 products" if fast else "no bfloat16 products: --dtype bfloat16 computes in float32"
+    fast = has_native_bfloat16("cpu")
+    return "native bfloat16" if fast else "no native bfloat16: --dtype bfloat16 computes in float32"
 
 
 def _describe_native() -> dict[str, str]:

@@ -61,7 +61,8 @@ def experiment(
         float | None,
         typer.Option(
             metavar="HOURS",
-            help="Stop the training of a baseline after this time, within an epoch too. CEMG trains whole.",
+            help="Stop the training of a baseline after this time, within an epoch too. CEMG always trains "
+            "to the end.",
         ),
     ] = None,
     users: Annotated[
@@ -93,7 +94,7 @@ def experiment(
         str,
         typer.Option(
             metavar="NAME",
-            help="Precision of the generator: float32, or bfloat16 where the hardware multiplies it.",
+            help="Precision of the generator: float32, or bfloat16 where it is native.",
         ),
     ] = "float32",
     ray: RayOption = "",

@@ -125,8 +125,8 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="float32 (the default), or bfloat16 for mixed precision, which is faster; float32 where the "
-            "hardware does not multiply bfloat16.",
+            help="float32 (the default), or bfloat16 for faster mixed precision; without native support "
+            "for it, float32 is used.",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed of all stages. Default: 0.")] = None,

@@ -22,7 +22,7 @@ from cemg.errors import DamagedError, UserError
 from cemg.evaluation.metrics import intervals_at, metrics_at, paired_differences
 from cemg.evaluation.protocol import COLD, Evaluation
 from cemg.evaluation.sample import Sample
-from cemg.precision import multiplies_bfloat16
+from cemg.precision import has_native_bfloat16
 from cemg.storage import files
 from cemg.storage.read import check_signature, parse_json, read_bytes, signed
 from cemg.version import __version__
@@ -35,13 +35,13 @@ OF_LISTS = ("spread", "targets_in_history", "short_lists_history_removed", "comp
 def hardware(device: str = "cpu") -> dict[str, str | int]:
     """Describe CPU, cores, versions and, if used, the GPU. The names of host and user are left out.
 
-    "bfloat16" is whether the device multiplies it: if not, ``--dtype bfloat16`` was computed in float32.
+    "native_bfloat16": without it, ``--dtype bfloat16`` was computed in float32.
     """
     about: dict[str, str | int] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "bfloat16": multiplies_bfloat16(torch.device(device).type),
+        "native_bfloat16": has_native_bfloat16(torch.device(device).type),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),

@@ -117,16 +117,16 @@ def _is_deterministic(title: str, records: Sequence[Record]) -> bool:
 def _training(records: Sequence[Record]) -> str:
     """What a row says of a model that was not trained to its end, with some seed; "" for the others.
 
-    Where the best epoch is the last one, more epochs would probably be better.
+    Where the best epoch is the last one, more epochs would probably help.
     """
     configs = [record.get("config", {}) for record in records]
-    stopped = [record for record in records if record.get("config", {}).get("stopped")]
     epochs_of = [config.get("epochs") or config.get("generator", {}).get("epochs") for config in configs]
-    wanted = next((f" of {epochs} epochs" for epochs in epochs_of if epochs), "")
+    wanted = f" of {epochs_of[0]} epochs" if epochs_of[0] else ""
+    stopped = [record for record in records if record.get("config", {}).get("stopped")]
     if not stopped:
-        last = [config.get("best_epoch") for config in configs if config.get("best_epoch")]
-        is_last = any(best == epochs for best, epochs in zip(last, epochs_of, strict=False))
-        return f"the best epoch is the last{wanted}" if is_last else ""
+        improving = (epochs and config.get("best_epoch") == epochs
+                     for config, epochs in zip(configs, epochs_of, strict=True))  # fmt: skip
+        return f"the best epoch is the last{wanted}" if any(improving) else ""
     config = stopped[0]["config"]
     seconds = config.get("train_seconds") or config.get("stage_seconds", {}).get("generator")
     epochs = sum(row.get("share", 1) for row in stopped[0].get("training", ()))

@@ -127,8 +127,8 @@ class TextIndex:
         count, threads = max(CANDIDATES, top) + 1, torch.get_num_threads()  # the item itself is one of them
         for start in range(0, finding.shape[0], LARGE_BLOCK):
             block = finding[start : start + LARGE_BLOCK]
-            best_of = [sp_matmul_topn(block, part, top_n=count, n_threads=threads) for part in parts]
-            found = best_of[0] if len(parts) == 1 else zip_sp_matmul_topn(count, best_of)
+            partial = [sp_matmul_topn(block, part, top_n=count, n_threads=threads) for part in parts]
+            found = partial[0] if len(parts) == 1 else zip_sp_matmul_topn(count, partial)
             for low in range(0, found.shape[0], BLOCK):
                 yield self._ranked(found[low : low + BLOCK], start + low, top)
 

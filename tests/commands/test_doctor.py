@@ -20,7 +20,7 @@ def test_json_contains_the_versions_and_the_backend_of_every_operation():
         found["versions"]["torch"]
     )
     assert found["native"]["built"] == "yes"
-    assert "bfloat16 products" in found["device"]["cpu"]
+    assert "native bfloat16" in found["device"]["cpu"]
     assert found["backends"] == {op: f"{c.backend}: {c.why}" for op, c in backends("cpu").items()}
 
 

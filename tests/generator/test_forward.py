@@ -71,7 +71,7 @@ def test_the_fast_forward_of_a_llama_equals_the_modules(shape, loss):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_bfloat16_rounds_the_loss_and_gradients_of_float32(architecture, monkeypatch):
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda kind: True)
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda kind: True)
     model, vocabulary = llama(architecture=architecture)
     exact = trained(model, vocabulary, forward_of(model, vocabulary, "float32"), "valid")
     rounded = trained(model, vocabulary, forward_of(model, vocabulary, "bfloat16"), "valid")
@@ -83,14 +83,14 @@ def test_bfloat16_rounds_the_loss_and_gradients_of_float32(architecture, monkeyp
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_bfloat16_is_float32_on_hardware_that_does_not_multiply_it(architecture, monkeypatch, capsys):
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda kind: False)
+def test_bfloat16_is_float32_without_native_support(architecture, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda kind: False)
     precision._print_note.cache_clear()
     model, vocabulary = llama(architecture=architecture)
     exact = trained(model, vocabulary, forward_of(model, vocabulary, "float32"), "valid")
     asked = trained(model, vocabulary, forward_of(model, vocabulary, "bfloat16"), "valid")
     assert torch.equal(asked[2], exact[2])
-    assert capsys.readouterr().err.count("does not multiply bfloat16, so float32 is used") == 1
+    assert capsys.readouterr().err.count("no native bfloat16 support; using float32") == 1
 
 
 def test_dropout_keeps_the_mean_and_follows_the_seed():

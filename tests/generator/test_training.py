@@ -341,7 +341,7 @@ def test_an_out_of_memory_error_suggests_a_smaller_batch_size(tmp_path, monkeypa
 
 
 def test_two_trainings_of_one_process_may_differ_in_precision(tmp_path, monkeypatch):
-    monkeypatch.setattr("cemg.precision.multiplies_bfloat16", lambda kind: True)
+    monkeypatch.setattr("cemg.precision.has_native_bfloat16", lambda kind: True)
     for number, (backbone, dtype) in enumerate(
         itertools.product((SCRATCH, LLAMA), ("float32", "bfloat16", "float32"))
     ):
